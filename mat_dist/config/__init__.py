@@ -1,0 +1,1 @@
+"""Configuration: YAML files, `key=value` overrides, presets, all errors at once."""

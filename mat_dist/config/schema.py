@@ -1,0 +1,266 @@
+"""What can be set, with units, ranges and defaults. Frozen pydantic models; unknown keys are errors.
+
+The file is also the source of `--help` and of `configs/schema.json`. Rules between fields of one section
+stand beside the section; rules between sections in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def parse_number(value: Any) -> Any:
+    """Accept 0.5, "8/255", "1e-3"; leave anything else to pydantic's own message."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, found a truth value")
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.strip())) if "/" in value else float(value)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError('expected a number such as 0.1, 1e-3 or "8/255"') from None
+    return value
+
+
+def parse_integer(value: Any) -> Any:
+    """Accept 10 and "10", refuse 2.5 and truth values."""
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number, found a truth value")
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError("expected a whole number") from None
+    return value
+
+
+Number = Annotated[float, BeforeValidator(parse_number)]
+Integer = Annotated[int, BeforeValidator(parse_integer)]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where a run writes, and on what it runs."""
+
+    root: str = Field("runs", description="folder that holds all runs", min_length=1)
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the run folder; default: config name and UTC time, or the SLURM job or torchrun id")
+    seed: Integer = Field(0, ge=0, lt=2**63, description="seed of every random draw")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any, else the CPU")
+    threads: Integer = Field(1, ge=1, le=1024, description="CPU threads per rank; bitwise equality across rank "
+                                                           "counts holds at 1")
+    resume: Literal["auto", "must", "never"] = Field(
+        "auto", description="auto: continue the folder's newest complete checkpoint if there is one; must: fail if "
+                            "there is none; never: refuse a folder that exists")
+    deterministic: bool = Field(False, description="ask the GPU libraries for deterministic kernels (slower)")
+
+
+class CommConfig(Section):
+    """How ranks talk."""
+
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="auto: nccl on GPUs, gloo on CPUs; gloo with GPUs stages through host memory and lets "
+                            "ranks share a GPU")
+    timeout: Number = Field(600.0, gt=0, le=86400, description="seconds after which a silent rank is given up")
+
+
+class AugmentConfig(Section):
+    """Training augmentation, done in batches on the device with keyed randomness."""
+
+    pad: Integer = Field(0, ge=0, le=64, description="zero-pad by this many pixels and crop back (CIFAR: 4)")
+    flip: bool = Field(False, description="mirror left-right with probability 1/2")
+    random_resized_crop: Number = Field(0.0, ge=0, le=1, description="smallest area share of a random resized crop "
+                                                                     "(ImageNet: 0.08); 0 is off")
+    cutout: Integer = Field(0, ge=0, le=512, description="side in pixels of a zeroed square; 0 is off")
+
+
+class DataConfig(Section):
+    """The images."""
+
+    name: str = Field("digits", min_length=1, description="digits (embedded), fashion_mnist, cifar10, cifar100, svhn, "
+                                                          "folder, npz, or a name that a plug-in registered")
+    root: str | None = Field(None, description="folder (npz: file) that holds the data set")
+    download: bool = Field(False, description="fetch the data set into data.root if it is not there")
+    image_size: Integer | None = Field(None, ge=4, le=1024, description="folder: resize to this many pixels a side")
+    train_size: Integer | None = Field(None, ge=1, description="use a stratified subset of this many training images")
+    val_size: Integer | None = Field(None, ge=1, description="images held out of train; default max(2 %, 500), at most 20 %")
+    test_size: Integer | None = Field(None, ge=1, description="use a stratified subset of this many test images")
+    residency: Literal["auto", "device", "host", "mmap"] = Field(
+        "auto", description="where the uint8 images lie: in device memory, in host memory, or in one file per node "
+                            "that all ranks map; auto chooses by size")
+    cache: str | None = Field(None, description="folder of decoded-image caches; default: ~/.cache/mat_dist")
+    on_bad: Literal["stop", "skip"] = Field("stop", description="an image file that cannot be read: stop, or leave the "
+                                                                "sample out on all ranks (at most 0.1 %)")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="training augmentation")
+
+
+class ModelConfig(Section):
+    """A classifier over [0, 1] images; normalisation is its first layer."""
+
+    name: str = Field("tiny_cnn", min_length=1, description="tiny_cnn, resnet18, preact_resnet18, wrn_28_10, wrn_34_10, "
+                                                            "mobilenet_v2, torchvision/<name>, timm/<name>, or a "
+                                                            "plug-in's name")
+    width: Number = Field(1.0, gt=0, le=16, description="factor on the number of channels")
+    activation: Literal["relu", "silu", "softplus"] | None = Field(
+        None, description="default: the architecture's own (relu)")
+    norm: Literal["batch", "group"] | None = Field(None, description="norm layer; default: the architecture's own (batch)")
+
+
+class ThreatConfig(Section):
+    """The norm ball, intersected with [0, 1], that a peer defends against."""
+
+    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
+    eps: Number = Field(0.1, gt=0, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
+
+
+class AttackConfig(Section):
+    """How a peer makes its adversarial examples in training."""
+
+    steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
+    step_size: Number | None = Field(None, gt=0, le=1e4, description="length of a step; default 2.5 eps / steps")
+    start: Literal["uniform", "gaussian", "zero"] | None = Field(
+        None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
+    loss: Literal["ce", "kl_clean", "margin"] | None = Field(
+        None, description="what the attack raises: cross-entropy, KL to the clean prediction (TRADES), or the CW "
+                          "margin; default: the preset's (ce)")
+
+
+class LossConfig(Section):
+    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/method.md."""
+
+    preset: Literal["mat", "at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat"] = Field(
+        "mat", description="named set of coefficients")
+    hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")
+    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs (w_own), the rest "
+                                                                  "is spread over peers' AEs")
+    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
+    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers (alpha)")
+    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread over "
+                                                                "peers' AEs; default 1 / peers")
+    temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
+    t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
+    teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(
+        None, description="what a teacher looks at: the AE that the student sees, the teacher's own AE, or the clean image")
+    teacher_agg: Literal["mean_kl", "mean_prob", "mean_logit"] | None = Field(
+        None, description="mean of the divergences, divergence to the mean probability, or to the mean logits")
+    teacher_set: Literal["all", "owner"] | None = Field(
+        None, description="all other peers, or only the peer that made the AE")
+    trades_beta: Number | None = Field(None, ge=0, description="weight of KL(clean prediction || own-AE prediction)")
+    pair_weight: Number | None = Field(None, ge=0, description="weight of the mean squared difference between clean "
+                                                               "and own-AE logits (ALP)")
+    base_scale: Number | None = Field(None, gt=0, description="factor on all terms but distillation")
+    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on AEs "
+                                                                         "and clean images")
+
+
+class OptimConfig(Section):
+    """SGD with momentum and a schedule that is a pure function of the step."""
+
+    lr: Number = Field(0.1, gt=0, le=100, description="peak learning rate")
+    momentum: Number = Field(0.9, ge=0, lt=1, description="momentum")
+    nesterov: bool = Field(False, description="Nesterov momentum")
+    weight_decay: Number = Field(5e-4, ge=0, le=1, description="L2 penalty in the gradient")
+    decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
+    schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field("piecewise", description="learning-rate schedule")
+    milestones: tuple[Number, ...] = Field((0.5, 0.75), description="piecewise: shares of the training after which the "
+                                                                    "rate is multiplied by gamma")
+    gamma: Number = Field(0.1, gt=0, le=1, description="piecewise: factor at a milestone")
+    warmup_epochs: Number = Field(0.0, ge=0, description="linear warm-up from 0; onecycle: length of the rise "
+                                                         "(0: 30 % of the training)")
+    clip_norm: Number | None = Field(None, gt=0, description="clip each peer's gradient to this L2 norm")
+    ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are kept")
+
+
+class PeerConfig(Section):
+    """One peer; what it does not set comes from the sections of the same name at the top level."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
+    stream: Integer | None = Field(None, ge=0, description="number that keys this peer's random streams; default: its index")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="architecture (a name alone is enough)")
+    threat: ThreatConfig = Field(default_factory=ThreatConfig, description="norm ball (a norm alone is enough)")
+    attack: AttackConfig = Field(default_factory=AttackConfig, description="training attack")
+    loss: LossConfig = Field(default_factory=LossConfig, description="mutual loss (a preset name alone is enough)")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
+
+
+class StepConfig(Section):
+    """How a step is computed; none of these changes the algorithm but `bn`."""
+
+    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="arithmetic of the models; AEs and losses "
+                                                                           "are fp32 (fp64 with fp64)")
+    memory: Literal["keep", "recompute"] = Field(
+        "keep", description="keep the graphs of all sources (fast), or gather logits without graph and recompute one "
+                            "source at a time (ImageNet size, many peers)")
+    microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after another")
+    bn: Literal["separate", "joint"] = Field("separate", description="batch statistics per source, or of one "
+                                                                     "concatenated forward")
+    channels_last: bool = Field(True, description="memory layout of images and convolutions")
+
+
+class TrainConfig(Section):
+    """How long."""
+
+    epochs: Integer = Field(10, ge=1, le=100000, description="passes over the training images")
+    batch_size: Integer = Field(128, ge=1, le=1 << 20, description="clean images per step, the same for all peers; "
+                                                                   "replicas of a peer share them")
+    max_steps: Integer | None = Field(None, ge=1, description="stop the training after this many steps")
+
+
+class EvalConfig(Section):
+    """What the evaluator measures during and after the training. PGD with the peer's own threat."""
+
+    every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
+    steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
+    test_steps: Integer = Field(20, ge=1, le=10000, description="PGD steps on the test set at the end")
+    step_size: Number | None = Field(None, gt=0, description="length of a PGD step; default 2.5 eps / steps")
+    restarts: Integer = Field(1, ge=1, le=1000, description="random starts, the worst one counts per image")
+    size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")
+    test_size: Integer | None = Field(None, ge=1, description="evaluate on this many test images; default all")
+    chunk: Integer = Field(256, ge=1, le=1 << 20, description="images per unit of work; part of the result's seed")
+    ensemble: Literal["prob", "logit"] = Field("prob", description="log of the mean probability, or mean logit")
+    test: bool = Field(True, description="attack best and last on the test set at the end")
+
+
+class CheckpointConfig(Section):
+    """When the state is saved."""
+
+    every: Integer = Field(1, ge=1, description="epochs between checkpoints")
+    every_steps: Integer | None = Field(None, ge=1, description="also save after every so many steps")
+    keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
+
+
+class LogConfig(Section):
+    """What is written and shown while training."""
+
+    every: Integer = Field(50, ge=1, description="steps between log records; only these steps read metrics back")
+    console: Literal["auto", "live", "plain", "off"] = Field(
+        "auto", description="live table where there is a terminal, plain lines elsewhere")
+
+
+class Config(Section):
+    """A whole run. The sections model, threat, attack, loss and optim are the defaults of every peer."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="run folder, seed, device")
+    comm: CommConfig = Field(default_factory=CommConfig, description="communication between ranks")
+    data: DataConfig = Field(default_factory=DataConfig, description="data set")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="default architecture of the peers")
+    threat: ThreatConfig = Field(default_factory=ThreatConfig, description="default threat of the peers")
+    attack: AttackConfig = Field(default_factory=AttackConfig, description="default training attack of the peers")
+    loss: LossConfig = Field(default_factory=LossConfig, description="default mutual loss of the peers")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="default optimizer of the peers")
+    peers: tuple[PeerConfig, ...] = Field(
+        (PeerConfig(), PeerConfig(), PeerConfig(), PeerConfig()), min_length=1, max_length=256,
+        description="the cohort: a number of equal peers, or a list with an entry per peer")
+    step: StepConfig = Field(default_factory=StepConfig, description="precision and memory of a step")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="length and batch size")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluator")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    log: LogConfig = Field(default_factory=LogConfig, description="records and console")

@@ -1,0 +1,110 @@
+"""Errors that a user can meet, each with the exit code of a rank and of `exit.json`.
+
+Every message is one line, `mat_dist: error: <what> (<where>): <how to fix>`. Errors that are not a
+`MatError` are our bugs (exit code 70).
+"""
+
+from __future__ import annotations
+
+DONE = 0
+BUG = 70
+
+
+class MatError(Exception):
+    """A failure with a known cause.
+
+    Args:
+        what: what went wrong, with the value that was found.
+        where: the file, setting, peer, rank or step concerned.
+        how: what the user can do about it.
+    """
+
+    code = BUG
+
+    def __init__(self, what: str, where: str, how: str) -> None:
+        self.what, self.where, self.how = (" ".join(str(part).split()) for part in (what, where, how))
+        super().__init__(f"{self.what} ({self.where}): {self.how}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.where, self.how)
+
+
+class ConfigError(MatError):
+    """A setting or a command line that cannot be used. `problems` holds all of them."""
+
+    code = 2
+
+    def __init__(self, what: str, where: str, how: str, problems: list[MatError] | None = None) -> None:
+        super().__init__(what, where, how)
+        self.problems: list[MatError] = problems if problems is not None else [self]
+
+
+class DataError(MatError):
+    """Images or labels that cannot be used."""
+
+    code = 3
+
+
+class CheckpointError(MatError):
+    """A checkpoint that is missing, damaged or of another run."""
+
+    code = 4
+
+
+class OutputError(MatError):
+    """The run folder or its disk cannot be written, or belongs to another run."""
+
+    code = 5
+
+
+class EnvironmentFault(MatError):
+    """Ranks, devices or libraries do not fit what was asked for."""
+
+    code = 6
+
+
+class PeerFailed(MatError):
+    """A peer raised an error; all ranks stop with the same text."""
+
+    code = 13
+
+
+class PeerSilent(MatError):
+    """A peer's process died or stopped answering."""
+
+    code = 14
+
+
+class NonFinite(MatError):
+    """A peer produced NaN or infinite values; no peer was updated."""
+
+    code = 15
+
+
+class NotReportable(MatError):
+    """An evaluation failed its soundness checks."""
+
+    code = 16
+
+
+class StopRequested(MatError):
+    """Stopped by a signal at an agreed step, saved; start again to continue."""
+
+    code = 75
+
+
+# Restarting cannot help these: a torchrun restart that finds one of them in `exit.json` leaves at once.
+FINAL_CODES = frozenset({2, 3, 4, 5, 6, 15, 75})
+
+
+def error_line(error: BaseException) -> str:
+    """The one line that a user sees for `error`."""
+    if isinstance(error, MatError):
+        return f"mat_dist: error: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"mat_dist: error: {text} (internal error): please report it with the traceback in rank_<r>.log"
+
+
+def error_class(code: int) -> type[MatError]:
+    """The error class of an exit code, `MatError` itself for unknown ones."""
+    return {cls.code: cls for cls in MatError.__subclasses__()}.get(code, MatError)

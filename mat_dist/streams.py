@@ -1,0 +1,96 @@
+"""Keyed randomness: every draw is a function of (seed, purpose, indices), never of a rank or of the past.
+
+Tensor draws come from the SplitMix64 sequence (Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014), evaluated at a counter: element n of a stream is mix(key + (n + 1) * gamma).
+Integer tensor operations give the same bits on every device, any slice can be computed alone, and nothing
+has state, so the draws are safe inside CUDA graphs. Library code that knows only torch's global generator
+runs inside `keyed_rng`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 with the same bits."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def key(seed: int, purpose: str, *indices: int) -> int:
+    """The 64-bit key (as a signed integer) of the stream for `purpose` and `indices` (step, peer, ...)."""
+    text = f"{seed}/{purpose}/" + "/".join(str(int(i)) for i in indices)
+    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def bits(stream: int, shape: Sequence[int], *, first_row: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Random int64 words of `shape`; rows [first_row, first_row + shape[0]) of the whole stream.
+
+    A replica that holds rows 64..127 of a batch asks for them with first_row=64 and gets the bits that a
+    process with the whole batch would see in those rows.
+    """
+    count = 1
+    for size in shape:
+        count *= int(size)
+    row = count // int(shape[0]) if len(shape) and shape[0] else 1
+    first = first_row * row + 1
+    x = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    x.mul_(_signed(_GAMMA)).add_(stream)
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MIX_1))
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MIX_2))
+    x.bitwise_xor_(_shift_right(x, 31))
+    return x.reshape(tuple(shape))
+
+
+def uniform(stream: int, shape: Sequence[int], *, first_row: int = 0, device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1): 24 random bits for float32, 53 for float64."""
+    digits = 53 if dtype == torch.float64 else 24
+    words = _shift_right(bits(stream, shape, first_row=first_row, device=device), 64 - digits)
+    return words.to(dtype).mul_(2.0**-digits)
+
+
+def normal(stream: int, shape: Sequence[int], *, first_row: int = 0, device: torch.device | str = "cpu",
+           dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers by the Box-Muller transform of two uniform streams."""
+    radius = 1 - uniform(stream, shape, first_row=first_row, device=device, dtype=torch.float64)  # in (0, 1]
+    angle = uniform(_signed(stream ^ _GAMMA), shape, first_row=first_row, device=device, dtype=torch.float64)
+    return (radius.log_().mul_(-2).sqrt_() * angle.mul_(2 * torch.pi).cos_()).to(dtype)
+
+
+def integers(stream: int, shape: Sequence[int], high: int, *, first_row: int = 0,
+             device: torch.device | str = "cpu") -> Tensor:
+    """Uniform integers in [0, high), int64; the bias is below high / 2**53."""
+    return (uniform(stream, shape, first_row=first_row, device=device, dtype=torch.float64) * high).long()
+
+
+def permutation(stream: int, count: int) -> Tensor:
+    """A random order of 0..count-1 (int64, on the CPU)."""
+    return bits(stream, (count,)).argsort(stable=True)
+
+
+@contextmanager
+def keyed_rng(stream: int) -> Iterator[None]:
+    """Seed torch's global generators with `stream` inside, restore their state after.
+
+    For code that only knows the global generator: weight initialisation, dropout, stochastic depth.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stream & ((1 << 63) - 1))
+        yield

@@ -1,0 +1,75 @@
+"""Projected gradient descent (Madry et al., ICLR 2018): one loop, with the threat's three hooks.
+
+FGSM with a random start (Wong et al., "Fast is better than free", ICLR 2020) is steps=1 of the same loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat_dist.threats import Region
+
+Model = Callable[[Tensor], Tensor]
+# (logits of the adversarial batch, logits of the clean batch or None, labels) -> sum over the batch, to be raised
+AttackLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+def _ce(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
+    return F.cross_entropy(adv_BK, y_B, reduction="sum")
+
+
+def _kl_clean(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
+    """KL(clean prediction || adversarial prediction): the inner problem of TRADES (Zhang et al., ICML 2019)."""
+    assert clean_BK is not None
+    return F.kl_div(adv_BK.log_softmax(-1), clean_BK.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """Largest wrong logit minus the true one -> (B,); positive where misclassified.
+
+    The untargeted loss f_6 of Carlini and Wagner (2017), without their confidence clamp.
+    """
+    true_B = logits_BK.gather(1, y_B[:, None])[:, 0]
+    wrong_BK = logits_BK.scatter(1, y_B[:, None], -torch.inf)
+    return wrong_BK.amax(1) - true_B
+
+
+def _margin_sum(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
+    return margin(adv_BK, y_B).sum()
+
+
+ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "margin": _margin_sum}
+
+
+def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
+        step_size: float) -> Tensor:
+    """The last iterate of projected gradient ascent -> adversarial batch (B, C, H, W), detached, x's dtype.
+
+    The loss is summed, not averaged, so that no image's step depends on the batch that it is in. Gradients are
+    taken with respect to the input only; the caller freezes the model (eval-mode BN, parameters without grad).
+
+    Args:
+        model: images in [0, 1] -> logits.
+        region: feasible set of x_BCHW.
+        start_BCHW: first iterate, inside the region.
+        loss: `ce`, `kl_clean` or `margin`.
+        steps: number of gradient steps, >= 1.
+        step_size: length of a step in the region's norm.
+    """
+    objective = ATTACK_LOSSES[loss]
+    clean_BK = None
+    if loss == "kl_clean":
+        with torch.no_grad():
+            clean_BK = model(x_BCHW).to(x_BCHW.dtype)
+    adv = start_BCHW.detach()
+    for _ in range(steps):
+        adv.requires_grad_(True)
+        with torch.enable_grad():
+            value = objective(model(adv).to(x_BCHW.dtype), clean_BK, y_B)
+        (grad,) = torch.autograd.grad(value, adv)
+        adv = region.project(region.step(adv.detach(), grad, step_size))
+    return adv

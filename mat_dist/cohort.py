@@ -1,0 +1,149 @@
+"""The cohort: the peers that live on this rank, the plan of all peers, and the mesh that joins them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist import streams
+from mat_dist.config.schema import Config, PeerConfig, StepConfig
+from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.mesh import Mesh
+from mat_dist.models import build_model
+from mat_dist.peer import Peer
+from mat_dist.plan import CohortPlan
+from mat_dist.schedules import lr_at
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of images, AEs and losses
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the models must fit: image shape (C, H, W), number of classes, channel mean and deviation."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
+    """A peer's model with its keyed initial weights, in the precision and layout of the run."""
+    with streams.keyed_rng(streams.key(seed, "init", spec.stream or 0)):
+        model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
+    model = model.to(device=device, dtype=DTYPES[step.precision])
+    return model.to(memory_format=torch.channels_last) if step.channels_last else model  # type: ignore[call-overload]
+
+
+@dataclass
+class Cohort:
+    """This rank's share of the cohort.
+
+    Attributes:
+        peers: local peers, in peer order.
+        plan: losses and exchanges of all peers.
+        mesh: the other ranks.
+        step: precision, memory, micro-batches.
+        batch_size: images of the global batch.
+        total_steps, steps_per_epoch: for the schedules.
+    """
+
+    peers: list[Peer]
+    plan: CohortPlan
+    mesh: Mesh
+    step: StepConfig
+    batch_size: int
+    total_steps: int
+    steps_per_epoch: int
+    rows: slice = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.mesh.placement.shard(self.batch_size)
+        local = self.rows.stop - self.rows.start
+        if local % self.step.microbatches:
+            raise EnvironmentFault(f"{local} images per replica cannot be split into {self.step.microbatches} micro-batches",
+                                   "step.microbatches", "use a divisor of train.batch_size / replicas")
+        for peer in self.peers:
+            learned = len(self.plan.peers[peer.index].learned)
+            peer.set_forwards((1 if self.step.bn == "joint" else learned) * self.step.microbatches)
+
+    @classmethod
+    def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int, models: Sequence[nn.Module] | None = None) -> Cohort:
+        """The local peers of a configuration with fresh weights.
+
+        Args:
+            models: ready models of the local peers instead of fresh ones (tests, fine-tuning).
+        """
+        plan = CohortPlan.of([spec.loss for spec in config.peers])
+        peers = []
+        for n, index in enumerate(mesh.placement.local_peers):
+            spec = config.peers[index]
+            model = models[n] if models is not None else make_model(
+                spec, images, seed=config.run.seed, step=config.step, device=mesh.device)
+            peers.append(Peer(index, spec, mesh.synchronise_norms(model), seed=config.run.seed, step=config.step))
+        total = config.train.epochs * steps_per_epoch
+        if config.train.max_steps is not None:
+            total = min(total, config.train.max_steps)
+        if total < 1:
+            raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
+        return cls(peers, plan, mesh, config.step, config.train.batch_size, total, steps_per_epoch)
+
+    def lr(self, peer: Peer, step: int) -> float:
+        """The peer's learning rate at a step."""
+        return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=peer.spec.optim)
+
+    @contextmanager
+    def kept_if_refused(self) -> Iterator[None]:
+        """Undo what a step does before its vote, should it be refused: BN buffers and gradients."""
+        before = [[b.clone() for b in peer.buffers()] for peer in self.peers]
+        try:
+            yield
+        except Exception:
+            with torch.no_grad():
+                for peer, kept in zip(self.peers, before, strict=True):
+                    for buffer, value in zip(peer.buffers(), kept, strict=True):
+                        buffer.copy_(value)
+                    peer.optimizer.zero_grad(set_to_none=True)
+            raise
+
+    def update(self, step: int) -> None:
+        """Apply the gradients of a committed step."""
+        for peer in self.peers:
+            peer.update(step, self.lr(peer, step))
+        if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
+            self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
+
+    def weight_hashes(self) -> list[str]:
+        """SHA-256 of each peer's weights, buffers and averaged weights, on every rank, in peer order."""
+        local = {str(p.index): state_hash(p.state()) for p in self.peers}
+        merged: dict[str, str] = {}
+        for told in self.mesh.gather_json(local):
+            merged.update(told)
+        return [merged[str(i)] for i in range(len(self.plan.peers))]
+
+
+def state_hash(state: Any) -> str:
+    """SHA-256 over the tensors and numbers of a nested state, with their keys."""
+    digest = hashlib.sha256()
+
+    def feed(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for k in value:
+                feed(f"{path}.{k}", value[k])
+        elif isinstance(value, (list, tuple)):
+            for n, item in enumerate(value):
+                feed(f"{path}.{n}", item)
+        elif isinstance(value, Tensor):
+            digest.update(f"{path} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{path} {value!r}".encode())
+
+    feed("", state)
+    return digest.hexdigest()

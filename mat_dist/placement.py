@@ -1,0 +1,91 @@
+"""P peers on R ranks by arithmetic; no process group needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mat_dist.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one rank stands.
+
+    R <= P: each rank hosts P / R peers, lying contiguously, so that gather order is peer order.
+    R > P: each peer has R / P replicas that share its batch; ranks [P k, P (k + 1)) form replica k, so the
+    large AE exchange stays among neighbours (one node) and only gradients cross replicas.
+    """
+
+    peers: int
+    world: int
+    rank: int
+
+    @classmethod
+    def place(cls, peers: int, world: int, rank: int) -> Placement:
+        """Raises EnvironmentFault (exit code 6) for a rank count that fits neither way."""
+        if peers % world and world % peers:
+            fitting = [n for n in range(1, peers + 1) if peers % n == 0]
+            listed = ", ".join(map(str, [*fitting, 2 * peers, 3 * peers]))
+            raise EnvironmentFault(f"{world} ranks do not fit {peers} peers", "torchrun --nproc_per_node x --nnodes",
+                                   f"use {listed}, ... ranks, or change the number of peers")
+        return cls(peers, world, rank)
+
+    @property
+    def peers_per_rank(self) -> int:
+        return max(1, self.peers // self.world)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.world // self.peers)
+
+    @property
+    def peer_ranks(self) -> int:
+        """Ranks along the peer axis."""
+        return self.world // self.replicas
+
+    @property
+    def replica(self) -> int:
+        """Index of this rank on the replica axis."""
+        return self.rank // self.peer_ranks
+
+    @property
+    def local_peers(self) -> range:
+        """Peers that live on this rank."""
+        first = self.rank % self.peer_ranks * self.peers_per_rank
+        return range(first, first + self.peers_per_rank)
+
+    @property
+    def is_lead(self) -> bool:
+        """Rank 0 writes records and manifests."""
+        return self.rank == 0
+
+    @property
+    def owns_files(self) -> bool:
+        """Whether this rank writes its peers' checkpoint files: the first replica does."""
+        return self.replica == 0
+
+    def peer_axis(self) -> list[list[int]]:
+        """Rank lists that together hold every peer once, by replica."""
+        return [list(range(k * self.peer_ranks, (k + 1) * self.peer_ranks)) for k in range(self.replicas)]
+
+    def replica_axis(self) -> list[list[int]]:
+        """Rank lists that hold the same peers, by position on the peer axis."""
+        return [list(range(p, self.world, self.peer_ranks)) for p in range(self.peer_ranks)]
+
+    def host_of(self, peer: int) -> list[int]:
+        """The ranks that host `peer`, one per replica."""
+        return [k * self.peer_ranks + peer // self.peers_per_rank for k in range(self.replicas)]
+
+    def shard(self, rows: int) -> slice:
+        """This replica's rows of a batch of `rows`. Raises EnvironmentFault unless the shards are equal."""
+        if rows % self.replicas:
+            raise EnvironmentFault(f"a batch of {rows} images cannot be split over {self.replicas} replicas",
+                                   "train.batch_size", f"use a multiple of {self.replicas}, or fewer ranks")
+        size = rows // self.replicas
+        return slice(self.replica * size, (self.replica + 1) * size)
+
+    def describe(self) -> str:
+        """One line for logs and --dry-run."""
+        noun = "rank" if self.world == 1 else "ranks"
+        replicas = "" if self.replicas == 1 else f", {self.replicas} replicas of each peer"
+        return f"{self.peers} peers on {self.world} {noun}: {self.peers_per_rank} per rank{replicas}"

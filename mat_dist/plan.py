@@ -1,0 +1,153 @@
+"""Who learns from what: the mutual loss of every peer as tables of weights, and what follows from them.
+
+A *slot* is an input of the step: slot j < P holds the AEs that peer j crafted, slot P the clean images.
+Everything here is a function of the configuration, so all ranks know all of it without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mat_dist import losses
+from mat_dist.config.schema import LossConfig
+
+
+@dataclass(frozen=True)
+class PeerPlan:
+    """The loss of peer `index` of `peers`, from complete coefficients (`config.presets.fill_loss`)."""
+
+    index: int
+    peers: int
+    loss: LossConfig
+
+    @property
+    def clean(self) -> int:
+        """The slot of the clean images."""
+        return self.peers
+
+    def _shares(self, weight: float | None, own: float | None) -> tuple[float, ...]:
+        """`weight` split into a share for the own slot and even shares for the others."""
+        assert weight is not None and own is not None
+        others = weight * (1 - own) / (self.peers - 1) if self.peers > 1 else 0.0
+        return tuple(weight * own if j == self.index else others for j in range(self.peers))
+
+    @cached_property
+    def hard(self) -> tuple[float, ...]:
+        """a_kj: weight of cross-entropy on the AEs of each source."""
+        return self._shares(self.loss.hard_weight, self.loss.hard_own)
+
+    @cached_property
+    def distilled(self) -> tuple[float, ...]:
+        """m_kj: weight of distillation on the AEs of each source."""
+        return self._shares(self.loss.kd_weight, self.loss.kd_own)
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether a term couples the clean and the own-AE logits."""
+        return bool(self.loss.trades_beta or self.loss.pair_weight)
+
+    @cached_property
+    def learned(self) -> tuple[int, ...]:
+        """Slots that this peer forwards with a graph: other sources, then clean, then own.
+
+        Clean and own come last and together, so that `memory: recompute` can hold the two coupled graphs
+        and no others, in the same order as `memory: keep`.
+        """
+        own, clean = self.index, self.clean
+        used = {j for j in range(self.peers) if self.hard[j] or self.teachers(j)}
+        used |= {own, clean} if self.paired else set()
+        used |= {clean} if self.loss.clean_weight else set()
+        return tuple(sorted(used - {own, clean})) + tuple(s for s in (clean, own) if s in used)
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """`learned` cut into sets whose losses do not depend on each other."""
+        pair = (self.clean, self.index) if self.paired else ()
+        return [(s,) for s in self.learned if s not in pair] + ([pair] if pair else [])
+
+    def teachers(self, source: int) -> tuple[int, ...]:
+        """Peers whose opinion this peer learns on the AEs of `source`, in peer order."""
+        if not self.distilled[source]:
+            return ()
+        others = tuple(i for i in range(self.peers) if i != self.index)
+        return others if self.loss.teacher_set == "all" else tuple(i for i in others if i == source)
+
+    def teacher_slot(self, teacher: int, source: int) -> int:
+        """What `teacher` looks at when it teaches this peer about the AEs of `source`."""
+        assert self.loss.teacher_input is not None
+        return {"same_ae": source, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
+
+    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], taught: Tensor, position: dict[tuple[int, int], int],
+                     y_B: Tensor) -> Tensor:
+        """The terms of the loss that belong to `slots` -> scalar.
+
+        Args:
+            logits: this peer's logits_BK on each of `slots`, with graph.
+            taught: detached logits of all peers (P, T, B, K), T the most slots that one peer teaches.
+            position: (teacher, slot) -> index on T.
+            y_B: labels.
+        """
+        c, own, clean = self.loss, self.index, self.clean
+        smoothing = c.label_smoothing or 0.0
+        total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
+        for slot in slots:
+            hard = c.clean_weight if slot == clean else self.hard[slot]
+            if hard:
+                total = total + (c.base_scale * hard) * losses.cross_entropy(logits[slot], y_B, smoothing)
+            teachers = self.teachers(slot) if slot != clean else ()
+            if teachers:
+                opinions = [taught[i, position[i, self.teacher_slot(i, slot)]] for i in teachers]
+                total = total + self.distilled[slot] * losses.distillation(
+                    logits[slot], opinions, temperature=c.temperature, t2_scale=c.t2_scale, agg=c.teacher_agg)
+        if self.paired and own in slots:
+            if c.trades_beta:
+                total = total + (c.base_scale * c.trades_beta) * losses.trades_term(logits[clean], logits[own])
+            if c.pair_weight:
+                total = total + (c.base_scale * c.pair_weight) * losses.logit_pairing(logits[clean], logits[own])
+        return total
+
+
+@dataclass(frozen=True)
+class CohortPlan:
+    """The plans of all peers and what must travel between them."""
+
+    peers: tuple[PeerPlan, ...]
+
+    @classmethod
+    def of(cls, coefficients: Sequence[LossConfig]) -> CohortPlan:
+        """From the complete coefficients of every peer, in peer order."""
+        return cls(tuple(PeerPlan(i, len(coefficients), loss) for i, loss in enumerate(coefficients)))
+
+    @cached_property
+    def taught(self) -> tuple[tuple[int, ...], ...]:
+        """For each peer the slots on which somebody learns its opinion, ascending."""
+        slots: list[set[int]] = [set() for _ in self.peers]
+        for student in self.peers:
+            for source in range(len(self.peers)):
+                for teacher in student.teachers(source):
+                    slots[teacher].add(student.teacher_slot(teacher, source))
+        return tuple(tuple(sorted(s)) for s in slots)
+
+    @cached_property
+    def position(self) -> dict[tuple[int, int], int]:
+        """(teacher, slot) -> index on the second axis of the gathered logits."""
+        return {(i, slot): n for i, slots in enumerate(self.taught) for n, slot in enumerate(slots)}
+
+    @cached_property
+    def most_taught(self) -> int:
+        """Size of that axis: the most slots that one peer teaches; 0 when nobody does."""
+        return max(len(slots) for slots in self.taught)
+
+    @cached_property
+    def shares_aes(self) -> bool:
+        """Whether a peer needs the AEs of another one."""
+        needed = [set(plan.learned) | set(self.taught[i]) for i, plan in enumerate(self.peers)]
+        return any(slot not in (i, len(self.peers)) for i, slots in enumerate(needed) for slot in slots)
+
+    def forwarded(self, peer: int) -> tuple[int, ...]:
+        """Slots that a peer forwards without a graph because it only teaches on them."""
+        return tuple(s for s in self.taught[peer] if s not in self.peers[peer].learned)

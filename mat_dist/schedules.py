@@ -1,0 +1,41 @@
+"""Learning rate and averaging decay as pure functions of the step, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from mat_dist.config.schema import OptimConfig
+
+ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
+
+
+def lr_at(step: int, *, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:
+    """Learning rate of step `step` (0-based) of `total_steps`.
+
+    constant and piecewise hold the rate (piecewise multiplies it by gamma at each milestone's share of the
+    training); cosine falls to 0 along half a cosine (Loshchilov and Hutter, ICLR 2017); onecycle rises linearly
+    to the peak and falls linearly to 0 (Smith and Topin, 2018; linear as in fast_adversarial). A warm-up rises
+    linearly from lr / warm-up steps; the other schedules then run over the remaining steps.
+    """
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    if optim.schedule == "onecycle":
+        rise = warmup or max(1, round(ONECYCLE_RISE * total_steps))
+        if step < rise:
+            return optim.lr * (step + 1) / rise
+        return optim.lr * (total_steps - step) / max(1, total_steps - rise)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, total_steps - warmup)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * share))
+    if optim.schedule == "piecewise":
+        return optim.lr * optim.gamma ** sum(step / total_steps >= m for m in optim.milestones)
+    return optim.lr
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """Decay of the averaged weights after update number `step` (0-based): min(decay, (1 + t) / (10 + t)).
+
+    The warm-up of TensorFlow's ExponentialMovingAverage, so that a short run does not average its random start.
+    """
+    return min(decay, (1 + step) / (10 + step))

@@ -1,0 +1,219 @@
+"""One training step of the cohort, the same code for every placement.
+
+Letters: P peers, L of them on this rank, S slots (the AEs of each source peer, then the clean images),
+T slots taught, B rows of this replica's (micro-)batch, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from mat_dist.agreement import Agreement, batch_checksum
+from mat_dist.cohort import Cohort
+from mat_dist.losses import accuracy
+from mat_dist.peer import Peer
+
+
+@dataclass
+class Outcome:
+    """What a committed step leaves behind.
+
+    Attributes:
+        stop: some rank was asked to stop after this step.
+        loss_P: each peer's loss; only at log steps.
+        transfer_PS: share of each slot's images that each peer labels correctly: rows students, columns the
+            AEs of each source, last the clean images; train-mode logits on eval-mode AEs, so a diagnostic and
+            not a robust accuracy. Only at log steps.
+        seconds: host time by phase.
+    """
+
+    stop: bool = False
+    loss_P: Tensor | None = None
+    transfer_PS: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Clock:
+    """Host seconds by phase; `wait` is what headers cost, most of it waiting for the slowest rank."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Charge the time since the last lap to `phase`."""
+        now = perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool = False, stop: bool = False) -> Outcome:
+    """Attack, exchange, learn, agree, update: every peer by one step, or none.
+
+    Args:
+        x_BCHW: this replica's rows of the clean batch, in [0, 1]; the same for all peers.
+        y_B: labels.
+        step: 0-based number of the step; keys all randomness and schedules.
+        log: also compute losses and the transfer table (one more small exchange).
+        stop: a signal asked this rank to stop; the vote tells all.
+
+    Raises:
+        MatError: on all ranks with one text. No peer was changed.
+    """
+    agree, clock = Agreement(cohort.mesh, f"step {step}", step), Clock()
+    parts = cohort.step.microbatches
+    rows = len(x_BCHW) // parts
+    with cohort.kept_if_refused():
+        shares = [_share(cohort, agree, clock, x_BCHW[n * rows:(n + 1) * rows], y_B[n * rows:(n + 1) * rows], step,
+                         cohort.rows.start + n * rows, log) for n in range(parts)]
+        norms = _reduce_gradients(cohort, agree)
+        clock.lap("backward")
+        finite = agree.run("finite check", _finite_L4, shares, norms)
+        checksum = agree.run("checksum", lambda: int(batch_checksum(x_BCHW, y_B)) if x_BCHW.is_cuda else 0) or 0
+        outcome = Outcome(stop=agree.vote(finite, stop=stop, checksum=checksum))
+        clock.lap("wait")
+    cohort.update(step)
+    clock.lap("optimizer")
+    if log:
+        table = [torch.stack([s.loss_L for s in shares]).mean(0)[:, None], torch.stack([s.correct_LS for s in shares]).mean(0)]
+        told = torch.cat([t.float() for t in table], dim=1)
+        cohort.mesh.average_replicas([told])
+        told_P = cohort.mesh.gather_peers(told)
+        outcome.loss_P, outcome.transfer_PS = told_P[:, 0], told_P[:, 1:]
+        clock.lap("log")
+    outcome.seconds = clock.seconds
+    return outcome
+
+
+@dataclass
+class _Share:
+    """One micro-batch: finite bits of AEs and logits, losses, accuracies of the local peers."""
+
+    finite_L2: Tensor
+    loss_L: Tensor
+    correct_LS: Tensor
+
+
+def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
+           log: bool) -> _Share:
+    """Steps 1 to 6 for one micro-batch: gradients are added to the parameters."""
+    mesh, plan, peers = cohort.mesh, cohort.plan, cohort.peers
+
+    # 1 own AEs
+    aes = [agree.run(f"attack of {p.name}", p.attack, x_BCHW, y_B, step, first_row) for p in peers]
+    aes_LBCHW = agree.run("attack", torch.stack, aes)
+    clock.lap("attack")
+
+    # 2 exchange of AEs
+    checksum = agree.run("checksum", lambda: 0 if x_BCHW.is_cuda else int(batch_checksum(x_BCHW, y_B))) or 0
+    agree.header("AEs", aes_LBCHW, checksum)
+    clock.lap("wait")
+    aes_PBCHW = mesh.gather_peers(aes_LBCHW) if plan.shares_aes or log else _only_local(cohort, aes_LBCHW)
+    inputs_S = [*aes_PBCHW, x_BCHW]
+    clock.lap("exchange")
+
+    # 3 logits on every source that a peer learns from or teaches on
+    known = [agree.run(f"forward of {p.name}", _forward, cohort, p, inputs_S, step, first_row) for p in peers]
+    taught_LTBK = agree.run("forward", _taught, cohort, known, y_B)
+    clock.lap("forward")
+
+    # 4 exchange of logits
+    agree.header("logits", taught_LTBK)
+    clock.lap("wait")
+    taught_PTBK = mesh.gather_peers(taught_LTBK) if plan.most_taught else taught_LTBK
+    clock.lap("exchange")
+
+    # 5, 6 losses and gradients
+    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, taught_PTBK, y_B, step, first_row)
+            for p, logits in zip(peers, known, strict=True)]
+    correct_LS = agree.run("transfer table", _transfer, cohort, known, inputs_S, y_B, step, first_row) if log else torch.empty(0)
+    clock.lap("backward")
+    finite = agree.run("finite check", lambda: torch.stack([torch.stack([torch.isfinite(a).all(), torch.isfinite(t).all()])
+                                                            for a, t in zip(aes_LBCHW, taught_LTBK, strict=True)]))
+    return _Share(finite, agree.run("loss", torch.stack, loss), correct_LS)
+
+
+def _only_local(cohort: Cohort, aes_LBCHW: Tensor) -> list[Tensor]:
+    """The AEs by source where no peer needs another one's: the own ones in place, nothing elsewhere."""
+    slots = [aes_LBCHW.new_empty(0)] * len(cohort.plan.peers)
+    for n, peer in enumerate(cohort.peers):
+        slots[peer.index] = aes_LBCHW[n]
+    return slots
+
+
+def _forward(cohort: Cohort, peer: Peer, inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
+    """The peer's logits by slot: with graph where it learns (memory: keep), without where it only teaches."""
+    plan = cohort.plan.peers[peer.index]
+    known = {}
+    if cohort.step.memory == "keep":
+        known = _learn(cohort, peer, plan.learned, inputs_S, step, first_row)
+    for slot in cohort.plan.taught[peer.index]:
+        if slot not in known:
+            known[slot] = peer.teach(inputs_S[slot], (step, slot, first_row))
+    return known
+
+
+def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
+    """Train-mode logits with graph: a forward per slot, or one for all (bn: joint)."""
+    if cohort.step.bn == "joint" and len(slots) > 1:
+        together = peer.learn(torch.cat([inputs_S[s] for s in slots]), (step, -1, first_row))
+        return dict(zip(slots, together.chunk(len(slots)), strict=True))
+    return {slot: peer.learn(inputs_S[slot], (step, slot, first_row)) for slot in slots}
+
+
+def _taught(cohort: Cohort, known: list[dict[int, Tensor]], y_B: Tensor) -> Tensor:
+    """What the local peers teach, detached -> (L, T, B, K), zeros where a peer teaches less than T slots."""
+    rows = []
+    for peer, logits in zip(cohort.peers, known, strict=True):
+        own = [logits[slot].detach() for slot in cohort.plan.taught[peer.index]]
+        missing = cohort.plan.most_taught - len(own)
+        rows.append(own + [torch.zeros_like(_any(known))] * missing)
+    if cohort.plan.most_taught == 0:
+        # Nothing travels; the finite bit still watches what was computed.
+        return torch.stack([_any([logits]).detach() if logits else y_B.new_zeros(1).float() for logits in known])
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _any(known: list[dict[int, Tensor]]) -> Tensor:
+    return next(t for logits in known for t in logits.values())
+
+
+def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], taught_PTBK: Tensor, y_B: Tensor,
+              step: int, first_row: int) -> Tensor:
+    """Add the gradient of the peer's loss -> the loss, detached."""
+    plan, keep = cohort.plan.peers[peer.index], cohort.step.memory == "keep"
+    total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
+    for slots in [plan.learned] if keep else plan.groups():
+        if not slots:
+            continue
+        logits = known if keep else _learn(cohort, peer, slots, inputs_S, step, first_row)
+        loss = plan.partial_loss(slots, logits, taught_PTBK, cohort.plan.position, y_B)
+        (loss / cohort.step.microbatches).backward()
+        total += loss.detach()
+    return total
+
+
+def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int, first_row: int) -> Tensor:
+    """Accuracy of the local peers on every slot -> (L, S); slots that were not forwarded are, without a trace."""
+    table = [[accuracy(logits[s].detach() if s in logits else peer.teach(x, (step, s, first_row)), y_B)
+              for s, x in enumerate(inputs_S)] for peer, logits in zip(cohort.peers, known, strict=True)]
+    return torch.stack([torch.stack(row) for row in table])
+
+
+def _reduce_gradients(cohort: Cohort, agree: Agreement) -> list[Tensor]:
+    """Mean gradient over replicas, clipped -> its norm for each local peer."""
+    if cohort.mesh.placement.replicas > 1:
+        agree.settle("gradients")  # a replica that failed must not be missing in the all-reduce
+        cohort.mesh.average_replicas([g for p in cohort.peers for g in p.gradients()])
+    return [agree.run(f"gradient of {p.name}", p.clip) for p in cohort.peers]
+
+
+def _finite_L4(shares: list[_Share], norms: list[Tensor]) -> Tensor:
+    """AEs, logits, loss and gradient of each local peer: all finite? -> bool (L, 4)."""
+    early = torch.stack([s.finite_L2 for s in shares]).all(0)
+    loss = torch.stack([s.loss_L for s in shares]).isfinite().all(0)
+    return torch.stack([early[:, 0], early[:, 1], loss, torch.stack(norms).isfinite()], dim=1)

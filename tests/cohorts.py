@@ -1,0 +1,86 @@
+"""Small cohorts for tests: real steps on random images, models built before any thread starts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist import streams
+from mat_dist.cohort import Cohort
+from mat_dist.config.presets import fill_attack, fill_loss
+from mat_dist.config.schema import Config
+from mat_dist.mesh import Mesh
+from mat_dist.step import train_step
+
+SHAPE, CLASSES, BATCH = (2, 6, 6), 5, 8
+
+
+def complete(raw: dict[str, Any]) -> Config:
+    """A resolved configuration from a plain dict whose `peers` is a list of complete or partial entries."""
+    config = Config.model_validate(raw)
+    peers = []
+    for i, peer in enumerate(config.peers):
+        loss = fill_loss(peer.loss, i, len(config.peers))
+        attack = fill_attack(peer.attack, peer.loss.preset, i, peer.threat.eps)
+        stream = i if peer.stream is None else peer.stream
+        peers.append(peer.model_copy(update={"loss": loss, "attack": attack, "stream": stream, "name": peer.name or f"peer{i}"}))
+    return config.model_copy(update={"peers": tuple(peers)})
+
+
+def cohort_config(preset: str | list[str] = "mat", peers: int = 4, *, norm: str = "linf", eps: float = 0.1, steps: int = 3,
+                  loss: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, entry: dict[str, Any] | None = None,
+                  **sections: Any) -> Config:
+    """`peers` equal peers of one preset (or one preset each)."""
+    presets = [preset] * peers if isinstance(preset, str) else preset
+    entries = [{"threat": {"norm": norm, "eps": eps}, "attack": {"steps": steps}, "loss": {"preset": p, **(loss or {})},
+                "optim": {"lr": 0.1, "schedule": "constant", **(optim or {})}, **(entry or {})} for p in presets]
+    return complete({"peers": entries, "train": {"batch_size": BATCH, "epochs": 1000}, **sections})
+
+
+class Net(nn.Module):
+    """Two convolutions with a norm layer each, and a linear layer."""
+
+    def __init__(self, norm: str = "batch", classes: int = CLASSES) -> None:
+        super().__init__()
+        def layer(c: int) -> nn.Module:
+            return nn.BatchNorm2d(c) if norm == "batch" else nn.GroupNorm(2, c)
+        self.body = nn.Sequential(nn.Conv2d(SHAPE[0], 4, 3, padding=1, bias=False), layer(4), nn.ReLU(),
+                                  nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), layer(6), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(6 * 9, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out
+
+
+def nets(count: int, norm: str = "batch", dtype: torch.dtype = torch.float32) -> list[nn.Module]:
+    """`count` nets with different keyed weights."""
+    made = []
+    for i in range(count):
+        with streams.keyed_rng(streams.key(1, "test-net", i)):
+            made.append(Net(norm).to(dtype))
+    return made
+
+
+def batch(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Random images in [0, 1] and labels, a function of the step."""
+    x = streams.uniform(streams.key(2, "test-x", step), (rows, *SHAPE), dtype=dtype)
+    return x, streams.integers(streams.key(2, "test-y", step), (rows,), CLASSES)
+
+
+def build(config: Config, mesh: Mesh, models: list[nn.Module]) -> Cohort:
+    """The cohort of one rank round copies of the models of all peers."""
+    mine = [copy.deepcopy(models[i]) for i in mesh.placement.local_peers]
+    return Cohort.build(config, mesh, None, steps_per_epoch=10, models=mine)  # type: ignore[arg-type]
+
+
+def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dtype: torch.dtype = torch.float32, log: bool = False) -> Cohort:
+    """Run some steps; the batch is a function of the step, each replica takes its rows."""
+    cohort = build(config, mesh, models)
+    for step in range(steps):
+        x, y = batch(step, config.train.batch_size, dtype)
+        train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
+    return cohort

@@ -52,23 +52,29 @@ def coefficients(preset: str, index: int, peers: int) -> dict[str, Any]:
 
 
 def fill_loss(loss: LossConfig, index: int, peers: int) -> LossConfig:
-    """`loss` with every empty coefficient replaced by its preset's value."""
+    """`loss` with every empty coefficient replaced by its preset's value.
+
+    `kd_own` falls back to 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs is the
+    peer itself and cannot teach there.
+    """
     values = coefficients(loss.preset, index, peers)
     values.update({k: v for k, v in loss.model_dump().items() if v is not None and k != "preset"})
     if values["hard_weight"] is None:
         values["hard_weight"] = 1 - values["kd_weight"]
     if values["kd_own"] is None:
-        values["kd_own"] = 1 / peers
+        values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else 1 / peers
     return LossConfig(preset=loss.preset, **values)
 
 
 def fill_attack(attack: AttackConfig, preset: str, index: int, eps: float) -> AttackConfig:
     """`attack` with the start and loss that the preset's method uses, and the step length 2.5 eps / steps.
 
-    2.5 eps / steps is the rule of MadryLab/robustness: every point of the ball can be reached.
+    2.5 eps / steps is the rule of MadryLab/robustness: every point of the ball can be reached. A single step is
+    1.25 eps long, as in FGSM-RS (Wong, Rice, Kolter, ICLR 2020: 10/255 for 8/255): 2.5 eps would end on the
+    ball's corners whatever the start.
     """
     trades_type = preset in ("trades", "mat_trades") or (preset == "cat" and index % 2 == 0)
     default = _TRADES_ATTACK if trades_type else _PLAIN_ATTACK
     values = {**default, **{k: v for k, v in attack.model_dump().items() if v is not None}}
-    values.setdefault("step_size", 2.5 * eps / attack.steps)
+    values.setdefault("step_size", (2.5 if attack.steps > 1 else 1.25) * eps / attack.steps)
     return AttackConfig(**values)

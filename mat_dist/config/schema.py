@@ -19,7 +19,7 @@ def parse_number(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(Fraction(value.strip())) if "/" in value else float(value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
             raise ValueError('expected a number such as 0.1, 1e-3 or "8/255"') from None
     return value
 
@@ -118,14 +118,15 @@ class ThreatConfig(Section):
     """The norm ball, intersected with [0, 1], that a peer defends against."""
 
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
-    eps: Number = Field(0.1, gt=0, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
+    eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
 
 
 class AttackConfig(Section):
     """How a peer makes its adversarial examples in training."""
 
     steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
-    step_size: Number | None = Field(None, gt=0, le=1e4, description="length of a step; default 2.5 eps / steps")
+    step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
+                                                                     "one step 1.25 eps")
     start: Literal["uniform", "gaussian", "zero"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
     loss: Literal["ce", "kl_clean", "margin"] | None = Field(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.errors import MatError, NonFinite, PeerFailed, error_class
-from mat_dist.mesh import Mesh
+from mat_dist.mesh.mesh import Mesh
 
 T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mat_dist import streams
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.mesh import Mesh
+from mat_dist.mesh.mesh import Mesh
 from mat_dist.models import build_model
 from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
@@ -94,9 +94,9 @@ class Cohort:
             raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
         return cls(peers, plan, mesh, config.step, config.train.batch_size, total, steps_per_epoch)
 
-    def lr(self, peer: Peer, step: int) -> float:
-        """The peer's learning rate at a step."""
-        return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=peer.spec.optim)
+    def lr(self, spec: PeerConfig, step: int) -> float:
+        """A peer's learning rate at a step."""
+        return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=spec.optim)
 
     @contextmanager
     def kept_if_refused(self) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Cohort:
     def update(self, step: int) -> None:
         """Apply the gradients of a committed step."""
         for peer in self.peers:
-            peer.update(step, self.lr(peer, step))
+            peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
 

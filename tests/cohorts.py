@@ -12,7 +12,7 @@ from mat_dist import streams
 from mat_dist.cohort import Cohort
 from mat_dist.config.presets import fill_attack, fill_loss
 from mat_dist.config.schema import Config
-from mat_dist.mesh import Mesh
+from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 
 SHAPE, CLASSES, BATCH = (2, 6, 6), 5, 8

@@ -1,4 +1,4 @@
-"""The mesh: collectives between ranks. The only file that touches torch.distributed or RANK and WORLD_SIZE.
+"""The mesh: collectives between ranks. The only file that touches torch.distributed.
 
 Verbs act along an axis of the placement; an axis of size 1 has no group and its verbs return their input, so
 callers never ask how many ranks there are. Nothing that arrives is unpickled: tensors and JSON bytes only.
@@ -7,10 +7,8 @@ callers never ask how many ranks there are. Nothing that arrives is unpickled: t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,53 +18,8 @@ from torch import Tensor
 
 from mat_dist.config.schema import CommConfig
 from mat_dist.errors import EnvironmentFault, PeerSilent
-from mat_dist.placement import Placement
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said: torchrun's and SLURM's environment, or one process."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    job_id: str | None = None
-    restart: int = 0
-    restarts_left: bool = False
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_*, SLURM_JOB_ID."""
-        env = os.environ
-        try:
-            numbers = {key: int(env.get(key, default)) for key, default in (
-                ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
-                ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"))}
-        except ValueError as error:
-            raise EnvironmentFault(f"a launcher variable is not a number: {error}", "RANK, WORLD_SIZE, LOCAL_RANK",
-                                   "start with torchrun, or unset them for one process") from None
-        job = env.get("SLURM_JOB_ID")
-        if job and "SLURM_ARRAY_JOB_ID" in env:
-            job = f"{env['SLURM_ARRAY_JOB_ID']}-{env.get('SLURM_ARRAY_TASK_ID', '0')}"
-        restart, most = numbers["TORCHELASTIC_RESTART_COUNT"], numbers["TORCHELASTIC_MAX_RESTARTS"]
-        if job is None and most > 0 and env.get("TORCHELASTIC_RUN_ID", "none") != "none":
-            job = env["TORCHELASTIC_RUN_ID"]
-        return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
-                   job, restart, restart < most)
-
-
-def choose_device(wanted: str, backend: str, launch: Launch) -> torch.device:
-    """The device of this rank. Raises EnvironmentFault when there are GPUs but too few: never a silent CPU run."""
-    count = torch.cuda.device_count() if wanted != "cpu" else 0
-    if wanted == "cuda" and count == 0:
-        raise EnvironmentFault("no GPU is visible", "run.device=cuda", "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
-    if count == 0:
-        return torch.device("cpu")
-    if launch.local_world > count and backend != "gloo":
-        raise EnvironmentFault(f"{launch.local_world} ranks on this node but {count} GPUs", "run.device",
-                               "use run.device=cpu, or comm.backend=gloo to let ranks share a GPU, or fewer ranks")
-    return torch.device("cuda", launch.local_rank % count)
+from mat_dist.mesh.launch import Launch
+from mat_dist.mesh.placement import Placement
 
 
 class Mesh:
@@ -100,6 +53,15 @@ class Mesh:
         """One row of integers here -> the rows of all ranks, by rank. Travels over the control group."""
         table = self._gather(torch.tensor([list(row)], dtype=torch.int64), self._world)
         return table.tolist()
+
+    def sum_world(self, tensor: Tensor) -> Tensor:
+        """Sum of a CPU tensor over all ranks, on every rank."""
+        if self._world is None:
+            return tensor
+        total = tensor.clone()
+        with self._naming("sum"):
+            dist.all_reduce(total, group=self._world)
+        return total
 
     def average_replicas(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their mean over the replicas, in place, in one flat all-reduce."""

@@ -1,0 +1,195 @@
+"""The evaluator: clean and PGD accuracy of every peer and of the ensemble, from a complete checkpoint.
+
+fp32 (fp64 runs in fp64), TF32 off, eval mode. The unit of work is a fixed chunk of `eval.chunk` images whose
+attack noise is keyed by (seed, norm, restart, chunk); ranks take chunks in turn, so the result depends neither
+on the number of ranks nor on their speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist import streams
+from mat_dist.agreement import Agreement
+from mat_dist.attacks import pgd
+from mat_dist.checkpoint import Manifest, load_peer
+from mat_dist.cohort import DTYPES, Images, make_model
+from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.data import ImageSet, as_float
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.models import Ensemble
+from mat_dist.models.modes import frozen
+from mat_dist.threats import Threat
+
+ENSEMBLE = "ensemble"
+RAW, EMA = "raw", "ema"
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps)."""
+
+    steps: int
+    restarts: int = 1
+    step_size: float | None = None
+
+    def size(self, eps: float) -> float:
+        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one target did on every image.
+
+    Attributes:
+        target: peer name or "ensemble".
+        weights: "raw" or "ema".
+        clean_N: labelled correctly (bool).
+        robust_TN: still correct under every restart, for each threat (bool); False where clean is.
+        samples_N: position of each image in the split.
+        labels_N: true classes.
+    """
+
+    target: str
+    weights: str
+    clean_N: Tensor
+    robust_TN: Tensor
+    samples_N: Tensor
+    labels_N: Tensor
+
+    @property
+    def clean(self) -> float:
+        """Clean accuracy in [0, 1]."""
+        return self.clean_N.double().mean().item()
+
+    @property
+    def robust(self) -> float:
+        """Share of images that withstand all threats (per-sample AND), in [0, 1]."""
+        return self.robust_TN.all(0).double().mean().item()
+
+    def against(self, threat: int) -> float:
+        """Share of images that withstand one threat."""
+        return self.robust_TN[threat].double().mean().item()
+
+
+def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
+    """The distinct threats of a cohort, in peer order; every target is attacked with each."""
+    return list(dict.fromkeys(Threat(p.threat.norm, p.threat.eps) for p in peers))
+
+
+def load_models(config: Config, manifest: Manifest, images: Images, weights: str, device: torch.device) -> list[nn.Module]:
+    """All peers of a checkpoint, frozen for evaluation, with raw or averaged weights."""
+    models = []
+    for index, spec in enumerate(config.peers):
+        model = make_model(spec, images, seed=config.run.seed, step=config.step, device=device)
+        state = load_peer(manifest, index)
+        # A peer that keeps no averaged weights takes part in the averaged ensemble with its raw ones.
+        model.load_state_dict(state["model"] if weights == RAW or state["ema"] is None else state["ema"])
+        models.append(model.eval().requires_grad_(False))
+    return models
+
+
+def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, data: ImageSet, attack: AttackPlan, *,
+             size: int | None = None, purpose: str = "eval") -> list[Result]:
+    """Attack every peer and the ensemble of a checkpoint; the same list on every rank.
+
+    Args:
+        data: the split to evaluate on.
+        size: use the first so many images (the loaders' order is stratified and keyed); default all.
+        purpose: names the split in messages and keys nothing.
+
+    Raises the error of any rank, on all ranks.
+    """
+    agree = Agreement(mesh, f"evaluation of {manifest.directory.name} on {purpose}")
+    threats = threats_of(config.peers)
+    samples = chosen_images(len(data), size, config.run.seed)
+    count = len(samples)
+    results: list[Result] = []
+    for weights in [RAW, EMA] if any(p.optim.ema_decay is not None for p in config.peers) else [RAW]:
+        models = agree.run("loading", load_models, config, manifest, images, weights, mesh.device)
+        agree.settle(f"models {weights}")
+        names = [str(p.name) for p in config.peers] + [ENSEMBLE]
+        targets = [*models, Ensemble(models, config.eval.ensemble)]
+        # Columns: clean, then each threat; ranks fill their chunks, the rest stays 0 for the sum.
+        table_RCN = torch.zeros(len(targets), 1 + len(threats), count, dtype=torch.uint8)
+        for chunk in range(mesh.placement.rank, -(-count // config.eval.chunk), mesh.placement.world):
+            columns = slice(chunk * config.eval.chunk, min((chunk + 1) * config.eval.chunk, count))
+            images_of = (data, samples[columns], mesh.device, config)
+            agree.run(f"chunk {chunk}", lambda: table_RCN[:, :, columns].copy_(
+                _attack_chunk(config, targets, threats, *pixels(*images_of), attack, chunk)))
+        agree.settle(f"chunks {weights}")
+        table_RCN = mesh.sum_world(table_RCN)
+        labels_N = data.labels[samples.to(data.device)].cpu()
+        results += [Result(name, weights, row[0].bool(), row[1:].bool(), samples, labels_N) for name, row in zip(names, table_RCN, strict=True)]
+    return results
+
+
+def chosen_images(count: int, size: int | None, seed: int) -> Tensor:
+    """Positions of the images to evaluate on, ascending: all, or a keyed random subset of `size`."""
+    if size is None or size >= count:
+        return torch.arange(count)
+    return streams.permutation(streams.key(seed, "eval-subset"), count)[:size].sort().values
+
+
+def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] and labels on the device, in the evaluation's precision."""
+    images, y_B = data.batch(rows)
+    return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
+
+
+def _attack_chunk(config: Config, targets: Sequence[nn.Module], threats: Sequence[Threat], x_BCHW: Tensor, y_B: Tensor,
+                  attack: AttackPlan, chunk: int) -> Tensor:
+    """Clean and robust correctness of every target on one chunk -> uint8 (targets, 1 + threats, B)."""
+    rows = []
+    with strict_arithmetic():
+        for target in targets:
+            clean_B = correct(target, x_BCHW, y_B)
+            robust = [clean_B & withstands(target, x_BCHW, y_B, threat, attack, seed=config.run.seed, chunk=chunk)
+                      for threat in threats]
+            rows.append(torch.stack([clean_B, *robust]))
+    return torch.stack(rows).to(device="cpu", dtype=torch.uint8)
+
+
+def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """Whether the largest logit is the true class -> bool (B,)."""
+    with torch.no_grad():
+        return model(x_BCHW).argmax(-1) == y_B
+
+
+def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int, chunk: int) -> Tensor:
+    """Whether each image is still correct after every restart of PGD on cross-entropy -> bool (B,)."""
+    held_B = torch.ones_like(y_B, dtype=torch.bool)
+    region = threat.region(x_BCHW)
+    for restart in range(attack.restarts):
+        stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
+        start = threat.start("uniform", region, x_BCHW, stream=stream)
+        with frozen(model):
+            adv = pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss="ce", steps=attack.steps,
+                      step_size=attack.size(threat.eps))
+        held_B &= correct(model, adv, y_B)
+    return held_B
+
+
+@contextmanager
+def strict_arithmetic() -> Iterator[None]:
+    """Plain fp32 on GPUs: no TF32, deterministic convolutions; settings are restored."""
+    backend, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
+    try:
+        yield
+    finally:
+        backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def selection_score(results: Sequence[Result]) -> float:
+    """What `best` maximises on the validation split: mean robust accuracy of the peers, with averaged weights
+    where they are kept."""
+    peers = [r for r in results if r.target != ENSEMBLE]
+    chosen = [r for r in peers if r.weights == EMA] or peers
+    return sum(r.robust for r in chosen) / len(chosen)

@@ -1,0 +1,41 @@
+"""What the launcher said about this process. The only file that reads RANK and WORLD_SIZE; it does not import torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from mat_dist.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said: torchrun's and SLURM's environment, or one process."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    job_id: str | None = None
+    restart: int = 0
+    restarts_left: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_*, SLURM_JOB_ID."""
+        env = os.environ
+        try:
+            numbers = {key: int(env.get(key, default)) for key, default in (
+                ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
+                ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"))}
+        except ValueError as error:
+            raise EnvironmentFault(f"a launcher variable is not a number: {error}", "RANK, WORLD_SIZE, LOCAL_RANK",
+                                   "start with torchrun, or unset them for one process") from None
+        job = env.get("SLURM_JOB_ID")
+        if job and "SLURM_ARRAY_JOB_ID" in env:
+            job = f"{env['SLURM_ARRAY_JOB_ID']}-{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+        restart, most = numbers["TORCHELASTIC_RESTART_COUNT"], numbers["TORCHELASTIC_MAX_RESTARTS"]
+        if job is None and most > 0 and env.get("TORCHELASTIC_RUN_ID", "none") != "none":
+            job = env["TORCHELASTIC_RUN_ID"]
+        return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
+                   job, restart, restart < most)

@@ -1,0 +1,53 @@
+"""Train a cohort of peers that learn from each other's adversarial examples and predictions.
+
+torchrun --nproc_per_node=4 -m mat_dist.train [--config FILE] [key=value ...]   a rank per peer
+python -m mat_dist.train [--config FILE] [key=value ...]                        one process hosts all peers
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mat_dist.config import config_name, config_warnings, load_config, load_plugins, parse_command_line
+from mat_dist.entry import run_entry
+from mat_dist.mesh.launch import Launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command -> exit code of this rank."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_entry(lambda: train(words))
+
+
+def train(words: list[str]) -> None:
+    """Settings, ranks, run folder, data, training: in this order."""
+    arguments = parse_command_line(words, prog="python -m mat_dist.train", description=__doc__ or "")
+    config = load_config(arguments.config_path, arguments.overrides)
+    plugins = load_plugins(arguments.plugins)
+
+    # torch is imported from here on: --help and mistakes in the settings answer at once.
+    from mat_dist.data import load_data
+    from mat_dist.device import choose_device, prepare_torch
+    from mat_dist.dryrun import describe_run
+    from mat_dist.mesh.mesh import open_mesh
+    from mat_dist.run import open_run
+    from mat_dist.stopping import watching
+    from mat_dist.trainer import Trainer
+
+    launch = Launch.from_environment()
+    device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
+    prepare_torch(config)
+    if arguments.dry_run:
+        print(describe_run(config, launch, device))
+        return
+    with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch) as mesh,
+          open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words, plugins=plugins) as run):
+        run.notes += config_warnings(config)
+        data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
+                            build_cache=launch.local_rank == 0)
+        Trainer(config, mesh, run, data, stop).fit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Training from the first step, or the newest checkpoint, to the final table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from mat_dist import checkpoint
+from mat_dist.agreement import Agreement
+from mat_dist.cohort import DTYPES, Cohort, Images
+from mat_dist.config.schema import Config
+from mat_dist.data import Batches, DataSets, channel_stats
+from mat_dist.errors import CheckpointError, StopRequested
+from mat_dist.evaluator import EMA, ENSEMBLE, AttackPlan, Result, evaluate, selection_score
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.results import write_results
+from mat_dist.run import Run
+from mat_dist.step import Outcome, train_step
+from mat_dist.stopping import StopFlag
+from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory, images_per_second
+from mat_dist.telemetry import Result as TableRow
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        config: resolved settings.
+        mesh: the other ranks.
+        run: the open run folder.
+        data: the splits.
+        stop: set by a signal.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag) -> None:
+        self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
+        mean, std = channel_stats(data.train)
+        self.images = Images(data.train.shape, len(data.classes), mean, std)
+        steps = len(data.train) // config.train.batch_size
+        self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
+        self.batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, device=mesh.device,
+                               augment=config.data.augment, dtype=DTYPES[config.step.precision], rows=self.cohort.rows)
+        self.reporter: Reporter = NullReporter()
+        if mesh.placement.is_lead:
+            self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
+        self.newest: checkpoint.Manifest | None = None
+        self.best_score = -1.0
+
+    # ---------------------------------------------------------------- the run
+
+    def fit(self) -> None:
+        """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
+        names = [str(p.name) for p in self.config.peers]
+        first = self.resume()
+        self.reporter.start(self.cohort.total_steps, names, first_step=first)
+        try:
+            for note in [*self.run.notes, *self.data.notes]:
+                self.note(note)
+            self.train(first)
+            self.finish()
+        finally:
+            self.reporter.close()
+
+    def train(self, first: int) -> None:
+        """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
+        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
+        meter = _Meter()
+        for step in range(first, total):
+            x_BCHW, y_B = self.batches.at(step)
+            log = (step + 1) % self.config.log.every == 0 or step + 1 == total
+            outcome = train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested)
+            meter.add(outcome)
+            done = step + 1
+            if log:
+                self.log(done, outcome, meter)
+                meter = _Meter()
+            if self.saves_at(done, outcome.stop):
+                self.save(done)
+            if outcome.stop and done < total:
+                raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
+                                    "start the same command again to continue")
+            if self.evaluates_at(done, per_epoch, total):
+                self.validate(done)
+
+    def finish(self) -> None:
+        """Attack the newest and the best checkpoint on the test set."""
+        if not self.config.eval.test or self.newest is None:
+            return
+        plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
+        best = Agreement(self.mesh, "test").run("best checkpoint", checkpoint.load_manifest, self.run.folder, "best")
+        chosen = {"best": best or self.newest, "last": self.newest}
+        rows: list[TableRow] = []
+        done: dict[int, list[Result]] = {}
+        for label, manifest in chosen.items():
+            if manifest.step not in done:
+                self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
+                done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
+                                               size=self.config.eval.test_size, purpose="test")
+            results = done[manifest.step]
+            if self.mesh.placement.is_lead:
+                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results, config=self.config,
+                              attack=plan, step=manifest.step, split="test", attempt=self.run.attempt, per_sample=True)
+            rows += [TableRow(target=r.target, weights="EMA" if r.weights == EMA else "raw", checkpoint=label,
+                              clean_acc=r.clean, robust_acc=r.robust, pgd_steps=plan.steps, images=len(r.clean_N))
+                     for r in results]
+        self.reporter.table(rows)
+
+    # ---------------------------------------------------------------- records
+
+    def note(self, text: str) -> None:
+        """Tell the person at the console, and the log."""
+        self.run.log.info("%s", text)
+        self.reporter.note(text)
+
+    def log(self, done: int, outcome: Outcome, meter: _Meter) -> None:
+        """The record of a log step: the only place where metrics are read back from the device."""
+        assert outcome.loss_P is not None and outcome.transfer_PS is not None
+        transfer = outcome.transfer_PS.tolist()
+        waits = self.mesh.gather_json(meter.means())
+        self.reporter.log({
+            "step": done, "epoch": done / self.cohort.steps_per_epoch, "loss": outcome.loss_P.tolist(),
+            "clean_acc": [row[-1] for row in transfer],
+            "robust_acc": [row[i] for i, row in enumerate(transfer)],
+            "transfer": transfer, "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers],
+            "images_per_s": images_per_second(meter.steps * self.config.train.batch_size, meter.elapsed()),
+            "step_s": meter.elapsed() / meter.steps, "phases_s": waits, **device_memory(self.mesh.device)})
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def saves_at(self, done: int, stopping: bool) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        per_epoch, total, when = self.cohort.steps_per_epoch, self.cohort.total_steps, self.config.checkpoint
+        by_epoch = done % (per_epoch * when.every) == 0
+        by_step = when.every_steps is not None and done % when.every_steps == 0
+        return by_epoch or by_step or stopping or done == total or self.evaluates_at(done, per_epoch, total)
+
+    def evaluates_at(self, done: int, per_epoch: int, total: int) -> bool:
+        """Whether an evaluation is due after `done` steps; it reads the checkpoint of that step."""
+        every = self.config.eval.every
+        return every > 0 and (done % (per_epoch * every) == 0 or done == total)
+
+    def save(self, done: int) -> None:
+        """All peers into `checkpoints/step_<done>`: owners write, rank 0 adds the manifest last."""
+        agree, place = Agreement(self.mesh, f"checkpoint after step {done}", done), self.mesh.placement
+        folder, attempt = self.run.folder, self.run.attempt
+        if place.is_lead:
+            agree.run("begin", checkpoint.begin, folder, done, attempt)
+        agree.settle("begin")
+        directory = checkpoint.partial_directory(folder, done, attempt)
+        entries = [agree.run(f"saving {p.name}", checkpoint.save_peer, directory, p.index, p.state())
+                   for p in (self.cohort.peers if place.owns_files else [])]
+        agree.settle("peers")
+        told = self.mesh.gather_json([asdict(e) for e in entries])
+        if place.is_lead:
+            listed = [checkpoint.FileEntry(**e) for rank in told for e in rank]
+            agree.run("manifest", self._commit, done, listed)
+        agree.settle("manifest")
+        self.newest = checkpoint.load_manifest(folder, done)
+
+    def _commit(self, done: int, entries: list[checkpoint.FileEntry]) -> None:
+        meta = checkpoint.Meta(
+            epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
+            config_digest=checkpoint.json_digest(self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})),
+            data_digest=self.data.digest, extra={"classes": list(self.data.classes), "images": asdict(self.images)})
+        checkpoint.commit(self.run.folder, done, self.run.attempt, entries, meta)
+        for problem in checkpoint.prune(self.run.folder, self.config.checkpoint.keep)[1]:
+            self.note(problem)
+
+    def resume(self) -> int:
+        """Load the newest complete checkpoint if there is one -> the number of steps already done."""
+        agree = Agreement(self.mesh, "resume")
+        found = None
+        if self.mesh.placement.is_lead:
+            newest = agree.run("search", checkpoint.find_newest, self.run.folder)
+            agree.run("settings", self._check_resume, newest[0] if newest else None)
+            if newest is not None:
+                adopted = agree.run("search", checkpoint.adopt, self.run.folder, newest[0])
+                best = agree.run("search", checkpoint.read_best, self.run.folder)
+                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])], "best": best.score if best else -1.0}
+        agree.settle("search")
+        found = self.mesh.from_lead(found)
+        if found is None:
+            return 0
+        self.newest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
+        for peer in self.cohort.peers:
+            agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(self.newest, p.index)))
+        agree.settle("loading")
+        self.best_score = float(found["best"])
+        self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
+        return int(found["step"])
+
+    def _check_resume(self, manifest: checkpoint.Manifest | None) -> None:
+        if manifest is None:
+            if self.config.run.resume == "must":
+                raise CheckpointError("there is no checkpoint to continue", str(self.run.folder.path),
+                                      "check run.name, or set run.resume=auto")
+            return
+        if manifest.meta.data_digest != self.data.digest:
+            raise CheckpointError("the images are not those that the run was trained on", str(manifest.directory),
+                                  "use the same data.root and data settings, or choose another run.name")
+
+    # ---------------------------------------------------------------- validation
+
+    def validate(self, done: int) -> None:
+        """Evaluate the newest checkpoint on the validation split, keep the best."""
+        assert self.newest is not None
+        began = perf_counter()
+        plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
+        results = evaluate(self.config, self.mesh, self.newest, self.images, self.data.val, plan,
+                           size=self.config.eval.size, purpose="validation")
+        score = selection_score(results)
+        agree = Agreement(self.mesh, f"validation after step {done}", done)
+        if self.mesh.placement.is_lead:
+            agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)
+        agree.settle("records")
+        self.best_score = max(self.best_score, score)
+
+    def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan, seconds: float) -> None:
+        write_results(self.run.folder.eval, f"validation_{self.newest.directory.name}", results, config=self.config,
+                      attack=plan, step=done, split="validation", attempt=self.run.attempt)
+        if score > self.best_score:
+            checkpoint.mark_best(self.run.folder, done, score, {"split": "validation"})
+        record: dict[str, Any] = {"step": done, "epoch": done / self.cohort.steps_per_epoch, "eval_s": seconds,
+                                  "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers]}
+        for prefix, weights in (("", "raw"), ("ema_", EMA)):
+            chosen = [r for r in results if r.weights == weights]
+            record[f"{prefix}clean_acc"] = [r.clean for r in chosen if r.target != ENSEMBLE] or None
+            record[f"{prefix}robust_acc"] = [r.robust for r in chosen if r.target != ENSEMBLE] or None
+            for r in chosen:
+                if r.target == ENSEMBLE:
+                    record[f"{prefix}ensemble"] = {"clean_acc": r.clean, "robust_acc": r.robust}
+        self.reporter.epoch(record)
+
+
+class _Meter:
+    """Seconds since the last log record, by phase."""
+
+    def __init__(self) -> None:
+        self.began, self.steps = perf_counter(), 0
+        self.seconds: dict[str, float] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        self.steps += 1
+        for phase, seconds in outcome.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def elapsed(self) -> float:
+        return perf_counter() - self.began
+
+    def means(self) -> dict[str, float]:
+        """Mean seconds per step of each phase."""
+        return {phase: round(seconds / self.steps, 6) for phase, seconds in self.seconds.items()}

@@ -91,7 +91,8 @@ class DataConfig(Section):
     download: bool = Field(False, description="fetch the data set into data.root if it is not there")
     image_size: Integer | None = Field(None, ge=4, le=1024, description="folder: resize to this many pixels a side")
     train_size: Integer | None = Field(None, ge=1, description="use a stratified subset of this many training images")
-    val_size: Integer | None = Field(None, ge=1, description="images held out of train; default max(2 %, 500), at most 20 %")
+    val_size: Integer | None = Field(None, ge=1, description="images held out of train; default max(2 %, 500), at "
+                                                             "most 20 %")
     test_size: Integer | None = Field(None, ge=1, description="use a stratified subset of this many test images")
     residency: Literal["auto", "device", "host", "mmap"] = Field(
         "auto", description="where the uint8 images lie: in device memory, in host memory, or in one file per node "
@@ -105,13 +106,14 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """A classifier over [0, 1] images; normalisation is its first layer."""
 
-    name: str = Field("tiny_cnn", min_length=1, description="tiny_cnn, resnet18, preact_resnet18, wrn_28_10, wrn_34_10, "
-                                                            "mobilenet_v2, torchvision/<name>, timm/<name>, or a "
-                                                            "plug-in's name")
+    name: str = Field("tiny_cnn", min_length=1, description="tiny_cnn, resnet18, preact_resnet18, wrn_28_10, "
+                                                            "wrn_34_10, mobilenet_v2, torchvision/<name>, "
+                                                            "timm/<name>, or a plug-in's name")
     width: Number = Field(1.0, gt=0, le=16, description="factor on the number of channels")
     activation: Literal["relu", "silu", "softplus"] | None = Field(
         None, description="default: the architecture's own (relu)")
-    norm: Literal["batch", "group"] | None = Field(None, description="norm layer; default: the architecture's own (batch)")
+    norm: Literal["batch", "group"] | None = Field(
+        None, description="norm layer; default: the architecture's own (batch)")
 
 
 class ThreatConfig(Section):
@@ -144,12 +146,13 @@ class LossConfig(Section):
                                                                   "is spread over peers' AEs")
     clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
     kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers (alpha)")
-    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread over "
-                                                                "peers' AEs; default 1 / peers")
+    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
+                                                                "over peers' AEs; default 1 / peers (teacher_set owner: 0)")
     temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
     t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
     teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(
-        None, description="what a teacher looks at: the AE that the student sees, the teacher's own AE, or the clean image")
+        None, description="what a teacher looks at: the AE that the student sees, the teacher's own AE, or the clean "
+                          "image")
     teacher_agg: Literal["mean_kl", "mean_prob", "mean_logit"] | None = Field(
         None, description="mean of the divergences, divergence to the mean probability, or to the mean logits")
     teacher_set: Literal["all", "owner"] | None = Field(
@@ -158,8 +161,8 @@ class LossConfig(Section):
     pair_weight: Number | None = Field(None, ge=0, description="weight of the mean squared difference between clean "
                                                                "and own-AE logits (ALP)")
     base_scale: Number | None = Field(None, gt=0, description="factor on all terms but distillation")
-    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on AEs "
-                                                                         "and clean images")
+    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on "
+                                                                         "AEs and clean images")
 
 
 class OptimConfig(Section):
@@ -170,21 +173,24 @@ class OptimConfig(Section):
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: Number = Field(5e-4, ge=0, le=1, description="L2 penalty in the gradient")
     decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
-    schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field("piecewise", description="learning-rate schedule")
+    schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field(
+        "piecewise", description="learning-rate schedule")
     milestones: tuple[Number, ...] = Field((0.5, 0.75), description="piecewise: shares of the training after which the "
                                                                     "rate is multiplied by gamma")
     gamma: Number = Field(0.1, gt=0, le=1, description="piecewise: factor at a milestone")
     warmup_epochs: Number = Field(0.0, ge=0, description="linear warm-up from 0; onecycle: length of the rise "
                                                          "(0: 30 % of the training)")
     clip_norm: Number | None = Field(None, gt=0, description="clip each peer's gradient to this L2 norm")
-    ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are kept")
+    ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
+                                                                   "kept")
 
 
 class PeerConfig(Section):
     """One peer; what it does not set comes from the sections of the same name at the top level."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
-    stream: Integer | None = Field(None, ge=0, description="number that keys this peer's random streams; default: its index")
+    stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys this peer's random streams; "
+                                                                     "default: its index")
     model: ModelConfig = Field(default_factory=ModelConfig, description="architecture (a name alone is enough)")
     threat: ThreatConfig = Field(default_factory=ThreatConfig, description="norm ball (a norm alone is enough)")
     attack: AttackConfig = Field(default_factory=AttackConfig, description="training attack")
@@ -200,7 +206,8 @@ class StepConfig(Section):
     memory: Literal["keep", "recompute"] = Field(
         "keep", description="keep the graphs of all sources (fast), or gather logits without graph and recompute one "
                             "source at a time (ImageNet size, many peers)")
-    microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after another")
+    microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after "
+                                                                "another")
     bn: Literal["separate", "joint"] = Field("separate", description="batch statistics per source, or of one "
                                                                      "concatenated forward")
     channels_last: bool = Field(True, description="memory layout of images and convolutions")

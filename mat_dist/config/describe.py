@@ -1,0 +1,203 @@
+"""Every setting in words: for `--help`, and for the message when a value or a key is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
+from mat_dist.config.schema import Config, PeerConfig, Section
+from mat_dist.errors import ConfigError
+
+PEER = "N"  # stands for a peer's index in the keys below
+_ENTRY = f"peers.{PEER}"
+_SUGGEST = 30  # after so many unknown keys no nearest one is searched: difflib takes a millisecond each
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: `kind` is number, integer, switch, text, choice or numbers (a list)."""
+
+    key: str
+    kind: Literal["number", "integer", "switch", "text", "choice", "numbers"]
+    choices: tuple[str, ...]
+    bounds: str
+    optional: bool
+    default: Any
+    description: str
+
+    @property
+    def type_text(self) -> str:
+        """The type and range, for the help."""
+        names = {"integer": "whole number", "numbers": "list of numbers", "switch": "true | false"}
+        text = " | ".join(self.choices) or f"{names.get(self.kind, self.kind)} {self.bounds}".rstrip()
+        return f"{text} | null" if self.optional else text
+
+    @property
+    def default_text(self) -> str:
+        """The default as it would be written in YAML."""
+        if isinstance(self.default, bool) or self.default is None:
+            return {True: "true", False: "false", None: "null"}[self.default]
+        return f"[{', '.join(map(str, self.default))}]" if isinstance(self.default, tuple) else str(self.default)
+
+    def allowed(self, found: Any) -> str:
+        """What to write instead of `found`."""
+        if self.kind == "choice":
+            near = nearest(str(found), self.choices)
+            hint = f" (did you mean {near}?)" if near else ""
+            return f"choose one of {', '.join(self.choices)}{', null' if self.optional else ''}{hint}"
+        if self.kind == "text":
+            if "letter" in self.bounds:
+                return "write letters, digits, dots, hyphens or underscores, " + self.bounds
+            return "write text, in quotes where it looks like a number" + (f", {self.bounds}" if self.bounds else "")
+        article = {"number": 'a number such as 0.1, 1e-3 or "8/255"', "integer": "a whole number",
+                   "switch": "true or false", "numbers": "a list of numbers such as [0.5, 0.75]"}[self.kind]
+        text = f"write {article}" + (f", {self.bounds}" if self.bounds else "")
+        return f"{text}, or null" if self.optional else text
+
+
+def _inner(annotation: Any) -> tuple[Any, bool]:
+    """The type without `| None`, and whether None is allowed."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return parts[0], len(parts) < len(get_args(annotation))
+    return annotation, False
+
+
+def _plain_number(value: float) -> str:
+    """A bound without rounding: 2**63 rather than 9.22337e+18."""
+    return f"2**{value.bit_length() - 1}" if isinstance(value, int) and value >= 1 << 20 else f"{value:g}"
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    parts = [f"{sign} {_plain_number(getattr(m, name))}" for m in field.metadata for name, sign in signs.items()
+             if hasattr(m, name)]
+    for m in field.metadata:
+        if pattern := getattr(m, "pattern", None):
+            rest = re.search(r"\{0,(\d+)\}", pattern)
+            assert rest is not None
+            parts.append(f"at most {int(rest[1]) + 1}, the first a letter or digit")
+        elif getattr(m, "min_length", None):
+            parts.append("not empty")
+    return ", ".join(parts)
+
+
+def _setting(key: str, field: FieldInfo) -> Setting:
+    base, optional = _inner(field.annotation)
+    base = getattr(base, "__origin__", base) if get_origin(base) not in (Literal, tuple) else base
+    kind: Any = {float: "number", int: "integer", bool: "switch", str: "text"}.get(base)
+    choices: tuple[str, ...] = ()
+    if get_origin(base) is Literal:
+        kind, choices = "choice", get_args(base)
+    elif get_origin(base) is tuple:
+        kind = "numbers"
+    return Setting(key, kind, choices, _bounds(field), optional, field.default, field.description or "")
+
+
+def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> None:
+    for name, field in model.model_fields.items():
+        inner = section_class(model, name)
+        if inner is not None:
+            _collect(inner, f"{prefix}{name}.", found)
+        elif f"{prefix}{name}" != "peers":
+            found[f"{prefix}{name}"] = _setting(f"{prefix}{name}", field)
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting by its dotted key, in the order of the schema; a peer's own ones as `peers.N.name`."""
+    found: dict[str, Setting] = {}
+    _collect(Config, "", found)
+    for name in ("name", "stream"):
+        found[f"{_ENTRY}.{name}"] = _setting(f"{_ENTRY}.{name}", PeerConfig.model_fields[name])
+    return found
+
+
+def canonical(path: tuple[str | int, ...]) -> str:
+    """The key under which `settings` knows a path: `peers.2.threat.eps` and `attack.eps` are both `threat.eps`."""
+    parts = [str(part) for part in path]
+    if len(parts) > 2 and parts[0] == "peers":
+        parts = parts[2:] if parts[2] in SHARED else ["peers", PEER, *parts[2:]]
+    if len(parts) == 2 and parts[0] == "attack" and parts[1] in ALIASES:
+        parts[0] = "threat"
+    return ".".join(parts)
+
+
+def nearest(word: str, known: Any) -> str | None:
+    """The known word that `word` may be a misspelling of."""
+    found = difflib.get_close_matches(word[:80], list(known), 1, 0.6)
+    return found[0] if found else None
+
+
+def _section_names(path: tuple[str | int, ...]) -> list[str]:
+    """Names that are known in the section at `path`."""
+    model: type[Section] = Config
+    parts = [str(part) for part in path]
+    if parts[:1] == ["peers"]:
+        model, parts = PeerConfig, parts[2:]
+    for part in parts:
+        inner = section_class(model, part)
+        if inner is None:
+            return []
+        model = inner
+    top = ["defaults"] if model is Config else []
+    return [*model.model_fields, *top, *(ALIASES if parts == ["attack"] else ())]
+
+
+def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) -> ConfigError:
+    """The problem of a key that does not exist, with the nearest one that does."""
+    *section, name = path
+    names = _section_names(tuple(section))
+    prefix = "".join(f"{part}." for part in section)
+    how = f"known here: {', '.join(names)}"
+    if search:
+        word = str(name)
+        near = nearest(word, names)
+        elsewhere = [key for key in settings() if key.endswith(f".{word}") and key.split(".")[0] not in path[:1]]
+        if near is None and not elsewhere:
+            leaves = {key.rpartition(".")[2]: key for key in reversed(settings())}
+            close = nearest(word, [*leaves, *settings()])
+            elsewhere = [leaves.get(close, close)] if close else []
+        if near is not None:
+            how = f"did you mean {prefix}{near}?"
+        elif elsewhere:
+            how = f"did you mean {' or '.join(elsewhere[:3])}?"
+    return ConfigError(f"there is no setting {node.key}", node.where, how)
+
+
+def shown(value: Any) -> str:
+    """A value as it was written, shortened, on one line, in ASCII."""
+    if isinstance(value, (dict, list, tuple)):
+        return "a section" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def problem(error: ErrorDetails, tree: Node, count: int) -> ConfigError:
+    """One of pydantic's errors as ours. `count` errors came before it."""
+    path = error["loc"]
+    node, depth = locate(tree, path)
+    if error["type"] == "extra_forbidden":
+        return unknown_key(path, node, search=count < _SUGGEST)
+    key = canonical(path)
+    setting = settings().get(key) or settings().get(key.rpartition(".")[0])
+    found = shown(error["input"])
+    if setting is not None and depth == len(path):
+        return ConfigError(f"{found} cannot be used for {node.key}", node.where, setting.allowed(error["input"]))
+    if key == "peers":
+        return ConfigError(f"{found} cannot be used for peers", node.where, "write a number of peers or a list with an "
+                                                                            "entry per peer, 1 to 256")
+    name = ".".join(map(str, path))
+    short = f" (or {SHORTHANDS[key]} alone)" if key in SHORTHANDS else ""
+    return ConfigError(f"{found} cannot be used for the section {name}", node.where,
+                       f"write its settings below it: {', '.join(_section_names(path))}{short}")

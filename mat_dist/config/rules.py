@@ -1,0 +1,237 @@
+"""Rules between settings. Each takes a complete configuration and returns what is wrong; `where` is a key.
+
+Data and model names are not checked here: a plug-in may register more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.errors import ConfigError
+
+Rule = Callable[[Config], list[ConfigError]]
+# Words with a meaning where a peer is asked for: `mat_dist.load(run, peer="best")`, `peers.all.model=...`.
+RESERVED_NAMES = ("all", "best", "ensemble", "last", "latest")
+_RULES: list[tuple[Rule, frozenset[str]]] = []
+
+
+def rule(*sections: str) -> Callable[[Rule], Rule]:
+    """Register a rule that reads `sections` ("peers" are names, streams and number)."""
+    def register(function: Rule) -> Rule:
+        _RULES.append((function, frozenset(sections)))
+        return function
+    return register
+
+
+def check(config: Config, broken: frozenset[str] = frozenset()) -> list[ConfigError]:
+    """All problems of all rules but those that read a section of which some values are unknown (`broken`)."""
+    return [found for function, sections in _RULES if not sections & broken for found in function(config)]
+
+
+def as_fraction(value: float) -> str | None:
+    """"8/255" for 8.0: what was meant by a radius in units of grey levels."""
+    return f"{value:g}/255" if 1 < value <= 255 and float(value).is_integer() else None
+
+
+def _peers(config: Config) -> Iterator[tuple[str, PeerConfig]]:
+    for index, peer in enumerate(config.peers):
+        yield f"peers.{index}", peer
+
+
+@rule("threat")
+def radius_fits_pixels(config: Config) -> list[ConfigError]:
+    """A linf radius above 1 covers every image."""
+    found = []
+    for key, peer in _peers(config):
+        if peer.threat.norm == "linf" and peer.threat.eps > 1:
+            fraction = as_fraction(peer.threat.eps)
+            how = f"write eps: {fraction}" if fraction else "write a radius for pixels in [0, 1], such as 8/255"
+            found.append(ConfigError(f"a linf radius of {peer.threat.eps:g} is more than the whole range of a pixel",
+                                     f"{key}.threat.eps", how))
+    return found
+
+
+@rule("attack", "loss")
+def attack_can_start(config: Config) -> list[ConfigError]:
+    """KL to the clean prediction has gradient 0 at the clean image."""
+    return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
+                        "write start: gaussian (TRADES) or uniform")
+            for key, peer in _peers(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
+
+
+def _twice(config: Config, field: str, how: str) -> list[ConfigError]:
+    first: dict[object, str] = {}
+    found = []
+    for key, peer in _peers(config):
+        value = getattr(peer, field)
+        if value in first:
+            found.append(ConfigError(f"{first[value]} and {key} have the same {field} {value}", f"{key}.{field}", how))
+        first.setdefault(value, key)
+    return found
+
+
+@rule("peers")
+def names_are_unique(config: Config) -> list[ConfigError]:
+    """A name means one peer."""
+    reserved = [ConfigError(f"the name {peer.name} has another meaning", f"{key}.name",
+                            f"choose a name other than {', '.join(RESERVED_NAMES)}")
+                for key, peer in _peers(config) if peer.name in RESERVED_NAMES]
+    return reserved + _twice(config, "name", "give each peer its own name")
+
+
+@rule("peers")
+def streams_are_unique(config: Config) -> list[ConfigError]:
+    """Two peers with one stream would draw the same weights and noise."""
+    return _twice(config, "stream", "give each peer its own stream, or leave it out")
+
+
+@rule("peers", "loss")
+def single_peer_learns_alone(config: Config) -> list[ConfigError]:
+    """One peer has nobody to learn from."""
+    loss = config.peers[0].loss
+    how = "write loss.preset: at (or trades), or more peers"
+    found = []
+    if len(config.peers) == 1:
+        if loss.kd_weight:
+            found.append(ConfigError(f"preset {loss.preset} distils from other peers, and there is one peer",
+                                     "peers.0.loss.preset", how))
+        if loss.hard_weight and loss.hard_own != 1:
+            found.append(ConfigError(f"preset {loss.preset} trains on other peers' examples, and there is one peer",
+                                     "peers.0.loss.preset", how))
+    return found
+
+
+@rule("loss")
+def some_term_counts(config: Config) -> list[ConfigError]:
+    """A loss without terms, and a cohort without labels, learn nothing."""
+    found = []
+    for key, peer in _peers(config):
+        c = peer.loss
+        if not (c.hard_weight or c.clean_weight or c.kd_weight or c.trades_beta or c.pair_weight):
+            found.append(ConfigError("all terms of the loss have weight 0", f"{key}.loss",
+                                     "give hard_weight, clean_weight or kd_weight a weight"))
+    if not found and not any(peer.loss.hard_weight or peer.loss.clean_weight for peer in config.peers):
+        found.append(ConfigError("no peer learns from labels", "peers.0.loss.hard_weight",
+                                 "give hard_weight or clean_weight a weight in at least one peer"))
+    return found
+
+
+@rule("loss", "peers")
+def owner_is_a_peer(config: Config) -> list[ConfigError]:
+    """With `teacher_set: owner` nobody teaches on a peer's own examples: their owner is the student."""
+    return [ConfigError("teacher_set owner leaves no teacher on own examples, which have the share "
+                        f"{peer.loss.kd_own:g} of kd_weight", f"{key}.loss.teacher_set",
+                        "write kd_own: 0, or teacher_set: all")
+            for key, peer in _peers(config)
+            if peer.loss.teacher_set == "owner" and peer.loss.kd_weight and peer.loss.kd_own and len(config.peers) > 1]
+
+
+@rule("optim", "train")
+def schedule_fits_training(config: Config) -> list[ConfigError]:
+    """Warm-up ends within the training; milestones are increasing shares of it."""
+    found = []
+    for key, peer in _peers(config):
+        o = peer.optim
+        if o.warmup_epochs >= config.train.epochs:
+            rise = "rise of onecycle" if o.schedule == "onecycle" else "warm-up"
+            found.append(ConfigError(f"the {rise} lasts {o.warmup_epochs:g} of {config.train.epochs} epochs",
+                                     f"{key}.optim.warmup_epochs", "make it shorter than train.epochs"))
+        inside = all(0 < m < 1 for m in o.milestones)
+        if not inside or any(a >= b for a, b in zip(o.milestones, o.milestones[1:], strict=False)):
+            shown = ", ".join(f"{m:g}" for m in o.milestones)
+            found.append(ConfigError(f"milestones [{shown}] are not increasing shares between 0 and 1",
+                                     f"{key}.optim.milestones", "write shares of the training: [100/110, 105/110]"))
+        if o.nesterov and o.momentum == 0:
+            found.append(ConfigError("nesterov without momentum", f"{key}.optim.nesterov",
+                                     "give optim.momentum a value such as 0.9, or nesterov: false"))
+    return found
+
+
+@rule("train", "step")
+def batch_can_be_split(config: Config) -> list[ConfigError]:
+    """Batch norm needs two images; microbatches are equal."""
+    batch, parts = config.train.batch_size, config.step.microbatches
+    if batch < 2:
+        return [ConfigError("a batch of one image has no batch statistics", "train.batch_size", "write 2 or more")]
+    if batch % parts:
+        return [ConfigError(f"a batch of {batch} images cannot be cut into {parts} equal parts", "step.microbatches",
+                            f"write a divisor of {batch}")]
+    if batch // parts < 2:
+        return [ConfigError("microbatches of one image have no batch statistics", "step.microbatches",
+                            f"write at most {batch // 2}")]
+    return []
+
+
+@rule("data", "train")
+def data_fill_a_batch(config: Config) -> list[ConfigError]:
+    """An epoch has at least one step."""
+    size, batch = config.data.train_size, config.train.batch_size
+    if size is None or size >= batch:
+        return []
+    return [ConfigError(f"{size} training images do not fill a batch of {batch}", "data.train_size",
+                        f"write {batch} or more, or a smaller train.batch_size")]
+
+
+@rule("data")
+def data_can_be_found(config: Config) -> list[ConfigError]:
+    """Data that are not embedded need a folder, a file or a download."""
+    data = config.data
+    if data.name in ("folder", "npz") and data.root is None:
+        what = "a folder with train/<class>/ and test/<class>/" if data.name == "folder" else "an .npz file"
+        return [ConfigError(f"{data.name} data without data.root", "data.root", f"write the path of {what}")]
+    if data.name in ("folder", "npz", "digits") and data.download:
+        return [ConfigError(f"{data.name} data cannot be downloaded", "data.download", "write download: false")]
+    if data.root is None and (data.name in ("cifar10", "cifar100", "svhn") or data.download):
+        return [ConfigError(f"{data.name} data without data.root", "data.root",
+                            "write the folder that holds the data, or where download: true may put them")]
+    return []
+
+
+@rule("run", "data")
+def paths_are_plain(config: Config) -> list[ConfigError]:
+    """No control characters in paths: they break files, scripts and terminals."""
+    paths = {"run.root": config.run.root, "data.root": config.data.root, "data.cache": config.data.cache}
+    return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
+            for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f]", path)]
+
+
+@rule("run", "comm")
+def backend_fits_device(config: Config) -> list[ConfigError]:
+    """NCCL moves GPU memory only."""
+    if config.run.device == "cpu" and config.comm.backend == "nccl":
+        return [ConfigError("nccl needs GPUs, and run.device is cpu", "comm.backend", "write backend: auto or gloo")]
+    return []
+
+
+def _grouped(config: Config, texts: dict[str, list[str]]) -> list[str]:
+    return [text if len(names) == len(config.peers) else f"{text} ({', '.join(names)})"
+            for text, names in texts.items()]
+
+
+def config_warnings(config: Config) -> list[str]:
+    """What is allowed but unusual, one line each; with the names of the peers where it is not all of them."""
+    texts: dict[str, list[str]] = {}
+
+    def note(text: str, peer: PeerConfig) -> None:
+        texts.setdefault(text, []).append(peer.name or "")
+
+    for peer in config.peers:
+        eps, size = peer.threat.eps, peer.attack.step_size
+        meant = as_fraction(size) if size is not None else None
+        if size is not None and size > 2 * eps:
+            note(f"attack.step_size {size:g} is more than 2 eps = {2 * eps:g}" + (f"; {meant}?" if meant else ""), peer)
+        if config.eval.step_size is not None and config.eval.step_size > 2 * eps:
+            note(f"eval.step_size {config.eval.step_size:g} is more than 2 eps = {2 * eps:g}", peer)
+    found = _grouped(config, texts)
+    cat = [peer for peer in config.peers if peer.loss.preset == "cat"]
+    if cat and len(cat) != len(config.peers):
+        found.append("loss.preset cat is meant for all peers: they alternate between TRADES and ALP type by index")
+    elif cat and len(cat) != 2:
+        found.append("loss.preset cat was published for 2 peers; here types alternate and distillation is the mean")
+    if config.data.name == "folder" and config.data.image_size is None:
+        found.append("data.image_size is not set: all images of the folder must have one size")
+    if config.data.name in ("digits", "svhn") and config.data.augment.flip:
+        found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
+    return found

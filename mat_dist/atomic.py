@@ -1,0 +1,144 @@
+"""Files that are either whole or absent: write beside, fsync, rename. Disk errors become `OutputError`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mat_dist.errors import OutputError
+
+_HOW = {
+    errno.ENOSPC: "free some space, or choose another run.root; the previous files are untouched",
+    errno.EDQUOT: "the quota is used up: free some space, or choose another run.root",
+    errno.EFBIG: "the file size limit is too low (ulimit -f, or the file system's own): raise it",
+    errno.EROFS: "the file system is read-only: choose another run.root",
+    errno.EACCES: "no permission to write there: choose another run.root, or ask its owner",
+    errno.EPERM: "no permission to write there: choose another run.root, or ask its owner",
+    errno.ENOENT: "the folder is gone: do not move or delete the folder of a live run",
+    errno.ENOTDIR: "a file stands where a folder is needed: choose another run.root or run.name",
+    errno.EEXIST: "a file stands where a folder is needed: choose another run.root or run.name",
+}
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this user can still write on the file system of `path`; None if it cannot be told."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            stat = os.statvfs(folder)
+            return stat.f_bavail * stat.f_frsize
+    return None
+
+
+def output_error(error: OSError, path: Path, needed: int = 0) -> OutputError:
+    """The `OutputError` for a failed write of `needed` bytes to `path`."""
+    what = f"cannot write: {error.strerror or error}"
+    free = free_bytes(path.absolute())
+    if free is not None:
+        what += f"; {needed} bytes needed, {free} bytes free" if needed else f"; {free} bytes free"
+    how = _HOW.get(error.errno or 0, "check the disk and the permissions of the folder")
+    return OutputError(what, str(path), how)
+
+
+@contextmanager
+def reported(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError inside into the `OutputError` for `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, path, needed) from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside `path` survive a power cut, where the file system offers that."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB and some FUSE file systems cannot fsync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_all(path: Path, data: bytes | memoryview) -> None:
+    """Create `path` (it must not exist) with `data` and fsync it. Raises OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[os.write(handle, rest):]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Replace `path` by `data`; a reader sees the old or the new content, never a part.
+
+    Raises:
+        OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_all(temporary, data)
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise output_error(error, path, len(data)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8; as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace `path` by `document` as indented JSON; NaN and infinities raise ValueError; as `write_bytes`."""
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands twice")
+    return document
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # 1e400
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+def parse_json(text: bytes) -> Any:
+    """Strict JSON: no NaN or infinity, no key twice. Raises ValueError."""
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant,
+                          parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename the damaged `path` to `<name>.damaged`, `.damaged-2`, ... and return the new path. Raises OSError."""
+    number = 1
+    while True:
+        aside = path.with_name(path.name + (".damaged" if number == 1 else f".damaged-{number}"))
+        if not os.path.lexists(aside):
+            os.rename(path, aside)
+            return aside
+        number += 1

@@ -1,0 +1,268 @@
+"""Run folder: names, confinement, exit record, environment, JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mat_dist import runfolder
+from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
+from mat_dist.runfolder import RunFolder, append_jsonl, create_or_open, read_jsonl
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def make(root, name=None, config_name="digits", resume="auto", job_id=None):
+    return create_or_open(root, name, config_name=config_name, resume=resume, job_id=job_id, now=NOW)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return make(tmp_path, "a")
+
+
+def test_import_does_not_load_torch():
+    code = "import sys, mat_dist.runfolder; sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_default_name_is_config_and_utc_time(tmp_path):
+    assert [make(tmp_path).name for _ in range(3)] == [
+        "digits-20260102T030405Z", "digits-20260102T030405Z-2", "digits-20260102T030405Z-3"]
+
+
+def test_twenty_launches_in_one_second_get_twenty_folders(tmp_path):
+    with ThreadPoolExecutor(20) as pool:
+        names = list(pool.map(lambda _: make(tmp_path).name, range(20)))
+    assert len(set(names)) == 20
+
+
+def test_a_job_finds_its_folder_again(tmp_path):
+    first = make(tmp_path, job_id="4711")
+    assert first.name == "digits-job4711"
+    runfolder.write_exit(first, 1, None, "stopped")
+    assert make(tmp_path, job_id="4711") == first
+
+
+def test_odd_job_and_config_names_stay_distinct_legal_and_short(tmp_path):
+    odd = ["a/b", "a-b", "../x", "a b", "x" * 200, "$(id)", "\n", "", "-rf"]
+    names = [make(tmp_path, job_id=one).name for one in odd]
+    names += [make(tmp_path, config_name=one, job_id="1").name for one in odd if one != "-rf"]
+    assert len(set(names)) == len(names)
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert all(len(name) <= 64 and make(tmp_path, name).name == name for name in names)
+
+
+def hostile_names() -> list[str]:
+    fixed = ["", ".", "..", "../x", "a/b", "/etc", "a\\b", "-rf", "--help", ".hidden", "_x", "a\0b", "a\nb", "a\n",
+             "a\r", "$(id)", "`id`", "a;b", "a b", "a|b", "a&b", "a>b", "*", "a?", "~", "~root", "a'b", 'a"b', "x" * 65,
+             "x" * 300, "ä", "日本", "a\u202eb", "a\u200bb", "%2e%2e", "a:b", "\ud800", "a\tb", "a=b", "{a}", "[a]",
+             "a,b", "#", "@"]
+    random.seed(0)
+    bad = "/\\\0\n\r\t $`;|&<>*?~'\"(){}[]!#%^=+,:@é\x7f\x1b"
+    while len(fixed) < 200:
+        text = "".join(random.choice("ab1.-_" + bad) for _ in range(random.randint(1, 20)))
+        fixed += [text] if set(text) & set(bad) else []
+    return fixed
+
+
+def test_200_hostile_names_are_refused_and_nothing_is_created(tmp_path):
+    root = tmp_path / "root"
+    names = hostile_names()
+    assert len(names) == 200
+    for name in names:
+        with pytest.raises(ConfigError):
+            make(root, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("root", ["", "a\0b", "~nobody-has-this-name/x"])
+def test_a_root_that_is_no_path_is_refused(root):
+    with pytest.raises(ConfigError, match=r"run\.root"):
+        make(root, "a")
+
+
+def test_symlinked_run_folder_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "nowhere")
+    for name in "ab":
+        with pytest.raises(OutputError, match="symbolic link"):
+            make(tmp_path / "root", name)
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not (tmp_path / "nowhere").exists()
+
+
+def test_symlinked_root_is_allowed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    assert make(tmp_path / "runs", "a").path == tmp_path / "disk" / "a"
+
+
+@pytest.mark.parametrize("where", ["root", "run"])
+def test_a_file_in_the_way_is_named(tmp_path, where):
+    (tmp_path / ("runs" if where == "root" else "a")).write_text("mine")
+    with pytest.raises(OutputError, match=r"runs|/a"):
+        make(tmp_path / "runs" if where == "root" else tmp_path, "a")
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="not a run folder"):
+        make(tmp_path, "a")
+    assert os.listdir(tmp_path / "a") == ["thesis.tex"]
+
+
+def test_a_run_killed_at_its_start_can_be_opened(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("config.yaml", "rank_0.log", ".exit.json.12.tmp"):
+        (tmp_path / "a" / name).write_text("")
+    assert make(tmp_path, "a").path == tmp_path / "a"
+
+
+def test_resume_never_refuses_a_run_and_must_needs_one(tmp_path):
+    with pytest.raises(CheckpointError):
+        make(tmp_path, "a", resume="must")
+    with pytest.raises(ConfigError):
+        make(tmp_path, None, resume="must")
+    run = make(tmp_path, "a", resume="never")
+    runfolder.write_exit(run, 1, None, "done")
+    with pytest.raises(OutputError, match="exists already"):
+        make(tmp_path, "a", resume="never")
+    assert make(tmp_path, "a", resume="must") == run
+
+
+def test_unwritable_folder_is_an_output_error(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OutputError, match="Permission denied"):
+        make(folder.path.parent, folder.name)
+
+
+def test_paths_of_a_run(tmp_path):
+    run = RunFolder(tmp_path)
+    names = [run.config, run.environment, run.metrics, run.summary, run.checkpoints, run.eval, run.report, run.exit,
+             run.rank_log(3)]
+    assert [path.relative_to(tmp_path).as_posix() for path in names] == [
+        "config.yaml", "environment.json", "metrics.jsonl", "summary.csv", "checkpoints", "eval", "report", "exit.json",
+        "rank_3.log"]
+
+
+def test_exit_file_keeps_every_attempt(folder):
+    assert runfolder.read_exit(folder) is None and runfolder.next_attempt(folder) == 1
+    runfolder.write_exit(folder, 1, NonFinite("loss is NaN", "peer 2", "lower the rate"), "failed")
+    runfolder.write_exit(folder, 2, KeyError("x\ny"), "failed")
+    assert not runfolder.finished(folder)
+    runfolder.write_exit(folder, 3, None, "done")
+    document = json.loads(folder.exit.read_text())
+    assert [(one["attempt"], one["code"], one["state"]) for one in document["attempts"]] == [
+        (1, 15, "failed"), (2, 70, "failed"), (3, 0, "done")]
+    assert document["attempts"][0]["what"] == "loss is NaN" and document["attempts"][0]["how"] == "lower the rate"
+    assert "KeyError" in document["attempts"][1]["what"] and "\n" not in document["attempts"][1]["what"]
+    assert (document["code"], document["state"]) == (0, "done")
+    assert runfolder.finished(folder) and runfolder.next_attempt(folder) == 4
+
+
+def test_a_second_record_of_an_attempt_replaces_the_first(folder):
+    runfolder.write_exit(folder, 1, None, "stopped")
+    runfolder.write_exit(folder, 1, MatError("a", "b", "c"), "failed")
+    assert [one["code"] for one in runfolder.read_exit(folder)["attempts"]] == [70]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"attempts": 3}', b'{"attempts": [{"code": 0}]}', b"\xff",
+                                    b'{"code": NaN, "state": "done", "attempts": [{"attempt": 1}]}', b"[" * 100000])
+def test_damaged_exit_file_is_set_aside_not_lost(folder, damage):
+    folder.exit.write_bytes(damage)
+    assert runfolder.next_attempt(folder) == 1
+    runfolder.write_exit(folder, 1, None, "done")
+    folder.exit.write_bytes(damage)
+    assert runfolder.read_exit(folder) is None
+    for name in ("exit.json.damaged", "exit.json.damaged-2"):
+        assert (folder.path / name).read_bytes() == damage
+
+
+def test_undecodable_text_can_be_recorded(folder):
+    runfolder.write_exit(folder, 1, OSError("\udcff"), "failed")
+    assert "\udcff" in runfolder.read_exit(folder)["attempts"][0]["what"]
+
+
+def environment(folder, attempt, argv=("train.py",)):
+    runfolder.write_environment(folder, attempt=attempt, argv=argv, devices=["cpu"] * 2, seed=7,
+                                placement={"peers": 4, "ranks": 2}, job_id="12")
+
+
+def test_environment_lists_attempts_and_counts_killed_ones(folder):
+    environment(folder, 1)
+    assert runfolder.next_attempt(folder) == 2  # attempt 1 left no exit record: it was killed
+    environment(folder, 2, argv=["train.py", "run.seed=7"])
+    document = json.loads(folder.environment.read_text())
+    assert [one["attempt"] for one in document["attempts"]] == [1, 2]
+    assert document["command"] == ["train.py", "run.seed=7"] and document["placement"] == {"peers": 4, "ranks": 2}
+    assert document["versions"]["python"] == sys.version.split()[0]
+    assert document["versions"]["torch"][0].isdigit()
+
+
+def test_secrets_in_the_command_line_are_hidden():
+    argv = ["train", "wandb.api_key=AAA1", "--token", "AAA2", "--hub-token=AAA3", "optim.lr=0.1", "PASSWORD=AAA4",
+            "http://me:AAA5@host/x", "my_secret=AAA6=AAA7", "--credentials", "AAA8", "--dry-run"]
+    shown = runfolder.redact(argv)
+    assert "AAA" not in " ".join(shown) and len(shown) == len(argv)
+    assert shown[0] == "train" and "optim.lr=0.1" in shown and "--dry-run" in shown and "--token" in shown
+
+
+def test_git_revision_is_that_of_the_checkout(monkeypatch, tmp_path):
+    revision = runfolder.git_revision()
+    assert revision is None or len(revision.removesuffix("-dirty")) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runfolder.git_revision() is None
+
+
+def test_jsonl_survives_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_jsonl(path) == ([], 0)
+    append_jsonl(path, {"step": 1})
+    with path.open("ab") as stream:
+        stream.write(b'{"step": 2, "lo')
+    append_jsonl(path, {"step": 2})
+    append_jsonl(path, {"step": 3})
+    assert read_jsonl(path) == ([{"step": 1}, {"step": 2}, {"step": 3}], 1)
+
+
+def test_jsonl_is_json_also_for_non_finite_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, {"loss": [float("nan"), 1.5], "lr": float("inf"), "peers": {"a": (1, "ä\n")}})
+    assert path.read_bytes().count(b"\n") == 1
+    assert read_jsonl(path) == ([{"loss": [None, 1.5], "lr": None, "peers": {"a": [1, "ä\n"]}}], 0)
+
+
+def test_jsonl_record_cut_by_a_full_disk_is_reported_and_does_not_spoil_the_next(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
+    with pytest.raises(OutputError, match=r"No space left.*bytes needed.*bytes free"):
+        append_jsonl(path, {"step": 1})
+    monkeypatch.undo()
+    append_jsonl(path, {"step": 2})
+    assert read_jsonl(path) == ([{"step": 2}], 1)
+
+
+def test_failed_exit_record_keeps_the_old_one(folder, monkeypatch):
+    runfolder.write_exit(folder, 1, None, "stopped")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OutputError, match="No space left"):
+        runfolder.write_exit(folder, 2, None, "done")
+    assert [one["attempt"] for one in runfolder.read_exit(folder)["attempts"]] == [1]
+    assert os.listdir(folder.path) == ["exit.json"]

@@ -1,0 +1,293 @@
+"""The lock of a run folder: one holder, dead holders replaced by exactly one successor."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from mat_dist.errors import OutputError
+from mat_dist.runfolder import STALE_SECONDS, RunFolder, RunLock, lock
+
+RACE = """
+import os, sys
+from pathlib import Path
+from mat_dist.errors import OutputError
+from mat_dist.runfolder import RunFolder, RunLock
+
+def child(folder):
+    try:
+        answer = f"won {RunLock(RunFolder(folder), None).acquire()}"
+    except OutputError as error:
+        answer = f"lost {error}"
+    os.write(answers_in, f"{answer}\\n".encode())
+
+count = int(sys.argv[2])
+go_out, go_in = os.pipe()
+end_out, end_in = os.pipe()
+answers_out, answers_in = os.pipe()
+for _ in range(count):
+    if os.fork() == 0:
+        os.close(go_in), os.close(end_in)
+        os.read(go_out, 1)   # returns in all children at once when the parent closes its end
+        child(Path(sys.argv[1]))
+        os.read(end_out, 1)  # live until all have answered
+        os._exit(0)
+os.close(go_in)
+lines = os.fdopen(answers_out)
+for _ in range(count):
+    print(lines.readline(), end="")
+os.close(end_in)
+for _ in range(count):
+    os.wait()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def race(folder: RunFolder, count: int) -> list[str]:
+    """Answers of `count` processes that all ask for the lock at once and live until all have answered."""
+    done = subprocess.run([sys.executable, "-S", "-c", RACE, str(folder.path), str(count)], stdout=subprocess.PIPE,
+                          text=True, cwd=Path(__file__).parents[2], check=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def plant(folder: RunFolder, file: Path | None = None, age: float = 0.0, **changes) -> lock.Holder:
+    """Write a lock file as if this process, with `changes`, held it since `age` seconds."""
+    holder = replace(RunLock(folder, changes.pop("job_id", None)).holder, **changes)
+    file = file or folder.lock
+    file.write_text(json.dumps(asdict(holder)))
+    os.utime(file, (time.time() - age,) * 2)
+    return holder
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_twenty_launches_at_once_have_exactly_one_winner(folder, round_):
+    answers = race(folder, 20)
+    assert answers.count("won None") == 1
+    losers = [answer for answer in answers if answer.startswith("lost")]
+    pid = json.loads(folder.lock.read_text())["pid"]
+    assert len(losers) == 19
+    assert all(f"in use by pid {pid} on " in answer and " since 20" in answer for answer in losers)
+    assert os.listdir(folder.path) == ["lock"]
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_twenty_takeovers_of_a_dead_lock_have_exactly_one_winner(folder, round_):
+    plant(folder, pid=dead_pid())
+    answers = race(folder, 20)
+    assert sum(answer.startswith("won took the lock over from pid") for answer in answers) == 1
+    assert sum(answer.startswith("lost") for answer in answers) == 19
+    assert os.listdir(folder.path) == ["lock"]
+    assert RunLock(folder, None).acquire().endswith("that process is gone")  # the winner has ended meanwhile
+
+
+def test_a_live_holder_is_left_alone_however_old_its_heartbeat(folder):
+    plant(folder, age=10 * STALE_SECONDS)
+    before = folder.lock.read_bytes()
+    with pytest.raises(OutputError, match=rf"pid {os.getpid()} on .* since .*choose another run.name"):
+        RunLock(folder, None).acquire()
+    assert folder.lock.read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"started": 1}, {"pid": 2**22 + 1}])
+def test_reused_or_missing_pid_means_dead(folder, changes):
+    plant(folder, **changes)
+    assert "that process is gone" in RunLock(folder, None).acquire()
+
+
+def test_a_zombie_is_dead(folder):
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    plant(folder, pid=child.pid, started=lock._process_start(child.pid)[1])
+    assert "that process is gone" in RunLock(folder, None).acquire()
+    child.wait()
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "other"}, {"boot_id": "other"}, {"pid_namespace": "other"}])
+def test_on_another_machine_only_the_heartbeat_counts(folder, elsewhere):
+    plant(folder, age=STALE_SECONDS - 30, **elsewhere)
+    with pytest.raises(OutputError, match="in use"):
+        RunLock(folder, "7").acquire()
+    plant(folder, age=STALE_SECONDS + 30, **elsewhere)
+    assert "no heartbeat" in RunLock(folder, "7").acquire()
+
+
+def test_the_same_job_takes_over_from_another_machine_but_not_from_a_live_process_here(folder):
+    plant(folder, host="other", job_id="7")
+    with pytest.raises(OutputError, match="of job 7"):
+        RunLock(folder, "8").acquire()
+    assert "same job" in RunLock(folder, "7").acquire()
+    with pytest.raises(OutputError, match="in use"):
+        RunLock(folder, "7").acquire()
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"null", b"\xff", b'{"pid": 1}'])
+def test_unreadable_lock_is_held_while_fresh(folder, text):
+    folder.lock.write_bytes(text)
+    with pytest.raises(OutputError, match="unreadable lock"):
+        RunLock(folder, None).acquire()
+    os.utime(folder.lock, (1, 1))
+    assert "no heartbeat" in RunLock(folder, None).acquire()
+
+
+def test_a_token_cannot_lead_out_of_the_folder(folder):
+    plant(folder, token="/../../x", age=2 * STALE_SECONDS, host="other")
+    RunLock(folder, None).acquire()
+    assert os.listdir(folder.path) == ["lock"]
+
+
+def test_heartbeat_refreshes_and_notices_a_takeover(folder):
+    mine = RunLock(folder, None)
+    mine.acquire()
+    os.utime(folder.lock, (1, 1))
+    mine.beat()
+    assert time.time() - folder.lock.stat().st_mtime < 60
+    plant(folder, host="other")
+    with pytest.raises(OutputError, match=r"on other .* has taken the lock over"):
+        mine.beat()
+    mine.release()
+    assert folder.lock.exists()  # not ours any more
+    folder.lock.unlink()
+    with pytest.raises(OutputError, match="removed"):
+        mine.beat()
+
+
+def test_release_frees_the_lock(folder):
+    with RunLock(folder, None):
+        assert folder.lock.exists()
+    assert os.listdir(folder.path) == []
+    RunLock(folder, None).acquire()
+
+
+def test_a_successor_that_died_before_it_moved_in_is_succeeded(folder):
+    first = plant(folder, pid=dead_pid())
+    plant(folder, folder.path / f".lock.{first.token}.next", pid=dead_pid())
+    mine = RunLock(folder, None)
+    assert "that process is gone" in mine.acquire()
+    mine.beat()
+    assert os.listdir(folder.path) == ["lock"]
+
+
+def test_a_live_successor_that_has_not_moved_in_yet_holds_the_lock(folder):
+    first = plant(folder, pid=dead_pid())
+    plant(folder, folder.path / f".lock.{first.token}.next")
+    with pytest.raises(OutputError, match=f"in use by pid {os.getpid()}"):
+        RunLock(folder, None).acquire()
+
+
+def test_a_latecomer_that_saw_the_dead_lock_does_not_overwrite_the_winner(folder, monkeypatch):
+    plant(folder, pid=dead_pid())
+    winner, late = RunLock(folder, None), RunLock(folder, None)
+    publish = lock._publish
+
+    def slowly(temporary, target):  # between the latecomer's look and its claim the winner takes over and tidies up
+        monkeypatch.setattr(lock, "_publish", publish)
+        winner.acquire()
+        return publish(temporary, target)
+
+    monkeypatch.setattr(lock, "_publish", slowly)
+    with pytest.raises(OutputError, match="in use"):
+        late.acquire()
+    winner.beat()
+    assert os.listdir(folder.path) == ["lock"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: after it no file operation of the dead process happens any more."""
+
+
+def kill_at(monkeypatch, number: int) -> None:
+    count = 0
+
+    def counted(real):
+        def operation(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return real(*args, **kwargs)
+        return operation
+    for name in ("open", "write", "fsync", "link", "unlink", "replace"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_lock_can_be_taken_after_a_kill_at_any_file_operation(tmp_path, monkeypatch, stale):
+    gone, number, killed = dead_pid(), 0, True
+    while killed:
+        folder = RunFolder(tmp_path / str(number))
+        folder.path.mkdir()
+        if stale:
+            plant(folder, pid=gone)
+        victim = RunLock(folder, None)
+        victim.holder = replace(victim.holder, pid=gone)
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                victim.acquire()
+                killed = False
+            except Killed:
+                number += 1
+        mine = RunLock(folder, None)
+        mine.acquire()
+        mine.beat()
+        assert os.listdir(folder.path).count("lock") == 1
+    assert number >= 5
+
+
+def test_file_systems_without_hard_links_work(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(os, "link", refuse)
+    mine = RunLock(folder, None)
+    assert mine.acquire() is None
+    with pytest.raises(OutputError, match="in use"):
+        RunLock(folder, None).acquire()
+    mine.beat()
+    mine.release()
+    plant(folder, pid=dead_pid())
+    assert "gone" in mine.acquire()
+    assert os.listdir(folder.path) == ["lock"]
+
+
+def test_a_link_whose_answer_got_lost_counts(folder, monkeypatch):
+    link = os.link
+
+    def lossy(source, target):
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists")
+    monkeypatch.setattr(os, "link", lossy)
+    mine = RunLock(folder, None)
+    assert mine.acquire() is None
+    mine.beat()
+
+
+def test_unwritable_folder_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="gone"):
+        RunLock(RunFolder(tmp_path / "missing"), None).acquire()
+
+
+def test_leftovers_of_killed_processes_are_swept(folder):
+    for name in (".lock.abc.tmp", ".lock.abc.next", ".exit.json.12.tmp"):
+        (folder.path / name).write_text("")
+        os.utime(folder.path / name, (1, 1))
+    (folder.path / ".exit.json.13.tmp").write_text("")
+    RunLock(folder, None).acquire()
+    assert sorted(os.listdir(folder.path)) == [".exit.json.13.tmp", "lock"]

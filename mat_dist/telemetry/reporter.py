@@ -63,7 +63,7 @@ class JsonlReporter:
     Args:
         folder: the run folder; it exists.
         console: `live`, `plain`, `off`, or `auto`: live where standard output is a terminal.
-        attempt: how many times the run was started before.
+        attempt: number of this start of the run, from 1.
         screen: the rich console to use instead of standard output.
         clock: monotonic seconds.
 
@@ -71,7 +71,7 @@ class JsonlReporter:
         OutputError: (also from `log` and `epoch`) the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 0,
+    def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 1,
                  screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = Path(folder) / "metrics.jsonl"
         self._summary = Path(folder) / "summary.csv"

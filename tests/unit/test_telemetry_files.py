@@ -21,7 +21,7 @@ EPOCH = {"epoch": 1, "step": 12, "loss": [1.5, math.nan], "clean_acc": [0.5, 0.2
          "images_per_s": 100.0, "lr": 0.1}
 
 
-def reporter(folder: Path, attempt: int = 0) -> JsonlReporter:
+def reporter(folder: Path, attempt: int = 1) -> JsonlReporter:
     made = JsonlReporter(folder, console="off", attempt=attempt)
     made.start(100, ["a", "b"])
     return made
@@ -85,11 +85,11 @@ def test_summary_has_a_row_per_epoch_and_peer(tmp_path):
 
 def test_a_resumed_run_appends_below_one_header(tmp_path):
     reporter(tmp_path).epoch(EPOCH)
-    reporter(tmp_path, attempt=1).epoch({**EPOCH, "epoch": 2})
+    reporter(tmp_path, attempt=2).epoch({**EPOCH, "epoch": 2})
     rows = list(csv.reader((tmp_path / "summary.csv").open()))
     assert rows[0] == list(records.SUMMARY_COLUMNS)
     assert [row[0] for row in rows[1:]] == ["1", "1", "2", "2"]
-    assert [line["attempt"] for line in lines(tmp_path)] == [0, 1]
+    assert [line["attempt"] for line in lines(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("tail", ['{"step": 2, "lo', "x" * 200_000])

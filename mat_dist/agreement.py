@@ -20,6 +20,7 @@ from mat_dist.mesh.mesh import Mesh
 
 T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on
+STEP_NUMBER = "the step number"
 STAGES = ("adversarial examples", "logits", "loss", "gradient")
 
 
@@ -66,7 +67,7 @@ class Agreement:
         rows = self.mesh.gather_world([code, self.number, _crc(point), _crc(form), checksum])
         if any(row[0] for row in rows):
             self._raise_together()
-        self._compare([row[1] for row in rows], "the step number")
+        self._compare([row[1] for row in rows], STEP_NUMBER)
         self._compare([row[2] for row in rows], "the exchange that comes next")
         if len({row[3] for row in rows}) > 1:
             self._mismatch("the shape or type of the data to exchange", self.mesh.gather_json(form))
@@ -90,7 +91,7 @@ class Agreement:
         rows = self.mesh.gather_world([code, self.number, int(stop), checksum, *map(int, bits)])
         if any(row[0] for row in rows):
             self._raise_together()
-        self._compare([row[1] for row in rows], "the step number")
+        self._compare([row[1] for row in rows], STEP_NUMBER)
         for ranks in self.mesh.placement.peer_axis():
             self._compare([rows[r][3] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
         for stage, name in enumerate(STAGES):
@@ -136,12 +137,13 @@ class Agreement:
 
     def _mismatch(self, what: str, values: Sequence[Any], ranks: Sequence[int] | None = None) -> NoReturn:
         ranks = list(ranks) if ranks is not None else list(range(len(values)))
+        where = "between ranks" if what == STEP_NUMBER else self.where  # which differs from rank to rank then
         listed = ", ".join(f"rank {r}: {v}" for r, v in zip(ranks, values, strict=True))
         (common, count), *rest = Counter(map(str, values)).most_common()
         odd = [r for r, v in zip(ranks, values, strict=True) if str(v) != common]
         # Two ranks, or a tie, cannot tell who is wrong.
         named = f"rank {', '.join(map(str, odd))} differs" if count > len(odd) else "ranks differ"
-        raise PeerFailed(f"{named} in {what}: {listed}", self.where,
+        raise PeerFailed(f"{named} in {what}: {listed}", where,
                          "start all ranks with the same code, data and configuration")
 
 

@@ -167,15 +167,15 @@ def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Te
 
 def _taught(cohort: Cohort, known: list[dict[int, Tensor]], y_B: Tensor) -> Tensor:
     """What the local peers teach, detached -> (L, T, B, K), zeros where a peer teaches less than T slots."""
+    most = cohort.plan.most_taught
+    if most == 0:
+        # Nothing travels; the finite bit still watches what was computed.
+        return torch.stack([_any([logits]).detach() if logits else torch.zeros(1, device=y_B.device) for logits in known])
     rows = []
     for peer, logits in zip(cohort.peers, known, strict=True):
         own = [logits[slot].detach() for slot in cohort.plan.taught[peer.index]]
-        missing = cohort.plan.most_taught - len(own)
-        rows.append(own + [torch.zeros_like(_any(known))] * missing)
-    if cohort.plan.most_taught == 0:
-        # Nothing travels; the finite bit still watches what was computed.
-        return torch.stack([_any([logits]).detach() if logits else y_B.new_zeros(1).float() for logits in known])
-    return torch.stack([torch.stack(row) for row in rows])
+        rows.append(torch.stack(own + [torch.zeros_like(_any(known)) for _ in range(most - len(own))]))
+    return torch.stack(rows)
 
 
 def _any(known: list[dict[int, Tensor]]) -> Tensor:

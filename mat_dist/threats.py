@@ -4,8 +4,8 @@
     step        one steepest-ascent step of a given length
     project     back onto the ball and the box
 
-All work on batches x_BCHW in image space. Guarantees of `project` and `start`, tested: every pixel lies in
-[0, 1] exactly, and the distance to the clean image, measured in float64, is at most eps (1 + 1e-6).
+All work on batches x_BCHW in image space. Guarantees of `start` and of an attack's result, tested: every pixel
+lies in [0, 1] exactly, and the distance to the clean image, measured in float64, is at most eps (1 + 1e-6).
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Region(Protocol):
         """adv plus the steepest-ascent step of length `size` in this norm; not projected."""
 
     def project(self, adv_BCHW: Tensor) -> Tensor:
-        """The point of the region for adv_BCHW (nearest for linf)."""
+        """The point of the region for adv_BCHW (nearest for linf), up to rounding."""
+
+    def settle(self, adv_BCHW: Tensor) -> Tensor:
+        """A projected point, moved by the ulps that rounding may have carried it out of the ball."""
 
 
 def _round_inward(bound64: Tensor, x: Tensor, *, up: bool) -> Tensor:
@@ -73,14 +76,15 @@ class LinfRegion:
     def project(self, adv_BCHW: Tensor) -> Tensor:
         return torch.clamp(adv_BCHW, self.low, self.high)
 
+    def settle(self, adv_BCHW: Tensor) -> Tensor:
+        return adv_BCHW
+
 
 class L2Region:
     """||adv - x||_2 <= eps. Scaling to the sphere, then the box, which can only shorten the perturbation."""
 
     def __init__(self, x_BCHW: Tensor, eps: float) -> None:
-        self.x = x_BCHW
-        # Rounding x + delta moves the norm by some ulps; four of them off the radius keep it inside.
-        self.eps = eps * (1 - 4 * torch.finfo(x_BCHW.dtype).eps)
+        self.x, self.eps = x_BCHW, eps
 
     def random(self, stream: int, first_row: int) -> Tensor:
         """Uniform in the ball: a normal direction, and a radius eps u^(1/d)."""
@@ -101,6 +105,16 @@ class L2Region:
         norm_B = l2_norm(delta)
         scale_B = torch.where(norm_B > self.eps, self.eps / norm_B, torch.ones_like(norm_B))
         return torch.addcmul(self.x, delta, per_image(scale_B, delta)).clamp_(0, 1)
+
+    def settle(self, adv_BCHW: Tensor) -> Tensor:
+        """Scale in float64 and round every pixel towards the clean one: no pixel's part of the norm can grow."""
+        x64 = self.x.double()
+        delta64 = adv_BCHW.double() - x64
+        scale_B = (self.eps / l2_norm(delta64).clamp_(min=torch.finfo(torch.float64).tiny)).clamp_(max=1)
+        target64 = (x64 + delta64 * per_image(scale_B, delta64)).clamp_(0, 1)
+        adv = target64.to(self.x.dtype)
+        outside = (adv.double() - x64).abs() > (target64 - x64).abs()
+        return torch.where(outside, torch.nextafter(adv, self.x), adv)
 
 
 @dataclass(frozen=True)
@@ -127,10 +141,10 @@ class Threat:
         if kind == "zero":
             return x_BCHW.clone()
         if kind == "uniform":
-            return region.random(stream, first_row)
+            return region.settle(region.random(stream, first_row))
         if kind == "gaussian":
             noise = streams.normal(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
-            return region.project(x_BCHW + GAUSSIAN_START_STD * noise)
+            return region.settle(region.project(x_BCHW + GAUSSIAN_START_STD * noise))
         raise ConfigError(f"unknown attack start {kind!r}", "attack.start", "use uniform, gaussian or zero")
 
     def distance(self, adv_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:

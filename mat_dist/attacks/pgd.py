@@ -72,4 +72,4 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
             value = objective(model(adv).to(x_BCHW.dtype), clean_BK, y_B)
         (grad,) = torch.autograd.grad(value, adv)
         adv = region.project(region.step(adv.detach(), grad, step_size))
-    return adv
+    return region.settle(adv)

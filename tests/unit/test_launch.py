@@ -34,7 +34,8 @@ class Checkout:
             shutil.copy(ROOT / name, self.root)
         self.python("")
         self.variables = {"PATH": f"{self.env / 'bin'}:/usr/bin:/bin", "VIRTUAL_ENV": str(self.env),
-                          "PYTHON": "absent", "CALLS": str(self.calls_file), "SLURM_SUBMIT_DIR": str(self.root), "SLURM_JOB_ID": "123456",
+                          "PYTHON": "absent",
+                          "CALLS": str(self.calls_file), "SLURM_SUBMIT_DIR": str(self.root), "SLURM_JOB_ID": "123456",
                           "SLURM_JOB_NODELIST": "n[1-2]"}
 
     def python(self, body: str, where: Path | None = None) -> None:

@@ -1,0 +1,125 @@
+"""Training augmentation of a whole batch on its device, with keyed draws.
+
+Every draw is a row of a stream keyed by (seed, operation, step), so a replica that holds rows 64..127 of a batch
+draws what a process with the whole batch draws for them. Images stay in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat_dist import streams
+from mat_dist.config.schema import AugmentConfig
+
+RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inception and torchvision recipes
+
+
+def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int, first_row: int = 0) -> Tensor:
+    """The augmentations that are on, in the order crop, resized crop, flip, cutout.
+
+    Args:
+        x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.
+        config: which augmentations, with their sizes in pixels.
+        seed: the run's seed.
+        step: training step.
+        first_row: place of these rows in the whole batch.
+    """
+    count = len(x_BCHW)
+
+    def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
+        """`numbers` tensors (B,) of uniform float64 numbers in [0, 1)."""
+        stream = streams.key(seed, f"augment-{operation}", step)
+        return streams.uniform(stream, (count, numbers), first_row=first_row, device=x_BCHW.device,
+                               dtype=torch.float64).unbind(1)
+
+    if config.pad:
+        x_BCHW = pad_crop(x_BCHW, config.pad, *draw("crop", 2))
+    if config.random_resized_crop:
+        height, width = x_BCHW.shape[2:]
+        x_BCHW = resized_crop(x_BCHW, crop_boxes(*draw("resize", 4), size=(height, width),
+                                                 smallest=config.random_resized_crop))
+    if config.flip:
+        x_BCHW = flip(x_BCHW, *draw("flip", 1))
+    if config.cutout:
+        x_BCHW = cutout(x_BCHW, config.cutout, *draw("cutout", 2))
+    return x_BCHW
+
+
+def pad_crop(x_BCHW: Tensor, pad: int, top_B: Tensor, left_B: Tensor) -> Tensor:
+    """Zero-pad by `pad` pixels, then cut the old size out; corner at floor((2 pad + 1) u) of the padded image."""
+    height, width = x_BCHW.shape[2:]
+    padded = F.pad(x_BCHW, (pad, pad, pad, pad))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: 6 times faster than indexing single pixels
+    row_B, column_B = ((u_B * (2 * pad + 1)).long() for u_B in (top_B, left_B))
+    return windows[torch.arange(len(x_BCHW), device=x_BCHW.device), :, row_B, column_B]
+
+
+def flip(x_BCHW: Tensor, u_B: Tensor) -> Tensor:
+    """Mirror left-right where u < 1/2."""
+    return torch.where((u_B < 0.5)[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
+
+
+def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: tuple[int, int],
+               smallest: float) -> Tensor:
+    """Boxes (B, 4) of top, left, height, width in whole pixels, from four uniform numbers.
+
+    Area share uniform in [smallest, 1], log of the aspect ratio uniform in [log 3/4, log 4/3], as in
+    torchvision.transforms.RandomResizedCrop. Where a side would not fit into the image it is cut to the image, while
+    torchvision draws again up to ten times: rejection has no fixed number of draws. Cutting changes the area and the
+    ratio of those boxes (with smallest = 0.08 and square images about one in six).
+    """
+    height, width = size
+    area_B = height * width * (smallest + (1 - smallest) * area_B)
+    low, high = (math.log(ratio) for ratio in RATIO)
+    ratio_B = torch.exp(low + (high - low) * ratio_B)
+    tall_B = torch.sqrt(area_B / ratio_B).round().clamp(1, height)
+    wide_B = torch.sqrt(area_B * ratio_B).round().clamp(1, width)
+    first_row_B, first_column_B = (top_B * (height - tall_B + 1)).floor(), (left_B * (width - wide_B + 1)).floor()
+    return torch.stack([first_row_B, first_column_B, tall_B, wide_B], dim=1)
+
+
+def resized_crop(x_BCHW: Tensor, box_B4: Tensor) -> Tensor:
+    """Cut each image's box (top, left, height, width) out and resize it bilinearly to the whole size.
+
+    The sample points stay inside the centres of the box's pixels, so the result is that of cutting first.
+    """
+    height, width = x_BCHW.shape[2:]
+    top_B, left_B, tall_B, wide_B = box_B4.unbind(1)
+    row_BH = _sample_points(top_B, tall_B, height)
+    column_BW = _sample_points(left_B, wide_B, width)
+    # grid_sample with align_corners: -1 and 1 are the centres of the first and last pixel.
+    y_BHW = (row_BH * (2 / max(height - 1, 1)) - 1)[:, :, None].expand(-1, -1, width)
+    x_BHW = (column_BW * (2 / max(width - 1, 1)) - 1)[:, None, :].expand(-1, height, -1)
+    grid = torch.stack([x_BHW, y_BHW], dim=-1).to(x_BCHW.dtype)
+    resized = F.grid_sample(x_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return resized.clamp_(0, 1)  # the four weights sum to 1 only up to rounding
+
+
+def _sample_points(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
+    """Where `count` pixels of a resized side lie in the image, in pixels: (B, count)."""
+    centre = (torch.arange(count, device=first_B.device, dtype=first_B.dtype) + 0.5) / count
+    inside = (centre * length_B[:, None] - 0.5).clamp(min=0).minimum(length_B[:, None] - 1)
+    return first_B[:, None] + inside
+
+
+def cutout(x_BCHW: Tensor, side: int, row_B: Tensor, column_B: Tensor) -> Tensor:
+    """Zero a square of `side` pixels whose centre is anywhere in the image (DeVries and Taylor, 2017).
+
+    It covers rows centre - side // 2 to centre - side // 2 + side - 1, as far as they are in the image.
+    """
+    height, width = x_BCHW.shape[2:]
+    hidden_BH = _covered(row_B, side, height)
+    hidden_BW = _covered(column_B, side, width)
+    hidden_BHW = hidden_BH[:, :, None] & hidden_BW[:, None, :]
+    return x_BCHW.masked_fill(hidden_BHW[:, None], 0)
+
+
+def _covered(u_B: Tensor, side: int, count: int) -> Tensor:
+    """Which of `count` positions the square covers: bool (B, count)."""
+    first_B = (u_B * count).long() - side // 2
+    place = torch.arange(count, device=u_B.device)
+    return (place >= first_B[:, None]) & (place < first_B[:, None] + side)

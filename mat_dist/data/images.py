@@ -1,0 +1,108 @@
+"""Image sets: what a data set is once it is read, and how a batch is taken from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What a data-set function returns. Images are (N, C, H, W): uint8, or float in [0, 1].
+
+    Labels are whole numbers 0..K-1, with K = len(classes). Arrays are numpy arrays or tensors on the CPU. `notes`
+    are lines for the log. `image_sha256` are the digests of the train and test image bytes where they are known
+    without reading all images; `mapped` says that the images are a file mapped into memory.
+    """
+
+    train_images: Any
+    train_labels: Any
+    test_images: Any
+    test_labels: Any
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    image_sha256: tuple[str, str] | None = None
+    mapped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N labelled images, kept as they are stored; subsets share the storage.
+
+    Args:
+        store: uint8 images (M, C, H, W), or float32 in [0, 1]; in device memory, host memory or a mapped file.
+        labels: int64 (N,), on the same device.
+        rows: int64 (N,), the row of `store` of each image; empty where the set is the whole store.
+        mapped: the store is a mapped file, so reading all of it is expensive.
+    """
+
+    store: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
+    mapped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.store.shape[1:]
+        return channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images lie."""
+        return self.store.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the N images."""
+        return len(self) * self.store[:1].numel() * self.store.element_size()
+
+    @property
+    def images(self) -> Tensor:
+        """All N images (N, C, H, W). Copies them where the set is a subset: for a mapped set take batches."""
+        return self.store if self.rows is None else self.store.index_select(0, self.rows)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The set in the memory of `device`, itself if it is there; a subset moves without the rest of its store."""
+        if self.device == torch.device(device):
+            return self
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def select(self, indices: Tensor) -> ImageSet:
+        """The subset at `indices` (int64), in that order; no image is copied."""
+        indices = indices.to(self.device)
+        rows = indices if self.rows is None else self.rows[indices]
+        return ImageSet(self.store, self.labels[indices], rows, self.mapped)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image."""
+        indices = indices.to(self.device)
+        rows = indices if self.rows is None else self.rows[indices]
+        return self.store.index_select(0, rows), self.labels[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class DataSets:
+    """The three splits of a data set.
+
+    `digest` is the SHA-256 of the whole data set before splitting (name, classes, shapes, labels, image bytes), the
+    same for every residency and rank. `notes` are lines for the log.
+    """
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    digest: str
+    notes: tuple[str, ...]
+
+
+def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stored images as numbers in [0, 1]: uint8 / 255, float32 as it is."""
+    return images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)

@@ -1,0 +1,113 @@
+"""`npz`: a user's own images as numpy arrays in one file."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from mat_dist.config.schema import DataConfig
+from mat_dist.data.images import RawData
+from mat_dist.data.memory import check_memory
+from mat_dist.data.registry import register_dataset
+from mat_dist.errors import DataError
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 20
+_RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
+_LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
+
+
+@register_dataset("npz")
+def load_npz(config: DataConfig) -> RawData:
+    """The arrays of the file `data.root`.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels, uint8 or float in [0, 1]. Labels are whole
+    numbers 0..K-1. `classes` (K strings) is optional, default "0".."K-1".
+
+    Raises:
+        DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
+    """
+    if config.root is None:
+        raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
+    path = Path(config.root).expanduser()
+    if not path.is_file():
+        raise DataError("the file does not exist" if not path.exists() else "not a file", f"data.root={path}", _LAYOUT)
+    try:
+        check_archive(path)
+        with np.load(path, allow_pickle=False) as stored:
+            x_train, y_train, x_test, y_test = (stored[name] for name in ARRAYS)
+            names = stored["classes"] if "classes" in stored.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as problem:
+        raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
+    classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
+    return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
+                   y_test, classes)
+
+
+def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
+    """Class names "0", "1", ... up to the highest training label."""
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"labels are {labels.dtype}", where, "give whole numbers 0..K-1")
+    highest = int(labels.max(initial=0))
+    if highest >= len(labels):
+        raise DataError(f"label {highest} among {len(labels)} labels", where, "number the classes from 0 without gaps")
+    return tuple(str(number) for number in range(highest + 1))
+
+
+def check_archive(path: Path) -> None:
+    """Look at the arrays' headers only: nothing large is allocated for a file that lies.
+
+    Raises:
+        DataError: arrays are missing, hold objects, do not fit into memory, or are compressed beyond belief.
+    """
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        missing = [name for name in ARRAYS if name not in members]
+        if missing:
+            found = ", ".join(sorted(members)[:8]) or "none"
+            raise DataError(f"no array {missing[0]}, found {found}", str(path), _LAYOUT)
+        for name in (*ARRAYS, *(name for name in members if name == "classes")):
+            info, where = members[name], f"{path}, {name}"
+            with archive.open(info) as file:
+                shape, dtype, start = _read_header(file, where)
+            size = int(np.prod([int(side) for side in shape], dtype=object)) * dtype.itemsize
+            if size + start != info.file_size:
+                raise DataError(f"the header says {size} bytes, the archive {info.file_size - start}", where,
+                                "write the file again")
+            ratio = size / max(info.compress_size, 1)
+            if size >= _RATIO_FROM and name.startswith("x_") and ratio > MOST_RATIO:
+                raise DataError(f"{size} bytes are compressed {ratio:.0f} to 1", where,
+                                "real images are not; write the file again without compression if they are")
+            total += size
+    check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
+
+
+def _read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, type and header length of a .npy stream; numpy bounds the header to 10 000 characters."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise DataError(f"array format version {version}", where, "write the file with numpy.savez")
+    shape, _, dtype = read(file)
+    if dtype.hasobject or dtype.kind not in "uifbU":
+        raise DataError(f"an array of {dtype}", where, "store plain numbers (class names as strings)")
+    return shape, dtype, file.tell()
+
+
+def channels_first(images: np.ndarray, where: str) -> np.ndarray:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W); the channel axis is the one with 1 to 4 entries."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4:
+        first, last = (1 <= images.shape[axis] <= 4 for axis in (1, 3))
+        if first and not last:
+            return images
+        if last and not first:
+            return images.transpose(0, 3, 1, 2)
+    raise DataError(f"images have shape {images.shape}", where,
+                    "give (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels")

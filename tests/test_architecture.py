@@ -1,0 +1,239 @@
+"""The shape of the package: who imports whom, who may talk to other ranks, sizes, what is never used."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mat_dist"
+
+# A unit is a file or folder of mat_dist/. It imports only from rows above its own; leaves also from each other.
+# A unit that is not listed is free in its place, but what it leads to counts for those that import it.
+ROWS = (
+    ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping"),
+    ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
+    ("peer", "checkpoint", "agreement", "entry"),
+    ("cohort",),
+    ("step", "evaluator", "run", "dryrun"),
+    ("results",),
+    ("trainer",),
+    ("train", "evaluate", "report", "check", "bench", "__init__"),
+)
+ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
+LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+OBJECT_READERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# The CIFAR archives are pickles: verified by SHA-256, then read by an unpickler that refuses every other class.
+PICKLE_EXCEPTION = "mat_dist/data/cifar.py"
+MOST_FILE_LINES, MOST_FUNCTION_LINES = 300, 60
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
+def walked(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree(path)))
+
+
+def nodes(*skipped: str) -> Iterator[tuple[str, ast.AST]]:
+    """All syntax nodes of the package but those of `skipped` units, each with its `file:line`."""
+    for path in FILES:
+        if unit_of(path) not in skipped:
+            for node in walked(path):
+                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", node
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@cache
+def units() -> frozenset[str]:
+    return frozenset(unit_of(path) for path in FILES)
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Dotted names that an import statement asks for, `from a import b` as a.b; relative ones begin with a dot."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return ["." * node.level + f"{node.module or ''}.{alias.name}".lstrip(".") for alias in node.names]
+    return []
+
+
+def imported_units(path: Path) -> Iterator[str]:
+    """Units of mat_dist that the file imports, wherever in the file; `mat_dist.__version__` is free."""
+    for node in walked(path):
+        for name in imported_names(node):
+            parts = name.split(".")
+            if parts[0] == "mat_dist" and name not in ("mat_dist", "mat_dist.__version__"):
+                yield parts[1] if parts[1] in units() else "__init__"
+
+
+@cache
+def graph() -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {unit: set() for unit in units()}
+    for path in FILES:
+        found[unit_of(path)] |= set(imported_units(path)) - {unit_of(path)}
+    return {unit: frozenset(targets) for unit, targets in found.items()}
+
+
+def listed_below(unit: str, seen: set[str]) -> Iterator[str]:
+    """Listed units that `unit` reaches directly or through units that are not listed."""
+    for target in graph()[unit] - seen:
+        seen.add(target)
+        if target in ROW:
+            yield target
+        else:
+            yield from listed_below(target, seen)
+
+
+@pytest.mark.parametrize("unit", sorted(ROW.keys() & units()))
+def test_a_unit_imports_only_from_rows_above_its_own(unit):
+    def allowed(target: str) -> bool:
+        return ROW[target] < ROW[unit] or ROW[target] == ROW[unit] == 0
+
+    wrong = sorted(target for target in listed_below(unit, set()) if not allowed(target))
+    assert not wrong, f"{unit} must not import {wrong}, see ROWS in {Path(__file__).name}"
+
+
+def test_units_do_not_import_each_other_in_a_circle():
+    left = {unit: set(targets) for unit, targets in graph().items()}
+    while free := [unit for unit, targets in left.items() if not targets]:
+        for unit in free:
+            del left[unit]
+        for targets in left.values():
+            targets.difference_update(free)
+    assert not left, f"circle among {sorted(left)}"
+
+
+def test_only_the_mesh_touches_torch_distributed_and_launcher_variables():
+    wrong = []
+    for where, node in nodes("mesh"):
+        wrong += [f"{where} imports {name}" for name in imported_names(node)
+                  if name.startswith(("torch.distributed", "torch.multiprocessing"))]
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            wrong.append(f"{where} uses torch.distributed")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in LAUNCHER_VARIABLES:
+            wrong.append(f"{where} names {node.value}")
+    assert not wrong
+
+
+def test_imports_are_absolute_and_name_what_they_take():
+    assert not [f"{where} {name}" for where, node in nodes() for name in imported_names(node)
+                if name.startswith(".") or name.endswith("*")]
+
+
+def test_files_and_functions_stay_short():
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {name: lines for name, lines in sizes.items() if lines > MOST_FILE_LINES}
+    functions = {f"{where} {node.name}": node.end_lineno - node.lineno + 1 for where, node in nodes()
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert not {name: lines for name, lines in functions.items() if lines > MOST_FUNCTION_LINES}
+
+
+def _unsafe(node: ast.AST) -> str | None:
+    """What is wrong with `node`, if anything: code that turns bytes or text into running code, or hides errors."""
+    if isinstance(node, ast.ExceptHandler) and node.type is None:
+        return "bare except"
+    if not isinstance(node, ast.Call):
+        return None
+    called = ast.unparse(node.func)
+    if called in ("eval", "exec", "compile", "os.system", "os.popen", "torch.hub.load"):
+        return called
+    if called.startswith("yaml.") and "load" in called and not called.startswith("yaml.safe_load"):
+        return called
+    for keyword in node.keywords:
+        value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+        if (keyword.arg, value) in (("weights_only", False), ("allow_pickle", True), ("shell", True)):
+            return f"{keyword.arg}={value}"
+    return None
+
+
+def test_nothing_read_from_a_file_can_run_code():
+    problems = [f"{where} {problem}" for where, node in nodes() if (problem := _unsafe(node))]
+    problems += [f"{where} imports {name}" for where, node in nodes() for name in imported_names(node)
+                 if name.split(".")[0] in OBJECT_READERS and not where.startswith(PICKLE_EXCEPTION)]
+    assert not problems
+
+
+def test_the_one_unpickler_is_restricted():
+    inside = list(ast.walk(tree(ROOT / PICKLE_EXCEPTION)))
+    used = {ast.unparse(node) for node in inside if isinstance(node, ast.Attribute)}
+    assert {name for name in used if name.startswith("pickle.")} <= {"pickle.Unpickler", "pickle.UnpicklingError"}
+    subclasses = [node for node in inside if isinstance(node, ast.ClassDef)
+                  and "pickle.Unpickler" in map(ast.unparse, node.bases)]
+    calls = [node for node in inside if isinstance(node, ast.Call) and ast.unparse(node.func) == "pickle.Unpickler"]
+    assert len(subclasses) == 1 and not calls
+    methods = {node.name for node in subclasses[0].body if isinstance(node, ast.FunctionDef)}
+    assert "find_class" in methods and not methods & {"persistent_load", "reducer_override"}
+
+
+# Runs in its own process, in an empty folder that is also home and temporary folder. A use of sys.argv counts when
+# the nearest frame outside the standard library is ours: third-party packages may look at it.
+IMPORTER = '''
+import importlib, json, logging, sys, sysconfig, threading
+package, names = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, package)
+standard = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib"))
+uses = []
+
+class Arguments(list):
+    def _seen(self):
+        frame = sys._getframe(2)
+        while frame:
+            file = frame.f_code.co_filename
+            if "site-packages" in file or not file.startswith(standard + ("<frozen",)):
+                if file.startswith(package):
+                    uses.append(f"{file}:{frame.f_lineno}")
+                return
+            frame = frame.f_back
+    def __getitem__(self, index):
+        self._seen()
+        return super().__getitem__(index)
+    def __iter__(self):
+        self._seen()
+        return super().__iter__()
+    def __len__(self):
+        self._seen()
+        return super().__len__()
+
+import torch
+sys.argv = Arguments(["program", "--no-such-option"])
+handlers, seed = list(logging.getLogger().handlers), torch.initial_seed()
+for name in names:
+    importlib.import_module(name)
+import os
+print(json.dumps({"argv": uses, "cuda": torch.cuda.is_initialized(), "group": torch.distributed.is_initialized(),
+                  "handlers": logging.getLogger().handlers != handlers, "seed": torch.initial_seed() != seed,
+                  "threads": [t.name for t in threading.enumerate() if t is not threading.main_thread()],
+                  "files": [os.path.join(d, f) for d, _, fs in os.walk(".") for f in fs]}))
+'''
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_importing_any_module_does_nothing_else(tmp_path):
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    names = json.dumps([module_name(path) for path in FILES])
+    done = subprocess.run([sys.executable, "-c", IMPORTER, str(ROOT), names],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"argv": [], "cuda": False, "group": False, "handlers": False, "seed": False,
+                                       "threads": [], "files": []}
+    assert done.stderr == ""

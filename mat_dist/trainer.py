@@ -59,7 +59,7 @@ class Trainer:
         first = self.resume()
         self.reporter.start(self.cohort.total_steps, names, first_step=first)
         try:
-            for note in [*self.run.notes, *self.data.notes]:
+            for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
                 self.note(note)
             self.train(first)
             self.finish()
@@ -71,10 +71,12 @@ class Trainer:
         per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
         meter = _Meter()
         for step in range(first, total):
+            began = perf_counter()
             x_BCHW, y_B = self.batches.at(step)
+            fetched = perf_counter()
             log = (step + 1) % self.config.log.every == 0 or step + 1 == total
             outcome = train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested)
-            meter.add(outcome)
+            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
             if log:
                 self.log(done, outcome, meter)
@@ -127,8 +129,8 @@ class Trainer:
             "clean_acc": [row[-1] for row in transfer],
             "robust_acc": [row[i] for i, row in enumerate(transfer)],
             "transfer": transfer, "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers],
-            "images_per_s": images_per_second(meter.steps * self.config.train.batch_size, meter.elapsed()),
-            "step_s": meter.elapsed() / meter.steps, "phases_s": waits, **device_memory(self.mesh.device)})
+            "images_per_s": images_per_second(meter.steps * self.config.train.batch_size, meter.elapsed),
+            "step_s": meter.elapsed / meter.steps, "phases_s": waits, **device_memory(self.mesh.device)})
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -238,20 +240,19 @@ class Trainer:
 
 
 class _Meter:
-    """Seconds since the last log record, by phase."""
+    """Seconds of the steps since the last log record, by phase; saving and evaluating do not count."""
 
     def __init__(self) -> None:
-        self.began, self.steps = perf_counter(), 0
+        self.steps, self.elapsed = 0, 0.0
         self.seconds: dict[str, float] = {}
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, seconds: dict[str, float], elapsed: float) -> None:
+        """Count one step."""
         self.steps += 1
-        for phase, seconds in outcome.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-    def elapsed(self) -> float:
-        return perf_counter() - self.began
+        self.elapsed += elapsed
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     def means(self) -> dict[str, float]:
         """Mean seconds per step of each phase."""
-        return {phase: round(seconds / self.steps, 6) for phase, seconds in self.seconds.items()}
+        return {phase: round(spent / self.steps, 6) for phase, spent in self.seconds.items()}

@@ -15,7 +15,7 @@ WIDTH = 100
 _COLUMN = 36
 _OPTIONS = ("--config", "--plugin", "--dry-run", "--help")
 _OPTION_TEXTS = (
-    ("-c, --config FILE", "a YAML file, or the name of one in configs/; without it: digits"),
+    ("-c, --config FILE", "a YAML file, or the name of one in configs/; without it digits: 4 peers, embedded data"),
     ("--plugin FILE.py", "a file of yours that registers models, losses or data; may be given several times"),
     ("--dry-run", "show what would be run, and stop"),
     ("-h, --help", "this text"),
@@ -135,7 +135,8 @@ def help_text(prog: str, description: str) -> str:
 
 def _examples(prog: str) -> list[str]:
     module = prog.removeprefix("python -m ")
-    return [f"  {prog}                      # 4 peers on embedded data, about a minute on a laptop",
-            f"  torchrun --standalone --nproc_per_node=4 -m {module} --config cifar10_resnet18 data.root=/data",
-            f"  {prog} -c cifar10_resnet18 --dry-run attack.eps=4/255 peers.2.model=wrn_28_10 peers.2.threat=l2",
-            f"  {prog} -c my.yaml --plugin my_model.py model=my_model train.epochs=5"]
+    return [f"  {prog}",
+            f"  {prog} -c cifar10_resnet18 attack.eps=4/255 --dry-run",
+            f"  {prog} peers.2.model=wrn_28_10 peers.2.threat=l2",
+            f"  {prog} -c my.yaml --plugin my_model.py model=my_model",
+            f"  torchrun --standalone --nproc_per_node=4 -m {module} -c cifar10_resnet18 data.root=DATA"]

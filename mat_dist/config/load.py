@@ -28,6 +28,7 @@ from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
 _MOST_FILES = 100  # a file may be named by several others, but not without end
+_MOST_ERRORS = 100  # with more bad values than this the rules are not checked
 
 
 def config_folders() -> list[Path]:
@@ -57,7 +58,7 @@ def find_config(name: str, folders: Sequence[Path]) -> Path:
     known = sorted({path.stem for folder in config_folders() if folder.is_dir() for path in folder.glob("*.yaml")})
     near = nearest(os.path.basename(name).removesuffix(".yaml"), known)
     how = f"did you mean {near}?" if near else f"give the path of a YAML file or one of {', '.join(known)}"
-    raise ConfigError("there is no such configuration file", ascii(name)[1:-1], how)
+    raise ConfigError("there is no such configuration file", ascii(name)[1:-1] or "no name", how)
 
 
 def _display(path: Path) -> str:
@@ -118,6 +119,8 @@ def _validate(tree: Node, problems: list[ConfigError]) -> tuple[Node, frozenset[
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
     problems += [problem(found, tree, count) for count, found in enumerate(errors)]
+    if len(errors) > _MOST_ERRORS:
+        raise joined(problems, tree.source)
     for found in errors:
         tree = cut(tree, _shorten(found["loc"]))
     return expand_peers(tree, tree.source), frozenset(canonical(found["loc"]).split(".")[0] for found in errors)

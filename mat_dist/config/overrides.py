@@ -58,14 +58,14 @@ def _read(item: str, problems: list[ConfigError]) -> Override | None:
         return None
     path = tuple(key.split("."))
     setting = settings().get(canonical(path))
-    is_text = setting is not None and setting.kind == "text"
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if setting is not None and setting.kind == "text" and text != "null" and not quoted:
+        return Override(path, Node(text, COMMAND_LINE, key))  # run.name=007 is a name, not a number
     found: list[ConfigError] = []
     try:
         node = parse(text, COMMAND_LINE, found, key, numbered=False)
     except ConfigError as problem:
         found.append(problem)
-    if is_text and (found or not isinstance(node.value, str | None)):
-        return Override(path, Node(text, COMMAND_LINE, key))  # run.name=007 is a name, not a number
     problems += found
     return None if found else Override(path, node)
 

@@ -191,10 +191,10 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
 
 @rule("run", "data")
 def paths_are_plain(config: Config) -> list[ConfigError]:
-    """No control characters in paths: they break files, scripts and terminals."""
+    """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
     paths = {"run.root": config.run.root, "data.root": config.data.root, "data.cache": config.data.cache}
     return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
-            for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f]", path)]
+            for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path)]
 
 
 @rule("run", "comm")

@@ -147,7 +147,8 @@ class LossConfig(Section):
     clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
     kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers (alpha)")
     kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
-                                                                "over peers' AEs; default 1 / peers (teacher_set owner: 0)")
+                                                                "over peers' AEs; default 1 / peers (with teacher_set "
+                                                                "owner: 0)")
     temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
     t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
     teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(

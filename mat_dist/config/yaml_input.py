@@ -1,14 +1,16 @@
 """YAML in and out: the safe subset that a configuration needs, with the line of every value.
 
-Stricter than PyYAML's SafeLoader: no tags, no merge keys, no duplicate keys, bounded size, depth and number of
-values; scalars follow YAML 1.2's core schema (`1e-3` is a number; `010`, `yes` and dates are text).
+Built on PyYAML's parser events. Stricter than its SafeLoader: no tags, no merge keys, no duplicate keys, bounded
+size, depth and number of values; plain scalars follow YAML 1.2's core schema (`1e-3` is a number; `010`, `yes` and
+dates are text).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -20,120 +22,128 @@ MAX_DEPTH = 20
 MAX_VALUES = 50_000  # 256 peers written out in full are 25,000 keys and values
 _MAX_DIGITS = 30  # longer numbers stay text: int() of a million digits takes minutes
 
-_BOOL, _INT, _FLOAT, _NULL, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null", "str"))
-_SCALARS = (
-    (_NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    (_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    (_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
-    (_FLOAT, re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
-     list("-+.0123456789")),
-)
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(rf"[-+]?(?:0|[1-9][0-9]{{0,{_MAX_DIGITS - 1}}})")
+_FLOAT = re.compile(r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's composer with bounds; the construction of values is `_node`'s."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
-        self.values = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.depth += 1
-        self.values += 1
-        mark = self.peek_event().start_mark
-        if self.depth > MAX_DEPTH + 1:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
-        if self.values > MAX_VALUES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES} values", problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+def _plain_scalar(text: str) -> Any:
+    """The value of a scalar without quotes: None, a truth value, a number, or text."""
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that the loader or another YAML 1.1 reader would take for something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    ours = any(pattern.match(text) for _, pattern, _ in _SCALARS)
-    return dumper.represent_scalar(_TEXT, text, style="'" if ours else None)
-
-
-for _tag, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
-_Dumper.add_representer(str, _represent_text)
+def _events(text: str) -> Iterator[Any]:
+    loader = (yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)(text)
+    try:
+        while loader.check_event():
+            yield loader.get_event()
+    finally:
+        loader.dispose()
 
 
 class _Builder:
-    """Turns PyYAML's nodes into ours. Counts aliases each time they are used, so that they cannot explode."""
+    """Builds the tree from parser events."""
 
-    def __init__(self, source: str, problems: list[ConfigError], numbered: bool) -> None:
-        self.source, self.problems, self.numbered, self.count = source, problems, numbered, 0
-
-    def _at(self, mark: Any) -> str:
-        return f"{self.source}:{mark.line + 1}" if self.numbered and mark is not None else self.source
+    def __init__(self, text: str, source: str, problems: list[ConfigError], numbered: bool) -> None:
+        self.events = _events(text)
+        self.source, self.problems, self.numbered = source, problems, numbered
+        self.count = 0
+        self.anchors: dict[str, tuple[Node, int, int]] = {}  # node, number of values, height
 
     def fail(self, what: str, mark: Any, key: str, how: str) -> ConfigError:
-        where = self._at(mark)
+        where = self.at(mark)
         return ConfigError(what, f"{where}, {key}" if key else where, how)
 
-    def node(self, found: yaml.Node, key: str, depth: int = 0) -> Node:
-        self.count += 1
-        if depth > MAX_DEPTH or self.count > MAX_VALUES:
-            raise self.fail("aliases (*name) that expand without end", found.start_mark, key, "write the values out")
-        where = self._at(found.start_mark)
-        if isinstance(found, yaml.MappingNode) and found.tag == "tag:yaml.org,2002:map":
-            return Node(self.mapping(found, key, depth), where, key)
-        if isinstance(found, yaml.SequenceNode) and found.tag == "tag:yaml.org,2002:seq":
-            items = (self.node(item, f"{key}.{n}" if key else str(n), depth + 1) for n, item in enumerate(found.value))
-            return Node(tuple(items), where, key)
-        if isinstance(found, yaml.ScalarNode) and found.tag in (_TEXT, _NULL, _BOOL, _INT, _FLOAT):
-            return Node(_scalar(found), where, key)
-        raise self.fail(f"the tag {printable(found.tag)}", found.start_mark, key,
-                        "a configuration holds data only: remove the tag")
+    def at(self, mark: Any) -> str:
+        return f"{self.source}:{mark.line + 1}" if self.numbered and mark is not None else self.source
 
-    def mapping(self, found: yaml.MappingNode, key: str, depth: int) -> dict[str, Node]:
+    def document(self, key: str) -> Node:
+        """The only document of the stream."""
+        next(self.events)
+        event = next(self.events)
+        if isinstance(event, yaml.StreamEndEvent):
+            return Node(None, self.source, key)
+        node, _ = self.node(next(self.events), key, 0)
+        next(self.events)
+        event = next(self.events)
+        if not isinstance(event, yaml.StreamEndEvent):
+            raise self.fail("a second document (---)", event.start_mark, key, "write one document to a file")
+        return node
+
+    def node(self, event: Any, key: str, depth: int) -> tuple[Node, int]:
+        """The value that begins with `event`, and its height (0 for a scalar)."""
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(event, key, depth)
+        if event.tag is not None:
+            raise self.fail(f"the tag {printable(event.tag)}", event.start_mark, key,
+                            "a configuration holds data only: remove the tag")
+        before, height = self.count, 0
+        self.grow(1, depth, event, key)
+        value: Any
+        if isinstance(event, yaml.ScalarEvent):
+            value = _plain_scalar(event.value) if event.implicit[0] else event.value
+        elif isinstance(event, yaml.SequenceStartEvent):
+            items = list(self.items(key, depth))
+            value, height = tuple(item for item, _ in items), 1 + max((below for _, below in items), default=0)
+        else:
+            value, height = self.mapping(key, depth)
+        node = Node(value, self.at(event.start_mark), key)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = (node, self.count - before, height)
+        return node, height
+
+    def grow(self, count: int, depth: int, event: Any, key: str) -> None:
+        self.count += count
+        if depth > MAX_DEPTH:
+            raise self.fail(f"nested deeper than {MAX_DEPTH} levels", event.start_mark, key,
+                            "remove brackets or aliases")
+        if self.count > MAX_VALUES:
+            raise self.fail(f"more than {MAX_VALUES} values", event.start_mark, key, "remove some, or aliases of them")
+
+    def alias(self, event: Any, key: str, depth: int) -> tuple[Node, int]:
+        """The node of an anchor, counted again, so that aliases of aliases cannot explode."""
+        if event.anchor not in self.anchors:
+            raise self.fail(f"the alias *{printable(event.anchor)} without a complete value before it",
+                            event.start_mark, key, "write the value out")
+        node, count, height = self.anchors[event.anchor]
+        self.grow(count, depth + height, event, key)
+        return node, height
+
+    def items(self, key: str, depth: int) -> Iterator[tuple[Node, int]]:
+        number = 0
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            yield self.node(event, f"{key}.{number}" if key else str(number), depth + 1)
+            number += 1
+
+    def mapping(self, key: str, depth: int) -> tuple[dict[str, Node], int]:
         values: dict[str, Node] = {}
-        for name, value in found.value:
-            mark = name.start_mark
-            if not isinstance(name, yaml.ScalarNode) or name.tag != _TEXT:
-                self.problems.append(self.fail("a key that is not text", mark, key, "give each setting its name"))
-                continue
-            word = printable(name.value)
+        height = 1
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            name = getattr(event, "value", None)
+            word = printable(str(name))
             inner = f"{key}.{word}" if key else word
-            if name.value == "<<":
-                self.problems.append(self.fail("merge keys (<<) are not read", mark, key,
+            named = self.node(event, inner, depth + 1)[0]
+            value, below = self.node(next(self.events), inner, depth + 1)
+            height = max(height, 1 + below)
+            if not isinstance(named.value, str) or name is None:
+                self.problems.append(self.fail("a key that is not text", event.start_mark, key,
+                                               "give each setting its name"))
+            elif name == "<<" and event.implicit[0]:
+                self.problems.append(self.fail("merge keys (<<) are not read", event.start_mark, key,
                                                "use `defaults: [FILE]`, or the shared sections at the top level"))
-            elif name.value in values:
-                self.problems.append(self.fail(f"the key {word} stands twice", mark, inner,
-                                               f"delete one; the first is at {values[name.value].source}"))
+            elif name in values:
+                self.problems.append(self.fail(f"the key {word} stands twice", event.start_mark, inner,
+                                               f"delete one; the first is at {values[name].source}"))
             else:
-                values[name.value] = self.node(value, inner, depth + 1)
-        return values
-
-
-def _scalar(found: yaml.ScalarNode) -> Any:
-    """The value of a scalar: None, a truth value, a number, or text."""
-    text: str = found.value
-    if found.tag == _NULL:
-        return None
-    if found.tag == _BOOL:
-        return text.lower() == "true"
-    try:
-        if found.tag == _INT and len(text) <= _MAX_DIGITS:
-            return int(text)
-        if found.tag == _FLOAT:
-            return float(text)
-    except ValueError:  # an explicit tag on text that is no number: `!!int x`
-        return text
-    return text
+                values[name] = value
+        return values, height
 
 
 def printable(text: str) -> str:
@@ -148,22 +158,14 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
     Raises:
         ConfigError: not YAML, or outside the subset above.
     """
-    builder = _Builder(source, problems, numbered)
+    builder = _Builder(text, source, problems, numbered)
     if len(text) > MAX_BYTES:
         raise builder.fail(f"more than {MAX_BYTES} characters", None, key, "a configuration is a few kilobytes")
-    loader = None
     try:
-        loader = _Loader(text)
-        found = loader.get_single_node()
-    except yaml.YAMLError as error:
+        return builder.document(key)
+    except (yaml.YAMLError, UnicodeError) as error:
         what, mark = getattr(error, "problem", None) or str(error), getattr(error, "problem_mark", None)
-        raise builder.fail(f"not YAML: {what}", mark, key, "correct the text here") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    if found is None:
-        return Node(None, source, key)
-    return builder.node(found, key)
+        raise builder.fail(f"not YAML: {printable(what)}", mark, key, "correct the text here") from None
 
 
 def read(path: str, source: str, problems: list[ConfigError]) -> Node:
@@ -190,6 +192,21 @@ def read(path: str, source: str, problems: list[ConfigError]) -> Node:
         found = "nothing" if tree.value is None else "a list" if isinstance(tree.value, tuple) else "a single value"
         raise ConfigError(f"found {found} at the top level", source, "write `section:` lines with their settings below")
     return tree
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text in quotes wherever this module or a YAML 1.1 reader would take it for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if _plain_scalar(text) != text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def write(values: dict[str, Any]) -> str:

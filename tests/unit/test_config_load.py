@@ -1,0 +1,299 @@
+"""Layers of a configuration, overrides, complete peers, and the way to YAML and back."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mat_dist.config import config_differences, config_name, dump_config, load_config, resume_conflicts
+from mat_dist.config.schema import Config, LossConfig
+from mat_dist.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def load(folder: Path, text: str, *overrides: str) -> Config:
+    return load_config(write(folder, "x.yaml", text), overrides)
+
+
+def refused(folder: Path, text: str, *overrides: str) -> str:
+    """The text of all problems."""
+    with pytest.raises(ConfigError) as caught:
+        load(folder, text, *overrides)
+    assert caught.value.code == 2
+    return "\n".join(str(problem) for problem in caught.value.problems)
+
+
+def test_no_path_is_the_content_of_digits() -> None:
+    assert load_config(None) == load_config(str(CONFIGS / "digits.yaml")) == load_config("digits")
+    assert config_name(None) == "digits"
+    assert len(load_config(None).peers) == 4
+    assert load_config(None).data.name == "digits"
+
+
+def test_a_file_in_the_working_directory_comes_before_the_projects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "digits.yaml", "{train: {epochs: 77}}")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("digits").train.epochs == load_config("digits.yaml").train.epochs == 77
+    assert load_config(None).train.epochs != 77
+
+
+def test_config_name_is_a_stem_fit_for_a_run_name() -> None:
+    assert config_name("a/b/cifar10_at.yaml") == "cifar10_at"
+    assert config_name("../my run $(id).yml") == "my-run-id-"
+    assert config_name("...yaml") == "config"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dump_and_load_give_an_equal_configuration(name: str, tmp_path: Path) -> None:
+    config = load_config(name, ["run.name=some-run"])
+    text = dump_config(config, with_name=True)
+    assert load(tmp_path, text) == config
+    assert load(tmp_path, dump_config(config)).run.name is None
+    values = yaml.safe_load(text)
+    assert not {"model", "threat", "attack", "loss", "optim", "defaults"} & set(values)
+    assert yaml.safe_load(dump_config(config))["run"].get("name") is None
+
+
+def test_dump_keeps_every_float_exactly(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    for _ in range(10):
+        values = [rng.uniform(0.1, 1) * 10.0 ** rng.randint(-4, 0) for _ in range(6)]
+        keys = ("threat.eps", "loss.kd_weight", "loss.kd_own", "loss.temperature", "optim.lr", "attack.step_size")
+        config = load(tmp_path, "{}", "peers=2", *(f"{key}={value!r}" for key, value in zip(keys, values, strict=True)))
+        peer = config.peers[0]
+        found = [
+            peer.threat.eps, peer.loss.kd_weight, peer.loss.kd_own, peer.loss.temperature, peer.optim.lr,
+            peer.attack.step_size,
+        ]
+        assert found == values
+        assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e5", "010", "yes", "null", "2020-01-01", "~", "'", "a: b", "#x", " x ", "\u00e9\u4e00", "- a", "1:30", "0x1f",
+        "*a", "true", ".5", "1_000", "=", "<<", "!x", "%", "@a", "`b",
+    ],
+)
+def test_text_that_looks_like_something_else_survives_the_dump(text: str, tmp_path: Path) -> None:
+    config = load(tmp_path, "{}")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": text})})
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "train: {epochs: 3, batch_size: 10}\noptim: {lr: 0.5}\n")
+    write(tmp_path, "b.yaml", "defaults: a\ntrain: {epochs: 4}\n")
+    write(tmp_path, "c.yaml", "optim: {lr: 0.25, momentum: 0.5}\n")
+    config = load(tmp_path, "defaults: [b, c.yaml]\ntrain: {max_steps: 9}\n", "optim.momentum=0.75")
+    assert (config.train.epochs, config.train.batch_size, config.train.max_steps) == (4, 10, 9)
+    assert (config.peers[0].optim.lr, config.peers[0].optim.momentum) == (0.25, 0.75)
+
+
+def test_an_empty_section_keeps_what_lower_layers_gave(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "optim: {lr: 0.5}\npeers: 2\ndata: {augment: {pad: 3}}\n")
+    config = load(tmp_path, "defaults: [a]\noptim:\npeers:\ndata:\n  augment:\n")
+    assert (config.peers[1].optim.lr, len(config.peers), config.data.augment.pad) == (0.5, 2, 3)
+    assert load(tmp_path, "defaults: [a]", "optim=null").peers[0].optim.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8/255", 8 / 255),
+        ("'8/255'", 8 / 255),
+        ("1e-3", 1e-3),
+        ('"1e-3"', 1e-3),
+        (".5", 0.5),
+        ("5E-1", 0.5),
+        ("1", 1.0),
+        ("0.1", 0.1),
+    ],
+)
+def test_numbers_are_read_in_files_and_on_the_command_line(text: str, value: float, tmp_path: Path) -> None:
+    assert load(tmp_path, f"threat: {{eps: {text}}}").peers[3].threat.eps == value
+    assert load(tmp_path, "{}", f"threat.eps={text}").peers[3].threat.eps == value
+
+
+def test_short_forms_and_other_names(tmp_path: Path) -> None:
+    peer = load(tmp_path, "model: resnet18\nthreat: l2\nloss: at\nattack: {eps: 0.5}\n").peers[0]
+    assert (peer.model.name, peer.threat.norm, peer.threat.eps, peer.loss.preset) == ("resnet18", "l2", 0.5, "at")
+    peer = load(
+        tmp_path, "{}", "model=resnet18", "model.width=2", "attack.norm=l2", "attack.eps=128/255", "loss=trades"
+    ).peers[0]
+    assert (peer.model.name, peer.model.width, peer.threat.norm, peer.threat.eps) == ("resnet18", 2, "l2", 128 / 255)
+    assert peer.loss.trades_beta == 6
+    config = load(tmp_path, "peers: [{attack: {eps: 2/255, norm: l2}, model: a}, {threat: l2, loss: at}]")
+    assert [p.threat.eps for p in config.peers] == [2 / 255, 0.1]
+    assert [p.threat.norm for p in config.peers] == ["l2", "l2"]
+    assert [p.loss.preset for p in config.peers] == ["mat", "at"]
+
+
+def test_both_names_of_a_setting_are_refused_within_a_layer_only(tmp_path: Path) -> None:
+    assert "both are given" in refused(tmp_path, "threat: {eps: 0.1}\nattack: {eps: 0.2}\n")
+    assert "both are given" in refused(tmp_path, "peers: [{threat: {norm: l2}, attack: {norm: l2}}, {}]")
+    assert "both are given" in refused(tmp_path, "{}", "threat.eps=0.1", "attack.eps=0.2")
+    assert "both are given" in refused(tmp_path, "{}", "peers.1.threat.eps=0.1", "peers.1.attack.eps=0.2")
+    assert load(tmp_path, "threat: {eps: 0.1}", "attack.eps=0.2").peers[0].threat.eps == 0.2
+
+
+def test_peers_are_laid_over_the_shared_sections(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+model: {name: resnet18, width: 2}
+optim: {lr: 0.5, momentum: 0.5}
+peers:
+  - {}
+  - {model: wrn_28_10, optim: {lr: 0.25}}
+  -
+""",
+        "peers.2.optim.momentum=0.25", "peers.0.name=first", "peers.2.stream=9",
+    )
+    assert [(p.model.name, p.model.width) for p in config.peers] == [("resnet18", 2), ("wrn_28_10", 2), ("resnet18", 2)]
+    assert [(p.optim.lr, p.optim.momentum) for p in config.peers] == [(0.5, 0.5), (0.25, 0.5), (0.5, 0.25)]
+    assert [(p.name, p.stream) for p in config.peers] == [("first", 0), ("peer1", 1), ("peer2", 9)]
+
+
+def test_a_number_of_peers_is_that_many_equal_ones(tmp_path: Path) -> None:
+    config = load(tmp_path, "peers: 3\nmodel: resnet18\n", "peers.2.model=wrn_28_10")
+    assert [p.model.name for p in config.peers] == ["resnet18", "resnet18", "wrn_28_10"]
+    assert len(load(tmp_path, "peers: [{}, {}]", "peers=5").peers) == 5
+    assert len(load(tmp_path, "{}", "peers.3.model=a", "peers=6").peers) == 6
+    assert {p.model.name for p in load(tmp_path, "peers: 3", "peers.all.model=a").peers} == {"a"}
+    for wrong in ("0", "-1", "257", "true", "1.5", "x", "[]", "{a: 1}", "99999999999"):
+        assert "cannot be used for peers" in refused(tmp_path, f"peers: {wrong}")
+    assert "there is no peer 3" in refused(tmp_path, "peers: 3", "peers.3.model=a")
+
+
+def test_items_of_lists_can_be_set(tmp_path: Path) -> None:
+    assert load(tmp_path, "{}", "optim.milestones.0=0.25").peers[0].optim.milestones == (0.25, 0.75)
+    assert load(tmp_path, "optim: {milestones: [1/4, 2/4, 3/4]}", "optim.milestones.1=0.3").peers[
+        0
+    ].optim.milestones == (0.25, 0.3, 0.75)
+    assert load(tmp_path, "{}", "peers.1.optim.milestones=[0.1,0.2]").peers[1].optim.milestones == (0.1, 0.2)
+    assert "has 2 items" in refused(tmp_path, "{}", "optim.milestones.2=0.9")
+
+
+def test_text_settings_take_what_is_written(tmp_path: Path) -> None:
+    config = load(tmp_path, "{}", "run.name=007", "data.root=1e5", "data.cache='null'", "run.root=[a")
+    assert (config.run.name, config.data.root, config.data.cache, config.run.root) == ("007", "1e5", "null", "[a")
+    assert load(tmp_path, "{}", "data.root=a: b #c").data.root == "a: b #c"
+    assert load(tmp_path, "data: {root: a}", "data.root=null").data.root is None
+    assert load(tmp_path, "train: {max_steps: 3}", "train.max_steps=null").train.max_steps is None
+
+
+def test_a_changed_preset_drops_coefficients_of_the_other_one(tmp_path: Path) -> None:
+    text = """
+loss: {preset: mat, kd_weight: 0.3, temperature: 2}
+peers: [{}, {loss: mat_kd}, {loss: {preset: mat}}, {loss: {kd_weight: 0.2}}]
+"""
+    losses = [peer.loss for peer in load(tmp_path, text).peers]
+    assert [loss.kd_weight for loss in losses] == [0.3, 0.5, 0.3, 0.2]
+    assert [loss.temperature for loss in losses] == [2, 1, 2, 2]
+    write(tmp_path, "a.yaml", text)
+    alone = load(tmp_path, "defaults: [a]", "loss.kd_weight=0.4", "loss.preset=mat_kd", "peers=2").peers[0].loss
+    assert (alone.kd_weight, alone.temperature) == (0.4, 1)
+
+
+def test_coefficients_of_presets_by_hand(tmp_path: Path) -> None:
+    def loss(preset: str, index: int = 0, *more: str) -> LossConfig:
+        return load(tmp_path, "{}", f"loss={preset}", *more).peers[index].loss
+
+    mat = loss("mat")
+    assert (mat.hard_weight, mat.hard_own, mat.kd_weight, mat.kd_own, mat.temperature) == (0.5, 1, 0.5, 0.25, 1)
+    assert (loss("mat_share").hard_own, loss("mat_share").kd_weight, loss("mat_share").hard_weight) == (0.25, 0, 1)
+    assert (loss("dml_at").teacher_input, loss("dml_at").kd_own) == ("own_ae", 1)
+    assert (loss("mat", 0, "loss.kd_weight=0.9").hard_weight, loss("at").hard_weight) == (pytest.approx(0.1), 1)
+    cat = [loss("cat", i) for i in range(4)]
+    assert [c.trades_beta for c in cat] == [6, 0, 6, 0]
+    assert [c.pair_weight for c in cat] == [0, 1, 0, 1]
+    assert {(c.base_scale, c.kd_weight) for c in cat} == {(1 / 20, 19 / 20)}
+    assert loss("mat", 0, "loss.teacher_set=owner").kd_own == 0
+    assert all(value is not None for value in mat.model_dump().values())
+
+
+def test_step_size_follows_the_radius_and_the_steps(tmp_path: Path) -> None:
+    def size(*overrides: str) -> float | None:
+        return load(tmp_path, "{}", *overrides).peers[0].attack.step_size
+
+    assert size("threat.eps=0.2", "attack.steps=10") == pytest.approx(0.05)
+    assert size("threat.eps=8/255", "attack.steps=1") == pytest.approx(10 / 255)  # FGSM-RS
+    assert size("attack.step_size=2/255") == 2 / 255
+    attack = load(tmp_path, "{}", "loss=trades").peers[0].attack
+    assert (attack.start, attack.loss) == ("gaussian", "kl_clean")
+
+
+def test_an_override_that_no_peer_takes_over_is_an_error(tmp_path: Path) -> None:
+    text = dump_config(load(tmp_path, "{}"))
+    assert "optim.lr has no effect" in refused(tmp_path, text, "optim.lr=0.01")
+    assert "loss has no effect" in refused(tmp_path, text, "loss=at")
+    assert "attack.eps has no effect" in refused(tmp_path, text, "attack.eps=8/255")
+    assert {p.optim.lr for p in load(tmp_path, text, "peers.all.optim.lr=0.01").peers} == {0.01}
+    assert load(tmp_path, "peers: [{optim: {lr: 1}}, {}]", "optim.lr=0.5").peers[1].optim.lr == 0.5
+
+
+def test_files_that_name_each_other_are_reported(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "defaults: [x]")
+    assert "x.yaml -> a.yaml -> x.yaml" in refused(tmp_path, "defaults: [a]")
+    assert "x.yaml -> x.yaml" in refused(tmp_path, "defaults: x")
+    for depth in range(8):
+        write(tmp_path, f"d{depth}.yaml", f"defaults: [d{depth + 1}, d{depth + 1}]")
+    write(tmp_path, "d8.yaml", "{}")
+    assert "more than 100 files" in refused(tmp_path, "defaults: d0")
+    text = refused(tmp_path, "defaults: [digts, 5]")
+    assert "defaults is not a list of files" in text
+    assert "did you mean digits?" in refused(tmp_path, "defaults: [digts]")
+
+
+def test_differences_are_flat_lines(tmp_path: Path) -> None:
+    old, new = load(tmp_path, "{}"), load(tmp_path, "{}", "optim.lr=0.5", "peers.1.threat=l2", "train.max_steps=3")
+    expected = [
+        "peers.0.optim.lr: 0.1 -> 0.5", "peers.1.threat.norm: linf -> l2", "peers.1.optim.lr: 0.1 -> 0.5",
+        "peers.2.optim.lr: 0.1 -> 0.5", "peers.3.optim.lr: 0.1 -> 0.5", "train.max_steps: null -> 3",
+    ]
+    assert config_differences(old, new) == expected
+    assert config_differences(yaml.safe_load(dump_config(old)), new) == expected
+    assert config_differences(old.model_dump(), old) == []
+    assert "peers.3.name: peer3 -> null" in config_differences(old, load(tmp_path, "peers: 3"))
+
+
+def test_resume_refuses_what_alters_the_weights(tmp_path: Path) -> None:
+    old = load(tmp_path, "train: {epochs: 10}")
+    values = yaml.safe_load(dump_config(old))
+    allowed = [
+        "train.epochs=11", "eval.steps=3", "log.every=7", "checkpoint.every=2", "run.root=elsewhere", "run.name=x",
+        "run.resume=must", "run.threads=2", "comm.timeout=5", "comm.backend=gloo", "data.root=y", "data.residency=host",
+        "data.cache=z", "step.memory=recompute",
+    ]
+    assert resume_conflicts(values, load(tmp_path, "{}", *allowed)) == []
+    for refusal in (
+        "train.epochs=9", "run.seed=1", "run.device=cpu", "optim.lr=0.2", "data.augment.pad=4", "step.precision=bf16",
+        "train.batch_size=64", "peers.3.name=other", "step.microbatches=2", "data.train_size=1000", "peers=3",
+    ):
+        key = refusal.split("=")[0].removeprefix("peers.3.")
+        conflicts = resume_conflicts(old.model_dump(mode="json"), load(tmp_path, "train: {epochs: 10}", refusal))
+        assert conflicts and all(key in line or key == "peers" for line in conflicts), refusal
+
+
+def test_a_setting_that_an_old_run_did_not_know_has_its_default(tmp_path: Path) -> None:
+    config = load(tmp_path, "{}")
+    values = config.model_dump(mode="json")
+    del values["step"]["bn"]
+    assert resume_conflicts(values, config) == []
+    values["step"]["gone"] = 1
+    assert resume_conflicts(values, config)[-1] == "step.gone: 1 -> null"

@@ -1,0 +1,157 @@
+"""Every rule between settings: one configuration that breaks it, one next to it that does not."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from mat_dist.config import config_warnings, load_config, rules
+from mat_dist.errors import ConfigError
+
+# rule, overrides of the default that break it, part of the message, overrides that keep it
+CASES = [
+    ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
+    ("radius_fits_pixels", "attack.eps=16", "write eps: 16/255", "attack.eps=1"),
+    ("radius_fits_pixels", "threat.eps=1.5", "such as 8/255", "threat.eps=1.5 threat.norm=l2"),
+    (
+        "radius_fits_pixels", "peers.2.threat.eps=4", "(command line, peers.2.threat.eps)",
+        "peers.2.threat={norm: l2, eps: 4}",
+    ),
+    ("attack_can_start", "attack.loss=kl_clean attack.start=zero", "no gradient at its start", "attack.start=zero"),
+    ("attack_can_start", "peers.1.loss=trades attack.start=zero", "write start: gaussian", "peers.1.loss=trades"),
+    ("names_are_unique", "peers.0.name=a peers.3.name=a", "peers.0 and peers.3 have the same name a", "peers.0.name=a"),
+    ("names_are_unique", "peers.0.name=peer2", "the same name peer2", "peers.0.name=peer4"),
+    ("names_are_unique", "peers.0.name=best", "the name best has another meaning", "peers.0.name=bests"),
+    ("streams_are_unique", "peers.0.stream=2", "peers.0 and peers.2 have the same stream 2", "peers.0.stream=4"),
+    ("single_peer_learns_alone", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
+    ("single_peer_learns_alone", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)", "peers=1 loss=trades"),
+    (
+        "single_peer_learns_alone", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
+        "peers=1 loss=mat_share",
+    ),
+    (
+        "some_term_counts", "loss=at loss.hard_weight=0", "all terms of the loss have weight 0",
+        "loss=at loss.hard_weight=0 loss.clean_weight=1",
+    ),
+    ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
+    ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
+    (
+        "owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=1", "the share 1 of kd_weight",
+        "loss=at loss.teacher_set=owner loss.kd_own=1",
+    ),
+    (
+        "schedule_fits_training", "optim.warmup_epochs=5 train.epochs=5", "the rise of onecycle lasts 5 of 5 epochs",
+        "optim.warmup_epochs=4 train.epochs=5",
+    ),
+    (
+        "schedule_fits_training", "optim.schedule=cosine peers.1.optim.warmup_epochs=99", "the warm-up lasts 99",
+        "optim.schedule=cosine peers.1.optim.warmup_epochs=1",
+    ),
+    ("schedule_fits_training", "optim.milestones=[0.5,0.5]", "not increasing shares", "optim.milestones=[0.5,0.6]"),
+    ("schedule_fits_training", "optim.milestones=[0.5,1]", "[100/110, 105/110]", "optim.milestones=[]"),
+    (
+        "schedule_fits_training", "optim.milestones=[100,105]", "not increasing shares",
+        "optim.milestones=[100/110,105/110]",
+    ),
+    ("schedule_fits_training", "optim.milestones.0=0", "not increasing shares", "optim.milestones.0=0.1"),
+    (
+        "schedule_fits_training", "optim.nesterov=true optim.momentum=0", "nesterov without momentum",
+        "optim.nesterov=true",
+    ),
+    ("batch_can_be_split", "train.batch_size=1", "a batch of one image", "train.batch_size=2"),
+    (
+        "batch_can_be_split", "train.batch_size=100 step.microbatches=3", "a divisor of 100",
+        "train.batch_size=99 step.microbatches=3",
+    ),
+    (
+        "batch_can_be_split", "train.batch_size=8 step.microbatches=8", "write at most 4",
+        "train.batch_size=8 step.microbatches=4",
+    ),
+    ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
+    ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
+    ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),
+    ("data_can_be_found", "data.name=cifar10", "cifar10 data without data.root", "data.name=cifar10 data.root=x"),
+    (
+        "data_can_be_found", "data.name=svhn data.download=true", "where download: true may put them",
+        "data.name=svhn data.root=x data.download=true",
+    ),
+    ("data_can_be_found", "data.name=cifar100", "cifar100 data without data.root", "data.name=fashion_mnist"),
+    ("data_can_be_found", "data.download=true", "digits data cannot be downloaded", "data.name=of_a_plugin"),
+    ("paths_are_plain", "run.root=a\nb", "a control character", "run.root=../some/where"),
+    ("paths_are_plain", "data.root=\0", "a control character", "data.root=/a"),
+    ("backend_fits_device", "run.device=cpu comm.backend=nccl", "nccl needs GPUs", "run.device=cpu comm.backend=gloo"),
+]
+
+
+def words(text: str) -> list[str]:
+    return text.replace("{norm: l2, eps: 4}", "{norm:_l2,_eps:_4}").split(" ")
+
+
+def load(text: str) -> None:
+    load_config("digits", [word.replace("_l2", " l2").replace("_eps:_", " eps: ") for word in words(text)])
+
+
+@pytest.mark.parametrize(("rule", "broken", "message", "kept"), CASES, ids=[f"{c[0]}-{n}" for n, c in enumerate(CASES)])
+def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
+    rule: str, broken: str, message: str, kept: str
+) -> None:
+    load(kept)
+    with pytest.raises(ConfigError) as caught:
+        load(broken)
+    (problem,) = caught.value.problems
+    assert message in str(problem)
+    assert "command line" in problem.where or "configs" in problem.where
+
+
+def test_every_rule_has_a_case() -> None:
+    public = {
+        name
+        for name, value in vars(rules).items()
+        if inspect.isfunction(value)
+        and value.__module__ == rules.__name__
+        and not name.startswith("_")
+        and name not in ("rule", "check", "as_fraction", "config_warnings")
+    }
+    assert public == {case[0] for case in CASES}
+    assert {function.__name__ for function, _ in rules._RULES} == public
+
+
+def test_all_broken_rules_are_reported_at_once() -> None:
+    broken = "threat.eps=8 peers.0.name=peer1 train.batch_size=1 data.name=npz optim.milestones=[2]"
+    with pytest.raises(ConfigError) as caught:
+        load(f"{broken} run.device=cpu comm.backend=nccl")
+    assert len(caught.value.problems) == 6
+
+
+def test_a_rule_is_silent_where_a_value_it_reads_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("threat: {eps: 8, nrm: l2}\ntrain: {batch_size: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    whats = sorted(problem.what for problem in caught.value.problems)
+    assert whats == ["a batch of one image has no batch statistics", "there is no setting threat.nrm"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("attack.step_size=0.3", "attack.step_size 0.3 is more than 2 eps = 0.2"),
+        ("attack.step_size=2", "is more than 2 eps = 0.2; 2/255?"),
+        ("peers.1.attack.step_size=0.3 peers.3.attack.step_size=0.3", "(peer1, peer3)"),
+        ("eval.step_size=0.3", "eval.step_size 0.3 is more than 2 eps"),
+        ("loss=cat", "published for 2 peers"),
+        ("peers.1.loss=cat", "cat is meant for all peers"),
+        ("data.name=folder data.root=x", "data.image_size is not set"),
+        ("data.augment.flip=true", "mirrors the digits of digits"),
+    ],
+)
+def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None:
+    (line,) = config_warnings(load_config("digits", overrides.split(" ")))
+    assert message in line
+
+
+def test_ordinary_settings_are_not_warned_about() -> None:
+    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"]):
+        assert config_warnings(load_config("digits", overrides)) == []

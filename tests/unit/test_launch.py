@@ -20,7 +20,7 @@ def write_program(folder: Path, name: str, body: str) -> None:
     record = ("import json, os, sys; "
               "open(os.environ['CALLS'], 'a').write(json.dumps(sys.argv[1:]) + chr(10))")
     path = folder / name
-    path.write_text(f'#!/usr/bin/env bash\n{sys.executable} -c "{record}" {name} "$@"\n{body}\n')
+    path.write_text(f'#!/usr/bin/env bash\n'{sys.executable}' -c "{record}" {name} "$@"\n{body}\n')
     path.chmod(0o755)
 
 

@@ -19,7 +19,7 @@ from mat_dist.errors import DataError
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 MOST_PIXELS = 89_478_485  # Pillow warns above this and goes on; we refuse, before any pixel is allocated
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES, _CHUNK_FILES = 64 << 20, 1024  # decoded at a time: bounds memory, and the time between signs of life
 _BLOCK = 16  # files that a thread takes at once
 # What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, struct.error,
@@ -68,7 +68,7 @@ def image_shape(root: Path, files: Sequence[str], side: int | None, *, skip_bad:
 
 def decode_all(root: Path, files: Sequence[str], shape: tuple[int, int, int], *, resize: bool,
                on_bad: Literal["stop", "skip"], allowed: int) -> Iterator[Chunk]:
-    """Decode `files` in order, about 64 MiB of images at a time.
+    """Decode `files` in order, at most 1024 images or 64 MiB (but 16 images) at a time.
 
     Args:
         root: folder that the names in `files` are below.
@@ -82,7 +82,7 @@ def decode_all(root: Path, files: Sequence[str], shape: tuple[int, int, int], *,
         DataError: an unreadable file, too many of them, or images of several sizes.
     """
     side, bad = (shape[1] if resize else None), 0
-    length = max(_BLOCK, _CHUNK_BYTES // int(np.prod(shape)))
+    length = min(_CHUNK_FILES, max(_BLOCK, _CHUNK_BYTES // int(np.prod(shape))))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for first in range(0, len(files), length):
             names = files[first : first + length]

@@ -17,7 +17,8 @@ from typing import TypeVar
 from mat_dist.errors import DataError, OutputError
 
 T = TypeVar("T")
-PATIENCE = 120.0  # seconds without a sign of life; a chunk of images takes less than 5 s even on a slow disk
+PATIENCE = 120.0  # seconds without a sign of life; 1024 images from a slow network disk take some 20 s
+GRACE = 5.0  # seconds in which another maker may follow one that gave up
 _BEAT = 1.0  # seconds between two touches of the lock
 
 
@@ -86,13 +87,19 @@ class _Watch:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen, self._since = self._look(), time.monotonic()
+        self._held = self._seen is not None
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> tuple[int, int] | None:
         try:
             status = self._path.stat()
         except OSError:
-            return (0, 0)
-        return (status.st_ino, status.st_mtime_ns)
+            return None
+        self._held = True
+        return status.st_ino, status.st_mtime_ns
+
+    def given_up(self) -> bool:
+        """The lock was held when we last looked at it, and is gone since a few seconds."""
+        return self._held and self.silent() > GRACE and self._seen is None
 
     def silent(self) -> float:
         """Seconds since the lock last changed."""
@@ -138,7 +145,7 @@ def once(ready: Callable[[], T | None], make: Callable[[MakerLock], None], lock:
                         raise OutputError(f"{what} was written but does not read back", str(lock.parent),
                                           "check that disk, or use another folder")
                     return found
-        elif watch.silent() > patience:
-            raise DataError(f"waited {patience:.0f} s for {what}, no process is making it", str(lock.parent),
+        elif watch.given_up() or watch.silent() > patience:
+            raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
         time.sleep(poll)

@@ -1,0 +1,206 @@
+"""The cache of decoded images."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mat_dist.config.schema import DataConfig
+from mat_dist.data import ImageSet, load_data
+from mat_dist.data import cache as module
+from mat_dist.data import folder as folder_module
+from mat_dist.data.cache import cache_folder
+from mat_dist.data.folder import load_folder
+from mat_dist.data.images import RawData
+from mat_dist.errors import OutputError
+from tests.unit.data_files import write_folder
+
+
+@pytest.fixture
+def settings(tmp_path) -> DataConfig:
+    write_folder(tmp_path / "set", train=30, test=6, side=16)
+    return DataConfig(name="folder", root=str(tmp_path / "set"), residency="mmap", cache=str(tmp_path / "cache"))
+
+
+def image_file(config: DataConfig) -> Path:
+    (found,) = Path(str(config.cache)).glob("*.u8")
+    return found
+
+
+def same(a: RawData, b: RawData) -> bool:
+    return all(np.array_equal(np.asarray(getattr(a, name)), np.asarray(getattr(b, name)))
+               for name in ("train_images", "train_labels", "test_images", "test_labels"))
+
+
+def test_mapped_images_digest_and_splits_equal_those_in_memory(settings):
+    mapped, loaded = (load_data(config, seed=1, batch_size=8) for config in
+                      (settings, settings.model_copy(update={"residency": "host"})))
+    assert mapped.digest == loaded.digest
+    assert mapped.train.mapped
+    assert not loaded.train.mapped
+    for name in ("train", "val", "test"):
+        assert torch.equal(getattr(mapped, name).images, getattr(loaded, name).images)
+        assert torch.equal(getattr(mapped, name).labels, getattr(loaded, name).labels)
+
+
+def test_a_second_start_opens_the_cache_without_decoding(settings, monkeypatch):
+    first = load_folder(settings, True)
+    monkeypatch.setattr(folder_module, "decode_all", None)  # calling it would be an error
+    assert same(first, load_folder(settings, True))
+    assert same(first, load_folder(settings, False))
+    assert sorted(path.suffix for path in Path(str(settings.cache)).iterdir()) == [".json", ".u8"]
+
+
+def test_files_and_folder_are_private(settings):
+    load_folder(settings, True)
+    assert os.stat(str(settings.cache)).st_mode & 0o777 == 0o700
+    assert image_file(settings).stat().st_mode & 0o777 == 0o600
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+def change_and_restore_time(path: Path) -> None:
+    status = path.stat()
+    change(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def damage_manifest(path: Path) -> None:
+    manifest = path.with_suffix(".json")
+    text = manifest.read_text()
+    assert "[60, 12]" in text  # the numbers of images
+    manifest.write_text(text.replace("[60, 12]", "[61, 11]"))
+
+
+def replace_by_link(path: Path) -> None:
+    elsewhere = path.with_suffix(".x")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (cut, r"it has 55295 bytes instead of 55296"), (change, "its images were changed"),
+    (change_and_restore_time, "its images were changed"), (lambda path: path.unlink(), "its images cannot be read"),
+    (damage_manifest, "its manifest is damaged"), (lambda path: path.with_suffix(".json").write_text("[]"), "damaged"),
+    (replace_by_link, "not a file of this user")])
+def test_a_damaged_cache_is_rebuilt_with_a_note(settings, damage, reason):
+    first = load_folder(settings.model_copy(update={"residency": "host"}), True)
+    load_folder(settings, True)
+    damage(image_file(settings))
+    second = load_folder(settings, True)
+    assert same(first, second)
+    assert any("is rebuilt" in note and re.search(reason, note) for note in second.notes)
+    assert not any("is rebuilt" in note for note in load_folder(settings, True).notes)
+
+
+def test_changed_files_and_settings_get_another_cache(settings):
+    load_folder(settings, True)
+    os.utime(Path(str(settings.root)) / "train/cat/0000.png", (1, 1))
+    load_folder(settings, True)
+    load_folder(settings.model_copy(update={"image_size": 8}), True)
+    load_folder(settings.model_copy(update={"on_bad": "skip"}), True)
+    assert len(list(Path(str(settings.cache)).glob("*.u8"))) == 4
+
+
+def test_readers_wait_for_the_builder(settings):
+    results: list[RawData] = []
+    threads = [threading.Thread(target=lambda build=build: results.append(load_folder(settings, build)))
+               for build in (False, False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(results) == 3
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_skipped_files_are_remembered_in_the_cache(settings, monkeypatch):
+    monkeypatch.setattr(folder_module, "SKIP_SHARE", 0.05)
+    path = Path(str(settings.root)) / "train/cat/0007.png"
+    path.write_bytes(path.read_bytes()[:50])
+    config = settings.model_copy(update={"on_bad": "skip"})
+    for _ in range(2):
+        raw = load_folder(config, True)
+        assert len(raw.train_images) == len(raw.train_labels) == 59
+        assert raw.train_labels.tolist() == [0] * 29 + [1] * 30
+        assert any("1 unreadable images were left out: train/cat/0007.png" in note for note in raw.notes)
+
+
+def test_a_failed_build_leaves_nothing_behind(settings, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"cannot write a cache of 0.0 GiB: No space left on device"):
+        load_folder(settings, True)
+    assert list(Path(str(settings.cache)).iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(settings, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match=r"GiB are free .*data.cache"):
+        load_folder(settings, True)
+
+
+def test_the_cache_of_another_user_or_of_everybody_is_refused(tmp_path, monkeypatch):
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(OutputError, match="anybody may write"):
+        cache_folder(str(open_to_all))
+    monkeypatch.setattr(module.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(OutputError, match="belongs to another user"):
+        cache_folder(str(tmp_path / "mine"))
+
+
+def test_a_cache_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot use the cache folder"):
+        cache_folder(str(tmp_path / "file"))
+
+
+def test_large_folders_are_mapped_without_being_asked(settings, monkeypatch):
+    automatic = settings.model_copy(update={"residency": "auto"})
+    assert not load_folder(automatic, True).mapped
+    monkeypatch.setattr(folder_module, "MMAP_FILES", 71)
+    assert load_folder(automatic, True).mapped
+
+
+def resident_kib(path: Path) -> int:
+    """Resident part of the mappings of a file in this process."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_a_batch_of_a_mapped_set_reads_only_its_rows(tmp_path):
+    path = tmp_path / "images.u8"
+    with open(path, "wb") as file:
+        file.truncate(64 << 20)  # 1024 images of 64 KiB
+    store = torch.from_numpy(np.memmap(path, np.uint8, mode="c", shape=(1024, 1, 256, 256)))
+    images = ImageSet(store, torch.zeros(1024, dtype=torch.int64), mapped=True).select(torch.arange(1024).flip(0))
+    before = resident_kib(path)
+    images.batch(torch.tensor([3, 500, 900]))
+    # 192 KiB of rows; the kernel maps up to 64 KiB around each page it finds in memory.
+    assert 192 <= resident_kib(path) - before < 1024

@@ -1,0 +1,255 @@
+"""Checkpoints from strangers, from the past and from the future: nothing in them runs, none is misread."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mat_dist import checkpoint
+from mat_dist.checkpoint import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, manifest, save_peer
+from mat_dist.checkpoint.manifest import MANIFEST, Migration
+from mat_dist.errors import CheckpointError
+from mat_dist.runfolder import RunFolder
+
+
+class Touch:
+    """Pickles into a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path)
+    directory = checkpoint.begin(folder, 10, 1)
+    entry = save_peer(directory, 0, {"w": torch.ones(3), "step": 10})
+    checkpoint.commit(folder, 10, 1, [entry], Meta(1, ("a",), "c", "d"))
+    return folder
+
+
+def rewrite(folder: RunFolder, **changes: Any) -> Path:
+    """Change entries of the manifest and give it a valid digest again."""
+    file = folder.checkpoints / "step_00000010" / MANIFEST
+    document = {**json.loads(file.read_text()), **changes}
+    document.pop("digest")
+    file.write_text(json.dumps({**document, "digest": json_digest(document)}) + "\n")
+    return file
+
+
+def plant(folder: RunFolder, data: bytes) -> None:
+    """Replace the peer's file by `data`, with a manifest that vouches for it."""
+    (folder.checkpoints / "step_00000010" / "peer_0.pt").write_bytes(data)
+    entry = {"name": "peer_0.pt", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(folder, files=[entry])
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def repacked(program: bytes, compression: int = zipfile.ZIP_STORED, more: dict[str, bytes] | None = None) -> bytes:
+    """A torch file whose pickle is `program`."""
+    good, buffer = zipfile.ZipFile(io.BytesIO(saved({"w": torch.ones(3)}))), io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name in good.namelist():
+            archive.writestr(name, program if name.endswith("data.pkl") else good.read(name))
+        for name, data in (more or {}).items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def looped() -> dict[str, Any]:
+    loop: dict[str, Any] = {}
+    loop["self"] = [loop]
+    return {"state": loop, "bad": torch.float32}
+
+
+def doubled() -> dict[str, Any]:
+    tree: list[Any] = []
+    for _ in range(60):
+        tree = [tree, tree]
+    return {"tree": tree, "bad": torch.float32}
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x02}q\x00X\x01\x00\x00\x00x" + b"]" * depth + b"a" * (depth - 1) + b"s."
+
+
+def allocation(count: int) -> bytes:
+    """A pickle that asks for bytearray(count) behind the key "x"."""
+    return (b"\x80\x02}q\x00X\x01\x00\x00\x00xcbuiltins\nbytearray\n\x8a\x08" + struct.pack("<q", count) + b"\x85Rs.")
+
+
+def overlapping() -> bytes:
+    """A zip whose directory lists the same record many times."""
+    data = saved({"w": torch.zeros(3000)})
+    start = data.index(b"PK\x01\x02")
+    count = 40 * len(zipfile.ZipFile(io.BytesIO(data)).infolist())
+    end = data.rindex(b"PK\x05\x06")
+    listing = data[start:end].split(b"PK\x06\x06")[0] * 40
+    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(listing), start, 0)
+    return data[:start] + listing + tail
+
+
+HOSTILE = {
+    "reduce": lambda touch: saved({"w": torch.ones(2), "x": touch}),
+    "reduce at the top": lambda touch: saved(touch),
+    "reduce as a key": lambda touch: repacked(pickle.dumps({(touch,): 1}, protocol=2)),
+    "legacy file": lambda touch: saved({"x": touch}, _use_new_zipfile_serialization=False),
+    "legacy file of tensors": lambda touch: saved({"x": torch.ones(2)}, _use_new_zipfile_serialization=False),
+    "raw pickle": lambda touch: pickle.dumps({"x": touch}),
+    "protocol 4": lambda touch: saved({"x": touch}, pickle_protocol=4),
+    "os.system": lambda touch: repacked(b"cposix\nsystem\nX\x04\x00\x00\x00true\x85R."),
+    "inst": lambda touch: repacked(b"(X\x04\x00\x00\x00trueiposix\nsystem\n."),
+    "second pickle": lambda touch: repacked(pickle.dumps({}, protocol=2),
+                                            more={"archive/more.pkl": pickle.dumps(touch, protocol=2)}),
+    "module": lambda touch: saved(torch.nn.Linear(1, 1)),
+    "script": lambda touch: scripted(),
+    "bytearray of 1 TiB": lambda touch: repacked(allocation(1 << 40)),
+    "compressed zeros": lambda touch: repacked(b"\x80\x02}q\x00.", zipfile.ZIP_DEFLATED,
+                                               {"archive/data/9": bytes(1 << 26)}),
+    "overlapping records": lambda touch: overlapping(),
+    "list": lambda touch: saved([torch.ones(2)]),
+    "set": lambda touch: saved({"x": {1, 2}}),
+    "contains itself": lambda touch: saved(looped()),
+    "2^60 nodes": lambda touch: saved(doubled()),
+    "deeply nested": lambda touch: repacked(nested(100_000)),
+    "empty": lambda touch: b"",
+    "text": lambda touch: b"PK\x03\x04 and nothing else",
+    "truncated zip": lambda touch: saved({"w": torch.ones(2000)})[:-30],
+}
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"\x80\x02).")
+        archive.writestr("archive/data.pkl", b"\x80\x02c__torch__\nM\n)\x81.")
+        archive.writestr("archive/code/__torch__.py", b"class M(Module):\n  pass\n")
+        archive.writestr("archive/version", b"3\n")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_peer_file_is_refused_and_nothing_runs(folder, tmp_path, kind, verify):
+    sentinel = tmp_path / "executed"
+    plant(folder, HOSTILE[kind](Touch(sentinel)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"peer_0\.pt"):
+        load_peer(load_manifest(folder), 0, verify=verify)
+    assert not sentinel.exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_the_sentinel_works(tmp_path):
+    pickle.loads(pickle.dumps(Touch(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+ENTRY = {"name": "peer_0.pt", "size": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize("changes", [
+    {"step": -1}, {"step": "10"}, {"step": True}, {"step": 10.0}, {"epoch": None}, {"attempt": -1}, {"peers": []},
+    {"peers": ["a", "b"]}, {"peers": "a"}, {"files": []}, {"files": {}}, {"files": [1]}, {"files": [ENTRY, ENTRY]},
+    {"files": [{**ENTRY, "name": "../../../etc/passwd"}]}, {"files": [{**ENTRY, "name": "/etc/passwd"}]},
+    {"files": [{**ENTRY, "size": -1}]}, {"files": [{**ENTRY, "size": 1e3}]}, {"files": [{**ENTRY, "sha256": "0" * 63}]},
+    {"files": [{**ENTRY, "sha256": "Z" * 64}]}, {"files": [{"name": "peer_0.pt"}]}, {"extra": []}, {"versions": "1"},
+    {"config_digest": 1}, {"saved": None}, {"format": 0}, {"format": -1}, {"format": True}, {"format": "1"},
+    {"format": -10**30}, {"format": None}])
+def test_a_manifest_with_wrong_entries_is_refused(folder, changes):
+    rewrite(folder, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        load_manifest(folder, 10)
+    assert not isinstance(caught.value, TooNew)
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
+        find_newest(folder)
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"\n", b"null\n", b"[]\n", b"{}\n", b"[" * 100_000 + b"\n", b'{"a": ' * 100_000 + b"\n", b"\xff\xfe\n",
+    b'{"digest": 1, "digest": 2}\n', b'{"step": NaN}\n', b'{"step": 1e400}\n', b"9" * 10_000 + b"\n", b'"\\ud800"\n',
+    b'{"a": "\\ud800"}\n'])
+def test_a_manifest_that_is_not_strict_json_is_refused(folder, text):
+    (folder.checkpoints / "step_00000010" / MANIFEST).write_bytes(text)
+    with pytest.raises(CheckpointError):
+        load_manifest(folder, 10)
+
+
+def test_a_huge_manifest_is_not_read_whole(folder):
+    os.truncate(folder.checkpoints / "step_00000010" / MANIFEST, 1 << 33)
+    with pytest.raises(CheckpointError):
+        load_manifest(folder, 10)
+
+
+def test_a_later_format_is_named_and_never_passed_over(folder):
+    directory = checkpoint.begin(folder, 5, 1)
+    checkpoint.commit(folder, 5, 1, [save_peer(directory, 0, {})], Meta(0, ("a",), "", ""))
+    rewrite(folder, format=2, versions={"mat_dist": "7.1"}, files="in a form nobody knows yet")
+    for look in (lambda: find_newest(folder), lambda: load_manifest(folder, 10)):
+        with pytest.raises(TooNew, match=r"needs mat_dist >= 7\.1") as caught:
+            look()
+        assert caught.value.code == 4
+    rewrite(folder, format=3, versions=None)
+    with pytest.raises(TooNew, match="later"):
+        find_newest(folder)
+
+
+def test_an_older_format_goes_through_every_migration(folder, monkeypatch):
+    def old_manifest(document):
+        document["epoch"] = document.pop("epochs_done")
+        return document
+
+    def first_peer(content):
+        return {"weights": content["params"], "step": content["step"]}
+
+    def second_peer(content):
+        return {"w": content["weights"], "step": content["step"]}
+
+    table = {-1: Migration(lambda document: {**document, "extra": {"from": -1}}, first_peer),
+             0: Migration(old_manifest, second_peer)}
+    plant(folder, saved({"params": torch.ones(3), "step": 10}))
+    file = rewrite(folder, format=-1, epochs_done=4)
+    document = json.loads(file.read_text())
+    del document["epoch"], document["digest"]
+    file.write_text(json.dumps({**document, "digest": json_digest(document)}) + "\n")
+    monkeypatch.setattr(manifest, "MIGRATIONS", table)
+    found, notes = find_newest(folder)
+    assert notes == [] and found.format == -1 and found.meta.epoch == 4 and found.meta.extra == {"from": -1}
+    content = load_peer(found, 0, require=("w",))
+    assert set(content) == {"w", "step"} and torch.equal(content["w"], torch.ones(3))
+
+
+def test_a_damaged_pointer_leads_nowhere(folder):
+    for text in ("", "../..", "step_1", "step_00000010/..", "x" * 10_000, "step_00000099"):
+        (folder.checkpoints / "latest").write_text(text)
+        with pytest.raises(CheckpointError, match="step_00000010"):
+            load_manifest(folder)
+    (folder.checkpoints / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError):
+        load_manifest(folder)
+
+
+def test_the_package_never_unpickles_freely():
+    package = Path(sys.modules["mat_dist"].__file__).parent / "checkpoint"
+    text = "".join(file.read_text() for file in package.glob("*.py"))
+    assert "weights_only=False" not in text and "pickle.load" not in text and text.count("torch.load(io") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def write_program(folder: Path, name: str, body: str) -> None:
     record = ("import json, os, sys; "
               "open(os.environ['CALLS'], 'a').write(json.dumps(sys.argv[1:]) + chr(10))")
     path = folder / name
-    path.write_text(f'#!/usr/bin/env bash\n'{sys.executable}' -c "{record}" {name} "$@"\n{body}\n')
+    command = shlex.join([sys.executable, "-c", record, name])
+    path.write_text(f'#!/usr/bin/env bash\n{command} "$@"\n{body}\n')
     path.chmod(0o755)
 
 

@@ -61,6 +61,8 @@ class Trainer:
         try:
             for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
                 self.note(note)
+            if self.lacks_evaluation(first):
+                self.validate(first)
             self.train(first)
             self.finish()
         finally:
@@ -90,12 +92,12 @@ class Trainer:
                 self.validate(done)
 
     def finish(self) -> None:
-        """Attack the newest and the best checkpoint on the test set."""
+        """Attack the best (if there were evaluations) and the newest checkpoint on the test set."""
         if not self.config.eval.test or self.newest is None:
             return
         plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
-        best = Agreement(self.mesh, "test").run("best checkpoint", checkpoint.load_manifest, self.run.folder, "best")
-        chosen = {"best": best or self.newest, "last": self.newest}
+        best = self.best()
+        chosen = {**({"best": best} if best else {}), "last": self.newest}
         rows: list[TableRow] = []
         done: dict[int, list[Result]] = {}
         for label, manifest in chosen.items():
@@ -145,6 +147,22 @@ class Trainer:
         """Whether an evaluation is due after `done` steps; it reads the checkpoint of that step."""
         every = self.config.eval.every
         return every > 0 and (done % (per_epoch * every) == 0 or done == total)
+
+    def lacks_evaluation(self, done: int) -> bool:
+        """Whether an earlier attempt ended between the checkpoint of step `done` and its evaluation."""
+        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
+        file = self.run.folder.eval / f"validation_{checkpoint.step_name(done)}.json"
+        missing = self.mesh.from_lead(not file.exists())
+        return done > 0 and missing and self.evaluates_at(done, per_epoch, total)
+
+    def best(self) -> checkpoint.Manifest | None:
+        """The checkpoint that the validation split chose; None if there was no evaluation."""
+        agree = Agreement(self.mesh, "test")
+        marked = checkpoint.read_best(self.run.folder) if self.mesh.placement.is_lead else None
+        step = self.mesh.from_lead(marked.step if marked else None)
+        manifest = agree.run("best checkpoint", checkpoint.load_manifest, self.run.folder, step) if step is not None else None
+        agree.settle("best checkpoint")
+        return manifest
 
     def save(self, done: int) -> None:
         """All peers into `checkpoints/step_<done>`: owners write, rank 0 adds the manifest last."""
@@ -223,8 +241,7 @@ class Trainer:
         self.best_score = max(self.best_score, score)
 
     def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan, seconds: float) -> None:
-        write_results(self.run.folder.eval, f"validation_{self.newest.directory.name}", results, config=self.config,
-                      attack=plan, step=done, split="validation", attempt=self.run.attempt)
+        """The result file comes last: where it is missing, a resumed run evaluates again."""
         if score > self.best_score:
             checkpoint.mark_best(self.run.folder, done, score, {"split": "validation"})
         record: dict[str, Any] = {"step": done, "epoch": done / self.cohort.steps_per_epoch, "eval_s": seconds,
@@ -237,6 +254,8 @@ class Trainer:
                 if r.target == ENSEMBLE:
                     record[f"{prefix}ensemble"] = {"clean_acc": r.clean, "robust_acc": r.robust}
         self.reporter.epoch(record)
+        write_results(self.run.folder.eval, f"validation_{checkpoint.step_name(done)}", results, config=self.config,
+                      attack=plan, step=done, split="validation", attempt=self.run.attempt)
 
 
 class _Meter:

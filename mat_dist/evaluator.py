@@ -100,7 +100,7 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
 
     Args:
         data: the split to evaluate on.
-        size: use the first so many images (the loaders' order is stratified and keyed); default all.
+        size: use a random subset of so many images, keyed by the run's seed alone; default all.
         purpose: names the split in messages and keys nothing.
 
     Raises the error of any rank, on all ranks.
@@ -156,9 +156,11 @@ def _attack_chunk(config: Config, targets: Sequence[nn.Module], threats: Sequenc
 
 
 def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """Whether the largest logit is the true class -> bool (B,)."""
+    """Whether the largest logit is the true class -> bool (B,); logits that are not finite are no answer."""
     with torch.no_grad():
-        return model(x_BCHW).argmax(-1) == y_B
+        logits_BK = model(x_BCHW)
+    # argmax takes NaN for the largest value: all of class 0 would count as robust.
+    return (logits_BK.argmax(-1) == y_B) & logits_BK.isfinite().all(-1)
 
 
 def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int, chunk: int) -> Tensor:

@@ -70,7 +70,7 @@ def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *
     Area share uniform in [smallest, 1], log of the aspect ratio uniform in [log 3/4, log 4/3], as in
     torchvision.transforms.RandomResizedCrop. Where a side would not fit into the image it is cut to the image, while
     torchvision draws again up to ten times: rejection has no fixed number of draws. Cutting changes the area and the
-    ratio of those boxes (with smallest = 0.08 and square images about one in six).
+    ratio of those boxes (with smallest = 0.08, 14 % of them on square images).
     """
     height, width = size
     area_B = height * width * (smallest + (1 - smallest) * area_B)

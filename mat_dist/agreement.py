@@ -62,6 +62,7 @@ class Agreement:
 
         Raises the first failure of any rank, or PeerFailed for a mismatch, with the same text on all ranks.
         """
+        self.mesh.where = f"{self.where}, {point}"
         form = f"{tuple(payload.shape)} {payload.dtype}" if payload is not None else "nothing"
         code = 0 if self.failure is None else _code(self.failure)
         rows = self.mesh.gather_world([code, self.number, _crc(point), _crc(form), checksum])
@@ -85,6 +86,7 @@ class Agreement:
 
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
         """
+        self.mesh.where = f"{self.where}, vote"
         local = self.mesh.placement.peers_per_rank
         bits = [0] * 4 * local if self.failure is not None else finite_L4.reshape(-1).tolist()
         code = 0 if self.failure is None else _code(self.failure)
@@ -104,7 +106,8 @@ class Agreement:
         return any(row[2] for row in rows)
 
     def settle(self, point: str) -> None:
-        """A header without payload: raise if any rank failed so far."""
+        """End a phase of unknown length together: raise if any rank failed in it. Waits as long as all ranks live."""
+        self.mesh.meet(f"{self.where}, {point}")
         self.header(point)
 
     # ---------------------------------------------------------------- inside

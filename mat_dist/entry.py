@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from mat_dist.errors import BUG, DONE, ConfigError, MatError, StopRequested, error_line
+from mat_dist.errors import BUG, DONE, FINAL_CODES, MatError, StopRequested, error_line
 from mat_dist.mesh.launch import Launch
 
 
@@ -17,25 +17,22 @@ LOGGED = "the traceback is in the rank's log"
 def run_entry(body: Callable[[], None]) -> int:
     """Run a command's body -> exit code. No traceback reaches the screen for errors that a user can cause.
 
-    Errors with a known cause reach all ranks with one text, so rank 0 alone prints them.
+    Errors with a known cause reach all ranks with one text, so one rank prints them. torchrun restarts all ranks
+    on any exit code but 0: where it has restarts left, a rank whose code says that a restart cannot help leaves with 0.
     """
-    speaks = True
+    launch = Launch()
     try:
-        speaks = Launch.from_environment().rank == 0
+        launch = Launch.from_environment()
         body()
-    except ConfigError as error:
-        for problem in error.problems if speaks else []:
-            print(error_line(problem), file=sys.stderr)
-        return error.code
     except MatError as error:
-        if speaks:
-            print(error_line(error), file=sys.stderr)
-        return error.code
+        if launch.speaks_for(getattr(error, "guilty", ())):
+            for problem in getattr(error, "problems", [error]):
+                print(error_line(problem), file=sys.stderr)
+        return DONE if launch.restarts_left and error.code in FINAL_CODES else error.code
     except KeyboardInterrupt:
         return StopRequested.code
     except BrokenPipeError:  # `| head` closed the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except Exception as error:
         print(error_line(error), file=sys.stderr)
         if LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log

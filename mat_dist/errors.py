@@ -70,9 +70,10 @@ class PeerFailed(MatError):
 
 
 class PeerSilent(MatError):
-    """A peer's process died or stopped answering."""
+    """A peer's process died or stopped answering. `guilty` are the ranks, as far as they are known."""
 
     code = 14
+    guilty: tuple[int, ...] = ()
 
 
 class NonFinite(MatError):

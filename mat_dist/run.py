@@ -20,7 +20,7 @@ from mat_dist.config import config_differences, dump_config, load_config, resume
 from mat_dist.config.schema import Config
 from mat_dist.device import device_name
 from mat_dist.entry import LOGGED
-from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError, StopRequested
+from mat_dist.errors import FINAL_CODES, CheckpointError, ConfigError, MatError, OutputError, StopRequested, error_class
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.runfolder import (
@@ -29,6 +29,7 @@ from mat_dist.runfolder import (
     create_or_open,
     finished,
     next_attempt,
+    read_exit,
     write_environment,
     write_exit,
 )
@@ -87,15 +88,24 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
         try:
             yield Run(folder, attempt, log, told["notes"], mesh)
         except BaseException as error:
-            log.error("%s", "".join(traceback.format_exception(error)))
-            error.add_note(LOGGED)
-            if lead:
-                state = "stopped" if isinstance(error, (StopRequested, KeyboardInterrupt)) else "failed"
-                with contextlib.suppress(OutputError):  # the disk may be what failed; the first error counts
-                    write_exit(folder, attempt, error, state)
+            _record_failure(error, folder, attempt, log, mesh, launch)
             raise
         if lead:
             write_exit(folder, attempt, None, "done")
+
+
+def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, mesh: Mesh, launch: Launch) -> None:
+    """Traceback into this rank's log; how the run ended into `exit.json`, by the lowest rank that is still sound."""
+    log.error("%s", "".join(traceback.format_exception(error)))
+    error.add_note(LOGGED)
+    if not isinstance(error, MatError) and mesh.beat is not None:  # the other ranks do not know yet
+        with contextlib.suppress(RuntimeError):
+            mesh.beat.report({"what": f"{type(error).__name__}: {error}", "where": mesh.where,
+                              "how": f"see the traceback in rank_{launch.rank}.log"})
+    if launch.speaks_for(getattr(error, "guilty", ())):
+        state = "stopped" if isinstance(error, (StopRequested, KeyboardInterrupt)) else "failed"
+        with contextlib.suppress(OutputError):  # the disk may be what failed; the first error counts
+            write_exit(folder, attempt, error, state)
 
 
 def _same_settings(mesh: Mesh, config: Config) -> None:
@@ -116,11 +126,20 @@ def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunF
     lock = RunLock(folder, launch.job_id)
     note = lock.acquire()
     try:
+        _check_restart(folder, launch)
         _check_continues(folder, config)
         return folder, lock, next_attempt(folder), [note] if note else []
     except MatError:
         lock.release()
         raise
+
+
+def _check_restart(folder: RunFolder, launch: Launch) -> None:
+    """A torchrun restart leaves at once when the attempt before it ended for a reason that a restart cannot mend."""
+    ended = read_exit(folder) if launch.restart > 0 else None
+    last = ended["attempts"][-1] if ended else {"attempt": 0, "code": 0}
+    if last["code"] in FINAL_CODES and last["attempt"] == next_attempt(folder) - 1:  # not of an earlier launch
+        raise error_class(last["code"])(last["what"], last["where"], last["how"])
 
 
 def _check_continues(folder: RunFolder, config: Config) -> None:

@@ -207,7 +207,7 @@ def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Ten
 def _reduce_gradients(cohort: Cohort, agree: Agreement) -> list[Tensor]:
     """Mean gradient over replicas, clipped -> its norm for each local peer."""
     if cohort.mesh.placement.replicas > 1:
-        agree.settle("gradients")  # a replica that failed must not be missing in the all-reduce
+        agree.header("gradients")  # a replica that failed must not be missing in the all-reduce
         cohort.mesh.average_replicas([g for p in cohort.peers for g in p.gradients()])
     return [agree.run(f"gradient of {p.name}", p.clip) for p in cohort.peers]
 

@@ -20,6 +20,10 @@ class StopFlag:
     def requested(self) -> bool:
         return self.signal is not None
 
+    def pass_on(self) -> None:
+        """Another rank was asked to stop."""
+        self.signal = self.signal or signal.SIGTERM
+
     def take(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: remember; work goes on to the end of the step."""
         self.signal = signal.Signals(number)

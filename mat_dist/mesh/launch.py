@@ -19,6 +19,8 @@ class Launch:
     job_id: str | None = None
     restart: int = 0
     restarts_left: bool = False
+    master: tuple[str, int] | None = None
+    run_id: str = "none"
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -34,8 +36,15 @@ class Launch:
         job = env.get("SLURM_JOB_ID")
         if job and "SLURM_ARRAY_JOB_ID" in env:
             job = f"{env['SLURM_ARRAY_JOB_ID']}-{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+        port = env.get("MASTER_PORT", "")
+        master = (env["MASTER_ADDR"], int(port)) if port.isdigit() and "MASTER_ADDR" in env else None
         restart, most = numbers["TORCHELASTIC_RESTART_COUNT"], numbers["TORCHELASTIC_MAX_RESTARTS"]
         if job is None and most > 0 and env.get("TORCHELASTIC_RUN_ID", "none") != "none":
             job = env["TORCHELASTIC_RUN_ID"]
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
-                   job, restart, restart < most)
+                   job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"))
+
+    def speaks_for(self, guilty: tuple[int, ...] = ()) -> bool:
+        """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""
+        sound = [rank for rank in range(self.world) if rank not in guilty]
+        return bool(sound) and self.rank == sound[0]

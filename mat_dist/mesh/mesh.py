@@ -7,7 +7,7 @@ callers never ask how many ranks there are. Nothing that arrives is unpickled: t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from mat_dist.config.schema import CommConfig
 from mat_dist.errors import EnvironmentFault, PeerSilent
+from mat_dist.mesh.heartbeat import Heartbeat
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
+
+
+RESTART = "start again to continue from the newest checkpoint"
 
 
 class Mesh:
@@ -31,13 +35,18 @@ class Mesh:
         world: small gloo group of all ranks for headers, votes and text; CPU tensors only.
         peer: group along the peer axis (AEs and logits).
         replica: group along the replica axis (gradients).
+        staged: move CUDA tensors through host memory (gloo).
+        beat: heartbeat of this rank, None where there is one rank or ranks are threads.
+        timeout: seconds after which a rank is given up.
     """
 
     def __init__(self, placement: Placement, device: torch.device, *, world: Any = None, peer: Any = None,
-                 replica: Any = None, staged: bool = False) -> None:
-        self.placement, self.device = placement, device
+                 replica: Any = None, staged: bool = False, beat: Heartbeat | None = None, timeout: float = 600.0) -> None:
+        self.placement, self.device, self._timeout = placement, device, timeout
+        self.beat = beat
+        self.where = "start"  # what the ranks are about to do, for messages
         self._world, self._peer, self._replica = world, peer, replica
-        self._staged = staged  # gloo moves CPU tensors: CUDA tensors go through host memory
+        self._staged = staged
 
     # ---------------------------------------------------------------- tensors
 
@@ -100,6 +109,11 @@ class Mesh:
         """Rank 0's JSON value, on every rank."""
         return self.gather_json(value if self.placement.is_lead else None)[0]
 
+    def meet(self, point: str) -> None:
+        """Wait for all ranks however long they take, as long as they live: for phases of unknown length."""
+        if self.beat is not None:
+            self.beat.meet(point, self._timeout)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather_world([0])
@@ -121,18 +135,30 @@ class Mesh:
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
-        """Turn the backend's error into ours: a peer's process is gone or silent."""
+        """Turn the backend's error, which names nobody or the wrong rank, into the guilty rank."""
+        where = f"{what} of {self.where}"
+        if self.beat is not None:
+            self.beat.arrive(self.where)
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            raise PeerSilent(f"a peer stopped answering during a {what}: {error}", f"rank {self.placement.rank}",
-                             "see the rank_<r>.log files of the other ranks, then start again to continue from the "
-                             "newest checkpoint") from error
+            text = str(error).splitlines()[0]
+            if self.beat is None:
+                raise PeerSilent(f"a peer stopped answering: {text}", where, RESTART) from error
+            try:
+                blamed = self.beat.blame(where)
+            except RuntimeError as gone:  # the store went with rank 0 or its node
+                raise PeerSilent(f"the rendezvous store is gone, rank 0 or its node ended: {text}", where, RESTART) from gone
+            raise blamed from error
 
 
 @contextmanager
-def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch) -> Iterator[Mesh]:
+def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch, *,
+              on_stop: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
     """Form the process groups of this launch, and leave them at the end.
+
+    Args:
+        on_stop: called when another rank asks all to stop (from a thread).
 
     Raises EnvironmentFault when the rank count does not fit, or the ranks cannot meet.
     """
@@ -151,15 +177,34 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"the ranks cannot meet: {error}", "MASTER_ADDR, MASTER_PORT",
                                "start with torchrun, and check that the port is free and reachable") from error
+    beat = None
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         peer = _own_group(placement.peer_axis(), placement.rank, timeout)
         replica = _own_group(placement.replica_axis(), placement.rank, timeout)
-        mesh = Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo")
+        if launch.master is not None:
+            beat = _heartbeat(placement, launch, timeout, on_stop)
+        mesh = Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
+                    timeout=comm.timeout)
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh
     finally:
+        if beat is not None:
+            beat.close()
         dist.destroy_process_group()
+
+
+def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, on_stop: Callable[[], None]) -> Heartbeat:
+    """A heartbeat over a store client of its own; keys carry the restart, since the agent's store outlives it."""
+    assert launch.master is not None
+    host, port = launch.master
+    client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store = dist.PrefixStore(f"mat_dist/{launch.run_id}/{launch.restart}", client)
+
+    def peers_of(rank: int) -> str:
+        return ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
+
+    return Heartbeat(store, placement.rank, placement.world, peers_of=peers_of, on_stop=on_stop)
 
 
 def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -1,0 +1,70 @@
+"""Processes of this machine: who they are, whether they still run. Reads /proc; no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process, told apart from a later one with the same pid.
+
+    Attributes:
+        host: host name.
+        boot: boot id of the machine; with `namespace` it tells whether pids mean the same here.
+        namespace: pid namespace.
+        pid: process id.
+        started: start in clock ticks since boot.
+    """
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: int
+
+    @classmethod
+    def own(cls) -> ProcessIdentity:
+        """Of this process."""
+        namespace = ""
+        with suppress(OSError):
+            namespace = os.readlink("/proc/self/ns/pid")
+        found = process_start(os.getpid())
+        return cls(socket.gethostname(), read_system("/proc/sys/kernel/random/boot_id"), namespace, os.getpid(),
+                   found[1] if found else 0)
+
+    def shares_pids_with(self, other: ProcessIdentity) -> bool:
+        """Whether both live where a pid means the same process."""
+        return (self.host, self.boot, self.namespace) == (other.host, other.boot, other.namespace)
+
+    def runs(self) -> bool:
+        """Whether the process still runs; ask only where `shares_pids_with`. Zombies do not run."""
+        found = process_start(self.pid)
+        return found is not None and found[0] not in "ZX" and found[1] == self.started
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.runs():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def read_system(file: str) -> str:
+    """Content of a file of /proc, empty where there is none."""
+    with suppress(OSError):
+        return Path(file).read_text().strip()
+    return ""
+
+
+def process_start(pid: int) -> tuple[str, int] | None:
+    """State letter and start (clock ticks since boot) of a process; None if /proc does not know it."""
+    text = read_system(f"/proc/{pid}/stat")
+    if not text:
+        return None
+    columns = text.rpartition(")")[2].split()
+    return columns[0], int(columns[19])

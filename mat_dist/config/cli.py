@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mat_dist.config.describe import Setting, nearest, settings
 from mat_dist.config.nodes import COMMAND_LINE, SHARED, joined
-from mat_dist.config.schema import Config
+from mat_dist.config.schema import MAX_PEERS, Config
 from mat_dist.errors import ConfigError
 
 WIDTH = 100
@@ -128,7 +128,7 @@ def help_text(prog: str, description: str) -> str:
         lines += ["", f"{section}: {field.description}{'' if 'of the peers' in (field.description or '') else each}"]
         if section == "peers":
             lines += _entry(f"peers={len(field.default)}", "number of peers, or a list with an entry per peer "
-                                                            "[1 to 256]; N is an index from 0")
+                                                            f"[1 to {MAX_PEERS}]; N is an index from 0")
         lines += _rows([row for key, row in settings().items() if key.split(".")[0] == section])
     return "\n".join([*lines, "", "Examples", *_examples(prog)])
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
-from mat_dist.config.schema import Config, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig, Section
 from mat_dist.errors import ConfigError
 
 PEER = "N"  # stands for a peer's index in the keys below
@@ -196,7 +196,7 @@ def problem(error: ErrorDetails, tree: Node, count: int) -> ConfigError:
         return ConfigError(f"{found} cannot be used for {node.key}", node.where, setting.allowed(error["input"]))
     if key == "peers":
         return ConfigError(f"{found} cannot be used for peers", node.where, "write a number of peers or a list with an "
-                                                                            "entry per peer, 1 to 256")
+                                                                            f"entry per peer, 1 to {MAX_PEERS}")
     name = ".".join(map(str, path))
     short = f" (or {SHORTHANDS[key]} alone)" if key in SHORTHANDS else ""
     return ConfigError(f"{found} cannot be used for the section {name}", node.where,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mat_dist.config.nodes import ALIASES, SHORTHANDS
-from mat_dist.config.schema import Config, DataConfig, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig, Section
 
 # 8, -0.5, 1e-3, 8/255
 _NUMBER_TEXT = r"^\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?(\s*/\s*[0-9]+)?\s*$"
@@ -45,9 +45,9 @@ def schema_json() -> str:
     for alias in ALIASES:
         same = {**sections["ThreatConfig"]["properties"][alias], "description": f"another name for threat.{alias}"}
         sections["AttackConfig"]["properties"][alias] = same
-    many = {key: value for key, value in top["peers"].items() if key not in ("default", "description", "title")}
+    many = {"type": "array", "items": top["peers"]["items"], "minItems": 1, "maxItems": MAX_PEERS}
     top["peers"] = {"description": Config.model_fields["peers"].description,
-                    "anyOf": [{"type": "integer", "minimum": 1, "maximum": many["maxItems"]}, many]}
+                    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_PEERS}, many]}
     names = {"type": "string", "minLength": 1}
     top["defaults"] = {"description": "files that this one builds on",
                        "anyOf": [names, {"type": "array", "items": names}]}

@@ -22,7 +22,7 @@ from mat_dist.config.nodes import (
     normalise_sections,
     section_class,
 )
-from mat_dist.config.schema import Config, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig, Section
 from mat_dist.errors import ConfigError
 
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
@@ -57,6 +57,9 @@ def _read(item: str, problems: list[ConfigError]) -> Override | None:
         problems.append(ConfigError(f"{key} has no value", COMMAND_LINE, f"write {key}=VALUE; null empties a setting"))
         return None
     path = tuple(key.split("."))
+    if path[0] == "defaults":
+        problems.append(ConfigError("defaults is for files", f"{COMMAND_LINE}, {key}", "write --config FILE"))
+        return None
     setting = settings().get(canonical(path))
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if setting is not None and setting.kind == "text" and text != "null" and not quoted:
@@ -84,8 +87,7 @@ def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Ov
 def expand_peers(tree: Node, source: str) -> Node:
     """`tree` with `peers` as a list: a number becomes that many empty entries, none at all the default number."""
     peers = tree.get("peers") or Node(len(Config.model_fields["peers"].default), source, "peers")
-    limit = next(m.max_length for m in Config.model_fields["peers"].metadata if hasattr(m, "max_length"))
-    if isinstance(peers.value, int) and not isinstance(peers.value, bool) and 1 <= peers.value <= limit:
+    if isinstance(peers.value, int) and not isinstance(peers.value, bool) and 1 <= peers.value <= MAX_PEERS:
         peers = replace(peers, value=tuple(Node({}, peers.source, f"peers.{n}") for n in range(peers.value)))
     return replace(tree, value={**tree.value, "peers": peers})
 
@@ -101,7 +103,7 @@ def _layer(tree: Node, path: tuple[str, ...], value: Node, model: type[Section],
     if not path:
         empty = Node({}, value.source, value.key)
         return merge(tree, normalise_sections(value, problems, model)) or empty if value.value is not None else empty
-    if value.value is None and _is_section(model, path):
+    if value.value is None and (path == ("peers",) or _is_section(model, path)):
         return cut(tree, path)
     if path[-1].isdecimal() and len(path) > 1:
         path, value = path[:-1], _with_item(tree, path[:-1], int(path[-1]), value)

@@ -46,7 +46,7 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
                 data = file.read()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot read the plug-in: {reason}", f"--plugin {path}",
+            raise ConfigError(f"cannot read the plug-in: {reason}", f"--plugin {ascii(path)[1:-1]}",
                               "give the path of a Python file") from None
         digests[path] = hashlib.sha256(data).hexdigest()
         _run(path, data, f"mat_dist_plugin_{digests[path][:16]}")
@@ -66,6 +66,6 @@ def _run(path: str, data: bytes, name: str) -> None:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        place = f"--plugin {path}" + (f", line {line}" if line else "")
+        place = f"--plugin {ascii(path)[1:-1]}" + (f", line {line}" if line else "")
         raise ConfigError(f"the plug-in raised {type(error).__name__}: {error}", place,
                           "correct the file; it must import without error") from error

@@ -36,6 +36,8 @@ def parse_integer(value: Any) -> Any:
     return value
 
 
+MAX_PEERS = 256  # a bound for typing errors; each peer is a model
+
 Number = Annotated[float, BeforeValidator(parse_number)]
 Integer = Annotated[int, BeforeValidator(parse_integer)]
 
@@ -243,6 +245,8 @@ class CheckpointConfig(Section):
 
     every: Integer = Field(1, ge=1, description="epochs between checkpoints")
     every_steps: Integer | None = Field(None, ge=1, description="also save after every so many steps")
+    background: bool = Field(True, description="write while training goes on; a checkpoint that is evaluated next is "
+                                               "waited for")
     keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
 
 
@@ -266,7 +270,7 @@ class Config(Section):
     loss: LossConfig = Field(default_factory=LossConfig, description="default mutual loss of the peers")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="default optimizer of the peers")
     peers: tuple[PeerConfig, ...] = Field(
-        (PeerConfig(), PeerConfig(), PeerConfig(), PeerConfig()), min_length=1, max_length=256,
+        (PeerConfig(), PeerConfig(), PeerConfig(), PeerConfig()), min_length=1, max_length=MAX_PEERS,
         description="the cohort: a number of equal peers, or a list with an entry per peer")
     step: StepConfig = Field(default_factory=StepConfig, description="precision and memory of a step")
     train: TrainConfig = Field(default_factory=TrainConfig, description="length and batch size")

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from mat_dist.config import Arguments, help_text, load_config, load_plugins, parse_command_line, schema_json
@@ -15,6 +16,10 @@ from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+same_words = pytest.mark.skipif(
+    tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 9),
+    reason="older pydantic writes the same schema in other words",
+)
 
 
 def parse(*argv: str) -> Arguments:
@@ -149,12 +154,14 @@ def test_a_plugin_that_cannot_be_imported_is_a_config_error(
     assert not any(name.startswith("mat_dist_plugin") for name in set(sys.modules) - before)
 
 
+@same_words
 def test_the_json_schema_is_current() -> None:
     assert json.loads((CONFIGS / "schema.json").read_text()) == json.loads(schema_json()), (
         "run: python -c \"from mat_dist.config import schema_json; print(schema_json(), end='')\" > configs/schema.json"
     )
 
 
+@same_words
 def test_the_json_schema_allows_the_short_forms() -> None:
     schema = json.loads(schema_json())
     top, sections = schema["properties"], schema["$defs"]

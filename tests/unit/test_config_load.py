@@ -175,6 +175,7 @@ def test_a_number_of_peers_is_that_many_equal_ones(tmp_path: Path) -> None:
     assert len(load(tmp_path, "peers: [{}, {}]", "peers=5").peers) == 5
     assert len(load(tmp_path, "{}", "peers.3.model=a", "peers=6").peers) == 6
     assert {p.model.name for p in load(tmp_path, "peers: 3", "peers.all.model=a").peers} == {"a"}
+    assert len(load(tmp_path, "peers: 2", "peers=null").peers) == 4
     for wrong in ("0", "-1", "257", "true", "1.5", "x", "[]", "{a: 1}", "99999999999"):
         assert "cannot be used for peers" in refused(tmp_path, f"peers: {wrong}")
     assert "there is no peer 3" in refused(tmp_path, "peers: 3", "peers.3.model=a")

@@ -1,0 +1,148 @@
+"""Networks by name, and the finished classifier: normalisation, then the network."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist.config.schema import ModelConfig
+from mat_dist.errors import ConfigError
+from mat_dist.models.library import PREFIXES, library_builder
+from mat_dist.models.modes import frozen
+
+Shape = tuple[int, int, int]
+Builder = Callable[[ModelConfig, Shape, int], nn.Module]
+AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:
+    """Decorator that makes a builder known as `model.name=<name>`; also for files given with --plugin.
+
+    The builder gets (config, shape, classes), with shape (C, H, W), and returns a module that turns normalised
+    images (B, C, H, W) into raw logits (B, classes). It draws its weights from torch's global generator, which the
+    caller has seeded, and may read `config.width`, `config.activation` and `config.norm`.
+
+    Raises:
+        ConfigError: another builder has the name, or the name starts with torchvision/ or timm/.
+    """
+
+    def register(builder: AnyBuilder) -> AnyBuilder:
+        where = _origin(builder)
+        if name.startswith(PREFIXES):
+            raise ConfigError(f"model name {name!r} is taken by a library", where,
+                              f"do not start with {' or '.join(PREFIXES)}")
+        # The same plug-in may be loaded twice in one process.
+        if name in _BUILDERS and _origin(_BUILDERS[name]) != where:
+            raise ConfigError(f"model name {name!r} is registered twice", where, "choose another name")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def _origin(builder: Builder) -> str:
+    return f"{builder.__module__}.{getattr(builder, '__qualname__', repr(builder))}"
+
+
+def model_names() -> tuple[str, ...]:
+    """Names of the built-in networks and of those that plug-ins have registered, sorted."""
+    return tuple(sorted(_BUILDERS))
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, for images in [0, 1].
+
+    mean and std are buffers of shape (1, C, 1, 1) and part of the state dict, so a checkpoint is complete.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            # float: whole numbers such as std 1 would otherwise become integer buffers.
+            self.register_buffer(name, torch.tensor([float(v) for v in values]).reshape(1, -1, 1, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return (x_BCHW - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f"channels={self.mean.shape[1]}"
+
+
+def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequence[float],
+                std: Sequence[float]) -> nn.Module:
+    """A classifier over float images (B, C, H, W) in [0, 1] that returns raw logits (B, classes).
+
+    A Sequential of `normalize` and `net` on torch's default device. Weights are drawn from torch's
+    global generator: wrap the call in `streams.keyed_rng`. One image is passed through before the model is returned.
+
+    Args:
+        config: name, width, activation, norm.
+        shape: (C, H, W) of an image.
+        classes: number of classes K, at least 2.
+        mean, std: per channel, in [0, 1] units; std above 0.
+
+    Raises:
+        ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take.
+        EnvironmentFault: timm/<name> without timm.
+    """
+    _check_data(shape, classes, mean, std)
+    net = _find_builder(config.name)(config, shape, classes)
+    model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+    _try_one_image(model, config.name, shape, classes)
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trained values; buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_data(shape: Shape, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != shape[0] or len(std) != shape[0]:
+        raise ConfigError(f"mean has {len(mean)} and std {len(std)} values for {shape[0]} channels", "data",
+                          "give one mean and one std per channel")
+    if not all(math.isfinite(m) for m in mean) or not all(math.isfinite(s) and s > 0 for s in std):
+        raise ConfigError(f"mean {tuple(mean)} or std {tuple(std)} cannot normalise", "data",
+                          "means must be finite, deviations finite and above 0")
+    if classes < 2:
+        raise ConfigError(f"{classes} classes", "data", "a classifier needs at least 2")
+
+
+def _find_builder(name: str) -> Builder:
+    if name.startswith(PREFIXES):
+        return library_builder(name)
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, _BUILDERS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        known = ", ".join((*model_names(), *(f"{prefix}<name>" for prefix in PREFIXES)))
+        raise ConfigError(f"unknown model {name!r}", "model.name", f"{hint}Known: {known}, or a name from --plugin")
+    return _BUILDERS[name]
+
+
+def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
+    """Pass one grey image through in eval mode, so that a misfit shows before the training starts."""
+    x_BCHW = torch.full_like(model.get_submodule("normalize").get_buffer("mean"), 0.5).expand(1, *shape).contiguous()
+    try:
+        with frozen(model), torch.no_grad():
+            logits_BK = model(x_BCHW)
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise ConfigError(f"the model cannot take images of shape {shape}: {error}", f"model.name={name}",
+                          "choose another model, or another image size") from error
+    if not isinstance(logits_BK, Tensor) or logits_BK.shape != (1, classes):
+        found = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
+        raise ConfigError(f"the model returns {found} for one image of shape {shape}", f"model.name={name}",
+                          f"return raw logits of shape (B, {classes})")
+    if not logits_BK.is_meta and not logits_BK.isfinite().all():
+        raise ConfigError("a fresh model returns logits that are not finite", f"model.name={name}",
+                          "check its initial weights")

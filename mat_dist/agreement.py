@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -22,6 +23,14 @@ T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on
 STEP_NUMBER = "the step number"
 STAGES = ("adversarial examples", "logits", "loss", "gradient")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A vote that committed a step: whether some rank must stop, whether all have written their checkpoint files."""
+
+    stop: bool
+    ready: bool
 
 
 class Agreement:
@@ -75,13 +84,14 @@ class Agreement:
         for ranks in self.mesh.placement.peer_axis():
             self._compare([rows[r][4] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
 
-    def vote(self, finite_L4: Tensor, *, stop: bool = False, checksum: int = 0) -> bool:
-        """Decide together whether this step is committed -> whether any rank was asked to stop.
+    def vote(self, finite_L4: Tensor, *, stop: bool = False, ready: bool = True, checksum: int = 0) -> Verdict:
+        """Decide together whether this step is committed.
 
         Args:
             finite_L4: for each local peer, whether its AEs, logits, loss and gradient are finite (bool); read
                 here, which is a step's only wait for a GPU.
             stop: a signal asked this rank to stop after the step.
+            ready: this rank has written its part of a checkpoint.
             checksum: as in `header`, for batches whose checksum lay on the device until now.
 
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
@@ -90,20 +100,20 @@ class Agreement:
         local = self.mesh.placement.peers_per_rank
         bits = [0] * 4 * local if self.failure is not None else finite_L4.reshape(-1).tolist()
         code = 0 if self.failure is None else _code(self.failure)
-        rows = self.mesh.gather_world([code, self.number, int(stop), checksum, *map(int, bits)])
+        rows = self.mesh.gather_world([code, self.number, int(stop), int(ready), checksum, *map(int, bits)])
         if any(row[0] for row in rows):
             self._raise_together()
         self._compare([row[1] for row in rows], STEP_NUMBER)
         for ranks in self.mesh.placement.peer_axis():
-            self._compare([rows[r][3] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
+            self._compare([rows[r][4] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
         for stage, name in enumerate(STAGES):
             guilty = sorted({rank % self.mesh.placement.peer_ranks * local + i for rank, row in enumerate(rows)
-                             for i in range(local) if not row[4 + 4 * i + stage]})
+                             for i in range(local) if not row[5 + 4 * i + stage]})
             if guilty:
                 listed = ", ".join(map(str, guilty))
                 raise NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
                                 "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is intact")
-        return any(row[2] for row in rows)
+        return Verdict(stop=any(row[2] for row in rows), ready=all(row[3] for row in rows))
 
     def settle(self, point: str) -> None:
         """End a phase of unknown length together: raise if any rank failed in it. Waits as long as all ranks live."""

@@ -24,6 +24,7 @@ class Outcome:
 
     Attributes:
         stop: some rank was asked to stop after this step.
+        ready: all ranks have written their part of the checkpoint under way.
         loss_P: each peer's loss; only at log steps.
         transfer_PS: share of each slot's images that each peer labels correctly: rows students, columns the
             AEs of each source, last the clean images; train-mode logits on eval-mode AEs, so a diagnostic and
@@ -32,6 +33,7 @@ class Outcome:
     """
 
     stop: bool = False
+    ready: bool = True
     loss_P: Tensor | None = None
     transfer_PS: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -51,7 +53,8 @@ class Clock:
         self._last = now
 
 
-def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool = False, stop: bool = False) -> Outcome:
+def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool = False, stop: bool = False,
+               ready: bool = True) -> Outcome:
     """Attack, exchange, learn, agree, update: every peer by one step, or none.
 
     Args:
@@ -60,6 +63,7 @@ def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: b
         step: 0-based number of the step; keys all randomness and schedules.
         log: also compute losses and the transfer table (one more small exchange).
         stop: a signal asked this rank to stop; the vote tells all.
+        ready: this rank has written its part of a checkpoint; the vote tells whether all have.
 
     Raises:
         MatError: on all ranks with one text. No peer was changed.
@@ -74,7 +78,8 @@ def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: b
         clock.lap("backward")
         finite = agree.run("finite check", _finite_L4, shares, norms)
         checksum = agree.run("checksum", lambda: int(batch_checksum(x_BCHW, y_B)) if x_BCHW.is_cuda else 0) or 0
-        outcome = Outcome(stop=agree.vote(finite, stop=stop, checksum=checksum))
+        verdict = agree.vote(finite, stop=stop, ready=ready, checksum=checksum)
+        outcome = Outcome(stop=verdict.stop, ready=verdict.ready)
         clock.lap("wait")
     cohort.update(step)
     clock.lap("optimizer")

@@ -15,11 +15,12 @@ from mat_dist.agreement import Agreement
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.data import Batches, DataSets, channel_stats
-from mat_dist.errors import CheckpointError, StopRequested
+from mat_dist.errors import CheckpointError, OutputError, StopRequested
 from mat_dist.evaluator import EMA, ENSEMBLE, AttackPlan, Result, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.results import write_results
 from mat_dist.run import Run
+from mat_dist.saver import Saver
 from mat_dist.step import Outcome, train_step
 from mat_dist.stopping import StopFlag
 from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory, images_per_second
@@ -48,8 +49,13 @@ class Trainer:
         self.reporter: Reporter = NullReporter()
         if mesh.placement.is_lead:
             self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
-        self.newest: checkpoint.Manifest | None = None
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.best_score = -1.0
+
+    @property
+    def newest(self) -> checkpoint.Manifest | None:
+        """The newest checkpoint of this run."""
+        return self.saver.newest
 
     # ---------------------------------------------------------------- the run
 
@@ -66,6 +72,7 @@ class Trainer:
             self.train(first)
             self.finish()
         finally:
+            self.saver.close()
             self.reporter.close()
 
     def train(self, first: int) -> None:
@@ -77,18 +84,21 @@ class Trainer:
             x_BCHW, y_B = self.batches.at(step)
             fetched = perf_counter()
             log = (step + 1) % self.config.log.every == 0 or step + 1 == total
-            outcome = train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested)
+            outcome = train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
             if log:
                 self.log(done, outcome, meter)
                 meter = _Meter()
+            if self.saver.pending and outcome.ready:
+                self.saver.finish()
+            evaluates = self.evaluates_at(done, per_epoch, total)
             if self.saves_at(done, outcome.stop):
-                self.save(done)
+                self.save(done, wait=evaluates or outcome.stop or done == total or not self.config.checkpoint.background)
             if outcome.stop and done < total:
                 raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
                                     "start the same command again to continue")
-            if self.evaluates_at(done, per_epoch, total):
+            if evaluates:
                 self.validate(done)
 
     def finish(self) -> None:
@@ -164,32 +174,17 @@ class Trainer:
         agree.settle("best checkpoint")
         return manifest
 
-    def save(self, done: int) -> None:
-        """All peers into `checkpoints/step_<done>`: owners write, rank 0 adds the manifest last."""
-        agree, place = Agreement(self.mesh, f"checkpoint after step {done}", done), self.mesh.placement
-        folder, attempt = self.run.folder, self.run.attempt
-        if place.is_lead:
-            agree.run("begin", checkpoint.begin, folder, done, attempt)
-        agree.settle("begin")
-        directory = checkpoint.partial_directory(folder, done, attempt)
-        entries = [agree.run(f"saving {p.name}", checkpoint.save_peer, directory, p.index, p.state())
-                   for p in (self.cohort.peers if place.owns_files else [])]
-        agree.settle("peers")
-        told = self.mesh.gather_json([asdict(e) for e in entries])
-        if place.is_lead:
-            listed = [checkpoint.FileEntry(**e) for rank in told for e in rank]
-            agree.run("manifest", self._commit, done, listed)
-        agree.settle("manifest")
-        self.newest = checkpoint.load_manifest(folder, done)
-
-    def _commit(self, done: int, entries: list[checkpoint.FileEntry]) -> None:
+    def save(self, done: int, *, wait: bool) -> None:
+        """All peers into `checkpoints/step_<done>`; a stopping run must have one, so there a full disk is an error."""
         meta = checkpoint.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoint.json_digest(self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})),
             data_digest=self.data.digest, extra={"classes": list(self.data.classes), "images": asdict(self.images)})
-        checkpoint.commit(self.run.folder, done, self.run.attempt, entries, meta)
-        for problem in checkpoint.prune(self.run.folder, self.config.checkpoint.keep)[1]:
-            self.note(problem)
+        if not wait:
+            self.saver.start(self.cohort, done, meta)
+        elif not self.saver.save(self.cohort, done, meta) and (self.stop.requested or done == self.cohort.total_steps):
+            raise OutputError(f"the state after step {done} could not be saved", str(self.run.folder.checkpoints),
+                              "free space, then start again to continue from the newest checkpoint")
 
     def resume(self) -> int:
         """Load the newest complete checkpoint if there is one -> the number of steps already done."""
@@ -206,7 +201,7 @@ class Trainer:
         found = self.mesh.from_lead(found)
         if found is None:
             return 0
-        self.newest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
+        self.saver.newest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
         for peer in self.cohort.peers:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(self.newest, p.index)))
         agree.settle("loading")
@@ -227,8 +222,10 @@ class Trainer:
     # ---------------------------------------------------------------- validation
 
     def validate(self, done: int) -> None:
-        """Evaluate the newest checkpoint on the validation split, keep the best."""
-        assert self.newest is not None
+        """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
+        if self.newest is None or self.newest.step != done:
+            self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
+            return
         began = perf_counter()
         plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
         results = evaluate(self.config, self.mesh, self.newest, self.images, self.data.val, plan,

@@ -1,0 +1,124 @@
+"""Saving the cohort: owners write their peers in the background, rank 0 adds the manifest last.
+
+Training waits only for the copy of the weights. The checkpoint appears when all ranks have said, with the vote of
+a later step, that their files are on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+from mat_dist import checkpoint
+from mat_dist.agreement import Agreement
+from mat_dist.cohort import Cohort
+from mat_dist.errors import OutputError
+from mat_dist.run import Run
+
+MAX_FAILURES = 3  # saves in a row that may fail (disk full) before the run stops
+
+
+@dataclass
+class _Pending:
+    """A save under way."""
+
+    done: int
+    meta: checkpoint.Meta
+    writing: Future[list[checkpoint.FileEntry]]
+
+
+class Saver:
+    """Writes the checkpoints of a run. All verbs but `ready` are called by all ranks together.
+
+    Args:
+        run: the open run.
+        keep: newest checkpoints to keep.
+        note: tells the user.
+    """
+
+    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
+        self.run, self.keep, self.note = run, keep, note
+        self.newest: checkpoint.Manifest | None = None
+        self.stalled_s = 0.0
+        self._pending: _Pending | None = None
+        self._failures = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._pending is None or self._pending.writing.done()
+
+    def save(self, cohort: Cohort, done: int, meta: checkpoint.Meta) -> bool:
+        """Save now and wait -> whether there is a checkpoint of step `done`."""
+        return self.start(cohort, done, meta) and self.finish()
+
+    def start(self, cohort: Cohort, done: int, meta: checkpoint.Meta) -> bool:
+        """Copy the local peers and begin to write them -> False if the disk refused already."""
+        if self.pending:
+            self.finish()
+        began, mesh = perf_counter(), self.run.mesh
+        agree = Agreement(mesh, f"checkpoint after step {done}", done)
+        if mesh.placement.is_lead:
+            agree.run("begin", checkpoint.begin, self.run.folder, done, self.run.attempt)
+        if not self._passes(agree, "begin", done):
+            return False
+        owned = cohort.peers if mesh.placement.owns_files else []
+        copies = {p.index: agree.run(f"copy of {p.name}", checkpoint.snapshot, p.state()) for p in owned}
+        agree.header("copies")
+        directory = checkpoint.partial_directory(self.run.folder, done, self.run.attempt)
+        writing = self._writer.submit(lambda: [checkpoint.write_peer(directory, i, copy) for i, copy in copies.items()])
+        self._pending = _Pending(done, meta, writing)
+        self.stalled_s = perf_counter() - began
+        return True
+
+    def finish(self) -> bool:
+        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there.
+
+        Raises OutputError after three failed saves in a row, and whatever else a rank met.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return False
+        mesh = self.run.mesh
+        agree = Agreement(mesh, f"checkpoint after step {pending.done}", pending.done)
+        entries = agree.run("writing", pending.writing.result)
+        if not self._passes(agree, "files", pending.done):
+            return False
+        told = mesh.gather_json([asdict(e) for e in entries])
+        if mesh.placement.is_lead:
+            listed = [checkpoint.FileEntry(**e) for rank in told for e in rank]
+            agree.run("manifest", checkpoint.commit, self.run.folder, pending.done, self.run.attempt, listed, pending.meta)
+            for problem in (agree.run("retention", checkpoint.prune, self.run.folder, self.keep) or ((), ()))[1]:
+                self.note(problem)
+        if not self._passes(agree, "manifest", pending.done):
+            return False
+        self._failures = 0
+        self.newest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, pending.done)
+        agree.header("saved")
+        return True
+
+    def close(self) -> None:
+        """Let a write under way end; without a manifest it never becomes a checkpoint."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
+
+    def _passes(self, agree: Agreement, point: str, done: int) -> bool:
+        """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""
+        try:
+            agree.settle(point)
+        except OutputError as error:
+            self._failures += 1
+            if self.run.mesh.placement.is_lead:
+                checkpoint.abandon(self.run.folder, done, self.run.attempt)
+            if self._failures >= MAX_FAILURES:
+                raise
+            self.note(f"warning: no checkpoint after step {done}: {error}; the run goes on, try {self._failures} of {MAX_FAILURES}")
+            return False
+        return True

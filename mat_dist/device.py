@@ -21,6 +21,11 @@ def choose_device(config: Config, *, local_rank: int, local_world: int) -> torch
     return torch.device("cuda", local_rank % count)
 
 
+def ranks_per_device(device: torch.device, local_world: int) -> int:
+    """How many ranks of this node share a device, at most."""
+    return -(-local_world // torch.cuda.device_count()) if device.type == "cuda" else local_world
+
+
 def prepare_torch(config: Config) -> None:
     """Threads per rank, and deterministic kernels where they are asked for."""
     torch.set_num_threads(config.run.threads)

@@ -27,8 +27,8 @@ def train(words: list[str]) -> None:
     plugins = load_plugins(arguments.plugins)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
-    from mat_dist.data import load_data
-    from mat_dist.device import choose_device, prepare_torch
+    from mat_dist.data import load_data, place
+    from mat_dist.device import choose_device, prepare_torch, ranks_per_device
     from mat_dist.dryrun import describe_run
     from mat_dist.mesh.mesh import open_mesh
     from mat_dist.run import open_run
@@ -39,13 +39,17 @@ def train(words: list[str]) -> None:
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)
     if arguments.dry_run:
-        print(describe_run(config, launch, device))
+        text = describe_run(config, launch, device)
+        if launch.speaks_for():
+            print(text)
         return
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, on_stop=stop.pass_on) as mesh,
           open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words, plugins=plugins) as run):
         run.notes += config_warnings(config)
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                             build_cache=launch.local_rank == 0)
+        data = run.together("placing the data", place, data, config.data.residency, device,
+                            sharing=ranks_per_device(device, launch.local_world))
         Trainer(config, mesh, run, data, stop).fit()
 
 

@@ -1,0 +1,170 @@
+"""Losses against numbers worked out by hand, and what must hold for any logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+
+from mat_dist import losses
+from mat_dist.cohort import state_hash
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.mesh.placement import Placement
+from tests.cohorts import cohort_config, nets, train
+
+LN2 = log(2)
+
+
+def logits(*rows: tuple[float, ...]) -> Tensor:
+    """Float64 logits whose softmax is each row of probabilities."""
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ hand-computed
+
+
+def test_cross_entropy_is_the_mean_of_minus_log_probabilities() -> None:
+    p = logits((1 / 2, 1 / 4, 1 / 4), (1 / 8, 1 / 8, 3 / 4))
+    assert losses.cross_entropy(p, torch.tensor([0, 1])).item() == pytest.approx((LN2 + 3 * LN2) / 2)
+
+
+def test_label_smoothing_mixes_the_label_with_the_uniform_distribution() -> None:
+    p = logits((1 / 2, 1 / 4, 1 / 4))
+    # 0.7 * ln 2 + 0.3 / 3 * (ln 2 + ln 4 + ln 4)
+    assert losses.cross_entropy(p, torch.tensor([0]), 0.3).item() == pytest.approx(1.2 * LN2)
+
+
+def test_kl_has_the_target_first() -> None:
+    p, q = logits((1 / 2, 1 / 4, 1 / 4)), logits((1 / 4, 1 / 2, 1 / 4))
+    skew = logits((1 / 8, 3 / 8, 1 / 2))
+    assert losses.kl_divergence(p, q).item() == pytest.approx(LN2 / 4)
+    assert losses.kl_divergence(p, skew).item() == pytest.approx(log(4) / 2 + log(2 / 3) / 4 + log(1 / 2) / 4)
+    assert losses.kl_divergence(p, skew).item() != pytest.approx(losses.kl_divergence(skew, p).item())
+
+
+def test_kl_is_summed_over_classes_and_averaged_over_the_batch() -> None:
+    p = logits((1 / 2, 1 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))
+    q = logits((1 / 4, 1 / 2, 1 / 4), (1 / 2, 1 / 4, 1 / 4))
+    assert losses.kl_divergence(p, q).item() == pytest.approx(LN2 / 8)
+
+
+def test_the_trades_term_compares_the_adversarial_with_the_clean_prediction() -> None:
+    clean, adv = logits((1 / 2, 1 / 4, 1 / 4)), logits((1 / 8, 3 / 8, 1 / 2))
+    expected = log(4) / 2 + log(2 / 3) / 4 + log(1 / 2) / 4
+    assert losses.trades_term(clean + 3, adv - 5).item() == pytest.approx(expected)  # logits count up to a constant
+
+
+def test_logit_pairing_is_the_mean_squared_difference() -> None:
+    clean, adv = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 4.0], [0.0, 4.0]])
+    assert losses.logit_pairing(clean, adv).item() == pytest.approx(13 / 4)
+
+
+def test_distillation_of_two_teachers_by_each_rule() -> None:
+    student, teachers = logits((1 / 2, 1 / 2)), [logits((9 / 10, 1 / 10)), logits((3 / 10, 7 / 10))]
+    entropy = [-(p * log(p) + (1 - p) * log(1 - p)) for p in (0.9, 0.3, 0.6)]
+    odds = (9 * 3 / 7) ** 0.5  # of the mean logits
+    by_logit = odds / (1 + odds)
+    expected = {"mean_kl": LN2 - (entropy[0] + entropy[1]) / 2, "mean_prob": LN2 - entropy[2],
+                "mean_logit": LN2 + by_logit * log(by_logit) + (1 - by_logit) * log(1 - by_logit)}
+    for rule, value in expected.items():
+        assert losses.distillation(student, teachers, agg=rule).item() == pytest.approx(value), rule
+
+
+def test_teachers_that_contradict_each_other_cancel_in_the_mean_but_not_in_the_mean_divergence() -> None:
+    student, teachers = logits((1 / 2, 1 / 2)), [logits((9 / 10, 1 / 10)), logits((1 / 10, 9 / 10))]
+    assert losses.distillation(student, teachers, agg="mean_prob").item() == pytest.approx(0, abs=1e-12)
+    assert losses.distillation(student, teachers, agg="mean_logit").item() == pytest.approx(0, abs=1e-12)
+    assert losses.distillation(student, teachers, agg="mean_kl").item() > 0.3
+
+
+def test_the_temperature_divides_both_sides_and_its_square_multiplies() -> None:
+    student, teacher = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[2 * log(3), 0.0]], dtype=torch.float64)
+    plain = 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)  # softmax of (ln 3, 0) is (3/4, 1/4)
+    assert losses.distillation(student, [teacher], temperature=2.0, t2_scale=False).item() == pytest.approx(plain)
+    assert losses.distillation(student, [teacher], temperature=2.0).item() == pytest.approx(4 * plain)
+
+
+def test_with_t2_scale_the_gradient_keeps_its_size_at_high_temperature() -> None:
+    """Hinton et al. (2015): for T -> infinity the gradient of T^2 KL tends to (s - t) / K of centred logits."""
+    s, t = gaussian(1, 5).requires_grad_(), gaussian(1, 5, seed=1)
+    (g,) = torch.autograd.grad(losses.distillation(s, [t], temperature=1000.0), s)
+    centred = (s - s.mean()) - (t - t.mean())
+    assert torch.allclose(g, centred.detach() / 5, atol=1e-3)
+
+
+def test_accuracy_counts_the_largest_logit() -> None:
+    guesses = torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
+    assert losses.accuracy(guesses, torch.tensor([1, 1, 1])).item() == pytest.approx(2 / 3)
+
+
+def test_an_unknown_aggregation_is_an_error() -> None:
+    with pytest.raises(ValueError, match="median"):
+        losses.distillation(gaussian(2, 3), [gaussian(2, 3)], agg="median")
+
+
+# ------------------------------------------------------------------------------------------------ for any logits
+
+
+@pytest.mark.parametrize("rule", ["mean_kl", "mean_prob", "mean_logit"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
+def test_equal_predictions_have_divergence_0_and_others_more(rule: str, temperature: float) -> None:
+    z = gaussian(6, 4) * 5
+    same = losses.distillation(z, [z.clone(), z + 2], temperature=temperature, agg=rule)
+    other = losses.distillation(z, [z.flip(1), z.flip(1)], temperature=temperature, agg=rule)
+    assert abs(same.item()) < 1e-12 < 1e-2 < other.item()
+
+
+@pytest.mark.parametrize("term", [
+    lambda a, b: losses.cross_entropy(a, torch.tensor([0, 2, 1]), 0.1),
+    lambda a, b: losses.kl_divergence(b.log_softmax(-1), a.log_softmax(-1)),
+    losses.trades_term,
+    losses.logit_pairing,
+], ids=["ce", "kl", "trades", "pairing"])
+def test_the_gradient_is_that_of_finite_differences(term: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert torch.autograd.gradcheck(term, (gaussian(3, 4).requires_grad_(), gaussian(3, 4, seed=1).requires_grad_()))
+
+
+@pytest.mark.parametrize("rule", ["mean_kl", "mean_prob", "mean_logit"])
+def test_the_gradient_of_distillation_is_that_of_finite_differences(rule: str) -> None:
+    teachers = [gaussian(3, 4, seed=1), gaussian(3, 4, seed=2)]
+    student = gaussian(3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: losses.distillation(s, teachers, temperature=2.0, agg=rule), (student,))
+
+
+@pytest.mark.parametrize("rule", ["mean_kl", "mean_prob", "mean_logit"])
+def test_probabilities_that_underflow_stay_finite(rule: str) -> None:
+    student = torch.zeros(1, 3, requires_grad=True)
+    teachers = [torch.tensor([[0.0, -2000.0, -3000.0]]), torch.tensor([[0.0, -2500.0, -1000.0]])]
+    assert (teachers[0].softmax(-1) == 0).sum() == 2  # the case that 0 * log 0 would spoil
+    value = losses.distillation(student, teachers, agg=rule)
+    value.backward()
+    assert value.item() == pytest.approx(log(3), rel=1e-6)
+    assert torch.allclose(student.grad, torch.tensor([[-2 / 3, 1 / 3, 1 / 3]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["mean_kl", "mean_prob", "mean_logit"])
+def test_a_student_that_excludes_the_teachers_class_has_a_large_finite_loss(rule: str) -> None:
+    student = torch.tensor([[-1000.0, 0.0]], requires_grad=True)
+    value = losses.distillation(student, [torch.tensor([[1000.0, 0.0]])], agg=rule)
+    value.backward()
+    assert value.item() == pytest.approx(1000, rel=1e-3) and student.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ in a cohort
+
+
+@pytest.mark.parametrize("student", ["mat_kd", "dml_at", "mat", "mat_share"])
+def test_what_a_student_learns_leaves_no_trace_in_its_teacher(student: str) -> None:
+    """Peer 1 trains alone (at): beside a student that listens to it, and beside one that does not."""
+    mesh, models = Mesh(Placement.place(2, 1, 0), torch.device("cpu")), nets(2)
+    states = [train(cohort_config([preset, "at"], 2), mesh, models, 3).peers for preset in (student, "at")]
+    listening, deaf = (state_hash(peers[1].state()) for peers in states)
+    assert listening == deaf
+    assert state_hash(states[0][0].state()) != state_hash(states[1][0].state())  # it did listen

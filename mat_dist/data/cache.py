@@ -27,6 +27,7 @@ from mat_dist.data.once import MakerLock
 from mat_dist.errors import DataError, OutputError
 
 FORMAT = 1
+DEFAULT_FOLDER = "~/.cache/mat_dist"
 _PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of a whole 200 GB file
 _ABANDONED = 3600.0  # seconds after which an unfinished file of a killed process is removed
 
@@ -64,8 +65,10 @@ def cache_folder(setting: str | None) -> Path:
     Raises:
         OutputError: it cannot be made, belongs to another user, or anybody may write into it.
     """
-    folder = Path(setting).expanduser() if setting else Path.home() / ".cache" / "mat_dist"
+    folder = Path(os.path.expanduser(setting or DEFAULT_FOLDER))
     how = "set data.cache to a folder of your own"
+    if folder.parts[0].startswith("~"):
+        raise OutputError("there is no home folder for the cache", str(folder), how)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)

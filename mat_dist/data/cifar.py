@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def load_archive(archive: Archive, config: DataConfig, build: bool) -> RawData:
     if config.root is None:
         raise DataError("data.root is not set", f"data.name={archive.name}",
                         f"set it to the folder of {archive.url}, or to where data.download=true may put it")
-    root = Path(config.root).expanduser()
+    root = Path(os.path.expanduser(config.root))
 
     def found() -> Path | None:
         return next((path for path in (root / archive.filename, root) if path.is_file()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -31,7 +32,7 @@ def load_fashion_mnist(config: DataConfig, build: bool) -> RawData:
     if config.root is None:
         paths = _find(DEBIAN_FOLDER)
     else:
-        root = Path(config.root).expanduser()
+        root = Path(os.path.expanduser(config.root))
         raw = root / "FashionMNIST" / "raw"  # torchvision's place
         paths = _find(root) or _find(raw)
         if paths is None and config.download:

@@ -139,7 +139,7 @@ def load_folder(config: DataConfig, build: bool) -> RawData:
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=folder", _LAYOUT)
-    listing = list_images(Path(config.root).expanduser())
+    listing = list_images(Path(os.path.expanduser(config.root)))
     shape = image_shape(listing.root, listing.train.files, config.image_size, skip_bad=config.on_bad == "skip")
     nbytes = (len(listing.train.files) + len(listing.test.files)) * int(np.prod(shape))
     large = nbytes > MMAP_BYTES or len(listing.train.files) + len(listing.test.files) > MMAP_FILES

@@ -40,7 +40,12 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     """
     _check_settings(config)
     where = f"data.name={config.name}" + (f", data.root={config.root}" if config.root else "")
-    raw = check_raw(find_dataset(config.name)(config, build_cache), where)
+    try:
+        raw = find_dataset(config.name)(config, build_cache)
+    except OSError as problem:  # a folder on the way that may not be entered, a network disk that went away
+        raise DataError(f"cannot read the data: {problem.strerror}", problem.filename or where,
+                        "check that this path is there and readable on every node") from problem
+    raw = check_raw(raw, where)
     train_rows, val_rows = split_train(raw.train_labels, seed=seed, val_size=config.val_size,
                                        train_size=config.train_size)
     check_batch(len(train_rows), batch_size, config.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +20,9 @@ from mat_dist.errors import DataError
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 20
 _RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
+# What zipfile and numpy raise on damaged or encrypted files.
+_DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
+           LookupError, OverflowError, tokenize.TokenError)
 _LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
 
 
@@ -33,7 +38,7 @@ def load_npz(config: DataConfig) -> RawData:
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
-    path = Path(config.root).expanduser()
+    path = Path(os.path.expanduser(config.root))
     if not path.is_file():
         raise DataError("the file does not exist" if not path.exists() else "not a file", f"data.root={path}", _LAYOUT)
     try:
@@ -41,7 +46,7 @@ def load_npz(config: DataConfig) -> RawData:
         with np.load(path, allow_pickle=False) as stored:
             x_train, y_train, x_test, y_test = (stored[name] for name in ARRAYS)
             names = stored["classes"] if "classes" in stored.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as problem:
+    except _DAMAGE as problem:
         raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
     classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
@@ -67,6 +72,8 @@ def check_archive(path: Path) -> None:
     total = 0
     with zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):  # numpy could read another one than we look at
+            raise DataError("two members of one name", str(path), "write the file again with numpy.savez")
         missing = [name for name in ARRAYS if name not in members]
         if missing:
             found = ", ".join(sorted(members)[:8]) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def load_svhn(config: DataConfig, build: bool) -> RawData:
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=svhn", f"set it to the folder of {' and '.join(FILES)}")
-    root = Path(config.root).expanduser()
+    root = Path(os.path.expanduser(config.root))
 
     def found() -> tuple[Path, ...] | None:
         paths = tuple(root / name for name in FILES)

@@ -175,6 +175,12 @@ def test_a_cache_folder_that_is_a_file_is_refused(tmp_path):
         cache_folder(str(tmp_path / "file"))
 
 
+def test_a_user_without_home_needs_a_cache_folder(monkeypatch):
+    monkeypatch.setattr(module.os.path, "expanduser", lambda path: path)  # what it does where it finds no home
+    with pytest.raises(OutputError, match="there is no home folder"):
+        cache_folder(None)
+
+
 def test_large_folders_are_mapped_without_being_asked(settings, monkeypatch):
     automatic = settings.model_copy(update={"residency": "auto"})
     assert not load_folder(automatic, True).mapped

@@ -151,6 +151,27 @@ def test_one_unreadable_image_stops_with_its_name(tmp_path, damage):
         load(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("extension", ["jpg", "png", "bmp", "webp"])
+def test_random_damage_of_a_file_is_an_unreadable_image_or_harmless(tmp_path, extension):
+    write_folder(tmp_path, train=1, test=1)
+    path, random = tmp_path / f"train/cat/0000.{extension}", np.random.default_rng(0)
+    (tmp_path / "train/cat/0000.png").unlink()
+    Image.fromarray(random_images(1, 8, 8, 3)[0]).save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in random.integers(0, min(80, len(whole)), 3):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            load(tmp_path, image_size=8)
+        except DataError:
+            refused += 1
+    assert refused > 10
+
+
 def thousand_images(root: Path) -> None:
     """1000 training images, all links to one."""
     write_folder(root, train=1, test=2, side=4)

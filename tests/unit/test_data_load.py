@@ -59,6 +59,15 @@ def test_settings_that_a_data_set_would_ignore_are_refused(settings):
         load_data(DataConfig(**settings), seed=0, batch_size=8)
 
 
+def test_a_path_that_may_not_be_entered_is_an_error_of_the_data(monkeypatch):
+    def refuse(*_: object) -> RawData:
+        raise PermissionError(13, "Permission denied", "/data/secret")
+
+    monkeypatch.setitem(_LOADERS, "refused", refuse)
+    with pytest.raises(DataError, match=r"cannot read the data: Permission denied \(/data/secret\)"):
+        load_data(DataConfig(name="refused"), seed=0, batch_size=8)
+
+
 # ---------------------------------------------------------------- place
 
 

@@ -177,6 +177,15 @@ def write_members(path: Path, **members: bytes) -> None:
             archive.writestr(f"{name}.npy", content)
 
 
+def test_two_members_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x_train", b"numpy would read this one")
+    with pytest.raises(DataError, match="two members of one name"):
+        load_npz(DataConfig(name="npz", root=str(path)))
+
+
 def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
@@ -188,6 +197,7 @@ def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
     (header((10**6, 10**6)) + bytes(100), "the header says 1000000000000 bytes, the archive 100"),
     (header((2**40, 2**40)) + bytes(100), "the header says 1208925819614629174706176 bytes"),
     (header((40, 6, 7))[:60], "cannot read the file|header"),
+    (header((40, 6, 7)).replace(b")", b"(") + bytes(1680), "cannot read the file"),
     (b"no array at all", "cannot read the file"),
     (header((40, 6, 7), "|O") + bytes(1680), "an array of object"),
 ])
@@ -201,6 +211,23 @@ def test_hostile_archives_are_refused_before_anything_is_allocated(tmp_path, con
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_random_damage_is_an_error_of_the_data_or_harmless(tmp_path):
+    path, random = tmp_path / "set.npz", np.random.default_rng(0)
+    np.savez_compressed(path, **arrays())
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), 3):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged[: random.integers(len(whole)) if random.random() < 0.1 else None])
+        try:
+            check_raw(load_npz(DataConfig(name="npz", root=str(path))), "here")
+        except DataError:
+            refused += 1
+    assert refused > 200
 
 
 def test_arrays_beyond_memory_are_refused(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 Train chooses once, `JsonlReporter(...) if mesh.placement.is_lead else NullReporter()`; the loop never asks for
 its rank. Keys of a record are free, these have a meaning here: `step`, `epoch` (float), `loss`, `clean_acc`,
 `robust_acc`, `ema_clean_acc`, `ema_robust_acc`, `lr` (a list with a number per peer, or one number for all),
-`images_per_s` (clean images, once for the cohort). Shares are in [0, 1].
+`images_per_s` (clean images, once for the cohort). Shares are in [0, 1]; those of an epoch record were measured by
+the evaluator. A row of summary.csv takes the loss, rate and speed that its epoch record lacks from the last log step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Reporter(Protocol):
         """A log step. Needs `step`."""
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """The end of an epoch. Needs `epoch` and `step`."""
+        """The end of an epoch, after its evaluation if there was one. Needs `epoch` and `step`."""
 
     def note(self, text: str) -> None:
         """A line for the person at the console."""
@@ -81,6 +82,7 @@ class JsonlReporter:
         self._attempt, self._clock = attempt, clock
         self._total, self._first, self._began = 0, 0, clock()
         self._peers: tuple[str, ...] = ()
+        self._last: dict[str, Any] = {}
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
         self._total, self._first, self._began = total_steps, first_step, self._clock()
@@ -89,13 +91,14 @@ class JsonlReporter:
 
     def log(self, record: Mapping[str, Any]) -> None:
         append_text(self._metrics, json_line({"kind": "step", "attempt": self._attempt, **record}))
+        self._last = {key: record[key] for key in ("loss", "lr", "images_per_s") if key in record}
         elapsed_s = self._clock() - self._began
         self._screen.step(record, eta_seconds(record["step"], self._total, self._first, elapsed_s))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         record = {"attempt": self._attempt, **record}
         append_text(self._metrics, json_line({"kind": "epoch", **record}))
-        append_text(self._summary, summary_rows(record, self._peers))
+        append_text(self._summary, summary_rows({**self._last, **record}, self._peers))
         self._screen.epoch(record)
 
     def note(self, text: str) -> None:

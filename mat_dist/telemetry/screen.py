@@ -105,10 +105,15 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """A table that is redrawn in place, a row per peer, above a progress bar."""
+    """A table that is redrawn in place, a row per peer, above a progress bar.
 
-    COLUMNS = (("loss", "loss", rates.number), ("clean %", "clean_acc", rates.percent),
-               ("robust %", "robust_acc", rates.percent), ("images/s", "images_per_s", rates.rate))
+    Loss and speed are those of the last log step. Clean and robust accuracy are those of the last evaluation: what
+    a training step sees of them is a diagnostic, one batch in train mode.
+    """
+
+    COLUMNS = (("loss", "loss", rates.number), ("images/s", "images_per_s", rates.rate),
+               ("clean %", "clean_acc", rates.percent), ("robust %", "robust_acc", rates.percent))
+    OF_STEPS, OF_EPOCHS = ("loss", "images_per_s"), ("clean_acc", "robust_acc")
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -133,16 +138,19 @@ class LiveScreen:
 
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None:
         self._eta_s, self._eta_at = eta_s, self._clock()
-        self._take(record)
+        if record.get("epoch") is not None:
+            self._epoch = f"{record['epoch']:.1f}"
+        self._take(record, self.OF_STEPS)
         self._progress.update(self._task, completed=record["step"])
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        self._take(record)
+        self._take(record, self.OF_EPOCHS)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
 
     def table(self, table: Table) -> None:
+        self.close()  # results stand below the last state of the training, not above it
         print_table(table, self._console)
 
     def close(self) -> None:
@@ -162,10 +170,8 @@ class LiveScreen:
         self._progress.update(self._task, description=f"epoch {self._epoch}  eta {rates.duration(left)}")
         return Group(table, self._progress)
 
-    def _take(self, record: Mapping[str, Any]) -> None:
-        """Keep what `record` measured; what it does not hold stays as it was."""
-        if record.get("epoch") is not None:
-            self._epoch = f"{record['epoch']:.1f}"
-        for _, key, _ in self.COLUMNS:
+    def _take(self, record: Mapping[str, Any], keys: Sequence[str]) -> None:
+        """Keep what `record` holds of `keys`; what it does not hold stays as it was."""
+        for key in keys:
             if record.get(key) is not None:
                 self._values[key] = per_peer(record[key], len(self._peers))

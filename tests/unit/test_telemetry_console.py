@@ -99,22 +99,31 @@ def drawn(screen: LiveScreen) -> str:
     return plain.file.getvalue()
 
 
-def test_the_live_table_has_a_row_per_peer_and_keeps_what_was_measured_before():
+def test_the_live_table_has_a_row_per_peer_with_the_evaluators_accuracy():
     clock, console = Clock(), terminal()
     screen = LiveScreen(console, clock)
     screen.start(300, ["north", "south", "west"], 0)
     try:
         screen.epoch({"epoch": 5, "clean_acc": [0.91, 0.92, 0.93], "robust_acc": [0.5, 0.6, None]})
-        screen.step(STEP, 42.0)
+        screen.step({**STEP, "clean_acc": [0.0, 0.0, 0.0]}, 42.0)
         clock.now += 2.0
         text = drawn(screen)
     finally:
         screen.close()
     cells = [line.split() for line in text.splitlines()]
     rows = {words[1]: re.findall(r"[\d.,]+|-", " ".join(words)) for words in cells if {"north", "west"} & set(words)}
-    assert rows["north"] == ["1.234", "91.0", "50.0", "3,210"]
-    assert rows["west"] == ["1.300", "93.0", "-", "3,210"]
+    assert rows["north"] == ["1.234", "3,210", "91.0", "50.0"]
+    assert rows["west"] == ["1.300", "3,210", "93.0", "-"]
     assert "step 150/300" in text and "epoch 5.0" in text and "eta 0:00:40" in text  # 42 s, 2 s ago
+
+
+def test_results_stand_below_the_live_table():
+    console = terminal()
+    screen = LiveScreen(console)
+    screen.start(10, ["north"], 0)
+    screen.table(results_table([result("south")]))
+    text = console.file.getvalue()
+    assert text.rindex("north") < text.rindex("\x1b[?25h") < text.rindex("south")
 
 
 def test_closing_the_live_screen_gives_the_cursor_back_and_may_be_repeated():

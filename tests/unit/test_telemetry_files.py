@@ -83,6 +83,16 @@ def test_summary_has_a_row_per_epoch_and_peer(tmp_path):
     assert [line["kind"] for line in lines(tmp_path)] == ["epoch", "epoch"]
 
 
+def test_summary_takes_what_the_epoch_record_lacks_from_the_last_log_step(tmp_path):
+    out = reporter(tmp_path)
+    out.log({"step": 11, "loss": [3.0, 4.0], "images_per_s": 50.0, "lr": [0.1, 0.2], "clean_acc": [0.1, 0.1]})
+    out.epoch({"epoch": 1, "step": 12, "lr": [0.3, 0.4]})
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [(row["loss"], row["images_per_s"], row["lr"], row["clean_acc"]) for row in rows] == [
+        ("3.0", "50.0", "0.3", ""), ("4.0", "50.0", "0.4", "")]
+    assert "loss" not in lines(tmp_path)[-1]
+
+
 def test_a_resumed_run_appends_below_one_header(tmp_path):
     reporter(tmp_path).epoch(EPOCH)
     reporter(tmp_path, attempt=2).epoch({**EPOCH, "epoch": 2})

@@ -22,7 +22,7 @@ from mat_dist.mesh.mesh import Mesh
 T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on
 STEP_NUMBER = "the step number"
-STAGES = ("adversarial examples", "logits", "loss", "gradient")
+STAGES = ("adversarial example", "logit", "loss", "gradient")
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ class Agreement:
                              for i in range(local) if not row[5 + 4 * i + stage]})
             if guilty:
                 listed = ", ".join(map(str, guilty))
-                raise NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
-                                "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is intact")
+                found = NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
+                                  "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is intact")
+                found.peers = tuple(guilty)
+                raise found
         return Verdict(stop=any(row[2] for row in rows), ready=all(row[3] for row in rows))
 
     def settle(self, point: str) -> None:
@@ -152,7 +154,7 @@ class Agreement:
         ranks = list(ranks) if ranks is not None else list(range(len(values)))
         where = "between ranks" if what == STEP_NUMBER else self.where  # which differs from rank to rank then
         listed = ", ".join(f"rank {r}: {v}" for r, v in zip(ranks, values, strict=True))
-        (common, count), *rest = Counter(map(str, values)).most_common()
+        ((common, count),) = Counter(map(str, values)).most_common(1)
         odd = [r for r, v in zip(ranks, values, strict=True) if str(v) != common]
         # Two ranks, or a tie, cannot tell who is wrong.
         named = f"rank {', '.join(map(str, odd))} differs" if count > len(odd) else "ranks differ"

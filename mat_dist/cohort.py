@@ -62,6 +62,8 @@ class Cohort:
     total_steps: int
     steps_per_epoch: int
     rows: slice = field(init=False)
+    muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
+    _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.mesh.placement.shard(self.batch_size)
@@ -69,6 +71,9 @@ class Cohort:
         if local % self.step.microbatches:
             raise EnvironmentFault(f"{local} images per replica cannot be split into {self.step.microbatches} micro-batches",
                                    "step.microbatches", "use a divisor of train.batch_size / replicas")
+        self._pace_norms()
+
+    def _pace_norms(self) -> None:
         for peer in self.peers:
             learned = len(self.plan.peers[peer.index].learned)
             peer.set_forwards((1 if self.step.bn == "joint" else learned) * self.step.microbatches)
@@ -101,16 +106,37 @@ class Cohort:
     @contextmanager
     def kept_if_refused(self) -> Iterator[None]:
         """Undo what a step does before its vote, should it be refused: BN buffers and gradients."""
-        before = [[b.clone() for b in peer.buffers()] for peer in self.peers]
+        self._before = {peer.index: [b.clone() for b in peer.buffers()] for peer in self.peers}
         try:
             yield
         except Exception:
-            with torch.no_grad():
-                for peer, kept in zip(self.peers, before, strict=True):
-                    for buffer, value in zip(peer.buffers(), kept, strict=True):
-                        buffer.copy_(value)
-                    peer.optimizer.zero_grad(set_to_none=True)
+            for peer in self.peers:
+                self.give_back(peer)
             raise
+        finally:
+            self._before = {}
+
+    @torch.no_grad()
+    def give_back(self, peer: Peer) -> None:
+        """Put a peer where it was before the step that is under way: BN buffers, and no gradient."""
+        for buffer, value in zip(peer.buffers(), self._before[peer.index], strict=True):
+            buffer.copy_(value)
+        peer.optimizer.zero_grad(set_to_none=True)
+
+    def mute(self, peers: Sequence[int], until: int) -> None:
+        """Let nobody learn from `peers` before step `until`."""
+        self.muted.update(dict.fromkeys(peers, until))
+        self._replan()
+
+    def begin(self, step: int) -> None:
+        """Listen again to the peers whose quarantine has ended."""
+        if any(until <= step for until in self.muted.values()):
+            self.muted = {peer: until for peer, until in self.muted.items() if until > step}
+            self._replan()
+
+    def _replan(self) -> None:
+        self.plan = CohortPlan.of([row.loss for row in self.plan.peers], self.muted)
+        self._pace_norms()
 
     def update(self, step: int) -> None:
         """Apply the gradients of a committed step."""

@@ -77,9 +77,10 @@ class PeerSilent(MatError):
 
 
 class NonFinite(MatError):
-    """A peer produced NaN or infinite values; no peer was updated."""
+    """A peer produced NaN or infinite values; no peer was updated. `peers` are the ones where it began."""
 
     code = 15
+    peers: tuple[int, ...] = ()
 
 
 class NotReportable(MatError):

@@ -21,9 +21,11 @@ from mat_dist.checkpoint import Manifest, load_peer
 from mat_dist.cohort import DTYPES, Images, make_model
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import ImageSet, as_float
+from mat_dist.errors import StopRequested
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.models import Ensemble
 from mat_dist.models.modes import frozen
+from mat_dist.stopping import StopFlag
 from mat_dist.threats import Threat
 
 ENSEMBLE = "ensemble"
@@ -95,16 +97,18 @@ def load_models(config: Config, manifest: Manifest, images: Images, weights: str
 
 
 def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, data: ImageSet, attack: AttackPlan, *,
-             size: int | None = None, purpose: str = "eval") -> list[Result]:
+             size: int | None = None, purpose: str = "eval", stop: StopFlag | None = None) -> list[Result]:
     """Attack every peer and the ensemble of a checkpoint; the same list on every rank.
 
     Args:
         data: the split to evaluate on.
         size: use a random subset of so many images, keyed by the run's seed alone; default all.
         purpose: names the split in messages and keys nothing.
+        stop: looked at between chunks.
 
-    Raises the error of any rank, on all ranks.
+    Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
     """
+    stop = stop or StopFlag()
     agree = Agreement(mesh, f"evaluation of {manifest.directory.name} on {purpose}")
     threats = threats_of(config.peers)
     samples = chosen_images(len(data), size, config.run.seed)
@@ -118,11 +122,17 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
         # Columns: clean, then each threat; ranks fill their chunks, the rest stays 0 for the sum.
         table_RCN = torch.zeros(len(targets), 1 + len(threats), count, dtype=torch.uint8)
         for chunk in range(mesh.placement.rank, -(-count // config.eval.chunk), mesh.placement.world):
+            if stop.requested:
+                break
             columns = slice(chunk * config.eval.chunk, min((chunk + 1) * config.eval.chunk, count))
-            images_of = (data, samples[columns], mesh.device, config)
-            agree.run(f"chunk {chunk}", lambda: table_RCN[:, :, columns].copy_(
-                _attack_chunk(config, targets, threats, *pixels(*images_of), attack, chunk)))
+            found = agree.run(f"chunk {chunk}", _attack_chunk, config, targets, threats, data, samples[columns], attack, chunk,
+                              mesh.device)
+            if found is not None:
+                table_RCN[:, :, columns] = found
         agree.settle(f"chunks {weights}")
+        if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
+            raise StopRequested(f"stopped by a signal during the {agree.where}", str(manifest.directory),
+                                "start the same command again to continue with this evaluation")
         table_RCN = mesh.sum_world(table_RCN)
         labels_N = data.labels[samples.to(data.device)].cpu()
         results += [Result(name, weights, row[0].bool(), row[1:].bool(), samples, labels_N) for name, row in zip(names, table_RCN, strict=True)]
@@ -142,9 +152,10 @@ def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -
     return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
 
 
-def _attack_chunk(config: Config, targets: Sequence[nn.Module], threats: Sequence[Threat], x_BCHW: Tensor, y_B: Tensor,
-                  attack: AttackPlan, chunk: int) -> Tensor:
+def _attack_chunk(config: Config, targets: Sequence[nn.Module], threats: Sequence[Threat], data: ImageSet,
+                  samples: Tensor, attack: AttackPlan, chunk: int, device: torch.device) -> Tensor:
     """Clean and robust correctness of every target on one chunk -> uint8 (targets, 1 + threats, B)."""
+    x_BCHW, y_B = pixels(data, samples, device, config)
     rows = []
     with strict_arithmetic():
         for target in targets:

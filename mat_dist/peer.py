@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -39,11 +40,31 @@ class Peer:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._autocast = step.precision == "bf16"
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
+        self._halves = False  # the attack ran out of memory once
+        self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
         self._stochastic = any(_draws(m) for m in model.modules())
 
     # ---------------------------------------------------------------- making adversarial examples
 
     def attack(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> Tensor:
+        """`craft`; a batch that does not fit into memory is attacked in halves, from then on.
+
+        No image's AE depends on the others (the loss is a sum, BN in eval mode), so halves give the same AEs but for
+        rounding. Raises torch.OutOfMemoryError if halves do not fit either.
+        """
+        if not self._halves:
+            try:
+                return self.craft(x_BCHW, y_B, step, first_row)
+            except torch.OutOfMemoryError:
+                if len(x_BCHW) < 2:
+                    raise
+                self._halves = True
+        free_memory()
+        half = len(x_BCHW) // 2
+        return torch.cat([self.craft(x_BCHW[:half], y_B[:half], step, first_row),
+                          self.craft(x_BCHW[half:], y_B[half:], step, first_row + half)])
+
+    def craft(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> Tensor:
         """This peer's AEs of a clean batch -> (B, C, H, W) in [0, 1]; the model is left as it was.
 
         Args:
@@ -149,6 +170,13 @@ class Peer:
         """Key the global generator for models that draw from it; others do not pay for it."""
         with streams.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext():
             yield
+
+
+def free_memory() -> None:
+    """Give cached blocks back after running out of memory; the failed work must hold no reference any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _draws(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Everything here is a function of the configuration, so all ranks know all of it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +19,15 @@ from mat_dist.config.schema import LossConfig
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """The loss of peer `index` of `peers`, from complete coefficients (`config.presets.fill_loss`)."""
+    """The loss of peer `index` of `peers`, from complete coefficients (`config.presets.fill_loss`).
+
+    Nobody learns from a peer in `muted`: its shares go to the other peers.
+    """
 
     index: int
     peers: int
     loss: LossConfig
+    muted: frozenset[int] = frozenset()
 
     @property
     def clean(self) -> int:
@@ -33,8 +37,13 @@ class PeerPlan:
     def _shares(self, weight: float | None, own: float | None) -> tuple[float, ...]:
         """`weight` split into a share for the own slot and even shares for the others."""
         assert weight is not None and own is not None
-        others = weight * (1 - own) / (self.peers - 1) if self.peers > 1 else 0.0
-        return tuple(weight * own if j == self.index else others for j in range(self.peers))
+        heard = self._heard()
+        others = weight * (1 - own) / len(heard) if heard else 0.0
+        return tuple(weight * own if j == self.index else others if j in heard else 0.0 for j in range(self.peers))
+
+    def _heard(self) -> tuple[int, ...]:
+        """The other peers that this one learns from, in peer order."""
+        return tuple(i for i in range(self.peers) if i != self.index and i not in self.muted)
 
     @cached_property
     def hard(self) -> tuple[float, ...]:
@@ -73,8 +82,8 @@ class PeerPlan:
         """Peers whose opinion this peer learns on the AEs of `source`, in peer order."""
         if not self.distilled[source]:
             return ()
-        others = tuple(i for i in range(self.peers) if i != self.index)
-        return others if self.loss.teacher_set == "all" else tuple(i for i in others if i == source)
+        heard = self._heard()
+        return heard if self.loss.teacher_set == "all" else tuple(i for i in heard if i == source)
 
     def teacher_slot(self, teacher: int, source: int) -> int:
         """What `teacher` looks at when it teaches this peer about the AEs of `source`."""
@@ -118,9 +127,10 @@ class CohortPlan:
     peers: tuple[PeerPlan, ...]
 
     @classmethod
-    def of(cls, coefficients: Sequence[LossConfig]) -> CohortPlan:
-        """From the complete coefficients of every peer, in peer order."""
-        return cls(tuple(PeerPlan(i, len(coefficients), loss) for i, loss in enumerate(coefficients)))
+    def of(cls, coefficients: Sequence[LossConfig], muted: Iterable[int] = ()) -> CohortPlan:
+        """From the complete coefficients of every peer, in peer order, and the peers that nobody listens to."""
+        silent = frozenset(muted)
+        return cls(tuple(PeerPlan(i, len(coefficients), loss, silent) for i, loss in enumerate(coefficients)))
 
     @cached_property
     def taught(self) -> tuple[tuple[int, ...], ...]:

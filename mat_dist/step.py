@@ -15,7 +15,7 @@ from torch import Tensor
 from mat_dist.agreement import Agreement, batch_checksum
 from mat_dist.cohort import Cohort
 from mat_dist.losses import accuracy
-from mat_dist.peer import Peer
+from mat_dist.peer import Peer, free_memory
 
 
 @dataclass
@@ -153,13 +153,29 @@ def _only_local(cohort: Cohort, aes_LBCHW: Tensor) -> list[Tensor]:
 def _forward(cohort: Cohort, peer: Peer, inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
     """The peer's logits by slot: with graph where it learns (memory: keep), without where it only teaches."""
     plan = cohort.plan.peers[peer.index]
-    known = {}
-    if cohort.step.memory == "keep":
-        known = _learn(cohort, peer, plan.learned, inputs_S, step, first_row)
+    known: dict[int, Tensor] = {}
+    if not peer.recomputes:
+        try:
+            known = _learn(cohort, peer, plan.learned, inputs_S, step, first_row)
+        except torch.OutOfMemoryError:
+            _fall_back(cohort, peer)
     for slot in cohort.plan.taught[peer.index]:
         if slot not in known:
             known[slot] = peer.teach(inputs_S[slot], (step, slot, first_row))
     return known
+
+
+def _fall_back(cohort: Cohort, peer: Peer) -> None:
+    """After the first lack of memory a peer goes on with memory: recompute, which gives the same weights.
+
+    Not in the middle of micro-batches, whose gradients would be lost, nor with bn: joint. Call it in the handler of
+    the error, which it raises again where it cannot help.
+    """
+    if cohort.step.microbatches > 1 or cohort.step.bn == "joint" or peer.recomputes:
+        raise
+    peer.recomputes = True
+    cohort.give_back(peer)
+    free_memory()
 
 
 def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
@@ -190,16 +206,24 @@ def _any(known: list[dict[int, Tensor]]) -> Tensor:
 def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], taught_PTBK: Tensor, y_B: Tensor,
               step: int, first_row: int) -> Tensor:
     """Add the gradient of the peer's loss -> the loss, detached."""
-    plan, keep = cohort.plan.peers[peer.index], cohort.step.memory == "keep"
-    total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
-    for slots in [plan.learned] if keep else plan.groups():
-        if not slots:
-            continue
-        logits = known if keep else _learn(cohort, peer, slots, inputs_S, step, first_row)
-        loss = plan.partial_loss(slots, logits, taught_PTBK, cohort.plan.position, y_B)
-        (loss / cohort.step.microbatches).backward()
-        total += loss.detach()
-    return total
+    def add_gradient() -> Tensor:
+        plan, recomputes = cohort.plan.peers[peer.index], peer.recomputes
+        total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
+        for slots in plan.groups() if recomputes else [plan.learned]:
+            if not slots:
+                continue
+            logits = _learn(cohort, peer, slots, inputs_S, step, first_row) if recomputes else known
+            loss = plan.partial_loss(slots, logits, taught_PTBK, cohort.plan.position, y_B)
+            (loss / cohort.step.microbatches).backward()
+            total += loss.detach()
+        return total
+
+    try:
+        return add_gradient()
+    except torch.OutOfMemoryError:
+        known.clear()
+        _fall_back(cohort, peer)
+    return add_gradient()
 
 
 def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int, first_row: int) -> Tensor:

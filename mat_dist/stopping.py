@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mat_dist.errors import StopRequested
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# torchrun forwards a signal that the scheduler or the terminal has also sent to every process, up to some tenths of
+# a second later: within this many seconds two signals are one request.
+SAME_REQUEST = 1.0
 
 
 class StopFlag:
-    """Whether this process was asked to stop; the second request of one kind ends it at once."""
+    """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
+        self._count = 0
 
     @property
     def requested(self) -> bool:
@@ -25,17 +33,24 @@ class StopFlag:
         self.signal = self.signal or signal.SIGTERM
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember; work goes on to the end of the step."""
-        self.signal = signal.Signals(number)
+        """Signal handler: the first request lets the step end and be saved, the second one does not.
+
+        Raises:
+            StopRequested: for a signal more than SAME_REQUEST s after the first, or the third one; like any local
+                error it reaches the next header, so all ranks leave together and nothing half-saved becomes visible.
+        """
+        now = time.monotonic()
+        self._count += 1
+        if self._count == 1:
+            self._since, self.signal = now, signal.Signals(number)
+        elif now - self._since > SAME_REQUEST or self._count > 2:
+            raise StopRequested(f"stopped at once by a second {signal.Signals(number).name}", "signal",
+                                "start the same command again to continue from the newest checkpoint")
 
 
 @contextmanager
 def watching() -> Iterator[StopFlag]:
-    """Route SIGTERM, SIGINT and SIGUSR1 into a flag; former handlers are restored.
-
-    torchrun forwards a signal that the scheduler may also have sent to each process, so a second one within a
-    step means nothing.
-    """
+    """Route SIGTERM, SIGINT and SIGUSR1 into a flag; former handlers are restored."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag.take) for number in SIGNALS}
     try:

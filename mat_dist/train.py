@@ -43,7 +43,7 @@ def train(words: list[str]) -> None:
         if launch.speaks_for():
             print(text)
         return
-    with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, on_stop=stop.pass_on) as mesh,
+    with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
           open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words, plugins=plugins) as run):
         run.notes += config_warnings(config)
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from mat_dist import checkpoint
 from mat_dist.agreement import Agreement
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
+from mat_dist.containment import Containment
 from mat_dist.data import Batches, DataSets, channel_stats
-from mat_dist.errors import CheckpointError, OutputError, StopRequested
+from mat_dist.errors import CheckpointError, NonFinite, OutputError, StopRequested
 from mat_dist.evaluator import EMA, ENSEMBLE, AttackPlan, Result, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.results import write_results
@@ -50,6 +49,7 @@ class Trainer:
         if mesh.placement.is_lead:
             self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
+        self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.best_score = -1.0
 
     @property
@@ -84,10 +84,10 @@ class Trainer:
             x_BCHW, y_B = self.batches.at(step)
             fetched = perf_counter()
             log = (step + 1) % self.config.log.every == 0 or step + 1 == total
-            outcome = train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
+            outcome = self.step(x_BCHW, y_B, step, log=log)
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
-            if log:
+            if outcome.loss_P is not None:
                 self.log(done, outcome, meter)
                 meter = _Meter()
             if self.saver.pending and outcome.ready:
@@ -100,6 +100,15 @@ class Trainer:
                                     "start the same command again to continue")
             if evaluates:
                 self.validate(done)
+
+    def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
+        """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""
+        self.cohort.begin(step)
+        try:
+            return train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
+        except NonFinite as error:
+            self.containment.handle(error, step)
+            return Outcome(ready=False)
 
     def finish(self) -> None:
         """Attack the best (if there were evaluations) and the newest checkpoint on the test set."""
@@ -114,7 +123,7 @@ class Trainer:
             if manifest.step not in done:
                 self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
                 done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
-                                               size=self.config.eval.test_size, purpose="test")
+                                               size=self.config.eval.test_size, purpose="test", stop=self.stop)
             results = done[manifest.step]
             if self.mesh.placement.is_lead:
                 write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results, config=self.config,
@@ -179,7 +188,9 @@ class Trainer:
         meta = checkpoint.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoint.json_digest(self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})),
-            data_digest=self.data.digest, extra={"classes": list(self.data.classes), "images": asdict(self.images)})
+            data_digest=self.data.digest, extra={
+                "classes": list(self.data.classes), "images": asdict(self.images),
+                "muted": {str(peer): until for peer, until in self.cohort.muted.items()}})
         if not wait:
             self.saver.start(self.cohort, done, meta)
         elif not self.saver.save(self.cohort, done, meta) and (self.stop.requested or done == self.cohort.total_steps):
@@ -196,7 +207,8 @@ class Trainer:
             if newest is not None:
                 adopted = agree.run("search", checkpoint.adopt, self.run.folder, newest[0])
                 best = agree.run("search", checkpoint.read_best, self.run.folder)
-                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])], "best": best.score if best else -1.0}
+                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])],
+                         "best": best.score if best else -1.0}
         agree.settle("search")
         found = self.mesh.from_lead(found)
         if found is None:
@@ -206,6 +218,8 @@ class Trainer:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(self.newest, p.index)))
         agree.settle("loading")
         self.best_score = float(found["best"])
+        for peer, until in self.newest.meta.extra.get("muted", {}).items():
+            self.cohort.mute([int(peer)], int(until))
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
 
@@ -229,7 +243,7 @@ class Trainer:
         began = perf_counter()
         plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
         results = evaluate(self.config, self.mesh, self.newest, self.images, self.data.val, plan,
-                           size=self.config.eval.size, purpose="validation")
+                           size=self.config.eval.size, purpose="validation", stop=self.stop)
         score = selection_score(results)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         if self.mesh.placement.is_lead:

@@ -164,6 +164,15 @@ def batch_can_be_split(config: Config) -> list[ConfigError]:
     return []
 
 
+@rule("step")
+def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
+    """One concatenated forward cannot be recomputed a source at a time."""
+    if config.step.bn == "joint" and config.step.memory == "recompute":
+        return [ConfigError("bn joint forwards all sources at once, memory recompute one by one", "step.bn",
+                            "write bn: separate, or memory: keep with more microbatches")]
+    return []
+
+
 @rule("data", "train")
 def data_fill_a_batch(config: Config) -> list[ConfigError]:
     """An epoch has at least one step."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from mat_dist.errors import PeerSilent
 from mat_dist.processes import ProcessIdentity
+from mat_dist.stopping import StopFlag
 
 INTERVAL = 0.5  # seconds between beats
 STALE = 4.0  # seconds without a beat after which a rank counts as stopped (8 beats)
@@ -48,12 +49,11 @@ class Heartbeat:
         store: a store client that nobody else uses, with keys of this launch only.
         rank, world: of this process.
         peers_of: rank -> peers that live there, for messages.
-        on_stop: called (in the thread) when some rank asked all to stop.
+        stop: the stop request of this rank, passed on to all ranks and set by theirs.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, *, peers_of: Callable[[int], str],
-                 on_stop: Callable[[], None] = lambda: None) -> None:
-        self._store, self._rank, self._world, self._peers_of, self._on_stop = store, rank, world, peers_of, on_stop
+    def __init__(self, store: Any, rank: int, world: int, *, peers_of: Callable[[int], str], stop: StopFlag) -> None:
+        self._store, self._rank, self._world, self._peers_of, self._stop = store, rank, world, peers_of, stop
         self._arrived, self._where, self._count = 0, "start", 0
         self._process = ProcessIdentity.own()
         self._ended, self._lock = threading.Event(), threading.Lock()
@@ -93,10 +93,6 @@ class Heartbeat:
                 raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
-
-    def ask_to_stop(self) -> None:
-        """Tell all ranks that a stop was requested here."""
-        self._set(STOP, "1")
 
     def close(self) -> None:
         """End the thread."""
@@ -193,12 +189,15 @@ class Heartbeat:
         self._set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
 
     def _run(self) -> None:
-        told = False
+        passed = False
         while not self._ended.wait(INTERVAL):
             try:
                 self._beat()
-                if not told and self._has(STOP):
-                    told = True
-                    self._on_stop()
+                if not passed and self._stop.requested:
+                    passed = True
+                    self._set(STOP, "1")
+                if not passed and self._has(STOP):
+                    passed = True
+                    self._stop.pass_on()
             except RuntimeError:  # the store is gone: rank 0 or the agent ended; the next collective fails too
                 return

@@ -7,7 +7,7 @@ callers never ask how many ranks there are. Nothing that arrives is unpickled: t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,7 +21,7 @@ from mat_dist.errors import EnvironmentFault, PeerSilent
 from mat_dist.mesh.heartbeat import Heartbeat
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
-
+from mat_dist.stopping import StopFlag
 
 RESTART = "start again to continue from the newest checkpoint"
 
@@ -154,11 +154,11 @@ class Mesh:
 
 @contextmanager
 def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch, *,
-              on_stop: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
+              stop: StopFlag) -> Iterator[Mesh]:
     """Form the process groups of this launch, and leave them at the end.
 
     Args:
-        on_stop: called when another rank asks all to stop (from a thread).
+        stop: the stop request of this rank; heartbeats carry it to and from the others.
 
     Raises EnvironmentFault when the rank count does not fit, or the ranks cannot meet.
     """
@@ -183,7 +183,7 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
         peer = _own_group(placement.peer_axis(), placement.rank, timeout)
         replica = _own_group(placement.replica_axis(), placement.rank, timeout)
         if launch.master is not None:
-            beat = _heartbeat(placement, launch, timeout, on_stop)
+            beat = _heartbeat(placement, launch, timeout, stop)
         mesh = Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
                     timeout=comm.timeout)
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
@@ -194,7 +194,7 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
         dist.destroy_process_group()
 
 
-def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, on_stop: Callable[[], None]) -> Heartbeat:
+def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, stop: StopFlag) -> Heartbeat:
     """A heartbeat over a store client of its own; keys carry the restart, since the agent's store outlives it."""
     assert launch.master is not None
     host, port = launch.master
@@ -204,7 +204,7 @@ def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, on_stop
     def peers_of(rank: int) -> str:
         return ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
 
-    return Heartbeat(store, placement.rank, placement.world, peers_of=peers_of, on_stop=on_stop)
+    return Heartbeat(store, placement.rank, placement.world, peers_of=peers_of, stop=stop)
 
 
 def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -56,11 +56,8 @@ def test_eight_ranks_agree_with_four_to_1e_9_in_fp64(run_ranks: Run) -> None:
 
 
 def test_replicas_on_the_cpu_keep_equal_running_statistics(run_ranks: Run) -> None:
-    cohorts = run_ranks(lambda mesh: train(cohort_config("mat", 2), mesh, nets_of_two, 3), 2, 4)
-    hashes(cohorts)
-
-
-nets_of_two = nets(2)
+    models = nets(2)
+    hashes(run_ranks(lambda mesh: train(cohort_config("mat", 2), mesh, models, 3), 2, 4))
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])
@@ -94,7 +91,10 @@ def test_microbatches_and_joint_forwards_equal_the_plain_step_without_batch_norm
 
 def test_joint_batch_norm_sees_one_batch_of_all_sources(run_ranks: Run) -> None:
     models = nets(2)
-    results = [run_ranks(lambda mesh, c=cohort_config("mat", 2, step={"bn": bn}): train(c, mesh, models, 1), 2, 1) for bn in ("separate", "joint")]
+    results = []
+    for bn in ("separate", "joint"):
+        config = cohort_config("mat", 2, step={"bn": bn})
+        results.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 1), 2, 1))
     assert largest_difference(*results) > 1e-4
     counts = [c[0].peers[0].model.state_dict()["body.1.num_batches_tracked"].item() for c in results]
     assert counts == [2, 1]
@@ -240,3 +240,68 @@ def test_a_batch_is_split_over_replicas_in_order(run_ranks: Run) -> None:
     models = nets(2)
     rows = run_ranks(lambda mesh: build(cohort_config("at", 2), mesh, models).rows, 2, 4)
     assert rows == [slice(0, BATCH // 2)] * 2 + [slice(BATCH // 2, BATCH)] * 2
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("where", ["attack", "forward", "backward"])
+def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(where: str, run_ranks: Run) -> None:
+    models = nets(2, dtype=torch.float64)
+    config = cohort_config("mat", 2, step={"precision": "fp64"})
+    plain = run_ranks(lambda mesh: train(config, mesh, models, 3, dtype=torch.float64), 2, 2)
+
+    def short_of_memory(peer: Any, always: bool) -> None:
+        def failing(f: Callable[..., Any], fails: Callable[[Any], bool]) -> Callable[..., Any]:
+            calls = []
+            def once(*args: Any) -> Any:
+                if fails(args) and (always or not calls):
+                    calls.append(1)
+                    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+                return f(*args)
+            return once
+        if where == "attack":
+            peer.craft = failing(peer.craft, lambda args: always or len(args[0]) == BATCH)
+        if where == "forward":
+            peer.learn = failing(peer.learn, lambda args: True)
+        if where == "backward":  # the graph ends in a node that fails
+            def learn(x: torch.Tensor, draw: Any, f: Any = peer.learn, state: list[int] = []) -> torch.Tensor:  # noqa: B006
+                z = f(x, draw)
+                def hook(g: torch.Tensor) -> None:
+                    if always or not state:
+                        state.append(1)
+                        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+                z.register_hook(hook)
+                return z
+            peer.learn = learn
+
+    def one(mesh: Mesh, always: bool) -> Cohort:
+        cohort = build(config, mesh, models)
+        for peer in cohort.peers:
+            if peer.index == 1:
+                short_of_memory(peer, always)
+        for step in range(3):
+            x, y = batch(step, dtype=torch.float64)
+            train_step(cohort, x, y, step)
+        return cohort
+
+    assert largest_difference(plain, run_ranks(lambda mesh: one(mesh, False), 2, 2)) < 1e-11
+    errors = run_ranks(lambda mesh: one(mesh, True), 2, 2, errors="return")
+    assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
+
+
+def test_nobody_learns_from_a_muted_peer_until_its_quarantine_ends(run_ranks: Run) -> None:
+    def one(mesh: Mesh) -> list[Any]:
+        cohort = build(cohort_config("mat", 3, loss={"hard_own": 0.5}), mesh, nets3)
+        before = cohort.plan
+        cohort.mute([1], until=4)
+        muted = cohort.plan
+        cohort.begin(3)
+        assert cohort.plan is muted
+        cohort.begin(4)
+        assert cohort.plan == before
+        return [muted.peers[0].hard, muted.peers[0].distilled, muted.peers[0].teachers(2), muted.peers[1].learned]
+    nets3 = nets(3)
+    (found,) = run_ranks(one, 3, 1)
+    assert found[0] == pytest.approx((0.25, 0.0, 0.25)) and found[1] == pytest.approx((1 / 6, 0.0, 1 / 3))
+    assert found[2] == (2,) and found[3] == (0, 2, 1)

@@ -1,0 +1,192 @@
+"""The commands in README.md and docs/ work.
+
+Every command in a bash block is in one of the tables below; a new one fails until somebody says how it is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mat_dist.train import main
+from tests.documents import DATA, MODEL, ROOT, blocks, table
+
+TRAIN = "python -m mat_dist.train"
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+# Run exactly as written.
+AS_WRITTEN = {
+    f"{TRAIN} --help",
+    f"{TRAIN} --config cifar10_resnet18 attack.eps=4/255 peers.2.model=wrn_28_10 --dry-run",
+    f"{TRAIN} --config cifar10_at train.epochs=30 optim.milestones=[0.5,0.75] --dry-run",
+    f"{TRAIN} --config cifar10_resnet18 peers=2 peers.1.loss=at peers.all.optim.lr=0.05 --dry-run",
+    f"{TRAIN} loss=mat_kd loss.kd_weight=0.7 loss.temperature=2 --dry-run",
+}
+# Run with the few images and attack steps of SMALL, else as written; in this order, since the last one continues a run.
+MADE_SMALL = (
+    f"{TRAIN} --plugin {MODEL} --plugin {DATA} model=my_model data.name=stripes",
+    f"{TRAIN} run.name=first",
+    f"{TRAIN} run.name=first train.epochs=30",
+)
+# Not run, for the reason given, but described by --dry-run.
+DESCRIBED = {
+    TRAIN: "a minute or more; the small commands run the same code",
+    f"{TRAIN} --plugin {MODEL} model=my_model": "a minute or more; another command runs the plug-in",
+    f"{TRAIN} --plugin {MODEL} peers.0.model=my_model": "a minute or more; another command runs the plug-in",
+    f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",
+    "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config cifar10_resnet18": "days without GPUs",
+    "sbatch --nodes=2 --gres=gpu:4 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/unit/test_launch.py",
+    f"{TRAIN} data.name=folder data.root=my_images data.image_size=32 model=resnet18 attack.eps=8/255": "needs images",
+    f"{TRAIN} data.name=npz data.root=my_images.npz model=resnet18 attack.eps=8/255": "needs images",
+}
+# Scripts with slow tests of their own below, and one that cannot be run from inside the tests.
+SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh": "test_placement_...",
+           "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py"}
+
+SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
+         "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",
+         "run.device=cpu")
+
+
+def commands() -> dict[str, str]:
+    """Every command in a bash block, with the place where it stands."""
+    lines = [(line, where) for where, text in blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
+    return {" ".join(line.split()): where for line, where in lines if line.strip() and not line.startswith("#")}
+
+
+def trainer_words(command: str) -> tuple[list[str], int, int]:
+    """The trainer's arguments in a command, the number of ranks that it starts, and those per node."""
+    words = shlex.split(command)
+    start = next(n for n, word in enumerate(words) if word in ("mat_dist.train", "launch/slurm.sbatch"))
+    values = dict(word.split("=", 1) for word in words[:start] if "=" in word)
+    per_node = int(values.get("--nproc_per_node") or values.get("--gres", "gpu:1").rpartition(":")[2])
+    return words[start + 1:], per_node * int(values.get("--nodes", values.get("--nnodes", 1))), per_node
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The repository as working directory, no launcher's environment; torch's settings are restored."""
+    monkeypatch.chdir(ROOT)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in LAUNCHER:
+            monkeypatch.delenv(name)
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the trainer in this process; returns what it printed, asserts its exit code."""
+    def trainer(*words: str, code: int = 0) -> str:
+        try:
+            ended = main(words)
+        except SystemExit as leave:
+            ended = leave.code
+        out, err = capsys.readouterr()
+        assert ended == code, err
+        return err if code else out
+    return trainer
+
+
+# ------------------------------------------------------------------ commands
+
+
+def test_every_command_of_the_documents_is_checked_somewhere():
+    listed = AS_WRITTEN | set(MADE_SMALL) | set(DESCRIBED) | set(SCRIPTS)
+    found = commands()
+    assert not {command: where for command, where in found.items() if command not in listed}
+    assert not listed - set(found), "no document has these commands any more"
+
+
+@pytest.mark.parametrize("command", sorted(AS_WRITTEN))
+def test_a_command_that_only_tells_runs_as_written(command, run):
+    out = run(*trainer_words(command)[0])
+    assert ("usage:" if "--help" in command else "placement ") in out
+
+
+@pytest.mark.parametrize("command", DESCRIBED)
+def test_a_training_command_is_understood(command, run, monkeypatch):
+    words, ranks, per_node = trainer_words(command)
+    if ranks > 1:
+        for name, value in zip(LAUNCHER, (0, ranks, 0, per_node), strict=True):
+            monkeypatch.setenv(name, str(value))
+    out = run(*words, "run.device=cpu", "--dry-run")
+    assert f"placement   4 peers on {ranks} rank" in out
+    assert ("my_model" in out) == ("my_model" in command)
+
+
+@pytest.mark.slow
+def test_the_training_commands_run_and_a_run_continues(run, tmp_path):
+    for command in MADE_SMALL:
+        out = run(*trainer_words(command)[0], *SMALL, f"run.root={tmp_path}")
+        assert "PGD-1 %" in out
+    assert "continuing after step 15 of 30" in out
+    folder = tmp_path / "first"
+    rows = [row.split(",")[:4] for row in (folder / "summary.csv").read_text().splitlines()]
+    assert (rows[1], rows[-1]) == (["15.0", "15", "1", "peer0"], ["30.0", "30", "2", "peer3"])
+    for path, _ in table("README.md", "## The run folder"):
+        base = ""
+        for name in re.findall(r"`([^`]+)`", path):
+            base = name.rpartition("/")[0] if "/" in name else base  # `checkpoints/latest`, `best`
+            name = name if "/" in name or not base else f"{base}/{name}"
+            assert list(folder.glob(re.sub(r"<\w>", "*", name).rstrip("/"))), f"README.md promises {name}"
+    err = run(*trainer_words(MADE_SMALL[-1])[0], *SMALL, f"run.root={tmp_path}", code=5)
+    assert "the run is finished" in err
+
+
+def test_the_mistakes_in_the_documents_are_answered_as_shown(run):
+    (shown,) = [text for _, text in blocks("text") if text.startswith("mat_dist: error:")]
+    assert run("attack.esp=8", "loss=mat_dk", code=2) == shown
+
+
+# ------------------------------------------------------------------ scripts
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Callable[..., str]:
+    """Run a launch script with this Python as an environment that is set up already: nothing is installed."""
+    env = tmp_path / "env"
+    (env / "bin").mkdir(parents=True)
+    python = env / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    metadata = (ROOT / "setup.cfg").read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+    key = subprocess.run(["cksum"], input=metadata, capture_output=True, check=True).stdout.decode().strip()
+    (env / ".mat_dist_stamp").write_text(f"{key} test {ROOT}\n")
+
+    def launch(command: str, *words: str, **variables: str) -> str:
+        done = subprocess.run([*shlex.split(command), *words], cwd=ROOT, capture_output=True, text=True, timeout=280,
+                              env={**os.environ, "VIRTUAL_ENV": str(env), "EXTRAS": "test", **variables})
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "installing" not in done.stdout
+        return done.stdout
+    return launch
+
+
+@pytest.mark.slow
+def test_the_demo_trains_on_four_ranks_and_prints_the_table(scripts, tmp_path):
+    out = scripts("bash launch/demo.sh", *SMALL, "train.max_steps=4", f"run.root={tmp_path}", "run.name=demo")
+    assert "mat_dist: training on 4 ranks" in out
+    assert out.splitlines()[-1] == f"mat_dist: run folder {tmp_path}/demo"
+    rows = [line.split() for line in out.splitlines() if re.search(r"\d+\.\d\d", line) and "last" in line]
+    assert [row[1] for row in rows] == ["peer0", "peer1", "peer2", "peer3", "ensemble"] * 2
+
+
+@pytest.mark.slow
+def test_placement_does_not_change_the_weights_that_the_script_shows(scripts, tmp_path):
+    out = scripts("bash launch/placement.sh", *SMALL, "train.max_steps=2", RUN_ROOT=str(tmp_path))
+    assert out.splitlines()[-1] == "all 3 runs are bitwise equal"
+    assert len(re.findall(r"step 2  peer\d  [0-9a-f]{64}$", out, re.MULTILINE)) == 12

@@ -1,0 +1,82 @@
+"""Whole runs that take a fraction of a second: the train command in this process on 64 digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mat_dist import checkpoint, train
+from mat_dist.cohort import state_hash
+from mat_dist.runfolder import RunFolder
+
+# 4 steps per epoch; PGD-1 everywhere.
+SMALL = (
+    "run.device=cpu", "log.console=off", "peers=2", "model.width=0.25", "attack.steps=1", "data.train_size=64",
+    "data.val_size=40", "data.test_size=40", "train.batch_size=16", "train.epochs=1", "optim.ema_decay=null",
+    "eval.every=0", "eval.test=false", "eval.steps=1", "eval.test_steps=1", "eval.chunk=20", "checkpoint.keep=20")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: exit code and folder."""
+
+    code: int
+    folder: RunFolder
+
+    def peers(self, which: str | int = "latest") -> list[dict[str, Any]]:
+        """What a checkpoint holds, by peer."""
+        manifest = checkpoint.load_manifest(self.folder, which)
+        return [checkpoint.load_peer(manifest, i) for i in range(len(manifest.meta.peers))]
+
+    def hashes(self, which: str | int = "latest", key: str | None = None) -> list[str]:
+        """SHA-256 of each peer's state, or of one part of it."""
+        return [state_hash(p if key is None else p[key]) for p in self.peers(which)]
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are there."""
+        return sorted(int(p.name.removeprefix("step_")) for p in self.folder.checkpoints.glob("step_*"))
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl of a kind: step, epoch."""
+        lines = [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
+        return [one for one in lines if one["kind"] == kind]
+
+    def result(self, name: str) -> dict[str, Any]:
+        """A result file of eval/."""
+        return json.loads((self.folder.eval / f"{name}.json").read_text())
+
+    def codes(self) -> list[int]:
+        """Exit codes of all attempts, from exit.json."""
+        return [one["code"] for one in json.loads(self.folder.exit.read_text())["attempts"]]
+
+
+def run_small(root: Path, name: str, *overrides: str) -> Finished:
+    """Train in this process; later overrides win."""
+    return Finished(train.main([*SMALL, f"run.root={root}", f"run.name={name}", *overrides]), RunFolder(root / name))
+
+
+def interrupted(monkeypatch: Any, where: tuple[Any, str], at: int, error: Callable[[], BaseException]) -> None:
+    """Let the `at`-th call (from 1) of a function raise before it does anything."""
+    owner, name = where
+    original, calls = getattr(owner, name), [0]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise error()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def tree_hash(folder: Path) -> str:
+    """SHA-256 over names, kinds and contents of everything below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes() if path.is_file() else b"folder")
+    return digest.hexdigest()

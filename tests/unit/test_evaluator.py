@@ -1,0 +1,290 @@
+"""The evaluator against a plain attack of one image at a time, its statistics, and its result files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mat_dist import checkpoint, streams
+from mat_dist.cohort import Cohort, Images
+from mat_dist.config.schema import Config, DataConfig
+from mat_dist.data import DataSets, channel_stats, load_data
+from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, chosen_images, correct, evaluate, selection_score
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.mesh.placement import Placement
+from mat_dist.models import Ensemble, build_model
+from mat_dist.results import eps_text, headline, wilson_interval, write_results
+from mat_dist.runfolder import RunFolder
+from mat_dist.step import train_step
+from tests.cohorts import complete
+
+COUNT, CHUNK, SEED = 16, 6, 3
+THREATS = [("linf", 0.15), ("l2", 0.6)]
+MESH = Mesh(Placement.place(2, 1, 0), torch.device("cpu"))
+
+
+def make_config(rule: str = "prob", precision: str = "fp64") -> Config:
+    entries = [{"threat": {"norm": norm, "eps": eps}, "attack": {"steps": 1}, "loss": {"preset": "at"},
+                "model": {"width": 0.25}, "optim": {"lr": 0.1, "schedule": "constant", **ema}}
+               for (norm, eps), ema in zip(THREATS, ({"ema_decay": 0.8}, {}), strict=True)]
+    return complete({"run": {"seed": SEED}, "peers": entries, "step": {"precision": precision},
+                     "train": {"batch_size": 64, "epochs": 100}, "eval": {"chunk": CHUNK, "ensemble": rule}})
+
+
+class Trained:
+    """Two peers with two threats, trained for a moment on digits, in a checkpoint; peer 0 keeps averaged weights."""
+
+    def __init__(self, root: Path) -> None:
+        self.config = make_config()
+        self.data: DataSets = load_data(DataConfig(val_size=COUNT), seed=0, batch_size=64)
+        mean, std = channel_stats(self.data.train)
+        self.images = Images(self.data.train.shape, 10, mean, std)
+        cohort = Cohort.build(self.config, MESH, self.images, steps_per_epoch=22)
+        for step in range(25):
+            images, y = self.data.train.batch(torch.arange(64 * step % 1300, 64 * step % 1300 + 64))
+            train_step(cohort, images.double() / 255, y, step)
+        self.states = [peer.state() for peer in cohort.peers]
+        folder = RunFolder(root)
+        directory = checkpoint.begin(folder, 25, 1)
+        entries = [checkpoint.save_peer(directory, i, state) for i, state in enumerate(self.states)]
+        self.manifest = checkpoint.commit(folder, 25, 1, entries, checkpoint.Meta(1, ("peer0", "peer1"), "", ""))
+
+    def evaluate(self, attack: AttackPlan, size: int | None = None,
+                 config: Config | None = None) -> dict[tuple[str, str], Result]:
+        results = evaluate(config or self.config, MESH, self.manifest, self.images, self.data.val, attack, size=size)
+        return {(r.target, r.weights): r for r in results}
+
+    def model(self, index: int, weights: str = RAW) -> nn.Module:
+        """The peer's model, built here without the evaluator."""
+        model = build_model(self.config.peers[index].model, shape=self.images.shape, classes=10, mean=self.images.mean,
+                            std=self.images.std).double()
+        state = self.states[index]
+        model.load_state_dict(state["ema"] if weights == EMA and state["ema"] is not None else state["model"])
+        return model.eval().requires_grad_(False)
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        images, y = self.data.val.batch(torch.arange(COUNT))
+        return images.double() / 255, y
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("trained"))
+
+
+# ------------------------------------------------------------------------------------------------ an independent attack
+
+
+def noise(norm: str, eps: float, shape: torch.Size, restart: int, chunk: int) -> Tensor:
+    """The start noise of a chunk, from the published keys."""
+    key = streams.key(SEED, f"eval-{norm}", restart, chunk)
+    if norm == "linf":
+        return eps * (2 * streams.uniform(key, shape, dtype=torch.float64) - 1)
+    direction = streams.normal(key, shape, dtype=torch.float64)
+    radius = eps * streams.uniform(streams.key(key, "radius"), (shape[0],), dtype=torch.float64) ** (1 / 64)
+    return direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius.view(-1, 1, 1, 1)
+
+
+def project(adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    d = adv - x
+    d = d.clamp(-eps, eps) if norm == "linf" else d * min(1.0, eps / max(d.norm().item(), 1e-30))
+    return (x + d).clamp(0, 1)
+
+
+def survives(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, norm: str, eps: float, plan: AttackPlan) -> bool:
+    """PGD on one image (1, C, H, W): the prediction after the last step is still right."""
+    size = 2.5 * eps / plan.steps if plan.step_size is None else plan.step_size
+    adv = project(x + start, x, norm, eps)
+    for _ in range(plan.steps):
+        adv.requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
+        move = g.sign() if norm == "linf" else g / g.norm().clamp(min=1e-300)
+        adv = project((adv + size * move).detach(), x, norm, eps)
+    return bool(model(adv).argmax() == y)
+
+
+def slow_table(model: nn.Module, x: Tensor, y: Tensor, plan: AttackPlan, restarts: list[int]) -> Tensor:
+    """Robust correctness (threats, images), one image, threat and restart at a time."""
+    table = torch.zeros(len(THREATS), len(x), dtype=torch.bool)
+    for t, (norm, eps) in enumerate(THREATS):
+        for i in range(len(x)):
+            chunk, row = divmod(i, CHUNK)
+            shape = torch.Size((min(CHUNK, len(x) - chunk * CHUNK), *x.shape[1:]))
+            one = slice(i, i + 1)
+            starts = [noise(norm, eps, shape, r, chunk)[row:row + 1] for r in restarts]
+            table[t, i] = bool(model(x[one]).argmax() == y[i]) and all(
+                survives(model, x[one], y[one], start, norm, eps, plan) for start in starts)
+    return table
+
+
+@pytest.mark.parametrize("target,weights", [("peer0", RAW), ("peer1", RAW), ("peer0", EMA), (ENSEMBLE, RAW)])
+def test_robust_accuracy_is_that_of_a_plain_attack_per_image(target: str, weights: str, trained: Trained) -> None:
+    x, y = trained.pixels()
+    members = [trained.model(i, weights) for i in range(2)]
+    model = Ensemble(members) if target == ENSEMBLE else members[int(target[-1])]
+    plan = AttackPlan(steps=2, restarts=2)
+    found = trained.evaluate(plan)[target, weights]
+    assert torch.equal(found.clean_N, model(x).argmax(1) == y)
+    table = slow_table(model, x, y, plan, [0, 1])
+    assert torch.equal(found.robust_TN, table)
+    assert 0 < found.robust_TN.sum() < 2 * found.clean_N.sum()  # the attack succeeds on some and not on all
+    assert found.robust == (table[0] & table[1]).double().mean().item() < found.clean
+    assert [found.against(t) for t in range(2)] == table.double().mean(1).tolist()
+
+
+def test_the_worst_restart_counts(trained: Trained) -> None:
+    x, y = trained.pixels()
+    plan = AttackPlan(steps=1, restarts=3, step_size=0.03)
+    tables = [slow_table(trained.model(0), x, y, plan, [r]) for r in range(3)]
+    worst = torch.stack(tables).all(0)
+    assert not torch.equal(worst, tables[0])  # later starts find more
+    assert torch.equal(trained.evaluate(plan)["peer0", RAW].robust_TN, worst)
+
+
+@pytest.mark.parametrize("rule", ["prob", "logit"])
+def test_the_ensemble_follows_its_rule(rule: str, trained: Trained) -> None:
+    x, _ = trained.pixels()
+    logits = torch.stack([trained.model(i)(x) for i in range(2)])
+    expected = logits.softmax(-1).mean(0) if rule == "prob" else logits.mean(0)
+    model = Ensemble([trained.model(i) for i in range(2)], rule)
+    assert torch.equal(model(x).argmax(1), expected.argmax(1))
+    found = trained.evaluate(AttackPlan(1), config=make_config(rule))[ENSEMBLE, RAW]
+    assert torch.equal(found.clean_N, expected.argmax(1) == trained.pixels()[1])
+    if rule == "prob":
+        assert torch.allclose(model(x).exp(), expected)
+
+
+def test_a_peer_without_averaged_weights_stands_in_with_its_raw_ones(trained: Trained) -> None:
+    found = trained.evaluate(AttackPlan(2))
+    assert torch.equal(found["peer1", EMA].robust_TN, found["peer1", RAW].robust_TN)
+    assert [key for key in found] == [(t, w) for w in (RAW, EMA) for t in ("peer0", "peer1", ENSEMBLE)]
+
+
+# ------------------------------------------------------------------------------------------------ images and chunks
+
+
+def test_a_chunk_gives_the_same_alone_and_among_others(trained: Trained) -> None:
+    """The first two chunks of 6 are the whole work of an evaluation of 12 images, and part of one of 16."""
+    plan = AttackPlan(2)
+    whole = trained.evaluate(plan)["peer0", RAW]
+    data = trained.data.val.select(torch.arange(2 * CHUNK))
+    results = evaluate(trained.config, MESH, trained.manifest, trained.images, data, plan)
+    assert torch.equal(results[0].robust_TN, whole.robust_TN[:, :2 * CHUNK])
+
+
+def test_two_evaluations_are_equal_and_the_seed_of_the_noise_counts(trained: Trained) -> None:
+    one, two = trained.evaluate(AttackPlan(1)), trained.evaluate(AttackPlan(1))
+    assert all(torch.equal(one[key].robust_TN, two[key].robust_TN) for key in one)
+    run = trained.config.run.model_copy(update={"seed": SEED + 1})
+    other = trained.evaluate(AttackPlan(1), config=trained.config.model_copy(update={"run": run}))
+    assert any(not torch.equal(one[key].robust_TN, other[key].robust_TN) for key in one)
+
+
+def test_a_subset_is_keyed_by_the_seed_and_in_order() -> None:
+    chosen = chosen_images(1000, 50, seed=1)
+    assert torch.equal(chosen, chosen_images(1000, 50, seed=1))
+    assert not torch.equal(chosen, chosen_images(1000, 50, seed=2))
+    assert len(chosen.unique()) == 50 and torch.equal(chosen, chosen.sort().values) and chosen.max() < 1000
+    assert 300 < chosen.double().mean() < 700  # spread over the split, not its beginning
+    for size in (None, 7, 8):
+        assert torch.equal(chosen_images(7, size, seed=1), torch.arange(7))
+
+
+def test_results_name_the_images_they_are_about(trained: Trained) -> None:
+    found = trained.evaluate(AttackPlan(1), size=9)["peer0", RAW]
+    assert torch.equal(found.samples_N, chosen_images(COUNT, 9, SEED))
+    assert torch.equal(found.labels_N, trained.data.val.labels[found.samples_N])
+    x, y = trained.pixels()
+    assert torch.equal(found.clean_N, (trained.model(0)(x).argmax(1) == y)[found.samples_N])
+
+
+def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:
+    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    logits = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
+    assert correct(lambda _: logits, x, y).tolist() == [True, False, False]  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def result(target: str, weights: str, robust: list[list[int]], clean: list[int] | None = None) -> Result:
+    table = torch.tensor(robust, dtype=torch.bool)
+    n = table.shape[1]
+    correct_N = torch.tensor(clean or [1] * n, dtype=torch.bool)
+    return Result(target, weights, correct_N, table, torch.arange(n), torch.arange(n) % 3)
+
+
+def test_robust_accuracy_over_two_threats_counts_images_that_withstand_both() -> None:
+    r = result("peer0", RAW, [[1, 1, 0, 0], [1, 0, 1, 0]])
+    assert (r.against(0), r.against(1), r.robust, r.clean) == (0.5, 0.5, 0.25, 1.0)
+
+
+def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -> None:
+    def table(weights: str, *rows: list[int]) -> list[Result]:
+        return [result(name, weights, [row]) for name, row in zip(("peer0", "peer1", ENSEMBLE), rows, strict=True)]
+
+    raw = table(RAW, [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0])
+    ema = table(EMA, [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0])
+    assert selection_score(raw) == pytest.approx(0.625)
+    assert selection_score([*raw, *ema]) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("hits,count,low,high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                                 (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_the_wilson_interval_has_the_published_values(hits: int, count: int, low: float, high: float) -> None:
+    """Newcombe, "Two-sided confidence intervals for the single proportion", Stat. Med. 17 (1998), table I, method 3."""
+    assert wilson_interval(hits / count, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(1 - hits / count, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize("eps,text", [(8 / 255, "8/255"), (0.5 / 255, "1/510"), (0.1, "1/10"), (0.3, "3/10"),
+                                      (12.0, "12"), (0.03137, "0.03137"), (1e-6, "1e-06")])
+def test_a_radius_is_written_as_a_fraction_that_reads_back(eps: float, text: str) -> None:
+    assert eps_text(eps) == text
+    assert float(Fraction(text)) == pytest.approx(eps, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write(folder: Path, robust: list[list[int]], *, per_sample: bool = False) -> Path:
+    return write_results(folder, "test_best", [result("peer0", RAW, robust, clean=[1, 1, 1, 0])], config=make_config(),
+                         attack=AttackPlan(5, 2), step=7, split="test", attempt=1, per_sample=per_sample)
+
+
+def test_a_result_file_is_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "eval"
+    paths = [write(folder, rows) for rows in ([[1, 1, 0, 0]] * 2, [[1, 0, 0, 0]] * 2, [[0, 0, 0, 0]] * 2)]
+    assert [p.name for p in paths] == ["test_best.json", "test_best-2.json", "test_best-3.json"]
+    assert [headline(json.loads(p.read_text()))["peer0", RAW] for p in paths] == [0.5, 0.25, 0.0]
+
+
+def test_a_result_file_says_what_was_done_to_whom(tmp_path: Path) -> None:
+    told = json.loads(write(tmp_path / "eval", [[1, 1, 0, 0], [1, 0, 0, 0]]).read_text())
+    assert (told["step"], told["split"], told["seed"], told["chunk"]) == (7, "test", SEED, CHUNK)
+    assert told["attack"]["steps"] == 5 and told["attack"]["restarts"] == 2
+    assert told["attack"]["step_size"] == {"linf 3/20": 0.075, "l2 3/5": 0.3}
+    assert told["threats"] == [{"norm": "linf", "eps": "3/20"}, {"norm": "l2", "eps": "3/5"}]
+    (row,) = told["targets"]
+    assert row["n"] == 4 and row["accuracy"] == {"clean": 0.75, "linf 3/20": 0.5, "l2 3/5": 0.25, "union": 0.25}
+    assert row["interval_95"]["union"] == pytest.approx(wilson_interval(0.25, 4))
+
+
+def test_the_table_has_a_row_per_sample_attack_and_target(tmp_path: Path) -> None:
+    path = write(tmp_path / "eval", [[1, 1, 0, 0], [1, 0, 0, 0]], per_sample=True)
+    with path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    told = [(r["sample"], r["label"], r["attack"], r["clean_correct"], r["robust"], r["attacked"]) for r in rows]
+    assert told == [
+        ("0", "0", "linf 3/20", "1", "1", "1"), ("1", "1", "linf 3/20", "1", "1", "1"),
+        ("2", "2", "linf 3/20", "1", "0", "1"), ("3", "0", "linf 3/20", "0", "0", "0"),
+        ("0", "0", "l2 3/5", "1", "1", "1"), ("1", "1", "l2 3/5", "1", "0", "1"),
+        ("2", "2", "l2 3/5", "1", "0", "1"), ("3", "0", "l2 3/5", "0", "0", "0")]
+    assert {(r["target"], r["weights"]) for r in rows} == {("peer0", "raw")}

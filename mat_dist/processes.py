@@ -39,8 +39,9 @@ class ProcessIdentity:
                    found[1] if found else 0)
 
     def shares_pids_with(self, other: ProcessIdentity) -> bool:
-        """Whether both live where a pid means the same process."""
-        return (self.host, self.boot, self.namespace) == (other.host, other.boot, other.namespace)
+        """Whether both live where a pid means the same process; never where there is no /proc (macOS)."""
+        place = (self.host, self.boot, self.namespace)
+        return all(place) and place == (other.host, other.boot, other.namespace)
 
     def runs(self) -> bool:
         """Whether the process still runs; ask only where `shares_pids_with`. Zombies do not run."""
@@ -48,8 +49,11 @@ class ProcessIdentity:
         return found is not None and found[0] not in "ZX" and found[1] == self.started
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
-        if self.runs():
+        """SIGKILL, if it still runs and was started with the command line of this process, as all ranks are.
+
+        An identity that came over the network must not name any process of this user.
+        """
+        if self.runs() and command_line(self.pid) == command_line(os.getpid()):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -57,8 +61,13 @@ class ProcessIdentity:
 def read_system(file: str) -> str:
     """Content of a file of /proc, empty where there is none."""
     with suppress(OSError):
-        return Path(file).read_text().strip()
+        return Path(file).read_bytes().decode(errors="replace").strip()
     return ""
+
+
+def command_line(pid: int) -> str:
+    """Arguments of a process, NUL-separated; empty where /proc does not tell."""
+    return read_system(f"/proc/{pid}/cmdline")
 
 
 def process_start(pid: int) -> tuple[str, int] | None:

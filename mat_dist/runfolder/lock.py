@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import secrets
-import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Any
 
 from mat_dist.atomic import parse_json, reported, write_all
 from mat_dist.errors import OutputError
+from mat_dist.processes import ProcessIdentity
 from mat_dist.runfolder.folder import RunFolder
 
 STALE_SECONDS = 120.0
@@ -46,10 +46,16 @@ class Holder:
     since: str
     token: str
 
-    def runs_here(self, here: Holder) -> bool:
-        """Whether its pid means something to the process `here`."""
-        place = (self.host, self.boot_id, self.pid_namespace)
-        return all(place) and place == (here.host, here.boot_id, here.pid_namespace)
+    @classmethod
+    def of(cls, process: ProcessIdentity, job_id: str | None) -> Holder:
+        """`process` as a holder from now on."""
+        return cls(process.host, process.pid, process.boot, process.namespace, process.started, job_id,
+                   f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", secrets.token_hex(8))
+
+    @property
+    def process(self) -> ProcessIdentity:
+        """The holder without what concerns the lock."""
+        return ProcessIdentity(self.host, self.boot_id, self.pid_namespace, self.pid, self.started)
 
     def __str__(self) -> str:
         job = f" of job {self.job_id}" if self.job_id else ""
@@ -67,7 +73,7 @@ class RunLock:
 
     def __init__(self, folder: RunFolder, job_id: str | None) -> None:
         self.folder = folder
-        self.holder = _this_process(job_id)
+        self.holder = Holder.of(ProcessIdentity.own(), job_id)
 
     def acquire(self) -> str | None:
         """Take the lock; returns a note if it was taken over from a dead holder.
@@ -160,8 +166,8 @@ class RunLock:
     def _stale(self, link: _Link, now: float) -> str | None:
         """Why the lock may be taken from `link`, None if it may not. `now` is on the file system's clock."""
         holder, age = link.holder, now - link.modified
-        if holder is not None and holder.runs_here(self.holder):
-            return None if _alive(holder) else "that process is gone"
+        if holder is not None and holder.process.shares_pids_with(self.holder.process):
+            return None if holder.process.runs() else "that process is gone"
         if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
             return "it belongs to the same job"
         return f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None
@@ -223,33 +229,3 @@ def _publish(temporary: Path, target: Path) -> bool:
         except FileExistsError:
             return False
     return True
-
-
-def _read_system(file: str) -> str:
-    with suppress(OSError):
-        return Path(file).read_text().strip()
-    return ""
-
-
-def _process_start(pid: int) -> tuple[str, int] | None:
-    """State letter and start (clock ticks since boot) of a process; None if /proc does not know it."""
-    text = _read_system(f"/proc/{pid}/stat")
-    if not text:
-        return None
-    columns = text.rpartition(")")[2].split()
-    return columns[0], int(columns[19])
-
-
-def _alive(holder: Holder) -> bool:
-    """Whether the holder, a process of this machine, still runs (zombies do not; a reused pid starts later)."""
-    found = _process_start(holder.pid)
-    return found is not None and found[0] not in "ZX" and found[1] == holder.started
-
-
-def _this_process(job_id: str | None) -> Holder:
-    namespace = ""
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    start = _process_start(os.getpid())
-    return Holder(socket.gethostname(), os.getpid(), _read_system("/proc/sys/kernel/random/boot_id"), namespace,
-                  start[1] if start else 0, job_id, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", secrets.token_hex(8))

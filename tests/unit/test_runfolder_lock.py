@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mat_dist.errors import OutputError
+from mat_dist.processes import process_start
 from mat_dist.runfolder import STALE_SECONDS, RunFolder, RunLock, lock
 
 RACE = """
@@ -115,7 +116,7 @@ def test_reused_or_missing_pid_means_dead(folder, changes):
 def test_a_zombie_is_dead(folder):
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    plant(folder, pid=child.pid, started=lock._process_start(child.pid)[1])
+    plant(folder, pid=child.pid, started=process_start(child.pid)[1])
     assert "that process is gone" in RunLock(folder, None).acquire()
     child.wait()
 

@@ -147,8 +147,7 @@ def _check_continues(folder: RunFolder, config: Config) -> None:
     if not folder.config.exists():
         return
     old = load_config(str(folder.config))
-    extended = config.train.epochs > old.train.epochs or (config.train.max_steps or 0) > (old.train.max_steps or 0)
-    if finished(folder) and not extended:
+    if finished(folder) and config.train.epochs <= old.train.epochs:
         raise OutputError("the run is finished", str(folder.path), "choose another run.name, or raise train.epochs to go on")
     conflicts = resume_conflicts(old.model_dump(mode="json"), config)
     if conflicts:

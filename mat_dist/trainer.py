@@ -94,7 +94,8 @@ class Trainer:
                 self.saver.finish()
             evaluates = self.evaluates_at(done, per_epoch, total)
             if self.saves_at(done, outcome.stop):
-                self.save(done, wait=evaluates or outcome.stop or done == total or not self.config.checkpoint.background)
+                needed = outcome.stop or done == total
+                self.save(done, needed=needed, wait=needed or evaluates or not self.config.checkpoint.background)
             if outcome.stop and done < total:
                 raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
                                     "start the same command again to continue")
@@ -147,8 +148,7 @@ class Trainer:
         waits = self.mesh.gather_json(meter.means())
         self.reporter.log({
             "step": done, "epoch": done / self.cohort.steps_per_epoch, "loss": outcome.loss_P.tolist(),
-            "clean_acc": [row[-1] for row in transfer],
-            "robust_acc": [row[i] for i, row in enumerate(transfer)],
+            "train_clean_acc": [row[-1] for row in transfer], "train_ae_acc": [row[i] for i, row in enumerate(transfer)],
             "transfer": transfer, "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers],
             "images_per_s": images_per_second(meter.steps * self.config.train.batch_size, meter.elapsed),
             "step_s": meter.elapsed / meter.steps, "phases_s": waits, **device_memory(self.mesh.device)})
@@ -183,8 +183,8 @@ class Trainer:
         agree.settle("best checkpoint")
         return manifest
 
-    def save(self, done: int, *, wait: bool) -> None:
-        """All peers into `checkpoints/step_<done>`; a stopping run must have one, so there a full disk is an error."""
+    def save(self, done: int, *, needed: bool, wait: bool) -> None:
+        """All peers into `checkpoints/step_<done>`. `needed`: the run ends here, so that a full disk is an error."""
         meta = checkpoint.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoint.json_digest(self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})),
@@ -193,7 +193,7 @@ class Trainer:
                 "muted": {str(peer): until for peer, until in self.cohort.muted.items()}})
         if not wait:
             self.saver.start(self.cohort, done, meta)
-        elif not self.saver.save(self.cohort, done, meta) and (self.stop.requested or done == self.cohort.total_steps):
+        elif not self.saver.save(self.cohort, done, meta) and needed:
             raise OutputError(f"the state after step {done} could not be saved", str(self.run.folder.checkpoints),
                               "free space, then start again to continue from the newest checkpoint")
 

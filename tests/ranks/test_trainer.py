@@ -1,0 +1,248 @@
+"""Whole runs with ranks as threads: stopping, resuming on other rank counts, evaluations that are due."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mat_dist import streams, trainer
+from mat_dist.checkpoint import load_manifest, read_best
+from mat_dist.config import load_config
+from mat_dist.data import load_data
+from mat_dist.errors import OutputError, StopRequested
+from mat_dist.evaluator import AttackPlan, evaluate
+from mat_dist.mesh.launch import Launch
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.results import headline
+from mat_dist.run import open_run
+from mat_dist.runfolder import RunFolder
+from mat_dist.stopping import StopFlag
+from mat_dist.trainer import Trainer
+from tests.small_runs import SMALL, Finished, run_small
+
+Run = Callable[..., Finished]
+Ranks = Callable[..., list[Any]]
+STEPS = 6
+BASE = (f"train.max_steps={STEPS}", "train.epochs=2")
+AVERAGED = ("optim.ema_decay=0.9", "optim.clip_norm=1.0")
+EVALUATED = ("eval.every=1", "train.max_steps=null", "eval.chunk=20", "eval.size=25")  # after steps 4 and 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread_at_a_time_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks in one process share torch's global generator, which builds the models: let them take turns."""
+    lock, keyed = threading.RLock(), streams.keyed_rng
+
+    @contextmanager
+    def locked(stream: int) -> Iterator[None]:
+        with lock, keyed(stream):
+            yield
+
+    monkeypatch.setattr(streams, "keyed_rng", locked)
+
+
+@pytest.fixture
+def cohort_run(tmp_path: Path, run_ranks: Ranks) -> Run:
+    """cohort_run(name, world, *overrides, stop_after=, on_rank=): train in `world` threads; a stop request is no error.
+
+    `stop_after` = n: one rank (the last by default) is asked to stop while it fetches the batch of step n.
+    """
+    def run(name: str, world: int, *overrides: str, stop_after: int | None = None) -> Finished:
+        config = load_config(None, [*SMALL, *BASE, f"run.root={tmp_path}", f"run.name={name}", *overrides])
+        data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
+
+        def rank(mesh: Mesh) -> None:
+            launch = Launch(mesh.placement.rank, world)
+            with open_run(config, mesh, launch, config_name="test", argv=[], plugins={}) as opened:
+                flag = StopFlag()
+                member = Trainer(config, mesh, opened, data, flag)
+                if launch.rank == world - 1 and stop_after is not None:
+                    member.batches.at = asking(member.batches.at, flag, stop_after)  # type: ignore[method-assign]
+                member.fit()
+
+        results = run_ranks(rank, len(config.peers), world, errors="return")
+        failed = [r for r in results if isinstance(r, Exception) and not isinstance(r, StopRequested)]
+        if failed:
+            raise failed[0]
+        assert len({str(r) for r in results}) == 1  # all ranks leave with one text
+        return Finished(75 if results[0] is not None else 0, RunFolder(tmp_path / name))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """The train command in one process, once for each set of settings."""
+    @functools.cache
+    def run(*overrides: str) -> Finished:
+        return run_small(tmp_path_factory.mktemp("whole"), "whole", *BASE, *overrides)
+
+    return run
+
+
+def asking(fetch: Callable[[int], Any], flag: StopFlag, after: int) -> Callable[[int], Any]:
+    def at(step: int) -> Any:
+        if step == after - 1:
+            flag.take(signal.SIGTERM, None)
+        return fetch(step)
+    return at
+
+
+# ------------------------------------------------------------------------------------------------ stop and resume
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_run_stopped_at_any_step_ends_with_the_same_weights(stop: int, cohort_run: Run, uninterrupted: Run) -> None:
+    first = cohort_run("stopped", 2, *AVERAGED, stop_after=stop)
+    assert first.code == 75 and first.steps()[-1] == stop
+    second = cohort_run("stopped", 2, *AVERAGED)
+    assert second.hashes() == uninterrupted(*AVERAGED).hashes()
+    assert second.codes() == [75, 0]
+
+
+@pytest.mark.parametrize("worlds", [(4, 2, 1), (1, 4, 2)], ids=str)
+def test_a_run_may_move_to_other_rank_counts(worlds: tuple[int, ...], cohort_run: Run, uninterrupted: Run) -> None:
+    settings = ("peers=4", *AVERAGED)
+    assert cohort_run("moving", worlds[0], *settings, stop_after=2).steps() == [2]
+    assert cohort_run("moving", worlds[1], *settings, stop_after=5).steps() == [2, 4, 5]  # 4: the end of an epoch
+    moved = cohort_run("moving", worlds[2], *settings)
+    assert moved.hashes() == uninterrupted(*settings).hashes() and moved.codes() == [75, 75, 0]
+
+
+def test_a_stop_request_in_the_last_step_is_a_finished_run(cohort_run: Run) -> None:
+    run = cohort_run("last", 2, stop_after=STEPS)
+    assert run.code == 0 and run.codes() == [0] and run.steps()[-1] == STEPS
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_bit(cohort_run: Run, uninterrupted: Run) -> None:
+    settings = (*AVERAGED, "checkpoint.every_steps=1")
+    run = cohort_run("damaged", 2, *settings, stop_after=4)
+    file = run.folder.checkpoints / "step_00000004" / "peer_1.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    again = cohort_run("damaged", 1, *settings)
+    assert again.hashes() == uninterrupted(*AVERAGED).hashes()
+    assert "continuing from step 3" in again.folder.rank_log(0).read_text()
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_epochs(cohort_run: Run, uninterrupted: Run) -> None:
+    settings = ("train.max_steps=null", "optim.schedule=constant")
+    assert cohort_run("longer", 2, *settings, "train.epochs=1").steps() == [4]
+    longer = cohort_run("longer", 1, *settings)
+    assert longer.steps() == [4, 8] and longer.hashes() == uninterrupted(*settings).hashes()
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+def robust(run: Finished, step: int) -> dict[tuple[str, str], float]:
+    return headline(run.result(f"validation_step_{step:08d}"))
+
+
+@pytest.mark.parametrize("ema", ["null", "0.5"])
+def test_best_has_the_highest_mean_robust_accuracy_of_the_peers(ema: str, cohort_run: Run) -> None:
+    run = cohort_run("best", 1, *EVALUATED, "train.epochs=4", "optim.lr=0.5", f"optim.ema_decay={ema}")
+    weights = "raw" if ema == "null" else "ema"
+    scores = {step: sum(robust(run, step)[f"peer{i}", weights] for i in range(2)) / 2 for step in (4, 8, 12, 16)}
+    best = read_best(run.folder)
+    assert best is not None and best.score == pytest.approx(max(scores.values()))
+    assert best.step == max(scores, key=lambda step: (scores[step], -step))  # the first of equals
+    assert len(set(scores.values())) > 1
+
+
+def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run, run_ranks: Ranks) -> None:
+    """Chunks of 14 of 40 images: ranks get 3, 2 + 1 or 1 + 1 + 1 + 0 of them."""
+    run = uninterrupted("peers=4", "peers.1.threat=l2", "peers.1.threat.eps=0.5", "peers.0.optim.ema_decay=0.5",
+                        "eval.chunk=14")
+    config = load_config(str(run.folder.config))
+    data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
+    manifest = load_manifest(run.folder)
+    images = trainer.Images(**{**manifest.meta.extra["images"], "shape": data.train.shape})
+
+    def rank(mesh: Mesh) -> list[Any]:
+        return [(r.target, r.weights, *(t.tolist() for t in (r.clean_N, r.robust_TN, r.samples_N, r.labels_N)))
+                for r in evaluate(config, mesh, manifest, images, data.val, AttackPlan(1, restarts=2))]
+
+    tables = [table for world in (1, 2, 4) for table in run_ranks(rank, 4, world)]
+    assert len(tables) == 7 and all(table == tables[0] for table in tables)
+    assert len(tables[0]) == 10 and len(tables[0][0][2]) == 40 and any(tables[0][0][2])
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_attempt(cohort_run: Run,
+                                                                                  uninterrupted: Run) -> None:
+    whole = uninterrupted(*EVALUATED)
+    stopped = cohort_run("stopped", 2, *EVALUATED, stop_after=4)
+    assert stopped.steps() == [4] and not stopped.folder.eval.exists()
+    again = cohort_run("stopped", 1, *EVALUATED)
+    assert again.hashes() == whole.hashes()
+    for step in (4, 8):
+        assert robust(again, step) == robust(whole, step)
+    assert [r["step"] for r in again.records("epoch")] == [4, 8]
+    assert read_best(again.folder).step == read_best(whole.folder).step  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("broken", ["evaluate", "write_results"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: int, cohort_run: Run, uninterrupted: Run,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a checkpoint and the end of its evaluation; for call 2 nothing else is left to do."""
+    whole = uninterrupted(*EVALUATED)
+    calls: list[str] = []
+    original = getattr(trainer, broken)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(broken)
+        if len(calls) == call:
+            raise OutputError("disk full", "eval", "free some space")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, broken, failing)
+    with pytest.raises(OutputError):
+        cohort_run("failed", 1, *EVALUATED)
+    again = cohort_run("failed", 1, *EVALUATED)
+    assert again.hashes() == whole.hashes() and again.codes() == [5, 0]
+    assert f"continuing after step {4 * call} of 8" in again.folder.rank_log(0).read_text()
+    assert sorted(p.name for p in again.folder.eval.iterdir()) == sorted(p.name for p in whole.folder.eval.iterdir())
+    assert all(robust(again, step) == robust(whole, step) for step in (4, 8))
+    assert read_best(again.folder) == read_best(whole.folder)
+
+
+def test_an_evaluation_that_was_done_is_not_repeated(cohort_run: Run) -> None:
+    stopped = cohort_run("stopped", 1, *EVALUATED, stop_after=5)
+    before = {p.name: p.read_bytes() for p in stopped.folder.eval.iterdir()}
+    again = cohort_run("stopped", 1, *EVALUATED)
+    after = {p.name: p.read_bytes() for p in again.folder.eval.iterdir()}
+    assert sorted(after) == ["validation_step_00000004.json", "validation_step_00000008.json"]
+    assert before == {name: after[name] for name in before}
+
+
+def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (*EVALUATED, "eval.test=true")
+    original = trainer.evaluate
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["purpose"] == "test":
+            raise OutputError("disk full", "eval", "free some space")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate", failing)
+    with pytest.raises(OutputError):
+        cohort_run("tested", 1, *settings)
+    monkeypatch.setattr(trainer, "evaluate", original)
+    again = cohort_run("tested", 1, *settings)
+    assert [r["attempt"] for r in again.records("epoch")] == [1, 1]  # nothing was trained or validated again
+    best = read_best(again.folder)
+    assert best is not None
+    names = {p.stem for p in again.folder.eval.glob("test_*.json")}
+    assert names == {f"test_best_step_{best.step:08d}", "test_last_step_00000008"}
+
+
+def test_without_evaluations_only_the_last_checkpoint_is_tested(cohort_run: Run) -> None:
+    run = cohort_run("unjudged", 1, "eval.test=true", "eval.every=0")
+    assert [p.name for p in run.folder.eval.glob("*.json")] == ["test_last_step_00000006.json"]
+    assert read_best(run.folder) is None

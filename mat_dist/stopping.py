@@ -48,6 +48,12 @@ class StopFlag:
                                 "start the same command again to continue from the newest checkpoint")
 
 
+def leave_if(stop: StopFlag | None, doing: str, where: str) -> None:
+    """For long work between two headers. Raises StopRequested when this process was asked to stop."""
+    if stop is not None and stop.requested:
+        raise StopRequested(f"stopped by a signal while {doing}", where, "start the same command again to continue")
+
+
 @contextmanager
 def watching() -> Iterator[StopFlag]:
     """Route SIGTERM, SIGINT and SIGUSR1 into a flag; former handlers are restored."""

@@ -47,7 +47,7 @@ def train(words: list[str]) -> None:
           open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words, plugins=plugins) as run):
         run.notes += config_warnings(config)
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
-                            build_cache=launch.local_rank == 0)
+                            build_cache=launch.local_rank == 0, stop=stop)
         data = run.together("placing the data", place, data, config.data.residency, device,
                             sharing=ranks_per_device(device, launch.local_world))
         Trainer(config, mesh, run, data, stop).fit()

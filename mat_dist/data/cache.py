@@ -17,27 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mat_dist.data.chunks import Chunk, Partial
 from mat_dist.data.once import MakerLock
-from mat_dist.errors import DataError, OutputError
+from mat_dist.errors import DataError, OutputError, StopRequested
+from mat_dist.stopping import StopFlag
 
 FORMAT = 1
 DEFAULT_FOLDER = "~/.cache/mat_dist"
 _PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of a whole 200 GB file
 _ABANDONED = 3600.0  # seconds after which an unfinished file of a killed process is removed
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Decoded images (n, C, H, W) in order, and the files of the same stretch that could not be read."""
-
-    images: np.ndarray
-    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -134,39 +127,54 @@ class Cache:
         both = torch.from_numpy(images)
         return both[: manifest.counts[0]], both[manifest.counts[0] :]
 
-    def build(self, train: Iterator[Chunk], test: Iterator[Chunk], *, shape: tuple[int, int, int], nbytes: int,
-              lock: MakerLock) -> None:
+    def build(self, train: Callable[[int, int], Iterator[Chunk]], test: Callable[[int, int], Iterator[Chunk]], *,
+              shape: tuple[int, int, int], nbytes: int, lock: MakerLock, stop: StopFlag | None = None) -> int:
         """Write the images of both splits and the manifest; memory holds one chunk at a time.
+
+        Args:
+            train, test: (first file, files left out before it) -> the images from there on.
+            shape: (C, H, W).
+            nbytes: what all images need.
+            lock: shows the waiting processes that the work goes on.
+            stop: looked at here and by `train` and `test`.
+
+        Returns:
+            How many images were there from an earlier call that was stopped.
 
         Raises:
             OutputError: the disk is full or fails; nothing is left behind.
             DataError: a split has no image left.
+            StopRequested: asked to stop; what is written is kept for the next call, and no reader sees it.
         """
         _remove_abandoned(self.folder, self.key)
-        part = self.folder / f"{self.key}.{os.uname().nodename}.{os.getpid()}.part"
+        part = Partial(self.folder, self.key, int(np.prod(shape)))
         with _disk_errors(self.folder, nbytes):
-            free = shutil.disk_usage(self.folder).free
-            if free < nbytes:
+            done = part.take_over(lock.beat, stop)
+            missing, free = nbytes - part.nbytes, shutil.disk_usage(self.folder).free
+            if free < missing:
                 raise OSError(errno.ENOSPC, f"{free / 2**30:.1f} GiB are free")
             try:
-                with open(part, "wb", opener=_private) as file:
-                    splits = [_write(file, chunks, lock.beat) for chunks in (train, test)]
-                    file.flush()
-                    os.fsync(file.fileno())
-                counts = (splits[0][0], splits[1][0])
-                if 0 in counts:
+                part.write((train, test), lock.beat)
+                if any(split.images == 0 for split in part.splits):
                     raise DataError("no image could be read", str(self.folder), "see the notes on skipped files")
-                manifest = Manifest(FORMAT, self.key, counts, shape, (splits[0][1], splits[1][1]),
-                                    (splits[0][2], splits[1][2]), part.stat().st_mtime_ns, _probe(part))
-                os.replace(part, self.image_file)
-                part.write_bytes(_dump(manifest))
-                os.replace(part, self.manifest_file)
+                self._publish(part, shape)
+            except StopRequested:
+                with contextlib.suppress(OSError):  # what cannot be kept is decoded again
+                    part.keep()
+                raise
             finally:
-                part.unlink(missing_ok=True)
+                part.path.unlink(missing_ok=True)
+        return done
 
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    def _publish(self, part: Partial, shape: tuple[int, int, int]) -> None:
+        """Give the finished images their name, then the manifest."""
+        train, test = part.splits
+        manifest = Manifest(FORMAT, self.key, (train.images, test.images), shape, (train.sha256, test.sha256),
+                            (tuple(train.skipped), tuple(test.skipped)), part.path.stat().st_mtime_ns,
+                            _probe(part.path))
+        os.replace(part.path, self.image_file)
+        part.path.write_bytes(_dump(manifest))
+        os.replace(part.path, self.manifest_file)
 
 
 @contextlib.contextmanager
@@ -177,20 +185,6 @@ def _disk_errors(folder: Path, nbytes: int) -> Iterator[None]:
     except OSError as problem:
         raise OutputError(f"cannot write a cache of {nbytes / 2**30:.1f} GiB: {problem.strerror or problem}",
                           str(folder), "free space there, or set data.cache to a folder on another disk") from problem
-
-
-def _write(file: BinaryIO, chunks: Iterator[Chunk], beat: Callable[[], None]) -> tuple[int, str, tuple[str, ...]]:
-    """Append the images of one split -> their number, their SHA-256 and the skipped files."""
-    digest, count = hashlib.sha256(), 0
-    skipped: list[str] = []
-    for chunk in chunks:
-        content = np.ascontiguousarray(chunk.images).reshape(-1).data
-        file.write(content)
-        digest.update(content)
-        count += len(chunk.images)
-        skipped.extend(chunk.skipped)
-        beat()
-    return count, digest.hexdigest(), tuple(skipped)
 
 
 def _probe(path: Path) -> str:

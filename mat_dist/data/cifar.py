@@ -22,6 +22,7 @@ from mat_dist.data.download import fetch_once
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError
+from mat_dist.stopping import StopFlag
 
 MOST_MEMBER_BYTES = 200 << 20  # the largest member, CIFAR-100's train, has 155 MB
 
@@ -61,19 +62,19 @@ CIFAR100 = Archive(
     classes_key=b"fine_label_names")
 
 
-@register_dataset("cifar10", shared=True)
-def load_cifar10(config: DataConfig, build: bool) -> RawData:
+@register_dataset("cifar10", shared=True, stoppable=True)
+def load_cifar10(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """50 000 training and 10 000 test images (N, 3, 32, 32) in 10 classes. Raises DataError."""
-    return load_archive(CIFAR10, config, build)
+    return load_archive(CIFAR10, config, build, stop)
 
 
-@register_dataset("cifar100", shared=True)
-def load_cifar100(config: DataConfig, build: bool) -> RawData:
+@register_dataset("cifar100", shared=True, stoppable=True)
+def load_cifar100(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """50 000 training and 10 000 test images (N, 3, 32, 32) in 100 classes. Raises DataError."""
-    return load_archive(CIFAR100, config, build)
+    return load_archive(CIFAR100, config, build, stop)
 
 
-def load_archive(archive: Archive, config: DataConfig, build: bool) -> RawData:
+def load_archive(archive: Archive, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """The images of a verified archive in `data.root` (its folder, or the file itself), downloaded where asked for."""
     if config.root is None:
         raise DataError("data.root is not set", f"data.name={archive.name}",
@@ -85,7 +86,8 @@ def load_archive(archive: Archive, config: DataConfig, build: bool) -> RawData:
 
     path = found()
     if path is None and config.download:
-        path = fetch_once(found, [(archive.url, archive.filename, archive.md5)], root, build=build, name=archive.name)
+        path = fetch_once(found, [(archive.url, archive.filename, archive.md5)], root, build=build, name=archive.name,
+                          stop=stop)
     if path is None:
         unpacked = (root / archive.folder).is_dir() or root.name == archive.folder
         why = "only the unpacked folder, whose pickles cannot be verified" if unpacked else "the archive is not there"

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mat_dist.data.cache import Chunk
+from mat_dist.data.chunks import Chunk
 from mat_dist.errors import DataError
+from mat_dist.stopping import StopFlag, leave_if
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -67,7 +68,8 @@ def image_shape(root: Path, files: Sequence[str], side: int | None, *, skip_bad:
 
 
 def decode_all(root: Path, files: Sequence[str], shape: tuple[int, int, int], *, resize: bool,
-               on_bad: Literal["stop", "skip"], allowed: int) -> Iterator[Chunk]:
+               on_bad: Literal["stop", "skip"], allowed: int, begin: int = 0, bad: int = 0,
+               stop: StopFlag | None = None) -> Iterator[Chunk]:
     """Decode `files` in order, at most 1024 images or 64 MiB (but 16 images) at a time.
 
     Args:
@@ -77,20 +79,27 @@ def decode_all(root: Path, files: Sequence[str], shape: tuple[int, int, int], *,
         resize: make images that size; else another size is an error.
         on_bad: stop at a file that cannot be read, or leave it out.
         allowed: the most files that may be left out.
+        begin: the first file to decode; those before it are done, and `bad` of them were left out.
+        stop: looked at between two images.
 
     Raises:
         DataError: an unreadable file, too many of them, or images of several sizes.
+        StopRequested: this process was asked to stop; the chunks so far are good.
     """
-    side, bad = (shape[1] if resize else None), 0
+    side = shape[1] if resize else None
     length = min(_CHUNK_FILES, max(_BLOCK, _CHUNK_BYTES // int(np.prod(shape))))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for first in range(0, len(files), length):
+        for first in range(begin, len(files), length):
             names = files[first : first + length]
             images = np.empty((len(names), *shape), np.uint8)
 
             def fill(start: int, names: Sequence[str] = names, images: np.ndarray = images) -> list[tuple[int, str]]:
-                return [(place, reason) for place in range(start, min(start + _BLOCK, len(names)))
-                        if (reason := _fill_one(images[place], root / names[place], side))]
+                unread = []
+                for place in range(start, min(start + _BLOCK, len(names))):
+                    leave_if(stop, "decoding images", str(root))
+                    if reason := _fill_one(images[place], root / names[place], side):
+                        unread.append((place, reason))
+                return unread
 
             failed = [item for block in pool.map(fill, range(0, len(names), _BLOCK)) for item in block]
             bad += len(failed)

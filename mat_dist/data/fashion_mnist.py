@@ -15,6 +15,7 @@ from mat_dist.data.download import fetch_once
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError
+from mat_dist.stopping import StopFlag
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -22,8 +23,8 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 MOST_BYTES = 1 << 30  # of one idx file; the largest real one has 47 MB
 
 
-@register_dataset("fashion_mnist", shared=True)
-def load_fashion_mnist(config: DataConfig, build: bool) -> RawData:
+@register_dataset("fashion_mnist", shared=True, stoppable=True)
+def load_fashion_mnist(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """60 000 training and 10 000 test images (N, 1, 28, 28) from `data.root`, Debian's package, or a download.
 
     Raises:
@@ -36,7 +37,7 @@ def load_fashion_mnist(config: DataConfig, build: bool) -> RawData:
         raw = root / "FashionMNIST" / "raw"  # torchvision's place
         paths = _find(root) or _find(raw)
         if paths is None and config.download:
-            paths = fetch_once(lambda: _find(raw), _sources(), raw, build=build, name="fashion_mnist")
+            paths = fetch_once(lambda: _find(raw), _sources(), raw, build=build, name="fashion_mnist", stop=stop)
     if paths is None:
         raise DataError(f"no idx files such as {FILES[0]}.gz", f"data.root={config.root or DEBIAN_FOLDER}",
                         "set data.root to their folder, with data.download=true to fetch them, or leave it empty and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mat_dist.data.memory import check_memory
 from mat_dist.data.once import MakerLock, once
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError
+from mat_dist.stopping import StopFlag, leave_if
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Above either, residency auto maps a cache: every rank would fill its own memory, and decode all files at each start
@@ -47,12 +48,18 @@ class Listing:
     digest: str
     notes: tuple[str, ...]
 
+    @property
+    def count(self) -> int:
+        """Image files of both splits."""
+        return len(self.train.files) + len(self.test.files)
 
-def list_images(root: Path) -> Listing:
+
+def list_images(root: Path, stop: StopFlag | None = None) -> Listing:
     """The classes and files below `root`; opens no image.
 
     Raises:
         DataError: the folder is missing, not readable or not laid out as expected, or a class has no image.
+        StopRequested: this process was asked to stop.
     """
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
@@ -74,7 +81,7 @@ def list_images(root: Path) -> Listing:
         raise DataError(f"class {unknown[0]!r} is not in train/ ({len(unknown)} such classes)", str(root / held_out),
                         "test classes must be among the training classes")
     digest = hashlib.sha256()
-    train, test = (_list_split(root, split, classes, digest, notes) for split in ("train", held_out))
+    train, test = (_list_split(root, split, classes, digest, notes, stop) for split in ("train", held_out))
     missing = set(range(len(classes))) - set(train.labels.tolist())
     if missing:
         raise DataError(f"class {classes[min(missing)]!r} has no image", str(root / "train"),
@@ -94,12 +101,13 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 
 
 def _list_split(root: Path, split: str, classes: tuple[str, ...], digest: hashlib._Hash,
-                notes: list[str]) -> Split:
+                notes: list[str], stop: StopFlag | None) -> Split:
     files: list[str] = []
     labels: list[int] = []
     others = 0
     for label, name in enumerate(classes):
         for path in _walk(root / split / name):
+            leave_if(stop, "listing images", str(root))  # a network disk answers for some 1000 files a second
             if not path.lower().endswith(EXTENSIONS):
                 others += 1
                 continue
@@ -129,31 +137,41 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(where, name) for name in sorted(files) if not name.startswith("."))
 
 
-@register_dataset("folder", shared=True)
-def load_folder(config: DataConfig, build: bool) -> RawData:
+@register_dataset("folder", shared=True, stoppable=True)
+def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """The images of `data.root`: decoded into memory, or mapped from a cache that one process builds.
 
     Raises:
         DataError: layout, unreadable images, images of several sizes without `data.image_size`.
         OutputError: the cache cannot be written.
+        StopRequested: this process was asked to stop; a half-built cache is continued the next time.
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=folder", _LAYOUT)
-    listing = list_images(Path(os.path.expanduser(config.root)))
+    listing = list_images(Path(os.path.expanduser(config.root)), stop)
     shape = image_shape(listing.root, listing.train.files, config.image_size, skip_bad=config.on_bad == "skip")
-    nbytes = (len(listing.train.files) + len(listing.test.files)) * int(np.prod(shape))
-    large = nbytes > MMAP_BYTES or len(listing.train.files) + len(listing.test.files) > MMAP_FILES
-    if config.residency == "mmap" or (config.residency == "auto" and large):
-        return _from_cache(config, listing, shape, nbytes, build)
-    check_memory(nbytes, f"data.root={listing.root}", "set data.residency=mmap")
-    return _from_memory(config, listing, shape)
+    if maps(config, listing, shape):
+        return _from_cache(config, listing, shape, build, stop)
+    check_memory(listing.count * int(np.prod(shape)), f"data.root={listing.root}", "set data.residency=mmap")
+    return _from_memory(config, listing, shape, stop)
 
 
-def _chunks(config: DataConfig, listing: Listing, split: Split, shape: tuple[int, int, int]) -> Iterator[Chunk]:
-    """The decoded images of one split, in order."""
+def maps(config: DataConfig, listing: Listing, shape: tuple[int, int, int]) -> bool:
+    """Whether the images are mapped from a cache: asked for, or many of them and residency auto."""
+    large = listing.count * int(np.prod(shape)) > MMAP_BYTES or listing.count > MMAP_FILES
+    return config.residency == "mmap" or (config.residency == "auto" and large)
+
+
+def _chunks(config: DataConfig, listing: Listing, split: Split, shape: tuple[int, int, int],
+            stop: StopFlag | None) -> Callable[[int, int], Iterator[Chunk]]:
+    """A function (first file, files left out before it) -> the decoded images of one split from there on, in order."""
     allowed = int(len(split.files) * SKIP_SHARE) if config.on_bad == "skip" else 0
-    return decode_all(listing.root, split.files, shape, resize=config.image_size is not None,
-                      on_bad=config.on_bad, allowed=allowed)
+
+    def decoded(begin: int, bad: int) -> Iterator[Chunk]:
+        return decode_all(listing.root, split.files, shape, resize=config.image_size is not None,
+                          on_bad=config.on_bad, allowed=allowed, begin=begin, bad=bad, stop=stop)
+
+    return decoded
 
 
 def _kept_labels(split: Split, skipped: tuple[str, ...]) -> np.ndarray:
@@ -168,13 +186,13 @@ def _skip_notes(skipped: tuple[str, ...]) -> tuple[str, ...]:
     return (f"{len(skipped)} unreadable images were left out: {', '.join(skipped)}",) if skipped else ()
 
 
-def _from_memory(config: DataConfig, listing: Listing, shape: tuple[int, int, int]) -> RawData:
+def _from_memory(config: DataConfig, listing: Listing, shape: tuple[int, int, int], stop: StopFlag | None) -> RawData:
     parts: list[np.ndarray] = []
     skipped: list[tuple[str, ...]] = []
     for split in (listing.train, listing.test):
         images, place = np.empty((len(split.files), *shape), np.uint8), 0
         bad: list[str] = []
-        for chunk in _chunks(config, listing, split, shape):
+        for chunk in _chunks(config, listing, split, shape, stop)(0, 0):
             images[place : place + len(chunk.images)] = chunk.images
             place += len(chunk.images)
             bad.extend(chunk.skipped)
@@ -190,8 +208,10 @@ def cache_key(listing: Listing, config: DataConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _from_cache(config: DataConfig, listing: Listing, shape: tuple[int, int, int], nbytes: int, build: bool) -> RawData:
+def _from_cache(config: DataConfig, listing: Listing, shape: tuple[int, int, int], build: bool,
+                stop: StopFlag | None) -> RawData:
     cache = Cache(cache_folder(config.cache), cache_key(listing, config))
+    nbytes = listing.count * int(np.prod(shape))
     notes: list[str] = []
 
     def ready() -> Manifest | None:
@@ -202,11 +222,13 @@ def _from_cache(config: DataConfig, listing: Listing, shape: tuple[int, int, int
         return manifest
 
     def make(lock: MakerLock) -> None:
-        train, test = (_chunks(config, listing, split, shape) for split in (listing.train, listing.test))
-        cache.build(train, test, shape=shape, nbytes=nbytes, lock=lock)
+        train, test = (_chunks(config, listing, split, shape, stop) for split in (listing.train, listing.test))
+        done = cache.build(train, test, shape=shape, nbytes=nbytes, lock=lock, stop=stop)
+        if done:
+            notes.append(f"{done} images of the cache were there from a start that was stopped")
         notes.append(f"decoded {nbytes / 2**20:.0f} MiB of images into the cache {cache.image_file}")
 
-    manifest = once(ready, make, cache.lock_file, build=build, what="the cache of decoded images")
+    manifest = once(ready, make, cache.lock_file, build=build, what="the cache of decoded images", stop=stop)
     train, test = cache.open(manifest)
     skipped = manifest.skipped
     return RawData(train, _kept_labels(listing.train, skipped[0]), test, _kept_labels(listing.test, skipped[1]),

@@ -15,12 +15,14 @@ from mat_dist.data.registry import find_dataset
 from mat_dist.data.split import split_train, subset_test
 from mat_dist.data.stats import sampled_rows
 from mat_dist.errors import ConfigError, DataError
+from mat_dist.stopping import StopFlag
 
 DEVICE_SHARE = 0.25  # of the free device memory may be filled with images by residency auto
 _BUILT_IN = ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "npz")
 
 
-def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bool = True) -> DataSets:
+def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bool = True,
+              stop: StopFlag | None = None) -> DataSets:
     """Read a data set, check it, and split it; a function of (config, seed) and of the files.
 
     The images stay in host memory or in a mapped file: `place` moves them to a device.
@@ -31,17 +33,20 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
         batch_size: images of a whole training batch.
         build_cache: this process may write files that ranks share (a cache, a download); others wait for them. True
             for the first rank of a node.
+        stop: the stop request of this process; looked at between images while a folder is listed or decoded, while
+            a download runs, and while waiting for another process that does these.
 
     Raises:
         ConfigError: settings that do not go together.
         DataError: the data cannot be used; the message says which file or array.
         EnvironmentFault: a library that this data set needs is missing.
         OutputError: the cache cannot be written.
+        StopRequested: this process was asked to stop.
     """
     _check_settings(config)
     where = f"data.name={config.name}" + (f", data.root={config.root}" if config.root else "")
     try:
-        raw = find_dataset(config.name)(config, build_cache)
+        raw = find_dataset(config.name)(config, build_cache, stop)
     except OSError as problem:  # a folder on the way that may not be entered, a network disk that went away
         raise DataError(f"cannot read the data: {problem.strerror}", problem.filename or where,
                         "check that this path is there and readable on every node") from problem

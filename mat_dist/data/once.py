@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mat_dist.errors import DataError, OutputError
+from mat_dist.stopping import StopFlag, leave_if
 
 T = TypeVar("T")
 PATIENCE = 120.0  # seconds without a sign of life; 1024 images from a slow network disk take some 20 s
@@ -110,7 +111,7 @@ class _Watch:
 
 
 def once(ready: Callable[[], T | None], make: Callable[[MakerLock], None], lock: Path, *, build: bool, what: str,
-         patience: float = PATIENCE, poll: float = 0.2) -> T:
+         patience: float = PATIENCE, poll: float = 0.2, stop: StopFlag | None = None) -> T:
     """What `ready` returns, as soon as that is not None; at most one process runs `make` meanwhile.
 
     Args:
@@ -121,9 +122,11 @@ def once(ready: Callable[[], T | None], make: Callable[[MakerLock], None], lock:
         what: name of the product in the message.
         patience: seconds without a sign of life of a maker, after which a builder takes over and a waiter gives up.
         poll: seconds between looks.
+        stop: looked at while waiting; `make` looks for itself.
 
     Raises:
         DataError: no process makes it.
+        StopRequested: this process was asked to stop.
         OutputError: the lock's folder cannot be written.
     """
     watch = _Watch(lock)
@@ -148,4 +151,5 @@ def once(ready: Callable[[], T | None], make: Callable[[MakerLock], None], lock:
         elif watch.given_up() or watch.silent() > patience:
             raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
+        leave_if(stop, f"waiting for {what}", str(lock.parent))
         time.sleep(poll)

@@ -13,12 +13,13 @@ from mat_dist.data.images import RawData
 from mat_dist.data.memory import check_memory
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError, EnvironmentFault
+from mat_dist.stopping import StopFlag
 
 FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
-@register_dataset("svhn", shared=True)
-def load_svhn(config: DataConfig, build: bool) -> RawData:
+@register_dataset("svhn", shared=True, stoppable=True)
+def load_svhn(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """73 257 training and 26 032 test images (N, 3, 32, 32); label 10 of the files is the digit 0.
 
     Raises:
@@ -35,7 +36,7 @@ def load_svhn(config: DataConfig, build: bool) -> RawData:
 
     paths = found()
     if paths is None and config.download:
-        paths = fetch_once(found, _sources(), root, build=build, name="svhn")
+        paths = fetch_once(found, _sources(), root, build=build, name="svhn", stop=stop)
     if paths is None:
         raise DataError(f"{' or '.join(FILES)} not found", f"data.root={root}",
                         "put both from http://ufldl.stanford.edu/housenumbers/ there, or add data.download=true")

@@ -38,7 +38,7 @@ def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig,
     with streams.keyed_rng(streams.key(seed, "init", spec.stream or 0)):
         model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
     model = model.to(device=device, dtype=DTYPES[step.precision])
-    return model.to(memory_format=torch.channels_last) if step.channels_last else model  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last) if step.channels_last else model
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Cohort:
         self.rows = self.mesh.placement.shard(self.batch_size)
         local = self.rows.stop - self.rows.start
         if local % self.step.microbatches:
-            raise EnvironmentFault(f"{local} images per replica cannot be split into {self.step.microbatches} micro-batches",
+            raise EnvironmentFault(f"{local} images per replica do not split into {self.step.microbatches} micro-batches",
                                    "step.microbatches", "use a divisor of train.batch_size / replicas")
         self._pace_norms()
 
@@ -79,7 +79,8 @@ class Cohort:
             peer.set_forwards((1 if self.step.bn == "joint" else learned) * self.step.microbatches)
 
     @classmethod
-    def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int, models: Sequence[nn.Module] | None = None) -> Cohort:
+    def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int,
+              models: Sequence[nn.Module] | None = None) -> Cohort:
         """The local peers of a configuration with fresh weights.
 
         Args:
@@ -135,7 +136,7 @@ class Cohort:
             self._replan()
 
     def _replan(self) -> None:
-        self.plan = CohortPlan.of([row.loss for row in self.plan.peers], self.muted)
+        self.plan = self.plan.muting(self.muted)
         self._pace_norms()
 
     def update(self, step: int) -> None:
@@ -167,7 +168,7 @@ def state_hash(state: Any) -> str:
                 feed(f"{path}.{n}", item)
         elif isinstance(value, Tensor):
             digest.update(f"{path} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{path} {value!r}".encode())
 

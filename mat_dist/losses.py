@@ -8,7 +8,9 @@ Teachers' logits are constants: they arrive detached.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +50,21 @@ def distillation(student_BK: Tensor, teachers_BK: Sequence[Tensor], *, temperatu
     """
     log_student = (student_BK / temperature).log_softmax(-1)
     if agg == "mean_kl":
-        total = sum(kl_divergence((t / temperature).log_softmax(-1), log_student) for t in teachers_BK)
-        value = total / len(teachers_BK)
+        value = _mean([kl_divergence((t / temperature).log_softmax(-1), log_student) for t in teachers_BK])
     elif agg == "mean_prob":
         # In log space: a probability that underflows to 0 would give 0 * -inf.
         logs = torch.stack([(t / temperature).log_softmax(-1) for t in teachers_BK])
         value = kl_divergence(logs.logsumexp(0) - math.log(len(teachers_BK)), log_student)
     elif agg == "mean_logit":
-        value = kl_divergence((sum(teachers_BK) / len(teachers_BK) / temperature).log_softmax(-1), log_student)
+        value = kl_divergence((_mean(teachers_BK) / temperature).log_softmax(-1), log_student)
     else:
         raise ValueError(f"unknown teacher aggregation {agg!r}")
-    assert isinstance(value, Tensor)
     return value * temperature**2 if t2_scale else value
+
+
+def _mean(terms: Sequence[Tensor]) -> Tensor:
+    """Summed one after the other: a stacked sum may round in another order."""
+    return reduce(operator.add, terms) / len(terms)
 
 
 def accuracy(logits_BK: Tensor, y_B: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Everything here is a function of the configuration, so all ranks know all of it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -18,15 +18,42 @@ from mat_dist.config.schema import LossConfig
 
 
 @dataclass(frozen=True)
-class PeerPlan:
-    """The loss of peer `index` of `peers`, from complete coefficients (`config.presets.fill_loss`).
+class Coefficients:
+    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
 
-    Nobody learns from a peer in `muted`: its shares go to the other peers.
-    """
+    preset: str
+    hard_weight: float
+    hard_own: float
+    clean_weight: float
+    kd_weight: float
+    kd_own: float
+    temperature: float
+    t2_scale: bool
+    teacher_input: str
+    teacher_agg: str
+    teacher_set: str
+    trades_beta: float
+    pair_weight: float
+    base_scale: float
+    label_smoothing: float
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> Coefficients:
+        """From a complete section (`config.presets.fill_loss`). Raises ValueError naming the fields that are empty."""
+        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
+        empty = [f"loss.{name}" for name, value in values.items() if value is None]
+        if empty:
+            raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class PeerPlan:
+    """The loss of peer `index` of `peers`. Nobody learns from a peer in `muted`: its shares go to the other peers."""
 
     index: int
     peers: int
-    loss: LossConfig
+    loss: Coefficients
     muted: frozenset[int] = frozenset()
 
     @property
@@ -34,9 +61,8 @@ class PeerPlan:
         """The slot of the clean images."""
         return self.peers
 
-    def _shares(self, weight: float | None, own: float | None) -> tuple[float, ...]:
+    def _shares(self, weight: float, own: float) -> tuple[float, ...]:
         """`weight` split into a share for the own slot and even shares for the others."""
-        assert weight is not None and own is not None
         heard = self._heard()
         others = weight * (1 - own) / len(heard) if heard else 0.0
         return tuple(weight * own if j == self.index else others if j in heard else 0.0 for j in range(self.peers))
@@ -87,11 +113,10 @@ class PeerPlan:
 
     def teacher_slot(self, teacher: int, source: int) -> int:
         """What `teacher` looks at when it teaches this peer about the AEs of `source`."""
-        assert self.loss.teacher_input is not None
         return {"same_ae": source, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
 
-    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], taught: Tensor, position: dict[tuple[int, int], int],
-                     y_B: Tensor) -> Tensor:
+    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], taught: Tensor,
+                     position: dict[tuple[int, int], int], y_B: Tensor) -> Tensor:
         """The terms of the loss that belong to `slots` -> scalar.
 
         Args:
@@ -101,12 +126,11 @@ class PeerPlan:
             y_B: labels.
         """
         c, own, clean = self.loss, self.index, self.clean
-        smoothing = c.label_smoothing or 0.0
         total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
         for slot in slots:
             hard = c.clean_weight if slot == clean else self.hard[slot]
             if hard:
-                total = total + (c.base_scale * hard) * losses.cross_entropy(logits[slot], y_B, smoothing)
+                total = total + (c.base_scale * hard) * losses.cross_entropy(logits[slot], y_B, c.label_smoothing)
             teachers = self.teachers(slot) if slot != clean else ()
             if teachers:
                 opinions = [taught[i, position[i, self.teacher_slot(i, slot)]] for i in teachers]
@@ -127,10 +151,14 @@ class CohortPlan:
     peers: tuple[PeerPlan, ...]
 
     @classmethod
-    def of(cls, coefficients: Sequence[LossConfig], muted: Iterable[int] = ()) -> CohortPlan:
-        """From the complete coefficients of every peer, in peer order, and the peers that nobody listens to."""
-        silent = frozenset(muted)
-        return cls(tuple(PeerPlan(i, len(coefficients), loss, silent) for i, loss in enumerate(coefficients)))
+    def of(cls, complete: Sequence[LossConfig]) -> CohortPlan:
+        """From the complete loss of every peer, in peer order; all peers are listened to."""
+        return cls(tuple(PeerPlan(i, len(complete), Coefficients.of(loss)) for i, loss in enumerate(complete)))
+
+    def muting(self, peers: Iterable[int]) -> CohortPlan:
+        """The same losses when nobody listens to `peers`, and to all others."""
+        muted = frozenset(peers)
+        return CohortPlan(tuple(replace(row, muted=muted) for row in self.peers))
 
     @cached_property
     def taught(self) -> tuple[tuple[int, ...], ...]:

@@ -112,7 +112,8 @@ class Agreement:
             if guilty:
                 listed = ", ".join(map(str, guilty))
                 found = NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
-                                  "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is intact")
+                                  "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is "
+                                  "intact")
                 found.peers = tuple(guilty)
                 raise found
         return Verdict(stop=any(row[2] for row in rows), ready=all(row[3] for row in rows))
@@ -176,7 +177,7 @@ def batch_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     CRC-32 on the CPU (1 ms for 128 CIFAR images); on a GPU a place-weighted sum, which needs no transfer.
     """
     if not x_BCHW.is_cuda:
-        return torch.tensor(zlib.crc32(y_B.numpy().tobytes(), zlib.crc32(x_BCHW.contiguous().numpy())))
+        return torch.tensor(zlib.crc32(y_B.numpy().tobytes(), zlib.crc32(x_BCHW.contiguous().numpy().data)))
     words = x_BCHW.contiguous().view(torch.int64 if x_BCHW.dtype == torch.float64 else torch.int32).reshape(-1)
     place = torch.arange(1, 2 * words.numel(), 2, device=words.device)
     labels = (y_B + 1) * torch.arange(1, 2 * len(y_B), 2, device=y_B.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.agreement import Agreement
-from mat_dist.attacks import pgd
+from mat_dist.attacks.pgd import pgd
 from mat_dist.checkpoint import Manifest, load_peer
 from mat_dist.cohort import DTYPES, Images, make_model
 from mat_dist.config.schema import Config, PeerConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import streams
-from mat_dist.attacks import pgd
+from mat_dist.attacks.pgd import pgd
 from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
 from mat_dist.schedules import ema_decay_at

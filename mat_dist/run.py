@@ -73,7 +73,8 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
     with contextlib.ExitStack() as stack:
         if opened is not None:
             stack.enter_context(_held(opened[1]))
-        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3]} if opened else None)
+        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3]}
+                              if opened else None)
         folder, attempt = RunFolder(Path(told["path"])), told["attempt"]
         log = rank_logger(folder.path, mesh.placement.rank)
         stack.callback(close_logger, log)
@@ -94,7 +95,8 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
             write_exit(folder, attempt, None, "done")
 
 
-def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, mesh: Mesh, launch: Launch) -> None:
+def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, mesh: Mesh,
+                    launch: Launch) -> None:
     """Traceback into this rank's log; how the run ended into `exit.json`, by the lowest rank that is still sound."""
     log.error("%s", "".join(traceback.format_exception(error)))
     error.add_note(LOGGED)
@@ -137,7 +139,7 @@ def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunF
 def _check_restart(folder: RunFolder, launch: Launch) -> None:
     """A torchrun restart leaves at once when the attempt before it ended for a reason that a restart cannot mend."""
     ended = read_exit(folder) if launch.restart > 0 else None
-    last = ended["attempts"][-1] if ended else {"attempt": 0, "code": 0}
+    last: dict[str, Any] = ended["attempts"][-1] if ended else {"attempt": 0, "code": 0}
     if last["code"] in FINAL_CODES and last["attempt"] == next_attempt(folder) - 1:  # not of an earlier launch
         raise error_class(last["code"])(last["what"], last["where"], last["how"])
 
@@ -148,11 +150,12 @@ def _check_continues(folder: RunFolder, config: Config) -> None:
         return
     old = load_config(str(folder.config))
     if finished(folder) and config.train.epochs <= old.train.epochs:
-        raise OutputError("the run is finished", str(folder.path), "choose another run.name, or raise train.epochs to go on")
+        raise OutputError("the run is finished", str(folder.path),
+                          "choose another run.name, or raise train.epochs to go on")
     conflicts = resume_conflicts(old.model_dump(mode="json"), config)
     if conflicts:
-        raise CheckpointError(f"the folder holds a run with other settings: {'; '.join(conflicts[:8])}", str(folder.path),
-                              "use the same settings, or choose another run.name")
+        raise CheckpointError(f"the folder holds a run with other settings: {'; '.join(conflicts[:8])}",
+                              str(folder.path), "use the same settings, or choose another run.name")
 
 
 def _record_config(folder: RunFolder, config: Config, attempt: int) -> None:

@@ -89,9 +89,10 @@ class L2Region:
     def random(self, stream: int, first_row: int) -> Tensor:
         """Uniform in the ball: a normal direction, and a radius eps u^(1/d)."""
         shape = self.x.shape
-        kind = {"first_row": first_row, "device": self.x.device, "dtype": self.x.dtype}
-        direction = streams.normal(stream, shape, **kind)
-        u_B = streams.uniform(streams.key(stream, "radius"), (shape[0],), **kind)
+        device, dtype = self.x.device, self.x.dtype
+        direction = streams.normal(stream, shape, first_row=first_row, device=device, dtype=dtype)
+        radius = streams.key(stream, "radius")
+        u_B = streams.uniform(radius, shape[:1], first_row=first_row, device=device, dtype=dtype)
         radius_B = self.eps * u_B ** (1 / shape[1:].numel())
         return self.project(self.x + direction * per_image(radius_B / l2_norm(direction), direction))
 

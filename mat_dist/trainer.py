@@ -213,13 +213,13 @@ class Trainer:
         found = self.mesh.from_lead(found)
         if found is None:
             return 0
-        self.saver.newest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
+        manifest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
         for peer in self.cohort.peers:
-            agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(self.newest, p.index)))
+            agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(manifest, p.index)))
         agree.settle("loading")
-        self.best_score = float(found["best"])
-        for peer, until in self.newest.meta.extra.get("muted", {}).items():
-            self.cohort.mute([int(peer)], int(until))
+        self.saver.newest, self.best_score = manifest, float(found["best"])
+        for index, until in manifest.meta.extra.get("muted", {}).items():
+            self.cohort.mute([int(index)], int(until))
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
 

@@ -77,7 +77,9 @@ class Heartbeat:
         name = f"meet/{self._arrived}"
         keys = {rank: f"{name}/{rank}" for rank in range(self._world)}
         self._set(keys[self._rank], "1")
-        waited, pause, seen = {}, 0.002, {}
+        waited: dict[int, float] = {}  # rank -> when its latest beat was first seen
+        seen: dict[int, int] = {}
+        pause = 0.002
         while missing := [rank for rank, key in keys.items() if not self._has(key)]:
             verdict = self._read(VERDICT)
             if verdict is not None:
@@ -119,7 +121,8 @@ class Heartbeat:
         there = [r for r in self._others() if r not in gone]
         stopped = [r for r in there if r not in beats or beats[r].count == first.get(r)]
         late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
-        guilty, how = next(((g, h) for g, h in ((gone, "ended"), (stopped, "stopped answering"), (late, "is late")) if g), ([], ""))
+        causes = (gone, "ended"), (stopped, "stopped answering"), (late, "is late")
+        guilty, how = next((cause for cause in causes if cause[0]), ([], ""))
         verdict = self._publish({"ranks": guilty, "how": how, "what": what, "at": self._where,
                                  "steps": {str(r): beats[r].where if r in beats else "start" for r in guilty}})
         for rank in verdict["ranks"]:
@@ -146,11 +149,12 @@ class Heartbeat:
         elif guilty:
             last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
             found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}",
-                               "start again to continue from the newest checkpoint; see its rank_<r>.log; raise comm.timeout "
-                               "if it was only slow")
+                               "start again to continue from the newest checkpoint; see its rank_<r>.log; raise "
+                               "comm.timeout if it was only slow")
         else:
-            found = PeerSilent("an exchange failed though all ranks answer", f"{verdict['what']}",
-                               "check the network between the nodes, then start again to continue from the newest checkpoint")
+            found = PeerSilent("an exchange failed though all ranks answer", verdict["what"],
+                               "check the network between the nodes, then start again to continue from the newest "
+                               "checkpoint")
         found.guilty = tuple(guilty)
         return found
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 from mat_dist.errors import EnvironmentFault
+
+LOOPBACK_INTERFACE = "lo"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Launch:
     restarts_left: bool = False
     master: tuple[str, int] | None = None
     run_id: str = "none"
+    agent_store: bool = False
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -42,7 +46,18 @@ class Launch:
         if job is None and most > 0 and env.get("TORCHELASTIC_RUN_ID", "none") != "none":
             job = env["TORCHELASTIC_RUN_ID"]
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
-                   job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"))
+                   job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"),
+                   env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+
+    def stay_on_node(self) -> None:
+        """Let gloo listen on the loopback interface alone, where torchrun says that all ranks are on this node.
+
+        Without this gloo listens on the address of the host name, which the network can reach (and fails where the
+        name has none). An interface that the user names is left alone.
+        """
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
+        if alone and LOOPBACK_INTERFACE in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
 
     def speaks_for(self, guilty: tuple[int, ...] = ()) -> bool:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""

@@ -170,10 +170,14 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     if backend == "nccl" and device.type != "cuda":
         raise EnvironmentFault("nccl needs GPUs", "comm.backend=nccl", "use comm.backend=gloo")
     timeout = timedelta(seconds=comm.timeout)
+    launch.stay_on_node()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, timeout=timeout, rank=launch.rank, world_size=launch.world)
+        # torchrun's store outlives a restart, and gloo would connect to the addresses of the attempt before (torch
+        # 2.14): keys carry the restart. Where rank 0 has to open the store, torch does that.
+        store = _store(launch, timeout, "groups") if launch.agent_store else None
+        dist.init_process_group(backend, timeout=timeout, rank=launch.rank, world_size=launch.world, store=store)
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"the ranks cannot meet: {error}", "MASTER_ADDR, MASTER_PORT",
                                "start with torchrun, and check that the port is free and reachable") from error
@@ -195,16 +199,19 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
 
 
 def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, stop: StopFlag) -> Heartbeat:
-    """A heartbeat over a store client of its own; keys carry the restart, since the agent's store outlives it."""
-    assert launch.master is not None
-    host, port = launch.master
-    client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    store = dist.PrefixStore(f"mat_dist/{launch.run_id}/{launch.restart}", client)
-
+    """A heartbeat over a store client of its own."""
     def peers_of(rank: int) -> str:
         return ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
 
-    return Heartbeat(store, placement.rank, placement.world, peers_of=peers_of, stop=stop)
+    return Heartbeat(_store(launch, timeout, "beats"), placement.rank, placement.world, peers_of=peers_of, stop=stop)
+
+
+def _store(launch: Launch, timeout: timedelta, purpose: str) -> dist.Store:
+    """A new client of the launch's store, with keys of this restart."""
+    assert launch.master is not None
+    host, port = launch.master
+    client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"mat_dist/{launch.run_id}/{launch.restart}/{purpose}", client)
 
 
 def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--fast | --all] [-- pytest options]
-#   (default)  everything but the tests for a scheduler (cluster) and for GPUs
-#   --fast     also without the slow ones
+#   (default)  everything but the tests for a scheduler (cluster) and for GPUs: the quick ones side by side in
+#              WORKERS processes (default 2), then the slow ones, which start many processes, one after another
+#   --fast     the quick ones only
 #   --all      everything; what this machine cannot run is skipped with its reason
-select="not cluster and not gpu"
+quick="not slow and not cluster and not gpu" rest="slow and not cluster and not gpu"
 case "${1:-}" in
-    --fast) select="not slow and not cluster and not gpu"; shift ;;
-    --all) select=""; shift ;;
+    --fast) rest=""; shift ;;
+    --all) rest="slow or cluster or gpu"; shift ;;
 esac
 if [ "${1:-}" = "--" ]; then
     shift
@@ -16,5 +17,15 @@ elif [ $# -gt 0 ]; then
 fi
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export OMP_NUM_THREADS=1
 
-OMP_NUM_THREADS=1 exec python -m pytest -m "$select" "$@"
+worst=0 empty=0
+run() {
+    local code=0
+    python -m pytest "$@" || code=$?
+    if [ "$code" = 5 ]; then empty=$((empty + 1)); elif [ "$code" -gt "$worst" ]; then worst="$code"; fi
+}
+run -n "${WORKERS:-2}" --dist loadfile -m "$quick" "$@"
+[ -z "$rest" ] || run -m "$rest" "$@"
+if [ "$empty" = 2 ] || { [ "$empty" = 1 ] && [ -z "$rest" ]; }; then worst=5; fi  # pytest's code for: no test ran
+exit "$worst"

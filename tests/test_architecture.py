@@ -228,6 +228,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@pytest.mark.slow  # a Python process with torch for every module
 def test_importing_any_module_does_nothing_else(tmp_path):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     names = json.dumps([module_name(path) for path in FILES])

@@ -27,6 +27,8 @@ from mat_dist.stopping import StopFlag
 from mat_dist.trainer import Trainer
 from tests.small_runs import SMALL, Finished, run_small
 
+pytestmark = pytest.mark.slow  # many small trainings
+
 Run = Callable[..., Finished]
 Ranks = Callable[..., list[Any]]
 STEPS = 6

@@ -147,6 +147,7 @@ def mutated(rng: random.Random) -> tuple[bytes, list[str]]:
     return bytes(data), overrides
 
 
+@pytest.mark.slow
 def test_mutated_configurations_end_in_a_configuration_or_a_config_error(tmp_path: Path) -> None:
     rng = random.Random(20)
     path = tmp_path / "x.yaml"

@@ -69,6 +69,10 @@ CASES = [
         "batch_can_be_split", "train.batch_size=8 step.microbatches=8", "write at most 4",
         "train.batch_size=8 step.microbatches=4",
     ),
+    (
+        "joint_norms_need_all_graphs", "step.bn=joint step.memory=recompute", "write bn: separate",
+        "step.bn=joint step.memory=keep",
+    ),
     ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),

@@ -31,6 +31,8 @@ from mat_dist.peer import Peer
 from mat_dist.stopping import StopFlag
 from tests.small_runs import SMALL, Finished, run_small
 
+pytestmark = pytest.mark.slow  # 50 small trainings
+
 Run = Callable[..., Finished]
 Patch = pytest.MonkeyPatch
 SHORT = ("train.max_steps=2",)

@@ -56,7 +56,7 @@ def cache_folder(setting: str | None) -> Path:
     """The folder of all caches, made with mode 0700 if it is missing.
 
     Raises:
-        OutputError: it cannot be made, belongs to another user, or anybody may write into it.
+        OutputError: it cannot be made, belongs to another user, or others may write into it.
     """
     folder = Path(os.path.expanduser(setting or DEFAULT_FOLDER))
     how = "set data.cache to a folder of your own"
@@ -70,8 +70,9 @@ def cache_folder(setting: str | None) -> Path:
         raise OutputError(f"cannot use the cache folder: {problem.strerror}", str(folder), how) from problem
     if status.st_uid != os.geteuid():
         raise OutputError("the cache folder belongs to another user", str(folder), how)
-    if status.st_mode & stat.S_IWOTH:
-        raise OutputError("anybody may write into the cache folder", str(folder), f"chmod o-w {folder}, or {how}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):  # who can rename its files decides what is trained on
+        who = "anybody" if status.st_mode & stat.S_IWOTH else "its group"
+        raise OutputError(f"{who} may write into the cache folder", str(folder), f"chmod go-w {folder}, or {how}")
     return folder
 
 

@@ -1,16 +1,21 @@
-"""`svhn`: Street View House Numbers, cropped digits of 32x32 pixels (Netzer et al., 2011), as MATLAB files."""
+"""`svhn`: Street View House Numbers, cropped digits of 32x32 pixels (Netzer et al., 2011), as MATLAB files.
+
+A MATLAB file can unpack to a thousand times its size, whatever its header says. So only the published files are read:
+their MD5 is known (for a given file nobody can make another one with the same MD5).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.download import fetch_once
+from mat_dist.data.download import MOST_BYTES, fetch_once
 from mat_dist.data.images import RawData
-from mat_dist.data.memory import check_memory
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError, EnvironmentFault
 from mat_dist.stopping import StopFlag
@@ -40,7 +45,8 @@ def load_svhn(config: DataConfig, build: bool, stop: StopFlag | None = None) -> 
     if paths is None:
         raise DataError(f"{' or '.join(FILES)} not found", f"data.root={root}",
                         "put both from http://ufldl.stanford.edu/housenumbers/ there, or add data.download=true")
-    (train_images, train_labels), (test_images, test_labels) = (_read_mat(path) for path in paths)
+    (train_images, train_labels), (test_images, test_labels) = (
+        _read_mat(path, md5) for path, (_, _, md5) in zip(paths, _sources(), strict=True))
     return RawData(train_images, train_labels, test_images, test_labels, tuple(str(digit) for digit in range(10)))
 
 
@@ -51,18 +57,22 @@ def _sources() -> list[tuple[str, str, str]]:
     return [tuple(SVHN.split_list[split]) for split in ("train", "test")]
 
 
-def _read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_mat(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 3, 32, 32) and labels (N,) of a file with X (32, 32, 3, N) and y (N, 1)."""
     try:
-        from scipy.io import loadmat, whosmat
+        from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ImportError as problem:
         raise EnvironmentFault("reading MATLAB files needs scipy, which is not installed", "data.name=svhn",
                                "pip install scipy") from problem
     try:
-        shapes = {name: shape for name, shape, _ in whosmat(path)}  # headers only
-        check_memory(int(np.prod(shapes["X"], dtype=object)), str(path), "copy the file again")
-        stored = loadmat(path, variable_names=["X", "y"])
+        content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise DataError(f"not the published {path.name}: its MD5 is {found} instead of {md5}", str(path),
+                            "it may be incomplete or changed and is not opened; get it again from "
+                            "http://ufldl.stanford.edu/housenumbers/")
+        stored = loadmat(io.BytesIO(content), variable_names=["X", "y"])
         images, labels = stored["X"], stored["y"].astype(np.int64).reshape(-1)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
             raise ValueError(f"X is {images.dtype} of shape {images.shape}")

@@ -18,8 +18,13 @@ from mat_dist.runfolder.exits import read_environment
 from mat_dist.runfolder.folder import RunFolder
 
 HIDDEN = "<redacted>"
-_SECRET = re.compile(r"token|secret|passw|credential|key", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|passw|pwd|credential|key|auth", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_URL_QUERY = re.compile(r"(?<=[?&])([^=&#\s]*(?:token|secret|passw|pwd|credential|key|auth|sig)[^=&#\s]*=)[^&#\s]+",
+                        re.IGNORECASE)
+# What well-known services issue: Hugging Face, GitHub, GitLab, AWS, Slack, OpenAI; and JSON web tokens.
+_ISSUED = re.compile(r"\b(?:hf_|gh[opsur]_|github_pat_|glpat-|AKIA|ASIA|xox[abprs]-|sk-)[A-Za-z0-9_-]{12,}"
+                     r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+")
 _PACKAGES = ("torch", "torchvision", "numpy")
 
 
@@ -64,7 +69,8 @@ def redact(argv: Sequence[str]) -> list[str]:
     """The command line without secrets.
 
     Hidden are the values of `name=value`, `--name=value` and `--name value` where the name speaks of a token,
-    secret, password, credential or key, and user and password inside URLs.
+    secret, password, credential, key or authorisation; inside URLs the user, the password and such parameters of
+    the query; and, wherever they stand, tokens that have the form of those of well-known services.
     """
     shown: list[str] = []
     hide_next = False
@@ -75,7 +81,7 @@ def redact(argv: Sequence[str]) -> list[str]:
         elif equals and _SECRET.search(name):
             shown.append(f"{name}={HIDDEN}")
         else:
-            shown.append(_URL_PASSWORD.sub(HIDDEN, argument))
+            shown.append(_ISSUED.sub(HIDDEN, _URL_QUERY.sub(rf"\1{HIDDEN}", _URL_PASSWORD.sub(HIDDEN, argument))))
         hide_next = not equals and argument.startswith("-") and _SECRET.search(name) is not None
     return shown
 

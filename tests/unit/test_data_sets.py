@@ -260,17 +260,24 @@ def test_svhn_without_scipy_says_how_to_get_it(tmp_path, monkeypatch):
     assert caught.value.code == 6
 
 
-def test_svhn_maps_label_ten_to_the_digit_zero(tmp_path):
+def test_svhn_maps_label_ten_to_the_digit_zero(tmp_path, monkeypatch):
     io_module = pytest.importorskip("scipy.io", reason="scipy is not installed")
     images, labels = random_images(20, 32, 32, 3), np.arange(20) % 10 + 1
     for name in svhn.FILES:
         io_module.savemat(tmp_path / name, {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None].astype(np.uint8)},
                           do_compression=True)
+    known = [("", name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()) for name in svhn.FILES]
+    monkeypatch.setattr(svhn, "_sources", lambda: known)
     raw = svhn.load_svhn(DataConfig(name="svhn", root=str(tmp_path)), True)
     assert np.array_equal(raw.train_images, images.transpose(0, 3, 1, 2))
     assert raw.test_labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2
     (tmp_path / svhn.FILES[1]).write_bytes((tmp_path / svhn.FILES[1]).read_bytes()[:500])
-    with pytest.raises(DataError, match=f"cannot read the file.*{svhn.FILES[1]}"):
+    with pytest.raises(DataError, match=rf"not the published {svhn.FILES[1]}.*is not opened"):
+        svhn.load_svhn(DataConfig(name="svhn", root=str(tmp_path)), True)
+    for name in svhn.FILES:
+        (tmp_path / name).write_bytes(b"no MATLAB file")
+    known[:] = [("", name, hashlib.md5(b"no MATLAB file").hexdigest()) for name in svhn.FILES]
+    with pytest.raises(DataError, match=f"cannot read the file.*{svhn.FILES[0]}"):
         svhn.load_svhn(DataConfig(name="svhn", root=str(tmp_path)), True)
 
 

@@ -14,7 +14,7 @@ from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
 from mat_dist.data import Batches, DataSets, channel_stats
-from mat_dist.errors import CheckpointError, NonFinite, OutputError, StopRequested
+from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import EMA, ENSEMBLE, AttackPlan, Result, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.results import write_results
@@ -71,6 +71,9 @@ class Trainer:
                 self.validate(first)
             self.train(first)
             self.finish()
+        except (NonFinite, PeerFailed):
+            self.saver.finish()  # all ranks are here with one text: what is written becomes a checkpoint
+            raise
         finally:
             self.saver.close()
             self.reporter.close()
@@ -81,7 +84,7 @@ class Trainer:
         meter = _Meter()
         for step in range(first, total):
             began = perf_counter()
-            x_BCHW, y_B = self.batches.at(step)
+            x_BCHW, y_B = self.fetch(step)
             fetched = perf_counter()
             log = (step + 1) % self.config.log.every == 0 or step + 1 == total
             outcome = self.step(x_BCHW, y_B, step, log=log)
@@ -101,6 +104,14 @@ class Trainer:
                                     "start the same command again to continue")
             if evaluates:
                 self.validate(done)
+
+    def fetch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of a batch; an error on any rank reaches all."""
+        agree = Agreement(self.mesh, f"step {step}", step)
+        batch = agree.run("batch", self.batches.at, step)
+        if agree.failure is not None:
+            agree.header("AEs")  # where the other ranks are; raises
+        return batch
 
     def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""

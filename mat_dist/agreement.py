@@ -127,25 +127,12 @@ class Agreement:
 
     def _raise_together(self) -> NoReturn:
         """All ranks raise the failure of the lowest failing rank."""
-        told = None if self.failure is None else self._describe(self.failure)
+        told = None if self.failure is None else described(self.failure, self.mesh, f"{self.where}, {self._phase}")
         everyone = self.mesh.gather_json(told)
         failed = [rank for rank, told in enumerate(everyone) if told is not None]
         first = everyone[failed[0]]
         more = f" (ranks {', '.join(map(str, failed))} failed)" if len(failed) > 1 else ""
         raise error_class(first["code"])(first["what"] + more, first["where"], first["how"]) from self.failure
-
-    def _describe(self, error: Exception) -> dict[str, Any]:
-        if isinstance(error, MatError):
-            return {"code": error.code, "what": error.what, "where": error.where, "how": error.how}
-        place = self.mesh.placement
-        peers = ", ".join(map(str, place.local_peers))
-        where = f"{self.where}, {self._phase}, rank {place.rank}, peer {peers}"
-        text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
-        if isinstance(error, torch.OutOfMemoryError):
-            how = "use a smaller train.batch_size, more step.microbatches, or step.memory=recompute"
-        else:
-            how = f"see the traceback in rank_{place.rank}.log"
-        return {"code": PeerFailed.code, "what": text, "where": where, "how": how}
 
     def _compare(self, values: Sequence[int], what: str, ranks: Sequence[int] | None = None) -> None:
         if len(set(values)) > 1:
@@ -161,6 +148,20 @@ class Agreement:
         named = f"rank {', '.join(map(str, odd))} differs" if count > len(odd) else "ranks differ"
         raise PeerFailed(f"{named} in {what}: {listed}", where,
                          "start all ranks with the same code, data and configuration")
+
+
+def described(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
+    """What all ranks are told of an error of this one: code, what, where, how."""
+    if isinstance(error, MatError):
+        return {"code": error.code, "what": error.what, "where": error.where, "how": error.how}
+    place = mesh.placement
+    where = f"{where}, rank {place.rank}, peer {', '.join(map(str, place.local_peers))}"
+    text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+    if isinstance(error, torch.OutOfMemoryError):
+        how = "use a smaller train.batch_size, more step.microbatches, or step.memory=recompute"
+    else:
+        how = f"see the traceback in rank_{place.rank}.log"
+    return {"code": PeerFailed.code, "what": text, "where": where, "how": how}
 
 
 def _code(error: Exception) -> int:

@@ -11,7 +11,7 @@ BUG = 70
 
 
 class MatError(Exception):
-    """A failure with a known cause.
+    """A failure with a known cause. `guilty` are the ranks that can no longer tell of it.
 
     Args:
         what: what went wrong, with the value that was found.
@@ -20,6 +20,7 @@ class MatError(Exception):
     """
 
     code = BUG
+    guilty: tuple[int, ...] = ()
 
     def __init__(self, what: str, where: str, how: str) -> None:
         self.what, self.where, self.how = (" ".join(str(part).split()) for part in (what, where, how))
@@ -70,10 +71,9 @@ class PeerFailed(MatError):
 
 
 class PeerSilent(MatError):
-    """A peer's process died or stopped answering. `guilty` are the ranks, as far as they are known."""
+    """A peer's process died or stopped answering."""
 
     code = 14
-    guilty: tuple[int, ...] = ()
 
 
 class NonFinite(MatError):

@@ -14,13 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mat_dist.agreement import Agreement
+from mat_dist.agreement import Agreement, described
 from mat_dist.atomic import write_text
 from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts
 from mat_dist.config.schema import Config
 from mat_dist.device import device_name
 from mat_dist.entry import LOGGED
-from mat_dist.errors import FINAL_CODES, CheckpointError, ConfigError, MatError, OutputError, StopRequested, error_class
+from mat_dist.errors import (
+    FINAL_CODES,
+    CheckpointError,
+    ConfigError,
+    MatError,
+    OutputError,
+    PeerSilent,
+    StopRequested,
+    error_class,
+)
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.runfolder import (
@@ -89,25 +98,43 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
         try:
             yield Run(folder, attempt, log, told["notes"], mesh)
         except BaseException as error:
-            _record_failure(error, folder, attempt, log, mesh, launch)
-            raise
+            known = _tell_others(error, mesh)
+            _record_failure(known, folder, attempt, log, launch)
+            raise known from known.__cause__
         if lead:
             write_exit(folder, attempt, None, "done")
 
 
-def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, mesh: Mesh,
-                    launch: Launch) -> None:
+def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, launch: Launch) -> None:
     """Traceback into this rank's log; how the run ended into `exit.json`, by the lowest rank that is still sound."""
     log.error("%s", "".join(traceback.format_exception(error)))
     error.add_note(LOGGED)
-    if not isinstance(error, MatError) and mesh.beat is not None:  # the other ranks do not know yet
-        with contextlib.suppress(RuntimeError):
-            mesh.beat.report({"what": f"{type(error).__name__}: {error}", "where": mesh.where,
-                              "how": f"see the traceback in rank_{launch.rank}.log"})
     if launch.speaks_for(getattr(error, "guilty", ())):
         state = "stopped" if isinstance(error, (StopRequested, KeyboardInterrupt)) else "failed"
         with contextlib.suppress(OutputError):  # the disk may be what failed; the first error counts
             write_exit(folder, attempt, error, state)
+
+
+def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
+    """Publish the error, which the other ranks may not know -> the one that all ranks leave with.
+
+    Where all have raised it together, nobody reads it.
+    """
+    if mesh.beat is None:
+        return error
+    if isinstance(error, Exception):
+        told = described(error, mesh, mesh.where)
+    else:  # sys.exit in somebody's code
+        rank, peers = mesh.placement.rank, ", ".join(map(str, mesh.placement.local_peers))
+        told = {"code": PeerSilent.code, "what": f"rank {rank} (peer {peers}) left: {type(error).__name__}: {error}",
+                "where": mesh.where, "how": f"see the traceback in rank_{rank}.log"}
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        mesh.beat.report(told)
+    if isinstance(error, MatError):
+        return error
+    known = error_class(told["code"])(told["what"], told["where"], told["how"])
+    known.__cause__ = error
+    return known
 
 
 def _same_settings(mesh: Mesh, config: Config) -> None:
@@ -129,7 +156,7 @@ def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunF
     note = lock.acquire()
     try:
         _check_restart(folder, launch)
-        _check_continues(folder, config)
+        check_continues(folder, config)
         return folder, lock, next_attempt(folder), [note] if note else []
     except MatError:
         lock.release()
@@ -144,7 +171,7 @@ def _check_restart(folder: RunFolder, launch: Launch) -> None:
         raise error_class(last["code"])(last["what"], last["where"], last["how"])
 
 
-def _check_continues(folder: RunFolder, config: Config) -> None:
+def check_continues(folder: RunFolder, config: Config) -> None:
     """Refuse a folder whose run is finished or has other settings."""
     if not folder.config.exists():
         return

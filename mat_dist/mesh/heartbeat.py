@@ -9,13 +9,13 @@ the others print the same one. Under torchrun the store lives in the agent, so i
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mat_dist.errors import PeerSilent
+from mat_dist.errors import MatError, PeerSilent, error_class
+from mat_dist.mesh.store_thread import StoreThread
 from mat_dist.processes import ProcessIdentity
 from mat_dist.stopping import StopFlag
 
@@ -48,18 +48,18 @@ class Heartbeat:
     Args:
         store: a store client that nobody else uses, with keys of this launch only.
         rank, world: of this process.
+        node: the ranks on this node.
         peers_of: rank -> peers that live there, for messages.
         stop: the stop request of this rank, passed on to all ranks and set by theirs.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, *, peers_of: Callable[[int], str], stop: StopFlag) -> None:
-        self._store, self._rank, self._world, self._peers_of, self._stop = store, rank, world, peers_of, stop
+    def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
+                 stop: StopFlag) -> None:
+        self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
         self._arrived, self._where, self._count = 0, "start", 0
-        self._process = ProcessIdentity.own()
-        self._ended, self._lock = threading.Event(), threading.Lock()
-        self._beat()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._process, self._told_stop = ProcessIdentity.own(), False
+        self._beat(store)
+        self._store = StoreThread(store, self._beat, INTERVAL)
 
     # ---------------------------------------------------------------- while all is well
 
@@ -74,17 +74,22 @@ class Heartbeat:
         For phases whose length nobody can foresee (loading, evaluation, saving): a collective would time out.
         """
         self.arrive(point)
-        name = f"meet/{self._arrived}"
-        keys = {rank: f"{name}/{rank}" for rank in range(self._world)}
-        self._set(keys[self._rank], "1")
+        try:
+            self._meet(point, timeout)
+        except RuntimeError as error:
+            raise self._cut_off(f"waiting at {point}", str(error)) from error
+
+    def _meet(self, point: str, timeout: float) -> None:
+        keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
+        self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
         waited: dict[int, float] = {}  # rank -> when its latest beat was first seen
         seen: dict[int, int] = {}
         pause = 0.002
-        while missing := [rank for rank, key in keys.items() if not self._has(key)]:
-            verdict = self._read(VERDICT)
+        while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
+            verdict = self._verdict(timeout)
             if verdict is not None:
                 raise self._as_error(verdict)
-            now, beats = time.monotonic(), self._beats()
+            now, beats = time.monotonic(), self._beats(timeout)
             for rank in missing:
                 beat = beats.get(rank)
                 if seen.get(rank) != (beat.count if beat else 0):
@@ -98,21 +103,30 @@ class Heartbeat:
 
     def close(self) -> None:
         """End the thread."""
-        self._ended.set()
-        self._thread.join(timeout=5)
+        self._store.close()
 
     # ---------------------------------------------------------------- when something is wrong
 
-    def blame(self, what: str) -> PeerSilent:
+    def blame(self, what: str, symptom: str = "") -> MatError:
         """Find the guilty rank after a failed exchange, stop it if it hangs on this machine -> the error to raise.
 
         Takes up to STALE seconds, since a stopped process can only be told from a slow one by its missing beats.
+
+        Args:
+            what: the exchange, for the message.
+            symptom: how it failed; told where the guilty rank cannot be found, since the store is gone.
         """
+        try:
+            return self._as_error(self._judge(what))
+        except RuntimeError as error:
+            return self._cut_off(what, symptom or str(error))
+
+    def _judge(self, what: str) -> dict[str, Any]:
         first, began = {r: b.count for r, b in self._beats().items()}, time.monotonic()
         while True:
-            verdict = self._read(VERDICT)
-            if verdict is not None:
-                return self._as_error(verdict)
+            found = self._verdict()
+            if found is not None:
+                return found
             beats, elapsed = self._beats(), time.monotonic() - began
             gone = [r for r in self._others() if self._is_gone(beats.get(r))]
             if gone or elapsed > STALE:
@@ -129,24 +143,32 @@ class Heartbeat:
             beat = beats.get(rank)
             if rank != self._rank and beat is not None and beat.process.shares_pids_with(self._process):
                 beat.process.kill()
-        return self._as_error(verdict)
+        return verdict
 
     def report(self, error: dict[str, Any]) -> None:
-        """Publish why this rank leaves (code, what, where, how), so that the others need not guess."""
+        """Publish why this rank leaves (code, what, where, how): the others leave with the same error."""
         self._publish({"error": error, "ranks": [self._rank]})
+
+    def _cut_off(self, what: str, symptom: str) -> PeerSilent:
+        """The store is gone, and with it the way to agree: each node speaks for itself, so all other ranks are out."""
+        found = PeerSilent(f"the rendezvous store is gone: the node of rank 0 ended or cannot be reached ({symptom})",
+                           what, "check that node and the network, then start again to continue from the newest "
+                                 "checkpoint")
+        found.guilty = tuple(rank for rank in range(self._world) if rank not in self._node)
+        return found
 
     # ---------------------------------------------------------------- inside
 
     def _others(self) -> list[int]:
         return [r for r in range(self._world) if r != self._rank]
 
-    def _as_error(self, verdict: dict[str, Any]) -> PeerSilent:
+    def _as_error(self, verdict: dict[str, Any]) -> MatError:
         guilty = list(verdict["ranks"])
         listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in guilty)
         if "error" in verdict:
             told = verdict["error"]
-            found = PeerSilent(f"{listed} left: {told['what']}", told["where"], told["how"])
-        elif guilty:
+            return error_class(told["code"])(told["what"], told["where"], told["how"])
+        if guilty:
             last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
             found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}",
                                "start again to continue from the newest checkpoint; see its rank_<r>.log; raise "
@@ -161,47 +183,35 @@ class Heartbeat:
     def _is_gone(self, beat: Beat | None) -> bool:
         return beat is not None and beat.process.shares_pids_with(self._process) and not beat.process.runs()
 
-    def _beats(self) -> dict[int, Beat]:
-        return {r: Beat.parse(text) for r in range(self._world) if (text := self._get(f"beat/{r}")) is not None}
+    def _beats(self, patience: float = STALE) -> dict[int, Beat]:
+        def read(store: Any) -> dict[int, Beat]:
+            texts = {rank: _get(store, f"beat/{rank}") for rank in range(self._world)}
+            return {rank: Beat.parse(text) for rank, text in texts.items() if text is not None}
+
+        return self._store.ask(read, patience)
+
+    def _verdict(self, patience: float = STALE) -> dict[str, Any] | None:
+        text = self._store.ask(lambda store: _get(store, VERDICT), patience)
+        return None if text is None else json.loads(text)
 
     def _publish(self, verdict: dict[str, Any]) -> dict[str, Any]:
         """Make `verdict` the one of all ranks unless there is one -> the one that counts."""
         text = json.dumps(verdict)
-        with self._lock:
-            found = self._store.compare_set(VERDICT, "", text)
+        found = self._store.ask(lambda store: store.compare_set(VERDICT, "", text), STALE)
         kept: dict[str, Any] = json.loads(found or text)
         return kept
 
-    def _read(self, key: str) -> dict[str, Any] | None:
-        text = self._get(key)
-        return None if text is None else json.loads(text)
-
-    def _get(self, key: str) -> bytes | None:
-        with self._lock:
-            return self._store.get(key) if self._store.check([key]) else None
-
-    def _has(self, key: str) -> bool:
-        with self._lock:
-            return bool(self._store.check([key]))
-
-    def _set(self, key: str, text: str) -> None:
-        with self._lock:
-            self._store.set(key, text)
-
-    def _beat(self) -> None:
+    def _beat(self, store: Any) -> None:
+        """Sign of life; passes a stop request on, to the others or from them. In the store's thread."""
         self._count += 1
-        self._set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
+        store.set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
+        if not self._told_stop and self._stop.requested:
+            self._told_stop = True
+            store.set(STOP, "1")
+        if not self._told_stop and store.check([STOP]):
+            self._told_stop = True
+            self._stop.pass_on()
 
-    def _run(self) -> None:
-        passed = False
-        while not self._ended.wait(INTERVAL):
-            try:
-                self._beat()
-                if not passed and self._stop.requested:
-                    passed = True
-                    self._set(STOP, "1")
-                if not passed and self._has(STOP):
-                    passed = True
-                    self._stop.pass_on()
-            except RuntimeError:  # the store is gone: rank 0 or the agent ended; the next collective fails too
-                return
+
+def _get(store: Any, key: str) -> bytes | None:
+    return store.get(key) if store.check([key]) else None

@@ -59,6 +59,12 @@ class Launch:
         if alone and LOOPBACK_INTERFACE in (name for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
 
+    @property
+    def node(self) -> range:
+        """The ranks on this node; torchrun numbers them in a row."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world)
+
     def speaks_for(self, guilty: tuple[int, ...] = ()) -> bool:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""
         sound = [rank for rank in range(self.world) if rank not in guilty]

@@ -7,6 +7,7 @@ callers never ask how many ranks there are. Nothing that arrives is unpickled: t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -142,14 +143,10 @@ class Mesh:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            text = str(error).splitlines()[0]
+            text = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0])  # gloo begins with its source file
             if self.beat is None:
                 raise PeerSilent(f"a peer stopped answering: {text}", where, RESTART) from error
-            try:
-                blamed = self.beat.blame(where)
-            except RuntimeError as gone:  # the store went with rank 0 or its node
-                raise PeerSilent(f"the rendezvous store is gone, rank 0 or its node ended: {text}", where, RESTART) from gone
-            raise blamed from error
+            raise self.beat.blame(where, text) from error
 
 
 @contextmanager
@@ -203,7 +200,8 @@ def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, stop: S
     def peers_of(rank: int) -> str:
         return ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
 
-    return Heartbeat(_store(launch, timeout, "beats"), placement.rank, placement.world, peers_of=peers_of, stop=stop)
+    return Heartbeat(_store(launch, timeout, "beats"), placement.rank, placement.world, node=launch.node,
+                     peers_of=peers_of, stop=stop)
 
 
 def _store(launch: Launch, timeout: timedelta, purpose: str) -> dist.Store:

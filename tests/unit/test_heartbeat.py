@@ -1,0 +1,172 @@
+"""Heartbeats over stores that answer, fall silent or are gone. Two nodes of two ranks; the store is a dictionary."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from mat_dist.errors import PeerSilent
+from mat_dist.mesh import heartbeat
+from mat_dist.mesh.heartbeat import Heartbeat
+from mat_dist.mesh.store_thread import StoreThread
+from mat_dist.processes import ProcessIdentity
+from mat_dist.stopping import StopFlag
+
+
+class Store:
+    """Like a TCPStore client: `silent` blocks every call, `gone` makes it fail."""
+
+    def __init__(self, values: dict[str, bytes] | None = None) -> None:
+        self.values = {} if values is None else values
+        self.speaks, self.gone = threading.Event(), False
+        self.speaks.set()
+
+    def _answer(self) -> None:
+        self.speaks.wait()
+        if self.gone:
+            raise RuntimeError("Connection reset by peer")
+
+    def set(self, key: str, value: str) -> None:
+        self._answer()
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._answer()
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        self._answer()
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        self._answer()
+        return self.values.setdefault(key, value.encode())
+
+
+@pytest.fixture
+def silent() -> Iterator[Store]:
+    store = Store()
+    store.speaks.clear()
+    yield store
+    store.gone = True
+    store.speaks.set()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "STALE", 0.2)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
+
+
+def beating(store: Store, rank: int, stop: StopFlag | None = None) -> Heartbeat:
+    node = range(rank // 2 * 2, rank // 2 * 2 + 2)
+    return Heartbeat(store, rank, 4, node=node, peers_of=str, stop=stop or StopFlag())
+
+
+# ------------------------------------------------------------------ the store's thread
+
+
+def test_who_asks_a_silent_store_gives_up(silent):
+    client = StoreThread(silent, lambda store: None, 100)
+    with pytest.raises(RuntimeError, match=r"no answer within 0\.05 s"):
+        client.ask(lambda store: store.get("a"), 0.05)
+    with pytest.raises(RuntimeError, match="no answer"):  # nor does the next one wait for the thread
+        client.ask(lambda store: 1, 0.05)
+    client.close()
+
+
+def test_an_error_of_the_store_reaches_who_asked():
+    client = StoreThread(Store(), lambda store: None, 100)
+    with pytest.raises(KeyError):
+        client.ask(lambda store: store.get("absent"), 10)
+    assert client.ask(lambda store: store.check(["absent"]), 10) is False
+    client.close()
+
+
+def test_regular_calls_go_on_while_others_ask_and_end_when_the_store_is_gone():
+    store, calls, enough = Store({"a": b"1"}), [], threading.Event()
+
+    def regularly(store: Store) -> None:
+        store.get("a")
+        calls.append(threading.current_thread().name)
+        if len(calls) == 3:
+            store.gone = True
+            enough.set()
+
+    client = StoreThread(store, regularly, 0.001)
+    while not enough.is_set():
+        client.ask(lambda store: None, 10)
+    with pytest.raises(RuntimeError, match="reset"):
+        client.ask(lambda store: store.get("a"), 10)
+    client.close()
+    assert calls == ["store"] * 3
+
+
+# ------------------------------------------------------------------ who is told what
+
+
+@pytest.mark.parametrize("ending", ["silent", "gone"])
+@pytest.mark.parametrize(("rank", "others"), [(0, (2, 3)), (3, (0, 1))])
+def test_without_the_store_each_node_speaks_for_itself(rank, others, ending):
+    store = Store()
+    mine = beating(store, rank)
+    if ending == "silent":
+        store.speaks.clear()
+    store.gone = True
+    error = mine.blame("gather of step 3, AEs", "Timed out")
+    store.speaks.set()
+    mine.close()
+    assert error.guilty == others
+    assert "store is gone" in error.what and "Timed out" in error.what and error.where == "gather of step 3, AEs"
+
+
+@pytest.mark.parametrize("ending", ["silent", "gone"])
+def test_a_wait_of_unknown_length_ends_with_the_store(ending):
+    store = Store()
+    mine = beating(store, 2)
+    if ending == "silent":
+        store.speaks.clear()
+    store.gone = True
+    with pytest.raises(PeerSilent, match=r"store is gone.*waiting at evaluation"):
+        mine.meet("evaluation", 0.1)
+    store.speaks.set()
+    mine.close()
+
+
+def test_all_ranks_meet_and_a_stop_request_reaches_them():
+    values: dict[str, bytes] = {}
+    stops = [StopFlag() for _ in range(4)]
+    ranks = [beating(Store(values), rank, stops[rank]) for rank in range(4)]
+    stops[1].pass_on()
+    threads = [threading.Thread(target=one.meet, args=("evaluation", 10)) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    told = threading.Event()
+    for _ in range(500):
+        if all(stop.requested for stop in stops):
+            break
+        told.wait(0.01)
+    assert all(stop.requested for stop in stops)
+    for one in ranks:
+        one.close()
+
+
+def test_a_rank_that_stops_beating_is_named_and_stopped(monkeypatch):
+    killed: list[int] = []  # all ranks of this test are this process
+    monkeypatch.setattr(ProcessIdentity, "kill", lambda self: killed.append(self.pid))
+    values: dict[str, bytes] = {}
+    stores = [Store(values) for _ in range(4)]
+    ranks = [beating(store, rank) for rank, store in enumerate(stores)]
+    stores[3].gone = True  # its beats do not arrive any more
+    error = ranks[0].blame("gather of step 5, AEs")
+    assert error.guilty == (3,) and "rank 3 (peer 3) stopped answering" in error.what
+    assert str(ranks[1].blame("another exchange")) == str(error)  # one verdict for all
+    assert killed == [os.getpid()]
+    for one in ranks:
+        one.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.agreement import Agreement, batch_checksum
-from mat_dist.cohort import Cohort
+from mat_dist.cohort import DTYPES, Cohort
 from mat_dist.losses import accuracy
 from mat_dist.peer import Peer, free_memory
 
@@ -84,11 +84,7 @@ def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: b
     cohort.update(step)
     clock.lap("optimizer")
     if log:
-        table = [torch.stack([s.loss_L for s in shares]).mean(0)[:, None], torch.stack([s.correct_LS for s in shares]).mean(0)]
-        told = torch.cat([t.float() for t in table], dim=1)
-        cohort.mesh.average_replicas([told])
-        told_P = cohort.mesh.gather_peers(told)
-        outcome.loss_P, outcome.transfer_PS = told_P[:, 0], told_P[:, 1:]
+        outcome.loss_P, outcome.transfer_PS = _gather_records(cohort, shares)
         clock.lap("log")
     outcome.seconds = clock.seconds
     return outcome
@@ -133,13 +129,15 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     clock.lap("exchange")
 
     # 5, 6 losses and gradients
-    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, taught_PTBK, y_B, step, first_row)
-            for p, logits in zip(peers, known, strict=True)]
-    correct_LS = agree.run("transfer table", _transfer, cohort, known, inputs_S, y_B, step, first_row) if log else torch.empty(0)
+    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, taught_PTBK, y_B, step,
+                      first_row) for p, logits in zip(peers, known, strict=True)]
+    correct_LS = torch.empty(0)
+    if log:
+        correct_LS = agree.run("transfer table", _transfer, cohort, known, inputs_S, y_B, step, first_row)
     clock.lap("backward")
-    finite = agree.run("finite check", lambda: torch.stack([torch.stack([torch.isfinite(a).all(), torch.isfinite(t).all()])
-                                                            for a, t in zip(aes_LBCHW, taught_LTBK, strict=True)]))
-    return _Share(finite, agree.run("loss", torch.stack, loss), correct_LS)
+    finite_L2 = agree.run("finite check", lambda: torch.stack([
+        torch.stack([a.isfinite().all(), t.isfinite().all()]) for a, t in zip(aes_LBCHW, taught_LTBK, strict=True)]))
+    return _Share(finite_L2, agree.run("loss", torch.stack, loss), correct_LS)
 
 
 def _only_local(cohort: Cohort, aes_LBCHW: Tensor) -> list[Tensor]:
@@ -178,7 +176,8 @@ def _fall_back(cohort: Cohort, peer: Peer) -> None:
     free_memory()
 
 
-def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
+def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Tensor], step: int,
+           first_row: int) -> dict[int, Tensor]:
     """Train-mode logits with graph: a forward per slot, or one for all (bn: joint)."""
     if cohort.step.bn == "joint" and len(slots) > 1:
         together = peer.learn(torch.cat([inputs_S[s] for s in slots]), (step, -1, first_row))
@@ -187,11 +186,16 @@ def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Te
 
 
 def _taught(cohort: Cohort, known: list[dict[int, Tensor]], y_B: Tensor) -> Tensor:
-    """What the local peers teach, detached -> (L, T, B, K), zeros where a peer teaches less than T slots."""
+    """What the local peers teach, detached -> (L, T, B, K), zeros where a peer teaches less than T slots.
+
+    (L,) if nobody teaches.
+    """
     most = cohort.plan.most_taught
     if most == 0:
-        # Nothing travels; the finite bit still watches what was computed.
-        return torch.stack([_any([logits]).detach() if logits else torch.zeros(1, device=y_B.device) for logits in known])
+        # Nothing travels. One number per peer, of the same shape whether it recomputes or not, still tells the
+        # finite check of NaN and infinity.
+        nothing = torch.zeros((), dtype=DTYPES[cohort.step.precision], device=y_B.device)
+        return torch.stack([_any([logits]).detach().abs().amax() if logits else nothing for logits in known])
     rows = []
     for peer, logits in zip(cohort.peers, known, strict=True):
         own = [logits[slot].detach() for slot in cohort.plan.taught[peer.index]]
@@ -203,8 +207,8 @@ def _any(known: list[dict[int, Tensor]]) -> Tensor:
     return next(t for logits in known for t in logits.values())
 
 
-def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], taught_PTBK: Tensor, y_B: Tensor,
-              step: int, first_row: int) -> Tensor:
+def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], taught_PTBK: Tensor,
+              y_B: Tensor, step: int, first_row: int) -> Tensor:
     """Add the gradient of the peer's loss -> the loss, detached."""
     def add_gradient() -> Tensor:
         plan, recomputes = cohort.plan.peers[peer.index], peer.recomputes
@@ -226,11 +230,22 @@ def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: li
     return add_gradient()
 
 
-def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int, first_row: int) -> Tensor:
+def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int,
+              first_row: int) -> Tensor:
     """Accuracy of the local peers on every slot -> (L, S); slots that were not forwarded are, without a trace."""
     table = [[accuracy(logits[s].detach() if s in logits else peer.teach(x, (step, s, first_row)), y_B)
               for s, x in enumerate(inputs_S)] for peer, logits in zip(cohort.peers, known, strict=True)]
     return torch.stack([torch.stack(row) for row in table])
+
+
+def _gather_records(cohort: Cohort, shares: list[_Share]) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and transfer table (P, S) of all peers, averaged over micro-batches and replicas."""
+    loss_L = torch.stack([s.loss_L for s in shares]).mean(0)
+    correct_LS = torch.stack([s.correct_LS for s in shares]).mean(0)
+    told = torch.cat([loss_L[:, None].float(), correct_LS.float()], dim=1)
+    cohort.mesh.average_replicas([told])
+    told_P = cohort.mesh.gather_peers(told)
+    return told_P[:, 0], told_P[:, 1:]
 
 
 def _reduce_gradients(cohort: Cohort, agree: Agreement) -> list[Tensor]:

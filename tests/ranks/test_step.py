@@ -82,7 +82,8 @@ def test_recompute_equals_keep(preset: str, run_ranks: Run) -> None:
 @pytest.mark.parametrize("preset", ["mat", "mat_trades"])
 def test_microbatches_and_joint_forwards_equal_the_plain_step_without_batch_norm(preset: str, run_ranks: Run) -> None:
     models = nets(3, norm="group", dtype=torch.float64)
-    plain = run_ranks(lambda mesh: train(cohort_config(preset, 3, step={"precision": "fp64"}), mesh, models, 4, dtype=torch.float64), 3, 1)
+    reference = cohort_config(preset, 3, step={"precision": "fp64"})
+    plain = run_ranks(lambda mesh: train(reference, mesh, models, 4, dtype=torch.float64), 3, 1)
     for setting in ({"microbatches": 4}, {"bn": "joint"}, {"channels_last": False}):
         config = cohort_config(preset, 3, step={"precision": "fp64", **setting})
         other = run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 3, 3)
@@ -139,7 +140,8 @@ def test_the_transfer_table_is_the_accuracy_of_each_peer_on_each_source(run_rank
 # ------------------------------------------------------------------------------------------------ failures
 
 
-def poisoned(mesh: Mesh, models: list[Any], spoil: Callable[[Cohort, int], None], steps: int = 3, at: int = 2) -> tuple[Cohort, dict[int, str]]:
+def poisoned(mesh: Mesh, models: list[Any], spoil: Callable[[Cohort, int], None], steps: int = 3,
+             at: int = 2) -> tuple[Cohort, dict[int, str]]:
     """Train, spoil something before step `at`; the error and the state hashes from before it."""
     cohort = build(cohort_config("mat", 4), mesh, models)
     for step in range(at):
@@ -191,8 +193,9 @@ def test_an_error_in_one_peer_stops_all_ranks_with_one_text(phase: str, run_rank
     assert {i for _, same in results for i in same} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("what,names", [("batch", "rank 2 differs in the batch"), ("shape", "shape or type"), ("type", "shape or type"),
-                                        ("step", "rank 2 differs in the step number")])
+@pytest.mark.parametrize("what,names", [
+    ("batch", "rank 2 differs in the batch"), ("shape", "shape or type"), ("type", "shape or type"),
+    ("step", "rank 2 differs in the step number")])
 def test_other_data_on_one_rank_is_found_before_it_is_used(what: str, names: str, run_ranks: Run) -> None:
     models = nets(4)
     def one(mesh: Mesh) -> str:
@@ -246,10 +249,12 @@ def test_a_batch_is_split_over_replicas_in_order(run_ranks: Run) -> None:
 
 
 @pytest.mark.parametrize("where", ["attack", "forward", "backward"])
-def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(where: str, run_ranks: Run) -> None:
+@pytest.mark.parametrize("preset,world", [("mat", 2), ("at", 2), ("at", 1)])
+def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(
+        where: str, preset: str, world: int, run_ranks: Run) -> None:
     models = nets(2, dtype=torch.float64)
-    config = cohort_config("mat", 2, step={"precision": "fp64"})
-    plain = run_ranks(lambda mesh: train(config, mesh, models, 3, dtype=torch.float64), 2, 2)
+    config = cohort_config(preset, 2, step={"precision": "fp64"})
+    plain = run_ranks(lambda mesh: train(config, mesh, models, 3, dtype=torch.float64), 2, world)
 
     def short_of_memory(peer: Any, always: bool) -> None:
         def failing(f: Callable[..., Any], fails: Callable[[Any], bool]) -> Callable[..., Any]:
@@ -285,8 +290,8 @@ def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(where:
             train_step(cohort, x, y, step)
         return cohort
 
-    assert largest_difference(plain, run_ranks(lambda mesh: one(mesh, False), 2, 2)) < 1e-11
-    errors = run_ranks(lambda mesh: one(mesh, True), 2, 2, errors="return")
+    assert largest_difference(plain, run_ranks(lambda mesh: one(mesh, False), 2, world)) < 1e-11
+    errors = run_ranks(lambda mesh: one(mesh, True), 2, world, errors="return")
     assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
 
 

@@ -15,14 +15,15 @@ from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
 from mat_dist.data import Batches, DataSets, channel_stats
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
-from mat_dist.evaluator import EMA, ENSEMBLE, AttackPlan, Result, evaluate, selection_score
+from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
+from mat_dist.records import Meter, step_record, table_rows, validation_record
 from mat_dist.results import write_results
 from mat_dist.run import Run
 from mat_dist.saver import Saver
 from mat_dist.step import Outcome, train_step
 from mat_dist.stopping import StopFlag
-from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory, images_per_second
+from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory
 from mat_dist.telemetry import Result as TableRow
 
 
@@ -81,7 +82,7 @@ class Trainer:
     def train(self, first: int) -> None:
         """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
         per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
-        meter = _Meter()
+        meter = Meter()
         for step in range(first, total):
             began = perf_counter()
             x_BCHW, y_B = self.fetch(step)
@@ -92,7 +93,7 @@ class Trainer:
             done = step + 1
             if outcome.loss_P is not None:
                 self.log(done, outcome, meter)
-                meter = _Meter()
+                meter = Meter()
             if self.saver.pending and outcome.ready:
                 self.saver.finish()
             evaluates = self.evaluates_at(done, per_epoch, total)
@@ -138,11 +139,10 @@ class Trainer:
                                                size=self.config.eval.test_size, purpose="test", stop=self.stop)
             results = done[manifest.step]
             if self.mesh.placement.is_lead:
-                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results, config=self.config,
-                              attack=plan, step=manifest.step, split="test", attempt=self.run.attempt, per_sample=True)
-            rows += [TableRow(target=r.target, weights="EMA" if r.weights == EMA else "raw", checkpoint=label,
-                              clean_acc=r.clean, robust_acc=r.robust, pgd_steps=plan.steps, images=len(r.clean_N))
-                     for r in results]
+                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
+                              config=self.config, attack=plan, step=manifest.step, split="test",
+                              attempt=self.run.attempt, per_sample=True)
+            rows += table_rows(label, results, plan)
         self.reporter.table(rows)
 
     # ---------------------------------------------------------------- records
@@ -152,17 +152,16 @@ class Trainer:
         self.run.log.info("%s", text)
         self.reporter.note(text)
 
-    def log(self, done: int, outcome: Outcome, meter: _Meter) -> None:
-        """The record of a log step: the only place where metrics are read back from the device."""
-        assert outcome.loss_P is not None and outcome.transfer_PS is not None
-        transfer = outcome.transfer_PS.tolist()
-        waits = self.mesh.gather_json(meter.means())
-        self.reporter.log({
-            "step": done, "epoch": done / self.cohort.steps_per_epoch, "loss": outcome.loss_P.tolist(),
-            "train_clean_acc": [row[-1] for row in transfer], "train_ae_acc": [row[i] for i, row in enumerate(transfer)],
-            "transfer": transfer, "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers],
-            "images_per_s": images_per_second(meter.steps * self.config.train.batch_size, meter.elapsed),
-            "step_s": meter.elapsed / meter.steps, "phases_s": waits, **device_memory(self.mesh.device)})
+    def log(self, done: int, outcome: Outcome, meter: Meter) -> None:
+        """Report a log step."""
+        phases = self.mesh.gather_json(meter.means())
+        self.reporter.log({**self.progress(done), **step_record(outcome, meter, self.config.train.batch_size),
+                           "phases_s": phases, **device_memory(self.mesh.device)})
+
+    def progress(self, done: int) -> dict[str, Any]:
+        """What all records share: how far the training is, and each peer's learning rate."""
+        return {"step": done, "epoch": done / self.cohort.steps_per_epoch,
+                "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers]}
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -190,16 +189,18 @@ class Trainer:
         agree = Agreement(self.mesh, "test")
         marked = checkpoint.read_best(self.run.folder) if self.mesh.placement.is_lead else None
         step = self.mesh.from_lead(marked.step if marked else None)
-        manifest = agree.run("best checkpoint", checkpoint.load_manifest, self.run.folder, step) if step is not None else None
+        manifest = None
+        if step is not None:
+            manifest = agree.run("best checkpoint", checkpoint.load_manifest, self.run.folder, step)
         agree.settle("best checkpoint")
         return manifest
 
     def save(self, done: int, *, needed: bool, wait: bool) -> None:
         """All peers into `checkpoints/step_<done>`. `needed`: the run ends here, so that a full disk is an error."""
+        settings = self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})
         meta = checkpoint.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
-            config_digest=checkpoint.json_digest(self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})),
-            data_digest=self.data.digest, extra={
+            config_digest=checkpoint.json_digest(settings), data_digest=self.data.digest, extra={
                 "classes": list(self.data.classes), "images": asdict(self.images),
                 "muted": {str(peer): until for peer, until in self.cohort.muted.items()}})
         if not wait:
@@ -262,38 +263,11 @@ class Trainer:
         agree.settle("records")
         self.best_score = max(self.best_score, score)
 
-    def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan, seconds: float) -> None:
+    def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan,
+                           seconds: float) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
         if score > self.best_score:
             checkpoint.mark_best(self.run.folder, done, score, {"split": "validation"})
-        record: dict[str, Any] = {"step": done, "epoch": done / self.cohort.steps_per_epoch, "eval_s": seconds,
-                                  "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers]}
-        for prefix, weights in (("", "raw"), ("ema_", EMA)):
-            chosen = [r for r in results if r.weights == weights]
-            record[f"{prefix}clean_acc"] = [r.clean for r in chosen if r.target != ENSEMBLE] or None
-            record[f"{prefix}robust_acc"] = [r.robust for r in chosen if r.target != ENSEMBLE] or None
-            for r in chosen:
-                if r.target == ENSEMBLE:
-                    record[f"{prefix}ensemble"] = {"clean_acc": r.clean, "robust_acc": r.robust}
-        self.reporter.epoch(record)
+        self.reporter.epoch({**self.progress(done), "eval_s": seconds, **validation_record(results)})
         write_results(self.run.folder.eval, f"validation_{checkpoint.step_name(done)}", results, config=self.config,
                       attack=plan, step=done, split="validation", attempt=self.run.attempt)
-
-
-class _Meter:
-    """Seconds of the steps since the last log record, by phase; saving and evaluating do not count."""
-
-    def __init__(self) -> None:
-        self.steps, self.elapsed = 0, 0.0
-        self.seconds: dict[str, float] = {}
-
-    def add(self, seconds: dict[str, float], elapsed: float) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.elapsed += elapsed
-        for phase, spent in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-
-    def means(self) -> dict[str, float]:
-        """Mean seconds per step of each phase."""
-        return {phase: round(spent / self.steps, 6) for phase, spent in self.seconds.items()}

@@ -69,8 +69,9 @@ class Cohort:
         self.rows = self.mesh.placement.shard(self.batch_size)
         local = self.rows.stop - self.rows.start
         if local % self.step.microbatches:
-            raise EnvironmentFault(f"{local} images per replica do not split into {self.step.microbatches} micro-batches",
-                                   "step.microbatches", "use a divisor of train.batch_size / replicas")
+            raise EnvironmentFault(
+                f"{local} images per replica cannot be split into {self.step.microbatches} micro-batches",
+                "step.microbatches", "use a divisor of train.batch_size / replicas")
         self._pace_norms()
 
     def _pace_norms(self) -> None:

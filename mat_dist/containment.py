@@ -28,13 +28,17 @@ class Containment:
         self._refused: list[int] = []
 
     def handle(self, error: NonFinite, step: int) -> None:
-        """Go on after `error` in `step`, or raise it: policy abort, too many refused steps, or no checkpoint to reload."""
+        """Go on after `error` in `step`, or raise it.
+
+        It is raised under the policy abort, after too many refused steps, or when there is no checkpoint to reload.
+        """
         self._refused = [s for s in self._refused if s > step - WINDOW] + [step]
         if self.policy == "abort" or len(self._refused) > MOST_REFUSED:
             raise error
         if self.policy == "quarantine":
             self._reload(error, step)
-        self.note(f"warning: step {step} left out ({len(self._refused)} of at most {MOST_REFUSED} in {WINDOW}): {error.what}")
+        count = f"{len(self._refused)} of at most {MOST_REFUSED} in {WINDOW}"
+        self.note(f"warning: step {step} left out ({count}): {error.what}")
 
     def _reload(self, error: NonFinite, step: int) -> None:
         """Put the guilty peers back to the newest checkpoint; nobody learns from them for a while."""

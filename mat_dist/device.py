@@ -12,7 +12,8 @@ def choose_device(config: Config, *, local_rank: int, local_world: int) -> torch
     """The device of this rank. Raises EnvironmentFault when there are GPUs but too few: never a silent CPU run."""
     count = torch.cuda.device_count() if config.run.device != "cpu" else 0
     if config.run.device == "cuda" and count == 0:
-        raise EnvironmentFault("no GPU is visible", "run.device=cuda", "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
+        raise EnvironmentFault("no GPU is visible", "run.device=cuda",
+                               "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
     if count == 0:
         return torch.device("cpu")
     if local_world > count and config.comm.backend != "gloo":

@@ -84,7 +84,8 @@ def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
     return list(dict.fromkeys(Threat(p.threat.norm, p.threat.eps) for p in peers))
 
 
-def load_models(config: Config, manifest: Manifest, images: Images, weights: str, device: torch.device) -> list[nn.Module]:
+def load_models(config: Config, manifest: Manifest, images: Images, weights: str,
+                device: torch.device) -> list[nn.Module]:
     """All peers of a checkpoint, frozen for evaluation, with raw or averaged weights."""
     models = []
     for index, spec in enumerate(config.peers):
@@ -117,7 +118,7 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
     for weights in [RAW, EMA] if any(p.optim.ema_decay is not None for p in config.peers) else [RAW]:
         models = agree.run("loading", load_models, config, manifest, images, weights, mesh.device)
         agree.settle(f"models {weights}")
-        names = [str(p.name) for p in config.peers] + [ENSEMBLE]
+        names = [*(str(p.name) for p in config.peers), ENSEMBLE]
         targets = [*models, Ensemble(models, config.eval.ensemble)]
         # Columns: clean, then each threat; ranks fill their chunks, the rest stays 0 for the sum.
         table_RCN = torch.zeros(len(targets), 1 + len(threats), count, dtype=torch.uint8)
@@ -125,8 +126,8 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
             if stop.requested:
                 break
             columns = slice(chunk * config.eval.chunk, min((chunk + 1) * config.eval.chunk, count))
-            found = agree.run(f"chunk {chunk}", _attack_chunk, config, targets, threats, data, samples[columns], attack, chunk,
-                              mesh.device)
+            found = agree.run(f"chunk {chunk}", _attack_chunk, config, targets, threats, data, samples[columns],
+                              attack, chunk, mesh.device)
             if found is not None:
                 table_RCN[:, :, columns] = found
         agree.settle(f"chunks {weights}")
@@ -135,7 +136,8 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
                                 "start the same command again to continue with this evaluation")
         table_RCN = mesh.sum_world(table_RCN)
         labels_N = data.labels[samples.to(data.device)].cpu()
-        results += [Result(name, weights, row[0].bool(), row[1:].bool(), samples, labels_N) for name, row in zip(names, table_RCN, strict=True)]
+        results += [Result(name, weights, row[0].bool(), row[1:].bool(), samples, labels_N)
+                    for name, row in zip(names, table_RCN, strict=True)]
     return results
 
 
@@ -174,7 +176,8 @@ def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     return (logits_BK.argmax(-1) == y_B) & logits_BK.isfinite().all(-1)
 
 
-def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int, chunk: int) -> Tensor:
+def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
+               chunk: int) -> Tensor:
     """Whether each image is still correct after every restart of PGD on cross-entropy -> bool (B,)."""
     held_B = torch.ones_like(y_B, dtype=torch.bool)
     region = threat.region(x_BCHW)

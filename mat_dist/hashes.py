@@ -26,7 +26,8 @@ def print_hashes(words: Sequence[str]) -> None:
         return
     for word in words:
         if not Path(word).is_dir():
-            raise ConfigError(f"there is no run folder {word!r}", "command line", "give the folder of a run, e.g. runs/NAME")
+            raise ConfigError(f"there is no run folder {word!r}", "command line",
+                              "give the folder of a run, e.g. runs/NAME")
 
     from mat_dist import checkpoint
     from mat_dist.cohort import state_hash

@@ -20,7 +20,7 @@ from mat_dist.runfolder import RunFolder
 
 def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weights: str | None = None,
          device: str = "cpu") -> nn.Module:
-    """A model of a run, in eval mode, without gradients of parameters: float images (B, C, H, W) in [0, 1] -> logits (B, K).
+    """A model of a run: float images (B, C, H, W) in [0, 1] -> logits (B, K); eval mode, no gradient of parameters.
 
     Args:
         run: run folder.
@@ -41,7 +41,8 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
     averaged = any(p.optim.ema_decay is not None for p in config.peers)
     weights = weights or (EMA if averaged else RAW)
     if weights not in (RAW, EMA) or (weights == EMA and not averaged):
-        raise CheckpointError(f"there are no weights {weights!r}", str(run), "choose raw, or ema where optim.ema_decay was set")
+        raise CheckpointError(f"there are no weights {weights!r}", str(run),
+                              "choose raw, or ema where optim.ema_decay was set")
     told = manifest.meta.extra["images"]
     images = Images(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
     models = load_models(config, manifest, images, weights, torch.device(device))
@@ -56,7 +57,8 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
     if peer == "best":
         file = folder.eval / f"validation_{checkpoint.step_name(manifest.step)}.json"
         if not file.is_file():
-            raise CheckpointError("no evaluation says which peer is best", str(file), f"choose one of {', '.join(names)}")
+            raise CheckpointError("no evaluation says which peer is best", str(file),
+                                  f"choose one of {', '.join(names)}")
         rows = parse_json(file.read_bytes())["targets"]
         robust = {r["target"]: r["accuracy"]["union"] for r in rows if r["weights"] == weights and r["target"] in names}
         peer = max(robust, key=lambda name: (robust[name], -names.index(name)))
@@ -64,4 +66,5 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
         return names.index(str(peer))
     if isinstance(peer, int) and 0 <= peer < len(names):
         return peer
-    raise CheckpointError(f"there is no peer {peer!r}", str(folder.path), f"choose best, ensemble, or one of {', '.join(names)}")
+    raise CheckpointError(f"there is no peer {peer!r}", str(folder.path),
+                          f"choose best, ensemble, or one of {', '.join(names)}")

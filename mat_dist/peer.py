@@ -113,7 +113,7 @@ class Peer:
         return [p.grad for p in parameters if p.grad is not None]
 
     def clip(self) -> Tensor:
-        """Clip the gradient if the settings ask for it; its norm before that (scalar, not finite if any part is not)."""
+        """Clip the gradient if the settings say so -> its norm before that (scalar, not finite if a part is not)."""
         gradients = self.gradients()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.spec.optim.clip_norm is not None:
@@ -141,7 +141,8 @@ class Peer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs of this peer: tensors and plain numbers."""
-        return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema,
+                "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state of the same architecture and optimizer."""

@@ -65,17 +65,16 @@ def write_results(folder: Path, name: str, results: Sequence[Result], *, config:
     return path
 
 
-def _rows(results: Sequence[Result], labels: Sequence[str]) -> str:
+def _rows(results: Sequence[Result], threats: Sequence[str]) -> str:
     """A row per sample, attack and target; images that are wrong without an attack are `not attacked`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["sample", "label", "attack", "target", "weights", "clean_correct", "robust", "attacked"])
     for r in results:
-        clean = r.clean_N.tolist()
-        for t, label in enumerate(labels):
-            robust = r.robust_TN[t].tolist()
-            for sample, (c, ok) in enumerate(zip(clean, robust, strict=True)):
-                writer.writerow([int(r.samples_N[sample]), int(r.labels_N[sample]), label, r.target, r.weights, int(c), int(ok), int(c)])
+        samples, labels, clean = r.samples_N.tolist(), r.labels_N.tolist(), r.clean_N.tolist()
+        for threat, robust in zip(threats, r.robust_TN.tolist(), strict=True):
+            for sample, true, c, ok in zip(samples, labels, clean, robust, strict=True):
+                writer.writerow([sample, true, threat, r.target, r.weights, int(c), int(ok), int(c)])
     return out.getvalue()
 
 

@@ -95,7 +95,8 @@ class Saver:
         told = mesh.gather_json([asdict(e) for e in entries])
         if mesh.placement.is_lead:
             listed = [checkpoint.FileEntry(**e) for rank in told for e in rank]
-            agree.run("manifest", checkpoint.commit, self.run.folder, pending.done, self.run.attempt, listed, pending.meta)
+            agree.run("manifest", checkpoint.commit, self.run.folder, pending.done, self.run.attempt, listed,
+                      pending.meta)
             for problem in (agree.run("retention", checkpoint.prune, self.run.folder, self.keep) or ((), ()))[1]:
                 self.note(problem)
         if not self._passes(agree, "manifest", pending.done):
@@ -119,6 +120,7 @@ class Saver:
                 checkpoint.abandon(self.run.folder, done, self.run.attempt)
             if self._failures >= MAX_FAILURES:
                 raise
-            self.note(f"warning: no checkpoint after step {done}: {error}; the run goes on, try {self._failures} of {MAX_FAILURES}")
+            self.note(f"warning: no checkpoint after step {done}: {error}; the run goes on, "
+                      f"try {self._failures} of {MAX_FAILURES}")
             return False
         return True

@@ -26,13 +26,14 @@ def complete(raw: dict[str, Any]) -> Config:
         loss = fill_loss(peer.loss, i, len(config.peers))
         attack = fill_attack(peer.attack, peer.loss.preset, i, peer.threat.eps)
         stream = i if peer.stream is None else peer.stream
-        peers.append(peer.model_copy(update={"loss": loss, "attack": attack, "stream": stream, "name": peer.name or f"peer{i}"}))
+        peers.append(peer.model_copy(update={"loss": loss, "attack": attack, "stream": stream,
+                                             "name": peer.name or f"peer{i}"}))
     return config.model_copy(update={"peers": tuple(peers)})
 
 
-def cohort_config(preset: str | list[str] = "mat", peers: int = 4, *, norm: str = "linf", eps: float = 0.1, steps: int = 3,
-                  loss: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, entry: dict[str, Any] | None = None,
-                  **sections: Any) -> Config:
+def cohort_config(preset: str | list[str] = "mat", peers: int = 4, *, norm: str = "linf", eps: float = 0.1,
+                  steps: int = 3, loss: dict[str, Any] | None = None, optim: dict[str, Any] | None = None,
+                  entry: dict[str, Any] | None = None, **sections: Any) -> Config:
     """`peers` equal peers of one preset (or one preset each)."""
     presets = [preset] * peers if isinstance(preset, str) else preset
     entries = [{"threat": {"norm": norm, "eps": eps}, "attack": {"steps": steps}, "loss": {"preset": p, **(loss or {})},
@@ -48,8 +49,8 @@ class Net(nn.Module):
         def layer(c: int) -> nn.Module:
             return nn.BatchNorm2d(c) if norm == "batch" else nn.GroupNorm(2, c)
         self.body = nn.Sequential(nn.Conv2d(SHAPE[0], 4, 3, padding=1, bias=False), layer(4), nn.ReLU(),
-                                  nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), layer(6), nn.ReLU(), nn.Flatten(),
-                                  nn.Linear(6 * 9, classes))
+                                  nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), layer(6), nn.ReLU(),
+                                  nn.Flatten(), nn.Linear(6 * 9, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.body(x)
@@ -77,7 +78,8 @@ def build(config: Config, mesh: Mesh, models: list[nn.Module]) -> Cohort:
     return Cohort.build(config, mesh, None, steps_per_epoch=10, models=mine)  # type: ignore[arg-type]
 
 
-def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dtype: torch.dtype = torch.float32, log: bool = False) -> Cohort:
+def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dtype: torch.dtype = torch.float32,
+          log: bool = False) -> Cohort:
     """Run some steps; the batch is a function of the step, each replica takes its rows."""
     cohort = build(config, mesh, models)
     for step in range(steps):

@@ -33,8 +33,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "trades": _TRADES,
     "mat_trades": {**_TRADES, **_KD},
 }
-# Collaborative adversarial training (Liu et al., arXiv 2303.14922, and its code): 1/20 own loss, 19/20 distillation of the peers on
-# my AE at T = 1; a TRADES-type net (even index) beside an ALP-type net (odd index: Kannan et al., 2018).
+# Collaborative adversarial training (Liu et al., arXiv 2303.14922, and its code): 1/20 own loss, 19/20 distillation
+# of the peers on my AE at T = 1; a TRADES-type net (even index) beside an ALP-type net (odd index: Kannan et al.,
+# 2018).
 _CAT_BASE = {"base_scale": 1 / 20, "kd_weight": 19 / 20, "kd_own": 1.0}
 CAT = ({**_CAT_BASE, **_TRADES}, {**_CAT_BASE, "hard_weight": 0.5, "clean_weight": 0.5, "pair_weight": 1.0})
 

@@ -108,9 +108,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """A classifier over [0, 1] images; normalisation is its first layer."""
 
-    name: str = Field("tiny_cnn", min_length=1, description="tiny_cnn, small_cnn, resnet18, preact_resnet18, wrn_28_10, "
-                                                            "wrn_34_10, mobilenet_v2, torchvision/<name>, "
-                                                            "timm/<name>, or a plug-in's name")
+    name: str = Field(
+        "tiny_cnn", min_length=1, description="tiny_cnn, small_cnn, resnet18, preact_resnet18, wrn_28_10, wrn_34_10, "
+                                              "mobilenet_v2, torchvision/<name>, timm/<name>, or a plug-in's name")
     width: Number = Field(1.0, gt=0, le=16, description="factor on the number of channels")
     activation: Literal["relu", "silu", "softplus"] | None = Field(
         None, description="default: the architecture's own (relu)")
@@ -215,9 +215,9 @@ class StepConfig(Section):
                                                                      "concatenated forward")
     channels_last: bool = Field(True, description="memory layout of images and convolutions")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
-        "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is left "
-                             "out (at most 3 of 100); or that peer also goes back to its newest checkpoint and teaches "
-                             "nobody for 20 steps")
+        "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
+                             "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "
+                             "teaches nobody for 20 steps")
 
 
 class TrainConfig(Section):

@@ -19,8 +19,9 @@ from mat_dist.train import main
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny finished run of two peers."""
     root = tmp_path_factory.mktemp("runs")
-    words = [f"run.root={root}", "run.name=tiny", "peers=2", "data.train_size=200", "data.val_size=60", "data.test_size=40",
-             "train.epochs=2", "train.batch_size=50", "eval.every=1", "eval.steps=2", "eval.test_steps=2", "log.console=off"]
+    words = [f"run.root={root}", "run.name=tiny", "peers=2", "data.train_size=200", "data.val_size=60",
+             "data.test_size=40", "train.epochs=2", "train.batch_size=50", "eval.every=1", "eval.steps=2",
+             "eval.test_steps=2", "log.console=off"]
     assert main(words) == 0
     return root / "tiny"
 

@@ -32,7 +32,8 @@ class Reference:
                         state["body.4.running_mean"].clone(), state["body.4.running_var"].clone()]
         self.names = names
 
-    def _norm(self, h: Tensor, which: int, gain: Tensor, bias: Tensor, stats: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+    def _norm(self, h: Tensor, which: int, gain: Tensor, bias: Tensor,
+              stats: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         if stats is None:  # evaluation: running statistics
             mean, var = self.running[2 * which], self.running[2 * which + 1]
         else:
@@ -123,11 +124,12 @@ def formula(preset: str, k: int, z: Callable[[int, Any], Tensor], t: Callable[[i
 def learned_slots(preset: str, k: int) -> list[Any]:
     """Inputs with a gradient, in the order that the running statistics see them: others, clean, own."""
     others = [j for j in range(P) if j != k]
-    return {"at": [k], "mat_share": [*others, k], "mat_kd": [k], "dml_at": [k], "mat": [*others, k], "trades": ["clean", k],
-            "mat_trades": [*others, "clean", k], "cat": ["clean", k]}[preset]
+    return {"at": [k], "mat_share": [*others, k], "mat_kd": [k], "dml_at": [k], "mat": [*others, k],
+            "trades": ["clean", k], "mat_trades": [*others, "clean", k], "cat": ["clean", k]}[preset]
 
 
-def reference_step(peers: list[Reference], preset: str, x: Tensor, y: Tensor, noises: list[Tensor], norm: str, eps: float) -> None:
+def reference_step(peers: list[Reference], preset: str, x: Tensor, y: Tensor, noises: list[Tensor], norm: str,
+                   eps: float) -> None:
     """One mutual step of all peers at once."""
     def trades_attack(k: int) -> bool:
         return preset in ("trades", "mat_trades") or (preset == "cat" and k % 2 == 0)
@@ -155,7 +157,8 @@ def start_noise(preset: str, k: int, step: int, norm: str, eps: float, x: Tensor
 
 @pytest.mark.parametrize("norm,eps", [("linf", 0.1), ("l2", 0.8)])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_equals_the_plain_formula_over_5_steps(preset: str, norm: str, eps: float, run_ranks: Callable[..., list[Any]]) -> None:
+def test_every_preset_equals_the_plain_formula_over_5_steps(preset: str, norm: str, eps: float,
+                                                            run_ranks: Callable[..., list[Any]]) -> None:
     assert len({P, BATCH, CLASSES, SHAPE[0]}) == 4  # equal sizes would hide a wrong axis
     models = nets(P, dtype=torch.float64)
     config = cohort_config(preset, P, norm=norm, eps=eps, steps=ATTACK_STEPS, step={"precision": "fp64"})
@@ -168,8 +171,8 @@ def test_every_preset_equals_the_plain_formula_over_5_steps(preset: str, norm: s
         state = ours.model.state_dict()
         for name, value in zip(theirs.names, theirs.w, strict=True):
             assert (state[name] - value).abs().max() < 1e-9, f"{ours.name} {name}"
-        for name, value in zip(("body.1.running_mean", "body.1.running_var", "body.4.running_mean", "body.4.running_var"),
-                               theirs.running, strict=True):
+        statistics = [f"body.{layer}.running_{kind}" for layer in (1, 4) for kind in ("mean", "var")]
+        for name, value in zip(statistics, theirs.running, strict=True):
             assert (state[name] - value).abs().max() < 1e-9, f"{ours.name} {name}"
         moved = (state["body.0.weight"] - models[ours.index].state_dict()["body.0.weight"]).abs().max()
         assert moved > 1e-3  # the comparison is of weights that learned

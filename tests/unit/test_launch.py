@@ -176,7 +176,8 @@ def test_the_test_script_selects_by_marker_and_passes_options_on(checkout, argum
     assert calls == expected
 
 
-@pytest.mark.parametrize(("quick", "slow", "worst"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (5, 0, 0), (0, 5, 0), (5, 5, 5), (2, 1, 2)])
+@pytest.mark.parametrize(("quick", "slow", "worst"), [
+    (0, 0, 0), (1, 0, 1), (0, 1, 1), (5, 0, 0), (0, 5, 0), (5, 5, 5), (2, 1, 2)])
 def test_the_test_script_ends_with_the_worse_code_of_its_two_parts(checkout, quick, slow, worst):
     checkout.python(f'case "$*" in *loadfile*) exit {quick} ;; *"slow and"*) exit {slow} ;; esac')
     assert checkout.run("test.sh").returncode == worst

@@ -37,15 +37,16 @@ def test_a_replicas_rows_are_the_rows_of_the_whole_draw() -> None:
 
 
 def test_keys_separate_seed_purpose_and_every_index() -> None:
-    keys = {streams.key(s, p, *i) for s in (0, 1) for p in ("a", "b") for i in ((), (0,), (1,), (0, 0), (0, 1), (1, 0), (10,), (1, 0, 0))}
-    assert len(keys) == 2 * 2 * 8
+    indices: list[tuple[int, ...]] = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (10,), (1, 0, 0)]
+    keys = {streams.key(seed, purpose, *i) for seed in (0, 1) for purpose in ("a", "b") for i in indices}
+    assert len(keys) == 2 * 2 * len(indices)
     assert all(-(1 << 63) <= k < 1 << 63 for k in keys)
 
 
 def test_uniform_numbers_have_the_moments_of_the_uniform_law() -> None:
     for dtype in (torch.float32, torch.float64):
         u = streams.uniform(streams.key(0, "u"), (200_000,), dtype=dtype)
-        assert u.dtype == dtype and 0 <= u.min() and u.max() < 1
+        assert u.dtype == dtype and u.min() >= 0 and u.max() < 1
         assert abs(u.double().mean() - 0.5) < 4 * (1 / 12 / 200_000) ** 0.5
         counts = torch.histc(u.float(), 20, 0, 1)
         assert ((counts - 10_000) ** 2 / 10_000).sum() < 50  # chi-squared, 19 degrees: P < 2e-4
@@ -60,7 +61,7 @@ def test_normal_numbers_have_the_moments_of_the_normal_law() -> None:
 
 
 def test_a_permutation_holds_every_index_once_and_depends_on_the_key() -> None:
-    first, second = streams.permutation(streams.key(0, "order", 0), 1000), streams.permutation(streams.key(0, "order", 1), 1000)
+    first, second = (streams.permutation(streams.key(0, "order", epoch), 1000) for epoch in (0, 1))
     assert torch.equal(first.sort().values, torch.arange(1000))
     assert (first == second).float().mean() < 0.02
 

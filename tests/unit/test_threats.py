@@ -14,7 +14,8 @@ from mat_dist.attacks import margin, pgd
 from mat_dist.errors import ConfigError
 from mat_dist.threats import Threat
 
-CASES = [("linf", 8 / 255), ("linf", 0.1), ("linf", 0.031), ("linf", 1e-4), ("l2", 0.5), ("l2", 128 / 255), ("l2", 3.0), ("l2", 1e-3)]
+CASES = [("linf", 8 / 255), ("linf", 0.1), ("linf", 0.031), ("linf", 1e-4),
+         ("l2", 0.5), ("l2", 128 / 255), ("l2", 3.0), ("l2", 1e-3)]
 
 
 def images(key: int, shape: tuple[int, ...] = (6, 3, 8, 8), dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,13 +29,15 @@ def images(key: int, shape: tuple[int, ...] = (6, 3, 8, 8), dtype: torch.dtype =
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(max_examples=15, deadline=None)
 @given(key=st.integers(-(2**63), 2**63 - 1), spread=st.sampled_from([1e-3, 0.1, 10.0]))
-def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, dtype: torch.dtype, key: int, spread: float) -> None:
+def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, dtype: torch.dtype, key: int,
+                                                    spread: float) -> None:
     threat, x = Threat(norm, eps), images(key, dtype=dtype)
     region = threat.region(x)
-    points = [region.settle(region.project(x + spread * noise)) for noise in (streams.normal(key ^ 1, x.shape, dtype=dtype), torch.ones_like(x))]
+    noises = streams.normal(key ^ 1, x.shape, dtype=dtype), torch.ones_like(x)
+    points = [region.settle(region.project(x + spread * noise)) for noise in noises]
     points += [threat.start(kind, region, x, stream=key) for kind in ("uniform", "gaussian", "zero")]
     for adv in points:
-        assert adv.dtype == dtype and 0 <= adv.min() and adv.max() <= 1
+        assert adv.dtype == dtype and adv.min() >= 0 and adv.max() <= 1
         assert (threat.distance(adv, x) <= eps * (1 + 1e-6)).all()
 
 
@@ -53,7 +56,8 @@ def test_linf_projection_is_the_nearest_point_by_enumeration() -> None:
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
     best = [min((g for g in grid.tolist() if abs(g - xi) <= eps + 1e-12), key=lambda g: abs(g - pi))
             for xi, pi in zip(x.flatten().tolist(), point.flatten().tolist(), strict=True)]
-    assert torch.allclose(Threat("linf", eps).region(x).project(point).flatten(), torch.tensor(best, dtype=torch.float64), atol=1e-9)
+    projected = Threat("linf", eps).region(x).project(point).flatten()
+    assert torch.allclose(projected, torch.tensor(best, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

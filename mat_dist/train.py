@@ -1,7 +1,7 @@
 """Train a cohort of peers that learn from each other's adversarial examples and predictions.
 
-torchrun --nproc_per_node=4 -m mat_dist.train [--config FILE] [key=value ...]   a rank per peer
-python -m mat_dist.train [--config FILE] [key=value ...]                        one process hosts all peers
+torchrun --nproc_per_node=4 -m mat_dist.train ...   one rank per peer (4 peers)
+python -m mat_dist.train ...                        one process hosts all peers
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def train(words: list[str]) -> None:
             print(text)
         return
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
-          open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words, plugins=plugins) as run):
+          open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words,
+                   plugins=plugins) as run):
         run.notes += config_warnings(config)
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                             build_cache=launch.local_rank == 0, stop=stop)

@@ -13,6 +13,7 @@ from mat_dist.errors import ConfigError
 
 WIDTH = 100
 _COLUMN = 36
+_COMMANDS = ("python ", "torchrun ")
 _OPTIONS = ("--config", "--plugin", "--dry-run", "--help")
 _OPTION_TEXTS = (
     ("-c, --config FILE", "a YAML file, or the name of one in configs/; without it digits: 4 peers, embedded data"),
@@ -114,10 +115,21 @@ def _rows(rows: Sequence[Setting]) -> Iterator[str]:
         yield from _entry(f"{row.key}={row.default_text}", f"{row.description} [{row.type_text}]")
 
 
+def _described(text: str) -> Iterator[str]:
+    """Paragraphs of a docstring, wrapped; one that begins with a command keeps its lines."""
+    for number, paragraph in enumerate(text.strip().split("\n\n")):
+        if number:
+            yield ""
+        if paragraph.startswith(_COMMANDS):
+            yield from textwrap.indent(paragraph, "  ").splitlines()
+        else:
+            yield from textwrap.wrap(paragraph, WIDTH, break_on_hyphens=False)
+
+
 def help_text(prog: str, description: str) -> str:
     """Options, every setting by section with default, meaning and type, and examples; at most 100 columns."""
     lines = [f"usage: {prog} [--config FILE] [--plugin FILE.py] [--dry-run] [KEY=VALUE ...]", ""]
-    lines += [*textwrap.wrap(description, WIDTH), "", "Options"]
+    lines += [*_described(description), "", "Options"]
     for left, right in _OPTION_TEXTS:
         lines += _entry(left, right, 20)
     lines += ["", "Settings: key=default (where no file sets it), meaning [type]"]

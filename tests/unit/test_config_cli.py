@@ -104,6 +104,20 @@ def _sections(model: type) -> list[type]:
     return found
 
 
+def test_the_help_keeps_the_lines_of_commands_and_wraps_the_rest() -> None:
+    told = "One sentence\nover two lines.\n\npython -m x ...     one\ntorchrun -m x ...   many\n"
+    shown = help_text("x", told).split("Options")[0].splitlines()[2:]
+    assert shown == ["One sentence over two lines.", "", "  python -m x ...     one", "  torchrun -m x ...   many", ""]
+
+
+def test_the_help_of_the_training_fits_100_columns_and_shows_both_launches() -> None:
+    from mat_dist import train
+
+    top = help_text("python -m mat_dist.train", train.__doc__).split("Options")[0].splitlines()
+    assert max(map(len, top)) <= 100
+    assert [line.split()[0] for line in top if line.startswith("  ")] == ["torchrun", "python"]
+
+
 def test_the_examples_in_the_help_are_valid() -> None:
     lines = help_text("python -m mat_dist.train", "Train.").split("Examples\n")[1].splitlines()
     for line in lines:

@@ -1,0 +1,128 @@
+"""The table over seeds, on made-up result files, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mat_dist.table import main
+
+
+def write(root: Path, run: str, seed: int, shares: dict[str, tuple[float, float]], *, label: str = "last",
+          step: int = 100, suffix: str = "", time: str = "2026-01-01T00:00:00+00:00", steps: int = 20,
+          threats: tuple[str, ...] = ("linf 8/255",), **settings: Any) -> str:
+    """A result file with (clean, robust) for each target; the weakest threat's share is the union's."""
+    folder = root / run
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").touch()
+    targets = [{"target": target, "weights": "raw", "n": 100,
+                "accuracy": {"clean": clean, **dict.fromkeys(threats, robust), "union": robust}}
+               for target, (clean, robust) in shares.items()]
+    document = {"step": step, "time": time, "seed": seed, "targets": targets,
+                "attack": {"name": "PGD", "steps": steps, "restarts": 1},
+                "config": {"run": {"seed": seed, "root": str(root)}, "train": {"epochs": 3, **settings}}}
+    (folder / "eval" / f"test_{label}_step_{step:08d}{suffix}.json").write_text(json.dumps(document))
+    return str(folder)
+
+
+@pytest.fixture
+def table(capsys: pytest.CaptureFixture[str]):
+    """The rows of the Markdown table for some folders, as lists of cells, with the exit code and stderr."""
+    def run(*folders: str) -> tuple[list[list[str]], int, str]:
+        code = main(folders)
+        out, err = capsys.readouterr()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
+                if line.startswith("| ")], code, err
+    return run
+
+
+def test_the_mean_and_the_sample_deviation_are_those_worked_out_by_hand(table, tmp_path):
+    # clean 0.80, 0.84, 0.85: mean 0.83, deviations -3, 1, 2 (squares 9 + 1 + 4 = 14), sqrt(14 / 2) = 2.6458 points.
+    # robust 0.40, 0.50, 0.60: mean 0.50, sqrt((100 + 0 + 100) / 2) = 10 points.
+    folders = [write(tmp_path, f"digits-seed{seed}", seed, {"peer0": values})
+               for seed, values in enumerate([(0.80, 0.40), (0.84, 0.50), (0.85, 0.60)])]
+    rows, code, err = table(*folders)
+    assert (code, err) == (0, "")
+    assert rows == [["runs", "target", "weights", "checkpoint", "attack", "clean %", "linf 8/255 %", "seeds"],
+                    ["---"] * 5 + ["---:"] * 3,
+                    ["digits", "peer0", "raw", "last", "PGD-20", "83.00 ± 2.65", "50.00 ± 10.00", "3"]]
+
+
+def test_one_seed_has_a_mean_and_no_deviation(table, tmp_path):
+    rows, _, _ = table(write(tmp_path, "a-seed7", 7, {"peer0": (0.5, 0.25)}))
+    assert rows[2] == ["a", "peer0", "raw", "last", "PGD-20", "50.00", "25.00", "1"]
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(table, tmp_path):
+    folders = [write(tmp_path, "a-seed0", 0, {"peer0": (0.5, 0.2), "ensemble": (0.7, 0.3)}),
+               write(tmp_path, "a-seed1", 1, {"peer0": (0.7, 0.4), "ensemble": (0.7, 0.3)}),
+               write(tmp_path, "b-seed0", 0, {"peer0": (0.9, 0.6)}, lr=0.1),
+               write(tmp_path / "again", "a-seed2", 2, {"peer0": (0.1, 0.0)}, lr=0.2)]
+    rows, _, _ = table(*folders)
+    assert [(row[0], row[1], row[5], row[-1]) for row in rows[2:]] == [
+        ("a", "peer0", "60.00 ± 14.14", "2"), ("a", "ensemble", "70.00 ± 0.00", "2"),
+        ("b", "peer0", "90.00", "1"), ("a (2)", "peer0", "10.00", "1")]
+
+
+def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(table, tmp_path):
+    for label, robust in (("best", 0.3), ("last", 0.2)):
+        folder = write(tmp_path, "a", 0, {"peer0": (0.5, robust)}, label=label, threats=("linf 1/10", "l2 1/2"))
+    other = write(tmp_path, "b", 0, {"peer0": (0.5, 0.1)}, steps=50)
+    rows, _, _ = table(folder, other)
+    assert rows[0][5:] == ["clean %", "linf 1/10 %", "l2 1/2 %", "linf 8/255 %", "union %", "seeds"]
+    assert [row[3:] for row in rows[2:]] == [
+        ["best", "PGD-20", "50.00", "30.00", "30.00", "-", "30.00", "1"],
+        ["last", "PGD-20", "50.00", "20.00", "20.00", "-", "20.00", "1"],
+        ["last", "PGD-50", "50.00", "-", "-", "10.00", "10.00", "1"]]
+
+
+def test_the_newest_evaluation_of_a_checkpoint_counts(table, tmp_path):
+    write(tmp_path, "a", 0, {"peer0": (0.1, 0.1)}, step=50)
+    write(tmp_path, "a", 0, {"peer0": (0.2, 0.2)}, step=100)
+    write(tmp_path, "a", 0, {"peer0": (0.3, 0.3)}, step=100, suffix="-10")
+    folder = write(tmp_path, "a", 0, {"peer0": (0.4, 0.4)}, step=100, suffix="-2")
+    assert table(folder)[0][2][5] == "30.00"
+    write(tmp_path, "a", 0, {"peer0": (0.5, 0.5)}, step=60, time="2026-01-02T00:00:00+00:00")
+    assert table(folder)[0][2][5] == "50.00"
+
+
+def test_an_unfinished_run_is_left_out_and_named(table, tmp_path):
+    folders = [write(tmp_path, "a-seed0", 0, {"peer0": (0.5, 0.2)}), str(tmp_path / "a-seed1")]
+    (tmp_path / "a-seed1").mkdir()
+    (tmp_path / "a-seed1" / "config.yaml").touch()
+    rows, code, err = table(*folders)
+    assert (code, rows[2][-1]) == (0, "1")
+    assert err == f"mat_dist: warning: {folders[1]} has no test results yet and is left out\n"
+    _, code, err = table(folders[1])
+    assert code == 16 and "none of the runs has test results" in err
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ("[]", "not a result file"), ("{", "not a result file"), ('{"time": "x"}', "not a result file: 'config'")])
+def test_a_damaged_result_file_is_one_line(table, tmp_path, text, problem):
+    folder = write(tmp_path, "a", 0, {"peer0": (0.5, 0.2)})
+    file = next(Path(folder, "eval").iterdir())
+    file.write_text(text)
+    rows, found, err = table(folder)
+    assert (found, rows) == (16, []) and err.count("\n") == 1
+    assert problem in err and str(file) in err
+
+
+def test_one_seed_given_twice_is_refused(table, tmp_path):
+    folders = [write(tmp_path, name, 3, {"peer0": (0.5, 0.2)}) for name in ("a", "b")]
+    _, code, err = table(*folders)
+    assert code == 2 and "a and b have the same settings and seed 3" in err
+
+
+def test_a_folder_that_is_no_run_is_refused(table, tmp_path):
+    _, code, err = table(str(tmp_path))
+    assert code == 2 and "is not a run folder" in err
+
+
+def test_without_folders_the_command_explains_itself(capsys):
+    assert main([]) == 0
+    assert re.search(r"python -m mat_dist\.table RUN_FOLDER", capsys.readouterr().out)

@@ -143,7 +143,8 @@ class Mesh:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            text = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0])  # gloo begins with its source file
+            # gloo begins with its source file and ends with advice.
+            text = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
             if self.beat is None:
                 raise PeerSilent(f"a peer stopped answering: {text}", where, RESTART) from error
             raise self.beat.blame(where, text) from error

@@ -25,6 +25,7 @@ from mat_dist.step import Outcome, train_step
 from mat_dist.stopping import StopFlag
 from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory
 from mat_dist.telemetry import Result as TableRow
+from mat_dist.watch import Watch, wait_shares
 
 
 class Trainer:
@@ -51,6 +52,7 @@ class Trainer:
             self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
+        self.watch = Watch(len(config.peers))
         self.best_score = -1.0
 
     @property
@@ -153,10 +155,14 @@ class Trainer:
         self.reporter.note(text)
 
     def log(self, done: int, outcome: Outcome, meter: Meter) -> None:
-        """Report a log step."""
+        """Report a log step, and what is unusual about it."""
         phases = self.mesh.gather_json(meter.means())
-        self.reporter.log({**self.progress(done), **step_record(outcome, meter, self.config.train.batch_size),
-                           "phases_s": phases, **device_memory(self.mesh.device)})
+        record = step_record(outcome, meter, self.config.train.batch_size)
+        self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
+                           **device_memory(self.mesh.device)})
+        slow = self.watch.slow_rank(phases)
+        for line in [*([slow] if slow else []), *self.watch.spikes(done, record["loss"])]:
+            self.note(line)
 
     def progress(self, done: int) -> dict[str, Any]:
         """What all records share: how far the training is, and each peer's learning rate."""

@@ -3,13 +3,12 @@
 torchrun --nproc_per_node=4 --rdzv-backend=mat_dist_local -m mat_dist.train
 
 torchrun's own stores, also with --standalone and --master-addr=127.0.0.1, listen on all interfaces and ask nobody for a
-password (pytorch#173909). setup.cfg registers this one in the entry-point group `torchrun.handlers`.
+password (pytorch#173909). torchrun finds this one through torchrun_plugin.py.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
@@ -76,8 +75,3 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
     if parameters.max_nodes != 1:
         raise ValueError(f"--rdzv-backend={NAME} is for one node, --nnodes asks for {parameters.max_nodes}")
     return LocalRendezvous(parameters.run_id)
-
-
-def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun's registry asks the entry point for."""
-    return create

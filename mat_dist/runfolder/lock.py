@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -106,6 +107,17 @@ class RunLock:
             if self._claim(temporary, last):
                 return f"took the lock over from {last.text}: {reason}"
         raise OutputError("the lock changes hands all the time", str(self.folder.lock), "start the run once only")
+
+    def held_by(self) -> str | None:
+        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
+        with reported(self.folder.lock):
+            chain = self._chain()
+            # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
+            return chain[-1].text if chain and self._stale(chain[-1], time.time()) is None else None
 
     def _claim(self, temporary: Path, last: _Link) -> bool:
         """Become the successor of `last`, which is stale; False if another process was faster."""

@@ -191,7 +191,8 @@ def test_the_test_script_refuses_unknown_options(checkout):
 
 # ------------------------------------------------------------------ SLURM
 
-SRUN = 'shift; for a; do case "$a" in run.name=*) d="runs/${a#*=}" ;; run.root=*) ;; esac; done; mkdir -p "$d"\n'
+SRUN = ('for a; do case "$a" in run.root=*) root="${a#*=}" ;; run.name=*) name="${a#*=}" ;; esac; done\n'
+        'd="$root/$name"; mkdir -p "$d"\n')
 SCONTROL = 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; fi'
 
 
@@ -213,16 +214,32 @@ def requeues(checkout: Checkout) -> list[list[str]]:
     return [call[1:] for call in checkout.calls() if call[:2] == ["scontrol", "requeue"]]
 
 
-def test_slurm_starts_one_torchrun_per_node_with_names_of_this_job(cluster):
-    done = cluster.run("slurm.sbatch", "--config", "my file.yaml", "attack.eps=8/255", SLURM_GPUS_ON_NODE="2",
+STATIC = ["--rdzv_backend=static", "--rdzv_endpoint=n1:23456"]
+
+
+@pytest.mark.parametrize(("script", "nodes", "rendezvous"), [
+    ("slurm.sbatch", 1, ["--rdzv_backend=mat_dist_local"]), ("slurm.sbatch", 2, STATIC),
+    ("slurm_multinode.sbatch", 2, STATIC)])
+def test_slurm_starts_one_torchrun_per_node_with_names_of_this_job(cluster, script, nodes, rendezvous):
+    listed = "\\n".join(f"n{k}" for k in range(1, nodes + 1))
+    write_program(cluster.env / "bin", "scontrol", f'if [ "$1" = show ]; then printf "{listed}\\n"; fi')
+    done = cluster.run(script, "--config", "my file.yaml", "attack.eps=8/255", SLURM_GPUS_ON_NODE="2",
                        SLURM_RESTART_COUNT="3")
     assert done.returncode == 0, done.stderr
     call = next(call for call in cluster.calls() if call[0] == "srun")
+    assert "--kill-on-bad-exit=1" in call
     assert call[call.index("python"):] == [
-        "python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-        "--rdzv_endpoint=n1:23456", "--rdzv_id=123456.3", *TRAIN, "--config", "my file.yaml", "attack.eps=8/255",
-        "run.root=runs", "run.name=slurm-123456"]
+        "python", "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=2", *rendezvous,
+        "--rdzv_id=123456.3", *TRAIN, "--config", "my file.yaml", "attack.eps=8/255", "run.root=runs",
+        "run.name=slurm-123456"]
     assert requeues(cluster) == []
+
+
+def test_each_node_tells_torchrun_which_one_it_is(cluster):
+    write_program(cluster.env / "bin", "srun", 'export SLURM_NODEID=3; shift; exec "$@"')
+    (cluster.env / "bin" / "python").unlink()
+    write_program(cluster.env / "bin", "python", 'exit "$((40 + PET_NODE_RANK))"')
+    assert cluster.run("slurm_multinode.sbatch").returncode == 43
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (3, False), (13, True), (14, True), (15, False),
@@ -251,6 +268,24 @@ def test_slurm_does_not_read_the_exit_code_of_an_earlier_attempt(cluster):
     assert "runs/slurm-123456/exit.json" in done.stderr
 
 
+def test_slurm_requeues_a_job_that_was_killed_after_it_had_saved(cluster):
+    killed = 'mkdir -p "$d/checkpoints"; echo step_$((RANDOM + 10)) > "$d/checkpoints/latest"\nexit 137'
+    write_program(cluster.env / "bin", "srun", SRUN + killed)
+    done = cluster.run("slurm.sbatch")
+    assert requeues(cluster) == [["requeue", "123456"]] and "wrote no" in done.stderr
+    write_program(cluster.env / "bin", "srun", "exit 137")  # and again, but without anything new
+    assert (cluster.run("slurm.sbatch", SLURM_RESTART_COUNT="1").returncode, requeues(cluster)) == (137, [])
+
+
+def test_a_job_that_slurm_ends_saves_and_does_not_requeue_itself(cluster):
+    # scancel, preemption and the time limit send SIGTERM to the script and, by themselves, to the ranks.
+    body = ends_with(75).replace("exit 1", "")
+    write_program(cluster.env / "bin", "srun", f"kill -TERM $PPID\nsleep 0.3\n{body}")
+    done = cluster.run("slurm.sbatch")
+    assert (done.returncode, requeues(cluster)) == (75, [])
+    assert "ended by SLURM" in done.stdout
+
+
 def test_a_finished_slurm_run_that_is_started_again_ends_well(cluster):
     cluster.run("slurm.sbatch")
     write_program(cluster.env / "bin", "srun", "exit 0")
@@ -275,6 +310,43 @@ def test_the_launcher_survives_the_signal_that_its_ranks_handle(cluster):
     (cluster.env / "bin" / "python").unlink()
     write_program(cluster.env / "bin", "python", "kill -USR1 $$; exit 7")
     assert cluster.run("slurm.sbatch").returncode == 7  # 138 if the signal had killed it
+
+
+# ------------------------------------------------------------------ SLURM arrays
+
+
+def run_task(checkout: Checkout, task: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return checkout.run("slurm_array.sbatch", *arguments, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(task),
+                        **variables)
+
+
+def test_the_tasks_of_an_array_are_all_pairs_of_seed_and_configuration(cluster):
+    runs = []
+    for task in range(6):
+        done = run_task(cluster, task, "--seeds", "1,2,5", "--configs", "configs/a b.yaml,digits", "attack.eps=8/255")
+        assert done.returncode == 0, done.stderr
+        call = next(call for call in cluster.calls() if call[0] == "srun")
+        runs.append(call[call.index("mat_dist.train") + 1:])
+    expected = [(seed, config) for seed in (1, 2, 5) for config in ("configs/a b.yaml", "digits")]
+    assert runs == [["--config", config, "attack.eps=8/255", f"run.seed={seed}", "run.root=runs/array-77",
+                     f"run.name={Path(config).stem}-seed{seed}"] for seed, config in expected]
+
+
+def test_a_task_of_an_array_requeues_itself_alone(cluster):
+    # The last task of an array has the array's id as its own: requeueing that would restart all tasks.
+    write_program(cluster.env / "bin", "srun", ends_with(75))
+    done = run_task(cluster, 0, SLURM_JOB_ID="77")
+    assert requeues(cluster) == [["requeue", "77_0"]], done.stderr
+
+
+@pytest.mark.parametrize(("task", "arguments", "problem"), [
+    (4, ("--seeds", "1,2", "--configs", "a,b"), "use --array=0-3"), (1, (), "use --array=0-0"),
+    (0, ("run.name=mine",), "run.name=mine"), (0, ("--seeds", "1", "run.seed=3"), "run.seed=3"),
+    (0, ("--config", "a.yaml"), "use --seeds, --configs")])
+def test_an_array_that_cannot_be_meant_is_one_line(cluster, task, arguments, problem):
+    done = run_task(cluster, task, *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and problem in done.stderr
+    assert not [call for call in cluster.calls() if call[0] == "srun"]
 
 
 @pytest.mark.parametrize("path", [*sorted((ROOT / "launch").iterdir()), ROOT / ".ci" / "run"], ids=lambda p: p.name)

@@ -24,6 +24,7 @@ from mat_dist.plan import CohortPlan
 GIB = 1 << 30
 CUDA_CONTEXT = 700 << 20  # context, cuBLAS and cuDNN workspaces, NCCL buffers of one process: 0.5 to 1 GiB
 ATTACK_IMAGES = 12  # image-sized tensors beside the graph: region (float64 while it is made), iterate, gradient, start
+SHOWN = 5 << 20  # smaller parts are left out of the line
 TIGHT = 0.8  # of the memory: the estimate may be a fifth too low
 
 
@@ -67,7 +68,8 @@ def check_memory(config: Config, launch: Launch, device: torch.device, sample: S
                 for rank in range(min(launch.world, len(config.peers)))), key=lambda one: one.total(saving=not on_gpu))
     total = need.total(saving=not on_gpu)
     parts = asdict(need)
-    listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if name != "saving" or not on_gpu)
+    shown = {name: value for name, value in parts.items() if value > SHOWN and not (on_gpu and name == "saving")}
+    listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in shown.items())
     place = "GPU" if on_gpu else "this machine"
     found = (f"about {total / GIB:.2f} GiB per rank, {have / GIB:.2f} GiB of {place} are free for it "
              f"(GiB: {listed})")

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,9 @@ from mat_dist.atomic import write_json, write_text
 from mat_dist.config.schema import Config
 from mat_dist.evaluator import AttackPlan, Result, threats_of
 from mat_dist.runfolder import versions
+from mat_dist.threats import eps_text
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-
-
-def eps_text(eps: float) -> str:
-    """A radius as an exact fraction where it is one of n/255 or a short decimal: 8/255, 1/10, 12."""
-    for limit in (255, 1000):
-        fraction = Fraction(eps).limit_denominator(limit)
-        if math.isclose(fraction, eps, rel_tol=1e-12):
-            return str(fraction)
-    return repr(eps)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -45,7 +36,7 @@ def write_results(folder: Path, name: str, results: Sequence[Result], *, config:
     folder.mkdir(exist_ok=True)
     path = _free(folder, name)
     threats = threats_of(config.peers)
-    labels = [f"{t.norm} {eps_text(t.eps)}" for t in threats]
+    labels = [t.label for t in threats]
     targets = []
     for r in results:
         n = len(r.clean_N)

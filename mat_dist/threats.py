@@ -10,8 +10,10 @@ lies in [0, 1] exactly, and the distance to the clean image, measured in float64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -118,12 +120,26 @@ class L2Region:
         return torch.where(outside, torch.nextafter(adv, self.x), adv)
 
 
+def eps_text(eps: float) -> str:
+    """A radius as an exact fraction where it is one of n/255 or a short decimal: 8/255, 1/10, 12."""
+    for limit in (255, 1000):
+        fraction = Fraction(eps).limit_denominator(limit)
+        if math.isclose(fraction, eps, rel_tol=1e-12):
+            return str(fraction)
+    return repr(eps)
+
+
 @dataclass(frozen=True)
 class Threat:
     """A norm (`linf`, `l2`) and a radius eps > 0 for images in [0, 1]."""
 
     norm: str
     eps: float
+
+    @property
+    def label(self) -> str:
+        """As people write it: linf 8/255."""
+        return f"{self.norm} {eps_text(self.eps)}"
 
     def region(self, x_BCHW: Tensor) -> Region:
         """The feasible set round x_BCHW (float, in [0, 1])."""

@@ -20,9 +20,10 @@ from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, chosen_im
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
 from mat_dist.models import Ensemble, build_model
-from mat_dist.results import eps_text, headline, wilson_interval, write_results
+from mat_dist.results import headline, wilson_interval, write_results
 from mat_dist.runfolder import RunFolder
 from mat_dist.step import train_step
+from mat_dist.threats import eps_text
 from tests.cohorts import complete
 
 COUNT, CHUNK, SEED = 16, 6, 3

@@ -15,6 +15,7 @@ from mat_dist import streams
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.mesh import Mesh
+from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model
 from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
@@ -31,6 +32,16 @@ class Images:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
+    """This replica's rows of a batch. Raises EnvironmentFault unless replicas and micro-batches divide it evenly."""
+    rows = place.shard(batch_size)
+    local = rows.stop - rows.start
+    if local % microbatches:
+        raise EnvironmentFault(f"{local} images per replica cannot be split into {microbatches} micro-batches",
+                               "step.microbatches", "use a divisor of train.batch_size / replicas")
+    return rows
 
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
@@ -66,12 +77,7 @@ class Cohort:
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = self.mesh.placement.shard(self.batch_size)
-        local = self.rows.stop - self.rows.start
-        if local % self.step.microbatches:
-            raise EnvironmentFault(
-                f"{local} images per replica cannot be split into {self.step.microbatches} micro-batches",
-                "step.microbatches", "use a divisor of train.batch_size / replicas")
+        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches)
         self._pace_norms()
 
     def _pace_norms(self) -> None:

@@ -2,87 +2,251 @@
 
 from __future__ import annotations
 
-import torch
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from mat_dist.cohort import Images
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mat_dist.cohort import DTYPES, Images, replica_rows
 from mat_dist.config import dump_config
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
+from mat_dist.data.split import default_val_size
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model
 from mat_dist.plan import CohortPlan, PeerPlan
 from mat_dist.schedules import lr_at
+from mat_dist.threats import Threat
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
     "cifar100": ((3, 32, 32), 100, 50000), "svhn": ((3, 32, 32), 10, 73257),
 }
 MIB = 1 << 20
+WIDTH = 100
 
 
 def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
-    """The resolved settings, placement, plan of each peer, schedule, parameters and memory as text.
+    """The resolved settings, placement, plan of each peer, passes, memory and schedule as text.
 
-    Raises EnvironmentFault for a rank count that does not fit.
+    Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
-    place.shard(config.train.batch_size)
-    shape, classes, count = _images(config)
-    lines = [dump_config(config, with_name=True).rstrip(), "", f"placement   {place.describe()}, device {device.type}"]
-    lines += [f"launch      {n} ranks: {Placement.place(place.peers, n, 0).describe()}"
-              for n in range(1, 2 * place.peers + 1) if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
-    lines += _peers(config, CohortPlan.of([p.loss for p in config.peers]), shape, classes, place)
-    lines += _schedule(config, count)
-    return "\n".join(lines)
+    rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
+    run = _Run(config, place, CohortPlan.of([p.loss for p in config.peers]), rows.stop - rows.start)
+    others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
+              if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
+    lines = [dump_config(config, with_name=True).rstrip(), "",
+             f"placement   {place.describe()}, device {device.type}",
+             *(f"  or        {other.describe()}" for other in others),
+             f"images      {run.describe_images()}"]
+    return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
+                      *_schedule(run)])
 
 
-def _images(config: Config) -> tuple[tuple[int, int, int], int, int]:
-    side = config.data.image_size or 32
-    shape, classes, count = KNOWN_IMAGES.get(config.data.name, ((3, side, side), 10, 0))
-    count = config.data.train_size or count - (config.data.val_size or min(max(count // 50, 500), count // 5))
-    return shape, classes, count
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of the description share; `rows` are the images of a replica's batch."""
+
+    config: Config
+    place: Placement
+    plan: CohortPlan
+    rows: int
+
+    @property
+    def known(self) -> bool:
+        """Whether shape and classes are known without reading the data set."""
+        return self.config.data.name in KNOWN_IMAGES
+
+    @property
+    def images(self) -> Images:
+        side = self.config.data.image_size or 32
+        shape, classes, _ = KNOWN_IMAGES.get(self.config.data.name, ((3, side, side), 10, 0))
+        return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
+
+    @property
+    def count(self) -> int | None:
+        """Training images; None where the data set must be read to know."""
+        data = self.config.data
+        if data.train_size is not None:
+            return data.train_size
+        if not self.known:
+            return None
+        whole = KNOWN_IMAGES[data.name][2]
+        return whole - (default_val_size(whole) if data.val_size is None else data.val_size)
+
+    def describe_images(self) -> str:
+        name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes
+        if self.known:
+            return f"{name}: {self.count:,} for training, {size}, {classes} classes"
+        return f"{name}: not read; parameters and memory below are for {size} and {classes} classes"
+
+    @cached_property
+    def models(self) -> dict[ModelConfig, tuple[int, int]]:
+        """Number of parameters, and bytes of weights and buffers, of each distinct model."""
+        return {model: self._measure(model) for model in {spec.model for spec in self.config.peers}}
+
+    def _measure(self, model: ModelConfig) -> tuple[int, int]:
+        shown, width = self.images, DTYPES[self.config.step.precision].itemsize
+        with torch.device("meta"):
+            made = build_model(model, shape=shown.shape, classes=shown.classes, mean=shown.mean, std=shown.std)
+        held = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in made.state_dict().values())
+        return sum(p.numel() for p in made.parameters()), held
+
+    def state(self, spec: PeerConfig) -> int:
+        """Bytes of a peer's weights and buffers, their average, and the gradient and momentum of its parameters."""
+        parameters, held = self.models[spec.model]
+        trained = parameters * DTYPES[self.config.step.precision].itemsize
+        return held * (1 + (spec.optim.ema_decay is not None)) + trained * (1 + (spec.optim.momentum > 0))
+
+    def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
+        """Name, settings and plan of each peer."""
+        return [(str(spec.name), spec, row) for spec, row in zip(self.config.peers, self.plan.peers, strict=True)]
 
 
-def _peers(config: Config, plan: CohortPlan, shape: tuple[int, int, int], classes: int, place: Placement) -> list[str]:
-    """A line per peer: parameters, what it learns from, passes per step, memory of its rank."""
-    lines = []
-    width = {"fp32": 4, "bf16": 4, "fp64": 8}[config.step.precision]
-    images = Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
-    for spec, row in zip(config.peers, plan.peers, strict=True):
-        parameters = _parameters(spec, images)
-        copies = 3 + (spec.optim.ema_decay is not None)  # weights, gradient, momentum, averaged weights
-        teaches = len(plan.forwarded(row.index))
-        passes = f"{spec.attack.steps} attack + {len(row.learned)} learning + {teaches} teaching passes per step"
-        lines.append(f"{str(spec.name):<12}{spec.model.name}, {parameters:,} parameters, {passes}; {_sources(row)}; "
-                     f"state {parameters * copies * width / MIB:,.1f} MiB")
-    batch = config.train.batch_size // place.replicas
-    exchanged = place.peers * batch * shape[0] * shape[1] * shape[2] * width if plan.shares_aes else 0
-    lines.append(f"memory      exchanged AEs {exchanged / MIB:,.1f} MiB per rank, logits "
-                 f"{place.peers * plan.most_taught * batch * classes * width / MIB:,.2f} MiB; activations are not estimated")
-    return lines
+# ------------------------------------------------------------------------------------------------ parts
 
 
-def _parameters(spec: PeerConfig, images: Images) -> int:
-    with torch.device("meta"):
-        model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
-    return sum(p.numel() for p in model.parameters())
+def _peers(run: _Run) -> list[str]:
+    """What each peer is, and what it defends against."""
+    table = _table(["peer", "model"], ["parameters"], ["threat", "attack", "loss"])
+    for name, spec, _ in run.named():
+        threat = Threat(spec.threat.norm, spec.threat.eps)
+        table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", threat.label,
+                      f"PGD-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
+    return ["peers", *_lines(table)]
 
 
-def _sources(plan: PeerPlan) -> str:
-    hard = " ".join(f"{w:.3g}" for w in plan.hard)
-    soft = " ".join(f"{w:.3g}" for w in plan.distilled)
-    clean = f", clean {plan.loss.clean_weight:g}, beta {plan.loss.trades_beta:g}" if plan.paired or plan.loss.clean_weight else ""
-    return f"{plan.loss.preset}: hard [{hard}] distilled [{soft}]{clean}"
+def _terms(run: _Run) -> list[str]:
+    """The weights of the loss that are not 0 everywhere."""
+    weights = {name: _weights(row) for name, _, row in run.named()}
+    used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
+    table = _table(["peer"], used)
+    for name, row in weights.items():
+        table.add_row(name, *(f"{row[term]:.3g}" for term in used))
+    return ["loss: weights of cross-entropy (CE) and distillation (KD) on own AEs, on those of each other peer",
+            *_lines(table)]
 
 
-def _schedule(config: Config, count: int) -> list[str]:
-    """Steps and the learning rate at ten points of the training."""
-    per_epoch = count // config.train.batch_size
-    if per_epoch < 1:
-        return ["schedule    known once the data set is read (data.name, data.train_size)"]
-    total = min(config.train.epochs * per_epoch, config.train.max_steps or 1 << 62)
-    marks = sorted({min(total - 1, total * k // 10) for k in range(11)})
-    optim = config.peers[0].optim
-    rates = "  ".join(f"{s}: {lr_at(s, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for s in marks)
-    return [f"schedule    {total:,} steps, {per_epoch} per epoch, {config.train.batch_size} images each",
-            f"lr          {optim.schedule} of {config.peers[0].name}, by step  {rates}"]
+def _weights(row: PeerPlan) -> dict[str, float]:
+    c, others = row.loss, [j for j in range(row.peers) if j != row.index]
+    return {"CE own": c.base_scale * row.hard[row.index],
+            "CE other": c.base_scale * max((row.hard[j] for j in others), default=0.0),
+            "CE clean": c.base_scale * c.clean_weight,
+            "KD own": row.distilled[row.index] if row.teachers(row.index) else 0.0,
+            "KD other": max((row.distilled[j] for j in others), default=0.0),
+            "TRADES": c.base_scale * c.trades_beta, "logit pairing": c.base_scale * c.pair_weight}
+
+
+def _passes(run: _Run) -> list[str]:
+    """Passes of a replica's batch through each network in one step."""
+    table = _table(["peer"], ["attack", "learning", "teaching", "forward", "backward"])
+    for (name, *_), counts in zip(run.named(), _counts(run), strict=True):
+        table.add_row(name, *(f"{n:,}" for n in counts))
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*_counts(run), strict=True)))
+    return [f"passes per step, of {run.rows} images each", *_lines(table),
+            "  Not counted: evaluations, and forwards for the transfer table of log steps."]
+
+
+def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
+    """Passes of each peer: attack and learning (forward and backward), teaching (forward only), and their sums."""
+    counts = []
+    for _, spec, row in run.named():
+        learning = len(row.learned)
+        # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
+        again = run.config.step.memory == "recompute"
+        teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
+        clean = int(spec.attack.loss == "kl_clean")  # the clean prediction, once
+        backward = spec.attack.steps + learning
+        counts.append((spec.attack.steps, learning, teaching, backward + teaching + clean, backward))
+    return counts
+
+
+def _memory(run: _Run) -> list[str]:
+    """What arithmetic knows of the fullest rank's memory."""
+    width = DTYPES[run.config.step.precision].itemsize
+    states = [run.state(spec) for spec in run.config.peers]
+    ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
+    state = max(sum(states[peer] for peer in local) for local in ranks)
+    rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
+    sources = run.place.peers if run.plan.shares_aes else local
+    aes = sources * rows * math.prod(shape) * width
+    logits = run.place.peers * run.plan.most_taught * rows * run.images.classes * width
+    table = _table([""], ["MiB"], [""])
+    table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
+    table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")
+    table.add_row("logits", _mib(logits), "that peers teach")
+    table.add_row("sum", _mib(state + aes + logits), "")
+    return ["memory of the fullest rank", *_lines(table),
+            "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
+
+
+def _schedule(run: _Run) -> list[str]:
+    """Steps, and the learning rates where they change or at tenths of the training."""
+    config, batch = run.config, run.config.train.batch_size
+    per_epoch = (run.count or 0) // batch
+    if run.count is None or per_epoch < 1:
+        return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
+                "the data are read"]
+    total = min(config.train.epochs * per_epoch, config.train.max_steps or config.train.epochs * per_epoch)
+    forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
+    optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
+    for name, spec, _ in run.named():
+        optims.setdefault(spec.optim, name)
+    marks = sorted({step for optim in optims for step in _marks(total, per_epoch, optim)})
+    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims.items())])
+    before: list[str] = []
+    for step in marks:
+        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim in optims]
+        if rates != before or step == total - 1:
+            table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
+        before = rates
+    return [f"schedule: {total:,} steps, {per_epoch:,} per epoch, {batch} images each; "
+            f"{forward:,} forward, {backward:,} backward passes", *_lines(table)]
+
+
+def _marks(total: int, per_epoch: int, optim: OptimConfig) -> set[int]:
+    """Steps at which the learning rate is shown: tenths of the training, the end of a warm-up, milestones."""
+    marks = {min(total - 1, total * k // 10) for k in range(11)} | {round(optim.warmup_epochs * per_epoch)}
+    if optim.schedule == "piecewise":
+        for share in optim.milestones:
+            step = math.ceil(share * total)
+            marks.add(step - ((step - 1) / total >= share))  # rounding, as in `lr_at`
+    return {step for step in marks if 0 <= step < total}
+
+
+# ------------------------------------------------------------------------------------------------ layout
+
+
+def _table(words: Sequence[str], numbers: Sequence[str], remarks: Sequence[str] = ()) -> Table:
+    """A table with columns of words, of numbers (to the right) and of remarks."""
+    table = Table(header_style="", box=None, pad_edge=False)
+    for name in words:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for name in remarks:
+        table.add_column(name)
+    return table
+
+
+def _lines(table: Table) -> list[str]:
+    """The table as text without colours, its rows indented."""
+    screen = Console(file=io.StringIO(), width=WIDTH - 2, color_system=None, force_terminal=False,
+                     force_interactive=False)
+    with screen.capture() as text:
+        screen.print(table)
+    return [f"  {row.rstrip()}" for row in text.get().rstrip().splitlines()]
+
+
+def _mib(count: float) -> str:
+    return f"{count / MIB:,.2f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,149 @@
+"""`--dry-run` against numbers computed by hand, and against what a real step does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mat_dist.cohort import Cohort, Images
+from mat_dist.config import load_config
+from mat_dist.config.schema import Config
+from mat_dist.data import load_data
+from mat_dist.dryrun import KNOWN_IMAGES, describe_run
+from mat_dist.errors import EnvironmentFault
+from mat_dist.mesh.launch import Launch
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.mesh.placement import Placement
+from mat_dist.step import train_step
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CPU = torch.device("cpu")
+
+
+def config_of(*overrides: str, config: str | None = None) -> Config:
+    return load_config(config, overrides)
+
+
+def description(config: Config, world: int = 1) -> str:
+    """The text behind the resolved settings."""
+    return describe_run(config, Launch(world=world, local_world=world), CPU).split("\nplacement ")[1]
+
+
+def cells(text: str, part: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of the rows below the line that begins with `part`."""
+    block = text.split(f"\n{part}")[1].split("\n\n")[0]
+    return {words[0]: words[1:] for words in (line.split() for line in block.splitlines()[1:])}
+
+
+def test_a_peer_of_four_that_learns_from_all_sources_makes_11_passes_and_all_make_44() -> None:
+    passes = cells(description(config_of()), "passes")  # digits: preset mat, 4 peers, 7 attack steps
+    # 7 attack steps, own AEs and those of 3 others; the logits that it teaches come from these forwards.
+    assert passes["peer2"] == ["7", "4", "0", "11", "11"]
+    assert passes["all"] == ["28", "16", "0", "44", "44"]
+
+
+def test_a_peer_that_recomputes_teaches_in_passes_of_their_own() -> None:
+    passes = cells(description(config_of("step.memory=recompute")), "passes")
+    assert passes["peer0"] == ["7", "4", "4", "15", "11"]
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("preset", ["mat", "at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat"])
+def test_the_passes_are_those_of_a_real_step(preset: str, memory: str) -> None:
+    config = config_of("peers=2", f"loss={preset}", f"step.memory={memory}", "train.batch_size=8")
+    told = cells(description(config), "passes")
+    cohort = Cohort.build(config, Mesh(Placement.place(2, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
+                          steps_per_epoch=1)
+    counts = {peer.name: [0, 0] for peer in cohort.peers}
+
+    def count(name: str) -> None:
+        counts[name][0] += 1
+        counts[name][1] += torch.is_grad_enabled()
+
+    for peer in cohort.peers:
+        peer.model.register_forward_hook(lambda *_, name=peer.name: count(name))
+    train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
+    assert counts == {name: [int(n) for n in told[name][-2:]] for name in counts}
+
+
+def test_parameters_memory_and_epoch_of_the_cifar_run_are_those_computed_by_hand() -> None:
+    text = description(config_of(config="cifar10_resnet18"))
+    assert cells(text, "peers")["peer0"][1] == "11,172,170"
+    # 4 peers x 128 images x 3 x 32 x 32 x 4 bytes = 6 MiB; logits 4 peers x 4 slots x 128 x 10 x 4 bytes = 80 KiB.
+    memory = cells(text, "memory")
+    assert (memory["AEs"][0], memory["logits"][0]) == ("6.00", "0.08")
+    # 50 000 images without the 1000 of the validation split, in batches of 128, the rest dropped; 110 epochs.
+    assert "schedule: 42,020 steps, 382 per epoch, 128 images each" in text
+    # Rates fall by 10 after 100 and 105 of 110 epochs (Rice et al., 2020).
+    rates = cells(text, "schedule")
+    assert {step: row[-1] for step, row in rates.items() if step != "step"} == {
+        "0": "0.1", "38,200": "0.01", "40,110": "0.001", "42,019": "0.001"}
+
+
+def test_two_replicas_halve_the_images_and_microbatches_the_memory_of_a_pass() -> None:
+    text = description(config_of("step.microbatches=2", config="cifar10_resnet18"), world=8)
+    assert "passes per step, of 64 images each" in text and "4 peers on 8 ranks" in text
+    assert cells(text, "memory")["AEs"][:1] == ["1.50"]
+
+
+def test_the_state_has_the_bytes_of_the_tensors_of_a_trained_peer() -> None:
+    config = config_of("peers=2", "peers.1.optim.ema_decay=null", "peers.1.model.width=4", "train.batch_size=8")
+    cohort = Cohort.build(config, Mesh(Placement.place(2, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
+                          steps_per_epoch=1)
+    train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
+
+    def tensors(value: object) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        return sum(map(tensors, value.values())) if isinstance(value, dict) else 0
+
+    gradients = [sum(p.nbytes for p in peer.model.parameters()) for peer in cohort.peers]
+    held = [tensors(peer.state()) + n for peer, n in zip(cohort.peers, gradients, strict=True)]
+    for world, bytes_of_rank in ((1, sum(held)), (2, max(held))):  # two ranks: the fuller one counts
+        told = float(cells(description(config, world), "memory")["state"][0])
+        assert told == pytest.approx(bytes_of_rank / 2**20, abs=0.006)
+
+
+def test_a_cohort_that_shares_nothing_holds_only_its_own_examples() -> None:
+    text = description(config_of("loss=at", config="cifar10_resnet18"), world=4)
+    assert cells(text, "memory")["AEs"][:4] == ["1.50", "of", "1", "peer,"]
+    assert cells(text, "memory")["logits"][0] == "0.00"
+
+
+def test_the_known_images_are_those_of_the_data_set() -> None:
+    config = config_of()
+    data = load_data(config.data, seed=0, batch_size=config.train.batch_size, build_cache=True)
+    assert KNOWN_IMAGES["digits"] == (data.train.shape, len(data.classes), len(data.train) + len(data.val))
+    text = description(config)
+    assert f"{len(data.train):,} for training" in text and f" {len(data.train) // 96} per epoch" in text
+
+
+def test_a_subset_and_max_steps_shorten_the_schedule() -> None:
+    text = description(config_of("data.train_size=200", "train.batch_size=50", "train.epochs=3", "train.max_steps=10"))
+    assert "schedule: 10 steps, 4 per epoch, 50 images each" in text
+
+
+def test_peers_with_schedules_of_their_own_have_columns_of_their_own() -> None:
+    text = description(config_of("peers.2.optim.schedule=constant", "peers.2.optim.lr=0.03"))
+    assert "lr of peer0 (onecycle)  lr of peer2 (constant)" in text
+    assert {row[-1] for step, row in cells(text, "schedule").items() if step != "step"} == {"0.03"}
+
+
+def test_micro_batches_that_do_not_fit_are_refused_as_in_a_run() -> None:
+    with pytest.raises(EnvironmentFault, match="micro-batches"):
+        description(config_of("step.microbatches=32"), world=8)  # a replica has 48 of the 96 images
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_is_described_without_data_within_100_columns(
+        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    monkeypatch.chdir(tmp_path)
+    text = description(config_of(config=str(path)))
+    assert max(map(len, text.splitlines())) <= 100
+    assert [part for part in ("peers", "loss", "passes", "memory", "schedule") if f"\n{part}" not in text] == []
+    assert not list(tmp_path.iterdir())
+    assert not re.search(r"\bnan\b|\bNone\b", text)

@@ -54,7 +54,8 @@ def check_port(endpoint: Endpoint, ranks: int) -> Answer[int]:
         by = f" by {listener}" if listener else ""
         if here:
             raise EnvironmentFault(f"port {port} is in use{by} ({os.strerror(error.errno or 0)})",
-                                   endpoint.address or "this node", "on one node use torchrun --standalone, which finds a free port; on several set "
+                                   endpoint.address or "this node",
+                                   "on one node use torchrun --standalone, which finds a free port; on several set "
                                    f"another one with --master-port or --rdzv-endpoint, e.g. {free_port()}") from error
         return Answer(port, f"port {port} is in use here{by}", f"the ranks meet on {endpoint.address}: check it there")
     if not here:

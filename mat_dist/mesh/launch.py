@@ -32,7 +32,8 @@ class Launch:
         env = os.environ
         try:
             numbers = {key: int(env.get(key, default)) for key, default in (
-                ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
+                ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
+                ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
                 ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"))}
         except ValueError as error:
             raise EnvironmentFault(f"a launcher variable is not a number: {error}", "RANK, WORLD_SIZE, LOCAL_RANK",

@@ -42,7 +42,8 @@ class Mesh:
     """
 
     def __init__(self, placement: Placement, device: torch.device, *, world: Any = None, peer: Any = None,
-                 replica: Any = None, staged: bool = False, beat: Heartbeat | None = None, timeout: float = 600.0) -> None:
+                 replica: Any = None, staged: bool = False, beat: Heartbeat | None = None,
+                 timeout: float = 600.0) -> None:
         self.placement, self.device, self._timeout = placement, device, timeout
         self.beat = beat
         self.where = "start"  # what the ranks are about to do, for messages

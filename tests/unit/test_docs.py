@@ -126,7 +126,7 @@ def test_the_weights_of_the_presets_are_those_in_the_table():
 def test_the_exit_codes_are_those_of_the_code():
     rows = {int(row[0]): row[3] for row in table("docs/architecture.md", "## Exit codes")}
     assert set(rows) == {errors.DONE, errors.BUG, *(kind.code for kind in errors.MatError.__subclasses__())}
-    again = re.search(r"^\s+([\d|]+)\)", (ROOT / "launch" / "slurm.sbatch").read_text(), re.MULTILINE)[1]
+    again = re.search(r"^\s+([\d|]+)\)", (ROOT / "launch" / "slurm_job.sh").read_text(), re.MULTILINE)[1]
     assert {code for code, requeues in rows.items() if requeues} == set(map(int, again.split("|")))
 
 

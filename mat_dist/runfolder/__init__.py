@@ -1,4 +1,4 @@
-"""The run folder: names, lock, exit record, environment and JSON lines. Imports no torch."""
+"""The run folder: names, lock, exit record and environment. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from mat_dist.runfolder.environment import git_revision, redact, versions, write
 from mat_dist.runfolder.exits import finished, next_attempt, read_environment, read_exit, write_exit
 from mat_dist.runfolder.folder import RunFolder, create_or_open
 from mat_dist.runfolder.lock import STALE_SECONDS, RunLock
-from mat_dist.runfolder.records import append_jsonl, read_jsonl
 
 __all__ = [
-    "STALE_SECONDS", "RunFolder", "RunLock", "append_jsonl", "create_or_open", "finished", "git_revision",
-    "next_attempt", "read_environment", "read_exit", "read_jsonl", "redact", "versions", "write_environment",
-    "write_exit",
+    "STALE_SECONDS", "RunFolder", "RunLock", "create_or_open", "finished", "git_revision", "next_attempt",
+    "read_environment", "read_exit", "redact", "versions", "write_environment", "write_exit",
 ]

@@ -15,7 +15,7 @@ import pytest
 
 from mat_dist import runfolder
 from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
-from mat_dist.runfolder import RunFolder, append_jsonl, create_or_open, read_jsonl
+from mat_dist.runfolder import RunFolder, create_or_open
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -225,35 +225,6 @@ def test_git_revision_is_that_of_the_checkout(monkeypatch, tmp_path):
     assert revision is None or len(revision.removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runfolder.git_revision() is None
-
-
-def test_jsonl_survives_half_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_jsonl(path) == ([], 0)
-    append_jsonl(path, {"step": 1})
-    with path.open("ab") as stream:
-        stream.write(b'{"step": 2, "lo')
-    append_jsonl(path, {"step": 2})
-    append_jsonl(path, {"step": 3})
-    assert read_jsonl(path) == ([{"step": 1}, {"step": 2}, {"step": 3}], 1)
-
-
-def test_jsonl_is_json_also_for_non_finite_metrics(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    append_jsonl(path, {"loss": [float("nan"), 1.5], "lr": float("inf"), "peers": {"a": (1, "ä\n")}})
-    assert path.read_bytes().count(b"\n") == 1
-    assert read_jsonl(path) == ([{"loss": [None, 1.5], "lr": None, "peers": {"a": [1, "ä\n"]}}], 0)
-
-
-def test_jsonl_record_cut_by_a_full_disk_is_reported_and_does_not_spoil_the_next(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
-    with pytest.raises(OutputError, match=r"No space left.*bytes needed.*bytes free"):
-        append_jsonl(path, {"step": 1})
-    monkeypatch.undo()
-    append_jsonl(path, {"step": 2})
-    assert read_jsonl(path) == ([{"step": 2}], 1)
 
 
 def test_failed_exit_record_keeps_the_old_one(folder, monkeypatch):

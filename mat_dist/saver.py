@@ -6,10 +6,10 @@ a later step, that their files are on the disk.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
-from time import perf_counter
 
 from mat_dist import checkpoint
 from mat_dist.agreement import Agreement
@@ -17,6 +17,7 @@ from mat_dist.cohort import Cohort
 from mat_dist.errors import OutputError
 from mat_dist.run import Run
 
+LAST_MOMENT = 1.0  # seconds that a rank which leaves waits for a write
 MAX_FAILURES = 3  # saves in a row that may fail (disk full) before the run stops
 
 
@@ -27,6 +28,20 @@ class _Pending:
     done: int
     meta: checkpoint.Meta
     writing: Future[list[checkpoint.FileEntry]]
+
+
+def _in_background(write: Callable[[], list[checkpoint.FileEntry]]) -> Future[list[checkpoint.FileEntry]]:
+    """Run `write` in a thread that does not keep the process alive: a hung disk must not hold a rank that leaves."""
+    future: Future[list[checkpoint.FileEntry]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(write())
+        except Exception as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 class Saver:
@@ -41,10 +56,8 @@ class Saver:
     def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
         self.run, self.keep, self.note = run, keep, note
         self.newest: checkpoint.Manifest | None = None
-        self.stalled_s = 0.0
         self._pending: _Pending | None = None
         self._failures = 0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @property
     def pending(self) -> bool:
@@ -64,7 +77,7 @@ class Saver:
         """Copy the local peers and begin to write them -> False if the disk refused already."""
         if self.pending:
             self.finish()
-        began, mesh = perf_counter(), self.run.mesh
+        mesh = self.run.mesh
         agree = Agreement(mesh, f"checkpoint after step {done}", done)
         if mesh.placement.is_lead:
             agree.run("begin", checkpoint.begin, self.run.folder, done, self.run.attempt)
@@ -74,9 +87,8 @@ class Saver:
         copies = {p.index: agree.run(f"copy of {p.name}", checkpoint.snapshot, p.state()) for p in owned}
         agree.header("copies")
         directory = checkpoint.partial_directory(self.run.folder, done, self.run.attempt)
-        writing = self._writer.submit(lambda: [checkpoint.write_peer(directory, i, copy) for i, copy in copies.items()])
-        self._pending = _Pending(done, meta, writing)
-        self.stalled_s = perf_counter() - began
+        self._pending = _Pending(done, meta, _in_background(
+            lambda: [checkpoint.write_peer(directory, i, copy) for i, copy in copies.items()]))
         return True
 
     def finish(self) -> bool:
@@ -107,8 +119,9 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Let a write under way end; without a manifest it never becomes a checkpoint."""
-        self._writer.shutdown(wait=True, cancel_futures=True)
+        """Give a write under way a moment to end; without a manifest it never becomes a checkpoint."""
+        if self._pending is not None:
+            wait([self._pending.writing], timeout=LAST_MOMENT)
 
     def _passes(self, agree: Agreement, point: str, done: int) -> bool:
         """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""

@@ -56,10 +56,6 @@ class Mesh:
         """(L, ...) here -> (P, ...) on every rank, in peer order, contiguous, without gradient."""
         return self._gather(local_L.detach(), self._peer)
 
-    def gather_replicas(self, local: Tensor) -> Tensor:
-        """(n, ...) here -> (replicas * n, ...), in replica order."""
-        return self._gather(local.detach(), self._replica)
-
     def gather_world(self, row: Sequence[int]) -> list[list[int]]:
         """One row of integers here -> the rows of all ranks, by rank. Travels over the control group."""
         table = self._gather(torch.tensor([list(row)], dtype=torch.int64), self._world)

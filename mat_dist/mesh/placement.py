@@ -72,10 +72,6 @@ class Placement:
         """Rank lists that hold the same peers, by position on the peer axis."""
         return [list(range(p, self.world, self.peer_ranks)) for p in range(self.peer_ranks)]
 
-    def host_of(self, peer: int) -> list[int]:
-        """The ranks that host `peer`, one per replica."""
-        return [k * self.peer_ranks + peer // self.peers_per_rank for k in range(self.replicas)]
-
     def shard(self, rows: int) -> slice:
         """This replica's rows of a batch of `rows`. Raises EnvironmentFault unless the shards are equal."""
         if rows % self.replicas:

@@ -153,14 +153,6 @@ class Cohort:
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
 
-    def weight_hashes(self) -> list[str]:
-        """SHA-256 of each peer's weights, buffers and averaged weights, on every rank, in peer order."""
-        local = {str(p.index): state_hash(p.state()) for p in self.peers}
-        merged: dict[str, str] = {}
-        for told in self.mesh.gather_json(local):
-            merged.update(told)
-        return [merged[str(i)] for i in range(len(self.plan.peers))]
-
 
 def state_hash(state: Any) -> str:
     """SHA-256 over the tensors and numbers of a nested state, with their keys."""

@@ -73,12 +73,6 @@ def normal(stream: int, shape: Sequence[int], *, first_row: int = 0, device: tor
     return (radius.log_().mul_(-2).sqrt_() * angle.mul_(2 * torch.pi).cos_()).to(dtype)
 
 
-def integers(stream: int, shape: Sequence[int], high: int, *, first_row: int = 0,
-             device: torch.device | str = "cpu") -> Tensor:
-    """Uniform integers in [0, high), int64; the bias is below high / 2**53."""
-    return (uniform(stream, shape, first_row=first_row, device=device, dtype=torch.float64) * high).long()
-
-
 def permutation(stream: int, count: int) -> Tensor:
     """A random order of 0..count-1 (int64, on the CPU)."""
     return bits(stream, (count,)).argsort(stable=True)

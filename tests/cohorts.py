@@ -69,7 +69,8 @@ def nets(count: int, norm: str = "batch", dtype: torch.dtype = torch.float32) ->
 def batch(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Random images in [0, 1] and labels, a function of the step."""
     x = streams.uniform(streams.key(2, "test-x", step), (rows, *SHAPE), dtype=dtype)
-    return x, streams.integers(streams.key(2, "test-y", step), (rows,), CLASSES)
+    y = streams.uniform(streams.key(2, "test-y", step), (rows,), dtype=torch.float64) * CLASSES
+    return x, y.long()
 
 
 def build(config: Config, mesh: Mesh, models: list[nn.Module]) -> Cohort:

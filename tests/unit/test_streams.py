@@ -33,7 +33,6 @@ def test_a_replicas_rows_are_the_rows_of_the_whole_draw() -> None:
     for draw in (streams.uniform, streams.normal):
         whole = draw(key, (8, 3, 5, 5))
         assert torch.equal(draw(key, (3, 3, 5, 5), first_row=4), whole[4:7])
-    assert torch.equal(streams.integers(key, (2,), 10, first_row=6), streams.integers(key, (8,), 10)[6:])
 
 
 def test_keys_separate_seed_purpose_and_every_index() -> None:

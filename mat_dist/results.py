@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mat_dist.atomic import write_json, write_text
 from mat_dist.config.schema import Config
@@ -72,8 +71,3 @@ def _rows(results: Sequence[Result], threats: Sequence[str]) -> str:
 def _free(folder: Path, name: str) -> Path:
     numbered = [folder / f"{name}.json", *(folder / f"{name}-{k}.json" for k in range(2, 1000))]
     return next(p for p in numbered if not p.exists())
-
-
-def headline(document: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """(target, weights) -> robust accuracy over all threats, from a result file's content."""
-    return {(t["target"], t["weights"]): t["accuracy"]["union"] for t in document["targets"]}

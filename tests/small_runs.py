@@ -54,6 +54,11 @@ class Finished:
         return [one["code"] for one in json.loads(self.folder.exit.read_text())["attempts"]]
 
 
+def robust_of(document: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """(target, weights) -> robust accuracy over all threats, from a result file's content."""
+    return {(t["target"], t["weights"]): t["accuracy"]["union"] for t in document["targets"]}
+
+
 def run_small(root: Path, name: str, *overrides: str) -> Finished:
     """Train in this process; later overrides win."""
     return Finished(train.main([*SMALL, f"run.root={root}", f"run.name={name}", *overrides]), RunFolder(root / name))

@@ -20,12 +20,11 @@ from mat_dist.errors import OutputError, StopRequested
 from mat_dist.evaluator import AttackPlan, evaluate
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
-from mat_dist.results import headline
 from mat_dist.run import open_run
 from mat_dist.runfolder import RunFolder
 from mat_dist.stopping import StopFlag
 from mat_dist.trainer import Trainer
-from tests.small_runs import SMALL, Finished, run_small
+from tests.small_runs import SMALL, Finished, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings
 
@@ -143,7 +142,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_epochs(cohort_run: Run, un
 # ------------------------------------------------------------------------------------------------ evaluations
 
 def robust(run: Finished, step: int) -> dict[tuple[str, str], float]:
-    return headline(run.result(f"validation_step_{step:08d}"))
+    return robust_of(run.result(f"validation_step_{step:08d}"))
 
 
 @pytest.mark.parametrize("ema", ["null", "0.5"])

@@ -15,10 +15,11 @@ from rich.table import Table
 from mat_dist.cohort import DTYPES, Images, replica_rows
 from mat_dist.config import dump_config
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
+from mat_dist.data import steps_per_epoch
 from mat_dist.data.split import default_val_size
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
-from mat_dist.models import build_model
+from mat_dist.models import build_model, parameter_count
 from mat_dist.plan import CohortPlan, PeerPlan
 from mat_dist.schedules import lr_at
 from mat_dist.threats import Threat
@@ -96,7 +97,7 @@ class _Run:
         with torch.device("meta"):
             made = build_model(model, shape=shown.shape, classes=shown.classes, mean=shown.mean, std=shown.std)
         held = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in made.state_dict().values())
-        return sum(p.numel() for p in made.parameters()), held
+        return parameter_count(made), held
 
     def state(self, spec: PeerConfig) -> int:
         """Bytes of a peer's weights and buffers, their average, and the gradient and momentum of its parameters."""
@@ -189,8 +190,8 @@ def _memory(run: _Run) -> list[str]:
 def _schedule(run: _Run) -> list[str]:
     """Steps, and the learning rates where they change or at tenths of the training."""
     config, batch = run.config, run.config.train.batch_size
-    per_epoch = (run.count or 0) // batch
-    if run.count is None or per_epoch < 1:
+    per_epoch = 0 if run.count is None else steps_per_epoch(run.count, batch)
+    if per_epoch < 1:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
     total = min(config.train.epochs * per_epoch, config.train.max_steps or config.train.epochs * per_epoch)

@@ -13,7 +13,7 @@ from mat_dist.agreement import Agreement
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
-from mat_dist.data import Batches, DataSets, channel_stats
+from mat_dist.data import Batches, DataSets, channel_stats, steps_per_epoch
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
@@ -43,7 +43,7 @@ class Trainer:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         mean, std = channel_stats(data.train)
         self.images = Images(data.train.shape, len(data.classes), mean, std)
-        steps = len(data.train) // config.train.batch_size
+        steps = steps_per_epoch(len(data.train), config.train.batch_size)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, device=mesh.device,
                                augment=config.data.augment, dtype=DTYPES[config.step.precision], rows=self.cohort.rows)
@@ -158,8 +158,11 @@ class Trainer:
         """Report a log step, and what is unusual about it."""
         phases = self.mesh.gather_json(meter.means())
         record = step_record(outcome, meter, self.config.train.batch_size)
-        self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
-                           **device_memory(self.mesh.device)})
+        try:
+            self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
+                               **device_memory(self.mesh.device)})
+        except OutputError as error:  # a full disk stops a run only where it cannot save
+            self.note(f"warning: no record of step {done}: {error}")
         slow = self.watch.slow_rank(phases)
         for line in [*([slow] if slow else []), *self.watch.spikes(done, record["loss"])]:
             self.note(line)

@@ -105,7 +105,7 @@ def check_raw(raw: RawData, where: str) -> RawData:
                         where, "give each class an image, or number the classes without gaps")
     train, test, note = _same_type(train, test)
     return RawData(_tensor(train), train_labels, _tensor(test), test_labels, classes, (*raw.notes, *note),
-                   raw.image_sha256, raw.mapped)
+                   raw.image_sha256, raw.mapped, raw.file)
 
 
 def _tensor(images: np.ndarray) -> Tensor:

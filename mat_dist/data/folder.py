@@ -13,7 +13,7 @@ import numpy as np
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
 from mat_dist.data.decode import decode_all, image_shape
-from mat_dist.data.images import RawData
+from mat_dist.data.images import MappedFile, RawData
 from mat_dist.data.memory import check_memory
 from mat_dist.data.once import MakerLock, once
 from mat_dist.data.registry import register_dataset
@@ -229,8 +229,9 @@ def _from_cache(config: DataConfig, listing: Listing, shape: tuple[int, int, int
         notes.append(f"decoded {nbytes / 2**20:.0f} MiB of images into the cache {cache.image_file}")
 
     manifest = once(ready, make, cache.lock_file, build=build, what="the cache of decoded images", stop=stop)
+    file = MappedFile.of(cache.image_file)
     train, test = cache.open(manifest)
     skipped = manifest.skipped
     return RawData(train, _kept_labels(listing.train, skipped[0]), test, _kept_labels(listing.test, skipped[1]),
                    listing.classes, (*listing.notes, *_skip_notes(skipped[0] + skipped[1]), *notes),
-                   manifest.image_sha256, mapped=True)
+                   manifest.image_sha256, mapped=True, file=file)

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mat_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The file that mapped images lie in, as it was when it was opened."""
+
+    path: Path
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> MappedFile:
+        """The file as it is now."""
+        status = path.stat()
+        return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raise DataError if the file was written to since: reading beyond a new end would kill the process (SIGBUS).
+
+        A file that was deleted or exchanged stays mapped as it was. Takes some microseconds.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return
+        if status.st_ino == self.inode and (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise DataError(f"the file of decoded images has changed under the run: {status.st_size} bytes instead of "
+                            f"{self.size}, or other content", str(self.path),
+                            "start again, which makes it anew and continues; let nothing write there")
 
 
 @dataclass(frozen=True)
@@ -15,7 +49,7 @@ class RawData:
 
     Labels are whole numbers 0..K-1, with K = len(classes). Arrays are numpy arrays or tensors on the CPU. `notes`
     are lines for the log. `image_sha256` are the digests of the train and test image bytes where they are known
-    without reading all images; `mapped` says that the images are a file mapped into memory.
+    without reading all images; `mapped` says that the images are a file mapped into memory, `file` which one.
     """
 
     train_images: Any
@@ -26,6 +60,7 @@ class RawData:
     notes: tuple[str, ...] = ()
     image_sha256: tuple[str, str] | None = None
     mapped: bool = False
+    file: MappedFile | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +72,14 @@ class ImageSet:
         labels: int64 (N,), on the same device.
         rows: int64 (N,), the row of `store` of each image; empty where the set is the whole store.
         mapped: the store is a mapped file, so reading all of it is expensive.
+        file: that file, looked at before each batch.
     """
 
     store: Tensor
     labels: Tensor
     rows: Tensor | None = None
     mapped: bool = False
+    file: MappedFile | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,10 +115,15 @@ class ImageSet:
         """The subset at `indices` (int64), in that order; no image is copied."""
         indices = indices.to(self.device)
         rows = indices if self.rows is None else self.rows[indices]
-        return ImageSet(self.store, self.labels[indices], rows, self.mapped)
+        return ImageSet(self.store, self.labels[indices], rows, self.mapped, self.file)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image."""
+        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image.
+
+        Raises DataError if they are mapped from a file that was written to.
+        """
+        if self.file is not None:
+            self.file.check()
         indices = indices.to(self.device)
         rows = indices if self.rows is None else self.rows[indices]
         return self.store.index_select(0, rows), self.labels[indices]

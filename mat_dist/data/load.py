@@ -54,8 +54,8 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     train_rows, val_rows = split_train(raw.train_labels, seed=seed, val_size=config.val_size,
                                        train_size=config.train_size)
     check_batch(len(train_rows), batch_size, config.name)
-    whole = ImageSet(raw.train_images, raw.train_labels, mapped=raw.mapped)
-    test = ImageSet(raw.test_images, raw.test_labels, mapped=raw.mapped)
+    whole = ImageSet(raw.train_images, raw.train_labels, mapped=raw.mapped, file=raw.file)
+    test = ImageSet(raw.test_images, raw.test_labels, mapped=raw.mapped, file=raw.file)
     test_rows = subset_test(raw.test_labels, config.test_size)
     train, val = whole.select(train_rows), whole.select(val_rows)
     notes = list(raw.notes)

@@ -19,7 +19,7 @@ from mat_dist.data import folder as folder_module
 from mat_dist.data.cache import cache_folder
 from mat_dist.data.folder import load_folder
 from mat_dist.data.images import RawData
-from mat_dist.errors import OutputError
+from mat_dist.errors import DataError, OutputError
 from tests.unit.data_files import write_folder
 
 
@@ -210,3 +210,25 @@ def test_a_batch_of_a_mapped_set_reads_only_its_rows(tmp_path):
     images.batch(torch.tensor([3, 500, 900]))
     # 192 KiB of rows; the kernel maps up to 64 KiB around each page it finds in memory.
     assert 192 <= resident_kib(path) - before < 1024
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+def test_a_cache_that_is_written_to_under_the_run_is_noticed_before_it_is_read(settings, damage):
+    data = load_data(settings, seed=0, batch_size=4)
+    file = data.train.file.path
+    data.train.batch(torch.arange(4))
+    if damage == "truncated":
+        os.truncate(file, 10)
+    else:
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match=r"changed under the run.*\.u8"):
+        data.val.batch(torch.arange(1))
+
+
+def test_a_cache_that_is_deleted_or_exchanged_stays_readable(settings):
+    data = load_data(settings, seed=0, batch_size=4)
+    before, file = data.train.batch(torch.arange(4))[0].clone(), data.train.file.path
+    file.unlink()
+    assert torch.equal(data.train.batch(torch.arange(4))[0], before)
+    file.write_bytes(b"another file")
+    assert torch.equal(data.train.batch(torch.arange(4))[0], before)

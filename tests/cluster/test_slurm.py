@@ -1,0 +1,125 @@
+"""The launch scripts on a real SLURM: two virtual nodes on this machine, four peers, 40 steps."""
+
+from __future__ import annotations
+
+import json
+
+from mat_dist.table import main as print_table
+from tests.cluster.runs import ROOT, SETTINGS, STEPS, wait_until
+from tests.cluster.slurm import Job
+
+MULTINODE = "slurm_multinode.sbatch"
+
+
+def ended_with(job: Job) -> list[int]:
+    """The codes of all attempts, and that the last one came to the end."""
+    assert job.run.steps()[-1] == STEPS
+    return job.run.codes()
+
+
+# ------------------------------------------------------------------ one node
+
+
+def test_a_job_completes_with_the_weights_of_one_process(slurm, reference):
+    job = slurm.submit("slurm.sbatch")
+    shown = job.wait_for("COMPLETED", "FAILED")
+    assert (shown["JobState"], shown["Restarts"], ended_with(job)) == ("COMPLETED", "0", [0]), job.text()
+    assert job.run.hashes() == reference
+
+
+def test_a_warned_job_saves_requeues_and_completes_with_the_same_weights(slurm, reference):
+    job = slurm.submit("slurm.sbatch", pause=0.05)
+    job.wait_for_step(5)
+    slurm.warn(job)
+    shown = job.wait_for("COMPLETED", "FAILED", restarts=1)
+    assert (shown["JobState"], shown["Restarts"], ended_with(job)) == ("COMPLETED", "1", [75, 0]), job.text()
+    assert "ended with 75, requeue 1 of 20" in job.text() and "continuing after step" in job.text()
+    assert job.run.hashes() == reference
+
+
+def test_the_time_limit_is_survived_as_often_as_it_comes(slurm, reference):
+    # SLURM warns up to a minute earlier than asked: here after 20 to 50 of 120 s, with about 30 steps of 0.8 s left.
+    job = slurm.submit("slurm.sbatch", "--time=2", "--signal=B:USR1@70", pause=0.1)
+    shown = job.wait_for("COMPLETED", "FAILED", "TIMEOUT", restarts=1, seconds=500)
+    codes = ended_with(job)
+    assert shown["JobState"] == "COMPLETED" and codes == [75] * (len(codes) - 1) + [0] and len(codes) > 1, job.text()
+    assert "time limit is near" in job.text()
+    assert job.run.hashes() == reference
+
+
+def test_a_cancelled_job_saves_and_stays_away(slurm):
+    job = slurm.submit("slurm.sbatch", pause=0.05)
+    job.wait_for_step(5)
+    slurm.command("scancel", job.id)
+    shown = job.wait_for("CANCELLED")
+    assert (shown["Restarts"], job.run.codes()) == ("0", [75]), job.text()
+    assert f"saved after step {job.run.steps()[-1]}" in job.text() and "requeue 1" not in job.text()
+    assert not slurm.command("squeue", "-h", "-t", "PENDING,RUNNING").strip()
+
+
+def test_no_more_restarts_than_allowed(slurm):
+    job = slurm.submit("slurm.sbatch", pause=0.05, MAX_REQUEUE="0")
+    job.wait_for_step(5)
+    slurm.warn(job)
+    shown = job.wait_for("FAILED")
+    assert (shown["Restarts"], shown["ExitCode"], job.run.codes()) == ("0", "75:0", [75]), job.text()
+    assert "no more (MAX_REQUEUE)" in job.text()
+
+
+# ------------------------------------------------------------------ two nodes
+
+
+def test_two_nodes_train_the_weights_of_one_process(slurm, reference):
+    job = slurm.submit(MULTINODE)
+    shown = job.wait_for("COMPLETED", "FAILED")
+    assert (shown["JobState"], shown["NumNodes"], ended_with(job)) == ("COMPLETED", "2", [0]), job.text()
+    assert json.loads(job.run.folder.environment.read_text())["attempts"][0]["placement"]["ranks"] == 4
+    assert job.run.hashes() == reference
+
+
+def test_a_job_whose_first_node_loses_its_ranks_goes_on(slurm, reference):
+    # Rank 0 and the rendezvous store are lost: the other node has to say so.
+    job = slurm.submit(MULTINODE, pause=0.05)
+    job.wait_for_step(6)
+    job.kill_on("n1")
+    shown = job.wait_for("COMPLETED", "FAILED", restarts=1)
+    assert (shown["JobState"], ended_with(job)) == ("COMPLETED", [14, 0]), job.text()
+    assert job.text().count("mat_dist: error:") == 1 and "the rendezvous store is gone" in job.text()
+    assert job.run.hashes() == reference
+
+
+def test_a_job_that_loses_a_whole_node_goes_on_when_it_has_two_again(slurm, reference):
+    job = slurm.submit(MULTINODE, pause=0.05)
+    job.wait_for_step(6)
+    slurm.stop_node(job, "n2")
+    try:
+        job.wait_for("PENDING", restarts=1)  # SLURM itself requeues it once it has missed the node
+        wait_until(lambda: not job.processes("n1"), "the first attempt ends on the other node too")
+        assert "mat_dist: error: rank" in job.text()
+    finally:
+        slurm.start_node("n2")
+    shown = job.wait_for("COMPLETED", "FAILED", restarts=1)
+    assert (shown["JobState"], shown["Restarts"], ended_with(job)) == ("COMPLETED", "1", [14, 0]), job.text()
+    assert job.run.hashes() == reference
+
+
+# ------------------------------------------------------------------ arrays
+
+
+def test_an_array_of_seeds_and_configurations_ends_in_a_table(slurm, capsys):
+    (slurm.root / "slower.yaml").write_text(f"defaults: [{ROOT / 'configs' / 'digits.yaml'}]\noptim:\n  lr: 0.1\n")
+    settings = (*(word for word in SETTINGS if not word.startswith("eval.test=")), "train.max_steps=12")
+    array = slurm.submit("slurm_array.sbatch", "--array=0-3", ranks=1, pause=0.05, settings=(
+        "--seeds", "0,7", "--configs", f"configs/digits.yaml,{slurm.root}/slower.yaml", *settings))
+    tasks = [Job(slurm, f"{array.id}_{k}", slurm.root / f"{stem}-seed{seed}", slurm.root / f"{array.id}_{k}.log")
+             for k, (seed, stem) in enumerate([(0, "digits"), (0, "slower"), (7, "digits"), (7, "slower")])]
+    named = next(task for task in tasks if task.show()["JobId"] == array.id)  # its id is that of the whole array
+    named.wait_for_step(3)
+    slurm.warn(named)
+    named.wait_for("COMPLETED", "FAILED", restarts=1)
+    shown = [task.wait_for("COMPLETED", "FAILED") for task in tasks]
+    assert sorted(one["Restarts"] for one in shown) == ["0", "0", "0", "1"], [task.text() for task in tasks]
+
+    assert print_table([str(task.folder) for task in tasks]) == 0, [task.text() for task in tasks]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| digits |", "| slower |"))]
+    assert len(rows) == 20 and all(row.endswith("| 2 |") for row in rows)  # 4 peers and the ensemble, raw and averaged

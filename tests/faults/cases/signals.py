@@ -57,6 +57,7 @@ SRUN = '''#!{python}
 import os, signal, subprocess, sys
 from pathlib import Path
 words = sys.argv[1:]
+os.environ["SLURM_NODEID"] = "0"
 while words[0].startswith("-"):
     words.pop(0)
 def below(pid):

@@ -1,4 +1,4 @@
-"""The small run of the cluster tests: 40 steps of four peers on 200 digits, each step as slow as the test needs."""
+"""The small run of the cluster tests: 30 steps of four peers on 200 digits, each step as slow as the test needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40
+STEPS = 30
 TIMEOUT = 10  # comm.timeout, seconds
 PATIENCE = 180  # seconds that something may take on a busy machine before a test gives up
 SETTINGS = (

@@ -8,11 +8,12 @@
 # are in FOLDER but one marked line per node in /etc/hosts. A process is only ended if its pid was recorded here and
 # its command line still is that daemon's with this FOLDER.
 #   SLURM_LAB_NODES=2 virtual nodes n1, n2, ...   SLURM_LAB_CPUS=4 CPUs of each, more than there are
-#   SLURM_LAB_CRED=12 seconds that a credential lives: a requeued job waits as long (SLURM's default: 120). Longer than
-#   KillWait + 2, for which the srun of a job that lost a node lives on and signals the step of the same name.
+#   SLURM_LAB_CRED=6 seconds that a credential lives: a requeued job waits as long (SLURM's default: 120). Shorter than
+#   KillWait, so whoever takes a node away must wait for the job's other processes before giving it back: their srun
+#   would signal the new step, which has the same name.
 set -euo pipefail
 action="${1:?up, down or node}" lab="$(realpath -m "${2:?folder}")"
-nodes="${SLURM_LAB_NODES:-2}" cpus="${SLURM_LAB_CPUS:-4}" cred="${SLURM_LAB_CRED:-12}"
+nodes="${SLURM_LAB_NODES:-2}" cpus="${SLURM_LAB_CPUS:-4}" cred="${SLURM_LAB_CRED:-6}"
 export SLURM_CONF="$lab/etc/slurm.conf"
 mark="# slurm_lab $lab"
 
@@ -41,9 +42,9 @@ stop() {  # name
 install() {
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
     export DEBIAN_FRONTEND=noninteractive
-    local packages=(install -y --no-install-recommends slurm-wlm munge)
-    apt-get "${packages[@]}" >"$lab/log/apt.log" 2>&1 && return
-    { apt-get update && apt-get "${packages[@]}"; } >>"$lab/log/apt.log" 2>&1 ||
+    local packages=(apt-get install -y --no-install-recommends slurm-wlm munge)
+    timeout 120 "${packages[@]}" >"$lab/log/apt.log" 2>&1 && return
+    { timeout 60 apt-get update && timeout 120 "${packages[@]}"; } >>"$lab/log/apt.log" 2>&1 ||
         lacks "slurm-wlm and munge cannot be installed: $(tail -n 1 "$lab/log/apt.log")"
 }
 
@@ -92,7 +93,7 @@ KillWait=8
 MinJobAge=3600
 InactiveLimit=0
 SlurmctldTimeout=30
-SlurmdTimeout=15
+SlurmdTimeout=10
 NodeName=n[1-$nodes] NodeAddr=127.0.0.1 NodeHostname=$host Port=$((port + 1))-$((port + nodes)) CPUs=$cpus RealMemory=4000 State=UNKNOWN
 PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF

@@ -44,12 +44,18 @@ DESCRIBED = {
     f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",
     "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config cifar10_resnet18": "days without GPUs",
     "sbatch --nodes=2 --gres=gpu:4 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/unit/test_launch.py",
+    "sbatch --gres=gpu:4 --time=24:00:00 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/cluster",
+    "sbatch --nodes=2 --gres=gpu:4 --time=24:00:00 launch/slurm_multinode.sbatch --config cifar10_resnet18":
+        "SLURM; tests/cluster",
     f"{TRAIN} data.name=folder data.root=my_images data.image_size=32 model=resnet18 attack.eps=8/255": "needs images",
     f"{TRAIN} data.name=npz data.root=my_images.npz model=resnet18 attack.eps=8/255": "needs images",
 }
-# Scripts with slow tests of their own below, and one that cannot be run from inside the tests.
+# Scripts with slow tests of their own below, and what has its tests elsewhere.
 SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh": "test_placement_...",
-           "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py"}
+           "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py",
+           "sbatch --array=0-5 --gres=gpu:4 --time=24:00:00 launch/slurm_array.sbatch --seeds 1,2,3 "
+           "--configs cifar10_at,cifar10_trades": "SLURM; tests/cluster",
+           "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py"}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
          "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",
@@ -65,7 +71,7 @@ def commands() -> dict[str, str]:
 def trainer_words(command: str) -> tuple[list[str], int, int]:
     """The trainer's arguments in a command, the number of ranks that it starts, and those per node."""
     words = shlex.split(command)
-    start = next(n for n, word in enumerate(words) if word in ("mat_dist.train", "launch/slurm.sbatch"))
+    start = next(n for n, word in enumerate(words) if word == "mat_dist.train" or word.startswith("launch/slurm"))
     values = dict(word.split("=", 1) for word in words[:start] if "=" in word)
     per_node = int(values.get("--nproc_per_node") or values.get("--gres", "gpu:1").rpartition(":")[2])
     return words[start + 1:], per_node * int(values.get("--nodes", values.get("--nnodes", 1))), per_node

@@ -47,43 +47,35 @@ def test_the_time_limit_is_survived_as_often_as_it_comes(slurm, reference):
     assert job.run.hashes() == reference
 
 
-def test_a_cancelled_job_saves_and_stays_away(slurm):
-    job = slurm.submit("slurm.sbatch", pause=0.05)
-    job.wait_for_step(5)
-    slurm.command("scancel", job.id)
-    shown = job.wait_for("CANCELLED")
-    assert (shown["Restarts"], job.run.codes()) == ("0", [75]), job.text()
-    assert f"saved after step {job.run.steps()[-1]}" in job.text() and "requeue 1" not in job.text()
+def test_jobs_that_may_not_come_back_save_and_stay_away(slurm):
+    cancelled = slurm.submit("slurm.sbatch", pause=0.05)
+    spent = slurm.submit("slurm.sbatch", pause=0.05, MAX_REQUEUE="0")
+    for job in (cancelled, spent):
+        job.wait_for_step(5)
+    slurm.command("scancel", cancelled.id)
+    slurm.warn(spent)
+
+    shown = cancelled.wait_for("CANCELLED")
+    assert (shown["Restarts"], cancelled.run.codes()) == ("0", [75]), cancelled.text()
+    assert f"saved after step {cancelled.run.steps()[-1]}" in cancelled.text() and "requeue 1" not in cancelled.text()
+    shown = spent.wait_for("FAILED")
+    assert (shown["Restarts"], shown["ExitCode"], spent.run.codes()) == ("0", "75:0", [75]), spent.text()
+    assert "no more (MAX_REQUEUE)" in spent.text()
     assert not slurm.command("squeue", "-h", "-t", "PENDING,RUNNING").strip()
-
-
-def test_no_more_restarts_than_allowed(slurm):
-    job = slurm.submit("slurm.sbatch", pause=0.05, MAX_REQUEUE="0")
-    job.wait_for_step(5)
-    slurm.warn(job)
-    shown = job.wait_for("FAILED")
-    assert (shown["Restarts"], shown["ExitCode"], job.run.codes()) == ("0", "75:0", [75]), job.text()
-    assert "no more (MAX_REQUEUE)" in job.text()
 
 
 # ------------------------------------------------------------------ two nodes
 
 
-def test_two_nodes_train_the_weights_of_one_process(slurm, reference):
-    job = slurm.submit(MULTINODE)
-    shown = job.wait_for("COMPLETED", "FAILED")
-    assert (shown["JobState"], shown["NumNodes"], ended_with(job)) == ("COMPLETED", "2", [0]), job.text()
-    assert json.loads(job.run.folder.environment.read_text())["attempts"][0]["placement"]["ranks"] == 4
-    assert job.run.hashes() == reference
-
-
-def test_a_job_whose_first_node_loses_its_ranks_goes_on(slurm, reference):
+def test_a_job_whose_first_node_loses_its_ranks_goes_on_to_the_weights_of_one_process(slurm, reference):
     # Rank 0 and the rendezvous store are lost: the other node has to say so.
     job = slurm.submit(MULTINODE, pause=0.05)
     job.wait_for_step(6)
     job.kill_on("n1")
     shown = job.wait_for("COMPLETED", "FAILED", restarts=1)
     assert (shown["JobState"], ended_with(job)) == ("COMPLETED", [14, 0]), job.text()
+    environment = json.loads(job.run.folder.environment.read_text())
+    assert [one["placement"]["ranks"] for one in environment["attempts"]] == [4, 4] and shown["NumNodes"] == "2"
     assert job.text().count("mat_dist: error:") == 1 and "the rendezvous store is gone" in job.text()
     assert job.run.hashes() == reference
 

@@ -38,8 +38,8 @@ def other_form(lab: Lab, code: int, kind: str, phase: str, ranks: int) -> None:
     lab.expect_lost(end)
 
 
-@case(17, "NaN or infinity in one peer", "weight", code=15, bound=3, kind="nan weight", torchrun=True, ci=True)
-@case(17, "NaN or infinity in one peer", "AEs", code=15, bound=3, kind="nan")
+@case(17, "NaN or infinity in one peer", "weight", code=15, bound=3, kind="nan weight", ci=True)
+@case(17, "NaN or infinity in one peer", "AEs", code=15, bound=3, kind="nan", torchrun=True)
 @case(17, "NaN or infinity in one peer", "logits", code=15, bound=3, kind="inf", phase="forward")
 @case(17, "NaN or infinity in one peer", "loss", code=15, bound=3, kind="nan", phase="loss")
 def not_finite(lab: Lab, code: int, kind: str, phase: str = "attack", torchrun: bool = False) -> None:

@@ -56,7 +56,7 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
                  stop: StopFlag) -> None:
         self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
-        self._arrived, self._where, self._count = 0, "start", 0
+        self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
         self._process, self._told_stop = ProcessIdentity.own(), False
         self._beat(store)
         self._store = StoreThread(store, self._beat, INTERVAL)
@@ -66,7 +66,7 @@ class Heartbeat:
     def arrive(self, where: str) -> None:
         """Note that this rank enters an exchange; travels with the next beat."""
         self._arrived += 1
-        self._where = where
+        self._before, self._where = self._where, where
 
     def meet(self, point: str, timeout: float) -> None:
         """Wait for all ranks for as long as they beat; a rank without a beat for `timeout` s is silent.
@@ -138,7 +138,7 @@ class Heartbeat:
         causes = (gone, "ended"), (stopped, "stopped answering"), (late, "is late")
         guilty, how = next((cause for cause in causes if cause[0]), ([], ""))
         verdict = self._publish({"ranks": guilty, "how": how, "what": what, "at": self._where,
-                                 "steps": {str(r): beats[r].where if r in beats else "start" for r in guilty}})
+                                 "steps": {str(r): self._last_seen(beats.get(r)) for r in guilty}})
         for rank in verdict["ranks"]:
             beat = beats.get(rank)
             if rank != self._rank and beat is not None and beat.process.shares_pids_with(self._process):
@@ -161,6 +161,10 @@ class Heartbeat:
 
     def _others(self) -> list[int]:
         return [r for r in range(self._world) if r != self._rank]
+
+    def _last_seen(self, beat: Beat | None) -> str:
+        """Where that rank was: its beat, or the exchange that it last completed with us, if that is newer."""
+        return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
 
     def _as_error(self, verdict: dict[str, Any]) -> MatError:
         guilty = list(verdict["ranks"])

@@ -170,3 +170,16 @@ def test_a_rank_that_stops_beating_is_named_and_stopped(monkeypatch):
     assert killed == [os.getpid()]
     for one in ranks:
         one.close()
+
+
+def test_a_rank_is_last_seen_at_the_newest_exchange_that_it_completed(monkeypatch):
+    monkeypatch.setattr(ProcessIdentity, "kill", lambda self: None)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 100)  # the beats are those of the start
+    values: dict[str, bytes] = {}
+    mine, _other = ranks = [beating(Store(values), rank) for rank in range(2)]
+    monkeypatch.setattr(mine, "_world", 2)
+    for exchange in ("step 1, AEs", "step 1, vote", "step 2, AEs"):
+        mine.arrive(exchange)
+    assert "rank 1 was last seen at step 1, vote" in mine.blame("gather of step 2, AEs").where
+    for one in ranks:
+        one.close()

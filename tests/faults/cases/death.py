@@ -99,8 +99,9 @@ def stopped(lab: Lab, code: int, rank: int, ranks: int, torchrun: bool = False) 
     """Named with the place where it was last seen; the survivors end the stopped process."""
     peers = f"peers={ranks}"
     end = lab.run([Fault("stop", rank=rank, at=AT)], peers, ranks=ranks, torchrun=torchrun)
-    lab.expect_end(end, code, names=f"rank {rank} (peer {rank})", says=["last seen at step "],
+    lab.expect_end(end, code, names=f"rank {rank} (peer {rank})", says=["step 7, AEs", "last seen at "],
                    survivors=set(range(ranks)) - {rank})
+    lab.expect("last seen at start" not in end.text, "the exchanges of steps 1 to 6 are forgotten")
     lab.expect_lost(end)
     lab.expect_resumed(peers)
 

@@ -1,0 +1,1 @@
+"""References that mat_dist is measured against (`python -m mat_dist.bench naive`), and results with device names."""

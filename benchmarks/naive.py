@@ -57,8 +57,7 @@ def batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[T
     """Batches without end. No worker processes: their CPU time would not be counted."""
     loader = DataLoader(Images(images, labels), batch_size, shuffle=True, drop_last=True, num_workers=0)
     while True:
-        for x, y in loader:
-            yield x, y
+        yield from loader
 
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from mat_dist.errors import BUG, DONE, FINAL_CODES, MatError, StopRequested, error_line
 from mat_dist.mesh.launch import Launch
 
-
 LOGGED = "the traceback is in the rank's log"
 
 

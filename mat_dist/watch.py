@@ -45,8 +45,8 @@ class Watch:
             usual = median(before) if len(before) >= LEAST else None
             jumped = usual is not None and loss > SPIKE * usual
             if usual is not None and jumped and peer not in self._jumped:
-                found.append(f"warning: loss of peer {peer} jumped to {loss:.4g} at step {step}, {loss / usual:.3g} times "
-                             "its usual one: if it does not come back, lower optim.lr or set optim.clip_norm")
+                found.append(f"warning: loss of peer {peer} jumped to {loss:.4g} at step {step}, {loss / usual:.3g} "
+                             "times its usual one: if it does not come back, lower optim.lr or set optim.clip_norm")
             if jumped:  # told once, until the loss is back; the usual one does not learn from it
                 self._jumped.add(peer)
             else:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import streams
-from mat_dist.attacks.pgd import pgd
+from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.config.schema import PeerConfig, StepConfig
+from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
 from mat_dist.schedules import ema_decay_at
 from mat_dist.threats import Threat
@@ -27,6 +28,9 @@ class Peer:
         model: images in [0, 1] -> logits, on its device, in its precision.
         seed: the run's seed; with `spec.stream` it keys every draw of this peer.
         step: precision and layout.
+
+    Attributes:
+        notes: what the run should tell its user, e.g. that memory ran out once; who tells it empties the list.
     """
 
     def __init__(self, index: int, spec: PeerConfig, model: nn.Module, *, seed: int, step: StepConfig) -> None:
@@ -40,8 +44,11 @@ class Peer:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._autocast = step.precision == "bf16"
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
+        self._copies = step.attack_copy
+        self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
         self._halves = False  # the attack ran out of memory once
         self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
+        self.notes: list[str] = []
         self._stochastic = any(_draws(m) for m in model.modules())
 
     # ---------------------------------------------------------------- making adversarial examples
@@ -59,6 +66,8 @@ class Peer:
                 if len(x_BCHW) < 2:
                     raise
                 self._halves = True
+                self.notes.append(f"warning: memory ran out in the attack of {self.name}: its batches are attacked in "
+                                  "halves from now on; more step.microbatches avoid this")
         free_memory()
         half = len(x_BCHW) // 2
         return torch.cat([self.craft(x_BCHW[:half], y_B[:half], step, first_row),
@@ -78,9 +87,21 @@ class Peer:
         start = self.threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
         # against 3.17 on a small CNN).
-        with frozen(self.model), self._precision():
-            return pgd(self.model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                       step_size=attack.step_size)
+        with frozen(self.model), self.precision():
+            return pgd(self._attacked(x_BCHW), x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss,
+                       steps=attack.steps, step_size=attack.step_size)
+
+    def _attacked(self, x_BCHW: Tensor) -> Model:
+        """The function that the attack differentiates: the frozen model, or its cheaper copy."""
+        if not self._copies:
+            return self.model
+        if self._copy is None:
+            self._copy = AttackCopy(self.model, x_BCHW[:2], torch.bfloat16 if self._autocast else None)
+            if self._copy.reason:
+                self.notes.append(f"{self.name} is attacked without folding and casting its weights once: "
+                                  f"{self._copy.reason}; step.attack_copy=false silences this")
+        self._copy.refresh()
+        return self._copy
 
     # ---------------------------------------------------------------- forwards
 
@@ -90,12 +111,12 @@ class Peer:
         Args:
             draw: indices that key dropout and the like: step, slot, first row.
         """
-        with torch.enable_grad(), self._precision(), self._drawing(draw):
+        with torch.enable_grad(), self.precision(), self._drawing(draw):
             return self._logits(x_BCHW)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits as `learn`, without a graph and without a trace in the BN buffers."""
-        with torch.no_grad(), self._precision(), self._drawing(draw), batch_stats_only(self.model):
+        with torch.no_grad(), self.precision(), self._drawing(draw), batch_stats_only(self.model):
             return self._logits(x_BCHW)
 
     def _logits(self, x_BCHW: Tensor) -> Tensor:
@@ -161,7 +182,8 @@ class Peer:
         """Images in the memory layout of this run; the same on every path, since layout changes rounding."""
         return x_BCHW.contiguous(memory_format=self._layout)
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """The scope in which this run calls models: autocast with bf16."""
         if not self._autocast:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)

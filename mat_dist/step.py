@@ -54,7 +54,7 @@ class Clock:
 
 
 def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool = False, stop: bool = False,
-               ready: bool = True) -> Outcome:
+               ready: bool = True, clock: Clock | None = None) -> Outcome:
     """Attack, exchange, learn, agree, update: every peer by one step, or none.
 
     Args:
@@ -64,11 +64,12 @@ def train_step(cohort: Cohort, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: b
         log: also compute losses and the transfer table (one more small exchange).
         stop: a signal asked this rank to stop; the vote tells all.
         ready: this rank has written its part of a checkpoint; the vote tells whether all have.
+        clock: takes the times of the phases; the benchmark hands in one that waits for the device.
 
     Raises:
         MatError: on all ranks with one text. No peer was changed.
     """
-    agree, clock = Agreement(cohort.mesh, f"step {step}", step), Clock()
+    agree, clock = Agreement(cohort.mesh, f"step {step}", step), clock or Clock()
     parts = cohort.step.microbatches
     rows = len(x_BCHW) // parts
     with cohort.kept_if_refused():
@@ -172,6 +173,8 @@ def _fall_back(cohort: Cohort, peer: Peer) -> None:
     if cohort.step.microbatches > 1 or cohort.step.bn == "joint" or peer.recomputes:
         raise
     peer.recomputes = True
+    peer.notes.append(f"warning: memory ran out in the forwards of {peer.name}: it goes on with memory: recompute, "
+                      "which gives the same weights; step.memory=recompute avoids this")
     cohort.give_back(peer)
     free_memory()
 

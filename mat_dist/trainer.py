@@ -93,6 +93,7 @@ class Trainer:
             outcome = self.step(x_BCHW, y_B, step, log=log)
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
+            self.tell()
             if outcome.loss_P is not None:
                 self.log(done, outcome, meter)
                 meter = Meter()
@@ -153,6 +154,12 @@ class Trainer:
         """Tell the person at the console, and the log."""
         self.run.log.info("%s", text)
         self.reporter.note(text)
+
+    def tell(self) -> None:
+        """Tell what the local peers noted."""
+        for peer in self.cohort.peers:
+            while peer.notes:
+                self.note(peer.notes.pop(0))
 
     def log(self, done: int, outcome: Outcome, meter: Meter) -> None:
         """Report a log step, and what is unusual about it."""

@@ -214,6 +214,8 @@ class StepConfig(Section):
     bn: Literal["separate", "joint"] = Field("separate", description="batch statistics per source, or of one "
                                                                      "concatenated forward")
     channels_last: bool = Field(True, description="memory layout of images and convolutions")
+    attack_copy: bool = Field(True, description="attack a copy of the model whose batch norms are folded into its "
+                                                "convolutions, with bf16 cast once; equal but for rounding")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "

@@ -158,7 +158,7 @@ def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cac
     assert cached(*settings.split()).hashes(key="model") == cached().hashes(key="model")
 
 
-@pytest.mark.parametrize("setting", ["step.memory=recompute", "step.channels_last=false"])
+@pytest.mark.parametrize("setting", ["step.memory=recompute", "step.channels_last=false", "step.attack_copy=false"])
 def test_memory_settings_change_rounding_only(setting: str, cached: Run) -> None:
     base = ("step.precision=fp64",)
     for mine, theirs in zip(cached(*base).peers(), cached(*base, setting).peers(), strict=True):

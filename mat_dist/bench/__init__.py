@@ -1,0 +1,1 @@
+"""The benchmark: `python -m mat_dist.bench step | naive | scale`."""

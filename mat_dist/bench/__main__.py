@@ -1,0 +1,137 @@
+"""Measure a training step on made-up images.
+
+python -m mat_dist.bench step [options] [--config FILE] [key=value ...]     its parts, its limit, what the guards cost
+python -m mat_dist.bench naive [options] [--config FILE] [key=value ...]    against benchmarks/naive.py and careful.py
+python -m mat_dist.bench scale [options] [--config FILE] [key=value ...]    against batch, image size, attack steps
+torchrun --nproc_per_node=2 -m mat_dist.bench step peers=2                  the same on several ranks
+
+  --rounds N          timed rounds (default 15; all contestants take turns in each)
+  --image CxHxW       shape of the images (default 3x32x32)
+  --classes K         classes (default 10)
+  --json FILE         also write all figures as JSON
+  --config, --plugin and key=value as for mat_dist.train; without --config: bench_small, the small CNN with 4 peers
+
+CPU times are of all threads; compare machines with one thread per rank (run.threads=1, the default).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mat_dist.atomic import write_text
+from mat_dist.config import Arguments, load_config, load_plugins, parse_command_line
+from mat_dist.config.schema import Config
+from mat_dist.entry import run_entry
+from mat_dist.errors import ConfigError
+from mat_dist.mesh.launch import Launch
+
+COMMANDS = ("step", "naive", "scale")
+DEFAULT_CONFIG = "bench_small"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command -> exit code of architecture.md."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_entry(lambda: bench(words))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What this command alone understands."""
+
+    command: str
+    rounds: int = 15
+    image: tuple[int, int, int] = (3, 32, 32)
+    classes: int = 10
+    json: str | None = None
+
+
+def bench(words: list[str]) -> None:
+    """Settings, ranks, measurement, table."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return
+    options, rest = split_options(words)
+    arguments = parse_command_line(rest, prog="python -m mat_dist.bench", description="")
+    config = load_config(arguments.config_path or DEFAULT_CONFIG, arguments.overrides)
+    load_plugins(arguments.plugins)
+
+    from mat_dist.device import choose_device, device_name, prepare_torch
+    from mat_dist.mesh.mesh import open_mesh
+    from mat_dist.runfolder.environment import git_revision, versions
+    from mat_dist.stopping import watching
+
+    launch = Launch.from_environment()
+    device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
+    prepare_torch(config)
+    with watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh:
+        figures = measure(options, config, mesh)
+    if not launch.speaks_for():
+        return
+    result = {"command": options.command, "what": describe(config, options, arguments, launch, device_name(device)),
+              "device": device_name(device), "versions": versions(), "git": git_revision(), "ranks": launch.world,
+              "arguments": words, "figures": figures}
+    from mat_dist.bench.show import print_result
+
+    print_result(result)
+    if options.json:
+        write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
+
+
+def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
+    """The figures of the command."""
+    from mat_dist.bench.parts import measure_step
+    from mat_dist.bench.references import measure_against_references
+    from mat_dist.bench.scale import measure_scale
+    from mat_dist.bench.subject import Subject
+
+    if options.command == "scale":
+        return measure_scale(config, mesh, options.image, options.classes, options.rounds)
+    subject = Subject.make(config, mesh, options.image, options.classes)
+    measured = measure_step if options.command == "step" else measure_against_references
+    return measured(subject, options.rounds)
+
+
+def describe(config: Config, options: Options, arguments: Arguments, launch: Launch, device: str) -> str:
+    """What was measured, in one line."""
+    shape = "x".join(map(str, options.image))
+    models = ", ".join(sorted({peer.model.name for peer in config.peers}))
+    return (f"{models}, {shape}, batch {config.train.batch_size}, {len(config.peers)} peers on {launch.world} "
+            f"rank{'s' if launch.world > 1 else ''}, {config.peers[0].attack.steps} attack steps, "
+            f"{config.step.precision}, {device}")
+
+
+def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
+    """The command, its own options, and the other words. Raises ConfigError for what cannot be understood."""
+    if words[0] not in COMMANDS:
+        raise ConfigError(f"unknown benchmark {words[0]!r}", "command line", f"use one of {', '.join(COMMANDS)}")
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    queue = iter(words[1:])
+    for word in queue:
+        option, equals, value = word.partition("=")
+        if option not in ("--rounds", "--image", "--classes", "--json"):
+            rest.append(word)
+            continue
+        value = value if equals else next(queue, "")
+        found[option[2:]] = value if option == "--json" else _numbers(option, value)
+    return Options(words[0], **found), rest
+
+
+def _numbers(option: str, value: str) -> Any:
+    """A whole number from 1, or three of them for --image. Raises ConfigError."""
+    parts = value.split("x")
+    right = all(part.isascii() and part.isdigit() and 0 < int(part[:6]) < 100_000 for part in parts)
+    if not right or len(parts) != (3 if option == "--image" else 1):
+        form = "three whole numbers such as 3x32x32" if option == "--image" else "a whole number from 1"
+        raise ConfigError(f"{option} {value!r}", "command line", f"write {option} and {form}")
+    return tuple(map(int, parts)) if option == "--image" else int(parts[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The short tables of the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mat_dist.telemetry.rates import percent, rate
+
+Rows = Iterable[tuple[str, str]]
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print one benchmark's figures; all of them are in the JSON."""
+    console = Console(width=110)
+    what = result["what"]
+    table = Table(title=f"{result['command']}: {what}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for row in _ROWS[result["command"]](result["figures"]):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _spread(spread: dict[str, float], unit: str = "", digits: int = 3) -> str:
+    return f"{spread['median']:.{digits}g}{unit} ({spread['low']:.{digits}g} to {spread['high']:.{digits}g})"
+
+
+def _share(spread: dict[str, float]) -> str:
+    return f"{percent(spread['median'])} % ({percent(spread['low'])} to {percent(spread['high'])})"
+
+
+def _step(figures: dict[str, Any]) -> Rows:
+    yield "step", _spread(figures["step_s"], " s")
+    yield "images per second", rate(figures["images_per_s"])
+    whole = sum(figures["parts_s"].values())
+    for phase, seconds in figures["parts_s"].items():
+        yield f"  {phase}", f"{seconds:.4f} s  {percent(seconds / whole):>5} %"
+    for kind in ("cpu", "wall"):
+        yield f"of the limit, {kind} time", _spread(figures["of_limit"][kind])
+    yield "headers, vote, finite checks (CPU time)", _share(figures["guards"]["cpu"])
+    metrics, every = figures["log_step"]["cpu"], figures["log_every"]
+    yield f"metrics, one log step in {every} (CPU time)", _share({k: v / every for k, v in metrics.items()})
+    yield from _memory(figures)
+
+
+def _naive(figures: dict[str, Any]) -> Rows:
+    for name in ("step", "careful", "naive"):
+        yield f"{name} (wall time)", _spread(figures[f"{name}_s"], " s")
+    for name in ("naive", "careful"):
+        for kind in ("cpu", "wall"):
+            yield f"times faster than {name}, {kind} time", _spread(figures[f"{name}_over_step"][kind])
+    yield "largest relative difference of a loss", f"{figures['equal']['loss']:.2g}"
+    yield "of the cross-entropy after an attack", f"{figures['equal']['attack']:.2g}"
+    yield from _memory(figures)
+
+
+def _scale(figures: dict[str, Any]) -> Rows:
+    yield "measured points", str(len(figures["points"]))
+    error = figures["held_out_error"]
+    yield "error at held-out points, median and largest", f"{percent(error['median'])} %, {percent(error['largest'])} %"
+    if figures["messages"]:
+        yield "all-gather of 4 KiB per rank", f"{1e3 * figures['messages']['latency_s']:.2f} ms"
+        yield "bandwidth of 16 MiB per rank", f"{figures['messages']['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s"
+    for row in figures["predictions"]:
+        if row["gpus"] in (4, 64) and (row["gpus"] == row["peers"]):
+            name = "ImageNet" if "ImageNet" in row["case"] else row["case"]
+            yield (f"{name}, {row['gpus']} GPUs, {row['network']}",
+                   f"{1e3 * (row['compute_s'] + row['exchange_s']):.1f} ms, {percent(row['share'])} % exchange"
+                   + (" *" if row["matters"] else ""))
+    yield "* communication takes more than 5 % of the step", ""
+
+
+def _memory(figures: dict[str, Any]) -> Rows:
+    first = figures["memory"][0]
+    name = "device_peak_mib" if "device_peak_mib" in first else "host_peak_mib"
+    yield (f"{name.removesuffix('_mib').replace('_', ' ')} memory",
+           f"{max(one[name] for one in figures['memory']):,.0f} MiB")
+
+
+_ROWS = {"step": _step, "naive": _naive, "scale": _scale}

@@ -20,6 +20,7 @@ from mat_dist.models import build_model
 from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
 from mat_dist.schedules import lr_at
+from mat_dist.threats import Threat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of images, AEs and losses
 
@@ -61,6 +62,7 @@ class Cohort:
         plan: losses and exchanges of all peers.
         mesh: the other ranks.
         step: precision, memory, micro-batches.
+        threats: of all peers, in peer order.
         batch_size: images of the global batch.
         total_steps, steps_per_epoch: for the schedules.
     """
@@ -69,6 +71,7 @@ class Cohort:
     plan: CohortPlan
     mesh: Mesh
     step: StepConfig
+    threats: tuple[Threat, ...]
     batch_size: int
     total_steps: int
     steps_per_epoch: int
@@ -105,7 +108,8 @@ class Cohort:
             total = min(total, config.train.max_steps)
         if total < 1:
             raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
-        return cls(peers, plan, mesh, config.step, config.train.batch_size, total, steps_per_epoch)
+        threats = tuple(Threat(spec.threat.norm, spec.threat.eps) for spec in config.peers)
+        return cls(peers, plan, mesh, config.step, threats, config.train.batch_size, total, steps_per_epoch)
 
     def lr(self, spec: PeerConfig, step: int) -> float:
         """A peer's learning rate at a step."""

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from mat_dist import wire
 from mat_dist.agreement import Agreement, batch_checksum
 from mat_dist.cohort import DTYPES, Cohort
 from mat_dist.losses import accuracy
@@ -112,10 +113,12 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
 
     # 2 exchange of AEs
     checksum = agree.run("checksum", lambda: 0 if x_BCHW.is_cuda else int(batch_checksum(x_BCHW, y_B))) or 0
-    agree.header("AEs", aes_LBCHW, checksum)
+    sent_L = agree.run("encoding", wire.encode_all, cohort.step.wire, aes_LBCHW, x_BCHW)
+    agree.header("AEs", sent_L, checksum)
     clock.lap("wait")
-    aes_PBCHW = mesh.gather_peers(aes_LBCHW) if plan.shares_aes or log else _only_local(cohort, aes_LBCHW)
-    inputs_S = [*aes_PBCHW, x_BCHW]
+    everyones = plan.shares_aes or log
+    sent = mesh.gather_peers(sent_L) if everyones else sent_L
+    inputs_S = agree.run("decoding", _inputs, cohort, sent, x_BCHW, everyones)
     clock.lap("exchange")
 
     # 3 logits on every source that a peer learns from or teaches on
@@ -141,12 +144,16 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     return _Share(finite_L2, agree.run("loss", torch.stack, loss), correct_LS)
 
 
-def _only_local(cohort: Cohort, aes_LBCHW: Tensor) -> list[Tensor]:
-    """The AEs by source where no peer needs another one's: the own ones in place, nothing elsewhere."""
-    slots = [aes_LBCHW.new_empty(0)] * len(cohort.plan.peers)
-    for n, peer in enumerate(cohort.peers):
-        slots[peer.index] = aes_LBCHW[n]
-    return slots
+def _inputs(cohort: Cohort, sent: Tensor, x_BCHW: Tensor, everyones: bool) -> list[Tensor]:
+    """The images of each slot: the AEs by source, then the clean ones.
+
+    Where no peer needs another one's AEs only the own ones were sent; the other slots are empty.
+    """
+    sources = range(len(cohort.threats)) if everyones else [peer.index for peer in cohort.peers]
+    slots = [x_BCHW.new_empty(0)] * len(cohort.threats)
+    for source, one in zip(sources, sent, strict=True):
+        slots[source] = wire.decode(cohort.step.wire, one, x_BCHW, cohort.threats[source])
+    return [*slots, x_BCHW]
 
 
 def _forward(cohort: Cohort, peer: Peer, inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:

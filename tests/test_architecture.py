@@ -19,7 +19,8 @@ PACKAGE = ROOT / "mat_dist"
 # A unit is a file or folder of mat_dist/. It imports only from rows above its own; leaves also from each other.
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
-    ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch"),
+    ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
+     "wire"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),

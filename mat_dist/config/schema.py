@@ -216,6 +216,9 @@ class StepConfig(Section):
     channels_last: bool = Field(True, description="memory layout of images and convolutions")
     attack_copy: bool = Field(True, description="attack a copy of the model whose batch norms are folded into its "
                                                 "convolutions, with bf16 cast once; equal but for rounding")
+    wire: Literal["full", "fp16", "int8"] = Field(
+        "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
+                            "trains on the shortened ones too")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "

@@ -69,6 +69,21 @@ def test_an_at_peer_of_four_is_bitwise_a_cohort_of_one(index: int, run_ranks: Ru
     assert hashes(four)[index] == hashes(one)[0]
 
 
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+@pytest.mark.parametrize("preset", ["mat", "at"])
+def test_shortened_aes_are_the_same_for_every_placement_and_move_the_weights_little(preset: str, form: str,
+                                                                                   run_ranks: Run) -> None:
+    """Also with `at`, where only log steps exchange AEs: logging must not change what a peer trains on."""
+    models = nets(4)
+    config = cohort_config(preset, 4, step={"wire": form})
+    alone = run_ranks(lambda mesh: train(config, mesh, models, 4), 4, 1)
+    spread = run_ranks(lambda mesh: train(config, mesh, models, 4, log=True), 4, 4)
+    assert hashes(spread) == hashes(alone)
+    full = run_ranks(lambda mesh: train(cohort_config(preset, 4), mesh, models, 1), 4, 1)
+    short = run_ranks(lambda mesh: train(config, mesh, models, 1), 4, 1)
+    assert 0 < largest_difference(full, short) < 1e-2
+
+
 @pytest.mark.parametrize("preset", ["at", "mat", "mat_share", "mat_trades", "cat", "dml_at"])
 def test_recompute_equals_keep(preset: str, run_ranks: Run) -> None:
     models = nets(3, dtype=torch.float64)

@@ -62,6 +62,24 @@ def distillation(student_BK: Tensor, teachers_BK: Sequence[Tensor], *, temperatu
     return value * temperature**2 if t2_scale else value
 
 
+def distillation_from_sum(student_BK: Tensor, others_BK: Tensor, negentropy_B: Tensor, count: int, *,
+                          temperature: float = 1.0, t2_scale: bool = True, agg: str = "mean_kl") -> Tensor:
+    """`distillation` from what the teachers' probabilities add up to -> scalar.
+
+    sum_i KL(p_i || q) = sum_i sum_k p_i log p_i - sum_k (sum_i p_i) log q, so its gradient needs the sum alone.
+
+    Args:
+        others_BK: sum of the teachers' softened probabilities.
+        negentropy_B: sum over the teachers of sum_k p log p.
+        count: number of teachers.
+        agg: `mean_kl` or `mean_prob`; the mean logit cannot be had from probabilities.
+    """
+    mean_BK = others_BK / count
+    own_B = negentropy_B / count if agg == "mean_kl" else torch.special.xlogy(mean_BK, mean_BK).sum(-1)
+    value = (own_B - (mean_BK * (student_BK / temperature).log_softmax(-1)).sum(-1)).mean()
+    return value * temperature**2 if t2_scale else value
+
+
 def _mean(terms: Sequence[Tensor]) -> Tensor:
     """Summed one after the other: a stacked sum may round in another order."""
     return reduce(operator.add, terms) / len(terms)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mat_dist import losses
 from mat_dist.config.schema import LossConfig
+from mat_dist.opinions import Opinions, Terms
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,13 @@ class PeerPlan:
         """What `teacher` looks at when it teaches this peer about the AEs of `source`."""
         return {"same_ae": source, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
 
-    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], taught: Tensor,
-                     position: dict[tuple[int, int], int], y_B: Tensor) -> Tensor:
+    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], opinions: Opinions,
+                     y_B: Tensor) -> Tensor:
         """The terms of the loss that belong to `slots` -> scalar.
 
         Args:
             logits: this peer's logits_BK on each of `slots`, with graph.
-            taught: detached logits of all peers (P, T, B, K), T the most slots that one peer teaches.
-            position: (teacher, slot) -> index on T.
+            opinions: of all peers.
             y_B: labels.
         """
         c, own, clean = self.loss, self.index, self.clean
@@ -133,9 +133,9 @@ class PeerPlan:
                 total = total + (c.base_scale * hard) * losses.cross_entropy(logits[slot], y_B, c.label_smoothing)
             teachers = self.teachers(slot) if slot != clean else ()
             if teachers:
-                opinions = [taught[i, position[i, self.teacher_slot(i, slot)]] for i in teachers]
-                total = total + self.distilled[slot] * losses.distillation(
-                    logits[slot], opinions, temperature=c.temperature, t2_scale=c.t2_scale, agg=c.teacher_agg)
+                lessons = [(i, self.teacher_slot(i, slot)) for i in teachers]
+                terms = Terms(c.temperature, c.t2_scale, c.teacher_agg)
+                total = total + self.distilled[slot] * opinions.distillation(logits[slot], lessons, terms)
         if self.paired and own in slots:
             if c.trades_beta:
                 total = total + (c.base_scale * c.trades_beta) * losses.trades_term(logits[clean], logits[own])

@@ -37,7 +37,7 @@ def _in_background(write: Callable[[], list[checkpoint.FileEntry]]) -> Future[li
     def run() -> None:
         try:
             future.set_result(write())
-        except Exception as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again where the result is asked for; SystemExit would end this thread
             future.set_exception(error)
 
     threading.Thread(target=run, name="checkpoint", daemon=True).start()

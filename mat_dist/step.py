@@ -16,6 +16,7 @@ from mat_dist import wire
 from mat_dist.agreement import Agreement, batch_checksum
 from mat_dist.cohort import DTYPES, Cohort
 from mat_dist.losses import accuracy
+from mat_dist.opinions import AllLogits, Opinions, SummedProbabilities, softened
 from mat_dist.peer import Peer, free_memory
 
 
@@ -127,13 +128,14 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     clock.lap("forward")
 
     # 4 exchange of logits
-    agree.header("logits", taught_LTBK)
+    told = agree.run("teaching", _told, cohort, taught_LTBK)
+    agree.header("logits", told)
     clock.lap("wait")
-    taught_PTBK = mesh.gather_peers(taught_LTBK) if plan.most_taught else taught_LTBK
+    opinions = _exchanged(cohort, told)
     clock.lap("exchange")
 
     # 5, 6 losses and gradients
-    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, taught_PTBK, y_B, step,
+    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, opinions, y_B, step,
                       first_row) for p, logits in zip(peers, known, strict=True)]
     correct_LS = torch.empty(0)
     if log:
@@ -213,11 +215,27 @@ def _taught(cohort: Cohort, known: list[dict[int, Tensor]], y_B: Tensor) -> Tens
     return torch.stack(rows)
 
 
+def _told(cohort: Cohort, taught_LTBK: Tensor) -> Tensor:
+    """What this rank tells the others of its peers' logits: these, or (opinions: summed) what they add up to."""
+    if cohort.step.opinions == "all" or cohort.plan.most_taught == 0:
+        return taught_LTBK
+    return softened(taught_LTBK, cohort.plan.peers[0].loss.temperature).sum(0)
+
+
+def _exchanged(cohort: Cohort, told: Tensor) -> Opinions:
+    """The opinions of all peers."""
+    if cohort.plan.most_taught == 0:
+        return AllLogits(told, {})
+    if cohort.step.opinions == "all":
+        return AllLogits(cohort.mesh.gather_peers(told), cohort.plan.position)
+    return SummedProbabilities(cohort.mesh.sum_peers(told), cohort.plan.position)
+
+
 def _any(known: list[dict[int, Tensor]]) -> Tensor:
     return next(t for logits in known for t in logits.values())
 
 
-def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], taught_PTBK: Tensor,
+def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], opinions: Opinions,
               y_B: Tensor, step: int, first_row: int) -> Tensor:
     """Add the gradient of the peer's loss -> the loss, detached."""
     def add_gradient() -> Tensor:
@@ -227,7 +245,7 @@ def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: li
             if not slots:
                 continue
             logits = _learn(cohort, peer, slots, inputs_S, step, first_row) if recomputes else known
-            loss = plan.partial_loss(slots, logits, taught_PTBK, cohort.plan.position, y_B)
+            loss = plan.partial_loss(slots, logits, opinions, y_B)
             (loss / cohort.step.microbatches).backward()
             total += loss.detach()
         return total

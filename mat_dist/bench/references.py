@@ -62,7 +62,7 @@ def check_equal(subject: Subject, naive: Any, careful: Any, recipe: Any) -> dict
     for peer, model, ae in zip(cohort.peers, models, aes, strict=True):
         region = peer.threat.region(x_BCHW)
         start = peer.threat.start("uniform", region, x_BCHW, stream=peer.stream("attack", subject.number))
-        other = careful.attack(model, x_BCHW, y_B, recipe, start)
+        other = careful.attack(model, x_BCHW.float(), y_B, recipe, start.float())
         attacked.append(_strength(model, ae, y_B) / _strength(model, other, y_B) - 1)
     ours = train_step(cohort, x_BCHW, y_B, subject.number, log=True).loss_P
     subject.number += 1
@@ -79,7 +79,7 @@ def check_equal(subject: Subject, naive: Any, careful: Any, recipe: Any) -> dict
 
 def _strength(model: nn.Module, aes_BCHW: Tensor, y_B: Tensor) -> Tensor:
     with frozen(model), torch.no_grad():
-        return F.cross_entropy(model(aes_BCHW), y_B)
+        return F.cross_entropy(model(aes_BCHW.float()), y_B)
 
 
 def _plain_models(subject: Subject) -> list[nn.Module]:

@@ -16,6 +16,7 @@ from mat_dist.data.images import ImageSet
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
+from mat_dist.opinions import AllLogits
 from mat_dist.step import train_step
 from mat_dist.streams import key, keyed_rng
 
@@ -82,14 +83,15 @@ class Subject:
         inputs = [*cohort.mesh.gather_peers(aes), x_BCHW]
         known = [{slot: peer.learn(inputs[slot], (number, slot, first)) for slot in plan.peers[peer.index].learned}
                  for peer in peers]
-        taught = y_B.new_empty(0)
+        told = aes.new_empty(0)
         if plan.most_taught:
-            taught = cohort.mesh.gather_peers(torch.stack(
+            told = cohort.mesh.gather_peers(torch.stack(
                 [torch.stack([logits[slot].detach() for slot in plan.taught[peer.index]])
                  for peer, logits in zip(peers, known, strict=True)]))
+        opinions = AllLogits(told, plan.position)
         for peer, logits in zip(peers, known, strict=True):
             row = plan.peers[peer.index]
-            row.partial_loss(row.learned, logits, taught, plan.position, y_B).backward()
+            row.partial_loss(row.learned, logits, opinions, y_B).backward()
             peer.clip()
         cohort.update(number)
         self.number += 1

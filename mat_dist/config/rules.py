@@ -173,6 +173,26 @@ def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
     return []
 
 
+@rule("loss", "peers", "step")
+def sums_are_enough(config: Config) -> list[ConfigError]:
+    """The sum of all probabilities serves every student only where all peers teach all slots in one way."""
+    if config.step.opinions == "all":
+        return []
+    first = config.peers[0].loss
+    how = "write opinions: all"
+    found = []
+    if config.step.on_nonfinite == "quarantine":
+        found.append(ConfigError("a peer in quarantine cannot be taken out of summed opinions", "step.opinions", how))
+    for key, peer in _peers(config):
+        loss = peer.loss
+        unfit = {"kd_weight": not loss.kd_weight, "kd_own": not 0 < (loss.kd_own or 0) < 1,
+                 "teacher_input": loss.teacher_input != "same_ae", "teacher_set": loss.teacher_set != "all",
+                 "teacher_agg": loss.teacher_agg == "mean_logit", "temperature": loss.temperature != first.temperature}
+        found += [ConfigError(f"summed opinions with {name} {getattr(loss, name)}: single peers' logits are needed",
+                              f"{key}.loss.{name}", how) for name, bad in unfit.items() if bad]
+    return found
+
+
 @rule("data", "train")
 def data_fill_a_batch(config: Config) -> list[ConfigError]:
     """An epoch has at least one step."""

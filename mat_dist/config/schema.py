@@ -219,6 +219,9 @@ class StepConfig(Section):
     wire: Literal["full", "fp16", "int8"] = Field(
         "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
                             "trains on the shortened ones too")
+    opinions: Literal["all", "summed"] = Field(
+        "all", description="what travels for distillation: every peer's logits, or the sum of their probabilities, "
+                           "P times less, for many peers with many classes; other rank counts then round differently")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "

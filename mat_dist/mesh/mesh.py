@@ -56,6 +56,15 @@ class Mesh:
         """(L, ...) here -> (P, ...) on every rank, in peer order, contiguous, without gradient."""
         return self._gather(local_L.detach(), self._peer)
 
+    def sum_peers(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks of the peer axis, on every one of them, without gradient; in no fixed order."""
+        if self._peer is None:
+            return tensor.detach()
+        total = tensor.detach().cpu() if self._staged else tensor.detach().clone()
+        with self._naming("sum"):
+            dist.all_reduce(total, group=self._peer)
+        return total.to(tensor.device)
+
     def gather_world(self, row: Sequence[int]) -> list[list[int]]:
         """One row of integers here -> the rows of all ranks, by rank. Travels over the control group."""
         table = self._gather(torch.tensor([list(row)], dtype=torch.int64), self._world)

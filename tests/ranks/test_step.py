@@ -69,6 +69,18 @@ def test_an_at_peer_of_four_is_bitwise_a_cohort_of_one(index: int, run_ranks: Ru
     assert hashes(four)[index] == hashes(one)[0]
 
 
+@pytest.mark.parametrize("agg", ["mean_kl", "mean_prob"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_summed_opinions_teach_what_all_logits_teach(agg: str, world: int, run_ranks: Run) -> None:
+    models = nets(4, dtype=torch.float64)
+    runs = []
+    for opinions, ranks in (("all", 1), ("summed", world)):
+        config = cohort_config("mat", 4, step={"precision": "fp64", "opinions": opinions},
+                               loss={"teacher_agg": agg, "temperature": 2.0})
+        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 4, ranks))
+    assert 0 < largest_difference(*runs) < 1e-9
+
+
 @pytest.mark.parametrize("form", ["fp16", "int8"])
 @pytest.mark.parametrize("preset", ["mat", "at"])
 def test_shortened_aes_are_the_same_for_every_placement_and_move_the_weights_little(preset: str, form: str,

@@ -73,6 +73,16 @@ CASES = [
         "joint_norms_need_all_graphs", "step.bn=joint step.memory=recompute", "write bn: separate",
         "step.bn=joint step.memory=keep",
     ),
+    (
+        "sums_are_enough", "step.opinions=summed step.on_nonfinite=quarantine", "a peer in quarantine",
+        "step.opinions=summed step.on_nonfinite=skip",
+    ),
+    *(("sums_are_enough", f"step.opinions=summed peers.0.loss.{broken}", f"summed opinions with {broken.split('=')[0]}",
+       f"step.opinions=summed peers.0.loss.{kept}")
+      for broken, kept in [("kd_weight=0", "kd_weight=1"), ("kd_own=1", "kd_own=0.9"), ("kd_own=0", "kd_own=0.1"),
+                           ("teacher_input=clean", "teacher_input=same_ae"), ("teacher_agg=mean_logit",
+                                                                               "teacher_agg=mean_prob"),
+                           ("temperature=2", "temperature=1")]),
     ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),

@@ -13,6 +13,7 @@ from mat_dist import losses
 from mat_dist.cohort import state_hash
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
+from mat_dist.opinions import softened
 from tests.cohorts import cohort_config, nets, train
 
 LN2 = log(2)
@@ -168,3 +169,21 @@ def test_what_a_student_learns_leaves_no_trace_in_its_teacher(student: str) -> N
     listening, deaf = (state_hash(peers[1].state()) for peers in states)
     assert listening == deaf
     assert state_hash(states[0][0].state()) != state_hash(states[1][0].state())  # it did listen
+
+
+@pytest.mark.parametrize("agg", ["mean_kl", "mean_prob"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_sum_of_probabilities_teaches_what_the_teachers_teach(agg: str, count: int) -> None:
+    student = gaussian(5, 7).requires_grad_()
+    teachers = [3 * gaussian(5, 7, seed=i) for i in range(1, 1 + count)]
+    told = torch.stack([softened(t, 2.0) for t in teachers]).sum(0)
+    summed = losses.distillation_from_sum(student, told[:, :-1], told[:, -1], count, temperature=2.0, agg=agg)
+    plain = losses.distillation(student, teachers, temperature=2.0, agg=agg)
+    (mine,), (theirs,) = (torch.autograd.grad(value, student) for value in (summed, plain))
+    assert summed.item() == pytest.approx(plain.item(), rel=1e-12)
+    assert (mine - theirs).abs().max() < 1e-14
+
+
+def test_a_teacher_that_is_certain_sends_finite_numbers() -> None:
+    told = softened(torch.tensor([[0.0, -1e4], [0.0, 0.0]]), 1.0)
+    assert told[0].tolist() == [1.0, 0.0, 0.0] and told[1, -1].item() == pytest.approx(-LN2)

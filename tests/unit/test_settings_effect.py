@@ -130,8 +130,8 @@ ALONE = """
     loss.temperature=4 loss.teacher_input=own_ae loss.teacher_input=clean loss.trades_beta=6 loss.pair_weight=1
     loss.base_scale=0.5 loss.label_smoothing=0.1 optim.lr=0.05 optim.momentum=0.5 optim.nesterov=true
     optim.weight_decay=0.05 optim.schedule=cosine optim.clip_norm=0.01 peers.0.stream=9 peers.1.optim.lr=0.01
-    step.precision=bf16 step.precision=fp64 step.bn=joint step.microbatches=2 train.batch_size=8
-    train.max_steps=3"""
+    step.precision=bf16 step.precision=fp64 step.bn=joint step.wire=fp16 step.wire=int8 step.microbatches=2
+    train.batch_size=8 train.max_steps=3"""
 WITH_OTHERS = {  # setting: what else is set on both sides
     "loss.t2_scale=false": "loss.temperature=4", "loss.teacher_agg=mean_prob": "peers=3",
     "loss.teacher_agg=mean_logit": "peers=3", "loss.teacher_set=owner": "peers=3",

@@ -75,9 +75,12 @@ def short_of_memory(lab: Lab, code: int, phase: str) -> None:
 @case(4, "a rank leaves in the middle", "os._exit(0)", code=SILENT, bound=5, kind="hard exit", torchrun=True)
 @case(4, "a rank leaves in the middle", "sys.exit(0) rank 0", code=SILENT, bound=5, kind="exit", rank=0)
 @case(4, "a rank leaves in the middle", "os._exit(0) rank 0", code=SILENT, bound=5, kind="hard exit", rank=0)
-def left(lab: Lab, code: int, kind: str, rank: int = 1, torchrun: bool = False) -> None:
+@case(4, "a rank leaves in the middle", "sys.exit(0) while saving", code=SILENT, bound=5, kind="exit", phase="save",
+      at=1)
+def left(lab: Lab, code: int, kind: str, rank: int = 1, torchrun: bool = False, phase: str = "attack",
+         at: int = AT) -> None:
     """The others name the one that left, though its own exit code was 0."""
-    end = lab.run([Fault(kind, rank=rank, at=AT)], torchrun=torchrun)
+    end = lab.run([Fault(kind, phase, rank=rank, at=at)], torchrun=torchrun)
     lab.expect_end(end, code, names=f"rank {rank} (peer {rank})", survivors=[1 - rank])
     lab.expect_lost(end)
     lab.expect_resumed()

@@ -1,0 +1,168 @@
+"""The benchmark measures what it says: equal mathematics, counted passes, a cost model that finds its constants."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import careful, naive
+from mat_dist.bench.__main__ import main, split_options
+from mat_dist.bench.parts import both, together
+from mat_dist.bench.references import check_equal
+from mat_dist.bench.scale import IMAGENET, NETWORKS, Costs, Point, predictions
+from mat_dist.bench.subject import Limit, Subject
+from mat_dist.bench.timing import PhaseClock, Spread, Timing, interleaved, ratio
+from mat_dist.cohort import state_hash
+from mat_dist.config import load_config
+from mat_dist.errors import ConfigError, PeerFailed
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.mesh.placement import Placement
+
+CPU = torch.device("cpu")
+SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")
+
+
+def subject(*overrides: str) -> Subject:
+    config = load_config("bench_small", [*SMALL, *overrides])
+    return Subject.make(config, Mesh(Placement.place(len(config.peers), 1, 0), CPU), (3, 8, 8), 5)
+
+
+def recipe(made: Subject) -> naive.Recipe:
+    peer = made.config.peers[0]
+    assert peer.attack.step_size is not None and peer.loss.hard_weight is not None and peer.loss.kd_weight is not None
+    return naive.Recipe(peer.threat.eps, peer.attack.step_size, peer.attack.steps, peer.loss.hard_weight,
+                        peer.loss.kd_weight)
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def test_the_step_without_guards_is_the_same_step() -> None:
+    ours, bare = subject(), subject()
+    for _ in range(3):
+        ours.step()
+        bare.unguarded_step()
+    assert [state_hash(p.state()) for p in ours.cohort.peers] == [state_hash(p.state()) for p in bare.cohort.peers]
+
+
+def test_the_references_compute_the_same_loss_and_attack() -> None:
+    made = subject("step.precision=fp64")
+    found = check_equal(made, naive, careful, recipe(made))
+    assert found["loss"] < 1e-5 and found["attack"] < 1e-5  # the references are fp32
+
+
+@pytest.mark.parametrize("changed", ["hard_weight", "kd_weight", "eps"])
+def test_another_mathematics_is_noticed(changed: str) -> None:
+    made = subject()
+    right = recipe(made)
+    wrong = naive.Recipe(**{**vars(right), changed: 1.5 * getattr(right, changed)})
+    with pytest.raises(PeerFailed, match="the references reach another"):
+        check_equal(made, naive, careful, wrong)
+
+
+def test_the_naive_trainer_learns() -> None:
+    made = subject()
+    models = [copy.deepcopy(p.model) for p in made.cohort.peers]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
+    x, y = next(naive.batches(made.images.permute(0, 2, 3, 1).contiguous(), made.labels, 6))
+    losses = [naive.train_step(models, optimizers, x, y, recipe(made)) for _ in range(8)]
+    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
+
+
+def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
+    """K attack passes and P learning passes for each of P = 3 peers."""
+    made = subject("step.attack_copy=false")
+    limit, calls = Limit(made), []
+    for model in limit._models:
+        model.register_forward_hook(lambda m, given, out: calls.append(m.training))
+    before = [state_hash(p.state()) for p in made.cohort.peers]
+    limit()
+    assert calls == ([False] * 2 + [True] * 3) * 3
+    assert [state_hash(p.state()) for p in made.cohort.peers] == before
+
+
+def test_phases_are_named_after_their_place() -> None:
+    clock = PhaseClock(CPU)
+    for phase in ("attack", "wait", "exchange", "forward", "wait", "exchange", "backward", "wait"):
+        clock.lap(phase)
+    assert list(clock.seconds) == ["attack", "AEs, header", "AEs, exchange", "forward", "logits, header",
+                                   "logits, exchange", "backward", "vote"]
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def test_contestants_take_turns_and_warm_up_rounds_do_not_count() -> None:
+    order: list[str] = []
+    times = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, 2, subject().cohort.mesh)
+    assert "".join(order) == "abcbcacab" and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A round at half speed does not move the ratio."""
+    assert ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == Spread(2.0, 2.0, 2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0) and Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_ranks_add_their_cpu_time_and_the_slowest_one_counts() -> None:
+    times = together([{"a": [(1.0, 5.0)], "b": [(1.0, 1.0)]}, {"a": [(2.0, 3.0)], "b": [(2.0, 2.0)]}])
+    assert times == {"a": [Timing(3.0, 5.0)], "b": [Timing(3.0, 2.0)]}
+    assert both(times, "a", "b", minus=1.0)["wall"]["median"] == 1.5
+
+
+def test_the_fit_finds_the_constants_that_made_the_times() -> None:
+    true = Costs(0.003, 0.001, 2e-9, 5e-9)
+    points = [Point(peers, peers, batch, values, steps) for peers in (1, 2, 4) for batch in (8, 64)
+              for values in (192, 3072) for steps in (1, 10)]
+    found = Costs.fit(points, [true.seconds(p) for p in points])
+    assert vars(found) == pytest.approx(vars(true), rel=1e-6)
+
+
+def test_no_constant_of_the_fit_is_negative() -> None:
+    points = [Point(1, 1, batch, 100, steps) for batch in (1, 10, 100) for steps in (1, 5)]
+    found = Costs.fit(points, [max(1e-9, 1e-6 * p.batch * p.attack_steps - 1e-7) for p in points])
+    assert min(vars(found).values()) >= 0
+
+
+def test_a_prediction_by_hand() -> None:
+    """16 GPUs with a peer each: 15 peers' AEs of 128 images of 3 x 224 x 224 and 16 x 1000 logits of each, in fp32."""
+    rows = predictions(Costs(0, 0, 0, 0), load_config("bench_small", ["peers=2"]), (3, 32, 32), 10)
+    (row,) = [r for r in rows if r["gpus"] == r["peers"] == 16 and r["network"] == "NVLink" and "ImageNet" in r["case"]]
+    assert row["compute_s"] == pytest.approx(128 * (10 * 2 + 16 * 3) / 8250)
+    assert row["exchange_s"] == pytest.approx(4 * 128 * 15 * (150528 + 16000) / 300e9 + 5 * 5e-6 * 5)
+    assert len(rows) == 2 * len(NETWORKS) * (1 + 2 + 2 + 2) and IMAGENET.fixed == 0
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("command", ["step", "naive", "scale"])
+def test_a_command_writes_all_figures(command: str, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "figures.json"
+    assert main([command, "--rounds", "1", "--image=3x8x8", "--json", str(file), *SMALL, "peers=2"]) == 0
+    written = json.loads(file.read_text())
+    assert written["command"] == command and written["figures"]["rounds"] == 1 and written["versions"]["torch"]
+    assert written["what"].split(",")[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["fast"], "use one of step, naive, scale"), (["step", "--rounds", "0"], "a whole number from 1"),
+    (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"), (["step", "--rounds"], "a whole number"),
+    (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
+])
+def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, capsys: Any) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_options_may_have_an_equals_sign() -> None:
+    options, rest = split_options(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
+    assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), "a.json", ["peers=2"])
+    with pytest.raises(ConfigError):
+        split_options(["step", "--classes=x"])

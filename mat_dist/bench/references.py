@@ -57,7 +57,8 @@ def check_equal(subject: Subject, naive: Any, careful: Any, recipe: Any) -> dict
     cohort, (x_BCHW, y_B) = subject.cohort, subject.batch()
     models = _plain_models(subject)
     aes = [peer.attack(x_BCHW, y_B, subject.number) for peer in cohort.peers]
-    theirs = torch.stack([loss.detach() for loss in naive.mutual_losses(copy.deepcopy(models), aes, y_B, recipe)])
+    told = naive.mutual_losses(copy.deepcopy(models), [ae.float() for ae in aes], y_B, recipe)
+    theirs = torch.stack([loss.detach() for loss in told])
     attacked = []
     for peer, model, ae in zip(cohort.peers, models, aes, strict=True):
         region = peer.threat.region(x_BCHW)

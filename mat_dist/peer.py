@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import streams
-from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.config.schema import PeerConfig, StepConfig
-from mat_dist.models.attack_copy import AttackCopy
-from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
+from mat_dist.crafting import TrainingAttack
+from mat_dist.models.modes import batch_stats_only, bn_buffers, set_bn_forwards, split_norm_bias
 from mat_dist.schedules import ema_decay_at
 from mat_dist.threats import Threat
 
@@ -44,11 +43,11 @@ class Peer:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._autocast = step.precision == "bf16"
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
-        self._copies = step.attack_copy
-        self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
         self._halves = False  # the attack ran out of memory once
         self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
         self.notes: list[str] = []
+        self._attacks = TrainingAttack(model, self.threat, spec.attack, step,
+                                       lambda text: self.notes.append(f"{self.name}: {text}"))
         self._stochastic = any(_draws(m) for m in model.modules())
 
     # ---------------------------------------------------------------- making adversarial examples
@@ -80,28 +79,7 @@ class Peer:
             step: training step, keys the start noise.
             first_row: row of the global batch at which x_BCHW starts.
         """
-        attack, stream = self.spec.attack, self.stream("attack", step)
-        assert attack.start is not None and attack.loss is not None and attack.step_size is not None
-        x_BCHW = self.arrange(x_BCHW)
-        region = self.threat.region(x_BCHW)
-        start = self.threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
-        # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
-        # against 3.17 on a small CNN).
-        with frozen(self.model), self.precision():
-            return pgd(self._attacked(x_BCHW), x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss,
-                       steps=attack.steps, step_size=attack.step_size)
-
-    def _attacked(self, x_BCHW: Tensor) -> Model:
-        """The function that the attack differentiates: the frozen model, or its cheaper copy."""
-        if not self._copies:
-            return self.model
-        if self._copy is None:
-            self._copy = AttackCopy(self.model, x_BCHW[:2], torch.bfloat16 if self._autocast else None)
-            if self._copy.reason:
-                self.notes.append(f"{self.name} is attacked without folding and casting its weights once: "
-                                  f"{self._copy.reason}; step.attack_copy=false silences this")
-        self._copy.refresh()
-        return self._copy
+        return self._attacks(self.arrange(x_BCHW), y_B, stream=self.stream("attack", step), first_row=first_row)
 
     # ---------------------------------------------------------------- forwards
 

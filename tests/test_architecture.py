@@ -22,6 +22,7 @@ ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
      "wire", "opinions"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
+    ("crafting",),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("step", "evaluator", "run", "dryrun"),

@@ -216,6 +216,9 @@ class StepConfig(Section):
     channels_last: bool = Field(True, description="memory layout of images and convolutions")
     attack_copy: bool = Field(True, description="attack a copy of the model whose batch norms are folded into its "
                                                 "convolutions, with bf16 cast once; equal but for rounding")
+    attack_engine: Literal["eager", "compile", "cuda_graph"] = Field(
+        "eager", description="how the attack's passes run: one by one, compiled (torch.compile, a minute at start), "
+                             "or the whole attack as one CUDA graph; one that fails falls back to eager with a note")
     wire: Literal["full", "fp16", "int8"] = Field(
         "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
                             "trains on the shortened ones too")

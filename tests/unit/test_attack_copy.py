@@ -189,3 +189,57 @@ def test_an_attack_on_the_copy_is_as_strong(precision: str, differ: float, weake
     (plain, reference), (fast, ce) = found
     assert ((plain - fast).abs() > 1e-5).float().mean() < differ
     assert abs(ce - reference) < weaker * reference
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+def attacked(engine: str, device: str = "cpu", precision: str = "fp32", **settings: Any) -> tuple[Peer, Tensor]:
+    """A peer and its AEs of the second of two batches, its weights changed in between."""
+    config = cohort_config("at", 1, eps=0.05, steps=4, **settings)
+    step = config.step.model_copy(update={"attack_engine": engine, "precision": precision})
+    peer = Peer(0, config.peers[0], trained("small_cnn").to(device), seed=0, step=step)
+    torch.manual_seed(1)
+    for number in range(2):
+        x, y = torch.rand(16, *SHAPE).to(device), torch.randint(10, (16,)).to(device)
+        aes = peer.attack(x, y, number)
+        with torch.no_grad():
+            for parameter in peer.model.parameters():
+                parameter *= 1.1
+    return peer, aes
+
+
+def test_an_engine_that_cannot_run_says_so_and_attacks_eagerly() -> None:
+    peer, aes = attacked("cuda_graph")
+    assert len(peer.notes) == 1 and "needs a GPU" in peer.notes[0] and "eagerly" in peer.notes[0]
+    assert torch.equal(aes, attacked("eager")[1])
+
+
+def test_a_compiler_that_fails_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, **_: Any) -> Any:
+        def call(x: Tensor) -> Tensor:
+            raise NotImplementedError("no such kernel")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    peer, aes = attacked("compile")
+    assert len(peer.notes) == 1 and "no such kernel" in peer.notes[0]
+    assert torch.equal(aes, attacked("eager")[1])
+
+
+@pytest.mark.slow
+def test_a_compiled_attack_is_as_strong() -> None:
+    """Half a minute of compiling, where there is a C++ compiler."""
+    peer, aes = attacked("compile")
+    if peer.notes:
+        pytest.skip(f"torch.compile does not work here: {peer.notes[0]}")
+    assert ((aes - attacked("eager")[1]).abs() > 1e-5).float().mean() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["compile", "cuda_graph"])
+def test_on_a_gpu_every_engine_makes_the_same_attack(engine: str, precision: str) -> None:
+    peer, aes = attacked(engine, "cuda", precision)
+    assert peer.notes == []
+    same = attacked("eager", "cuda", precision)[1]
+    assert ((aes - same).abs() > 1e-5).float().mean() < (0.02 if precision == "fp32" else 0.4)

@@ -1,0 +1,100 @@
+"""The attack of training: PGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist.attacks.graphed import GraphedAttack
+from mat_dist.attacks.pgd import Model, pgd
+from mat_dist.config.schema import AttackConfig, StepConfig
+from mat_dist.models.attack_copy import AttackCopy
+from mat_dist.models.modes import frozen
+from mat_dist.threats import Threat
+
+
+class TrainingAttack:
+    """How one peer makes AEs in training.
+
+    Args:
+        model: the peer's live model; an attack leaves it as it was.
+        threat, settings: what to attack with; complete settings.
+        step: precision, copy and engine.
+        tell: gets one line where a copy or an engine cannot be used.
+    """
+
+    def __init__(self, model: nn.Module, threat: Threat, settings: AttackConfig, step: StepConfig,
+                 tell: Callable[[str], None]) -> None:
+        self._model, self._threat, self._settings, self._step, self._tell = model, threat, settings, step, tell
+        self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
+        self._called: Model = model
+        self._engine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int) -> Tensor:
+        """AEs of a clean batch -> (B, C, H, W) in [0, 1].
+
+        Args:
+            x_BCHW: in the layout of the run.
+            stream: key of the start noise.
+            first_row: row of the global batch at which x_BCHW starts.
+        """
+        assert self._settings.start is not None
+        region = self._threat.region(x_BCHW)
+        start = self._threat.start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
+        # against 3.17 on a small CNN).
+        with frozen(self._model), self._precision(x_BCHW.device):
+            if self._engine is None:
+                self._prepare(x_BCHW)
+            assert self._engine is not None
+            if self._copy is not None:
+                self._copy.refresh()
+            if self._step.attack_engine == "eager":
+                return self._attack(x_BCHW, y_B, start)
+            try:
+                return self._engine(x_BCHW, y_B, start)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
+                self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
+                return self._attack(x_BCHW, y_B, start)
+
+    # ---------------------------------------------------------------- inside
+
+    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> Tensor:
+        settings = self._settings
+        assert settings.loss is not None and settings.step_size is not None
+        return pgd(self._called, x_BCHW, y_B, region=self._threat.region(x_BCHW), start_BCHW=start_BCHW,
+                   loss=settings.loss, steps=settings.steps, step_size=settings.step_size)
+
+    def _prepare(self, x_BCHW: Tensor) -> None:
+        """Make the copy and the engine; the images tell shape and device."""
+        step = self._step
+        if step.attack_copy:
+            self._copy = AttackCopy(self._model, x_BCHW[:2], torch.bfloat16 if step.precision == "bf16" else None)
+            self._called = self._copy
+            if self._copy.reason:
+                self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
+                           "step.attack_copy=false silences this")
+        self._engine = self._attack
+        if step.attack_engine == "compile":
+            self._called = torch.compile(self._called, dynamic=False)
+        elif step.attack_engine == "cuda_graph" and not x_BCHW.is_cuda:
+            self._fall_back("a CUDA graph needs a GPU")
+        elif step.attack_engine == "cuda_graph":
+            self._engine = GraphedAttack(self._attack)
+
+    def _fall_back(self, why: str) -> None:
+        self._tell(f"step.attack_engine={self._step.attack_engine} cannot run, attacks go on eagerly: {why}")
+        self._engine = self._attack
+        self._called = self._copy if self._copy is not None else self._model
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast with bf16, without its cache of cast weights: these do not change, and a graph may not hold it."""
+        if self._step.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

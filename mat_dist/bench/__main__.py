@@ -94,16 +94,21 @@ def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
         return measure_scale(config, mesh, options.image, options.classes, options.rounds)
     subject = Subject.make(config, mesh, options.image, options.classes)
     measured = measure_step if options.command == "step" else measure_against_references
-    return measured(subject, options.rounds)
+    figures = measured(subject, options.rounds)
+    return {**figures, "notes": subject.notes()}
 
 
 def describe(config: Config, options: Options, arguments: Arguments, launch: Launch, device: str) -> str:
     """What was measured, in one line."""
     shape = "x".join(map(str, options.image))
     models = ", ".join(sorted({peer.model.name for peer in config.peers}))
-    return (f"{models}, {shape}, batch {config.train.batch_size}, {len(config.peers)} peers on {launch.world} "
-            f"rank{'s' if launch.world > 1 else ''}, {config.peers[0].attack.steps} attack steps, "
+    return (f"{models}, {shape}, batch {config.train.batch_size}, {_count(len(config.peers), 'peer')} on "
+            f"{_count(launch.world, 'rank')}, {config.peers[0].attack.steps} attack steps, "
             f"{config.step.precision}, {device}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:

@@ -23,6 +23,8 @@ def print_result(result: dict[str, Any]) -> None:
     for row in _ROWS[result["command"]](result["figures"]):
         table.add_row(*row)
     console.print(table)
+    for note in result["figures"].get("notes", []):
+        console.print(note)
 
 
 def _spread(spread: dict[str, float], unit: str = "", digits: int = 3) -> str:

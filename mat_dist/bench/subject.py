@@ -54,6 +54,11 @@ class Subject:
                           dtype=DTYPES[config.step.precision], rows=cohort.rows)
         return cls(config, cohort, batches, images, labels)
 
+    def notes(self) -> list[str]:
+        """What the peers of all ranks have to tell, e.g. that an engine cannot run."""
+        told = self.cohort.mesh.gather_json([note for peer in self.cohort.peers for note in peer.notes])
+        return [note for rank in told for note in rank]
+
     def batch(self) -> tuple[Tensor, Tensor]:
         """The next batch, as the trainer gets it."""
         return self.batches.at(self.number)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within 9 minutes and without a network: bash benchmarks/gpu.sh [key=value ...]
+# Tests marked gpu, then `bench step` and `bench naive` for ResNet-18 on 32 x 32, then one table.
+#   key=value   settings for every benchmark, e.g. train.batch_size=256; run.device=cpu tries the script without a GPU
+#   PYTHON      a Python with torch >= 2.9, numpy, torchvision, rich, pydantic, PyYAML, pytest (default: python3)
+#   OUT         folder for the JSON files (default: benchmarks/results/<device>)
+#   ROUNDS      timed rounds (default 15)
+#   BUDGET      seconds after which no further benchmark is started (default 500)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+python="${PYTHON:-python3}" rounds="${ROUNDS:-15}" budget="${BUDGET:-500}" settings=("$@") failed=0
+
+case " $* " in
+    *" run.device=cpu "*) device=cpu ;;
+    *)
+        if ! "$python" -c 'import torch, torchvision, numpy, rich, pydantic, yaml, pytest' 2>/dev/null; then
+            echo "mat_dist: error: $python lacks torch, torchvision, numpy, rich, pydantic, PyYAML or pytest (PYTHON):" \
+                "set PYTHON to a Python that has them" >&2
+            exit 6
+        fi
+        device="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')"
+        if [ -z "$device" ]; then
+            echo "mat_dist: error: no GPU is visible (torch.cuda.is_available): check the driver and" \
+                "CUDA_VISIBLE_DEVICES, or try the script with run.device=cpu" >&2
+            exit 6
+        fi ;;
+esac
+out="${OUT:-benchmarks/results/$(echo "$device" | tr -c 'A-Za-z0-9\n' _)}"
+mkdir -p "$out"
+
+# measure NAME COMMAND [torchrun] SETTINGS...: one benchmark; a failure is told and the others still run
+measure() {
+    local name="$1" command="$2" start=("$python" -m) code=0
+    shift 2
+    if [ "${1:-}" = torchrun ]; then
+        shift
+        start=("$python" -m torch.distributed.run --standalone --nproc_per_node=2 -m)
+    fi
+    if [ "$SECONDS" -gt "$budget" ]; then
+        echo "mat_dist: $name left out: ${SECONDS} s are over (BUDGET=$budget)" >&2
+        failed=1
+        return
+    fi
+    timeout --signal=TERM --kill-after=20 120 "${start[@]}" mat_dist.bench "$command" --config bench_resnet18 \
+        --rounds "$rounds" --json "$out/$name.json" train.batch_size=128 "$@" "${settings[@]}" || code=$?
+    if [ "$code" != 0 ]; then
+        echo "mat_dist: $name ended with $code" >&2
+        failed=1
+    fi
+}
+
+"$python" -m pytest -q -p no:cacheprovider -m gpu tests || { code=$?; [ "$code" = 5 ] || failed=1; }
+at=(peers=1 loss=at step.precision=bf16)
+mutual=(loss=mat step.precision=bf16)
+measure at_1_eager step "${at[@]}"
+measure at_1_graph step "${at[@]}" step.attack_engine=cuda_graph
+measure at_1_compile step "${at[@]}" step.attack_engine=compile
+measure mat_2_naive naive "${mutual[@]}" peers=2 step.attack_engine=cuda_graph
+measure mat_2_naive_fp32 naive loss=mat peers=2 step.attack_engine=cuda_graph
+measure mat_2 step "${mutual[@]}" peers=2
+measure mat_4_graph step "${mutual[@]}" peers=4 step.attack_engine=cuda_graph
+measure mat_4_recompute step "${mutual[@]}" peers=4 step.memory=recompute step.attack_engine=cuda_graph
+measure mat_2_ranks step torchrun "${mutual[@]}" peers=2 comm.backend=gloo
+"$python" -m benchmarks.summary "$out"
+exit "$failed"

@@ -55,7 +55,11 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py",
            "sbatch --array=0-5 --gres=gpu:4 --time=24:00:00 launch/slurm_array.sbatch --seeds 1,2,3 "
            "--configs cifar10_at,cifar10_trades": "SLURM; tests/cluster",
-           "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py"}
+           "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
+           "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
+           **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
+               ("python", "step"), ("python", "naive"), ("python", "scale --rounds 3"),
+               ("torchrun --nproc_per_node=2", "step peers=2"))}}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
          "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",

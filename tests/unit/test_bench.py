@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import careful, naive
+from benchmarks import careful, naive, summary
 from mat_dist.bench.__main__ import main, split_options
 from mat_dist.bench.parts import both, together
 from mat_dist.bench.references import check_equal
@@ -166,3 +166,17 @@ def test_options_may_have_an_equals_sign() -> None:
     assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), "a.json", ["peers=2"])
     with pytest.raises(ConfigError):
         split_options(["step", "--classes=x"])
+
+
+def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["naive", "--rounds", "1", "--image=3x8x8", f"--json={tmp_path / 'two.json'}", *SMALL]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
+    assert summary.main() == 0
+    figures = json.loads((tmp_path / "two.json").read_text())["figures"]
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].strip("│ ").split("│")]
+    assert cells[0] == "two" and cells[4] == f"{figures['naive_over_step']['wall']['median']:.2f}"
+    assert cells[3] == f"{50_000 * figures['step_s']['median'] / 6:.1f}"
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path / "absent")])
+    assert summary.main() == 2

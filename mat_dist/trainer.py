@@ -127,7 +127,10 @@ class Trainer:
             return Outcome(ready=False)
 
     def finish(self) -> None:
-        """Attack the best (if there were evaluations) and the newest checkpoint on the test set."""
+        """Attack the best (if there were evaluations) and the newest checkpoint on the test set.
+
+        A damaged one does not keep the other from its result; its error comes last.
+        """
         if not self.config.eval.test or self.newest is None:
             return
         plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
@@ -135,18 +138,26 @@ class Trainer:
         chosen = {**({"best": best} if best else {}), "last": self.newest}
         rows: list[TableRow] = []
         done: dict[int, list[Result]] = {}
+        damaged: CheckpointError | None = None
         for label, manifest in chosen.items():
-            if manifest.step not in done:
-                self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
-                done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
-                                               size=self.config.eval.test_size, purpose="test", stop=self.stop)
+            try:
+                if manifest.step not in done:
+                    self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
+                    done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
+                                                   size=self.config.eval.test_size, purpose="test", stop=self.stop)
+            except CheckpointError as error:
+                damaged = error
+                continue
             results = done[manifest.step]
             if self.mesh.placement.is_lead:
                 write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
                               config=self.config, attack=plan, step=manifest.step, split="test",
                               attempt=self.run.attempt, per_sample=True)
             rows += table_rows(label, results, plan)
-        self.reporter.table(rows)
+        if rows:
+            self.reporter.table(rows)
+        if damaged is not None:
+            raise damaged
 
     # ---------------------------------------------------------------- records
 

@@ -16,7 +16,7 @@ from mat_dist import streams, trainer
 from mat_dist.checkpoint import load_manifest, read_best
 from mat_dist.config import load_config
 from mat_dist.data import load_data
-from mat_dist.errors import OutputError, StopRequested
+from mat_dist.errors import CheckpointError, OutputError, StopRequested
 from mat_dist.evaluator import AttackPlan, evaluate
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
@@ -241,6 +241,23 @@ def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monke
     assert best is not None
     names = {p.stem for p in again.folder.eval.glob("test_*.json")}
     assert names == {f"test_best_step_{best.step:08d}", "test_last_step_00000008"}
+
+
+def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(cohort_run: Run, tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    original, last = trainer.evaluate, []
+
+    def damaged(config: Any, mesh: Any, manifest: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["purpose"] == "test" and not last:
+            last.append(manifest.step)
+            raise CheckpointError("peer_0.pt is damaged", "step_00000004", "restore it")
+        return original(config, mesh, manifest, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate", damaged)
+    monkeypatch.setattr(Trainer, "best", lambda self: load_manifest(self.run.folder, 4))
+    with pytest.raises(CheckpointError, match="peer_0"):
+        cohort_run("half", 1, *EVALUATED, "eval.test=true")
+    assert last == [4] and [p.stem for p in tmp_path.rglob("test_*.json")] == ["test_last_step_00000008"]
 
 
 def test_without_evaluations_only_the_last_checkpoint_is_tested(cohort_run: Run) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mat_dist.agreement import Agreement, described
 from mat_dist.atomic import write_text
-from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts
+from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
 from mat_dist.config.schema import Config
 from mat_dist.device import device_name
 from mat_dist.entry import LOGGED
@@ -176,9 +176,10 @@ def check_continues(folder: RunFolder, config: Config) -> None:
     if not folder.config.exists():
         return
     old = load_config(str(folder.config))
-    if finished(folder) and config.train.epochs <= old.train.epochs:
+    if finished(folder) and not trains_longer(old, config):
+        cut = "" if config.train.max_steps is None else " and train.max_steps"
         raise OutputError("the run is finished", str(folder.path),
-                          "choose another run.name, or raise train.epochs to go on")
+                          f"choose another run.name, or raise train.epochs{cut} to go on")
     conflicts = resume_conflicts(old.model_dump(mode="json"), config)
     if conflicts:
         raise CheckpointError(f"the folder holds a run with other settings: {'; '.join(conflicts[:8])}",

@@ -73,10 +73,16 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
 
 
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:
-    """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and more epochs."""
-    conflicts = []
-    for key, before, after in _pairs(old, new):
-        longer = key == "train.epochs" and isinstance(before, int) and after > before
-        if not longer and not key.startswith(_MAY_CHANGE):
-            conflicts.append(_line(key, before, after))
-    return conflicts
+    """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and a longer training."""
+    return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)]
+
+
+def trains_longer(old: Config, new: Config) -> bool:
+    """Whether `new` has more epochs, or its training is cut later."""
+    return any(_longer(*pair) for pair in _pairs(old, new))
+
+
+def _longer(key: str, before: Any, after: Any) -> bool:
+    if not isinstance(before, int) or key not in ("train.epochs", "train.max_steps"):
+        return False
+    return after > before if isinstance(after, int) else key == "train.max_steps"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mat_dist.config import config_differences, config_name, dump_config, load_config, resume_conflicts
+from mat_dist.config import config_differences, config_name, dump_config, load_config, resume_conflicts, trains_longer
 from mat_dist.config.schema import Config, LossConfig
 from mat_dist.errors import ConfigError
 
@@ -289,6 +289,16 @@ def test_resume_refuses_what_alters_the_weights(tmp_path: Path) -> None:
         key = refusal.split("=")[0].removeprefix("peers.3.")
         conflicts = resume_conflicts(old.model_dump(mode="json"), load(tmp_path, "train: {epochs: 10}", refusal))
         assert conflicts and all(key in line or key == "peers" for line in conflicts), refusal
+
+
+@pytest.mark.parametrize(("old", "new", "longer"), [
+    ("max_steps: 5", "train.max_steps=6", True), ("max_steps: 5", "train.max_steps=null", True),
+    ("max_steps: 5", "train.max_steps=4", False), ("epochs: 5", "train.max_steps=4", False),
+    ("epochs: 5", "train.epochs=6", True),
+])
+def test_only_a_longer_training_may_be_resumed(tmp_path: Path, old: str, new: str, longer: bool) -> None:
+    before, after = load(tmp_path, f"train: {{{old}}}"), load(tmp_path, f"train: {{{old}}}", new)
+    assert trains_longer(before, after) is longer and (resume_conflicts(before, after) == []) is longer
 
 
 def test_a_setting_that_an_old_run_did_not_know_has_its_default(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Paired comparison of test results: python -m benchmarks.paired RUN ... -- RUN ...
+
+The runs before `--` and after it belong together in order (the same seed each). For every pair and peer the difference
+of robust accuracy is taken image by image. The interval counts both the images and the runs: a run-to-run deviation
+cannot be seen from images.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Key = tuple[str, str, str, str]
+# Two-sided 95 % quantile of Student's t by degrees of freedom; 1.96 beyond.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def robust(run: Path) -> dict[Key, int]:
+    """Whether each image withstood, by sample, attack, target and weights, of the run's newest `last` test."""
+    files = sorted((run / "eval").glob("test_last_*.csv"))
+    if not files:
+        raise SystemExit(f"mat_dist: error: no test results in {run} (eval/test_last_*.csv): let the run end first")
+    with files[-1].open(newline="") as file:
+        return {(r["sample"], r["attack"], r["target"], r["weights"]): int(r["robust"]) for r in csv.DictReader(file)}
+
+
+def differences(before: dict[Key, int], after: dict[Key, int]) -> dict[str, list[int]]:
+    """Robust after minus before of every image, by target. Raises SystemExit where the images are not the same."""
+    if before.keys() != after.keys():
+        raise SystemExit("mat_dist: error: the two runs attacked other images or targets (eval/*.csv): compare equal ones")
+    found: dict[str, list[int]] = {}
+    for key, value in before.items():
+        found.setdefault(key[2], []).append(after[key] - value)
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of the 95 % interval of Student's t over runs."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.inf
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), STUDENT.get(len(values) - 1, 1.96) * error
+
+
+def main() -> int:
+    """Print a row per target: each pair's difference with its interval over images, and all runs together."""
+    if "--" not in sys.argv:
+        print("mat_dist: error: no -- between the two groups (command line): write RUN ... -- RUN ...", file=sys.stderr)
+        return 2
+    middle = sys.argv.index("--")
+    pairs = list(zip(map(Path, sys.argv[1:middle]), map(Path, sys.argv[middle + 1:]), strict=True))
+    found = [differences(robust(a), robust(b)) for a, b in pairs]
+    table = Table("target", *(f"{a.name} -> {b.name}" for a, b in pairs), "all runs", title="robust accuracy, points",
+                  title_justify="left")
+    for target in found[0]:
+        cells, means = [], []
+        for one in found:
+            values = [100.0 * v for v in one[target]]
+            mean = statistics.fmean(values)
+            half = 1.96 * statistics.pstdev(values) / math.sqrt(len(values))
+            cells.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+            means.append(mean)
+        mean, half = interval(means)
+        table.add_row(target, *cells, f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+    Console(width=140).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

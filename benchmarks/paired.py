@@ -33,7 +33,7 @@ def robust(run: Path) -> dict[Key, int]:
 def differences(before: dict[Key, int], after: dict[Key, int]) -> dict[str, list[int]]:
     """Robust after minus before of every image, by target. Raises SystemExit where the images are not the same."""
     if before.keys() != after.keys():
-        raise SystemExit("mat_dist: error: the two runs attacked other images or targets (eval/*.csv): compare equal ones")
+        raise SystemExit("mat_dist: error: two runs attacked other images or targets (eval/*.csv): compare equal ones")
     found: dict[str, list[int]] = {}
     for key, value in before.items():
         found.setdefault(key[2], []).append(after[key] - value)

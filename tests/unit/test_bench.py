@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import careful, naive, summary
+from benchmarks import careful, naive, paired, summary
 from mat_dist.bench.__main__ import main, split_options
 from mat_dist.bench.parts import both, together
 from mat_dist.bench.references import check_equal
@@ -180,3 +180,18 @@ def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys:
     assert cells[3] == f"{50_000 * figures['step_s']['median'] / 6:.1f}"
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path / "absent")])
     assert summary.main() == 2
+
+
+def test_a_paired_comparison_by_hand(tmp_path: Path) -> None:
+    """Of four images one was lost: -25 points. Two runs with -25 and +5 points: t = 12.71, error 15."""
+    for name, bits in (("a", "1101"), ("b", "0101")):
+        folder = tmp_path / name / "eval"
+        folder.mkdir(parents=True)
+        rows = [f"{n},0,linf 1/10,peer0,raw,1,{bit},1" for n, bit in enumerate(bits)]
+        (folder / "test_last_step_00000002.csv").write_text(
+            "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
+    found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
+    assert found == {"peer0": [-1, 0, 0, 0]}
+    assert paired.interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.71 * 15))
+    with pytest.raises(SystemExit, match="no test results"):
+        paired.robust(tmp_path / "absent")

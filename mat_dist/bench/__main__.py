@@ -75,7 +75,7 @@ def bench(words: list[str]) -> None:
         return
     result = {"command": options.command, "what": describe(config, options, arguments, launch, device_name(device)),
               "device": device_name(device), "versions": versions(), "git": git_revision(), "ranks": launch.world,
-              "arguments": words, "figures": figures}
+              "arguments": [options.command, "--rounds", str(options.rounds), *rest], "figures": figures}
     from mat_dist.bench.show import print_result
 
     print_result(result)

@@ -191,12 +191,16 @@ def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, at
 
 
 def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
-             chunk: int, first: int = 0) -> Iterator[Tensor]:
-    """The AEs of restarts `first`, `first` + 1, ...; noise keyed by (seed, norm, restart, chunk)."""
+             chunk: int, first: int = 0, first_row: int = 0) -> Iterator[Tensor]:
+    """The AEs of restarts `first`, `first` + 1, ...; noise keyed by (seed, norm, restart, chunk).
+
+    Args:
+        first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
+    """
     region = threat.region(x_BCHW)
     for restart in range(first, first + attack.restarts):
         stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
-        start = threat.start(attack.start, region, x_BCHW, stream=stream)
+        start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
             yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
                       step_size=attack.size(threat.eps))

@@ -6,7 +6,7 @@ The result is a function of the chunk's images and number, the request and the m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,13 +108,34 @@ def _crafted(model: nn.Module, name: str, x_BCHW: Tensor, y_B: Tensor, threat: T
              tried: Tried) -> Iterator[Tensor]:
     """The AEs that one attack makes with one module."""
     if name != "autoattack":
-        yield from restarts(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk)
+        yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk)
         return
     found = autoattack(model, x_BCHW, y_B, threat, version=job.version, custom=job.custom,
                        seed=chunk_seed(job.seed, threat.norm, chunk))
     tried.square_broke += found.square_broke
     tried.warnings += found.warnings
     yield found.adv_BCHW
+
+
+def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,
+            first: int = 0) -> Iterator[Tensor]:
+    """The AEs of each restart of PGD. Where memory runs out, the chunk is attacked in halves, quarters, ...
+
+    An image's noise does not depend on the parts, so the result is the same but for the rounding of other batch sizes.
+    """
+    parts, one = 1, replace(plan, restarts=1)
+    for restart in range(first, first + plan.restarts):
+        while True:
+            size = -(-len(y_B) // parts)
+            try:
+                yield torch.cat([adv for row in range(0, len(y_B), size) for adv in restarts(
+                    model, x_BCHW[row:row + size], y_B[row:row + size], threat, one, seed=seed, chunk=chunk,
+                    first=restart, first_row=row)])
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                parts *= 2
 
 
 def first_wrong(model: nn.Module, advs: Sequence[Tensor], y_B: Tensor, clean_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +150,22 @@ def first_wrong(model: nn.Module, advs: Sequence[Tensor], y_B: Tensor, clean_B: 
         prediction_B = torch.where(open_B, predict(model, adv), prediction_B)
         adv_BCHW = torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)
     return prediction_B, adv_BCHW
+
+
+def strongest(tried: Tried, y_B: Tensor) -> Tensor:
+    """Image by image the first AE that the target gets wrong, else the last attack's -> (B, C, H, W)."""
+    *_, best = tried.advs.values()
+    open_B = torch.ones_like(y_B, dtype=torch.bool)
+    for name, adv_BCHW in tried.advs.items():
+        wrong_B = tried.predictions[name] != y_B
+        best = torch.where((open_B & wrong_B).view(-1, 1, 1, 1), adv_BCHW, best)
+        open_B &= ~wrong_B
+    return best
+
+
+def rounded(adv_BCHW: Tensor) -> Tensor:
+    """AEs as bytes, as an image file would hold them -> uint8 (B, C, H, W)."""
+    return (adv_BCHW * 255).round().to(torch.uint8)
 
 
 def table(clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ repeated evaluation takes up the files that are there. No rank waits in a collec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from mat_dist.agreement import Agreement
-from mat_dist.atomic import parse_json, reported, write_json
+from mat_dist.atomic import parse_json, reported, write_bytes, write_json
 from mat_dist.config.schema import Config
-from mat_dist.data import ImageSet
-from mat_dist.errors import OutputError, StopRequested
-from mat_dist.evaluate.attack import Job, attack_targets, table
+from mat_dist.data import ImageSet, as_float
+from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
+from mat_dist.evaluate.attack import Job, Tried, attack_targets, predict, rounded, strongest, table
 from mat_dist.evaluate.soundness import examine
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import pixels, strict_arithmetic
@@ -43,6 +44,7 @@ class Work:
         checked: chunks, from the first, that the soundness checks look at.
         folder: of the chunks' files.
         digest: identifies all that the result depends on; stands in every file.
+        save: write the AEs too.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Work:
     checked: int
     folder: Path
     digest: str
+    save: bool = False
 
     @property
     def count(self) -> int:
@@ -86,9 +89,29 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
         for target in work.targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}
             counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk)
+        fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
     warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
     return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
-            "labels": y_B.tolist(), "predictions": table(clean, tried), "checks": counts, "warnings": warnings}
+            "labels": y_B.tolist(), "predictions": table(clean, tried), "rounded": fooled, "checks": counts,
+            "warnings": warnings}
+
+
+def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
+              tried: Mapping[tuple[str, str], Tried]) -> dict[str, dict[str, list[int]]]:
+    """Write the chunk's AEs -> predictions on them after rounding to bytes: target -> threat -> classes."""
+    models = {target.name: target.model for target in work.targets}
+    saved: dict[str, dict[str, dict[str, Tensor]]] = {}
+    predictions: dict[str, dict[str, list[int]]] = {}
+    for (name, label), one in tried.items():
+        adv_BCHW = strongest(one, y_B)
+        bytes_BCHW = rounded(adv_BCHW)
+        saved.setdefault(name, {})[label] = {"float32": adv_BCHW.float().cpu(), "uint8": bytes_BCHW.cpu()}
+        found = predict(models[name], as_float(bytes_BCHW, x_BCHW.dtype))
+        predictions.setdefault(name, {})[label] = found.tolist()
+    buffer = io.BytesIO()
+    torch.save({"samples": work.rows(chunk), "labels": y_B.cpu(), "aes": saved}, buffer)
+    write_bytes(work.file(chunk).with_suffix(".pt"), buffer.getbuffer())
+    return predictions
 
 
 def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, tell: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -132,7 +155,11 @@ def _missing(work: Work) -> list[int]:
 
 
 def _attack_and_save(work: Work, chunk: int, device: torch.device) -> None:
-    write_json(work.file(chunk), attack_chunk(work, chunk, device))
+    try:
+        write_json(work.file(chunk), attack_chunk(work, chunk, device))
+    except torch.OutOfMemoryError as error:  # PGD has tried parts; AutoAttack's result depends on its batch
+        raise EnvironmentFault(f"not enough device memory: {error}", f"chunk {chunk}",
+                               "use a smaller eval.chunk; chunks of another size have other noise") from error
 
 
 def _collect(work: Work) -> list[dict[str, Any]]:

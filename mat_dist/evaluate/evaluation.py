@@ -112,7 +112,8 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     digest = checkpoint.json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     name = f"evaluate_{request.split}_{subject.label}_{checkpoint.step_name(subject.manifest.step)}_{digest[:12]}"
     checked = -(-request.checks // config.eval.chunk)
-    work = Work(config, job, targets, split, samples_N, checked, folder.eval / f"{name}.chunks", digest)
+    work = Work(config, job, targets, split, samples_N, checked, folder.eval / f"{name}.chunks", digest,
+                request.save)
     return work, about | {"digest": digest, "config": config.model_dump(mode="json", exclude={"run": {"name"}})}
 
 
@@ -151,7 +152,8 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
         "chosen_on_validation": best_peer([str(p.name) for p in subject.config.peers], subject.folder,
                                           subject.manifest.step, subject.weights),
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
-        "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "checked_images": request.checks,
+        "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "saved": request.save,
+        "checked_images": request.checks,
         "autoattack": {"version": job.version, "custom": list(job.custom)} if "autoattack" in job.attacks else None,
         "seed": job.seed, "subset_seed": subject.config.run.seed, "chunk": subject.config.eval.chunk,
         "precision": subject.config.step.precision, "threads": subject.config.run.threads,
@@ -167,6 +169,7 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     path = outcome.write_files(work.folder.parent, name, about, outcomes, chunks, about["weights"])
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
+    outcome.show(outcome.attacks_table(outcomes))
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
     print(f"mat_dist: peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     print(f"mat_dist: {path}", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ class Outcome:
         clean_N: correct without an attack (bool).
         held: label of a threat -> attack -> correct under it (bool (N,)); False where clean is.
         verdicts: of the soundness checks.
+        rounded: label of a threat -> correct on the saved AEs after rounding to bytes (bool (N,)); empty where none
+            were saved.
     """
 
     target: str
     clean_N: Tensor
     held: Mapping[str, Mapping[str, Tensor]]
     verdicts: Sequence[Verdict]
+    rounded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def worst(self, threat: str) -> Tensor:
         """Correct under all attacks of one threat -> bool (N,)."""
@@ -61,6 +64,8 @@ class Outcome:
                 "interval_95": {name: wilson_interval(value, n) for name, value in shares.items()},
                 "attacks": {threat: {name: share(flags_N) for name, flags_N in attacks.items()}
                             for threat, attacks in self.held.items()},
+                **({"accuracy_uint8": {threat: share(flags_N & self.clean_N) for threat, flags_N
+                                       in self.rounded.items()}} if self.rounded else {}),
                 "checks": [asdict(verdict) for verdict in self.verdicts]}
 
 
@@ -74,7 +79,7 @@ def gather(chunks: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
     outcomes = []
     for name, first in chunks[0]["predictions"].items():
-        rows = [chunk["predictions"][name] for chunk in chunks]
+        rows = [chunk["predictions"][name] | {"rounded": chunk["rounded"].get(name, {})} for chunk in chunks]
 
         def correct(path: Sequence[str], rows: list[Any] = rows) -> Tensor:
             found: list[int] = []
@@ -87,7 +92,8 @@ def gather(chunks: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         held = {threat: {attack: correct(("threats", threat, attack)) for attack in attacks}
                 for threat, attacks in first["threats"].items()}
         counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
-        outcomes.append(Outcome(name, correct((CLEAN,)), held, judge(total(counts))))
+        rounded = {threat: correct(("rounded", threat)) for threat in rows[0]["rounded"]}
+        outcomes.append(Outcome(name, correct((CLEAN,)), held, judge(total(counts)), rounded))
     return outcomes
 
 
@@ -140,6 +146,21 @@ def as_table(title: str, outcomes: Sequence[Outcome], weights: str) -> Table:
         failed = ", ".join(dict.fromkeys(v.check for v in outcome.failed))
         table.add_row(outcome.target, weights, *(cell.replace("[", r"\[") for cell in cells), str(row["n"]),
                       f"NO: {failed}" if failed else "yes")
+    return table
+
+
+def attacks_table(outcomes: Sequence[Outcome]) -> Table:
+    """A row per target and threat: per cent that withstand each attack alone."""
+    names = list(dict.fromkeys(name for outcome in outcomes for held in outcome.held.values() for name in held))
+    table = Table(title="Accuracy under each attack alone, %")
+    for name in ("target", "threat"):
+        table.add_column(name, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        for threat, held in outcome.held.items():
+            table.add_row(outcome.target, threat, *(f"{100 * share(held[name]):.2f}" if name in held else "-"
+                                                    for name in names))
     return table
 
 

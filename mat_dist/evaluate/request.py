@@ -54,6 +54,7 @@ class Request(Section):
     eps: Number | None = Field(None, gt=0, le=1e4, description="radius of all threats; for one norm only")
     seed: Integer | None = Field(None, ge=0, lt=2**63, description="seed of the attacks; default run.seed")
     transfer: bool = Field(True, description="replay each target's AEs on all others")
+    save: bool = Field(False, description="save the AEs as float32 and as bytes, and measure the bytes too")
     checks: Integer = Field(256, ge=1, description="images that the soundness checks look at, in whole chunks")
 
     @model_validator(mode="after")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.attacks.search import random_search
-from mat_dist.evaluate.attack import TRANSFER, Job, Tried, predict
+from mat_dist.evaluate.attack import TRANSFER, Job, Tried, crafted, predict
 from mat_dist.evaluate.targets import FGSM, Target
-from mat_dist.evaluator import AttackPlan, restarts
+from mat_dist.evaluator import AttackPlan
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Threat
 
@@ -133,7 +133,7 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     def held_under(radius: Threat, plan: AttackPlan, first: int = 0) -> Tensor:
         held = torch.ones_like(held_B)
         for model in target.attacked:
-            for adv in restarts(model, x_BCHW, y_B, radius, plan, seed=job.seed, chunk=chunk, first=first):
+            for adv in crafted(model, x_BCHW, y_B, radius, plan, seed=job.seed, chunk=chunk, first=first):
                 held &= predict(target.model, adv) == y_B
         return held
 

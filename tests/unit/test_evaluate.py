@@ -13,17 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import mat_dist
+from mat_dist import streams
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
 from mat_dist.evaluate import chunks, evaluation, outcome
 from mat_dist.evaluate.__main__ import main
+from mat_dist.evaluate.attack import crafted
 from mat_dist.evaluate.autoattack import chunk_seed
 from mat_dist.evaluate.soundness import Verdict
+from mat_dist.evaluator import AttackPlan
 from mat_dist.results import wilson_interval
 from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.threats import Threat
 from tests.small_runs import interrupted, run_small, tree_hash
 
 FAST = ("attacks=pgd", "checks=1", "steps=2")
@@ -142,6 +147,25 @@ def test_files_say_what_was_done(run: Path, evaluate: Evaluate) -> None:
     assert len(found["rows"]) == 15 * 2 * 2 and found["rows"][0].keys() >= {"sample", "label", "prediction", "robust"}
 
 
+def test_saved_aes_are_what_fooled_the_target(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, "attacks=fgsm,pgd", "steps=2", "checks=1", "targets=peer0", "threats=linf:64/255",
+                     "save=true", "weights=raw", "checkpoint=last")
+    model = mat_dist.load(run, "peer0", which="latest", weights="raw")
+    data = load_data(load_config(str(run / "config.yaml")).data, seed=0, batch_size=16).test
+    robust, whole = 0, 0
+    for file in sorted(found["file"].with_suffix(".chunks").glob("*.pt")):
+        saved = torch.load(file, weights_only=True)
+        images, y = data.batch(saved["samples"])
+        aes = saved["aes"]["peer0"]["linf 64/255"]
+        assert aes["float32"].dtype == torch.float32 and aes["uint8"].dtype == torch.uint8
+        assert (aes["float32"] - as_float(images)).abs().max() <= 64 / 255 * (1 + 1e-6)
+        robust += int((model(aes["float32"]).argmax(1) == y).sum())
+        whole += int((model(aes["uint8"].float() / 255).argmax(1) == y).sum())
+    one = targets(found)["peer0"]
+    assert 0 < robust < 40 and one["accuracy"]["linf 64/255"] == robust / 40
+    assert one["accuracy_uint8"] == {"linf 64/255": whole / 40}
+
+
 # ------------------------------------------------------------------------------------------------ chunks
 
 
@@ -183,6 +207,43 @@ def test_nothing_but_eval_and_the_rank_log_is_written(run: Path, evaluate: Evalu
     shutil.copytree(run, tmp_path / "before", ignore=shutil.ignore_patterns("evaluate_*", "rank_0.log"))
     assert tree_hash(tmp_path / "after") == tree_hash(tmp_path / "before")
     assert not list(run.rglob("*.tmp")) and not (run / "lock").exists()
+
+
+class Hungry(nn.Module):
+    """Has memory for gradients of so many images at most."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.requires_grad and len(x_BCHW) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.model(x_BCHW)
+
+
+@pytest.mark.parametrize("threat", [Threat("linf", 0.1), Threat("l2", 0.5)], ids=lambda t: t.norm)
+def test_attacks_in_parts_find_the_same_when_memory_runs_out(threat: Threat) -> None:
+    with streams.keyed_rng(1):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).double()
+    x = streams.uniform(2, (11, 1, 4, 4), dtype=torch.float64)
+    y = model(x).argmax(1)
+    plan = AttackPlan(3, restarts=2)
+    whole, parts = (list(crafted(Hungry(model, most), x, y, threat, plan, seed=4, chunk=1)) for most in (11, 3))
+    assert len(parts) == 2 and not torch.equal(parts[0], parts[1])
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(crafted(Hungry(model, 0), x, y, threat, plan, seed=4, chunk=1))
+
+
+def test_too_little_memory_for_autoattack_is_one_line(run: Path, evaluate: Evaluate,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(work: Any, chunk: int, device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("12 GiB asked for")
+
+    monkeypatch.setattr(chunks, "attack_chunk", full)
+    assert "use a smaller eval.chunk" in evaluate(run, *FAST, code=6)["err"]
 
 
 # ------------------------------------------------------------------------------------------------ soundness

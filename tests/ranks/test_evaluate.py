@@ -12,7 +12,7 @@ import torch
 
 from mat_dist.config import load_config
 from mat_dist.errors import DataError
-from mat_dist.evaluate import chunks
+from mat_dist.evaluate import chunks, soundness
 from mat_dist.evaluate.chunks import Work, run_chunks
 from mat_dist.evaluate.evaluation import prepare
 from mat_dist.evaluate.request import Request
@@ -37,6 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def test_ranks_share_the_chunks_and_do_not_change_them(work: Work, run_ranks: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soundness, "SEARCH_QUERIES", 10)
     attacked: Counter[int] = Counter()
     original = chunks.attack_chunk
 

@@ -20,7 +20,7 @@ from mat_dist import streams
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
-from mat_dist.evaluate import chunks, evaluation, outcome
+from mat_dist.evaluate import chunks, evaluation, outcome, soundness
 from mat_dist.evaluate.__main__ import main
 from mat_dist.evaluate.attack import crafted
 from mat_dist.evaluate.autoattack import chunk_seed
@@ -49,6 +49,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the run, to write into."""
     return Path(shutil.copytree(trained, tmp_path / "small"))
+
+
+@pytest.fixture(autouse=True)
+def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/unit/test_soundness.py makes them at full length."""
+    monkeypatch.setattr(soundness, "SEARCH_QUERIES", 10)
+    monkeypatch.setattr(soundness, "OWN_STEPS", 4)
 
 
 Evaluate = Callable[..., dict[str, Any]]

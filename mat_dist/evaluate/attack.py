@@ -50,12 +50,14 @@ class Tried:
     Attributes:
         predictions: attack -> predicted class per image (B,): on the first AE that it gets wrong, else on the last one.
         advs: attack -> those AEs (B, C, H, W).
+        sources: other target -> predicted class per image on that one's AEs.
         square_broke: images that only Square broke in AutoAttack.
         warnings: of AutoAttack's own checks.
     """
 
     predictions: dict[str, Tensor] = field(default_factory=dict)
     advs: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, Tensor] = field(default_factory=dict)
     square_broke: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -84,11 +86,21 @@ def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: 
             tried[target.name, threat.label] = attack_one(target, x_BCHW, y_B, clean[target.name], threat, job, chunk)
         if job.transfer and len(targets) > 1:
             for target in targets:
-                foreign = [adv for other in targets if other is not target
-                           for adv in list(tried[other.name, threat.label].advs.values())]
-                tried[target.name, threat.label].predictions[TRANSFER] = first_wrong(
-                    target.model, foreign, y_B, clean[target.name])[0]
+                _replay(target, targets, threat, y_B, clean[target.name], tried)
     return clean, tried
+
+
+def _replay(target: Target, targets: Sequence[Target], threat: Threat, y_B: Tensor, clean_B: Tensor,
+            tried: Mapping[tuple[str, str], Tried]) -> None:
+    """The other targets' AEs on one target: by source, and the first that it gets wrong as the attack TRANSFER."""
+    mine = tried[target.name, threat.label]
+    prediction_B = clean_B
+    for source in targets:
+        if source is not target:
+            advs = list(tried[source.name, threat.label].advs.values())
+            mine.sources[source.name] = first_wrong(target.model, advs, y_B, clean_B)[0]
+            prediction_B = torch.where(prediction_B == y_B, mine.sources[source.name], prediction_B)
+    mine.predictions[TRANSFER] = prediction_B
 
 
 def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
@@ -174,3 +186,12 @@ def table(clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried]) -
     for (name, label), one in tried.items():
         rows[name]["threats"][label] = {attack: p.tolist() for attack, p in one.predictions.items()}
     return rows
+
+
+def transfer_counts(tried: Mapping[tuple[str, str], Tried], y_B: Tensor) -> dict[str, dict[str, dict[str, int]]]:
+    """Images right on the AEs of another target: threat -> source -> target -> number."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for (name, label), one in tried.items():
+        for source, prediction_B in one.sources.items():
+            counts.setdefault(label, {}).setdefault(source, {})[name] = int((prediction_B == y_B).sum())
+    return counts

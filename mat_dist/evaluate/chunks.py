@@ -21,7 +21,16 @@ from mat_dist.atomic import parse_json, reported, write_bytes, write_json
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, as_float
 from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
-from mat_dist.evaluate.attack import Job, Tried, attack_targets, predict, rounded, strongest, table
+from mat_dist.evaluate.attack import (
+    Job,
+    Tried,
+    attack_targets,
+    predict,
+    rounded,
+    strongest,
+    table,
+    transfer_counts,
+)
 from mat_dist.evaluate.soundness import examine
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import pixels, strict_arithmetic
@@ -92,8 +101,8 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
         fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
     warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
     return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
-            "labels": y_B.tolist(), "predictions": table(clean, tried), "rounded": fooled, "checks": counts,
-            "warnings": warnings}
+            "labels": y_B.tolist(), "predictions": table(clean, tried), "transfer": transfer_counts(tried, y_B),
+            "rounded": fooled, "checks": counts, "warnings": warnings}
 
 
 def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,

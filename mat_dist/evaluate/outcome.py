@@ -108,8 +108,16 @@ def write_files(folder: Path, name: str, about: Mapping[str, Any], outcomes: Seq
     warnings = sorted({text for chunk in chunks for text in chunk["warnings"]})
     targets = [{**outcome.summary(), "weights": weights} for outcome in outcomes]
     write_json(path, {**about, "reportable": all(not o.failed for o in outcomes), "targets": targets,
-                      "autoattack_warnings": warnings})
+                      "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
     return path
+
+
+def transfer_table(chunks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy of each target on the AEs of each other one: threat -> source -> target -> share."""
+    n = sum(len(chunk["labels"]) for chunk in chunks)
+    return {threat: {source: {target: sum(chunk["transfer"][threat][source][target] for chunk in chunks) / n
+                              for target in counts} for source, counts in sources.items()}
+            for threat, sources in chunks[0]["transfer"].items()}
 
 
 def as_csv(chunks: Sequence[Mapping[str, Any]], weights: str) -> str:

@@ -115,6 +115,10 @@ def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, e
         clean = {r["sample"]: r["clean_prediction"] == r["label"] for r in rows}
         assert one["accuracy"]["clean"] == pytest.approx(sum(clean.values()) / 40)
         assert {r["attack"] for r in rows} == {"pgd", "fgsm", "transfer"}
+        for threat, sources in found["transfer_accuracy"].items():
+            assert name not in sources[name] and len(sources) == 3
+            least = min(shares[name] for source, shares in sources.items() if source != name)
+            assert one["attacks"][threat]["transfer"] <= least <= one["accuracy"]["clean"]
 
 
 def test_autoattack_in_the_command_is_a_direct_call_chunk_by_chunk(run: Path, evaluate: Evaluate) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mat_dist.errors import NotReportable
 from mat_dist.evaluate.autoattack import autoattack, chunk_seed
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import AttackPlan, restarts
+from mat_dist.models.modes import frozen
 from mat_dist.threats import Threat
 
 TRANSFER = "transfer"
@@ -105,7 +107,15 @@ def _replay(target: Target, targets: Sequence[Target], threat: Threat, y_B: Tens
 
 def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
                chunk: int) -> Tried:
-    """All attacks of one threat on one target. Images that are wrong without an attack are not attacked."""
+    """All attacks of one threat on one target. Images that are wrong without an attack are not attacked.
+
+    Raises NotReportable for a module whose output has no gradient with respect to the image.
+    """
+    for model in target.attacked:
+        with frozen(model), torch.enable_grad():
+            if not model(x_BCHW[:1].clone().requires_grad_(True)).requires_grad:
+                raise NotReportable("the output has no gradient with respect to the image", target.name,
+                                    "attack a differentiable form of the model: logits, without detach or argmax")
     tried = Tried()
     for name in job.attacks:
         advs = [adv for model in target.attacked

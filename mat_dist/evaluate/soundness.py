@@ -140,7 +140,7 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
     large = Threat(threat.norm, LARGE_LINF if threat.norm == "linf" else LARGE_L2 * math.sqrt(x_BCHW[0].numel()))
-    more = AttackPlan(2 * plan.steps, 1, None if plan.step_size is None else plan.step_size / 2)
+    more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
         ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
     return counts | {

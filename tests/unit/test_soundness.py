@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from mat_dist import streams
 from mat_dist.attacks.search import random_search
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import as_float, load_data
+from mat_dist.errors import NotReportable
 from mat_dist.evaluate.attack import Job, attack_one, predict
 from mat_dist.evaluate.soundness import CHECKS, examine, judge, total
 from mat_dist.evaluate.targets import Target
@@ -120,19 +122,65 @@ def test_a_model_that_hides_its_gradient_fails_two_checks(mask: Callable[[nn.Mod
 # ------------------------------------------------------------------------------------------------ planted faults
 
 
-def test_planted_faults_are_named(honest: dict[str, nn.Module], digits: tuple[Tensor, ...]) -> None:
+class Around(nn.Module):
+    """A model with something before and after it."""
+
+    def __init__(self, model: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.after(self.model(self.before(x_BCHW)))
+
+
+def same(values: Tensor) -> Tensor:
+    return values
+
+
+@pytest.mark.parametrize(("before", "after", "named"), [
+    (same, lambda z: z.softmax(-1), "logits"),
+    (same, lambda z: z.clamp(max=-1e3) + 0 * z, "zero gradients"),  # clipped logits
+    (lambda x: x - x.mean(0), same, "batch size"),
+    (lambda x: x + torch.rand(()), same, "deterministic")])
+def test_a_fault_in_the_model_is_named(before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor],
+                                       named: str, honest: dict[str, nn.Module], digits: tuple[Tensor, ...]) -> None:
+    assert named in failed(Around(honest["mlp"], before, after).eval(), *digits[2:], LINF)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (lambda x: x.detach(), same), (same, lambda z: F.one_hot(z.argmax(-1), 10).to(z.dtype))], ids=["detached", "vote"])
+def test_a_model_without_any_gradient_is_refused(before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor],
+                                                 honest: dict[str, nn.Module], digits: tuple[Tensor, ...]) -> None:
+    with pytest.raises(NotReportable, match="no gradient with respect to the image"):
+        failed(Around(honest["mlp"], before, after).eval(), *digits[2:], LINF)
+
+
+@pytest.mark.parametrize("change", [lambda x: (x - 0.5) / 0.25, lambda x: 255 * x, lambda x: x / 0],
+                         ids=["normalised", "bytes", "not finite"])
+def test_images_outside_0_and_1_are_named(change: Callable[[Tensor], Tensor], honest: dict[str, nn.Module],
+                                          digits: tuple[Tensor, ...]) -> None:
     x, y = digits[2:]
-    cnn = honest["cnn"]
+    assert "images" in failed(honest["mlp"], change(x), y, LINF)
+
+
+def test_layers_that_were_left_in_training_mode_are_named(honest: dict[str, nn.Module],
+                                                          digits: tuple[Tensor, ...]) -> None:
+    x, y = digits[2:]
     dropout = nn.Sequential(nn.Dropout(0.5), honest["mlp"])
-    assert "logits" in failed(nn.Sequential(cnn, nn.Softmax(-1)).eval(), x, y, LINF)
     assert {"eval mode", "deterministic"} <= failed(dropout.train(), x, y, LINF)
     dropout.eval()
-    assert {"eval mode", "batch size"} <= failed(cnn.train(), x, y, LINF)
-    cnn.eval()
-    assert "images" in failed(cnn, (x - 0.5) / 0.5, y, LINF)
-    # A step of a thousandth of what it should be, and one step instead of 20: other attacks find more.
-    tiny = Job((LINF,), {"pgd": AttackPlan(20, step_size=1e-5)}, ("pgd",), "standard", (), False, 0)
-    assert {"one step", "gradient-free"} & failed(cnn, x, y, LINF, job=tiny)
+    norms = copy.deepcopy(honest["cnn"]).train()
+    assert {"eval mode", "batch size"} <= failed(norms, x, y, LINF)
+
+
+@pytest.mark.parametrize(("plan", "named"), [(AttackPlan(20, step_size=1e-5), "one step"),
+                                             (AttackPlan(20, step_size=1e-5), "gradient-free"),
+                                             (AttackPlan(3, step_size=0.005), "more steps")])
+def test_an_attack_that_is_too_weak_is_named(plan: AttackPlan, named: str, honest: dict[str, nn.Module],
+                                             digits: tuple[Tensor, ...]) -> None:
+    threat = Threat("linf", 0.2)
+    job = Job((threat,), {"pgd": plan}, ("pgd",), "standard", (), False, 0)
+    assert named in failed(honest["mlp"], *digits[2:], threat, job=job)
 
 
 def test_an_ae_outside_the_ball_or_the_box_is_named(honest: dict[str, nn.Module], digits: tuple[Tensor, ...]) -> None:

@@ -146,7 +146,7 @@ def as_table(title: str, outcomes: Sequence[Outcome], weights: str) -> Table:
         table.add_column(name, no_wrap=True)
     for name in (*(f"{name} %" for name in shown), "n"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("reportable", overflow="fold")
+    table.add_column("reportable", overflow="fold", min_width=len("reportable"))
     for outcome in outcomes:
         row = outcome.summary()
         cells = [f"{100 * row['accuracy'][name]:.2f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -34,11 +34,16 @@ RAW, EMA = "raw", "ema"
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps)."""
+    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps).
+
+    `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
+    """
 
     steps: int
     restarts: int = 1
     step_size: float | None = None
+    loss: str = "ce"
+    start: str = "uniform"
 
     def size(self, eps: float) -> float:
         return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
@@ -178,17 +183,27 @@ def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
 
 def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
                chunk: int) -> Tensor:
-    """Whether each image is still correct after every restart of PGD on cross-entropy -> bool (B,)."""
+    """Whether each image is still correct after every restart of PGD -> bool (B,)."""
     held_B = torch.ones_like(y_B, dtype=torch.bool)
-    region = threat.region(x_BCHW)
-    for restart in range(attack.restarts):
-        stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
-        start = threat.start("uniform", region, x_BCHW, stream=stream)
-        with frozen(model):
-            adv = pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss="ce", steps=attack.steps,
-                      step_size=attack.size(threat.eps))
+    for adv in restarts(model, x_BCHW, y_B, threat, attack, seed=seed, chunk=chunk):
         held_B &= correct(model, adv, y_B)
     return held_B
+
+
+def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
+             chunk: int, first: int = 0, first_row: int = 0) -> Iterator[Tensor]:
+    """The AEs of restarts `first`, `first` + 1, ...; noise keyed by (seed, norm, restart, chunk).
+
+    Args:
+        first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
+    """
+    region = threat.region(x_BCHW)
+    for restart in range(first, first + attack.restarts):
+        stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
+        start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
+        with frozen(model):
+            yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                      step_size=attack.size(threat.eps))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,16 +56,28 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
     """Position of the peer that is asked for."""
     names = [str(p.name) for p in config.peers]
     if peer == "best":
-        file = folder.eval / f"validation_{checkpoint.step_name(manifest.step)}.json"
-        if not file.is_file():
-            raise CheckpointError("no evaluation says which peer is best", str(file),
+        found = best_peer(names, folder, manifest.step, weights)
+        if found is None:
+            raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
                                   f"choose one of {', '.join(names)}")
-        rows = parse_json(file.read_bytes())["targets"]
-        robust = {r["target"]: r["accuracy"]["union"] for r in rows if r["weights"] == weights and r["target"] in names}
-        peer = max(robust, key=lambda name: (robust[name], -names.index(name)))
+        peer = found
     if peer in names:
         return names.index(str(peer))
     if isinstance(peer, int) and 0 <= peer < len(names):
         return peer
     raise CheckpointError(f"there is no peer {peer!r}", str(folder.path),
                           f"choose best, ensemble, or one of {', '.join(names)}")
+
+
+def _validation(folder: RunFolder, step: int) -> Path:
+    return folder.eval / f"validation_{checkpoint.step_name(step)}.json"
+
+
+def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:
+    """The peer that withstood most on the validation split at a step; None where no evaluation was made there."""
+    file = _validation(folder, step)
+    if not file.is_file():
+        return None
+    rows = parse_json(file.read_bytes())["targets"]
+    robust = {r["target"]: r["accuracy"]["union"] for r in rows if r["weights"] == weights and r["target"] in names}
+    return max(robust, key=lambda name: (robust[name], -names.index(name)))

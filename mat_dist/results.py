@@ -44,7 +44,8 @@ def write_results(folder: Path, name: str, results: Sequence[Result], *, config:
                         "interval_95": {k: wilson_interval(v, n) for k, v in shares.items()}})
     write_json(path, {
         "step": step, "split": split, "attempt": attempt, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "attack": {"name": "PGD", "loss": "ce", "start": "uniform", "steps": attack.steps, "restarts": attack.restarts,
+        "attack": {"name": "PGD", "loss": attack.loss, "start": attack.start, "steps": attack.steps,
+                   "restarts": attack.restarts,
                    "step_size": {label: attack.size(t.eps) for label, t in zip(labels, threats, strict=True)}},
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps)} for t in threats], "seed": config.run.seed,
         "chunk": config.eval.chunk, "ensemble": config.eval.ensemble, "versions": versions(), "targets": targets,

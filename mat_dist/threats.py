@@ -131,7 +131,7 @@ def eps_text(eps: float) -> str:
 
 @dataclass(frozen=True)
 class Threat:
-    """A norm (`linf`, `l2`) and a radius eps > 0 for images in [0, 1]."""
+    """A norm (`linf`, `l2`; `l1` can only be measured) and a radius eps > 0 for images in [0, 1]."""
 
     norm: str
     eps: float
@@ -167,4 +167,6 @@ class Threat:
     def distance(self, adv_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
         """Distance in this norm, in float64 -> (B,)."""
         d = (adv_BCHW.double() - x_BCHW.double()).flatten(1)
+        if self.norm == "l1":
+            return d.abs().sum(1)
         return d.abs().amax(1) if self.norm == "linf" else d.norm(dim=1)

@@ -55,6 +55,11 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py",
            "sbatch --array=0-5 --gres=gpu:4 --time=24:00:00 launch/slurm_array.sbatch --seeds 1,2,3 "
            "--configs cifar10_at,cifar10_trades": "SLURM; tests/cluster",
+           **dict.fromkeys(("python -m mat_dist.evaluate runs/NAME",
+                            "python -m mat_dist.evaluate runs/NAME attacks=pgd,cw steps=100 restarts=5 images=1000",
+                            "torchrun --standalone --nproc_per_node=4 -m mat_dist.evaluate runs/NAME "
+                            "threats=linf:8/255,l2:1/2", "python -m mat_dist.evaluate --compare runs/A runs/B"),
+                           "tests/unit/test_evaluate.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
            **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (

@@ -56,8 +56,16 @@ def test_an_ensemble_of_one_predicts_as_its_member() -> None:
     torch.testing.assert_close(Ensemble([Fixed(1, 3)])(X).softmax(1), torch.tensor([1.0, 3.0]).softmax(0).expand(3, 2))
 
 
+def test_a_vote_counts_members_and_breaks_ties_by_mean_probability() -> None:
+    sure, unsure = Fixed(9, 0), Fixed(0, 1)
+    assert Ensemble([sure, unsure, unsure], "vote")(X).argmax(1).tolist() == [1, 1, 1]  # the mean says 0
+    assert Ensemble([sure, unsure, unsure])(X).argmax(1).tolist() == [0, 0, 0]
+    assert Ensemble([unsure, sure], "vote")(X).argmax(1).tolist() == [0, 0, 0]
+    assert not Ensemble([sure, unsure], "vote")(X.clone().requires_grad_()).requires_grad
+
+
 def test_unknown_rules_and_empty_ensembles_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown ensemble rule 'vote' \(eval.ensemble\): choose one of prob, logit"):
-        Ensemble([Fixed(0, 0)], "vote")
+    with pytest.raises(ConfigError, match=r"unknown ensemble rule 'mean' \(eval.ensemble\): choose one of prob, logit"):
+        Ensemble([Fixed(0, 0)], "mean")
     with pytest.raises(ConfigError, match="without members"):
         Ensemble([])

@@ -1,0 +1,56 @@
+"""A gradient-free attack: random search with square patches, for finding out whether gradients lie.
+
+The idea of Square (Andriushchenko et al., ECCV 2020), in a small form for any region: propose a square patch of one
+random colour, project, and keep what raises the margin. It needs only predictions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist import streams
+from mat_dist.attacks.pgd import margin
+from mat_dist.threats import Region
+
+FIRST_SHARE = 0.5  # side of the first patches as a share of the image's; falls linearly to one pixel
+
+
+@torch.no_grad()
+def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, region: Region, size: float, queries: int,
+                  stream: int) -> Tensor:
+    """The best of `queries` proposals, image by image -> adversarial batch (B, C, H, W).
+
+    Args:
+        model: images in [0, 1] -> logits.
+        region: feasible set of x_BCHW.
+        size: change of a pixel before the projection; for linf 2 eps, which puts patches on the corners.
+        queries: number of model calls.
+        stream: key of all draws.
+    """
+    count, channels, height, width = x_BCHW.shape
+    device, dtype = x_BCHW.device, x_BCHW.dtype
+    # Vertical stripes of random sign, as Square begins.
+    sign = _signs(streams.key(stream, "start"), (count, channels, 1, width), device, dtype)
+    best = region.settle(region.project(x_BCHW + size * sign))
+    best_B = margin(model(best), y_B)
+    rows = torch.arange(height, device=device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=device).view(1, 1, 1, -1)
+    for query in range(1, queries):
+        side = max(1, round(FIRST_SHARE * (1 - query / queries) * min(height, width)))
+        place = streams.uniform(streams.key(stream, "place", query), (count, 2), device=device, dtype=torch.float64)
+        top = (place[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
+        left = (place[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
+        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        sign = _signs(streams.key(stream, "sign", query), (count, channels, 1, 1), device, dtype)
+        proposal = region.settle(region.project(torch.where(inside, best + size * sign, best)))
+        value_B = margin(model(proposal), y_B)
+        better_B = value_B > best_B
+        best = torch.where(better_B.view(-1, 1, 1, 1), proposal, best)
+        best_B = torch.where(better_B, value_B, best_B)
+    return best
+
+
+def _signs(stream: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random -1 and 1."""
+    return torch.where(streams.bits(stream, shape, device=device) >= 0, 1, -1).to(dtype)

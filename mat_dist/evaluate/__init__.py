@@ -1,0 +1,1 @@
+"""The evaluation command for runs: attacks chunk by chunk, soundness checks, result files, comparisons."""

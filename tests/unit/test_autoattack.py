@@ -1,0 +1,118 @@
+"""The AutoAttack adapter against direct calls of pyautoattack."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.evaluate.autoattack import autoattack, check_classes, chunk_seed
+from mat_dist.threats import Threat
+
+pyautoattack = pytest.importorskip("pyautoattack", exc_type=ImportError)
+
+THREATS = (Threat("linf", 0.06), Threat("l2", 0.4), Threat("l1", 2.0))
+FAST = ("apgd-ce", "apgd-dlr")
+
+
+def make_model(classes: int) -> nn.Module:
+    """A small network with random weights; its predictions are the labels, so that all of it is attacked."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(classes)
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes)).eval()
+
+
+def images(model: nn.Module, count: int = 12) -> tuple[Tensor, Tensor]:
+    x_BCHW = torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(5))
+    return x_BCHW, model(x_BCHW).argmax(1)
+
+
+def direct(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, version: str, attacks: list[str] | None,
+           seed: int) -> tuple[Tensor, Tensor]:
+    """pyautoattack as its documentation says, for ten classes or more."""
+    attack = pyautoattack.AutoAttack(model, norm=threat.norm.replace("l", "L", 1), eps=threat.eps, seed=seed,
+                                     version=version, attacks=attacks)
+    return attack.run_standard_evaluation(x, y, batch_size=len(y))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logger = logging.getLogger("auto-attack")
+    before, logger.propagate = logger.propagate, False
+    yield
+    logger.propagate = before
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize(("version", "custom"), [
+    ("custom", FAST), pytest.param("standard", (), marks=pytest.mark.slow),
+    pytest.param("rand", (), marks=pytest.mark.slow)])
+def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str, custom: tuple[str, ...]) -> None:
+    model = make_model(10)
+    x, y = images(model)
+    seed = chunk_seed(3, threat.norm, 7)
+    found = autoattack(model, x, y, threat, version=version, custom=custom, seed=seed)
+    adv, prediction = direct(model, x, y, threat, version=version, attacks=list(custom) or None, seed=seed)
+    assert torch.equal(found.adv_BCHW, adv) and torch.equal(found.prediction_B, prediction)
+    assert 0 < (prediction != y).sum() < len(y)  # neither all nor none
+    other = autoattack(model, x, y, threat, version="custom", custom=("apgd-ce",), seed=chunk_seed(3, threat.norm, 8))
+    assert not torch.equal(found.adv_BCHW, other.adv_BCHW)
+
+
+@pytest.mark.parametrize(("classes", "attacks"), [
+    (2, ("apgd-ce", "fab-t", "square")), (3, ("apgd-ce", "fab-t", "square")),
+    (4, ("apgd-ce", "apgd-t", "fab-t", "square"))])
+def test_few_classes_leave_out_what_needs_more(classes: int, attacks: tuple[str, ...],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyautoattack.square.SquareAttack, "perturb", lambda self, x, y: x)
+    model = make_model(classes)
+    x, y = images(model, 4)
+    found = autoattack(model, x, y, Threat("linf", 0.02), version="standard", custom=(), seed=1)
+    assert found.attacks == attacks and found.warnings == ()
+
+
+def test_a_custom_attack_that_needs_more_classes_is_refused() -> None:
+    check_classes("custom", ("apgd-ce", "apgd-dlr"), 3)
+    check_classes("standard", (), 2)
+    with pytest.raises(ConfigError, match="apgd-t needs 4 classes, the model has 3"):
+        check_classes("custom", ("apgd-t",), 3)
+
+
+def test_what_square_alone_breaks_is_counted() -> None:
+    model = make_model(10)
+    x, y = images(model)
+    found = autoattack(model, x, y, THREATS[0], version="custom", custom=("square",), seed=1)
+    assert found.square_broke == (found.prediction_B != y).sum() > 0
+    assert autoattack(model, x, y, THREATS[0], version="custom", custom=("apgd-ce",), seed=1).square_broke == 0
+
+
+def test_generators_logger_and_modes_are_as_before() -> None:
+    model = make_model(10).train()
+    x, y = images(model)
+    torch.manual_seed(4)
+    state, handlers = torch.get_rng_state(), list(logging.getLogger("auto-attack").handlers)
+    autoattack(model, x, y, THREATS[0], version="custom", custom=("apgd-ce",), seed=1)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert logging.getLogger("auto-attack").handlers == handlers
+
+
+@pytest.mark.parametrize(("model", "text"), [
+    (nn.Sequential(make_model(10), nn.Softmax(-1)), "probability distribution"),
+    (nn.Sequential(make_model(10), nn.Threshold(100.0, 0.0)), "zero gradient")])
+def test_the_warnings_of_pyautoattack_are_kept(model: nn.Module, text: str) -> None:
+    x, y = images(model)
+    found = autoattack(model, x, y, THREATS[0], version="custom", custom=("apgd-dlr",), seed=1)
+    assert any(text in warning for warning in found.warnings)
+
+
+def test_a_missing_package_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    model = make_model(10)
+    with pytest.raises(EnvironmentFault, match="mat_dist\\[eval\\]"):
+        autoattack(model, *images(model), THREATS[0], version="standard", custom=(), seed=1)

@@ -1,0 +1,87 @@
+"""`--compare`: paired differences against numbers worked out by hand, and what cannot be paired."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mat_dist.evaluate.__main__ import main
+from mat_dist.evaluate.compare import Paired
+
+
+def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportable: bool = True, time: str = "1",
+          target: str = "peer0", **about: Any) -> str:
+    """A result with two attacks: the first breaks nothing, the second what `robust` says, an image a digit."""
+    folder = root / run
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").touch()
+    document = {"time": time, "reportable": reportable, "threats": [{"norm": "linf", "eps": "8/255"}], "split": "test",
+                "n": len(robust), "attacks": ["pgd"], "data_digest": "d", "chunk": 8, "subset_seed": 0,
+                "config": {"data": {"test_size": None}}, **about}
+    file = folder / "eval" / f"evaluate_test_{time}.json"
+    file.write_text(json.dumps(document))
+    rows = ["sample,label,threat,attack,target,weights,clean_prediction,prediction,robust,attacked"]
+    for sample, (c, r) in enumerate(zip(clean, robust, strict=True)):
+        rows += [f"{sample},1,linf 8/255,{attack},{target},raw,{c},{c},{ok},{c}" for attack, ok in (("a", c), ("b", r))]
+    file.with_suffix(".csv").write_text("\n".join(rows) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def compare(capsys: pytest.CaptureFixture[str]):
+    """The rows of the printed table, the exit code and stderr."""
+    def run(*words: str) -> tuple[dict[str, list[str]], int, str]:
+        code = main(["--compare", *words])
+        out, err = capsys.readouterr()
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+        return {row[1]: row for row in rows}, code, err
+    return run
+
+
+def test_the_difference_is_paired_image_by_image(compare, tmp_path: Path) -> None:
+    rows, code, err = compare(write(tmp_path, "a", "1111100000"), write(tmp_path, "b", "1101111100"))
+    assert (code, err) == (0, "")
+    # 5 and 7 of 10; 3 gained, 1 lost. With half a pair more each: (3.5 - 1.5) / 12 = 16.67 points.
+    # half = 1.96 sqrt(5 - 4 / 12) / 12 = 35.28 points. McNemar: 2 (C(4,0) + C(4,1)) / 16 = 0.625.
+    assert rows["linf 8/255"] == ["peer0", "linf 8/255", "50.00", "70.00", "+20.00", "-18.62 to +51.95", "3", "1",
+                                  "0.625"]
+    assert rows["clean"][2:5] == ["100.00", "100.00", "+0.00"] and rows["union"][2:] == rows["linf 8/255"][2:]
+
+
+def test_the_interval_and_the_test_are_those_worked_out_by_hand() -> None:
+    found = Paired(1000, 30, 10)
+    assert found.difference == pytest.approx(0.02)
+    assert found.interval == pytest.approx((20 / 1002 - 0.012464, 20 / 1002 + 0.012464), abs=1e-5)
+    assert Paired(10, 0, 0).p == 1 and Paired(50, 10, 0).p == pytest.approx(2 / 1024)
+
+
+def test_the_newest_evaluation_counts(compare, tmp_path: Path) -> None:
+    write(tmp_path, "a", "1" * 10, time="1")
+    first = write(tmp_path, "a", "0" * 10, time="2")
+    rows, _, _ = compare(first, write(tmp_path, "b", "1" * 10))
+    assert rows["linf 8/255"][4] == "+100.00"
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"threats": [{"norm": "linf", "eps": "4/255"}]}, "threats linf 8/255 and linf 4/255"),
+    ({"data_digest": "e"}, "data_digest d and e"), ({"attacks": ["pgd", "cw"]}, "attacks ['pgd'] and ['pgd', 'cw']"),
+    ({"config": {"data": {"test_size": 10}}}, "data.test_size None and 10"),
+    ({"target": "peer1"}, "share no target")])
+def test_runs_that_were_evaluated_differently_are_refused(compare, tmp_path: Path, change: dict[str, Any],
+                                                          text: str) -> None:
+    _, code, err = compare(write(tmp_path, "a", "1" * 10), write(tmp_path, "b", "1" * 10, **change))
+    assert code == 2 and text in err and err.count("\n") == 1
+
+
+def test_what_is_missing_damaged_or_not_reportable_is_refused(compare, tmp_path: Path) -> None:
+    a, b = (write(tmp_path, run, "1" * 10, reportable=run != "b") for run in "ab")
+    assert "failed its checks" in compare(a, b)[2] and compare(a, b)[1] == 16
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml").touch()
+    assert "c was not evaluated" in compare(a, str(tmp_path / "c"))[2]
+    next(Path(a, "eval").glob("*.json")).write_text("{")
+    assert "not a result file" in compare(a, b)[2]
+    assert compare(a)[1] == 2 and compare(a, b, "eps=0.1")[1] == 2

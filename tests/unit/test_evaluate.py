@@ -1,0 +1,345 @@
+"""`python -m mat_dist.evaluate` on a small run: against the trainer's own evaluation, chunks, files, bad input."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mat_dist
+from mat_dist import streams
+from mat_dist.config import load_config
+from mat_dist.data import as_float, load_data
+from mat_dist.errors import StopRequested
+from mat_dist.evaluate import chunks, evaluation, outcome, soundness
+from mat_dist.evaluate.__main__ import main
+from mat_dist.evaluate.attack import crafted
+from mat_dist.evaluate.autoattack import chunk_seed
+from mat_dist.evaluate.soundness import Verdict
+from mat_dist.evaluator import AttackPlan
+from mat_dist.results import wilson_interval
+from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.threats import Threat
+from tests.small_runs import interrupted, run_small, tree_hash
+
+FAST = ("attacks=pgd", "checks=1", "steps=2")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two peers with two threats, attacked by the trainer at the end; the second keeps averaged weights."""
+    root = tmp_path_factory.mktemp("runs")
+    done = run_small(root, "small", "data.train_size=300", "train.epochs=3", "optim.lr=0.05", "eval.every=1",
+                     "eval.test=true", "eval.test_steps=2", "peers.0.threat=linf", "peers.0.threat.eps=0.1",
+                     "peers.1.threat=l2", "peers.1.threat.eps=1/2", "peers.1.optim.ema_decay=0.5")
+    assert done.code == 0
+    return done.folder.path
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "small"))
+
+
+@pytest.fixture(autouse=True)
+def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/unit/test_soundness.py makes them at full length."""
+    monkeypatch.setattr(soundness, "SEARCH_QUERIES", 10)
+    monkeypatch.setattr(soundness, "OWN_STEPS", 4)
+
+
+Evaluate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """The command in this process -> the JSON file and, below `rows`, the CSV file; asserts the exit code."""
+    def command(folder: Path, *words: str, code: int = 0) -> dict[str, Any]:
+        before = {p: p.stat().st_mtime_ns for p in (folder / "eval").glob("evaluate_*.json")}
+        ended = main([str(folder), *words])
+        out, err = capsys.readouterr()
+        assert ended == code, err
+        assert err.count("\n") == (0 if code == 0 else 1), err
+        files = [p for p in (folder / "eval").glob("evaluate_*.json") if before.get(p) != p.stat().st_mtime_ns]
+        if not files:
+            return {"err": err}
+        (file,) = files
+        with file.with_suffix(".csv").open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        return json.loads(file.read_text()) | {"rows": rows, "err": err, "out": out, "file": file}
+    return command
+
+
+def targets(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["target"]: one for one in found["targets"]}
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(("label", "weights"), [("best", "ema"), ("last", "raw")])
+def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: str, trained: Path, run: Path,
+                                                         evaluate: Evaluate) -> None:
+    found = evaluate(run, "attacks=pgd", "checks=1", f"checkpoint={label}", f"weights={weights}", "transfer=false")
+    (file,) = trained.glob(f"eval/test_{label}_*.csv")
+    with file.open(newline="") as stream:
+        told = [(r["target"], r["attack"], r["sample"], r["label"], r["robust"], r["attacked"])
+                for r in csv.DictReader(stream) if r["weights"] == weights]
+    ours = [(r["target"].removesuffix(":prob"), r["threat"], r["sample"], r["label"], r["robust"], r["attacked"])
+            for r in found["rows"]]
+    assert sorted(ours) == sorted(told) and len(ours) == 3 * 2 * 40
+    assert 0 < sum(r["robust"] == "1" for r in found["rows"]) < len(ours)
+
+
+def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, "attacks=pgd,fgsm", "checks=1", "threats=linf:0.15,l2:0.7")
+    assert found["threats"][0] == {"norm": "linf", "eps": "3/20", "eps_float": 0.15}
+    for name, one in targets(found).items():
+        rows = [r for r in found["rows"] if r["target"] == name]
+        samples = {r["sample"] for r in rows}
+        held = {s: all(r["robust"] == "1" for r in rows if r["sample"] == s) for s in samples}
+        assert one["n"] == len(samples) == 40
+        assert one["accuracy"]["union"] == pytest.approx(sum(held.values()) / 40)
+        assert one["accuracy"]["union"] <= min(one["accuracy"]["linf 3/20"], one["accuracy"]["l2 7/10"])
+        assert one["interval_95"]["union"] == pytest.approx(wilson_interval(sum(held.values()) / 40, 40))
+        clean = {r["sample"]: r["clean_prediction"] == r["label"] for r in rows}
+        assert one["accuracy"]["clean"] == pytest.approx(sum(clean.values()) / 40)
+        assert {r["attack"] for r in rows} == {"pgd", "fgsm", "transfer"}
+        for threat, sources in found["transfer_accuracy"].items():
+            assert name not in sources[name] and len(sources) == 3
+            least = min(shares[name] for source, shares in sources.items() if source != name)
+            assert one["attacks"][threat]["transfer"] <= least <= one["accuracy"]["clean"]
+
+
+def test_autoattack_in_the_command_is_a_direct_call_chunk_by_chunk(run: Path, evaluate: Evaluate) -> None:
+    pyautoattack = pytest.importorskip("pyautoattack", exc_type=ImportError)
+    found = evaluate(run, "attacks=autoattack", "version=custom", "custom=apgd-ce", "targets=peer0", "weights=raw",
+                     "checks=1", "eps=0.1", "threats=linf:0.1", "checkpoint=last", "seed=5")
+    assert found["autoattack"] == {"version": "custom", "custom": ["apgd-ce"]} and "pyautoattack" in found["versions"]
+    config = load_config(str(run / "config.yaml"))
+    data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size).test
+    model = mat_dist.load(run, "peer0", which="latest", weights="raw")
+    told: list[int] = []
+    for chunk in range(2):
+        images, y = data.batch(torch.arange(20 * chunk, 20 * chunk + 20))
+        attack = pyautoattack.AutoAttack(model, norm="Linf", eps=0.1, version="custom", attacks=["apgd-ce"],
+                                         seed=chunk_seed(5, "linf", chunk))
+        attack.logger.propagate = False
+        told += attack.run_standard_evaluation(as_float(images), y, batch_size=20)[1].tolist()
+    assert [int(r["prediction"]) for r in found["rows"]] == told
+
+
+def test_a_vote_is_attacked_through_surrogates_and_judged_as_deployed(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, *FAST, "targets=ensemble:vote,ensemble:logit,ensemble", "threats=linf:0.15", "transfer=false")
+    shares = {name: one["accuracy"] for name, one in targets(found).items()}
+    assert list(shares) == ["ensemble:vote", "ensemble:logit", "ensemble:prob"]
+    assert shares["ensemble:vote"]["linf 3/20"] < shares["ensemble:vote"]["clean"]
+
+
+def test_files_say_what_was_done(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, *FAST, "images=15", "targets=peers", "eps=8/255", "threats=linf:0.1", "seed=9")
+    assert found["threats"] == [{"norm": "linf", "eps": "8/255", "eps_float": 8 / 255}]
+    assert (found["n"], found["seed"], found["split"], found["checkpoint"]) == (15, 9, "test", "best")
+    assert found["plans"]["pgd"]["step_size"] == {"linf 8/255": 2.5 * 8 / 255 / 2}
+    assert found["config"]["peers"][0]["threat"]["eps"] == 0.1
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["chosen_on_validation"] in ("peer0", "peer1") and found["reportable"] is True
+    assert "peer to deploy, chosen on the validation split: peer" in found["out"]
+    assert len(found["rows"]) == 15 * 2 * 2 and found["rows"][0].keys() >= {"sample", "label", "prediction", "robust"}
+
+
+def test_saved_aes_are_what_fooled_the_target(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, "attacks=fgsm,pgd", "steps=2", "checks=1", "targets=peer0", "threats=linf:64/255",
+                     "save=true", "weights=raw", "checkpoint=last")
+    model = mat_dist.load(run, "peer0", which="latest", weights="raw")
+    data = load_data(load_config(str(run / "config.yaml")).data, seed=0, batch_size=16).test
+    robust, whole = 0, 0
+    for file in sorted(found["file"].with_suffix(".chunks").glob("*.pt")):
+        saved = torch.load(file, weights_only=True)
+        images, y = data.batch(saved["samples"])
+        aes = saved["aes"]["peer0"]["linf 64/255"]
+        assert aes["float32"].dtype == torch.float32 and aes["uint8"].dtype == torch.uint8
+        assert (aes["float32"] - as_float(images)).abs().max() <= 64 / 255 * (1 + 1e-6)
+        robust += int((model(aes["float32"]).argmax(1) == y).sum())
+        whole += int((model(aes["uint8"].float() / 255).argmax(1) == y).sum())
+    one = targets(found)["peer0"]
+    assert 0 < robust < 40 and one["accuracy"]["linf 64/255"] == robust / 40
+    assert one["accuracy_uint8"] == {"linf 64/255": whole / 40}
+
+
+# ------------------------------------------------------------------------------------------------ chunks
+
+
+def test_finished_chunks_are_not_attacked_again_after_a_stop(run: Path, trained: Path, tmp_path: Path,
+                                                             evaluate: Evaluate,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("attacks=pgd", "checks=1", "steps=2", "eval.chunk=8")
+    whole = evaluate(Path(shutil.copytree(trained, tmp_path / "whole" / "small")), *words)
+
+    def stopped() -> BaseException:
+        return StopRequested("stopped", "here", "again")
+
+    with monkeypatch.context() as patch:
+        interrupted(patch, (chunks, "attack_chunk"), 4, stopped)
+        evaluate(run, *words, code=75)
+    (folder,) = run.glob("eval/*.chunks")
+    assert len(list(folder.iterdir())) == 3
+    (folder / "chunk_00001.json").write_text("{")  # damaged: attacked again
+    attacked: list[int] = []
+    original = chunks.attack_chunk
+    monkeypatch.setattr(chunks, "attack_chunk", lambda work, chunk, device: (
+        attacked.append(chunk), original(work, chunk, device))[1])
+    found = evaluate(run, *words)
+    assert attacked == [1, 3, 4]
+    assert (found["targets"], found["rows"]) == (whole["targets"], whole["rows"])
+    again = evaluate(run, *words)
+    assert attacked == [1, 3, 4] and again["targets"] == whole["targets"] and again["file"] == found["file"]
+
+
+def test_another_request_is_another_evaluation(run: Path, evaluate: Evaluate) -> None:
+    one = evaluate(run, *FAST, "targets=peer0", "images=5")
+    other = evaluate(run, *FAST, "targets=peer0", "images=5", "seed=1")
+    assert one["file"] != other["file"] and one["digest"] != other["digest"]
+
+
+def test_nothing_but_eval_and_the_rank_log_is_written(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(run, *FAST, "targets=peer0", "images=5")
+    shutil.copytree(run, tmp_path / "after", ignore=shutil.ignore_patterns("evaluate_*", "rank_0.log"))
+    shutil.copytree(run, tmp_path / "before", ignore=shutil.ignore_patterns("evaluate_*", "rank_0.log"))
+    assert tree_hash(tmp_path / "after") == tree_hash(tmp_path / "before")
+    assert not list(run.rglob("*.tmp")) and not (run / "lock").exists()
+
+
+class Hungry(nn.Module):
+    """Has memory for gradients of so many images at most."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.requires_grad and len(x_BCHW) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.model(x_BCHW)
+
+
+@pytest.mark.parametrize("threat", [Threat("linf", 0.1), Threat("l2", 0.5)], ids=lambda t: t.norm)
+def test_attacks_in_parts_find_the_same_when_memory_runs_out(threat: Threat) -> None:
+    with streams.keyed_rng(1):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).double()
+    x = streams.uniform(2, (11, 1, 4, 4), dtype=torch.float64)
+    y = model(x).argmax(1)
+    plan = AttackPlan(3, restarts=2)
+    whole, parts = (list(crafted(Hungry(model, most), x, y, threat, plan, seed=4, chunk=1)) for most in (11, 3))
+    assert len(parts) == 2 and not torch.equal(parts[0], parts[1])
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(crafted(Hungry(model, 0), x, y, threat, plan, seed=4, chunk=1))
+
+
+def test_too_little_memory_for_autoattack_is_one_line(run: Path, evaluate: Evaluate,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(work: Any, chunk: int, device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("12 GiB asked for")
+
+    monkeypatch.setattr(chunks, "attack_chunk", full)
+    assert "use a smaller eval.chunk" in evaluate(run, *FAST, code=6)["err"]
+
+
+# ------------------------------------------------------------------------------------------------ soundness
+
+
+def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: Evaluate,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(sums: Any) -> list[Verdict]:
+        return [Verdict("noise", "linf 1/10", False, "9 of 40 images more")]
+
+    monkeypatch.setattr(outcome, "judge", judged)
+    found = evaluate(run, *FAST, "targets=peer0", code=16)
+    assert "failed checks: peer0: noise (linf 1/10), 9 of 40 images more" in found["err"]
+    assert found["reportable"] is False and targets(found)["peer0"]["reportable"] is False
+    assert "NO: noise" in found["out"]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("words", "code", "text"), [
+    (["images=41"], 3, "41 images are asked for, the test split has 40"),
+    (["targets=peer7"], 2, "there is no target 'peer7'"),
+    (["atacks=pgd"], 2, "unknown setting atacks"),
+    (["attacks=pgd,foo"], 2, "attacks: Input should be"),
+    (["attack.eps=0.1"], 2, "attack.eps cannot be changed for a run that is there"),
+    (["eps=8", "threats=linf:0.1"], 2, "write 8/255"),
+    (["eps=0.1"], 2, "one eps for the norms linf, l2"),
+    (["threats=linf:0"], 2, "'linf:0' is not a threat"),
+    (["threats=l1:12"], 2, "pgd cannot attack in l1"),
+    (["version=custom"], 2, "belong together"),
+    (["checkpoint=step_7"], 4, "there is no checkpoint 'step_7'"),
+    (["--now"], 2, "unknown option --now"),
+    (["run.device=cuda"], 6, "no GPU is visible"),
+    (["data.root=/nowhere", "run.device=cpu", "comm.timeout=x"], 2, "comm.timeout"),
+])
+def test_a_mistake_is_one_line_with_its_code(words: list[str], code: int, text: str, trained: Path,
+                                             evaluate: Evaluate) -> None:
+    if code == 6 and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert text in evaluate(trained, "attacks=pgd", *[w for w in words], code=code)["err"]
+
+
+def test_a_folder_that_is_missing_or_no_run_is_refused(tmp_path: Path, evaluate: Evaluate) -> None:
+    assert "there is no run folder" in evaluate(tmp_path / "none", code=2)["err"]
+    assert "it has no config.yaml" in evaluate(tmp_path, code=2)["err"]
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Path, evaluate: Evaluate) -> None:
+    shutil.rmtree(run / "checkpoints")
+    assert "there is no checkpoint" in evaluate(run, *FAST, code=4)["err"]
+
+
+def test_a_run_that_is_being_written_is_refused(run: Path, evaluate: Evaluate) -> None:
+    with RunLock(RunFolder(run), None):
+        assert "the run is still being written by pid" in evaluate(run, *FAST, code=5)["err"]
+
+
+def test_a_missing_extra_is_one_line_with_code_6(run: Path, evaluate: Evaluate,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    assert "pip install 'mat_dist[eval]'" in evaluate(run, "attacks=autoattack", code=6)["err"]
+
+
+def test_a_foreign_pickle_is_refused_and_not_run(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    for file in run.glob("checkpoints/step_*/peer_0.pt"):
+        torch.save({"model": Payload()}, file)
+    evaluate(run, *FAST, code=4)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"digest": "0"}, "not those that the run was trained with"),
+    ({"classes": ("a", "b")}, "images (1, 8, 8) of 2 classes, the models take (1, 8, 8) of 10")])
+def test_other_images_or_classes_are_refused(change: dict[str, Any], text: str, run: Path, evaluate: Evaluate,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "load_data", lambda *a, **k: dataclasses.replace(load_data(*a, **k), **change))
+    assert text in evaluate(run, *FAST, code=3)["err"]
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{key}=" in out for key in ("targets", "weights", "attacks", "eps", "version", "checks"))

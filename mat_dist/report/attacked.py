@@ -115,7 +115,7 @@ def transfer_section(subject: Subject | None, measured: Measured | None, last: t
                                    f"Epoch {last[1]:.4g}, a batch of the training, train mode: a diagnostic."))
     if not figures:
         return None
-    told = "Accuracy of each row on AEs that were crafted against the peer of the column, without knowledge of the row."
+    told = "Accuracy of the model in each row on AEs that were crafted against the peer of the column."
     return section("transfer", "Transfer between peers", tag("p", told), charts(*figures))
 
 

@@ -168,9 +168,12 @@ def _evaluation(file: Path, kind: str, document: dict[str, Any]) -> Evaluation:
     targets = tuple(Target(str(one["target"]), str(one["weights"]), int(one["n"]),
                            {str(key): float(share) for key, share in one["accuracy"].items()})
                     for one in document["targets"])
-    if not targets or not all({"clean", "union"} <= one.accuracy.keys() and one.n > 0 for one in targets):
-        raise ValueError("a target without n, clean or union")
     threats = tuple(f"{one['norm']} {one['eps']}" for one in document["threats"])
+    needed = {"clean", "union", *threats}
+    if not targets or not threats or not all(needed <= one.accuracy.keys() and one.n > 0 for one in targets):
+        raise ValueError("a target without n or one of its accuracies")
+    if not all(0 <= share <= 1 for one in targets for share in one.accuracy.values()):
+        raise ValueError("an accuracy outside of 0 to 1")
     attack = f"{plan['name']}-{int(plan['steps'])}" + (f" x {restarts}" if restarts > 1 else "")
     return Evaluation(file.name, kind, int(document["step"]), str(document["time"]), attack, int(plan["steps"]),
                       threats, targets, _outcomes(file.with_suffix(".csv")))

@@ -90,8 +90,8 @@ def measure(subject: Subject, say: Say) -> Measured:
 
 def _transfer(subject: Subject) -> tuple[dict[str, list[list[float]]], dict[str, list[Outcome]]]:
     """Accuracy of every target on the AEs of every peer, last column clean; and each target under its own AEs."""
-    columns = len(subject.peers) + 1
-    right = {threat.label: torch.zeros(len(subject.targets), columns) for threat in subject.threats}
+    shape = len(subject.targets), len(subject.peers) + 1
+    right = {threat.label: torch.zeros(shape, dtype=torch.float64) for threat in subject.threats}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in subject.targets}
     for chunk, x_BCHW, y_B in subject.batches():
         held = {name: correct(model, x_BCHW, y_B) for name, model in subject.targets.items()}

@@ -85,12 +85,14 @@ figure svg{width:100%;height:auto;max-width:32rem;display:block}
 .card table{font-size:.82rem;width:100%}
 .card th,.card td{padding-right:.4rem}
 .wrong{color:var(--s6);font-weight:600}
+.wrong small{font-weight:400}
 details{margin:.5rem 0}
 summary{cursor:pointer;color:var(--s0);font-size:.9rem}
 pre{font-size:.8rem;overflow-x:auto;border:1px solid var(--grid);padding:.7rem;white-space:pre-wrap;
  overflow-wrap:anywhere}
 footer{margin-top:3rem;padding-bottom:2rem;color:var(--dim);font-size:.8rem}
-@media (max-width:30rem){body{font-size:15px}th,td{padding-right:.5rem}table{font-size:.84rem}}
+@media (max-width:30rem){body{font-size:15px}th,td{padding-right:.5rem}table{font-size:.84rem}
+ td.number small{display:block;margin-left:0}}
 @media print{body{font-size:10pt}nav{display:none}h2{break-after:avoid}figure,tr,.card{break-inside:avoid}
  .scroll{overflow:visible}.charts{grid-template-columns:repeat(2,1fr)}.cards{grid-template-columns:repeat(3,1fr)}
  details::details-content{content-visibility:visible;block-size:auto}a{color:inherit;text-decoration:none}}

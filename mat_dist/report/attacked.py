@@ -1,4 +1,4 @@
-"""Sections made from what the report measured itself: pictures, radius and steps, transfer, the loss round an image."""
+"""Sections made from what the report measured itself: pictures, attack strength, transfer, loss around an image."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def transfer_section(subject: Subject | None, measured: Measured | None, last: t
 
 
 def loss_section(subject: Subject, measured: Measured, book: Book) -> Markup:
-    """The loss round clean images: a smooth bowl, or the cliffs of masked gradients."""
+    """The loss around clean images: a smooth bowl, or the cliffs of masked gradients."""
     n = min(SURFACE_IMAGES, measured.n)
-    chart = surface(f"Loss of {subject.source} round {n} test images", measured.places, measured.surface,
+    chart = surface(f"Loss of {subject.source} around {n} test images", measured.places, measured.surface,
                     x_label="along the AE's perturbation, in eps", y_label="along a random direction, in eps",
                     value_label="cross-entropy", description="Mean cross-entropy over two directions, clean images "
                                                              "in the middle, their AEs at the middle of the right edge")
@@ -137,7 +137,7 @@ def loss_section(subject: Subject, measured: Measured, book: Book) -> Markup:
     told = (f"Mean cross-entropy of {n} test images at x + a d + b r, cut to [0, 1]: d is the perturbation of PGD, r a "
             "random perturbation of length eps. A smooth loss that rises towards the AE much more than along r is what "
             "an attack can follow; ridges and cliffs point to masked gradients.")
-    return section("loss-surface", "Loss round an image", tag("p", told), charts(*figures))
+    return section("loss-surface", "Loss around an image", tag("p", told), charts(*figures))
 
 
 def _both_limits(measured: Measured) -> tuple[float, float]:

@@ -73,7 +73,10 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
     bottom = top + 190
     values = [y for s in series for _, y in s.known()] + [y for s in series for _, *ends in s.band for y in ends]
     y_axis = Axis.around([*values, 0.0] if zero else values, bottom, top, limits=limits)
-    x_axis = Axis.around([x for s in series for x, _ in s.known()], 46, WIDTH - 12, log=log_x, marks=x_marks)
+    xs = [x for s in series for x, _ in s.known()] or [0.0, 1.0]
+    x_axis = Axis.around(xs, 46, WIDTH - 12, log=log_x, marks=x_marks)
+    if not log_x and x_axis.low < max(xs):  # no empty space on the right
+        x_axis = Axis.around(xs, 46, WIDTH - 12, limits=(x_axis.low, max(xs)))
     parts: list[Child] = [tag("text", y_label, x=2, y=30, class_="axis"), legend]
     for value in y_axis.marks:
         y = y_axis.place(value)

@@ -51,7 +51,7 @@ def unlike(runs: Sequence[RunFiles]) -> list[str]:
                       "attack": one.attack, "threats": ", ".join(one.threats)}
             for key, value in values.items():
                 found.setdefault(key, []).append(str(value))
-    return [f"{key}: {', '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
+    return [f"{key}: {' | '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
 
 
 def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Markup:
@@ -60,21 +60,21 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
     for name, run in zip(names, runs, strict=True):
         one = run.headline
         if one is None:
-            rows.append([name, status(run), *["-"] * 7])
+            rows.append([name, *["-"] * 6, status(run), "-"])
             continue
         targets = chosen(run, one)
         peers = [t for t in targets if t.name != ENSEMBLE]
         ensemble = next((t for t in targets if t.name == ENSEMBLE), None)
-        means = [sum(t.accuracy[key] for t in peers) / len(peers) for key in ("clean", "union")]
+        means = [sum(t.accuracy[key] for t in peers) / len(peers) for key in ("union", "clean")]
         shown: list[Child] = ["-", "-"]
         if ensemble is not None:
-            shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("clean", "union")]
+            shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("union", "clean")]
             drawn.append((name, [(ensemble.accuracy[key], *wilson_interval(ensemble.accuracy[key], ensemble.n))
                                  for key in ("clean", "union")]))
-        rows.append([name, f"{KINDS[one.kind]}, {targets[0].weights}", f"{one.attack}, {', '.join(one.threats)}",
-                     targets[0].n, *shown, *map(percent, means), run.config.run.seed])
-    head = ["run", "images, weights", "attack", "n", "ensemble clean %", "ensemble robust %", "peers clean %",
-            "peers robust %", "seed"]
+        rows.append([name, *shown, *map(percent, means), targets[0].n, run.config.run.seed,
+                     f"{one.attack}, {', '.join(one.threats)}", f"{KINDS[one.kind]}, {targets[0].weights}"])
+    head = ["run", "ensemble robust %", "ensemble clean %", "peers robust %", "peers clean %", "n", "seed", "attack",
+            "images, weights"]
     warning = unlike(runs)
     figures = [book.figure("comparison_accuracy", interval_chart(
         "Ensembles with 95 % intervals", drawn, ["clean", "robust"],
@@ -85,7 +85,8 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
         "result", "Result",
         tag("div", tag("strong", "These numbers do not compare like with like. "), "; ".join(warning), class_="notice",
             role="note") if warning else None,
-        table("peers: mean of the peers; small print: 95 % Wilson interval", head, rows, texts=3), charts(*figures),
+        table("peers: mean of the peers; small print: 95 % Wilson interval", head, rows, texts=(0, 7, 8)),
+        charts(*figures),
         tag("p", "Where the intervals of two runs overlap on the same images, a paired test may still tell them apart. "
                  "One run each cannot tell what other seeds give: python -m mat_dist.table has means over seeds.",
             class_="dim"), folded("Every target", each))
@@ -120,11 +121,18 @@ def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> Markup:
     flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
     changed = {line.split(": ", 1)[0] for run in runs[1:] for line in config_differences(runs[0].config, run.config)}
     keys = sorted(key for key in changed if not key.startswith(_FREE))
-    rows = [[key, *(json.dumps(values.get(key)) for values in flat)] for key in keys]
+    rows = [[key, *(_text(values.get(key)) for values in flat)] for key in keys]
     if not rows:
         return section("settings", "Settings", tag("p", "All settings that matter are the same."))
     return section("settings", "Settings that differ", table("settings that change nothing in the result are left out",
-                                                             ["setting", *names], rows, texts=1 + len(names)))
+                                                             ["setting", *names], rows, texts=range(1 + len(names))))
+
+
+def _text(value: Any) -> str:
+    """A setting's value, numbers to six digits."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, Any]]:

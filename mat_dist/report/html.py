@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
 # Not allowed in XML, in which the SVG files are written: control characters, lone surrogates, two non-characters.
@@ -53,15 +53,16 @@ def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
     return Markup(f"<{opening}>" if name in _VOID else f"<{opening}>{join(*children)}</{name}>")
 
 
-def table(caption: Child, head: Sequence[Child], rows: Iterable[Sequence[Child]], *, texts: int = 1) -> Markup:
-    """A table that scrolls by itself where it is too wide; the first `texts` columns are left-aligned, the first one
-    names the row."""
+def table(caption: Child, head: Sequence[Child], rows: Iterable[Sequence[Child]], *,
+          texts: Collection[int] = (0,)) -> Markup:
+    """A table that scrolls by itself where it is too wide; the first column names the row. `texts` are the columns that
+    hold no numbers."""
     def cells(row: Sequence[Child]) -> Iterable[Markup]:
         for column, cell in enumerate(row):
-            style = None if column < texts else "number"
+            style = None if column in texts else "number"
             yield tag("th", cell, scope="row") if column == 0 else tag("td", cell, class_=style)
 
-    headings = (tag("th", cell, scope="col", class_=None if column < texts else "number")
+    headings = (tag("th", cell, scope="col", class_=None if column in texts else "number")
                 for column, cell in enumerate(head))
     body = tag("table", tag("caption", caption), tag("thead", tag("tr", headings)),
                tag("tbody", [tag("tr", cells(row)) for row in rows]))

@@ -1,8 +1,9 @@
-"""What the report measures itself, on few images: transfer, accuracy against radius and steps, the loss round an image,
+"""What the report measures itself, on few images: transfer, accuracy against radius and steps, the loss around images,
 pictures. The evaluator's attack with one start; the numbers of record are those of the evaluation."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from mat_dist import streams
 from mat_dist.evaluator import AttackPlan, correct, strict_arithmetic
 from mat_dist.report.files import Outcome
 from mat_dist.report.subject import Subject
+from mat_dist.telemetry.rates import duration
 from mat_dist.threats import Threat, l2_norm, per_image
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -74,7 +76,12 @@ def measure(subject: Subject, say: Say) -> Measured:
     """Attack the subject's images in all the ways that the report shows."""
     with strict_arithmetic():
         say("transfer and classes")
+        began = time.monotonic()
         transfer, outcomes = _transfer(subject)
+        # That was one attack on every target for each threat; these are the others, by their gradient steps.
+        steps = subject.plan().steps
+        others = len(EPS_FACTORS) - 1 + sum({*STEPS, steps}) / steps
+        say(f"about {duration((time.monotonic() - began) * others)} more")
         by_eps, by_steps = {}, {}
         for threat in subject.threats:
             say(f"accuracy against the radius, {threat.norm}")

@@ -66,7 +66,7 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.28rem .7rem .28rem 0;text-align:left;border-bottom:1px solid var(--grid);vertical-align:top;
  white-space:nowrap}
-thead th{font-weight:600;border-bottom:2px solid var(--dim)}
+thead th{white-space:normal;vertical-align:bottom;font-weight:600;border-bottom:2px solid var(--dim)}
 tbody th{font-weight:500}
 .number{text-align:right}
 td small{color:var(--dim);margin-left:.35rem}

@@ -55,7 +55,10 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py",
            "sbatch --array=0-5 --gres=gpu:4 --time=24:00:00 launch/slurm_array.sbatch --seeds 1,2,3 "
            "--configs cifar10_at,cifar10_trades": "SLURM; tests/cluster",
-           "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py"}
+           "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
+           "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py"}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
          "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",

@@ -405,17 +405,17 @@ def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_pa
     rows = {row[0]: row for row in Page(text).rows if row}
     n, clean, robust = counted(next(other.folder.eval.glob("test_last_*.csv")))["ensemble", "raw"]
     found = rows["two|"]
-    assert found[3] == f"{n}|"
-    assert [cell.split("|")[0] for cell in found[4:6]] == [f"{100 * clean / n:.2f}", f"{100 * robust / n:.2f}"]
-    assert rows["three|"][4] == "-|"
+    assert found[5] == f"{n}|"
+    assert [cell.split("|")[0] for cell in found[1:3]] == [f"{100 * robust / n:.2f}", f"{100 * clean / n:.2f}"]
+    assert rows["three|"][1] == "-|"
     assert rows["peers.0.optim.lr|"] == ["peers.0.optim.lr|", "0.2|", "0.05|", "0.2|"] and "run.seed|" in rows
     assert "run.name|" not in rows and "three: no evaluation on the test set" in text
 
 
 def test_runs_with_other_attacks_are_said_not_to_compare(run, tmp_path):
     other = run_small(tmp_path, "two", "eval.test=true", "eval.test_steps=3", "data.test_size=20", "eval.every=1")
-    assert unlike([read_run(one.folder.path) for one in (run, other)]) == ["number of images: 40, 20",
-                                                                        "attack: PGD-2, PGD-3"]
+    assert unlike([read_run(one.folder.path) for one in (run, other)]) == ["number of images: 40 | 20",
+                                                                        "attack: PGD-2 | PGD-3"]
     assert main([str(one.folder.path) for one in (run, other)]) == 0
     assert "do not compare like with like" in page_of(run.folder, "comparison.html")
     assert unlike([read_run(run.folder.path)] * 2) == []

@@ -12,7 +12,7 @@ from mat_dist.report.measure import SURFACE_IMAGES, Measured, Picture
 from mat_dist.report.pixels import data_uri, png, scaled
 from mat_dist.report.results import percent
 from mat_dist.report.subject import Subject
-from mat_dist.report.training import transfer_chart
+from mat_dist.report.training import MOST_PEERS, transfer_chart
 from mat_dist.results import wilson_interval
 from mat_dist.threats import Threat, eps_text
 
@@ -103,7 +103,7 @@ def transfer_section(subject: Subject | None, measured: Measured | None, last: t
                      book: Book) -> Markup | None:
     """Who falls for whose AEs: on test images, and as the training noted it."""
     figures: list[Child] = []
-    if subject is not None and measured is not None:
+    if subject is not None and measured is not None and len(subject.peers) <= MOST_PEERS:
         for threat in subject.threats:
             name = f"transfer_{threat.norm}_{_plain(threat)}"
             figures.append(book.figure(name, transfer_chart(

@@ -14,7 +14,7 @@ from mat_dist.report.files import ENSEMBLE, RunFiles
 from mat_dist.report.html import Child, Markup, folded, join, section, table, tag
 from mat_dist.report.page import document
 from mat_dist.report.results import KINDS, accuracy_table, chosen, percent, with_interval
-from mat_dist.report.training import entry, number
+from mat_dist.report.training import entry, number, thinned
 from mat_dist.results import wilson_interval
 
 # Settings that change neither what is trained nor how it is evaluated.
@@ -102,7 +102,7 @@ def _training(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mar
             prefix = "ema_" if run.averaged and key != "loss" else ""
             points = [(float(r.get("epoch", 0)), _mean(r.get(prefix + key), len(run.peers)))
                       for r in getattr(run, records) if isinstance(r.get(prefix + key), list)]
-            series.append(Series(name, points, index))
+            series.append(Series(name, thinned(points), index))
         series = [one for one in series if one.known()]
         if series:
             figures.append(book.figure(f"comparison_{key}", line_chart(

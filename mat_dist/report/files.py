@@ -122,7 +122,7 @@ def _document(file: Path, notes: list[str]) -> dict[str, Any]:
 
 def _records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Records in the order of steps; of those with the same step and kind the one of the highest attempt."""
-    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    newest: dict[tuple[str, int], tuple[int, dict[str, Any]]] = {}
     damaged = 0
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -134,14 +134,15 @@ def _records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
             one = json.loads(line)
             key = (str(one["kind"]), int(one["step"]))
             float(one.get("epoch", 0))
+            attempt = int(one.get("attempt", 1))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             damaged += 1
             continue
-        if key not in newest or one.get("attempt", 1) >= newest[key].get("attempt", 1):
-            newest[key] = one
+        if key not in newest or attempt >= newest[key][0]:
+            newest[key] = attempt, one
     if damaged:
         notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
-    return [newest[key] for key in sorted(newest, key=lambda key: key[1])]
+    return [newest[key][1] for key in sorted(newest, key=lambda key: key[1])]
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:

@@ -59,14 +59,16 @@ def result_section(run: RunFiles, book: Book) -> Markup:
             for t in targets]
     chart = interval_chart(f"Accuracy with 95 % intervals, n = {targets[0].n}", rows, kinds,
                            description=f"Clean and robust accuracy of {', '.join(t.name for t in targets)}")
-    others = [accuracy_table(f"{KINDS[e.kind]}, step {e.step} ({e.file})", e, e.targets) for e in run.evaluations]
+    validations = [e for e in run.evaluations if e.kind == "validation"]
+    others = [accuracy_table(f"{KINDS[e.kind]}, step {e.step} ({e.file})", e, e.targets)
+              for e in run.evaluations if e not in validations[1:]]
     told = ("Small print: 95\u00a0% Wilson intervals, with the images as the only source of chance; other seeds add "
             "more. Robust: right on the clean image and under every threat. PGD gives an upper bound, a stronger "
             "attack may find less: attack the checkpoint with AutoAttack before you publish a number.")
     return section(
         "result", "Result", _figures(one, targets),
         pair(accuracy_table(what, one, targets), book.figure("accuracy", chart)), tag("p", told, class_="dim"),
-        folded(f"All {len(others)} evaluations, raw and averaged weights", others))
+        folded("All tests and the newest validation, raw and averaged weights", others))
 
 
 def _figures(one: Evaluation, targets: Sequence[Target]) -> Markup:

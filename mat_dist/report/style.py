@@ -69,7 +69,7 @@ th,td{padding:.28rem .7rem .28rem 0;text-align:left;border-bottom:1px solid var(
 thead th{white-space:normal;vertical-align:bottom;font-weight:600;border-bottom:2px solid var(--dim)}
 tbody th{font-weight:500}
 .number{text-align:right}
-td small{color:var(--dim);margin-left:.35rem}
+td small,th small{color:var(--dim);font-weight:400;margin-left:.35rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1.2rem 1.6rem;
  align-items:start;margin:.8rem 0}
 .pair{display:flex;flex-wrap:wrap;gap:1rem 2.4rem;align-items:flex-start;margin:.8rem 0}
@@ -95,7 +95,7 @@ footer{margin-top:3rem;padding-bottom:2rem;color:var(--dim);font-size:.8rem}
  td.number small{display:block;margin-left:0}}
 @media print{body{font-size:10pt}nav{display:none}h2{break-after:avoid}figure,tr,.card{break-inside:avoid}
  .scroll{overflow:visible}.charts{grid-template-columns:repeat(2,1fr)}.cards{grid-template-columns:repeat(3,1fr)}
- details::details-content{content-visibility:visible;block-size:auto}a{color:inherit;text-decoration:none}}
+ details:not([open]){display:none}a{color:inherit;text-decoration:none}}
 """
 
 

@@ -11,6 +11,8 @@ from mat_dist.report.files import ENSEMBLE, RunFiles
 from mat_dist.report.html import Child, Markup, section, tag
 
 MOST_RANKS = 32  # bars of the chart of phases
+MOST_POINTS = 500  # of a curve; it is 340 pixels wide
+MOST_PEERS = 64  # of a transfer chart: 4160 cells
 _WORK = ("data", "attack", "forward", "backward", "optimizer", "exchange", "wait")
 
 
@@ -29,9 +31,28 @@ def member(value: Any, key: str) -> float | None:
     return number(value.get(key)) if isinstance(value, dict) else None
 
 
+def thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """At most `MOST_POINTS` points: means of as many neighbours as that takes, without those that are not known."""
+    group = -(-len(points) // MOST_POINTS)
+    if group < 2:
+        return points
+    found: list[tuple[float, float | None]] = []
+    for first in range(0, len(points), group):
+        part = points[first:first + group]
+        known = [y for _, y in part if y is not None]
+        found.append((sum(x for x, _ in part) / len(part), sum(known) / len(known) if known else None))
+    return found
+
+
 def curve(records: Sequence[dict[str, Any]], key: str, name: str, index: int) -> Series:
     """A peer's values of `key` over epochs."""
-    return Series(name, [(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records], index)
+    return Series(name, thinned([(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records]), index)
+
+
+def _grouped(records: Sequence[dict[str, Any]]) -> str:
+    """How many log steps a point of a curve stands for, where it is more than one."""
+    group = -(-len(records) // MOST_POINTS)
+    return f", means of {group} log steps" if group > 1 else " at log steps"
 
 
 def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[Series]:
@@ -46,7 +67,7 @@ def training_section(run: RunFiles, book: Book) -> Markup:
     if loss:
         figures.append(book.figure("loss", line_chart("Training loss", loss, x_label="epoch", y_label="loss",
                                                       zero=True),
-                                   "The mutual loss at log steps; peers with other losses differ in scale."))
+                                   f"The mutual loss{_grouped(run.steps)}; peers with other losses differ in scale."))
     prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
     evaluated = [r for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
     told = "averaged weights (EMA)" if prefix else "raw weights"
@@ -62,7 +83,7 @@ def training_section(run: RunFiles, book: Book) -> Markup:
     if own:
         figures.append(book.figure("train_ae", line_chart(
             "Accuracy on own AEs in training", own, x_label="epoch", y_label="%", percent=True),
-            "Batches of the training, batch norm in train mode: a diagnostic."))
+            f"Batches of the training{_grouped(run.steps)}, batch norm in train mode: a diagnostic."))
     rate = _curves(run, run.steps, "lr")
     if rate:
         same = all(one.points == rate[0].points for one in rate)
@@ -82,6 +103,8 @@ def transfer_chart(title: str, peers: Sequence[str], rows: Sequence[str], values
 def last_transfer(run: RunFiles) -> tuple[Markup, float] | None:
     """The chart of the last log step's transfer table, and its epoch; None where there is no whole table."""
     count = len(run.peers)
+    if count > MOST_PEERS:
+        return None
     for record in reversed(run.steps):
         rows = record.get("transfer")
         if isinstance(rows, list) and len(rows) == count and all(
@@ -120,9 +143,9 @@ def time_section(run: RunFiles, book: Book) -> Markup | None:
     left_out = [name for name in phases if name not in shown]
     figures = [book.figure("phases", bars, f"Below 0.1 % and not drawn: {', '.join(left_out)}." if left_out else None)]
     for phase, title in (("wait", "Waiting for other ranks"), ("exchange", "Exchange between ranks")):
-        series = [Series(f"rank {r}", [
+        series = [Series(f"rank {r}", thinned([
             (float(one.get("epoch", 0)), 1e3 * value) for one in run.steps
-            if (value := member(entry(one.get("phases_s"), r), phase)) is not None], r)
+            if (value := member(entry(one.get("phases_s"), r), phase)) is not None]), r)
             for r in range(min(len(means), MOST_RANKS))]
         series = [one for one in series if one.known()]
         if series:

@@ -32,7 +32,7 @@ from mat_dist.report.page import run_page
 from mat_dist.report.pixels import png, scaled
 from mat_dist.report.results import class_section, class_shares
 from mat_dist.report.subject import Subject, find_checkpoint, load_subject
-from mat_dist.report.training import phase_means
+from mat_dist.report.training import phase_means, thinned
 from mat_dist.runfolder import RunFolder, RunLock
 from tests.browser import CHROMIUM, Browser
 from tests.small_runs import Finished, run_small, tree_hash
@@ -200,6 +200,13 @@ def test_phases_are_means_over_the_log_steps_of_the_newest_number_of_ranks():
     records = [{"phases_s": [{"wait": 9.0}]}, {"phases_s": [{"wait": 1.0}, {"wait": 2.0, "attack": 4.0}]},
                {"loss": [1.0]}, {"phases_s": [{"wait": 3.0}, {"wait": 0.0}]}]
     assert phase_means(records) == [{"wait": 2.0}, {"wait": 1.0, "attack": 2.0}]
+
+
+def test_long_curves_are_means_of_neighbours():
+    points = [(float(n), None if n == 3 else float(n % 2)) for n in range(1500)]
+    found = thinned(points)
+    assert len(found) == 500 and found[0] == (1.0, pytest.approx(1 / 3)) and found[1] == (4.0, 0.5)
+    assert thinned(points[:500]) == points[:500]
 
 
 def test_of_records_with_the_same_step_the_newest_attempt_counts(copy):

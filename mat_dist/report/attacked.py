@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, line_chart, surface
-from mat_dist.report.files import ENSEMBLE
+from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.html import Child, Markup, folded, section, table, tag
 from mat_dist.report.measure import SURFACE_IMAGES, Measured, Picture
 from mat_dist.report.pixels import data_uri, png, scaled

@@ -10,10 +10,11 @@ from mat_dist.config import config_differences
 from mat_dist.report.about import notices, status
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, interval_chart, line_chart
-from mat_dist.report.files import ENSEMBLE, RunFiles
+from mat_dist.report.evaluations import ENSEMBLE
+from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Child, Markup, folded, join, section, table, tag
 from mat_dist.report.page import document
-from mat_dist.report.results import KINDS, accuracy_table, chosen, percent, with_interval
+from mat_dist.report.results import accuracy_table, chosen, percent, with_interval
 from mat_dist.report.training import entry, number, thinned
 from mat_dist.results import wilson_interval
 
@@ -47,8 +48,8 @@ def unlike(runs: Sequence[RunFiles]) -> list[str]:
     for run in runs:
         one = run.headline
         if one is not None:
-            values = {"data": run.config.data.name, "images": KINDS[one.kind], "number of images": one.targets[0].n,
-                      "attack": one.attack, "threats": ", ".join(one.threats)}
+            values = {"data": run.config.data.name, "images": one.images, "number of images": one.targets[0].n,
+                      "attack": one.attacks, "threats": ", ".join(one.threats)}
             for key, value in values.items():
                 found.setdefault(key, []).append(str(value))
     return [f"{key}: {' | '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
@@ -63,23 +64,25 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
             rows.append([name, *["-"] * 6, status(run), "-"])
             continue
         targets = chosen(run, one)
-        peers = [t for t in targets if t.name != ENSEMBLE]
+        peers = [t for t in targets if t.is_peer]
         ensemble = next((t for t in targets if t.name == ENSEMBLE), None)
         means = [sum(t.accuracy[key] for t in peers) / len(peers) for key in ("union", "clean")]
         shown: list[Child] = ["-", "-"]
         if ensemble is not None:
             shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("union", "clean")]
+            if any(t.failed for t in targets):
+                name += " (not reportable)"
             drawn.append((name, [(ensemble.accuracy[key], *wilson_interval(ensemble.accuracy[key], ensemble.n))
                                  for key in ("clean", "union")]))
         rows.append([name, *shown, *map(percent, means), targets[0].n, run.config.run.seed,
-                     f"{one.attack}, {', '.join(one.threats)}", f"{KINDS[one.kind]}, {targets[0].weights}"])
+                     f"{one.attacks}; {', '.join(one.threats)}", f"{one.images}, {targets[0].weights}"])
     head = ["run", "ensemble robust %", "ensemble clean %", "peers robust %", "peers clean %", "n", "seed", "attack",
             "images, weights"]
     warning = unlike(runs)
     figures = [book.figure("comparison_accuracy", interval_chart(
         "Ensembles with 95 % intervals", drawn, ["clean", "robust"],
         description="Clean and robust accuracy of each run's ensemble"))] if drawn else []
-    each = [accuracy_table(f"{name}: {KINDS[e.kind]}, step {e.step}", e, chosen(run, e))
+    each = [accuracy_table(f"{name}: {e.images}, step {e.step}", e, chosen(run, e))
             for name, run in zip(names, runs, strict=True) if (e := run.headline) is not None]
     return section(
         "result", "Result",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +11,8 @@ from mat_dist.atomic import parse_json
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError, OutputError
+from mat_dist.report.evaluations import Evaluation, read_evaluations
 from mat_dist.runfolder import RunFolder, RunLock
-
-ENSEMBLE = "ensemble"
-_NAME = re.compile(r"(test_best|test_last|validation)_step_(\d+)(?:-(\d+))?")
-_ORDER = {"test_best": 0, "test_last": 1, "validation": 2}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one target reached: `accuracy` by name (clean, each threat, union), shares in [0, 1] of `n` images."""
-
-    name: str
-    weights: str
-    n: int
-    accuracy: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One image: its class, and whether a target was right when clean and under every threat."""
-
-    label: int
-    clean: bool
-    robust: bool
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A result file of eval/. `kind` is test_best, test_last or validation; `attack` as people write it: PGD-20."""
-
-    file: str
-    kind: str
-    step: int
-    time: str
-    attack: str
-    steps: int
-    threats: tuple[str, ...]
-    targets: tuple[Target, ...]
-    outcomes: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +43,7 @@ class RunFiles:
 
     @property
     def headline(self) -> Evaluation | None:
-        """The newest test of the best checkpoint, else of the last one, else the newest validation."""
+        """The most telling evaluation, see `read_evaluations`."""
         return self.evaluations[0] if self.evaluations else None
 
 
@@ -100,8 +61,8 @@ def read_run(path: Path) -> RunFiles:
     config = load_config(str(folder.config))
     notes: list[str] = []
     records = _records(folder.metrics, notes)
-    evaluations = _evaluations(folder.eval, notes)
-    if not any(one.kind.startswith("test") for one in evaluations):
+    evaluations = read_evaluations(folder.eval, config.eval.ensemble, notes)
+    if not any(one.split == "test" for one in evaluations):
         notes.append("no evaluation on the test set: the run has not ended, or has eval.test=false")
     return RunFiles(folder, config, _document(folder.environment, notes), _document(folder.exit, notes),
                     [one for one in records if one["kind"] == "step"],
@@ -143,53 +104,3 @@ def _records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     if damaged:
         notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
     return [newest[key][1] for key in sorted(newest, key=lambda key: key[1])]
-
-
-def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
-    """All result files, the most telling first: tests of the best, of the last, validations; newest first."""
-    found: list[tuple[tuple[int, str, int], Evaluation]] = []
-    for file in sorted(folder.glob("*.json")):
-        name = _NAME.fullmatch(file.stem)
-        if name is None:
-            notes.append(f"eval/{file.name} is not shown: not an evaluation of the training")
-            continue
-        try:
-            document = parse_json(file.read_bytes())
-            one = _evaluation(file, name[1], document)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes.append(f"eval/{file.name} is left out: {type(error).__name__}: {error}")
-            continue
-        found.append(((-_ORDER[name[1]], one.time, int(name[3] or 1)), one))
-    return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
-
-
-def _evaluation(file: Path, kind: str, document: dict[str, Any]) -> Evaluation:
-    plan = document["attack"]
-    restarts = int(plan["restarts"])
-    targets = tuple(Target(str(one["target"]), str(one["weights"]), int(one["n"]),
-                           {str(key): float(share) for key, share in one["accuracy"].items()})
-                    for one in document["targets"])
-    threats = tuple(f"{one['norm']} {one['eps']}" for one in document["threats"])
-    needed = {"clean", "union", *threats}
-    if not targets or not threats or not all(needed <= one.accuracy.keys() and one.n > 0 for one in targets):
-        raise ValueError("a target without n or one of its accuracies")
-    if not all(0 <= share <= 1 for one in targets for share in one.accuracy.values()):
-        raise ValueError("an accuracy outside of 0 to 1")
-    attack = f"{plan['name']}-{int(plan['steps'])}" + (f" x {restarts}" if restarts > 1 else "")
-    return Evaluation(file.name, kind, int(document["step"]), str(document["time"]), attack, int(plan["steps"]),
-                      threats, targets, _outcomes(file.with_suffix(".csv")))
-
-
-def _outcomes(file: Path) -> dict[tuple[str, str], list[Outcome]]:
-    """Per target and weights every image, from the table with a row per image, threat and target."""
-    if not file.is_file():
-        return {}
-    found: dict[tuple[str, str], dict[str, Outcome]] = {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            images = found.setdefault((row["target"], row["weights"]), {})
-            robust = row["robust"] == "1"
-            if row["sample"] in images:
-                robust = robust and images[row["sample"]].robust
-            images[row["sample"]] = Outcome(int(row["label"]), row["clean_correct"] == "1", robust)
-    return {key: list(images.values()) for key, images in found.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.evaluator import AttackPlan, correct, strict_arithmetic
-from mat_dist.report.files import Outcome
+from mat_dist.report.evaluations import Outcome
 from mat_dist.report.subject import Subject
 from mat_dist.telemetry.rates import duration
 from mat_dist.threats import Threat, l2_norm, per_image

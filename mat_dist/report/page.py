@@ -11,7 +11,8 @@ from mat_dist.atomic import reported, write_bytes, write_text
 from mat_dist.report.about import facts, notices, settings_section
 from mat_dist.report.attacked import gallery_section, loss_section, strength_section, transfer_section
 from mat_dist.report.book import Book
-from mat_dist.report.files import Outcome, RunFiles
+from mat_dist.report.evaluations import Outcome
+from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Child, Markup, join, tag
 from mat_dist.report.measure import Measured
 from mat_dist.report.results import class_section, result_section
@@ -62,7 +63,7 @@ def _classes(run: RunFiles, subject: Subject | None, measured: Measured | None, 
     found: dict[str, list[Outcome]] = {}
     if one is not None:
         found = {target: rows for (target, kind), rows in one.outcomes.items() if kind == weights}
-        source = f"{one.attack}, step {one.step}, all {len(next(iter(found.values()), []))} images of {one.file}"
+        source = f"{one.attacks}, step {one.step}, all {len(next(iter(found.values()), []))} images of {one.file}"
     if not found and measured is not None:
         found, source = measured.outcomes, f"{measured.n} test images, attacked for this report"
     return class_section(found, names, source, book) if any(found.values()) else None

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from mat_dist.report.book import Book, pair
 from mat_dist.report.charts import heat_map, interval_chart
-from mat_dist.report.files import ENSEMBLE, Evaluation, Outcome, RunFiles, Target
+from mat_dist.report.evaluations import ENSEMBLE, Evaluation, Outcome, Target, is_peer
+from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Child, Markup, folded, join, section, table, tag
 from mat_dist.results import wilson_interval
 
-KINDS = {"test_best": "test set, best checkpoint", "test_last": "test set, last checkpoint",
-         "validation": "validation split"}
 MOST_CLASSES = 20  # rows of the chart of classes; with more classes the worst ones are shown
 
 
@@ -41,7 +40,7 @@ def accuracy_table(caption: Child, one: Evaluation, targets: Sequence[Target]) -
     """Accuracies with n and interval; the lead cell is the target, with its weights where several are shown."""
     several = len({target.weights for target in targets}) > 1
     rows: list[list[Child]] = [
-        [join(t.name, tag("small", t.weights) if several else None),
+        [join(t.name, tag("small", t.weights) if several else None, _mark(t)),
          *(with_interval(t.accuracy[key], t.n) for key, _ in columns(one)), t.n] for t in targets]
     return table(caption, ["target", *(heading for _, heading in columns(one)), "n"], rows)
 
@@ -53,27 +52,54 @@ def result_section(run: RunFiles, book: Book) -> Markup:
         return section("result", "Result", tag("p", "This run has no evaluation yet."))
     targets = chosen(run, one)
     weights = "averaged weights (EMA)" if targets[0].weights == "ema" else "raw weights"
-    what = f"{KINDS[one.kind]}, step {one.step}, {weights}"
+    what = f"{one.images}, step {one.step}, {weights}"
     kinds = ["clean", f"robust ({one.attack})"]
     rows = [(t.name, [(t.accuracy[key], *wilson_interval(t.accuracy[key], t.n)) for key in ("clean", "union")])
             for t in targets]
     chart = interval_chart(f"Accuracy with 95 % intervals, n = {targets[0].n}", rows, kinds,
                            description=f"Clean and robust accuracy of {', '.join(t.name for t in targets)}")
-    validations = [e for e in run.evaluations if e.kind == "validation"]
-    others = [accuracy_table(f"{KINDS[e.kind]}, step {e.step} ({e.file})", e, e.targets)
+    validations = [e for e in run.evaluations if e.file.startswith("validation")]
+    others = [accuracy_table(f"{e.images}, step {e.step}, {e.attacks} ({e.file})", e, e.targets)
               for e in run.evaluations if e not in validations[1:]]
     told = ("Small print: 95\u00a0% Wilson intervals, with the images as the only source of chance; other seeds add "
-            "more. Robust: right on the clean image and under every threat. PGD gives an upper bound, a stronger "
-            "attack may find less: attack the checkpoint with AutoAttack before you publish a number.")
+            "more. Robust: right on the clean image and under every threat and attack. ")
+    if "autoattack" not in one.attacks:
+        told += ("PGD gives an upper bound, a stronger attack may find less: attack the checkpoint with AutoAttack "
+                 "before you publish a number.")
     return section(
-        "result", "Result", _figures(one, targets),
+        "result", "Result", _unsound(targets), _figures(one, targets),
         pair(accuracy_table(what, one, targets), book.figure("accuracy", chart)), tag("p", told, class_="dim"),
-        folded("All tests and the newest validation, raw and averaged weights", others))
+        _alone(one, targets), folded("All tests and the newest validation, raw and averaged weights", others))
+
+
+def _mark(target: Target) -> Markup | None:
+    """Beside the name of a target whose numbers must not be reported."""
+    return tag("small", "not reportable", class_="wrong") if target.failed else None
+
+
+def _unsound(targets: Sequence[Target]) -> Markup | None:
+    """Which targets failed which soundness checks."""
+    lines = [f"{t.name}: {', '.join(t.failed)}" for t in targets if t.failed]
+    return tag("div", tag("strong", "Do not report these numbers: soundness checks failed. "), "; ".join(lines),
+               class_="notice", role="note") if lines else None
+
+
+def _alone(one: Evaluation, targets: Sequence[Target]) -> list[Markup]:
+    """Accuracy under each attack alone, where there was more than one."""
+    tables = []
+    for threat in one.threats:
+        names = list(dict.fromkeys(name for t in targets for name in t.alone.get(threat, {})))
+        rows: list[list[Child]] = [
+            [t.name, *(percent(t.alone[threat][name]) if name in t.alone.get(threat, {}) else "-" for name in names)]
+            for t in targets]
+        if len(names) > 1:
+            tables.append(table(f"accuracy under each attack alone, {threat}, %", ["target", *names], rows))
+    return tables
 
 
 def _figures(one: Evaluation, targets: Sequence[Target]) -> Markup:
     """The numbers that a reader looks for first."""
-    peers = [t for t in targets if t.name != ENSEMBLE]
+    peers = [t for t in targets if t.is_peer]
     facts: list[Child] = []
     ensemble = [t for t in targets if t.name == ENSEMBLE]
     for label, these in (("ensemble", ensemble), ("mean of the peers", peers)):
@@ -110,7 +136,7 @@ def class_section(outcomes: Mapping[str, Sequence[Outcome]], names: Sequence[str
     targets = list(shares)
 
     def mean(k: int, part: int) -> float | None:
-        known = [value for t in targets if t != ENSEMBLE and (value := shares[t][k][part]) is not None]
+        known = [value for t in targets if is_peer(t) and (value := shares[t][k][part]) is not None]
         return sum(known) / len(known) if known else None
 
     def text(value: float | None) -> str:

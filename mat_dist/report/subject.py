@@ -110,7 +110,7 @@ def best_peer(run: RunFiles, step: int, weights: str) -> str:
     """The peer with the highest robust accuracy on the validation split at `step`, as `mat_dist.load` chooses; the
     first one where there is no such evaluation."""
     for one in run.evaluations:
-        if one.step == step and one.kind == "validation":
+        if one.step == step and one.file.startswith("validation"):
             robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in run.peers}
             if robust:
                 return max(robust, key=lambda name: (robust[name], -run.peers.index(name)))

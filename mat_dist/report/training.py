@@ -7,7 +7,8 @@ from typing import Any
 
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, heat_map, line_chart, stacked_bars
-from mat_dist.report.files import ENSEMBLE, RunFiles
+from mat_dist.report.evaluations import ENSEMBLE
+from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Child, Markup, section, tag
 
 MOST_RANKS = 32  # bars of the chart of phases

@@ -25,7 +25,8 @@ from mat_dist.report.axes import Axis, ticks
 from mat_dist.report.book import Book
 from mat_dist.report.charts import Series, heat_map, line_chart
 from mat_dist.report.compare import unlike
-from mat_dist.report.files import Outcome, read_run
+from mat_dist.report.evaluations import Outcome
+from mat_dist.report.files import read_run
 from mat_dist.report.html import table, tag
 from mat_dist.report.measure import Measured, measure
 from mat_dist.report.page import run_page
@@ -379,6 +380,43 @@ def test_files_that_are_missing_or_foreign_are_named(copy):
     for name in ("no metrics.jsonl", "no environment.json", "no exit.json", "eval/autoattack.json is not shown",
                  "eval/test_best_step_00000009.json is left out", "--no-attack"):
         assert name in text
+
+
+def evaluated(folder: RunFolder, name: str, **changes: object) -> None:
+    """A result file as python -m mat_dist.evaluate writes it: 3 of 4 clean, pgd leaves 2, autoattack 2, together 1."""
+    document = {
+        "checkpoint": "best", "step": 8, "split": "test", "time": "2030-01-01T00:00:00+00:00", "transfer": False,
+        "threats": [{"norm": "linf", "eps": "1/10"}], "attacks": ["pgd", "autoattack"],
+        "plans": {"pgd": {"steps": 20, "restarts": 5}},
+        "targets": [{"target": target, "weights": "ema", "n": 4, "accuracy": {"clean": 0.75, "linf 1/10": 0.25,
+                                                                              "union": 0.25},
+                     "attacks": {"linf 1/10": {"pgd": 0.5, "autoattack": 0.5}},
+                     "checks": [{"check": "zero gradients", "threat": "", "passed": target != "peer1", "found": ""}]}
+                    for target in ("peer0", "peer1", "ensemble:prob", "ensemble:vote")], **changes}
+    rows = [f"{sample},{label},linf 1/10,{attack},peer0,ema,{clean},{found},{int(clean == label == found)},1"
+            for attack, answers in (("pgd", (1, 1, 0, 0)), ("autoattack", (1, 0, 1, 0)))
+            for sample, (label, clean, found) in enumerate(zip((1, 1, 1, 1), (1, 1, 1, 0), answers, strict=True))]
+    (folder.eval / f"{name}.json").write_text(json.dumps(document))
+    (folder.eval / f"{name}.csv").write_text("\n".join([
+        "sample,label,threat,attack,target,weights,clean_prediction,prediction,robust,attacked", *rows]))
+
+
+def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_named(copy):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
+    evaluated(copy, "evaluate_test_best_step_00000008_ba9876543210", attacks=["pgd"], time="2031-01-01T00:00:00+00:00")
+    one = read_run(copy.path).headline
+    assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json" and one.attacks == "pgd-20 x 5, autoattack"
+    assert [target.name for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
+    assert [(o.clean, o.robust) for o in one.outcomes["peer0", "ema"]] == [(True, True), (True, False), (True, False),
+                                                                           (False, False)]
+    assert main(["--no-attack", str(copy.path)]) == 0
+    text = page_of(copy)
+    rows = Page(text).rows
+    interval = "25.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(1, 4)))
+    assert ["peer0|", "75.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(3, 4))), interval, "4|"] in rows
+    assert ["peer0|", "50.00|", "50.00|"] in rows
+    assert "Do not report these numbers" in text and "peer1: zero gradients" in text
+    assert "attack the checkpoint with AutoAttack" not in text
 
 
 def test_images_that_are_gone_leave_a_report_of_the_files(copy):

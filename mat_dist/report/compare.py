@@ -21,6 +21,7 @@ from mat_dist.results import wilson_interval
 # Settings that change neither what is trained nor how it is evaluated.
 _FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "comm.", "log.", "checkpoint.", "data.root",
          "data.download", "data.cache", "data.residency")
+MOST_SETTINGS = 30  # rows of the table of settings; more of them are folded
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> tuple[str, Book]:
@@ -66,7 +67,8 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
         targets = chosen(run, one)
         peers = [t for t in targets if t.is_peer]
         ensemble = next((t for t in targets if t.name == ENSEMBLE), None)
-        means = [sum(t.accuracy[key] for t in peers) / len(peers) for key in ("union", "clean")]
+        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers)) if peers else "-"
+                 for key in ("union", "clean")]
         shown: list[Child] = ["-", "-"]
         if ensemble is not None:
             shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("union", "clean")]
@@ -74,7 +76,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
                 name += " (not reportable)"
             drawn.append((name, [(ensemble.accuracy[key], *wilson_interval(ensemble.accuracy[key], ensemble.n))
                                  for key in ("clean", "union")]))
-        rows.append([name, *shown, *map(percent, means), targets[0].n, run.config.run.seed,
+        rows.append([name, *shown, *means, targets[0].n, run.config.run.seed,
                      f"{one.attacks}; {', '.join(one.threats)}", f"{one.images}, {targets[0].weights}"])
     head = ["run", "ensemble robust %", "ensemble clean %", "peers robust %", "peers clean %", "n", "seed", "attack",
             "images, weights"]
@@ -127,8 +129,10 @@ def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> Markup:
     rows = [[key, *(_text(values.get(key)) for values in flat)] for key in keys]
     if not rows:
         return section("settings", "Settings", tag("p", "All settings that matter are the same."))
-    return section("settings", "Settings that differ", table("settings that change nothing in the result are left out",
-                                                             ["setting", *names], rows, texts=range(1 + len(names))))
+    found = table("settings that change nothing in the result are left out", ["setting", *names], rows,
+                  texts=range(1 + len(names)))
+    return section("settings", "Settings that differ",
+                   found if len(rows) <= MOST_SETTINGS else folded(f"{len(rows)} settings", found))
 
 
 def _text(value: Any) -> str:

@@ -44,7 +44,7 @@ svg .high{{fill:#fff}}
 
 PAGE = CHART + """
 *{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);
+body{margin:0;overflow-wrap:break-word;background:var(--ground);color:var(--ink);
  font:16px/1.5 system-ui,-apple-system,"Segoe UI","Liberation Sans",sans-serif}
 main,header,footer{max-width:76rem;margin:0 auto;padding:0 1rem}
 header{padding-top:1.6rem}

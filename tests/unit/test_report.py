@@ -37,6 +37,7 @@ from mat_dist.report.training import phase_means, thinned
 from mat_dist.runfolder import RunFolder, RunLock
 from tests.browser import CHROMIUM, Browser
 from tests.small_runs import Finished, run_small, tree_hash
+from tests.unit.data_files import write_folder
 
 EVIL = "<script>alert('x')</script>&\"'><img src=x onerror=alert(1)>\x00"
 CPU = torch.device("cpu")
@@ -295,6 +296,20 @@ def test_hostile_files_of_a_run_add_no_markup(copy):
     assert not [key for _, attributes in found.tags for key in attributes if key.startswith("on")]
 
 
+def test_class_names_of_a_folder_are_text_and_colours_stay(tmp_path, capsys):
+    classes = ("<script>alert(1)<", "b&b")
+    write_folder(tmp_path / "images", train=40, test=8, side=16, classes=classes)
+    trained = run_small(tmp_path, "folder", "data.name=folder", f"data.root={tmp_path / 'images'}",
+                        "data.image_size=16", f"data.cache={tmp_path / 'cache'}", "data.train_size=32",
+                        "data.val_size=8", "data.test_size=16", "eval.test=true")
+    assert main([str(trained.folder.path)]) == 0
+    text = page_of(trained.folder)
+    assert classes[0] not in text and "&lt;script&gt;alert(1)&lt;" in text
+    assert {cell for row in Page(text).rows for cell in row[:1]} >= {"<script>alert(1)<|", "b&b|"}
+    pictures = [Image.open(path) for path in trained.folder.report.glob("gallery_*.png")]
+    assert len(pictures) == 18 and {(one.mode, one.size) for one in pictures} == {("RGB", (96, 96))}
+
+
 def test_the_policy_allows_this_style_sheet_and_images_inside_the_page_only(run):
     assert main(["--images", "10", str(run.folder.path)]) == 0
     text = page_of(run.folder)
@@ -471,13 +486,14 @@ def test_runs_with_other_attacks_are_said_not_to_compare(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(run, tmp_path):
-    assert main(["--images", "10", str(run.folder.path)]) == 0
-    assert main([str(run.folder.path), str(run.folder.path)]) == 0
+def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")  # with long names, and failed checks
+    assert main(["--images", "10", str(copy.path)]) == 0
+    assert main([str(copy.path), str(copy.path)]) == 0
     with Browser(tmp_path / "profile") as browser:
         for name, images in (("index.html", 18), ("comparison.html", 0)):
             for width, dark in ((1280, False), (390, True), (360, False)):
-                browser.open((run.folder.report / name).as_uri(), width=width, dark=dark)
+                browser.open((copy.report / name).as_uri(), width=width, dark=dark)
                 assert browser.value("document.documentElement.scrollWidth") == width  # nothing sticks out
                 assert browser.value("[...document.images].filter(i => i.complete && i.naturalWidth).length") == images
                 assert browser.value("document.querySelectorAll('table').length") >= 3

@@ -151,13 +151,20 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
     left = 18 + _LETTER * max(min(max(len(name) for name in rows), 14), 3)
     wide = (WIDTH - left - (8 if gap is not None else 0)) / len(columns)
     tall = min(max(wide * 0.6, 12), 30)
+    letters = int(wide / _LETTER) if wide >= 40 else 12
+    names = [cut(name, letters) for name in columns]
+    top = 54.0 if wide >= 40 else 44 + _LETTER * max(map(len, names))
     parts: list[Child] = [tag("text", column_label, x=f"{left:.1f}", y=32, class_="axis")]
     xs = [left + wide * n + (8 if gap is not None and n >= gap else 0) for n in range(len(columns))]
-    if wide >= 20:
-        parts += [tag("text", cut(name, int(wide / _LETTER)), x=f"{x + wide / 2:.1f}", y=48, class_="axis middle")
-                  for x, name in zip(xs, columns, strict=True)]
+    for x, name in zip(xs, names, strict=True):
+        middle = x + wide / 2
+        if wide >= 40:
+            parts.append(tag("text", name, x=f"{middle:.1f}", y=48, class_="axis middle"))
+        elif wide >= 9:  # room for upright names only
+            parts.append(tag("text", name, transform=f"translate({middle + 4:.1f} {top - 5:.1f}) rotate(-90)",
+                             class_="axis"))
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
-        y = 54 + r * tall
+        y = top + r * tall
         parts.append(tag("text", cut(name, 14), x=f"{left - 6:.1f}", y=f"{y + tall / 2 + 4:.1f}", class_="axis end"))
         for x, column, value in zip(xs, columns, row, strict=True):
             red, green, blue = heat(((value or 0.0) - lowest) / (1 - lowest))
@@ -168,7 +175,7 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
                 "rect", x=f"{x:.1f}", y=f"{y:.1f}", width=f"{wide - 1.5:.1f}", height=f"{tall - 1.5:.1f}", fill=colour),
                 tag("text", text, x=f"{x + wide / 2:.1f}", y=f"{y + tall / 2 + 4:.1f}", class_=f"{ink} middle")
                 if wide >= 34 else None))
-    bottom = 54 + len(rows) * tall
+    bottom = top + len(rows) * tall
     parts.append(tag("text", f"colours from {percent_text(lowest)} % (white) to 100 %", x=f"{left:.1f}",
                      y=f"{bottom + 14:.1f}", class_="axis"))
     return canvas(title, description, bottom + 22, parts)

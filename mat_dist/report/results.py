@@ -12,6 +12,7 @@ from mat_dist.report.html import Child, Markup, folded, join, section, table, ta
 from mat_dist.results import wilson_interval
 
 MOST_CLASSES = 20  # rows of the chart of classes; with more classes the worst ones are shown
+MOST_TARGETS = 33  # columns of the chart of classes: the last peers and the ensemble
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -145,7 +146,7 @@ def class_section(outcomes: Mapping[str, Sequence[Outcome]], names: Sequence[str
     order = [k for k in range(count) if shares[targets[0]][k][0]]
     worst = sorted(order, key=lambda k: (mean(k, 2) or 0.0, k))
     drawn = sorted(worst[:MOST_CLASSES]) if len(order) > MOST_CLASSES else order
-    shown = targets[-12:]
+    shown = targets[-MOST_TARGETS:]
     chart = heat_map("Robust accuracy by class, %", [labels[k] for k in drawn], [*shown, "clean"],
                      [[*(shares[t][k][2] for t in shown), mean(k, 1)] for k in drawn],
                      column_label="target; last column: clean, mean of the peers", gap=len(shown),

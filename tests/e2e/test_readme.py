@@ -61,6 +61,9 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "threats=linf:8/255,l2:1/2", "python -m mat_dist.evaluate --compare runs/A runs/B"),
                            "tests/unit/test_evaluate.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
+           "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
            **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
                ("python", "step"), ("python", "naive"), ("python", "scale --rounds 3"),

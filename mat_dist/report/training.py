@@ -1,0 +1,159 @@
+"""Sections made from metrics.jsonl: curves of the training, and where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mat_dist.report.book import Book, charts
+from mat_dist.report.charts import Series, heat_map, line_chart, stacked_bars
+from mat_dist.report.evaluations import ENSEMBLE
+from mat_dist.report.files import RunFiles
+from mat_dist.report.html import Child, Markup, section, tag
+
+MOST_RANKS = 32  # bars of the chart of phases
+MOST_POINTS = 500  # of a curve; it is 340 pixels wide
+MOST_PEERS = 64  # of a transfer chart: 4160 cells
+_WORK = ("data", "attack", "forward", "backward", "optimizer", "exchange", "wait")
+
+
+def number(value: Any) -> float | None:
+    """A number of a record; anything else is unknown."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def entry(value: Any, index: int) -> Any:
+    """Entry of a list in a record, None where there is none."""
+    return value[index] if isinstance(value, list) and index < len(value) else None
+
+
+def member(value: Any, key: str) -> float | None:
+    """A number of a mapping in a record."""
+    return number(value.get(key)) if isinstance(value, dict) else None
+
+
+def thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """At most `MOST_POINTS` points: means of as many neighbours as that takes, without those that are not known."""
+    group = -(-len(points) // MOST_POINTS)
+    if group < 2:
+        return points
+    found: list[tuple[float, float | None]] = []
+    for first in range(0, len(points), group):
+        part = points[first:first + group]
+        known = [y for _, y in part if y is not None]
+        found.append((sum(x for x, _ in part) / len(part), sum(known) / len(known) if known else None))
+    return found
+
+
+def curve(records: Sequence[dict[str, Any]], key: str, name: str, index: int) -> Series:
+    """A peer's values of `key` over epochs."""
+    return Series(name, thinned([(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records]), index)
+
+
+def _grouped(records: Sequence[dict[str, Any]]) -> str:
+    """How many log steps a point of a curve stands for, where it is more than one."""
+    group = -(-len(records) // MOST_POINTS)
+    return f", means of {group} log steps" if group > 1 else " at log steps"
+
+
+def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[Series]:
+    found = [curve(records, key, name, index) for index, name in enumerate(run.peers)]
+    return [one for one in found if one.known()]
+
+
+def training_section(run: RunFiles, book: Book) -> Markup:
+    """Loss, accuracy on the validation split and learning rate per peer over epochs."""
+    figures: list[Child] = []
+    loss = _curves(run, run.steps, "loss")
+    if loss:
+        figures.append(book.figure("loss", line_chart("Training loss", loss, x_label="epoch", y_label="loss",
+                                                      zero=True),
+                                   f"The mutual loss{_grouped(run.steps)}; peers with other losses differ in scale."))
+    prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
+    evaluated = [r for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
+    told = "averaged weights (EMA)" if prefix else "raw weights"
+    for key, title in (("robust_acc", f"Robust accuracy, validation, PGD-{run.config.eval.steps}"),
+                       ("clean_acc", "Clean accuracy, validation")):
+        series = _curves(run, evaluated, prefix + key)
+        ensemble = [(float(r.get("epoch", 0)), member(r.get(prefix + ENSEMBLE), key)) for r in evaluated]
+        if series:
+            chart = line_chart(title, [*series, Series(ENSEMBLE, ensemble, -1)], x_label="epoch", y_label="%",
+                               percent=True)
+            figures.append(book.figure(f"validation_{key}", chart, f"From checkpoints, {told}."))
+    own = _curves(run, run.steps, "train_ae_acc")
+    if own:
+        figures.append(book.figure("train_ae", line_chart(
+            "Accuracy on own AEs in training", own, x_label="epoch", y_label="%", percent=True),
+            f"Batches of the training{_grouped(run.steps)}, batch norm in train mode: a diagnostic."))
+    rate = _curves(run, run.steps, "lr")
+    if rate:
+        same = all(one.points == rate[0].points for one in rate)
+        shown = [Series("all peers", rate[0].points, -1)] if same else rate
+        chart = line_chart("Learning rate", shown, x_label="epoch", y_label="rate", zero=True)
+        figures.append(book.figure("learning_rate", chart, "The same for all peers." if same else None))
+    return section("training", "Training", charts(*figures) if figures else tag("p", "No records of the training."))
+
+
+def transfer_chart(title: str, peers: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float | None]]
+                   ) -> Markup:
+    """Accuracy of each row on the AEs of each peer, last column clean."""
+    return heat_map(title, rows, [*peers, "clean"], values, column_label="AEs crafted against", gap=len(peers),
+                    description="One row per target, one column per source of the AEs, last column clean images")
+
+
+def last_transfer(run: RunFiles) -> tuple[Markup, float] | None:
+    """The chart of the last log step's transfer table, and its epoch; None where there is no whole table."""
+    count = len(run.peers)
+    if count > MOST_PEERS:
+        return None
+    for record in reversed(run.steps):
+        rows = record.get("transfer")
+        if isinstance(rows, list) and len(rows) == count and all(
+                isinstance(row, list) and len(row) == count + 1 for row in rows):
+            values = [[number(value) for value in row] for row in rows]
+            return transfer_chart("Transfer in the last log step, %", run.peers, run.peers, values), float(
+                record.get("epoch", 0))
+    return None
+
+
+def phase_means(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Mean seconds per step of each phase, by rank, over the log records of the newest number of ranks."""
+    tables = [r["phases_s"] for r in records if isinstance(r.get("phases_s"), list) and r["phases_s"]
+              and all(isinstance(one, dict) for one in r["phases_s"])]
+    if not tables:
+        return []
+    tables = [one for one in tables if len(one) == len(tables[-1])]
+    means: list[dict[str, float]] = []
+    for rank in range(len(tables[-1])):
+        names = dict.fromkeys(name for one in tables for name in one[rank])
+        means.append({name: sum(number(one[rank].get(name)) or 0.0 for one in tables) / len(tables) for name in names})
+    return means
+
+
+def time_section(run: RunFiles, book: Book) -> Markup | None:
+    """Seconds per step by phase and rank; wait and exchange over the training. None where nothing was timed."""
+    means = phase_means(run.steps)
+    if not means:
+        return None
+    found = dict.fromkeys(name for rank in means for name in rank)
+    phases = [name for name in _WORK if name in found] + [name for name in found if name not in _WORK]
+    shown = [name for name in phases if any(rank.get(name, 0) >= 1e-3 * sum(rank.values()) for rank in means)]
+    bars = stacked_bars("Time of a step by phase", [
+        (f"rank {r}", [1e3 * rank.get(name, 0.0) for name in shown]) for r, rank in enumerate(means[:MOST_RANKS])],
+        shown, x_label="milliseconds, mean over the log steps", description="One bar per rank, one part per phase")
+    left_out = [name for name in phases if name not in shown]
+    figures = [book.figure("phases", bars, f"Below 0.1 % and not drawn: {', '.join(left_out)}." if left_out else None)]
+    for phase, title in (("wait", "Waiting for other ranks"), ("exchange", "Exchange between ranks")):
+        series = [Series(f"rank {r}", thinned([
+            (float(one.get("epoch", 0)), 1e3 * value) for one in run.steps
+            if (value := member(entry(one.get("phases_s"), r), phase)) is not None]), r)
+            for r in range(min(len(means), MOST_RANKS))]
+        series = [one for one in series if one.known()]
+        if series:
+            chart = line_chart(title, series, x_label="epoch", y_label="ms per step", zero=True)
+            figures.append(book.figure(phase, chart))
+    speeds = [value for r in run.steps if (value := number(r.get("images_per_s"))) is not None]
+    told = f"{len(means)} rank{'s' if len(means) > 1 else ''}."
+    if speeds:
+        told += f" {sum(speeds) / len(speeds):,.0f} clean images/s on average."
+    return section("time", "Time", tag("p", told), charts(*figures))

@@ -1,0 +1,522 @@
+"""The HTML report: its figures against the run's files, what a text may not do, and what is said where files lack."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mat_dist.report import measure as measuring
+from mat_dist.report.__main__ import main, parse
+from mat_dist.report.axes import Axis, ticks
+from mat_dist.report.book import Book
+from mat_dist.report.charts import Series, heat_map, line_chart
+from mat_dist.report.compare import unlike
+from mat_dist.report.evaluations import Outcome
+from mat_dist.report.files import read_run
+from mat_dist.report.html import table, tag
+from mat_dist.report.measure import Measured, measure
+from mat_dist.report.page import run_page
+from mat_dist.report.pixels import png, scaled
+from mat_dist.report.results import class_section, class_shares
+from mat_dist.report.subject import Subject, find_checkpoint, load_subject
+from mat_dist.report.training import phase_means, thinned
+from mat_dist.runfolder import RunFolder, RunLock
+from tests.browser import CHROMIUM, Browser
+from tests.small_runs import Finished, run_small, tree_hash
+from tests.unit.data_files import write_folder
+
+EVIL = "<script>alert('x')</script>&\"'><img src=x onerror=alert(1)>\x00"
+CPU = torch.device("cpu")
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, and the cells of all tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.style, self._in_cell, self._in_style = "", False, False
+        self.feed(text)
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+        self._in_cell = name in ("td", "th", "small") and (self._in_cell or name != "small")
+        self._in_style = name == "style"
+
+    def handle_endtag(self, name):
+        self._in_cell = self._in_cell and name not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.rows[-1][-1] += f"{data}|"
+        if self._in_style:
+            self.style, self._in_style = data, False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_attacks():
+    """Fewer radii and steps than a real report shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "EPS_FACTORS", (0.0, 1.0, 3.0))
+        patch.setattr(measuring, "STEPS", (1, 3))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Finished:
+    """Two peers with averaged weights, all 40 test images attacked in two chunks."""
+    done = run_small(tmp_path_factory.mktemp("runs"), "one", "eval.test=true", "eval.every=1", "optim.ema_decay=0.5",
+                     "log.every=1", "eval.test_steps=2", "train.epochs=2")
+    assert done.code == 0
+    return done
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> RunFolder:
+    """A copy of the run that a test may spoil."""
+    return RunFolder(Path(shutil.copytree(run.folder.path, tmp_path / "copy",
+                                          ignore=shutil.ignore_patterns("report"))))
+
+
+@pytest.fixture(scope="module")
+def subject(run) -> Subject:
+    files = read_run(run.folder.path)
+    return load_subject(files, find_checkpoint(files), 40, CPU)
+
+
+@pytest.fixture(scope="module")
+def measured(subject) -> Measured:
+    return measure(subject, lambda _: None)
+
+
+def page_of(folder: RunFolder, name: str = "index.html") -> str:
+    return (folder.report / name).read_text()
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The two p at which (k/n - p)^2 = z^2 p (1 - p) / n, by bisection."""
+    def root(inside: float, outside: float) -> float:
+        for _ in range(100):
+            middle = (inside + outside) / 2
+            if (k / n - middle) ** 2 <= z * z * middle * (1 - middle) / n:
+                inside = middle
+            else:
+                outside = middle
+        return inside
+    return root(k / n, 0.0), root(k / n, 1.0)
+
+
+def counted(file: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(images, right when clean, right under attack) of each target, from the rows of a result file."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for row in csv.DictReader(io.StringIO(file.read_text())):
+        entry = found[row["target"], row["weights"]]
+        entry[0] += 1
+        entry[1] += int(row["clean_correct"])
+        entry[2] += int(row["robust"])
+    return {key: (n, c, r) for key, (n, c, r) in found.items()}
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_the_headline_is_what_the_rows_of_the_test_say(run):
+    assert main(["--no-attack", str(run.folder.path)]) == 0
+    (file,) = run.folder.eval.glob("test_best_*.csv")
+    rows = Page(page_of(run.folder)).rows
+    for (target, weights), (n, clean, robust) in counted(file).items():
+        if weights == "ema":
+            cells = [f"{target}|"]
+            for k in (clean, robust):
+                low, high = wilson(k, n)
+                cells.append(f"{100 * k / n:.2f}|{100 * low:.1f} – {100 * high:.1f}|")
+            assert [*cells, "40|"] in rows
+
+
+def test_attacks_for_the_page_are_those_of_the_evaluation(run, measured):
+    """All images, the evaluator's chunks and noise: the curve goes through the number of the result file."""
+    (file,) = run.folder.eval.glob("test_best_*.csv")
+    for (target, weights), (n, clean, robust) in counted(file).items():
+        if weights == "ema":
+            by_eps = dict(measured.by_eps["linf 1/10"][target])
+            assert (by_eps[0.0], by_eps[0.1]) == (clean / n, robust / n)
+            assert dict(measured.by_steps["linf 1/10"][target])[2] == robust / n
+            assert sum(one.robust for one in measured.outcomes[target]) == robust
+    table = measured.transfer["linf 1/10"]
+    assert [row[-1] for row in table] == [dict(measured.by_eps["linf 1/10"][t])[0.0]
+                                          for t in ("peer0", "peer1", "ensemble")]
+    assert [table[i][i] for i in (0, 1)] == [dict(measured.by_eps["linf 1/10"][f"peer{i}"])[0.1] for i in (0, 1)]
+
+
+def test_the_surface_holds_the_clean_loss_and_that_of_the_aes(subject, measured):
+    model = subject.targets[subject.source]
+    _, x, y = next(subject.batches())
+    x, y = x[:16], y[:16]
+    adv = subject.craft(model, x, y, subject.threats[0], subject.plan(), 0)
+    middle = measured.places.index(min(measured.places, key=abs))
+    for place, images in ((middle, x), (-1, adv)):
+        logits = model(images).double()
+        expected = -(logits.gather(1, y[:, None])[:, 0] - logits.exp().sum(1).log()).mean().item()
+        assert measured.surface[middle][place] == pytest.approx(expected, rel=1e-5)
+
+
+def test_pictures_are_the_images_and_their_answers(subject, measured):
+    pictures = measured.pictures
+    assert len(pictures) == len({one.sample for one in pictures}) == 6
+    for one in pictures:
+        x, y = subject.data.batch(torch.tensor([one.sample]))
+        assert torch.equal(one.clean, x[0].float() / 255) and one.label == int(y)
+        assert 0 < (one.adversarial - one.clean).abs().max() <= 0.1 * (1 + 1e-6)
+        for name, clean, sure, attacked, surely in one.answers:
+            for image, answer, probability in ((one.clean, clean, sure), (one.adversarial, attacked, surely)):
+                found = subject.targets[name](image[None]).exp()[0]
+                assert int(found.argmax()) == answer
+                assert float(found[answer] / found.sum()) == pytest.approx(probability, rel=1e-4)
+
+
+def test_classes_are_counted_by_hand():
+    outcomes = [Outcome(0, True, True), Outcome(0, True, False), Outcome(2, False, False)]
+    assert class_shares(outcomes, 3) == [(2, 1.0, 0.5), (0, None, None), (1, 0.0, 0.0)]
+
+
+def test_phases_are_means_over_the_log_steps_of_the_newest_number_of_ranks():
+    records = [{"phases_s": [{"wait": 9.0}]}, {"phases_s": [{"wait": 1.0}, {"wait": 2.0, "attack": 4.0}]},
+               {"loss": [1.0]}, {"phases_s": [{"wait": 3.0}, {"wait": 0.0}]}]
+    assert phase_means(records) == [{"wait": 2.0}, {"wait": 1.0, "attack": 2.0}]
+
+
+def test_long_curves_are_means_of_neighbours():
+    points = [(float(n), None if n == 3 else float(n % 2)) for n in range(1500)]
+    found = thinned(points)
+    assert len(found) == 500 and found[0] == (1.0, pytest.approx(1 / 3)) and found[1] == (4.0, 0.5)
+    assert thinned(points[:500]) == points[:500]
+
+
+def test_of_records_with_the_same_step_the_newest_attempt_counts(copy):
+    with copy.metrics.open("a") as file:
+        file.write(json.dumps({"kind": "step", "attempt": 2, "step": 1, "epoch": 0.25, "loss": [7.0, 8.0]}) + "\n")
+        file.write('{"kind": "step", "attempt": 3, "st')
+    read = read_run(copy.path)
+    assert [one["step"] for one in read.steps] == list(range(1, 9)) and read.steps[0]["loss"] == [7.0, 8.0]
+    assert "metrics.jsonl: 1 damaged lines are left out" in read.notes
+
+
+# ------------------------------------------------------------------ charts and pictures
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (3, 17, [5, 10, 15]),
+                                                       (-1, 1, [-1, -0.5, 0, 0.5, 1]), (0.02, 0.03, None)])
+def test_ticks_are_round_numbers_inside(low, high, expected):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 6 and low <= min(found) + 1e-12 and max(found) <= high + 1e-12
+    if expected is not None:
+        assert found == pytest.approx(expected)
+
+
+def test_points_lie_where_their_values_say_and_gaps_stay_open():
+    axis = Axis.around([1, 100], 0, 200, log=True)
+    assert [axis.place(value) for value in (1, 10, 100)] == pytest.approx([0, 100, 200])
+    svg = line_chart("t", [Series("a", [(0, 0.0), (1, 1.0), (2, None), (3, math.nan), (4, 0.5), (8, 0.25)], 0)],
+                     x_label="x", y_label="y", limits=(0, 1))
+    lines = re.findall(r'<polyline points="([^"]*)"', svg)
+    assert lines == ["46.0,236.0 88.8,46.0", "217.0,141.0 388.0,188.5"]
+
+
+def test_cells_are_written_in_per_cent_and_unknown_ones_are_empty():
+    svg = heat_map("t", ["a"], ["b", "c"], [[0.5, None]], column_label="", description="")
+    assert ">50.0</text>" in svg and ">-</text>" in svg and 'fill="none"' in svg
+
+
+def test_constant_missing_and_huge_values_give_a_chart():
+    for values in ([1.0, 1.0], [None, None], [1e300, -1e300], [0.0], [1e-12, 2e-12]):
+        svg = line_chart("t", [Series("a", list(enumerate(values)), 0)], x_label="x", y_label="y")
+        ElementTree.fromstring(svg)
+        assert "nan" not in svg and "inf" not in svg
+
+
+def test_pictures_keep_their_pixels():
+    grey = torch.arange(6.0).view(1, 2, 3) / 5
+    image = Image.open(io.BytesIO(png(grey)))
+    assert image.size == (96, 64) and [image.getpixel((x, 40)) for x in (5, 40, 90)] == [153, 204, 255]
+    colour = torch.zeros(3, 300, 300)
+    colour[0] = 1
+    image = Image.open(io.BytesIO(png(colour)))
+    assert image.size == (300, 300) and image.getpixel((7, 7)) == (255, 0, 0)
+    assert scaled(torch.tensor([-0.05, 0.0, 0.025])).tolist() == pytest.approx([0, 0.5, 0.75])
+
+
+# ------------------------------------------------------------------ security
+
+
+def test_markup_of_others_is_text():
+    for made in (tag("p", EVIL, title=EVIL), table(EVIL, [EVIL], [[EVIL]]),
+                 heat_map(EVIL, [EVIL], [EVIL], [[0.5]], column_label=EVIL, description=EVIL),
+                 line_chart(EVIL, [Series(EVIL, [(0, 1.0)], k) for k in (0, 1)], x_label=EVIL, y_label=EVIL),
+                 class_section({EVIL: [Outcome(0, True, False)]}, [EVIL, EVIL], EVIL, Book())):
+        assert not {name for name, _ in Page(made).tags} & {"script", "img"}
+        assert not [key for _, attributes in Page(made).tags for key in attributes if key.startswith("on")]
+        ElementTree.fromstring(made)
+
+
+def test_hostile_files_of_a_run_add_no_markup(copy):
+    exits, environment = json.loads(copy.exit.read_text()), json.loads(copy.environment.read_text())
+    exits["attempts"][-1].update(code=13, state=EVIL, what=EVIL, where=EVIL)
+    environment.update(devices=[EVIL], versions={"torch": EVIL}, placement={"ranks": EVIL})
+    copy.exit.write_text(json.dumps(exits))
+    copy.environment.write_text(json.dumps(environment))
+    for file in copy.eval.glob("test_best_*.json"):
+        text = file.read_text().replace('"peer0"', json.dumps(EVIL)).replace("1/10", json.dumps(EVIL)[1:-1])
+        file.write_text(text)
+    with copy.metrics.open("a") as lines:
+        lines.write(json.dumps({"kind": "step", "step": 99, "epoch": 3, "loss": [EVIL, None], "lr": EVIL, "transfer": [
+            [EVIL] * 3] * 2, "phases_s": [{EVIL: EVIL}, EVIL]}) + "\n")
+    assert main(["--no-attack", str(copy.path)]) == 0
+    found = Page(page_of(copy))
+    assert EVIL[:8] not in page_of(copy)
+    assert not {name for name, _ in found.tags} & {"script", "iframe", "object", "embed", "link", "base", "form"}
+    assert not [key for _, attributes in found.tags for key in attributes if key.startswith("on")]
+
+
+def test_class_names_of_a_folder_are_text_and_colours_stay(tmp_path, capsys):
+    classes = ("<script>alert(1)<", "b&b")
+    write_folder(tmp_path / "images", train=40, test=8, side=16, classes=classes)
+    trained = run_small(tmp_path, "folder", "data.name=folder", f"data.root={tmp_path / 'images'}",
+                        "data.image_size=16", f"data.cache={tmp_path / 'cache'}", "data.train_size=32",
+                        "data.val_size=8", "data.test_size=16", "eval.test=true")
+    assert main([str(trained.folder.path)]) == 0
+    text = page_of(trained.folder)
+    assert classes[0] not in text and "&lt;script&gt;alert(1)&lt;" in text
+    assert {cell for row in Page(text).rows for cell in row[:1]} >= {"<script>alert(1)<|", "b&b|"}
+    pictures = [Image.open(path) for path in trained.folder.report.glob("gallery_*.png")]
+    assert len(pictures) == 18 and {(one.mode, one.size) for one in pictures} == {("RGB", (96, 96))}
+
+
+def test_the_policy_allows_this_style_sheet_and_images_inside_the_page_only(run):
+    assert main(["--images", "10", str(run.folder.path)]) == 0
+    text = page_of(run.folder)
+    found = Page(text)
+    (policy,) = [a["content"] for name, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(found.style.encode()).digest()).decode()
+    assert policy == (f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
+                      "form-action 'none'")
+    sources = [a["src"] for _, a in found.tags if "src" in a]
+    assert len(sources) == 18 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(a["href"].startswith("#") for _, a in found.tags if "href" in a)
+    assert not [a for _, a in found.tags if "style" in a]  # the policy would refuse it
+    ids = [a["id"] for _, a in found.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for _, a in found.tags if "href" in a} <= set(ids)
+
+
+def test_the_report_changes_nothing_else_in_the_run_folder(copy):
+    before = tree_hash(copy.path)
+    assert main(["--images", "10", str(copy.path)]) == 0
+    files = sorted(path.name for path in copy.report.iterdir())
+    assert "index.html" in files and len([name for name in files if name.endswith(".png")]) == 18
+    for name in files:
+        if name.endswith(".svg"):
+            ElementTree.parse(copy.report / name)
+    assert main(["--no-attack", str(copy.path)]) == 0
+    assert not list(copy.report.glob("gallery_*"))  # those of the report before
+    shutil.rmtree(copy.report)
+    assert tree_hash(copy.path) == before
+
+
+# ------------------------------------------------------------------ what is missing
+
+
+def complaint(capsys) -> str:
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("mat_dist:")]
+    assert len(lines) == 1 and "Traceback" not in err and not out
+    return lines[0]
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nothing"):
+        assert main([str(path)]) == 2
+        assert "is not the folder of a run" in complaint(capsys)
+
+
+def test_a_run_that_is_being_written_is_refused(copy, capsys):
+    with RunLock(copy, None):
+        assert main([str(copy.path)]) == 5
+    assert "the run is being written by pid" in complaint(capsys)
+    assert not copy.report.exists()
+
+
+def test_without_a_checkpoint_only_a_report_without_attacks_is_made(copy, capsys):
+    shutil.rmtree(copy.checkpoints)
+    assert main([str(copy.path)]) == 4
+    assert "there is no checkpoint" in complaint(capsys)
+    assert main(["--no-attack", str(copy.path)]) == 0
+
+
+def test_a_damaged_checkpoint_is_refused(copy, capsys):
+    for file in copy.checkpoints.glob("step_*/peer_1.pt"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert main([str(copy.path)]) == 4
+    assert "differs from what was saved" in complaint(capsys)
+
+
+def test_a_run_without_evaluation_has_a_report_that_says_so(tmp_path):
+    plain = run_small(tmp_path, "plain")
+    assert main(["--images", "10", str(plain.folder.path)]) == 0
+    text = page_of(plain.folder)
+    assert "no evaluation on the test set" in text and "has no evaluation yet" in text
+    assert "10 test images, attacked for this report" in text  # classes
+
+
+def test_files_that_are_missing_or_foreign_are_named(copy):
+    for file in (copy.metrics, copy.environment, copy.exit):
+        file.unlink()
+    (copy.eval / "autoattack.json").write_text("{}")
+    (copy.eval / "test_best_step_00000009.json").write_text('{"attack": 1}')
+    assert main(["--no-attack", str(copy.path)]) == 0
+    text = page_of(copy)
+    for name in ("no metrics.jsonl", "no environment.json", "no exit.json", "eval/autoattack.json is not shown",
+                 "eval/test_best_step_00000009.json is left out", "--no-attack"):
+        assert name in text
+
+
+def evaluated(folder: RunFolder, name: str, **changes: object) -> None:
+    """A result file as python -m mat_dist.evaluate writes it: 3 of 4 clean, pgd leaves 2, autoattack 2, together 1."""
+    document = {
+        "checkpoint": "best", "step": 8, "split": "test", "time": "2030-01-01T00:00:00+00:00", "transfer": False,
+        "threats": [{"norm": "linf", "eps": "1/10"}], "attacks": ["pgd", "autoattack"],
+        "plans": {"pgd": {"steps": 20, "restarts": 5}},
+        "targets": [{"target": target, "weights": "ema", "n": 4, "accuracy": {"clean": 0.75, "linf 1/10": 0.25,
+                                                                              "union": 0.25},
+                     "attacks": {"linf 1/10": {"pgd": 0.5, "autoattack": 0.5}},
+                     "checks": [{"check": "zero gradients", "threat": "", "passed": target != "peer1", "found": ""}]}
+                    for target in ("peer0", "peer1", "ensemble:prob", "ensemble:vote")], **changes}
+    rows = [f"{sample},{label},linf 1/10,{attack},peer0,ema,{clean},{found},{int(clean == label == found)},1"
+            for attack, answers in (("pgd", (1, 1, 0, 0)), ("autoattack", (1, 0, 1, 0)))
+            for sample, (label, clean, found) in enumerate(zip((1, 1, 1, 1), (1, 1, 1, 0), answers, strict=True))]
+    (folder.eval / f"{name}.json").write_text(json.dumps(document))
+    (folder.eval / f"{name}.csv").write_text("\n".join([
+        "sample,label,threat,attack,target,weights,clean_prediction,prediction,robust,attacked", *rows]))
+
+
+def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_named(copy):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
+    evaluated(copy, "evaluate_test_best_step_00000008_ba9876543210", attacks=["pgd"], time="2031-01-01T00:00:00+00:00")
+    one = read_run(copy.path).headline
+    assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json" and one.attacks == "pgd-20 x 5, autoattack"
+    assert [target.name for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
+    assert [(o.clean, o.robust) for o in one.outcomes["peer0", "ema"]] == [(True, True), (True, False), (True, False),
+                                                                           (False, False)]
+    assert main(["--no-attack", str(copy.path)]) == 0
+    text = page_of(copy)
+    rows = Page(text).rows
+    interval = "25.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(1, 4)))
+    assert ["peer0|", "75.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(3, 4))), interval, "4|"] in rows
+    assert ["peer0|", "50.00|", "50.00|"] in rows
+    assert "Do not report these numbers" in text and "peer1: zero gradients" in text
+    assert "attack the checkpoint with AutoAttack" not in text
+
+
+def test_images_that_are_gone_leave_a_report_of_the_files(copy):
+    copy.config.write_text(copy.config.read_text().replace("name: digits", "name: fashion_mnist"))
+    assert main([str(copy.path)]) == 0
+    assert "no pictures, radius, steps and loss surface:" in page_of(copy)
+
+
+@pytest.mark.parametrize("words", [["--images", "0", "x"], ["--images"], ["--device", "tpu", "x"], ["--fast", "x"],
+                                   ["--no-attack"]])
+def test_a_wrong_command_line_is_refused(words, capsys):
+    assert main(words) == 2
+    complaint(capsys)
+
+
+def test_help_and_options(capsys):
+    assert main(["--help"]) == 0 and "--images" in capsys.readouterr().out
+    options = parse(["a", "--images=7", "--device", "cpu", "b", "--plugin=p.py"])
+    assert (options.runs, options.images, options.device, options.plugins) == (("a", "b"), 7, "cpu", ("p.py",))
+
+
+# ------------------------------------------------------------------ several runs
+
+
+def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_path, capsys):
+    other = run_small(tmp_path, "two", "eval.test=true", "eval.test_steps=2", "optim.lr=0.05", "run.seed=1")
+    unfinished = run_small(tmp_path, "three")
+    assert main([str(one.folder.path) for one in (run, other, unfinished)]) == 0
+    assert capsys.readouterr().out.strip() == str(run.folder.report / "comparison.html")
+    text = page_of(run.folder, "comparison.html")
+    rows = {row[0]: row for row in Page(text).rows if row}
+    n, clean, robust = counted(next(other.folder.eval.glob("test_last_*.csv")))["ensemble", "raw"]
+    found = rows["two|"]
+    assert found[5] == f"{n}|"
+    assert [cell.split("|")[0] for cell in found[1:3]] == [f"{100 * robust / n:.2f}", f"{100 * clean / n:.2f}"]
+    assert rows["three|"][1] == "-|"
+    assert rows["peers.0.optim.lr|"] == ["peers.0.optim.lr|", "0.2|", "0.05|", "0.2|"] and "run.seed|" in rows
+    assert "run.name|" not in rows and "three: no evaluation on the test set" in text
+
+
+def test_runs_with_other_attacks_are_said_not_to_compare(run, tmp_path):
+    other = run_small(tmp_path, "two", "eval.test=true", "eval.test_steps=3", "data.test_size=20", "eval.every=1")
+    assert unlike([read_run(one.folder.path) for one in (run, other)]) == ["number of images: 40 | 20",
+                                                                        "attack: PGD-2 | PGD-3"]
+    assert main([str(one.folder.path) for one in (run, other)]) == 0
+    assert "do not compare like with like" in page_of(run.folder, "comparison.html")
+    assert unlike([read_run(run.folder.path)] * 2) == []
+
+
+# ------------------------------------------------------------------ browser
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")  # with long names, and failed checks
+    assert main(["--images", "10", str(copy.path)]) == 0
+    assert main([str(copy.path), str(copy.path)]) == 0
+    with Browser(tmp_path / "profile") as browser:
+        for name, images in (("index.html", 18), ("comparison.html", 0)):
+            for width, dark in ((1280, False), (390, True), (360, False)):
+                browser.open((copy.report / name).as_uri(), width=width, dark=dark)
+                assert browser.value("document.documentElement.scrollWidth") == width  # nothing sticks out
+                assert browser.value("[...document.images].filter(i => i.complete && i.naturalWidth).length") == images
+                assert browser.value("document.querySelectorAll('table').length") >= 3
+                assert browser.value("Math.min(...[...document.querySelectorAll('figure svg')].map("
+                                     "s => s.getBoundingClientRect().height))") > 80
+                style = "getComputedStyle(document.body).backgroundColor"
+                assert browser.value(style) == ("rgb(20, 24, 28)" if dark else "rgb(255, 255, 255)")
+                browser.screenshot(tmp_path / f"{name}_{width}.png")
+                assert Image.open(tmp_path / f"{name}_{width}.png").width == width
+        browser.pdf(tmp_path / "print.pdf")
+        assert browser.complaints == []
+        assert all(url.startswith(("data:image/png", "file:")) for url in browser.requests)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_the_policy_stops_scripts_and_requests_that_got_in(run, tmp_path):
+    """Should escaping ever fail: the page with a script, a handler and a picture of another server in it."""
+    text, _ = run_page(read_run(run.folder.path), None, None, [])
+    inside = ("<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+              "<img src='http://127.0.0.1:9/spy.png'>")
+    (tmp_path / "evil.html").write_text(text.replace("<main>", f"<main>{inside}"))
+    with Browser(tmp_path / "profile") as browser:
+        browser.open((tmp_path / "evil.html").as_uri(), width=800)
+        assert browser.value("document.title") == "Run one"
+        assert sum("Content Security Policy" in told for told in browser.complaints) >= 3

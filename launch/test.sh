@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--fast | --all] [-- pytest options]
-#   (default)  everything but the tests for a scheduler (cluster) and for GPUs: the quick ones side by side in
-#              WORKERS processes (default 2), then the slow ones, which start many processes, one after another
+#   (default)  everything but the tests for a scheduler (cluster) and for GPUs: side by side in WORKERS processes
+#              (default 2), but those that start many processes one after another
 #   --fast     the quick ones only
 #   --all      everything; what this machine cannot run is skipped with its reason
 quick="not slow and not cluster and not gpu" rest="slow and not cluster and not gpu"
@@ -26,6 +26,11 @@ run() {
     if [ "$code" = 5 ]; then empty=$((empty + 1)); elif [ "$code" -gt "$worst" ]; then worst="$code"; fi
 }
 run -n "${WORKERS:-2}" --dist loadfile -m "$quick" "$@"
-[ -z "$rest" ] || run -m "$rest" "$@"
-if [ "$empty" = 2 ] || { [ "$empty" = 1 ] && [ -z "$rest" ]; }; then worst=5; fi  # pytest's code for: no test ran
+parts=1
+if [ -n "$rest" ]; then
+    run -n "${WORKERS:-2}" --dist loadfile -m "($rest) and not alone" "$@"
+    run -m "($rest) and alone" "$@"
+    parts=3
+fi
+if [ "$empty" = "$parts" ]; then worst=5; fi  # pytest's code for: no test ran
 exit "$worst"

@@ -154,7 +154,9 @@ def as_table(one: Evaluated, other: Evaluated, targets: Sequence[str]) -> Table:
     for name in (one.run, other.run, "difference", "95 % interval", "gained", "lost", "p (McNemar)"):
         table.add_column(name, justify="right", no_wrap=True)
     for target in targets:
-        for name, mine in one.flags[target].items():
+        names = [name for name in one.flags[target] if name != UNION or len(one.about["threats"]) > 1]
+        for name in names:
+            mine = one.flags[target][name]
             found = pair(mine, other.flags[target][name])
             low, high = found.interval
             shares = [100 * sum(flags.values()) / len(flags) for flags in (mine, other.flags[target][name])]

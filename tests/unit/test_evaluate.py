@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mat_dist
@@ -30,6 +31,7 @@ from mat_dist.results import wilson_interval
 from mat_dist.runfolder import RunFolder, RunLock
 from mat_dist.threats import Threat
 from tests.small_runs import interrupted, run_small, tree_hash
+from tests.unit.test_evaluator import SEED, noise
 
 FAST = ("attacks=pgd", "checks=1", "steps=2")
 
@@ -137,6 +139,39 @@ def test_autoattack_in_the_command_is_a_direct_call_chunk_by_chunk(run: Path, ev
         attack.logger.propagate = False
         told += attack.run_standard_evaluation(as_float(images), y, batch_size=20)[1].tolist()
     assert [int(r["prediction"]) for r in found["rows"]] == told
+
+
+@pytest.mark.slow
+def test_pgd_20_is_that_of_another_implementation_on_1000_images(tmp_path: Path, evaluate: Evaluate) -> None:
+    """fp64, so that rounding decides no image; the noise comes from the published keys."""
+    done = run_small(tmp_path, "large", "data.train_size=1000", "train.epochs=3", "optim.lr=0.05", f"run.seed={SEED}",
+                     "step.precision=fp64")
+    threats = {"linf 1/10": ("linf", 0.1), "l2 3/5": ("l2", 0.6)}
+    found = evaluate(done.folder.path, "attacks=pgd", "steps=20", "checks=1", "split=train", "targets=peer0",
+                     "threats=linf:0.1,l2:0.6", "eval.chunk=250")
+    config = load_config(str(done.folder.config))
+    data = load_data(config.data, seed=SEED, batch_size=16).train
+    model = mat_dist.load(done.folder.path, "peer0", which="latest")
+    for label, (norm, eps) in threats.items():
+        held: list[int] = []
+        for chunk in range(4):
+            images, y = data.batch(torch.arange(250 * chunk, 250 * chunk + 250))
+            x = images.double() / 255
+            adv = project_all(x + noise(norm, eps, x.shape, 0, chunk), x, norm, eps)
+            for _ in range(20):
+                adv.requires_grad_()
+                (g,) = torch.autograd.grad(F.cross_entropy(model(adv), y, reduction="sum"), adv)
+                move = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                adv = project_all((adv + 2.5 * eps / 20 * move).detach(), x, norm, eps)
+            held += ((model(adv).argmax(1) == y) & (model(x).argmax(1) == y)).int().tolist()
+        rows = [int(r["robust"]) for r in found["rows"] if r["threat"] == label]
+        assert rows == held and len(held) == 1000 and 100 < sum(held) < 950
+
+
+def project_all(adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    d = adv - x
+    factor = (d.flatten(1).norm(dim=1) / eps).clamp(min=1).view(-1, 1, 1, 1)
+    return (x + (d.clamp(-eps, eps) if norm == "linf" else d / factor)).clamp(0, 1)
 
 
 def test_a_vote_is_attacked_through_surrogates_and_judged_as_deployed(run: Path, evaluate: Evaluate) -> None:

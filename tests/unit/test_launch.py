@@ -183,7 +183,8 @@ def test_the_test_script_selects_by_marker_and_passes_options_on(checkout, argum
 @pytest.mark.parametrize(("quick", "slow", "alone", "worst"), [
     (0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 1), (0, 0, 1, 1), (5, 0, 0, 0), (0, 5, 5, 0), (5, 5, 5, 5), (2, 1, 1, 2)])
 def test_the_test_script_ends_with_the_worst_code_of_its_parts(checkout, quick, slow, alone, worst):
-    checkout.python(f'case "$*" in *"not alone"*) exit {slow} ;; *alone*) exit {alone} ;; *loadfile*) exit {quick} ;; esac')
+    checkout.python(f'case "$*" in *"not alone"*) exit {slow} ;; *alone*) exit {alone} ;; '
+                    f'*loadfile*) exit {quick} ;; esac')
     assert checkout.run("test.sh").returncode == worst
 
 

@@ -18,6 +18,7 @@ settings.load_profile("mat_dist")
 # folder: markers of its tests, seconds a test may take (a test's own timeout marker wins)
 FOLDERS = {
     "e2e": (("e2e", "slow", "alone"), 300),
+    "commands": (("slow",), 300),
     "faults": (("slow", "alone"), 300),
     "cluster": (("cluster", "slow", "alone"), 600),
 }

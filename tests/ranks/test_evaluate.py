@@ -23,6 +23,8 @@ from mat_dist.runfolder import RunFolder
 from mat_dist.stopping import StopFlag
 from tests.small_runs import run_small
 
+pytestmark = pytest.mark.slow  # small trainings and attacks
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:

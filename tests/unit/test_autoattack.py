@@ -14,6 +14,8 @@ from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.evaluate.autoattack import autoattack, check_classes, chunk_seed
 from mat_dist.threats import Threat
 
+pytestmark = pytest.mark.slow  # 20 s and more of AutoAttack
+
 pyautoattack = pytest.importorskip("pyautoattack", exc_type=ImportError)
 
 THREATS = (Threat("linf", 0.06), Threat("l2", 0.4), Threat("l1", 2.0))

@@ -141,6 +141,7 @@ def test_a_prediction_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["step", "naive", "scale"])
 def test_a_command_writes_all_figures(command: str, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "figures.json"

@@ -39,6 +39,8 @@ from tests.browser import CHROMIUM, Browser
 from tests.small_runs import Finished, run_small, tree_hash
 from tests.unit.data_files import write_folder
 
+pytestmark = pytest.mark.slow  # half a minute of attacks and pages
+
 EVIL = "<script>alert('x')</script>&\"'><img src=x onerror=alert(1)>\x00"
 CPU = torch.device("cpu")
 
@@ -484,7 +486,6 @@ def test_runs_with_other_attacks_are_said_not_to_compare(run, tmp_path):
 # ------------------------------------------------------------------ browser
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path):
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")  # with long names, and failed checks
@@ -508,7 +509,6 @@ def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path
         assert all(url.startswith(("data:image/png", "file:")) for url in browser.requests)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_the_policy_stops_scripts_and_requests_that_got_in(run, tmp_path):
     """Should escaping ever fail: the page with a script, a handler and a picture of another server in it."""

@@ -23,6 +23,8 @@ from mat_dist.evaluator import AttackPlan
 from mat_dist.threats import Threat
 from tests.documents import table
 
+pytestmark = pytest.mark.slow  # 40 s of attacks
+
 COUNT = 80
 LINF, L2 = Threat("linf", 0.1), Threat("l2", 0.5)
 

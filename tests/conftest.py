@@ -19,7 +19,7 @@ settings.load_profile("mat_dist")
 FOLDERS = {
     "e2e": (("e2e", "slow", "alone"), 300),
     "commands": (("slow",), 300),
-    "faults": (("slow", "alone"), 300),
+    "faults": (("slow",), 300),
     "cluster": (("cluster", "slow", "alone"), 600),
 }
 

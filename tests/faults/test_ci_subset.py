@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # timed
 @pytest.mark.timeout(600)
 def test_the_short_subset_of_the_fault_table_passes(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.naive import Recipe, mutual_losses
+from benchmarks import naive
+from benchmarks.naive import Recipe
 
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, start: Tensor | None = None) -> Tensor:
@@ -33,13 +34,4 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, start: Tensor
 def train_step(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], x: Tensor, y: Tensor,
                recipe: Recipe) -> list[float]:
     """One step of all peers -> their losses."""
-    aes = [attack(model, x, y, recipe) for model in models]
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    told = []
-    for loss in mutual_losses(models, aes, y, recipe):
-        loss.backward()
-        told.append(loss.item())
-    for optimizer in optimizers:
-        optimizer.step()
-    return told
+    return naive.train_step(models, optimizers, x, y, recipe, attack)

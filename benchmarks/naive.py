@@ -14,7 +14,7 @@ The mathematics is that of preset `mat` (docs/method.md): the same adversarial e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,9 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
     return x_adv.detach()
 
 
+Attack = Callable[[nn.Module, Tensor, Tensor, Recipe], Tensor]
+
+
 def mutual_losses(models: Sequence[nn.Module], aes: Sequence[Tensor], y: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     """The loss of each peer, with graph, one after another."""
     peers = len(models)
@@ -97,7 +100,7 @@ def mutual_losses(models: Sequence[nn.Module], aes: Sequence[Tensor], y: Tensor,
 
 
 def train_step(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], x: Tensor, y: Tensor,
-               recipe: Recipe) -> list[float]:
+               recipe: Recipe, attack: Attack = attack) -> list[float]:
     """One step of all peers -> their losses."""
     aes = [attack(model, x, y, recipe) for model in models]
     for optimizer in optimizers:

@@ -14,7 +14,7 @@ from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
-from mat_dist.threats import Threat
+from mat_dist.threats import Region, Threat
 
 
 class TrainingAttack:
@@ -47,14 +47,15 @@ class TrainingAttack:
         start = self._threat.start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
         # against 3.17 on a small CNN).
-        with frozen(self._model), self._precision(x_BCHW.device):
+        # No cache of cast weights: frozen ones do not change, and a CUDA graph may not hold it.
+        with frozen(self._model), autocast(self._step.precision, x_BCHW.device, cache=False):
             if self._engine is None:
                 self._prepare(x_BCHW)
             assert self._engine is not None
             if self._copy is not None:
                 self._copy.refresh()
             if self._step.attack_engine == "eager":
-                return self._attack(x_BCHW, y_B, start)
+                return self._attack(x_BCHW, y_B, start, region)
             try:
                 return self._engine(x_BCHW, y_B, start)
             except torch.OutOfMemoryError:
@@ -65,10 +66,11 @@ class TrainingAttack:
 
     # ---------------------------------------------------------------- inside
 
-    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> Tensor:
+    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, region: Region | None = None) -> Tensor:
+        """PGD; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None and settings.step_size is not None
-        return pgd(self._called, x_BCHW, y_B, region=self._threat.region(x_BCHW), start_BCHW=start_BCHW,
+        return pgd(self._called, x_BCHW, y_B, region=region or self._threat.region(x_BCHW), start_BCHW=start_BCHW,
                    loss=settings.loss, steps=settings.steps, step_size=settings.step_size)
 
     def _prepare(self, x_BCHW: Tensor) -> None:
@@ -93,8 +95,9 @@ class TrainingAttack:
         self._engine = self._attack
         self._called = self._copy if self._copy is not None else self._model
 
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast with bf16, without its cache of cast weights: these do not change, and a graph may not hold it."""
-        if self._step.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """The scope in which models of this precision are called: torch's autocast with bf16."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)

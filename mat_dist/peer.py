@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.config.schema import PeerConfig, StepConfig
-from mat_dist.crafting import TrainingAttack
+from mat_dist.crafting import TrainingAttack, autocast
 from mat_dist.models.modes import batch_stats_only, bn_buffers, set_bn_forwards, split_norm_bias
 from mat_dist.schedules import ema_decay_at
 from mat_dist.threats import Threat
@@ -41,7 +41,7 @@ class Peer:
         self.ema: dict[str, Tensor] | None = None
         if spec.optim.ema_decay is not None:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._autocast = step.precision == "bf16"
+        self._precision = step.precision
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
         self._halves = False  # the attack ran out of memory once
         self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
@@ -162,9 +162,7 @@ class Peer:
 
     def precision(self) -> AbstractContextManager[Any]:
         """The scope in which this run calls models: autocast with bf16."""
-        if not self._autocast:
-            return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
+        return autocast(self._precision, next(self.model.parameters()).device)
 
     @contextmanager
     def _drawing(self, draw: Sequence[int]) -> Iterator[None]:

@@ -15,6 +15,7 @@ from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.crafting import TrainingAttack, autocast
 from mat_dist.models.modes import batch_stats_only, bn_buffers, set_bn_forwards, split_norm_bias
 from mat_dist.schedules import ema_decay_at
+from mat_dist.sgd import SGD
 from mat_dist.threats import Threat
 
 
@@ -184,7 +185,7 @@ def _draws(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) or "stochasticdepth" in kind or "droppath" in kind
 
 
-def build_optimizer(model: nn.Module, spec: PeerConfig) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, spec: PeerConfig) -> SGD:
     """SGD over the trainable parameters; norm layers and biases are spared weight decay when the settings say so."""
     optim = spec.optim
     if optim.decay_norm_bias:
@@ -192,8 +193,8 @@ def build_optimizer(model: nn.Module, spec: PeerConfig) -> torch.optim.SGD:
     else:
         decayed, spared = split_norm_bias(model)
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=optim.lr, momentum=optim.momentum,
-                           nesterov=optim.nesterov, weight_decay=optim.weight_decay)
+    return SGD([g for g in groups if g["params"]], lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov,
+               weight_decay=optim.weight_decay)
 
 
 @torch.no_grad()

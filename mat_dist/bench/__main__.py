@@ -3,6 +3,7 @@
 python -m mat_dist.bench step [options] [--config FILE] [key=value ...]     its parts, its limit, what the guards cost
 python -m mat_dist.bench naive [options] [--config FILE] [key=value ...]    against benchmarks/naive.py and careful.py
 python -m mat_dist.bench scale [options] [--config FILE] [key=value ...]    against batch, image size, attack steps
+python -m mat_dist.bench memory [options] [--config FILE] [key=value ...]   peak memory against benchmarks/naive.py
 torchrun --nproc_per_node=2 -m mat_dist.bench step peers=2                  the same on several ranks
 
   --rounds N          timed rounds (default 15; all contestants take turns in each)
@@ -27,10 +28,10 @@ from mat_dist.atomic import write_text
 from mat_dist.config import Arguments, load_config, load_plugins, parse_command_line
 from mat_dist.config.schema import Config
 from mat_dist.entry import run_entry
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.launch import Launch
 
-COMMANDS = ("step", "naive", "scale")
+COMMANDS = ("step", "naive", "scale", "memory")
 DEFAULT_CONFIG = "bench_small"
 
 
@@ -85,6 +86,7 @@ def bench(words: list[str]) -> None:
 
 def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
     """The figures of the command."""
+    from mat_dist.bench.memory import measure_memory
     from mat_dist.bench.parts import measure_step
     from mat_dist.bench.references import measure_against_references
     from mat_dist.bench.scale import measure_scale
@@ -92,6 +94,11 @@ def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
 
     if options.command == "scale":
         return measure_scale(config, mesh, options.image, options.classes, options.rounds)
+    if options.command == "memory":
+        if mesh.placement.world > 1:
+            raise EnvironmentFault("each contestant has a process of its own", "bench memory",
+                                   "start it without torchrun")
+        return measure_memory(config, options.image, options.classes, mesh.device)
     subject = Subject.make(config, mesh, options.image, options.classes)
     measured = measure_step if options.command == "step" else measure_against_references
     figures = measured(subject, options.rounds)

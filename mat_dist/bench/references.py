@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,17 +33,9 @@ def measure_against_references(subject: Subject, rounds: int) -> dict[str, Any]:
     """
     if subject.cohort.mesh.placement.world > 1:
         raise EnvironmentFault("the references are single-process trainers", "bench naive", "start it without torchrun")
-    recipe = _recipe(subject.config)
-    naive, careful = (_reference(name) for name in ("naive", "careful"))
-    equal = check_equal(subject, naive, careful, recipe)
-    trainers = {}
-    for name, module in (("naive", naive), ("careful", careful)):
-        models = _plain_models(subject)
-        optimizers = [torch.optim.SGD(m.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-                      for m, o in zip(models, (spec.optim for spec in subject.config.peers), strict=True)]
-        batches = naive.batches(subject.images.permute(0, 2, 3, 1).contiguous(), subject.labels,
-                                subject.config.train.batch_size)
-        trainers[name] = _trainer(module, models, optimizers, batches, recipe, subject.cohort.mesh.device)
+    recipe = recipe_of(subject.config)
+    equal = check_equal(subject, _reference("naive"), _reference("careful"), recipe)
+    trainers = reference_trainers(subject)
     times = interleaved({"step": subject.step, **trainers}, rounds, subject.cohort.mesh)
     return {
         "rounds": rounds, "equal": equal, "memory": [device_memory(subject.cohort.mesh.device)],
@@ -50,6 +43,23 @@ def measure_against_references(subject: Subject, rounds: int) -> dict[str, Any]:
         **{f"{name}_cpu_s": vars(Spread.of([t.cpu for t in found])) for name, found in times.items()},
         "naive_over_step": both(times, "naive", "step"), "careful_over_step": both(times, "careful", "step"),
     }
+
+
+def reference_trainers(subject: Subject) -> dict[str, Callable[[], None]]:
+    """One step of the naive and of the careful trainer, by name, on copies of the peers' models.
+
+    Raises ConfigError for settings that they do not know.
+    """
+    recipe, naive = recipe_of(subject.config), _reference("naive")
+    trainers = {}
+    for name in ("naive", "careful"):
+        models = _plain_models(subject)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+                      for m, o in zip(models, (spec.optim for spec in subject.config.peers), strict=True)]
+        batches = naive.batches(subject.images.permute(0, 2, 3, 1).contiguous(), subject.labels,
+                                subject.config.train.batch_size)
+        trainers[name] = _trainer(_reference(name), models, optimizers, batches, recipe, subject.cohort.mesh.device)
+    return trainers
 
 
 def check_equal(subject: Subject, naive: Any, careful: Any, recipe: Any) -> dict[str, float]:
@@ -90,14 +100,14 @@ def _plain_models(subject: Subject) -> list[nn.Module]:
 
 
 def _trainer(module: Any, models: list[nn.Module], optimizers: list[Any], batches: Any, recipe: Any,
-             device: torch.device) -> Any:
+             device: torch.device) -> Callable[[], None]:
     def step() -> None:
         x, y = next(batches)
         module.train_step(models, optimizers, x.to(device), y.to(device), recipe)
     return step
 
 
-def _recipe(config: Config) -> Any:
+def recipe_of(config: Config) -> Any:
     """The settings of the references. Raises ConfigError for what they do not know."""
     first, peers = config.peers[0], config.peers
     unknown = [key for key, unfit in {

@@ -83,4 +83,11 @@ def _memory(figures: dict[str, Any]) -> Rows:
            f"{max(one[name] for one in figures['memory']):,.0f} MiB")
 
 
-_ROWS = {"step": _step, "naive": _naive, "scale": _scale}
+def _peaks(figures: dict[str, Any]) -> Rows:
+    for name, peak in figures["peak_mib"].items():
+        yield name if name == "naive" else f"memory: {name}", f"{peak:,.0f} MiB"
+    for name in ("recompute", "keep"):
+        yield f"{name} over naive", f"{figures[f'{name}_over_naive']:.2f}"
+
+
+_ROWS = {"step": _step, "naive": _naive, "scale": _scale, "memory": _peaks}

@@ -64,9 +64,10 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py",
+           "bash benchmarks/startup.sh": "a measurement; the trainer's own tests start it",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
            **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
-               ("python", "step"), ("python", "naive"), ("python", "scale --rounds 3"),
+               ("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"), ("python", "memory"),
                ("torchrun --nproc_per_node=2", "step peers=2"))}}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",

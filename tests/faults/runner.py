@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # an optimizer imports it: two seconds for every rank that does not find it here
 import torch.distributed.run
 
 from tests.faults import cases, launching

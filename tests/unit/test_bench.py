@@ -151,8 +151,18 @@ def test_a_command_writes_all_figures(command: str, tmp_path: Path, capsys: Any)
     assert written["what"].split(",")[0] in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
+    """Large activations beside a small model: what a contestant keeps is what it costs."""
+    file = tmp_path / "memory.json"
+    words = ["model=tiny_cnn", "peers=4", "train.batch_size=128", "attack.steps=1"]
+    assert main(["memory", "--json", str(file), *words]) == 0
+    found = json.loads(file.read_text())["figures"]
+    assert found["recompute_over_naive"] < 1 < found["keep_over_naive"]
+
+
 @pytest.mark.parametrize(("words", "message"), [
-    (["fast"], "use one of step, naive, scale"), (["step", "--rounds", "0"], "a whole number from 1"),
+    (["fast"], "use one of step, naive, scale, memory"), (["step", "--rounds", "0"], "a whole number from 1"),
     (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"), (["step", "--rounds"], "a whole number"),
     (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
 ])

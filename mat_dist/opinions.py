@@ -24,17 +24,22 @@ class Terms:
     temperature: float
     t2_scale: bool
     agg: str
+    loss: str = "kl"
+    gate: float = 0.0
+    where: str = "all"
 
 
 class Opinions(Protocol):
     """The teachers' side of distillation."""
 
-    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms) -> Tensor:
+    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms,
+                     y_B: Tensor) -> Tensor:
         """Divergence of the lessons' opinions from a student's -> scalar.
 
         Args:
             student_BK: logits with graph.
             lessons: (teacher, slot that it looks at), in peer order.
+            y_B: labels.
         """
         ...
 
@@ -46,10 +51,16 @@ class AllLogits:
     taught_PTBK: Tensor
     position: Position
 
-    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms) -> Tensor:
+    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms,
+                     y_B: Tensor) -> Tensor:
         opinions = [self.taught_PTBK[teacher, self.position[teacher, slot]] for teacher, slot in lessons]
+        if terms.loss == "mse":
+            return losses.logit_distillation(student_BK, opinions)
+        weights = None
+        if terms.gate or terms.where != "all":
+            weights = [losses.trust(t, student_BK, y_B, gate=terms.gate, where=terms.where) for t in opinions]
         return losses.distillation(student_BK, opinions, temperature=terms.temperature, t2_scale=terms.t2_scale,
-                                   agg=terms.agg)
+                                   agg=terms.agg, weights_B=weights)
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class SummedProbabilities:
     told_TBK1: Tensor
     position: Position
 
-    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms) -> Tensor:
+    def distillation(self, student_BK: Tensor, lessons: Sequence[tuple[int, int]], terms: Terms,
+                     y_B: Tensor) -> Tensor:
         others = self.told_TBK1[self.position[lessons[0]]] - softened(student_BK.detach(), terms.temperature)
         return losses.distillation_from_sum(student_BK, others[:, :-1], others[:, -1], len(lessons),
                                             temperature=terms.temperature, t2_scale=terms.t2_scale, agg=terms.agg)

@@ -38,9 +38,10 @@ class Peer:
         self.index, self.spec, self.model, self.seed = index, spec, model, seed
         self.name = spec.name or f"peer{index}"
         self.threat = Threat(spec.threat.norm, spec.threat.eps)
+        model.requires_grad_(not spec.frozen)
         self.optimizer = build_optimizer(model, spec)
         self.ema: dict[str, Tensor] | None = None
-        if spec.optim.ema_decay is not None:
+        if spec.optim.ema_decay is not None and not spec.frozen:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._precision = step.precision
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format

@@ -1,21 +1,23 @@
 """Who learns from what: the mutual loss of every peer as tables of weights, and what follows from them.
 
-A *slot* is an input of the step: slot j < P holds the AEs that peer j crafted, slot P the clean images.
+A *slot* is an input of the step: slot j < P holds the AEs that peer j crafted, slot P the clean images. Slots
+beyond P are a peer's own: the AEs that it crafted for the other threats of its union; they never travel.
 Everything here is a function of the configuration, so all ranks know all of it without asking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-import torch
-from torch import Tensor
+from mat_dist.config.fields import parse_threats
+from mat_dist.config.presets import hears
+from mat_dist.config.schema import LossConfig, PeerConfig
+from mat_dist.threats import Threat
 
-from mat_dist import losses
-from mat_dist.config.schema import LossConfig
-from mat_dist.opinions import Opinions, Terms
+# Strategies that craft an AE for each threat of the union; the others craft one batch (attacks/union.py).
+CRAFTS_EACH = ("avg", "max", "ramp")
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,26 @@ class Coefficients:
     preset: str
     hard_weight: float
     hard_own: float
+    hard_loss: str
     clean_weight: float
     kd_weight: float
     kd_own: float
+    kd_clean: float
+    kd_loss: str
+    kd_where: str
+    gate: float
     temperature: float
     t2_scale: bool
     teacher_input: str
     teacher_agg: str
     teacher_set: str
     trades_beta: float
+    trades_temperature: float
+    mart_beta: float
     pair_weight: float
     base_scale: float
     label_smoothing: float
+    warmup_epochs: float
 
     @classmethod
     def of(cls, loss: LossConfig) -> Coefficients:
@@ -49,125 +59,192 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
+class Member:
+    """What the others of a cohort must know of a peer.
+
+    Attributes:
+        role: `peer`, `specialist` or `generalist`.
+        frozen: it does not train.
+        threat: what its AEs are made for.
+        strategy, union: how it trains against several threats, and which; its own threat first.
+        ramp_weight: of RAMP's pairing.
+    """
+
+    role: str
+    frozen: bool
+    threat: Threat
+    strategy: str | None
+    union: tuple[Threat, ...]
+    ramp_weight: float
+
+    @classmethod
+    def of(cls, spec: PeerConfig) -> Member:
+        """From a complete entry."""
+        union = parse_threats(spec.union.threats) if spec.union.threats else ()
+        return cls(spec.role, spec.frozen, Threat(spec.threat.norm, spec.threat.eps), spec.union.strategy,
+                   tuple(Threat(norm, eps) for norm, eps in union), spec.union.ramp_weight)
+
+
+@dataclass(frozen=True)
 class PeerPlan:
-    """The loss of peer `index` of `peers`. Nobody learns from a peer in `muted`: its shares go to the other peers."""
+    """The loss of peer `index`.
+
+    Attributes:
+        members: of the whole cohort.
+        muted: nobody learns from these: their shares go to the other peers.
+        alone: the peer still warms up: hard labels on own AEs, no distillation.
+    """
 
     index: int
-    peers: int
+    members: tuple[Member, ...]
     loss: Coefficients
     muted: frozenset[int] = frozenset()
+    alone: bool = False
+
+    @property
+    def peers(self) -> int:
+        return len(self.members)
+
+    @property
+    def me(self) -> Member:
+        return self.members[self.index]
 
     @property
     def clean(self) -> int:
         """The slot of the clean images."""
         return self.peers
 
-    def _shares(self, weight: float, own: float) -> tuple[float, ...]:
-        """`weight` split into a share for the own slot and even shares for the others."""
-        heard = self._heard()
-        others = weight * (1 - own) / len(heard) if heard else 0.0
-        return tuple(weight * own if j == self.index else others if j in heard else 0.0 for j in range(self.peers))
+    @cached_property
+    def own(self) -> tuple[int, ...]:
+        """The slots of the AEs that this peer crafts; one but for a union."""
+        each = self.me.strategy in CRAFTS_EACH and self.loss.hard_own > 0
+        return (self.index, *range(self.clean + 1, self.clean + len(self.me.union))) if each else (self.index,)
 
-    def _heard(self) -> tuple[int, ...]:
+    def _shares(self, weight: float, own: float, mine: Sequence[int]) -> dict[int, float]:
+        """`weight` split into a share for the own slots and even shares for those of the others."""
+        if self.me.frozen:
+            return {}
+        shares = {slot: weight * own / len(mine) for slot in mine}
+        heard = self.heard
+        shares.update({j: weight * (1 - own) / len(heard) for j in heard})
+        return {slot: share for slot, share in shares.items() if share}
+
+    @cached_property
+    def heard(self) -> tuple[int, ...]:
         """The other peers that this one learns from, in peer order."""
-        return tuple(i for i in range(self.peers) if i != self.index and i not in self.muted)
+        return tuple(i for i, other in enumerate(self.members)
+                     if i != self.index and i not in self.muted
+                     and hears(self.me.role, other.role, other.frozen))
 
     @cached_property
-    def hard(self) -> tuple[float, ...]:
-        """a_kj: weight of cross-entropy on the AEs of each source."""
-        return self._shares(self.loss.hard_weight, self.loss.hard_own)
+    def hard(self) -> dict[int, float]:
+        """a_kj: weight of cross-entropy on each slot that has one."""
+        c = self.loss
+        if self.alone and c.hard_weight:
+            shares = self._shares(c.hard_weight + c.kd_weight + c.kd_clean, 1.0, self.own)
+        else:
+            shares = self._shares(c.hard_weight, c.hard_own, self.own)
+        return shares | ({self.clean: c.clean_weight} if c.clean_weight and not self.me.frozen else {})
 
     @cached_property
-    def distilled(self) -> tuple[float, ...]:
-        """m_kj: weight of distillation on the AEs of each source."""
-        return self._shares(self.loss.kd_weight, self.loss.kd_own)
+    def distilled(self) -> dict[int, float]:
+        """m_kj: weight of distillation on each slot that has one."""
+        if self.alone:
+            return {}
+        shares = self._shares(self.loss.kd_weight, self.loss.kd_own, (self.index,))
+        return shares | ({self.clean: self.loss.kd_clean} if self.loss.kd_clean and not self.me.frozen else {})
 
     @cached_property
     def paired(self) -> bool:
         """Whether a term couples the clean and the own-AE logits."""
-        return bool(self.loss.trades_beta or self.loss.pair_weight)
+        c = self.loss
+        return bool(c.trades_beta or c.pair_weight or c.mart_beta) and not self.me.frozen
+
+    @cached_property
+    def rivals(self) -> tuple[int, ...]:
+        """Slots whose AEs compete, image by image: `max` and `ramp` learn from the worst one."""
+        if self.me.strategy not in ("max", "ramp"):
+            return ()
+        return tuple(slot for slot in self.hard if slot != self.clean)
+
+    @cached_property
+    def ramp(self) -> tuple[int, int] | None:
+        """The two slots that RAMP pairs: linf and l1 where both are there, else the first and the last threat."""
+        if self.me.strategy != "ramp" or len(self.rivals) < 2:
+            return None
+        norms = {self.threat_of(slot).norm: slot for slot in reversed(self.rivals)}
+        return norms.get("linf", self.rivals[0]), norms.get("l1", self.rivals[-1])
+
+    def threat_of(self, slot: int) -> Threat:
+        """For which threat the AEs of a slot are made."""
+        if slot > self.clean:
+            return self.me.union[slot - self.clean]
+        return self.members[slot].threat
 
     @cached_property
     def learned(self) -> tuple[int, ...]:
         """Slots that this peer forwards with a graph: other sources, then clean, then own.
 
-        Clean and own come last and together, so that `memory: recompute` can hold the two coupled graphs
+        Clean and own come last and together, so that `memory: recompute` can hold the coupled graphs
         and no others, in the same order as `memory: keep`.
         """
-        own, clean = self.index, self.clean
-        used = {j for j in range(self.peers) if self.hard[j] or self.teachers(j)}
-        used |= {own, clean} if self.paired else set()
-        used |= {clean} if self.loss.clean_weight else set()
-        return tuple(sorted(used - {own, clean})) + tuple(s for s in (clean, own) if s in used)
+        used = set(self.hard) | {slot for slot in self.distilled if self.teachers(slot)}
+        used |= {self.index, self.clean} if self.paired else set()
+        last = (*self.own[1:], self.clean, self.index)
+        return tuple(sorted(used - set(last))) + tuple(slot for slot in last if slot in used)
 
     def groups(self) -> list[tuple[int, ...]]:
         """`learned` cut into sets whose losses do not depend on each other."""
-        pair = (self.clean, self.index) if self.paired else ()
-        return [(s,) for s in self.learned if s not in pair] + ([pair] if pair else [])
+        together = set(self.rivals) | ({self.clean, self.index} if self.paired else set())
+        coupled = tuple(slot for slot in self.learned if slot in together)
+        return [(slot,) for slot in self.learned if slot not in together] + ([coupled] if coupled else [])
 
-    def teachers(self, source: int) -> tuple[int, ...]:
-        """Peers whose opinion this peer learns on the AEs of `source`, in peer order."""
-        if not self.distilled[source]:
+    def teachers(self, slot: int) -> tuple[int, ...]:
+        """Peers whose opinion this peer learns on a slot, in peer order."""
+        if not self.distilled.get(slot):
             return ()
-        heard = self._heard()
-        return heard if self.loss.teacher_set == "all" else tuple(i for i in heard if i == source)
+        if self.loss.teacher_set == "owner":
+            return tuple(i for i in self.heard if i == slot)
+        return tuple(i for i in self.heard if self.loss.teacher_set == "all" or self.members[i].frozen)
 
-    def teacher_slot(self, teacher: int, source: int) -> int:
-        """What `teacher` looks at when it teaches this peer about the AEs of `source`."""
-        return {"same_ae": source, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
-
-    def partial_loss(self, slots: Sequence[int], logits: dict[int, Tensor], opinions: Opinions,
-                     y_B: Tensor) -> Tensor:
-        """The terms of the loss that belong to `slots` -> scalar.
-
-        Args:
-            logits: this peer's logits_BK on each of `slots`, with graph.
-            opinions: of all peers.
-            y_B: labels.
-        """
-        c, own, clean = self.loss, self.index, self.clean
-        total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
-        for slot in slots:
-            hard = c.clean_weight if slot == clean else self.hard[slot]
-            if hard:
-                total = total + (c.base_scale * hard) * losses.cross_entropy(logits[slot], y_B, c.label_smoothing)
-            teachers = self.teachers(slot) if slot != clean else ()
-            if teachers:
-                lessons = [(i, self.teacher_slot(i, slot)) for i in teachers]
-                terms = Terms(c.temperature, c.t2_scale, c.teacher_agg)
-                total = total + self.distilled[slot] * opinions.distillation(logits[slot], lessons, terms)
-        if self.paired and own in slots:
-            if c.trades_beta:
-                total = total + (c.base_scale * c.trades_beta) * losses.trades_term(logits[clean], logits[own])
-            if c.pair_weight:
-                total = total + (c.base_scale * c.pair_weight) * losses.logit_pairing(logits[clean], logits[own])
-        return total
+    def teacher_slot(self, teacher: int, slot: int) -> int:
+        """What `teacher` looks at when it teaches this peer about a slot."""
+        return {"same_ae": slot, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
 
 
 @dataclass(frozen=True)
 class CohortPlan:
-    """The plans of all peers and what must travel between them."""
+    """The plans of all peers and what must travel between them.
+
+    Attributes:
+        guided: for each peer the teachers whose clean predictions guide its attack (`attack.loss: kl_teacher`).
+    """
 
     peers: tuple[PeerPlan, ...]
+    guided: tuple[tuple[int, ...], ...] = field(default=())
 
     @classmethod
-    def of(cls, complete: Sequence[LossConfig]) -> CohortPlan:
-        """From the complete loss of every peer, in peer order; all peers are listened to."""
-        return cls(tuple(PeerPlan(i, len(complete), Coefficients.of(loss)) for i, loss in enumerate(complete)))
+    def of(cls, complete: Sequence[PeerConfig]) -> CohortPlan:
+        """From the complete entry of every peer, in peer order; all peers are listened to."""
+        members = tuple(Member.of(spec) for spec in complete)
+        peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss)) for i, spec in enumerate(complete))
+        guided = tuple(_guides(plan) if spec.attack.loss == "kl_teacher" else ()
+                       for plan, spec in zip(peers, complete, strict=True))
+        return cls(peers, guided)
 
-    def muting(self, peers: Iterable[int]) -> CohortPlan:
-        """The same losses when nobody listens to `peers`, and to all others."""
-        muted = frozenset(peers)
-        return CohortPlan(tuple(replace(row, muted=muted) for row in self.peers))
+    def listening(self, muted: Iterable[int], alone: Iterable[int]) -> CohortPlan:
+        """The same losses when nobody listens to `muted` and the peers in `alone` listen to nobody."""
+        silent, warming = frozenset(muted), frozenset(alone)
+        return replace(self, peers=tuple(replace(row, muted=silent, alone=row.index in warming) for row in self.peers))
 
     @cached_property
     def taught(self) -> tuple[tuple[int, ...], ...]:
         """For each peer the slots on which somebody learns its opinion, ascending."""
         slots: list[set[int]] = [set() for _ in self.peers]
         for student in self.peers:
-            for source in range(len(self.peers)):
-                for teacher in student.teachers(source):
-                    slots[teacher].add(student.teacher_slot(teacher, source))
+            for slot in student.distilled:
+                for teacher in student.teachers(slot):
+                    slots[teacher].add(student.teacher_slot(teacher, slot))
         return tuple(tuple(sorted(s)) for s in slots)
 
     @cached_property
@@ -181,11 +258,22 @@ class CohortPlan:
         return max(len(slots) for slots in self.taught)
 
     @cached_property
+    def crafts(self) -> tuple[bool, ...]:
+        """Whether each peer's AEs are used by anyone; those of the others are not made but at log steps."""
+        used = {slot for i, plan in enumerate(self.peers) for slot in (*plan.learned, *self.taught[i])}
+        return tuple(plan.index in used for plan in self.peers)
+
+    @cached_property
     def shares_aes(self) -> bool:
         """Whether a peer needs the AEs of another one."""
         needed = [set(plan.learned) | set(self.taught[i]) for i, plan in enumerate(self.peers)]
-        return any(slot not in (i, len(self.peers)) for i, slots in enumerate(needed) for slot in slots)
+        return any(slot < len(self.peers) and slot != i for i, slots in enumerate(needed) for slot in slots)
 
     def forwarded(self, peer: int) -> tuple[int, ...]:
         """Slots that a peer forwards without a graph because it only teaches on them."""
         return tuple(s for s in self.taught[peer] if s not in self.peers[peer].learned)
+
+
+def _guides(plan: PeerPlan) -> tuple[int, ...]:
+    """Whose clean predictions a peer's attack moves away from: frozen teachers where it has some, else all it hears."""
+    return tuple(i for i in plan.heard if plan.members[i].frozen) or plan.heard

@@ -12,8 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from mat_dist.config.fields import Section
 from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
-from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.errors import ConfigError
 
 PEER = "N"  # stands for a peer's index in the keys below
@@ -116,7 +117,7 @@ def settings() -> dict[str, Setting]:
     """Every setting by its dotted key, in the order of the schema; a peer's own ones as `peers.N.name`."""
     found: dict[str, Setting] = {}
     _collect(Config, "", found)
-    for name in ("name", "stream"):
+    for name in (name for name in PeerConfig.model_fields if name not in SHARED):
         found[f"{_ENTRY}.{name}"] = _setting(f"{_ENTRY}.{name}", PeerConfig.model_fields[name])
     return found
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mat_dist.config.fields import Section
 from mat_dist.config.nodes import ALIASES, SHORTHANDS
-from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
 
 # 8, -0.5, 1e-3, 8/255
 _NUMBER_TEXT = r"^\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?(\s*/\s*[0-9]+)?\s*$"

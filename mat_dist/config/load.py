@@ -2,7 +2,7 @@
 
 Layers, lowest first: the files that `defaults` names, in order; the file; the command line. Mappings are merged
 key by key, anything else is replaced. Then each peer's entry is laid over the shared sections model, threat,
-attack, loss and optim. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those
+union, attack, loss and optim. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those
 that a lower layer gave for another preset are dropped.
 """
 
@@ -18,11 +18,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from mat_dist.config import rules, rules_learning  # noqa: F401  they register their rules
 from mat_dist.config.describe import canonical, nearest, problem, settings
 from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, normalise, plain, without
 from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect
-from mat_dist.config.presets import fill_attack, fill_loss
-from mat_dist.config.rules import check
+from mat_dist.config.presets import fill_attack, fill_loss, fill_optim, fill_threat
+from mat_dist.config.registry import check
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -141,9 +142,11 @@ def _under_peers(tree: Node) -> Node:
 
 
 def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    loss = fill_loss(peer.loss, index, peers)
-    attack = fill_attack(peer.attack, loss.preset, index, peer.threat.eps)
-    return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "attack": attack,
+    loss = fill_loss(peer.loss, index, peers, peer.role, peer.union.strategy)
+    threat = fill_threat(peer.threat, peer.union)
+    attack = fill_attack(peer.attack, loss.preset, index, threat.eps)
+    return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "threat": threat, "attack": attack,
+                                   "optim": fill_optim(peer.optim, loss.preset),
                                    "stream": index if peer.stream is None else peer.stream})
 
 

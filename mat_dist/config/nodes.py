@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mat_dist.config.schema import Config, LossConfig, PeerConfig, Section
+from mat_dist.config.fields import Section
+from mat_dist.config.schema import Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
 DEFAULT_PRESET = LossConfig.model_fields["preset"].default
 # A section given as plain text means this setting of it.
-SHORTHANDS = {"model": "name", "threat": "norm", "loss": "preset"}
+SHORTHANDS = {"model": "name", "threat": "norm", "loss": "preset", "union": "strategy"}
 # These settings of `attack` are other names for settings of `threat`.
 ALIASES = ("eps", "norm")
 # Sections at the top level that are the defaults of every peer.
-SHARED = ("model", "threat", "attack", "loss", "optim")
+SHARED = ("model", "threat", "union", "attack", "loss", "optim")
 
 
 @dataclass(frozen=True)

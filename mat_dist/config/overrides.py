@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mat_dist.config.describe import canonical, settings
+from mat_dist.config.fields import Section
 from mat_dist.config.nodes import (
     ALIASES,
     COMMAND_LINE,
@@ -22,7 +23,7 @@ from mat_dist.config.nodes import (
     normalise_sections,
     section_class,
 )
-from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig, Section
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.errors import ConfigError
 
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)

@@ -1,33 +1,17 @@
-"""Rules between settings. Each takes a complete configuration and returns what is wrong; `where` is a key.
-
-Data and model names are not checked here: a plug-in may register more.
+"""Rules between settings but those of the mutual loss. Data and model names are not checked here: a plug-in may
+register more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 
+from mat_dist.config.registry import entries, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
-Rule = Callable[[Config], list[ConfigError]]
 # Words with a meaning where a peer is asked for: `mat_dist.load(run, peer="best")`, `peers.all.model=...`.
 RESERVED_NAMES = ("all", "best", "ensemble", "last", "latest")
-_RULES: list[tuple[Rule, frozenset[str]]] = []
-
-
-def rule(*sections: str) -> Callable[[Rule], Rule]:
-    """Register a rule that reads `sections` ("peers" are names, streams and number)."""
-    def register(function: Rule) -> Rule:
-        _RULES.append((function, frozenset(sections)))
-        return function
-    return register
-
-
-def check(config: Config, broken: frozenset[str] = frozenset()) -> list[ConfigError]:
-    """All problems of all rules but those that read a section of which some values are unknown (`broken`)."""
-    return [found for function, sections in _RULES if not sections & broken for found in function(config)]
 
 
 def as_fraction(value: float) -> str | None:
@@ -35,16 +19,11 @@ def as_fraction(value: float) -> str | None:
     return f"{value:g}/255" if 1 < value <= 255 and float(value).is_integer() else None
 
 
-def _peers(config: Config) -> Iterator[tuple[str, PeerConfig]]:
-    for index, peer in enumerate(config.peers):
-        yield f"peers.{index}", peer
-
-
 @rule("threat")
 def radius_fits_pixels(config: Config) -> list[ConfigError]:
     """A linf radius above 1 covers every image."""
     found = []
-    for key, peer in _peers(config):
+    for key, peer in entries(config):
         if peer.threat.norm == "linf" and peer.threat.eps > 1:
             fraction = as_fraction(peer.threat.eps)
             how = f"write eps: {fraction}" if fraction else "write a radius for pixels in [0, 1], such as 8/255"
@@ -53,18 +32,10 @@ def radius_fits_pixels(config: Config) -> list[ConfigError]:
     return found
 
 
-@rule("attack", "loss")
-def attack_can_start(config: Config) -> list[ConfigError]:
-    """KL to the clean prediction has gradient 0 at the clean image."""
-    return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
-                        "write start: gaussian (TRADES) or uniform")
-            for key, peer in _peers(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
-
-
 def _twice(config: Config, field: str, how: str) -> list[ConfigError]:
     first: dict[object, str] = {}
     found = []
-    for key, peer in _peers(config):
+    for key, peer in entries(config):
         value = getattr(peer, field)
         if value in first:
             found.append(ConfigError(f"{first[value]} and {key} have the same {field} {value}", f"{key}.{field}", how))
@@ -77,7 +48,7 @@ def names_are_unique(config: Config) -> list[ConfigError]:
     """A name means one peer."""
     reserved = [ConfigError(f"the name {peer.name} has another meaning", f"{key}.name",
                             f"choose a name other than {', '.join(RESERVED_NAMES)}")
-                for key, peer in _peers(config) if peer.name in RESERVED_NAMES]
+                for key, peer in entries(config) if peer.name in RESERVED_NAMES]
     return reserved + _twice(config, "name", "give each peer its own name")
 
 
@@ -87,52 +58,11 @@ def streams_are_unique(config: Config) -> list[ConfigError]:
     return _twice(config, "stream", "give each peer its own stream, or leave it out")
 
 
-@rule("peers", "loss")
-def single_peer_learns_alone(config: Config) -> list[ConfigError]:
-    """One peer has nobody to learn from."""
-    loss = config.peers[0].loss
-    how = "write loss.preset: at (or trades), or more peers"
-    found = []
-    if len(config.peers) == 1:
-        if loss.kd_weight:
-            found.append(ConfigError(f"preset {loss.preset} distils from other peers, and there is one peer",
-                                     "peers.0.loss.preset", how))
-        if loss.hard_weight and loss.hard_own != 1:
-            found.append(ConfigError(f"preset {loss.preset} trains on other peers' examples, and there is one peer",
-                                     "peers.0.loss.preset", how))
-    return found
-
-
-@rule("loss")
-def some_term_counts(config: Config) -> list[ConfigError]:
-    """A loss without terms, and a cohort without labels, learn nothing."""
-    found = []
-    for key, peer in _peers(config):
-        c = peer.loss
-        if not (c.hard_weight or c.clean_weight or c.kd_weight or c.trades_beta or c.pair_weight):
-            found.append(ConfigError("all terms of the loss have weight 0", f"{key}.loss",
-                                     "give hard_weight, clean_weight or kd_weight a weight"))
-    if not found and not any(peer.loss.hard_weight or peer.loss.clean_weight for peer in config.peers):
-        found.append(ConfigError("no peer learns from labels", "peers.0.loss.hard_weight",
-                                 "give hard_weight or clean_weight a weight in at least one peer"))
-    return found
-
-
-@rule("loss", "peers")
-def owner_is_a_peer(config: Config) -> list[ConfigError]:
-    """With `teacher_set: owner` nobody teaches on a peer's own examples: their owner is the student."""
-    return [ConfigError("teacher_set owner leaves no teacher on own examples, which have the share "
-                        f"{peer.loss.kd_own:g} of kd_weight", f"{key}.loss.teacher_set",
-                        "write kd_own: 0, or teacher_set: all")
-            for key, peer in _peers(config)
-            if peer.loss.teacher_set == "owner" and peer.loss.kd_weight and peer.loss.kd_own and len(config.peers) > 1]
-
-
 @rule("optim", "train")
 def schedule_fits_training(config: Config) -> list[ConfigError]:
     """Warm-up ends within the training; milestones are increasing shares of it."""
     found = []
-    for key, peer in _peers(config):
+    for key, peer in entries(config):
         o = peer.optim
         if o.warmup_epochs >= config.train.epochs:
             rise = "rise of onecycle" if o.schedule == "onecycle" else "warm-up"
@@ -171,26 +101,6 @@ def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
         return [ConfigError("bn joint forwards all sources at once, memory recompute one by one", "step.bn",
                             "write bn: separate, or memory: keep with more microbatches")]
     return []
-
-
-@rule("loss", "peers", "step")
-def sums_are_enough(config: Config) -> list[ConfigError]:
-    """The sum of all probabilities serves every student only where all peers teach all slots in one way."""
-    if config.step.opinions == "all":
-        return []
-    first = config.peers[0].loss
-    how = "write opinions: all"
-    found = []
-    if config.step.on_nonfinite == "quarantine":
-        found.append(ConfigError("a peer in quarantine cannot be taken out of summed opinions", "step.opinions", how))
-    for key, peer in _peers(config):
-        loss = peer.loss
-        unfit = {"kd_weight": not loss.kd_weight, "kd_own": not 0 < (loss.kd_own or 0) < 1,
-                 "teacher_input": loss.teacher_input != "same_ae", "teacher_set": loss.teacher_set != "all",
-                 "teacher_agg": loss.teacher_agg == "mean_logit", "temperature": loss.temperature != first.temperature}
-        found += [ConfigError(f"summed opinions with {name} {getattr(loss, name)}: single peers' logits are needed",
-                              f"{key}.loss.{name}", how) for name, bad in unfit.items() if bad]
-    return found
 
 
 @rule("data", "train")

@@ -6,46 +6,14 @@ stand beside the section; rules between sections in `rules.py`.
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-
-def parse_number(value: Any) -> Any:
-    """Accept 0.5, "8/255", "1e-3"; leave anything else to pydantic's own message."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number, found a truth value")
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.strip())) if "/" in value else float(value)
-        except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
-            raise ValueError('expected a number such as 0.1, 1e-3 or "8/255"') from None
-    return value
-
-
-def parse_integer(value: Any) -> Any:
-    """Accept 10 and "10", refuse 2.5 and truth values."""
-    if isinstance(value, bool):
-        raise ValueError("expected a whole number, found a truth value")
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            raise ValueError("expected a whole number") from None
-    return value
-
+from mat_dist.config.fields import Integer, Number, Section
+from mat_dist.config.loss import LossConfig
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
-
-Number = Annotated[float, BeforeValidator(parse_number)]
-Integer = Annotated[int, BeforeValidator(parse_integer)]
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, no unknown keys, finite numbers only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -133,39 +101,9 @@ class AttackConfig(Section):
                                                                      "one step 1.25 eps")
     start: Literal["uniform", "gaussian", "zero"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
-    loss: Literal["ce", "kl_clean", "margin"] | None = Field(
-        None, description="what the attack raises: cross-entropy, KL to the clean prediction (TRADES), or the CW "
-                          "margin; default: the preset's (ce)")
-
-
-class LossConfig(Section):
-    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/method.md."""
-
-    preset: Literal["mat", "at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat"] = Field(
-        "mat", description="named set of coefficients")
-    hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")
-    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs (w_own), the rest "
-                                                                  "is spread over peers' AEs")
-    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
-    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers (alpha)")
-    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
-                                                                "over peers' AEs; default 1 / peers (with teacher_set "
-                                                                "owner: 0)")
-    temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
-    t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
-    teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(
-        None, description="what a teacher looks at: the AE that the student sees, the teacher's own AE, or the clean "
-                          "image")
-    teacher_agg: Literal["mean_kl", "mean_prob", "mean_logit"] | None = Field(
-        None, description="mean of the divergences, divergence to the mean probability, or to the mean logits")
-    teacher_set: Literal["all", "owner"] | None = Field(
-        None, description="all other peers, or only the peer that made the AE")
-    trades_beta: Number | None = Field(None, ge=0, description="weight of KL(clean prediction || own-AE prediction)")
-    pair_weight: Number | None = Field(None, ge=0, description="weight of the mean squared difference between clean "
-                                                               "and own-AE logits (ALP)")
-    base_scale: Number | None = Field(None, gt=0, description="factor on all terms but distillation")
-    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on "
-                                                                         "AEs and clean images")
+    loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(
+        None, description="what the attack raises: cross-entropy, KL to the own clean prediction (TRADES) or to the "
+                          "teachers' (RSLAD), or the CW margin; default: the preset's (ce)")
 
 
 class OptimConfig(Section):
@@ -188,12 +126,32 @@ class OptimConfig(Section):
                                                                    "kept")
 
 
+class UnionConfig(Section):
+    """How one peer trains against several threats at once."""
+
+    strategy: Literal["avg", "max", "random", "eat", "msd", "ramp"] | None = Field(
+        None, description="learn from all threats evenly; from each image's worst one; from one drawn per step (SAT); "
+                          "from linf or l1, the less robust one more often (E-AT); from the steepest over the threats "
+                          "in each attack step (MSD); max with paired logits (RAMP). A generalist with specialists "
+                          "learns so from their AEs (avg, max, ramp), else from AEs of its own")
+    threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
+                                                  "own; the first one is the peer's threat")
+    ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing (Jiang and Singh, NeurIPS 2024: 5 "
+                                                       "from scratch)")
+
+
 class PeerConfig(Section):
     """One peer; what it does not set comes from the sections of the same name at the top level."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
     stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys this peer's random streams; "
                                                                      "default: its index")
+    role: Literal["peer", "specialist", "generalist"] = Field(
+        "peer", description="a peer learns from all others, a generalist from all but generalists, a specialist from "
+                            "all but specialists")
+    frozen: bool = Field(False, description="do not train it: a teacher with the weights of init_from")
+    init_from: str | None = Field(None, description="start from weights: a run's folder (RUN or RUN:PEER), or a file")
+    union: UnionConfig = Field(default_factory=UnionConfig, description="several threats at once")
     model: ModelConfig = Field(default_factory=ModelConfig, description="architecture (a name alone is enough)")
     threat: ThreatConfig = Field(default_factory=ThreatConfig, description="norm ball (a norm alone is enough)")
     attack: AttackConfig = Field(default_factory=AttackConfig, description="training attack")
@@ -225,6 +183,8 @@ class StepConfig(Section):
     opinions: Literal["all", "summed"] = Field(
         "all", description="what travels for distillation: every peer's logits, or the sum of their probabilities, "
                            "P times less, for many peers with many classes; other rank counts then round differently")
+    teachers: Literal["raw", "ema"] = Field("raw", description="peers teach with their weights of this step, or with "
+                                                               "their averaged ones in eval mode")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "
@@ -274,13 +234,14 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """A whole run. The sections model, threat, attack, loss and optim are the defaults of every peer."""
+    """A whole run. The sections model, threat, union, attack, loss and optim are the defaults of every peer."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="run folder, seed, device")
     comm: CommConfig = Field(default_factory=CommConfig, description="communication between ranks")
     data: DataConfig = Field(default_factory=DataConfig, description="data set")
     model: ModelConfig = Field(default_factory=ModelConfig, description="default architecture of the peers")
     threat: ThreatConfig = Field(default_factory=ThreatConfig, description="default threat of the peers")
+    union: UnionConfig = Field(default_factory=UnionConfig, description="default union of the peers")
     attack: AttackConfig = Field(default_factory=AttackConfig, description="default training attack of the peers")
     loss: LossConfig = Field(default_factory=LossConfig, description="default mutual loss of the peers")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="default optimizer of the peers")

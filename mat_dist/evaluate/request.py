@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mat_dist.config.describe import nearest
+from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.nodes import COMMAND_LINE, joined
-from mat_dist.config.schema import Integer, Number, Section
 from mat_dist.errors import ConfigError
 
 PEERS, ENSEMBLE = "peers", "ensemble"

@@ -23,7 +23,8 @@ from PIL import Image
 
 from mat_dist import checkpoint, train, trainer
 from mat_dist.config import schema
-from mat_dist.config.schema import Config, Section
+from mat_dist.config.fields import Section
+from mat_dist.config.schema import Config
 from mat_dist.errors import EnvironmentFault
 from mat_dist.mesh import mesh
 from mat_dist.mesh.launch import Launch

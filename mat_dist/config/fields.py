@@ -1,0 +1,61 @@
+"""What all sections of the configuration are made of: numbers that accept fractions, and their base class."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def parse_number(value: Any) -> Any:
+    """Accept 0.5, "8/255", "1e-3"; leave anything else to pydantic's own message."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, found a truth value")
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.strip())) if "/" in value else float(value)
+        except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
+            raise ValueError('expected a number such as 0.1, 1e-3 or "8/255"') from None
+    return value
+
+
+def parse_integer(value: Any) -> Any:
+    """Accept 10 and "10", refuse 2.5 and truth values."""
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number, found a truth value")
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError("expected a whole number") from None
+    return value
+
+
+Number = Annotated[float, BeforeValidator(parse_number)]
+Integer = Annotated[int, BeforeValidator(parse_integer)]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+NORMS = ("linf", "l2", "l1")
+SMALLEST_EPS, LARGEST_EPS = 1e-6, 1e4
+
+
+def parse_threats(text: str) -> list[tuple[str, float]]:
+    """Norms and radii of "linf:8/255,l2:1/2,l1:12". Raises ValueError, naming the part that cannot be read."""
+    found = []
+    for part in text.split(","):
+        norm, colon, eps = (piece.strip() for piece in part.partition(":"))
+        try:
+            value = float(Fraction(eps))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = 0.0
+        if norm not in NORMS or not colon or not SMALLEST_EPS <= value <= LARGEST_EPS:
+            raise ValueError(f"{ascii(part.strip())[1:-1][:80]!r} is not a threat")
+        found.append((norm, value))
+    return found

@@ -1,4 +1,4 @@
-"""The attack of training: PGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
+"""The attack of training: PGD or APGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.config.schema import AttackConfig, StepConfig
@@ -43,7 +44,7 @@ class TrainingAttack:
             first_row: row of the global batch at which x_BCHW starts.
         """
         assert self._settings.start is not None
-        region = self._threat.region(x_BCHW)
+        region = self._threat.region(x_BCHW, self._settings.l1_share)
         start = self._threat.start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
         # against 3.17 on a small CNN).
@@ -67,11 +68,15 @@ class TrainingAttack:
     # ---------------------------------------------------------------- inside
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, region: Region | None = None) -> Tensor:
-        """PGD; a graph, whose images change in place, leaves the region to be formed inside."""
+        """The AEs; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None and settings.step_size is not None
-        return pgd(self._called, x_BCHW, y_B, region=region or self._threat.region(x_BCHW), start_BCHW=start_BCHW,
-                   loss=settings.loss, steps=settings.steps, step_size=settings.step_size)
+        region = region or self._threat.region(x_BCHW, settings.l1_share)
+        if settings.method == "apgd":
+            return apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                        steps=settings.steps, step_size=settings.step_size).best_BCHW
+        return pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                   steps=settings.steps, step_size=settings.step_size)
 
     def _prepare(self, x_BCHW: Tensor) -> None:
         """Make the copy and the engine; the images tell shape and device."""

@@ -119,7 +119,7 @@ def _peers(run: _Run) -> list[str]:
     for name, spec, _ in run.named():
         threat = Threat(spec.threat.norm, spec.threat.eps)
         table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", threat.label,
-                      f"PGD-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
+                      f"{spec.attack.method.upper()}-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
     return ["peers", *_lines(table)]
 
 
@@ -162,7 +162,8 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
         # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
         again = run.config.step.memory == "recompute"
         teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
-        clean = int(spec.attack.loss == "kl_clean")  # the clean prediction, once
+        # Forwards alone: the clean prediction once, and APGD's look at its last point.
+        clean = int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")
         backward = spec.attack.steps + learning
         counts.append((spec.attack.steps, learning, teaching, backward + teaching + clean, backward))
     return counts

@@ -141,8 +141,11 @@ def _under_peers(tree: Node) -> Node:
 
 
 def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    loss = fill_loss(peer.loss, index, peers)
-    attack = fill_attack(peer.attack, loss.preset, index, peer.threat.eps)
+    loss, attack = fill_loss(peer.loss, index, peers), peer.attack
+    if attack.method == "apgd" and attack.step_size is None:  # Croce and Hein, ICML 2020: the diameter of the ball
+        size = peer.threat.eps if peer.threat.norm == "l1" else 2 * peer.threat.eps  # l1: ICML 2021, the radius
+        attack = attack.model_copy(update={"step_size": size})
+    attack = fill_attack(attack, loss.preset, index, peer.threat.eps)
     return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "attack": attack,
                                    "stream": index if peer.stream is None else peer.stream})
 

@@ -77,16 +77,19 @@ class Cohort:
     steps_per_epoch: int
     rows: slice = field(init=False)
     muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
+    alone: set[int] = field(default_factory=set)  # peers that still warm up
+    listening: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # of the plan
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches)
-        self._pace_norms()
+        self._tell_peers()
 
-    def _pace_norms(self) -> None:
+    def _tell_peers(self) -> None:
         for peer in self.peers:
             learned = len(self.plan.peers[peer.index].learned)
-            peer.set_forwards((1 if self.step.bn == "joint" else learned) * self.step.microbatches)
+            peer.follow(self.plan.peers[peer.index], steps_per_epoch=self.steps_per_epoch,
+                        forwards=(1 if self.step.bn == "joint" else learned) * self.step.microbatches)
 
     @classmethod
     def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int,
@@ -96,7 +99,8 @@ class Cohort:
         Args:
             models: ready models of the local peers instead of fresh ones (tests, fine-tuning).
         """
-        plan = CohortPlan.of([spec.loss for spec in config.peers])
+        _refuse_replicas(config, mesh)
+        plan = CohortPlan.of(config.peers)
         peers = []
         for n, index in enumerate(mesh.placement.local_peers):
             spec = config.peers[index]
@@ -130,10 +134,10 @@ class Cohort:
 
     @torch.no_grad()
     def give_back(self, peer: Peer) -> None:
-        """Put a peer where it was before the step that is under way: BN buffers, and no gradient."""
+        """Put a peer where it was before the step that is under way: weights, BN buffers, and no gradient."""
         for buffer, value in zip(peer.buffers(), self._before[peer.index], strict=True):
             buffer.copy_(value)
-        peer.optimizer.zero_grad(set_to_none=True)
+        peer.forget()
 
     def mute(self, peers: Sequence[int], until: int) -> None:
         """Let nobody learn from `peers` before step `until`."""
@@ -141,14 +145,17 @@ class Cohort:
         self._replan()
 
     def begin(self, step: int) -> None:
-        """Listen again to the peers whose quarantine has ended."""
-        if any(until <= step for until in self.muted.values()):
-            self.muted = {peer: until for peer, until in self.muted.items() if until > step}
+        """Before each step: listen again to peers whose quarantine has ended, and let warm-ups end."""
+        self.muted = {peer: until for peer, until in self.muted.items() if until > step}
+        alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
+        if self.listening != (set(self.muted), alone):
+            self.alone = alone
             self._replan()
 
     def _replan(self) -> None:
-        self.plan = self.plan.muting(self.muted)
-        self._pace_norms()
+        self.listening = set(self.muted), self.alone
+        self.plan = self.plan.listening(*self.listening)
+        self._tell_peers()
 
     def update(self, step: int) -> None:
         """Apply the gradients of a committed step."""
@@ -156,6 +163,18 @@ class Cohort:
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
+
+
+def _refuse_replicas(config: Config, mesh: Mesh) -> None:
+    """What needs the whole batch of a peer on one rank. Raises EnvironmentFault."""
+    if mesh.placement.replicas == 1:
+        return
+    for index, spec in enumerate(config.peers):
+        for key, used in (("optim.awp_gamma", bool(spec.optim.awp_gamma)),
+                          ("union.strategy", spec.union.strategy in ("eat", "ramp"))):
+            if used:
+                raise EnvironmentFault(f"peers.{index}.{key} with {mesh.placement.replicas} replicas per peer", key,
+                                       f"start at most {len(config.peers)} ranks")
 
 
 def state_hash(state: Any) -> str:

@@ -1,20 +1,26 @@
-"""The attack of training: PGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
+"""The attack of training: PGD or APGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.pgd import Model, pgd
+from mat_dist.attacks.union import msd
+from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Region, Threat
+
+Engine = Callable[[Tensor, Tensor, Tensor], Tensor]  # (clean images, labels, start) -> AEs
 
 
 class TrainingAttack:
@@ -22,56 +28,86 @@ class TrainingAttack:
 
     Args:
         model: the peer's live model; an attack leaves it as it was.
-        threat, settings: what to attack with; complete settings.
+        threats: what to attack with; the first is the peer's own, to which the step length belongs.
+        settings: complete settings.
         step: precision, copy and engine.
         tell: gets one line where a copy or an engine cannot be used.
     """
 
-    def __init__(self, model: nn.Module, threat: Threat, settings: AttackConfig, step: StepConfig,
+    def __init__(self, model: nn.Module, threats: Sequence[Threat], settings: AttackConfig, step: StepConfig,
                  tell: Callable[[str], None]) -> None:
-        self._model, self._threat, self._settings, self._step, self._tell = model, threat, settings, step, tell
+        self._model, self._threats, self._settings, self._step, self._tell = model, threats, settings, step, tell
         self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
         self._called: Model = model
-        self._engine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._engines: list[Engine] = []  # one per threat
+        self._sizes = [settings.step_size or 0.0] + [
+            step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
-    def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int) -> Tensor:
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
+                 teacher_BK: Tensor | None = None) -> Tensor:
         """AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
         Args:
             x_BCHW: in the layout of the run.
             stream: key of the start noise.
             first_row: row of the global batch at which x_BCHW starts.
+            threat: position of the threat.
+            teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
         """
         assert self._settings.start is not None
-        region = self._threat.region(x_BCHW)
-        start = self._threat.start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
-        # Eval mode: train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77
-        # against 3.17 on a small CNN).
-        # No cache of cast weights: frozen ones do not change, and a CUDA graph may not hold it.
-        with frozen(self._model), autocast(self._step.precision, x_BCHW.device, cache=False):
-            if self._engine is None:
-                self._prepare(x_BCHW)
-            assert self._engine is not None
-            if self._copy is not None:
-                self._copy.refresh()
-            if self._step.attack_engine == "eager":
-                return self._attack(x_BCHW, y_B, start, region)
+        region = self._threats[threat].region(x_BCHW, self._settings.l1_share)
+        start = self._threats[threat].start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        with self._ready(x_BCHW):
+            if self._step.attack_engine == "eager" or teacher_BK is not None:
+                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK)
             try:
-                return self._engine(x_BCHW, y_B, start)
+                return self._engines[threat](x_BCHW, y_B, start)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
                 self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                return self._attack(x_BCHW, y_B, start)
+                return self._attack(x_BCHW, y_B, start, threat)
+
+    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int) -> Tensor:
+        """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
+        settings = self._settings
+        assert settings.start is not None and settings.loss is not None
+        regions = [threat.region(x_BCHW, settings.l1_share) for threat in self._threats]
+        start = self._threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
+        with self._ready(x_BCHW):
+            return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=self._sizes, start_BCHW=start,
+                       loss=settings.loss, steps=settings.steps, stream=stream)
 
     # ---------------------------------------------------------------- inside
 
-    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, region: Region | None = None) -> Tensor:
-        """PGD; a graph, whose images change in place, leaves the region to be formed inside."""
+    @contextmanager
+    def _ready(self, x_BCHW: Tensor) -> Iterator[None]:
+        """The model frozen in eval mode, its copy up to date.
+
+        Train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77 against 3.17 on a
+        small CNN). No cache of cast weights: frozen ones do not change, and a CUDA graph may not hold it.
+        """
+        with frozen(self._model), autocast(self._step.precision, x_BCHW.device, cache=False):
+            if not self._engines:
+                self._prepare(x_BCHW)
+            if self._copy is not None:
+                self._copy.refresh()
+            yield
+
+    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
+                teacher_BK: Tensor | None = None) -> Tensor:
+        """The AEs; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
-        assert settings.loss is not None and settings.step_size is not None
-        return pgd(self._called, x_BCHW, y_B, region=region or self._threat.region(x_BCHW), start_BCHW=start_BCHW,
-                   loss=settings.loss, steps=settings.steps, step_size=settings.step_size)
+        assert settings.loss is not None
+        region = region or self._threats[threat].region(x_BCHW, settings.l1_share)
+        if settings.method == "apgd":
+            return apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                        steps=settings.steps, step_size=self._sizes[threat], teacher_BK=teacher_BK).best_BCHW
+        return pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                   steps=settings.steps, step_size=self._sizes[threat], teacher_BK=teacher_BK)
+
+    def _eager(self) -> list[Engine]:
+        return [partial(self._attack, threat=number) for number in range(len(self._threats))]
 
     def _prepare(self, x_BCHW: Tensor) -> None:
         """Make the copy and the engine; the images tell shape and device."""
@@ -82,17 +118,17 @@ class TrainingAttack:
             if self._copy.reason:
                 self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
                            "step.attack_copy=false silences this")
-        self._engine = self._attack
+        self._engines = self._eager()
         if step.attack_engine == "compile":
             self._called = torch.compile(self._called, dynamic=False)
         elif step.attack_engine == "cuda_graph" and not x_BCHW.is_cuda:
             self._fall_back("a CUDA graph needs a GPU")
         elif step.attack_engine == "cuda_graph":
-            self._engine = GraphedAttack(self._attack)
+            self._engines = [GraphedAttack(engine) for engine in self._eager()]
 
     def _fall_back(self, why: str) -> None:
         self._tell(f"step.attack_engine={self._step.attack_engine} cannot run, attacks go on eagerly: {why}")
-        self._engine = self._attack
+        self._engines = self._eager()
         self._called = self._copy if self._copy is not None else self._model
 
 

@@ -39,7 +39,7 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
     rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
-    run = _Run(config, place, CohortPlan.of([p.loss for p in config.peers]), rows.stop - rows.start)
+    run = _Run(config, place, CohortPlan.of(config.peers), rows.stop - rows.start)
     others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
               if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
@@ -119,7 +119,7 @@ def _peers(run: _Run) -> list[str]:
     for name, spec, _ in run.named():
         threat = Threat(spec.threat.norm, spec.threat.eps)
         table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", threat.label,
-                      f"PGD-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
+                      f"{spec.attack.method.upper()}-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
     return ["peers", *_lines(table)]
 
 
@@ -162,7 +162,8 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
         # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
         again = run.config.step.memory == "recompute"
         teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
-        clean = int(spec.attack.loss == "kl_clean")  # the clean prediction, once
+        # Forwards alone: the clean prediction once, and APGD's look at its last point.
+        clean = int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")
         backward = spec.attack.steps + learning
         counts.append((spec.attack.steps, learning, teaching, backward + teaching + clean, backward))
     return counts

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +11,13 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.config.schema import PeerConfig, StepConfig
-from mat_dist.crafting import TrainingAttack, autocast
-from mat_dist.models.modes import batch_stats_only, bn_buffers, set_bn_forwards, split_norm_bias
+from mat_dist.crafter import Crafter
+from mat_dist.crafting import autocast
+from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
+from mat_dist.objective import own_loss, own_slots, partial_loss
+from mat_dist.opinions import Opinions
+from mat_dist.perturbation import WeightPerturbation
+from mat_dist.plan import PeerPlan
 from mat_dist.schedules import ema_decay_at
 from mat_dist.sgd import SGD
 from mat_dist.threats import Threat
@@ -45,43 +49,54 @@ class Peer:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._precision = step.precision
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
-        self._halves = False  # the attack ran out of memory once
         self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
         self.notes: list[str] = []
-        self._attacks = TrainingAttack(model, self.threat, spec.attack, step,
-                                       lambda text: self.notes.append(f"{self.name}: {text}"))
+        self.plan: PeerPlan | None = None
+        self._steps_per_epoch = 1
+        self._weights = WeightPerturbation(model, spec.optim.awp_gamma)
+        self.crafter = Crafter(self.name, spec, model, step, self.stream, self.notes)
         self._stochastic = any(_draws(m) for m in model.modules())
 
     # ---------------------------------------------------------------- making adversarial examples
 
-    def attack(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> Tensor:
-        """`craft`; a batch that does not fit into memory is attacked in halves, from then on.
+    def attack(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0,
+               teacher_BK: Tensor | None = None) -> Tensor:
+        """This peer's AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
-        No image's AE depends on the others (the loss is a sum, BN in eval mode), so halves give the same AEs but for
-        rounding. Raises torch.OutOfMemoryError if halves do not fit either.
-        """
-        if not self._halves:
-            try:
-                return self.craft(x_BCHW, y_B, step, first_row)
-            except torch.OutOfMemoryError:
-                if len(x_BCHW) < 2:
-                    raise
-                self._halves = True
-                self.notes.append(f"warning: memory ran out in the attack of {self.name}: its batches are attacked in "
-                                  "halves from now on; more step.microbatches avoid this")
-        free_memory()
-        half = len(x_BCHW) // 2
-        return torch.cat([self.craft(x_BCHW[:half], y_B[:half], step, first_row),
-                          self.craft(x_BCHW[half:], y_B[half:], step, first_row + half)])
-
-    def craft(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> Tensor:
-        """This peer's AEs of a clean batch -> (B, C, H, W) in [0, 1]; the model is left as it was.
+        The model is left as it was, but for AWP, which perturbs it until `update`. Raises torch.OutOfMemoryError if
+        half a batch does not fit into memory.
 
         Args:
             step: training step, keys the start noise.
             first_row: row of the global batch at which x_BCHW starts.
+            teacher_BK: logits of a teacher on x_BCHW, for `attack.loss: kl_teacher`.
         """
-        return self._attacks(self.arrange(x_BCHW), y_B, stream=self.stream("attack", step), first_row=first_row)
+        self._weights.restore()
+        adv = self.crafter(self.arrange(x_BCHW), y_B, step, first_row, teacher_BK)
+        if self.spec.optim.awp_gamma and step >= self.spec.optim.awp_warmup_epochs * self._steps_per_epoch:
+            self._perturb(adv, x_BCHW, y_B, (step, -2, first_row))
+        return adv
+
+    def attack_others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
+        """AEs for the other threats of a union that is learnt as a whole, in order; none for other peers."""
+        assert self.plan is not None
+        return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
+
+    def _perturb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, draw: Sequence[int]) -> None:
+        """Move the weights up the peer's own loss. Batch-norm statistics stay."""
+        assert self.plan is not None
+        inputs, slots = {self.plan.index: adv_BCHW, self.plan.clean: x_BCHW}, own_slots(self.plan)
+        if not slots:
+            return
+        with torch.enable_grad(), self.precision(), self._drawing(draw), batch_stats_only(self.model):
+            loss = own_loss(self.plan, {slot: self._logits(inputs[slot]) for slot in slots}, y_B)
+        self._weights.perturb(loss)
+
+    def forget(self) -> None:
+        """After a refused step: weights, gradients and counts as before it."""
+        self._weights.restore()
+        self.crafter.forget()
+        self.optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------- forwards
 
@@ -95,15 +110,29 @@ class Peer:
             return self._logits(x_BCHW)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
-        """The same logits as `learn`, without a graph and without a trace in the BN buffers."""
-        with torch.no_grad(), self.precision(), self._drawing(draw), batch_stats_only(self.model):
+        """The same logits as `learn`, without a graph and without a trace in the BN buffers; of a frozen peer in eval
+        mode."""
+        mode = frozen if self.spec.frozen else batch_stats_only
+        with torch.no_grad(), self.precision(), self._drawing(draw), mode(self.model):
             return self._logits(x_BCHW)
+
+    def teach_averaged(self, x_BCHW: Tensor) -> Tensor:
+        """Eval-mode logits of the averaged weights (B, K), without a graph; of a frozen peer those of its weights."""
+        state = self.ema if self.ema is not None else self.model.state_dict()
+        with torch.no_grad(), self.precision(), frozen(self.model):
+            logits: Tensor = torch.func.functional_call(self.model, state, (self.arrange(x_BCHW),))
+        return logits.to(x_BCHW.dtype)
 
     def _logits(self, x_BCHW: Tensor) -> Tensor:
         logits: Tensor = self.model(self.arrange(x_BCHW))
         return logits.to(x_BCHW.dtype)
 
     # ---------------------------------------------------------------- learning
+
+    def loss(self, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions, y_B: Tensor) -> Tensor:
+        """The terms of the mutual loss that belong to `slots`; see `objective.partial_loss`."""
+        assert self.plan is not None
+        return partial_loss(self.plan, slots, logits, opinions, y_B)
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the trainable parameters, in order; zeros where a parameter took no part."""
@@ -116,6 +145,8 @@ class Peer:
     def clip(self) -> Tensor:
         """Clip the gradient if the settings say so -> its norm before that (scalar, not finite if a part is not)."""
         gradients = self.gradients()
+        if not gradients:  # a frozen peer
+            return torch.zeros((), device=next(self.model.parameters()).device)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.spec.optim.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.spec.optim.clip_norm / (norm + 1e-6)).clamp(max=1))
@@ -123,6 +154,10 @@ class Peer:
 
     def update(self, step: int, lr: float) -> None:
         """One optimizer step at rate `lr`, then the averaged weights; gradients are dropped."""
+        self._weights.restore()
+        self.crafter.commit()
+        if self.spec.frozen:
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -130,9 +165,14 @@ class Peer:
         if self.ema is not None and self.spec.optim.ema_decay is not None:
             average(self.ema, self.model.state_dict(), ema_decay_at(step, self.spec.optim.ema_decay))
 
-    def set_forwards(self, count: int) -> None:
-        """Tell the norm layers that `count` forwards make one step, so that running statistics keep their pace."""
-        set_bn_forwards(self.model, max(1, count))
+    def follow(self, plan: PeerPlan, *, forwards: int, steps_per_epoch: int) -> None:
+        """Learn by this plan from now on.
+
+        Args:
+            forwards: learning forwards that make one step; running statistics of norm layers keep their pace.
+        """
+        self.plan, self._steps_per_epoch = plan, steps_per_epoch
+        set_bn_forwards(self.model, max(1, forwards))
 
     def buffers(self) -> list[Tensor]:
         """The running statistics of the norm layers, live."""
@@ -143,12 +183,13 @@ class Peer:
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs of this peer: tensors and plain numbers."""
         return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema,
-                "optimizer": self.optimizer.state_dict()}
+                "optimizer": self.optimizer.state_dict(), **self.crafter.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state of the same architecture and optimizer."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.crafter.load(state)
         if self.ema is not None:
             torch._foreach_copy_(list(self.ema.values()), [state["ema"][k].to(v.device) for k, v in self.ema.items()])
 
@@ -171,13 +212,6 @@ class Peer:
         """Key the global generator for models that draw from it; others do not pay for it."""
         with streams.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext():
             yield
-
-
-def free_memory() -> None:
-    """Give cached blocks back after running out of memory; the failed work must hold no reference any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _draws(module: nn.Module) -> bool:

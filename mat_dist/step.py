@@ -12,12 +12,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from mat_dist import wire
+from mat_dist import learning, wire
 from mat_dist.agreement import Agreement, batch_checksum
-from mat_dist.cohort import DTYPES, Cohort
-from mat_dist.losses import accuracy
+from mat_dist.cohort import Cohort
 from mat_dist.opinions import AllLogits, Opinions, SummedProbabilities, softened
-from mat_dist.peer import Peer, free_memory
+from mat_dist.peer import Peer
 
 
 @dataclass
@@ -107,9 +106,14 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     """Steps 1 to 6 for one micro-batch: gradients are added to the parameters."""
     mesh, plan, peers = cohort.mesh, cohort.plan, cohort.peers
 
+    # 0 what teachers think of the clean images, where an attack needs it
+    guides_L = _guides(cohort, agree, x_BCHW, step, first_row)
+
     # 1 own AEs
-    aes = [agree.run(f"attack of {p.name}", p.attack, x_BCHW, y_B, step, first_row) for p in peers]
+    aes = [agree.run(f"attack of {p.name}", _attack, cohort, p, x_BCHW, y_B, step, first_row, guide, log)
+           for p, guide in zip(peers, guides_L, strict=True)]
     aes_LBCHW = agree.run("attack", torch.stack, aes)
+    private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in peers]
     clock.lap("attack")
 
     # 2 exchange of AEs
@@ -120,11 +124,13 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     everyones = plan.shares_aes or log
     sent = mesh.gather_peers(sent_L) if everyones else sent_L
     inputs_S = agree.run("decoding", _inputs, cohort, sent, x_BCHW, everyones)
+    inputs_LS = [agree.run("inputs", lambda own=own: [*inputs_S, *own]) for own in private]
     clock.lap("exchange")
 
     # 3 logits on every source that a peer learns from or teaches on
-    known = [agree.run(f"forward of {p.name}", _forward, cohort, p, inputs_S, step, first_row) for p in peers]
-    taught_LTBK = agree.run("forward", _taught, cohort, known, y_B)
+    known = [agree.run(f"forward of {p.name}", learning.forward, cohort, p, inputs, step, first_row)
+             for p, inputs in zip(peers, inputs_LS, strict=True)]
+    taught_LTBK = agree.run("forward", learning.taught, cohort, known, inputs_LS, y_B)
     clock.lap("forward")
 
     # 4 exchange of logits
@@ -135,15 +141,37 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     clock.lap("exchange")
 
     # 5, 6 losses and gradients
-    loss = [agree.run(f"backward of {p.name}", _backward, cohort, p, logits, inputs_S, opinions, y_B, step,
-                      first_row) for p, logits in zip(peers, known, strict=True)]
+    loss = [agree.run(f"backward of {p.name}", learning.backward, cohort, p, logits, inputs, opinions, y_B, step,
+                      first_row) for p, logits, inputs in zip(peers, known, inputs_LS, strict=True)]
     correct_LS = torch.empty(0)
     if log:
-        correct_LS = agree.run("transfer table", _transfer, cohort, known, inputs_S, y_B, step, first_row)
+        correct_LS = agree.run("transfer table", learning.transfer, cohort, known, inputs_S, y_B, step, first_row)
     clock.lap("backward")
     finite_L2 = agree.run("finite check", lambda: torch.stack([
         torch.stack([a.isfinite().all(), t.isfinite().all()]) for a, t in zip(aes_LBCHW, taught_LTBK, strict=True)]))
     return _Share(finite_L2, agree.run("loss", torch.stack, loss), correct_LS)
+
+
+def _guides(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, step: int, first_row: int) -> list[Tensor | None]:
+    """For each local peer the log of its guides' mean probability on the clean images, (B, K); None where unused."""
+    guided = cohort.plan.guided
+    if not any(guided):
+        return [None] * len(cohort.peers)
+    clean = len(cohort.threats)
+    told = [agree.run(f"guidance of {p.name}", p.teach, x_BCHW, (step, clean, first_row)) for p in cohort.peers]
+    told_LBK = agree.run("guidance", torch.stack, told)
+    agree.header("guidance", told_LBK)
+    log_PBK = cohort.mesh.gather_peers(told_LBK).log_softmax(-1)
+    return [torch.stack([log_PBK[i] for i in guided[p.index]]).logsumexp(0) if guided[p.index] else None
+            for p in cohort.peers]
+
+
+def _attack(cohort: Cohort, peer: Peer, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
+            guide_BK: Tensor | None, log: bool) -> Tensor:
+    """The peer's AEs; the clean images where nobody would use them."""
+    if not (cohort.plan.crafts[peer.index] or log):
+        return x_BCHW
+    return peer.attack(x_BCHW, y_B, step, first_row, guide_BK)
 
 
 def _inputs(cohort: Cohort, sent: Tensor, x_BCHW: Tensor, everyones: bool) -> list[Tensor]:
@@ -156,63 +184,6 @@ def _inputs(cohort: Cohort, sent: Tensor, x_BCHW: Tensor, everyones: bool) -> li
     for source, one in zip(sources, sent, strict=True):
         slots[source] = wire.decode(cohort.step.wire, one, x_BCHW, cohort.threats[source])
     return [*slots, x_BCHW]
-
-
-def _forward(cohort: Cohort, peer: Peer, inputs_S: list[Tensor], step: int, first_row: int) -> dict[int, Tensor]:
-    """The peer's logits by slot: with graph where it learns (memory: keep), without where it only teaches."""
-    plan = cohort.plan.peers[peer.index]
-    known: dict[int, Tensor] = {}
-    if not peer.recomputes:
-        try:
-            known = _learn(cohort, peer, plan.learned, inputs_S, step, first_row)
-        except torch.OutOfMemoryError:
-            _fall_back(cohort, peer)
-    for slot in cohort.plan.taught[peer.index]:
-        if slot not in known:
-            known[slot] = peer.teach(inputs_S[slot], (step, slot, first_row))
-    return known
-
-
-def _fall_back(cohort: Cohort, peer: Peer) -> None:
-    """After the first lack of memory a peer goes on with memory: recompute, which gives the same weights.
-
-    Not in the middle of micro-batches, whose gradients would be lost, nor with bn: joint. Call it in the handler of
-    the error, which it raises again where it cannot help.
-    """
-    if cohort.step.microbatches > 1 or cohort.step.bn == "joint" or peer.recomputes:
-        raise
-    peer.recomputes = True
-    peer.notes.append(f"warning: memory ran out in the forwards of {peer.name}: it goes on with memory: recompute, "
-                      "which gives the same weights; step.memory=recompute avoids this")
-    cohort.give_back(peer)
-    free_memory()
-
-
-def _learn(cohort: Cohort, peer: Peer, slots: tuple[int, ...], inputs_S: list[Tensor], step: int,
-           first_row: int) -> dict[int, Tensor]:
-    """Train-mode logits with graph: a forward per slot, or one for all (bn: joint)."""
-    if cohort.step.bn == "joint" and len(slots) > 1:
-        together = peer.learn(torch.cat([inputs_S[s] for s in slots]), (step, -1, first_row))
-        return dict(zip(slots, together.chunk(len(slots)), strict=True))
-    return {slot: peer.learn(inputs_S[slot], (step, slot, first_row)) for slot in slots}
-
-
-def _taught(cohort: Cohort, known: list[dict[int, Tensor]], y_B: Tensor) -> Tensor:
-    """What the local peers teach, detached -> (L, T, B, K), zeros where a peer teaches less than T slots.
-
-    (L,) if nobody teaches.
-    """
-    most = cohort.plan.most_taught
-    if most == 0:
-        # Nothing travels. One number per peer, of the same shape whether it recomputes or not, still tells the
-        # finite check of NaN and infinity.
-        nothing = torch.zeros((), dtype=DTYPES[cohort.step.precision], device=y_B.device)
-        return torch.stack([_any([logits]).detach().abs().amax() if logits else nothing for logits in known])
-    rows = []
-    for peer, logits in zip(cohort.peers, known, strict=True):
-        own = [logits[slot].detach() for slot in cohort.plan.taught[peer.index]]
-        rows.append(torch.stack(own + [torch.zeros_like(_any(known)) for _ in range(most - len(own))]))
-    return torch.stack(rows)
 
 
 def _told(cohort: Cohort, taught_LTBK: Tensor) -> Tensor:
@@ -229,41 +200,6 @@ def _exchanged(cohort: Cohort, told: Tensor) -> Opinions:
     if cohort.step.opinions == "all":
         return AllLogits(cohort.mesh.gather_peers(told), cohort.plan.position)
     return SummedProbabilities(cohort.mesh.sum_peers(told), cohort.plan.position)
-
-
-def _any(known: list[dict[int, Tensor]]) -> Tensor:
-    return next(t for logits in known for t in logits.values())
-
-
-def _backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], opinions: Opinions,
-              y_B: Tensor, step: int, first_row: int) -> Tensor:
-    """Add the gradient of the peer's loss -> the loss, detached."""
-    def add_gradient() -> Tensor:
-        plan, recomputes = cohort.plan.peers[peer.index], peer.recomputes
-        total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
-        for slots in plan.groups() if recomputes else [plan.learned]:
-            if not slots:
-                continue
-            logits = _learn(cohort, peer, slots, inputs_S, step, first_row) if recomputes else known
-            loss = plan.partial_loss(slots, logits, opinions, y_B)
-            (loss / cohort.step.microbatches).backward()
-            total += loss.detach()
-        return total
-
-    try:
-        return add_gradient()
-    except torch.OutOfMemoryError:
-        known.clear()
-        _fall_back(cohort, peer)
-    return add_gradient()
-
-
-def _transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int,
-              first_row: int) -> Tensor:
-    """Accuracy of the local peers on every slot -> (L, S); slots that were not forwarded are, without a trace."""
-    table = [[accuracy(logits[s].detach() if s in logits else peer.teach(x, (step, s, first_row)), y_B)
-              for s, x in enumerate(inputs_S)] for peer, logits in zip(cohort.peers, known, strict=True)]
-    return torch.stack([torch.stack(row) for row in table])
 
 
 def _gather_records(cohort: Cohort, shares: list[_Share]) -> tuple[Tensor, Tensor]:

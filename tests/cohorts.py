@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.cohort import Cohort
-from mat_dist.config.presets import fill_attack, fill_loss
+from mat_dist.config.presets import fill_attack, fill_loss, fill_threat
 from mat_dist.config.schema import Config
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
@@ -23,10 +23,11 @@ def complete(raw: dict[str, Any]) -> Config:
     config = Config.model_validate(raw)
     peers = []
     for i, peer in enumerate(config.peers):
-        loss = fill_loss(peer.loss, i, len(config.peers))
-        attack = fill_attack(peer.attack, peer.loss.preset, i, peer.threat.eps)
+        loss = fill_loss(peer.loss, i, len(config.peers), peer.role, peer.union.strategy)
+        threat = fill_threat(peer.threat, peer.union)
+        attack = fill_attack(peer.attack, peer.loss.preset, i, threat)
         stream = i if peer.stream is None else peer.stream
-        peers.append(peer.model_copy(update={"loss": loss, "attack": attack, "stream": stream,
+        peers.append(peer.model_copy(update={"loss": loss, "threat": threat, "attack": attack, "stream": stream,
                                              "name": peer.name or f"peer{i}"}))
     return config.model_copy(update={"peers": tuple(peers)})
 

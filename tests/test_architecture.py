@@ -20,12 +20,14 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd"),
+     "wire", "opinions", "sgd", "objective"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("crafting",),
+    ("crafter", "perturbation"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
-    ("step", "evaluator", "run", "dryrun"),
+    ("learning", "evaluator", "run", "dryrun"),
+    ("step",),
     ("results",),
     ("trainer",),
     ("train", "evaluate", "report", "check", "bench", "__init__"),

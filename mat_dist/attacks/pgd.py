@@ -14,18 +14,18 @@ from torch import Tensor
 from mat_dist.threats import Region
 
 Model = Callable[[Tensor], Tensor]
-# (logits of the adversarial batch, logits of the clean batch or None, labels) -> sum over the batch, to be raised
+# (logits of the adversarial batch, logits of the clean batch or None, labels) -> (B,), to be raised
 AttackLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 def _ce(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
-    return F.cross_entropy(adv_BK, y_B, reduction="sum")
+    return F.cross_entropy(adv_BK, y_B, reduction="none")
 
 
 def _kl_clean(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
     """KL(clean prediction || adversarial prediction): the inner problem of TRADES (Zhang et al., ICML 2019)."""
     assert clean_BK is not None
-    return F.kl_div(adv_BK.log_softmax(-1), clean_BK.log_softmax(-1), reduction="sum", log_target=True)
+    return F.kl_div(adv_BK.log_softmax(-1), clean_BK.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -38,15 +38,30 @@ def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     return wrong_BK.amax(1) - true_B
 
 
-def _margin_sum(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
-    return margin(adv_BK, y_B).sum()
+def _margin(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
+    return margin(adv_BK, y_B)
 
 
-ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "margin": _margin_sum}
+# kl_teacher: the inner problem of RSLAD (Zi et al., ICCV 2021); the clean logits are the teacher's.
+ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "kl_teacher": _kl_clean, "margin": _margin}
+
+
+def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
+                teacher_BK: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The loss `loss` of the clean batch x_BCHW as a function: adversarial logits (B, K) -> (B,).
+
+    Args:
+        teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`.
+    """
+    clean_BK = teacher_BK
+    if loss == "kl_clean":
+        with torch.no_grad():
+            clean_BK = model(x_BCHW).to(x_BCHW.dtype)
+    return lambda adv_BK: ATTACK_LOSSES[loss](adv_BK, clean_BK, y_B)
 
 
 def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
-        step_size: float) -> Tensor:
+        step_size: float, teacher_BK: Tensor | None = None) -> Tensor:
     """The last iterate of projected gradient ascent -> adversarial batch (B, C, H, W), detached, x's dtype.
 
     The loss is summed, not averaged, so that no image's step depends on the batch that it is in. Gradients are
@@ -56,20 +71,17 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
         model: images in [0, 1] -> logits.
         region: feasible set of x_BCHW.
         start_BCHW: first iterate, inside the region.
-        loss: `ce`, `kl_clean` or `margin`.
+        loss: `ce`, `kl_clean`, `kl_teacher` or `margin`.
         steps: number of gradient steps, >= 1.
         step_size: length of a step in the region's norm.
+        teacher_BK: a teacher's logits of x_BCHW, for `kl_teacher`.
     """
-    objective = ATTACK_LOSSES[loss]
-    clean_BK = None
-    if loss == "kl_clean":
-        with torch.no_grad():
-            clean_BK = model(x_BCHW).to(x_BCHW.dtype)
+    objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     adv = start_BCHW.detach()
     for _ in range(steps):
         adv.requires_grad_(True)
         with torch.enable_grad():
-            value = objective(model(adv).to(x_BCHW.dtype), clean_BK, y_B)
+            value = objective(model(adv).to(x_BCHW.dtype)).sum()
         (grad,) = torch.autograd.grad(value, adv)
         adv = region.project(region.step(adv.detach(), grad, step_size))
     return region.settle(adv)

@@ -95,8 +95,7 @@ class Subject:
                  for peer, logits in zip(peers, known, strict=True)]))
         opinions = AllLogits(told, plan.position)
         for peer, logits in zip(peers, known, strict=True):
-            row = plan.peers[peer.index]
-            row.partial_loss(row.learned, logits, opinions, y_B).backward()
+            peer.loss(plan.peers[peer.index].learned, logits, opinions, y_B).backward()
             peer.clip()
         cohort.update(number)
         self.number += 1

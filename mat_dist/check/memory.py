@@ -84,7 +84,7 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
               images: int) -> Need:
     """The estimate for one rank; see `Need`."""
     place = Placement.place(len(config.peers), launch.world, rank)
-    plan = CohortPlan.of([spec.loss for spec in config.peers])
+    plan = CohortPlan.of(config.peers)
     local = [measured[index] for index in place.local_peers]
     batch = config.train.batch_size // place.replicas // config.step.microbatches
     pixels = sample.x_BCHW[0].numel() * sample.x_BCHW.element_size()

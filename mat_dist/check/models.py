@@ -62,12 +62,15 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
     spec = config.peers[peers[0]]
     where = f"peer {peers[0]}, model.name={spec.model.name}"
     model = make_model(spec, sample.images, seed=config.run.seed, step=config.step, device=device)
-    once = spec.model_copy(update={"attack": spec.attack.model_copy(update={"steps": 1})})
+    # One attack step, without what needs other peers or more passes.
+    alone = {"steps": 1, **({"loss": "ce"} if spec.attack.loss == "kl_teacher" else {})}
+    once = spec.model_copy(update={"attack": spec.attack.model_copy(update=alone), "frozen": False,
+                                   "optim": spec.optim.model_copy(update={"awp_gamma": 0.0})})
     peer = Peer(peers[0], once, model, seed=config.run.seed, step=config.step)
     x_BCHW, y_B = sample.x_BCHW[:IMAGES].to(device), sample.y_B[:IMAGES].to(device)
     few = max(1, len(x_BCHW) // 2), max(2, len(x_BCHW) // 2)  # batch norm needs two
     try:
-        attacks = [_held(peer, peer.craft, x_BCHW[:n], y_B[:n], 0) for n in (few[0], len(x_BCHW))]
+        attacks = [_held(peer, peer.attack, x_BCHW[:n], y_B[:n], 0) for n in (few[0], len(x_BCHW))]
         learns = [_held(peer, peer.learn, x_BCHW[:n], (0, 0, 0)) for n in (few[1], len(x_BCHW))]
         logits_BK = learns[-1].result
         _check_logits(logits_BK, len(x_BCHW), sample.images.classes, where)

@@ -144,9 +144,9 @@ def _under_peers(tree: Node) -> Node:
 def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
     loss = fill_loss(peer.loss, index, peers, peer.role, peer.union.strategy)
     threat = fill_threat(peer.threat, peer.union)
-    attack = fill_attack(peer.attack, loss.preset, index, threat.eps)
-    return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "threat": threat, "attack": attack,
-                                   "optim": fill_optim(peer.optim, loss.preset),
+    attack = fill_attack(peer.attack, loss.preset, index, threat)
+    return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "threat": threat,
+                                   "attack": attack, "optim": fill_optim(peer.optim, loss.preset),
                                    "stream": index if peer.stream is None else peer.stream})
 
 

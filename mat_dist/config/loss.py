@@ -8,8 +8,8 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 
-PresetName = Literal["mat", "at", "at_wa", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat", "mart", "ard",
-                     "rslad", "lbgat", "peeraid"]
+PresetName = Literal["mat", "at", "at_wa", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat", "mart",
+                     "ard", "rslad", "lbgat", "peeraid"]
 
 
 class LossConfig(Section):

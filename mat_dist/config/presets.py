@@ -64,7 +64,8 @@ _LBGAT = ({"hard_weight": 0.0, "clean_weight": 1.0, "kd_clean": 1.0, "kd_loss": 
 _PEERAID = ({"hard_weight": 1.0, "hard_own": 0.0, "kd_weight": 0.01, "kd_own": 0.0},
             {"hard_weight": 0.0, "kd_weight": 0.1, "kd_own": 1.0, "temperature": 5.0, "trades_beta": 0.1,
              "trades_temperature": 5.0})
-PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"cat": _CAT, "lbgat": _LBGAT, "peeraid": _PEERAID}  # by parity of the peer's index
+# By parity of the peer's index.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"cat": _CAT, "lbgat": _LBGAT, "peeraid": _PEERAID}
 # In a cohort with roles `mat` means: specialists learn alone (kd_weight > 0 lets the generalist feed back), the
 # generalist learns from their AEs, each taught by its maker.
 ROLES: dict[str, dict[str, Any]] = {
@@ -114,7 +115,7 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer", unio
 
 
 def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
-    """A peer's threat: the first one of its union where it has one. A union that cannot be read is left to the rules."""
+    """A peer's threat: the first one of its union, where it has one that can be read."""
     try:
         norm, eps = parse_threats(union.threats or "")[0]
         return ThreatConfig.model_validate({"norm": norm, "eps": eps})
@@ -129,18 +130,26 @@ def fill_optim(optim: OptimConfig, preset: str) -> OptimConfig:
     return optim
 
 
-def fill_attack(attack: AttackConfig, preset: str, index: int, eps: float) -> AttackConfig:
-    """`attack` with the start and loss that the preset's method uses, and the step length 2.5 eps / steps.
-
-    2.5 eps / steps is the rule of MadryLab/robustness: every point of the ball can be reached. A single step is
-    1.25 eps long, as in FGSM-RS (Wong, Rice, Kolter, ICLR 2020: 10/255 for 8/255): 2.5 eps would end on the
-    ball's corners whatever the start.
-    """
+def fill_attack(attack: AttackConfig, preset: str, index: int, threat: ThreatConfig) -> AttackConfig:
+    """`attack` with the start and loss that the preset's method uses, and the step length of `step_size`."""
     default = _PLAIN_ATTACK
     if preset in ("trades", "mat_trades") or (preset == "cat" and index % 2 == 0):
         default = _TRADES_ATTACK
     if preset == "rslad" or (preset == "peeraid" and index % 2 == 1):
         default = _TEACHER_ATTACK
     values = {**default, **{k: v for k, v in attack.model_dump().items() if v is not None}}
-    values.setdefault("step_size", (2.5 if attack.steps > 1 else 1.25) * eps / attack.steps)
+    values.setdefault("step_size", step_size(attack.method, attack.steps, threat.norm, threat.eps))
     return AttackConfig(**values)
+
+
+def step_size(method: str, steps: int, norm: str, eps: float) -> float:
+    """Default length of a (first) step.
+
+    PGD: 2.5 eps / steps, the rule of MadryLab/robustness: every point of the ball can be reached. A single step is
+    1.25 eps long, as in FGSM-RS (Wong, Rice, Kolter, ICLR 2020: 10/255 for 8/255): 2.5 eps would end on the
+    ball's corners whatever the start. APGD: the diameter of the ball (Croce and Hein, ICML 2020), for l1 its radius
+    (ICML 2021).
+    """
+    if method == "apgd":
+        return eps if norm == "l1" else 2 * eps
+    return (2.5 if steps > 1 else 1.25) * eps / steps

@@ -129,7 +129,7 @@ def unions_fit(config: Config) -> list[ConfigError]:
         try:
             threats = parse_threats(union.threats) if union.threats else []
         except ValueError as error:
-            found.append(ConfigError(str(error), f"{key}.union.threats", "write norm:eps,..., such as linf:8/255,l2:1/2"))
+            found.append(ConfigError(str(error), f"{key}.union.threats", "write norm:eps, such as linf:8/255,l2:0.5"))
             continue
         norms = [norm for norm, _ in threats]
         taught = {config.peers[i].threat.norm for i in heard}
@@ -148,7 +148,7 @@ def unions_fit(config: Config) -> list[ConfigError]:
             found.append(ConfigError(f"strategy {union.strategy}, and the specialists have {len(taught)} norms",
                                      f"{key}.union.strategy", "add a specialist for each norm"))
         elif union.strategy and not peer.loss.hard_own and (missing := sorted(set(norms) - taught)):
-            found.append(ConfigError(f"no specialist for {', '.join(missing)}", where, "add one, or leave the norm out"))
+            found.append(ConfigError(f"no specialist for {', '.join(missing)}", where, "add one or leave the norm out"))
     return found
 
 

@@ -89,16 +89,21 @@ class ModelConfig(Section):
 class ThreatConfig(Section):
     """The norm ball, intersected with [0, 1], that a peer defends against."""
 
-    norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
+    norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball")
     eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
 
 
 class AttackConfig(Section):
     """How a peer makes its adversarial examples in training."""
 
+    method: Literal["pgd", "apgd"] = Field("pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD "
+                                                              "sets its own steps, the best point counts")
     steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
     step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
-                                                                     "one step 1.25 eps")
+                                                                     "one step 1.25 eps; apgd: of the first step, 2 "
+                                                                     "eps, for l1 eps")
+    l1_share: Number = Field(0.05, gt=0, le=1, description="share of an image's values that an l1 step moves (apgd: "
+                                                           "first steps)")
     start: Literal["uniform", "gaussian", "zero"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
     loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(
@@ -122,6 +127,9 @@ class OptimConfig(Section):
     warmup_epochs: Number = Field(0.0, ge=0, description="linear warm-up from 0; onecycle: length of the rise "
                                                          "(0: 30 % of the training)")
     clip_norm: Number | None = Field(None, gt=0, description="clip each peer's gradient to this L2 norm")
+    awp_gamma: Number = Field(0.0, ge=0, le=1, description="adversarial weight perturbation relative to the weights' "
+                                                           "norm (AWP: 0.01, with TRADES 0.005); 0 is off")
+    awp_warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (AWP with TRADES: 10)")
     ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
                                                                    "kept")
 

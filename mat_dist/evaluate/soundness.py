@@ -29,7 +29,7 @@ SAME_LOGITS = 1e-4  # largest distance of normalised logits that count as equal;
 BATCHES = (1, 7, 64)
 MOST_ZERO = 0.01  # share of images whose gradient may vanish
 BEATEN, MORE = 0.002, 0.01  # shares that another attack may break beyond ours: any; ours with twice the steps
-LARGE_LINF, LARGE_L2 = 0.5, 0.5  # the latter per square root of the number of values
+LARGE_EPS = 0.5  # for linf; l2 per square root of the number of values, l1 per value
 
 CHECKS = {
     "images": "pixels lie in [0, 1]",
@@ -127,8 +127,6 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
               "autoattack": len(tried.warnings)}
     if TRANSFER in tried.predictions:
         counts["transfer"] = int((held_B & (tried.predictions[TRANSFER] != y_B)).sum())
-    if threat.norm == "l1":  # no attack of our own: AutoAttack's Square and its checks stand alone
-        return counts
 
     def held_under(radius: Threat, plan: AttackPlan, first: int = 0) -> Tensor:
         held = torch.ones_like(held_B)
@@ -139,7 +137,8 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
 
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
-    large = Threat(threat.norm, LARGE_LINF if threat.norm == "linf" else LARGE_L2 * math.sqrt(x_BCHW[0].numel()))
+    values = x_BCHW[0].numel()
+    large = Threat(threat.norm, LARGE_EPS * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm])
     more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
         ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
@@ -175,9 +174,9 @@ def _withstands_noise(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Thr
 
 def _withstands_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
     _, channels, height, width = x_BCHW.shape
-    # linf: corner to corner. l2: a patch of a quarter of the side alone is as long as the ball is wide.
-    size = 2 * threat.eps if threat.norm == "linf" else (
-        2 * threat.eps / (math.sqrt(channels) * max(1.0, min(height, width) / 4)))
+    # linf: corner to corner. l2, l1: a patch of a quarter of the side alone is as long as the ball is wide.
+    side = max(1.0, min(height, width) / 4)
+    size = 2 * threat.eps / {"linf": 1.0, "l2": math.sqrt(channels) * side, "l1": channels * side**2}[threat.norm]
     adv = random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=size, queries=SEARCH_QUERIES,
                         stream=streams.key(seed, f"eval-search-{threat.norm}", chunk))
     return predict(model, adv) == y_B
@@ -204,8 +203,6 @@ def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
         if threat:
             verdicts += [Verdict(check, threat, *_of_attacks(check, found, classes)) for check in CHECKS
                          if check in found or (check == "monotone" and "half" in found)]
-            if "gradient-free" not in found:
-                verdicts.append(Verdict("gradient-free", threat, *_beaten(found["square"], found["n"], BEATEN)))
     order = list(CHECKS)
     return sorted(verdicts, key=lambda v: (v.threat, order.index(v.check)))
 

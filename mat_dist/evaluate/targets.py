@@ -92,9 +92,6 @@ def threats_asked(request: Request, trained: Sequence[Threat]) -> list[Threat]:
         if threat.norm == "linf" and threat.eps > 1:
             raise ConfigError(f"a linf radius of {threat.eps:g} is more than the whole range of a pixel", "eps",
                               f"write {threat.eps:g}/255 for pixels in [0, 1]")
-        others = [name for name in request.attacks if name != "autoattack"]
-        if threat.norm == "l1" and others:
-            raise ConfigError(f"{others[0]} cannot attack in l1", "threats", "use attacks=autoattack for l1")
     return threats
 
 

@@ -52,7 +52,7 @@ def facts(run: RunFiles) -> Markup:
     pairs = {
         "state": status(run), "data": config.data.name, "peers": _several([p.model.name for p in peers]),
         "loss": _several([p.loss.preset for p in peers]), "threat": ", ".join(threats),
-        "training attack": _several([f"PGD-{p.attack.steps}" for p in peers]),
+        "training attack": _several([f"{p.attack.method.upper()}-{p.attack.steps}" for p in peers]),
         "training": f"{config.train.epochs} epochs of batches of {config.train.batch_size}, {done} steps",
         "seed": config.run.seed, "ranks": f"{ranks}, {_several([str(d) for d in devices])}"
         if isinstance(devices, list) and devices else ranks,

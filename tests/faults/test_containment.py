@@ -32,9 +32,7 @@ def spoil(cohort: Cohort, peer_index: int, place: str) -> None:
         elif place == "AE":
             peer.attack = lambda *args, real=peer.attack: real(*args) * float("nan")  # type: ignore[method-assign]
         else:
-            plan = cohort.plan.peers[peer_index]
-            real = plan.partial_loss
-            object.__setattr__(plan, "partial_loss", lambda *args, real=real: real(*args) * float("nan"))
+            peer.loss = lambda *args, real=peer.loss: real(*args) * float("nan")  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("place", ["weights", "logits", "loss", "AE"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, rules
+from mat_dist.config import config_warnings, load_config, registry, rules, rules_learning
 from mat_dist.errors import ConfigError
 
+UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
+COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
@@ -25,10 +27,10 @@ CASES = [
     ("names_are_unique", "peers.0.name=peer2", "the same name peer2", "peers.0.name=peer4"),
     ("names_are_unique", "peers.0.name=best", "the name best has another meaning", "peers.0.name=bests"),
     ("streams_are_unique", "peers.0.stream=2", "peers.0 and peers.2 have the same stream 2", "peers.0.stream=4"),
-    ("single_peer_learns_alone", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
-    ("single_peer_learns_alone", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)", "peers=1 loss=trades"),
+    ("somebody_is_there_to_learn_from", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)", "peers=1 loss=trades"),
     (
-        "single_peer_learns_alone", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
+        "somebody_is_there_to_learn_from", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
         "peers=1 loss=mat_share",
     ),
     (
@@ -38,9 +40,46 @@ CASES = [
     ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
     ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
     (
-        "owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=1", "the share 1 of kd_weight",
+        "owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=1", "no teacher on own examples, kd_own is 1",
         "loss=at loss.teacher_set=owner loss.kd_own=1",
     ),
+    ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_clean=0.2", "no teacher on clean images", "loss.kd_clean=0.2"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=at peers.0.role=generalist", "a generalist without specialists",
+     "peers=1 loss=at peers.0.role=generalist union.strategy=max union.threats=linf:0.1,l2:1"),
+    ("somebody_is_there_to_learn_from", "peers=2 peers.all.role=generalist", "a generalist without specialists",
+     "peers=2 peers.0.role=generalist peers.1.role=specialist"),
+    ("somebody_is_there_to_learn_from", "peers=2 peers.all.role=specialist loss.kd_weight=0.5",
+     "no peer that a specialist learns from", "peers=2 peers.all.role=specialist"),
+    ("somebody_is_there_to_learn_from", "peers=2 peers.0.loss=rslad", "a frozen teacher, and there is none",
+     "peers=2 peers.0.loss=rslad peers.1.frozen=true peers.1.init_from=x"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=at attack.loss=kl_teacher", "needs a teacher",
+     "peers=2 loss=at attack.loss=kl_teacher"),
+    ("frozen_peers_have_weights", "peers.1.frozen=true", "without trained weights",
+     "peers.1.frozen=true peers.1.init_from=x"),
+    ("frozen_peers_have_weights", "peers.all.frozen=true peers.all.init_from=x", "all peers are frozen",
+     "peers.0.frozen=true peers.0.init_from=x"),
+    ("presets_for_two", "loss=lbgat", "preset lbgat is for 2 peers, here are 4", "peers=2 loss=lbgat"),
+    ("presets_for_two", "loss=peeraid", "write peers: 2", "peers=2 loss=peeraid"),
+    ("shares_add_up", "loss.hard_weight=1", "hard_weight 1 and kd_weight 0.5 of preset mat", "loss.hard_weight=0.5"),
+    ("trust_is_per_teacher", "loss.gate=0.1 loss.teacher_agg=mean_prob", "write teacher_agg: mean_kl", "loss.gate=0.1"),
+    ("trust_is_per_teacher", "loss.kd_where=student_wrong loss.kd_loss=mse", "write kd_loss: kl",
+     "loss.kd_where=student_wrong"),
+    ("warm_up_ends", "loss.warmup_epochs=5 train.epochs=5", "learns alone for 5 of 5 epochs",
+     "loss.warmup_epochs=4 train.epochs=5"),
+    ("unions_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
+    ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
+     f"{UNION} union.strategy=avg"),
+    ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1,lol:1", "'lol:1' is not a threat",
+     f"{UNION} union.strategy=ramp"),
+    ("unions_fit", UNION, "without a strategy", f"{UNION} union.strategy=random"),
+    ("unions_fit", f"{UNION},l2:1 union.strategy=msd", "one norm twice", f"{UNION} union.strategy=msd"),
+    ("unions_fit", "peers=1 loss=at union.strategy=eat union.threats=linf:0.1,l2:1", "without linf and l1",
+     f"{UNION} union.strategy=eat"),
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=max peers.1.threat=linf", "the specialists have 1 norms",
+     f"{COHORT} peers.2.union.strategy=max"),
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1,l1:9",
+     "no specialist for l1", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1"),
+    ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),
     (
         "schedule_fits_training", "optim.warmup_epochs=5 train.epochs=5", "the rise of onecycle lasts 5 of 5 epochs",
         "optim.warmup_epochs=4 train.epochs=5",
@@ -82,7 +121,12 @@ CASES = [
       for broken, kept in [("kd_weight=0", "kd_weight=1"), ("kd_own=1", "kd_own=0.9"), ("kd_own=0", "kd_own=0.1"),
                            ("teacher_input=clean", "teacher_input=same_ae"), ("teacher_agg=mean_logit",
                                                                                "teacher_agg=mean_prob"),
-                           ("temperature=2", "temperature=1")]),
+                           ("temperature=2", "temperature=1"), ("kd_clean=0.1", "kd_clean=0"),
+                           ("kd_loss=mse", "kd_loss=kl"), ("gate=0.1", "gate=0"), ("kd_where=teacher_right",
+                                                                                  "kd_where=all"),
+                           ("warmup_epochs=1", "warmup_epochs=0")]),
+    ("sums_are_enough", "step.opinions=summed peers.1.frozen=true peers.1.init_from=x", "roles and frozen peers",
+     "step.opinions=summed"),
     ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),
@@ -122,14 +166,15 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 def test_every_rule_has_a_case() -> None:
     public = {
         name
-        for name, value in vars(rules).items()
+        for module in (rules, rules_learning)
+        for name, value in vars(module).items()
         if inspect.isfunction(value)
-        and value.__module__ == rules.__name__
+        and value.__module__ == module.__name__
         and not name.startswith("_")
-        and name not in ("rule", "check", "as_fraction", "config_warnings")
+        and name not in ("as_fraction", "config_warnings")
     }
     assert public == {case[0] for case in CASES}
-    assert {function.__name__ for function, _ in rules._RULES} == public
+    assert {function.__name__ for function, _ in registry._RULES} == public
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:

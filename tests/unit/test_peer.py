@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mat_dist import checkpoint, streams
 from mat_dist.cohort import state_hash
 from mat_dist.peer import Peer, average
+from mat_dist.plan import CohortPlan
 from mat_dist.schedules import ema_decay_at
 from tests.cohorts import Net, batch, cohort_config, nets
 
@@ -130,7 +131,8 @@ def test_an_update_is_sgd_with_momentum_and_drops_the_gradient(nesterov: bool) -
 def test_several_forwards_move_running_statistics_as_far_as_one(sources: int) -> None:
     """Forwards of one batch: 1 - (1 - m)^(1/S) applied S times is m applied once."""
     one, several = make_peer(), make_peer()
-    several.set_forwards(sources)
+    config = cohort_config("at", 1)
+    several.follow(CohortPlan.of(config.peers).peers[0], forwards=sources, steps_per_epoch=1)
     x, _ = batch(0)
     one.learn(x, (0, 0, 0))
     for slot in range(sources):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mat_dist.config.presets import fill_loss
-from mat_dist.config.schema import LossConfig, OptimConfig
+from mat_dist.config.schema import LossConfig, OptimConfig, PeerConfig
 from mat_dist.errors import EnvironmentFault
 from mat_dist.mesh.placement import Placement
 from mat_dist.plan import CohortPlan
@@ -14,7 +14,7 @@ from mat_dist.schedules import ema_decay_at, lr_at
 
 def plan(preset: str, peers: int = 3, **loss: object) -> CohortPlan:
     sections = [LossConfig(preset=preset, **loss) for _ in range(peers)]  # type: ignore[arg-type]
-    return CohortPlan.of([fill_loss(section, i, peers) for i, section in enumerate(sections)])
+    return CohortPlan.of([PeerConfig(loss=fill_loss(section, i, peers)) for i, section in enumerate(sections)])
 
 
 @pytest.mark.parametrize("preset,learned,taught,shares", [
@@ -37,21 +37,21 @@ def test_every_preset_forwards_what_its_formula_needs_and_nothing_else(
 
 def test_weights_of_a_row_add_up_to_the_stated_totals() -> None:
     row = plan("mat", 4, hard_own=0.7, kd_weight=0.4, kd_own=0.1).peers[2]
-    assert row.hard == pytest.approx((0.06, 0.06, 0.42, 0.06))
-    assert row.distilled == pytest.approx((0.12, 0.12, 0.04, 0.12))
+    assert row.hard == pytest.approx({0: 0.06, 1: 0.06, 2: 0.42, 3: 0.06})
+    assert row.distilled == pytest.approx({0: 0.12, 1: 0.12, 2: 0.04, 3: 0.12})
 
 
 def test_a_coefficient_left_open_is_named() -> None:
     full = fill_loss(LossConfig(), 0, 1)
     with pytest.raises(ValueError, match=r"loss\.kd_own, loss\.temperature"):
-        CohortPlan.of([full.model_copy(update={"kd_own": None, "temperature": None})])
+        CohortPlan.of([PeerConfig(loss=full.model_copy(update={"kd_own": None, "temperature": None}))])
 
 
 def test_muting_moves_shares_to_the_others_and_is_undone_by_muting_nobody() -> None:
     cohort = plan("mat", 4, hard_own=0.7)
-    row = cohort.muting([2]).peers[0]
-    assert row.hard == pytest.approx((0.35, 0.075, 0, 0.075)) and row.teachers(0) == (1, 3)
-    assert cohort.muting([2]).muting([]) == cohort
+    row = cohort.listening([2], []).peers[0]
+    assert row.hard == pytest.approx({0: 0.35, 1: 0.075, 3: 0.075}) and row.teachers(0) == (1, 3)
+    assert cohort.listening([2], []).listening([], []) == cohort
 
 
 def test_an_owner_teaches_only_on_its_own_examples() -> None:

@@ -125,18 +125,20 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 ALONE = """
     run.seed=1 data.train_size=48 data.val_size=50 data.augment.pad=2 data.augment.flip=true
     data.augment.random_resized_crop=0.3 data.augment.cutout=4 model.name=small_cnn model.width=0.5
-    model.activation=silu model.norm=group threat.norm=l2 threat.eps=0.05 attack.steps=2 attack.step_size=0.01
-    attack.start=zero attack.start=gaussian attack.loss=margin attack.loss=kl_clean loss.preset=trades
-    loss.hard_weight=0.9 loss.hard_own=0.5 loss.clean_weight=0.5 loss.kd_weight=0.9 loss.kd_own=1
-    loss.temperature=4 loss.teacher_input=own_ae loss.teacher_input=clean loss.trades_beta=6 loss.pair_weight=1
-    loss.base_scale=0.5 loss.label_smoothing=0.1 optim.lr=0.05 optim.momentum=0.5 optim.nesterov=true
+    model.activation=silu model.norm=group threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
+    attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin
+    attack.loss=kl_clean loss.preset=trades loss.hard_weight=0.9 loss.hard_own=0.5 loss.clean_weight=0.5
+    loss.kd_weight=0.9 loss.kd_own=1 loss.temperature=4 loss.teacher_input=own_ae loss.teacher_input=clean
+    loss.trades_beta=6 loss.pair_weight=1 loss.base_scale=0.5 loss.label_smoothing=0.1 optim.lr=0.05
+    optim.momentum=0.5 optim.nesterov=true
     optim.weight_decay=0.05 optim.schedule=cosine optim.clip_norm=0.01 peers.0.stream=9 peers.1.optim.lr=0.01
     step.precision=bf16 step.precision=fp64 step.bn=joint step.wire=fp16 step.wire=int8 step.microbatches=2
     train.batch_size=8 train.max_steps=3"""
 WITH_OTHERS = {  # setting: what else is set on both sides
     "loss.t2_scale=false": "loss.temperature=4", "loss.teacher_agg=mean_prob": "peers=3",
     "loss.teacher_agg=mean_logit": "peers=3", "loss.teacher_set=owner": "peers=3",
-    "optim.gamma=0.5": "optim.schedule=piecewise", "optim.milestones=[0.9]": "optim.schedule=piecewise",
+    "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
+    "optim.milestones=[0.9]": "optim.schedule=piecewise",
     "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.decay_norm_bias=false": "optim.weight_decay=0.5",
     "optim.schedule=constant": "train.max_steps=4",
     "train.epochs=2": "train.max_steps=null"}

@@ -26,7 +26,7 @@ from tests.documents import table
 pytestmark = pytest.mark.slow  # 40 s of attacks
 
 COUNT = 80
-LINF, L2 = Threat("linf", 0.1), Threat("l2", 0.5)
+LINF, L2, L1 = Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def failed(model: nn.Module, x: Tensor, y: Tensor, *threats: Threat, job: Job | 
 @pytest.mark.parametrize("name", ["linear", "mlp", "cnn"])
 def test_an_honest_model_passes_every_check(name: str, honest: dict[str, nn.Module],
                                             digits: tuple[Tensor, ...]) -> None:
-    assert failed(honest[name], *digits[2:], LINF, L2) == set()
+    assert failed(honest[name], *digits[2:], LINF, L2, L1) == set()
 
 
 class Scaled(nn.Module):
@@ -198,7 +198,8 @@ def test_an_ae_outside_the_ball_or_the_box_is_named(honest: dict[str, nn.Module]
 
 
 def test_square_and_transfer_beyond_white_box_are_named() -> None:
-    threat = {"n": 1000, "inside ball and box": 0, "square": 0, "autoattack": 0, "transfer": 0}
+    threat = {"n": 1000, "inside ball and box": 0, "square": 0, "gradient-free": 0, "autoattack": 0,
+              "transfer": 0}
     model = {"n": 1000, "classes": 10}
 
     def found(**counts: int) -> set[str]:
@@ -219,7 +220,7 @@ def test_counts_of_chunks_add_up(honest: dict[str, nn.Module], digits: tuple[Ten
 # ------------------------------------------------------------------------------------------------ the search
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=lambda t: t.norm)
+@pytest.mark.parametrize("threat", [LINF, L2, L1], ids=lambda t: t.norm)
 def test_the_search_stays_inside_and_finds_what_noise_does_not(threat: Threat, honest: dict[str, nn.Module],
                                                                digits: tuple[Tensor, ...]) -> None:
     x, y = digits[2:]

@@ -1,0 +1,122 @@
+"""Several norms for one peer, against loops over images and norms."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat_dist import streams
+from mat_dist.attacks.union import EatChoice, msd, random_norm, worst_of
+from mat_dist.threats import L1Region, Threat
+
+THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
+SIZES = [0.03, 0.15, 0.5]
+
+
+def model(images: Tensor) -> Tensor:
+    """Two layers with tanh over 36 values, 4 classes, float64 inside."""
+    one, two = streams.normal(1, (36, 12), dtype=torch.float64), streams.normal(2, (12, 4), dtype=torch.float64)
+    return (3 * torch.tanh(images.double().flatten(1) @ one) @ two).to(images.dtype)
+
+
+def some_images(count: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = streams.uniform(3, (count, 1, 6, 6), dtype=dtype)
+    return x, model(x).argmax(1)
+
+
+def loss_of(image: Tensor, label: Tensor) -> float:
+    return F.cross_entropy(model(image[None]), label[None]).item()
+
+
+def test_the_worst_of_several_aes_is_chosen_image_by_image() -> None:
+    x, y = some_images()
+    advs = [t.start("uniform", t.region(x), x, stream=i) for i, t in enumerate(THREATS)]
+    found = worst_of(model, x, y, advs)
+    for b in range(len(x)):
+        losses = [loss_of(adv[b], y[b]) for adv in advs]
+        which = max(range(3), key=lambda i: losses[i])
+        assert found.which_B[b] == which and torch.equal(found.adv_BCHW[b], advs[which][b])
+        assert found.loss_B[b].item() == pytest.approx(losses[which])
+    assert len(found.which_B.unique()) == 3
+    assert torch.equal(worst_of(model, x, y, [x, x]).which_B, torch.zeros_like(y))
+
+
+def one_image(x: Tensor, y: Tensor, steps: int, tops: list[int]) -> tuple[Tensor, list[int]]:
+    """MSD on one image (1, C, H, W) -> its best point, and the norm of each step."""
+    z, best, highest, path = x, x, -1.0, []
+    for top in tops[:steps]:
+        leaf = z.clone().requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+        options = []
+        for threat, size in zip(THREATS, SIZES, strict=True):
+            region = threat.region(x)
+            moved = region.step(z, g, size, top) if isinstance(region, L1Region) else region.step(z, g, size)
+            options.append(region.project(moved))
+        losses = [loss_of(option[0], y[0]) for option in options]
+        path.append(max(range(3), key=lambda i: losses[i]))
+        z = options[path[-1]]
+        if losses[path[-1]] > highest:
+            best, highest = z, losses[path[-1]]
+    return best, path
+
+
+def test_msd_goes_on_from_the_norm_that_raises_the_loss_most() -> None:
+    x, y = some_images()
+    tops = [5 + streams.key(9, "msd-top", number) % 16 for number in range(8)]
+    assert min(tops) >= 5 and max(tops) <= 20 and len(set(tops)) > 3
+    found = msd(model, x, y, regions=[t.region(x) for t in THREATS], step_sizes=SIZES, start_BCHW=x, loss="ce",
+                steps=8, stream=9)
+    used = set()
+    for b in range(len(x)):
+        best, path = one_image(x[b:b + 1], y[b:b + 1], 8, tops)
+        assert (found[b] - best[0]).abs().max() < 1e-9
+        used |= set(path)
+    assert len(used) == 3
+
+
+def test_an_msd_example_lies_in_one_of_the_regions() -> None:
+    x, y = some_images(60, torch.float32)
+    found = msd(model, x, y, regions=[t.region(x) for t in THREATS], step_sizes=[1.0, 5.0, 9.0], start_BCHW=x,
+                loss="ce", steps=6, stream=2)
+    inside = torch.stack([t.distance(found, x) <= t.eps * (1 + 1e-6) for t in THREATS])
+    assert inside.any(0).all() and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
+    assert not inside.all()  # and not in all of them
+
+
+def test_a_random_norm_is_keyed_and_even() -> None:
+    drawn = [random_norm(3, stream=streams.key(1, step)) for step in range(3000)]
+    assert drawn == [random_norm(3, stream=streams.key(1, step)) for step in range(3000)]
+    assert drawn != [random_norm(3, stream=streams.key(2, step)) for step in range(3000)]
+    assert all(abs(drawn.count(i) - 1000) < 100 for i in range(3))  # 4 standard deviations
+
+
+def test_eat_prefers_the_norm_with_the_lower_running_robust_accuracy() -> None:
+    """Counts and weights as by hand; frequencies as random.choices with these weights."""
+    choice = EatChoice.of(2)
+    assert choice.weights() == [0.5, 0.5]
+    choice.update(0, held=90, seen=100)
+    assert choice.weights() == [0.5, 0.5]  # nothing is known of the other norm
+    choice.update(1, held=20, seen=50)
+    choice.update(1, held=10, seen=50)
+    assert choice.weights() == pytest.approx([0.1 / 0.8, 0.7 / 0.8])
+    drawn = [choice.choose(stream=streams.key(3, step)) for step in range(4000)]
+    theirs = random.Random(0).choices([0, 1], weights=[0.1, 0.7], k=4000)
+    assert abs(drawn.count(0) - theirs.count(0)) < 120  # 4 standard deviations of the difference
+
+
+def test_eat_without_a_weight_left_chooses_evenly() -> None:
+    choice = EatChoice([10, 5], [10, 5])
+    assert choice.weights() == [0.5, 0.5]
+
+
+def test_eat_goes_on_from_its_state() -> None:
+    one, other = EatChoice([3, 4], [10, 10]), EatChoice.of(2)
+    other.load(one.state())
+    one.update(0, 1, 10)
+    assert other.weights() == pytest.approx([0.7 / 1.3, 0.6 / 1.3])
+    assert [other.choose(stream=streams.key(1, s)) for s in range(50)] == [
+        EatChoice([3, 4], [10, 10]).choose(stream=streams.key(1, s)) for s in range(50)]

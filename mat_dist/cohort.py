@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,11 @@ class Images:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Images:
+        """From what a checkpoint's manifest tells."""
+        return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
 
 
 def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:

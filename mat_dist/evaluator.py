@@ -19,6 +19,7 @@ from mat_dist.agreement import Agreement
 from mat_dist.attacks.pgd import pgd
 from mat_dist.checkpoint import Manifest, load_peer
 from mat_dist.cohort import DTYPES, Images, make_model
+from mat_dist.config.fields import parse_threats
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import ImageSet, as_float
 from mat_dist.errors import StopRequested
@@ -86,7 +87,15 @@ class Result:
 
 def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
     """The distinct threats of a cohort, in peer order; every target is attacked with each."""
-    return list(dict.fromkeys(Threat(p.threat.norm, p.threat.eps) for p in peers))
+    union = [parse_threats(p.union.threats) if p.union.threats else [] for p in peers]
+    return list(dict.fromkeys(Threat(*pair) for p, more in zip(peers, union, strict=True)
+                              for pair in ((p.threat.norm, p.threat.eps), *more)))
+
+
+def ensemble_of(config: Config, models: Sequence[nn.Module], rule: str | None = None) -> Ensemble:
+    """The ensemble of the peers that train, in eval mode, by `rule` or the run's own."""
+    voters = [model for model, spec in zip(models, config.peers, strict=True) if not spec.frozen]
+    return Ensemble(voters, rule or config.eval.ensemble).eval()
 
 
 def load_models(config: Config, manifest: Manifest, images: Images, weights: str,
@@ -124,7 +133,7 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
         models = agree.run("loading", load_models, config, manifest, images, weights, mesh.device)
         agree.settle(f"models {weights}")
         names = [*(str(p.name) for p in config.peers), ENSEMBLE]
-        targets = [*models, Ensemble(models, config.eval.ensemble)]
+        targets = [*models, ensemble_of(config, models)]
         # Columns: clean, then each threat; ranks fill their chunks, the rest stays 0 for the sum.
         table_RCN = torch.zeros(len(targets), 1 + len(threats), count, dtype=torch.uint8)
         for chunk in range(mesh.placement.rank, -(-count // config.eval.chunk), mesh.placement.world):
@@ -218,9 +227,11 @@ def strict_arithmetic() -> Iterator[None]:
         backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
-def selection_score(results: Sequence[Result]) -> float:
-    """What `best` maximises on the validation split: mean robust accuracy of the peers, with averaged weights
-    where they are kept."""
-    peers = [r for r in results if r.target != ENSEMBLE]
+def selection_score(results: Sequence[Result], specs: Sequence[PeerConfig]) -> float:
+    """What `best` maximises on the validation split: mean robust accuracy of the generalists, or where there are none
+    of all peers that train, with averaged weights where they are kept."""
+    training = {str(spec.name): spec.role for spec in specs if not spec.frozen}
+    generalists = {name for name, role in training.items() if role == "generalist"}
+    peers = [r for r in results if r.target in (generalists or training)]
     chosen = [r for r in peers if r.weights == EMA] or peers
     return sum(r.robust for r in chosen) / len(chosen)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mat_dist import checkpoint
 from mat_dist.atomic import parse_json
@@ -14,8 +14,8 @@ from mat_dist.cohort import Images
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW, load_models
-from mat_dist.models import Ensemble
+from mat_dist.evaluator import EMA, ENSEMBLE, RAW, ensemble_of, load_models
+from mat_dist.peer import Peer
 from mat_dist.runfolder import RunFolder
 
 
@@ -33,7 +33,54 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
     Raises:
         CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
     """
-    folder = RunFolder(Path(run))
+    folder, config, manifest, weights = _opened(Path(run), which, weights)
+    images = Images.of(manifest.meta.extra["images"])
+    models = load_models(config, manifest, images, weights, torch.device(device))
+    if peer == ENSEMBLE:
+        return ensemble_of(config, models)
+    return models[_index(config, folder, manifest, peer, weights)]
+
+
+def initialise(peers: Sequence[Peer], images: Images) -> None:
+    """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
+    for peer in peers:
+        if peer.spec.init_from is None:
+            continue
+        try:
+            peer.start_from(trained_state(peer.spec.init_from, images))
+        except RuntimeError as error:
+            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
+                                  f"{str(error).splitlines()[-1].strip()[:200]}", peer.spec.init_from,
+                                  f"give {peer.name} the model of that run") from error
+
+
+def trained_state(source: str, images: Images) -> dict[str, Tensor]:
+    """The weights that another peer starts from.
+
+    Args:
+        source: folder of a run, for its best peer, or RUN:PEER; the best checkpoint counts, with averaged weights where
+            they are kept.
+        images: what the new model is for.
+
+    Raises:
+        CheckpointError: no such run, checkpoint or peer, or one for images of other size or number of classes.
+    """
+    path, colon, name = source.rpartition(":")
+    run, peer = (path, name) if colon and not Path(source).is_dir() else (source, "best")
+    folder, config, manifest, weights = _opened(Path(run), "best", None)
+    theirs = Images.of(manifest.meta.extra["images"])
+    for what, found, wanted in (("images", theirs.shape, images.shape), ("classes", theirs.classes, images.classes)):
+        if found != wanted:
+            raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", source,
+                                  "train a model for these data, and name its run in init_from")
+    state = checkpoint.load_peer(manifest, _index(config, folder, manifest, peer, weights))
+    chosen: dict[str, Tensor] = state["model"] if weights == RAW or state["ema"] is None else state["ema"]
+    return chosen
+
+
+def _opened(run: Path, which: str, weights: str | None) -> tuple[RunFolder, Config, checkpoint.Manifest, str]:
+    """A run's folder, settings, checkpoint and weights (`raw` or `ema`)."""
+    folder = RunFolder(run)
     if not folder.config.is_file():
         raise CheckpointError("this is not the folder of a run", str(run), "give the folder that holds config.yaml")
     config = load_config(str(folder.config))
@@ -44,19 +91,15 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
     if weights not in (RAW, EMA) or (weights == EMA and not averaged):
         raise CheckpointError(f"there are no weights {weights!r}", str(run),
                               "choose raw, or ema where optim.ema_decay was set")
-    told = manifest.meta.extra["images"]
-    images = Images(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
-    models = load_models(config, manifest, images, weights, torch.device(device))
-    if peer == ENSEMBLE:
-        return Ensemble(models, config.eval.ensemble).eval()
-    return models[_index(config, folder, manifest, peer, weights)]
+    return folder, config, manifest, weights
 
 
 def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, peer: str | int, weights: str) -> int:
     """Position of the peer that is asked for."""
     names = [str(p.name) for p in config.peers]
     if peer == "best":
-        found = best_peer(names, folder, manifest.step, weights)
+        trained = [str(p.name) for p in config.peers if not p.frozen]
+        found = trained[0] if len(trained) == 1 else best_peer(trained, folder, manifest.step, weights)
         if found is None:
             raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
                                   f"choose one of {', '.join(names)}")

@@ -185,6 +185,12 @@ class Peer:
         return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema,
                 "optimizer": self.optimizer.state_dict(), **self.crafter.state()}
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take over the weights of another model of this architecture. Raises RuntimeError if they do not fit."""
+        self.model.load_state_dict(weights)
+        if self.ema is not None:
+            self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state of the same architecture and optimizer."""
         self.model.load_state_dict(state["model"])

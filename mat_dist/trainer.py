@@ -16,6 +16,7 @@ from mat_dist.containment import Containment
 from mat_dist.data import Batches, DataSets, channel_stats, steps_per_epoch
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
+from mat_dist.loading import initialise
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.records import Meter, step_record, table_rows, validation_record
 from mat_dist.results import write_results
@@ -251,6 +252,7 @@ class Trainer:
         agree.settle("search")
         found = self.mesh.from_lead(found)
         if found is None:
+            self.run.together("initial weights", initialise, self.cohort.peers, self.images)
             return 0
         manifest = agree.run("manifest", checkpoint.load_manifest, self.run.folder, found["step"])
         for peer in self.cohort.peers:
@@ -283,7 +285,7 @@ class Trainer:
         plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
         results = evaluate(self.config, self.mesh, self.newest, self.images, self.data.val, plan,
                            size=self.config.eval.size, purpose="validation", stop=self.stop)
-        score = selection_score(results)
+        score = selection_score(results, self.config.peers)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         if self.mesh.placement.is_lead:
             agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)

@@ -14,8 +14,17 @@ from mat_dist.cohort import Images
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, chosen_images, load_models, pixels, threats_of
-from mat_dist.models import Ensemble
+from mat_dist.evaluator import (
+    EMA,
+    ENSEMBLE,
+    RAW,
+    AttackPlan,
+    chosen_images,
+    ensemble_of,
+    load_models,
+    pixels,
+    threats_of,
+)
 from mat_dist.models.modes import frozen
 from mat_dist.report.files import RunFiles
 from mat_dist.threats import Threat
@@ -91,8 +100,7 @@ def load_subject(run: RunFiles, manifest: checkpoint.Manifest, images: int, devi
     training, ConfigError for a model or data set of a plug-in that is not given.
     """
     config = run.config
-    told = manifest.meta.extra["images"]
-    shape = Images(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
+    shape = Images.of(manifest.meta.extra["images"])
     weights = EMA if run.averaged else RAW
     models = load_models(config, manifest, shape, weights, device)
     data = load_data(config.data.model_copy(update={"download": False}), seed=config.run.seed,
@@ -100,7 +108,7 @@ def load_subject(run: RunFiles, manifest: checkpoint.Manifest, images: int, devi
     if data.digest != manifest.meta.data_digest:
         raise DataError("the images are not those of the training", f"data.name={config.data.name}",
                         "give the report the same data, in the place that config.yaml names")
-    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: Ensemble(models, config.eval.ensemble).eval()}
+    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: ensemble_of(config, models)}
     samples_N = chosen_images(len(data.test), images, config.run.seed)
     source = best_peer(run, manifest.step, weights)
     return Subject(config, targets, source, weights, manifest.step, data.test, samples_N, data.classes, device)

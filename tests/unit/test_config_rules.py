@@ -28,7 +28,8 @@ CASES = [
     ("names_are_unique", "peers.0.name=best", "the name best has another meaning", "peers.0.name=bests"),
     ("streams_are_unique", "peers.0.stream=2", "peers.0 and peers.2 have the same stream 2", "peers.0.stream=4"),
     ("somebody_is_there_to_learn_from", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
-    ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)", "peers=1 loss=trades"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)",
+     "peers=1 loss=trades"),
     (
         "somebody_is_there_to_learn_from", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
         "peers=1 loss=mat_share",

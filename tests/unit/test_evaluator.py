@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoint, streams
 from mat_dist.cohort import Cohort, Images
-from mat_dist.config.schema import Config, DataConfig
+from mat_dist.config.schema import Config, DataConfig, PeerConfig
 from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, chosen_images, correct, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
@@ -234,8 +234,12 @@ def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -
 
     raw = table(RAW, [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0])
     ema = table(EMA, [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0])
-    assert selection_score(raw) == pytest.approx(0.625)
-    assert selection_score([*raw, *ema]) == pytest.approx(0.75)
+    peers = [PeerConfig(name="peer0"), PeerConfig(name="peer1")]
+    assert selection_score(raw, peers) == pytest.approx(0.625)
+    assert selection_score([*raw, *ema], peers) == pytest.approx(0.75)
+    generalist = [PeerConfig(name="peer0", role="specialist"), PeerConfig(name="peer1", role="generalist")]
+    assert selection_score(raw, generalist) == pytest.approx(0.25)
+    assert selection_score(raw, [peers[0], PeerConfig(name="peer1", frozen=True)]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("hits,count,low,high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),

@@ -50,6 +50,27 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
                       *_schedule(run)])
 
 
+def training_passes(config: Config) -> tuple[int, int, int] | None:
+    """Steps of a training, and the forward and backward passes of a batch through a network in all of them.
+
+    None where the data set must be read to know. Evaluations and the transfer table of log steps do not count.
+    """
+    plan = CohortPlan.of([p.loss for p in config.peers])
+    run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
+    per_epoch = 0 if run.count is None else steps_per_epoch(run.count, config.train.batch_size)
+    if per_epoch < 1:
+        return None
+    total = _total(config, per_epoch)
+    forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
+    return total, forward, backward
+
+
+def _total(config: Config, per_epoch: int) -> int:
+    """Steps of the whole training."""
+    whole = config.train.epochs * per_epoch
+    return min(whole, config.train.max_steps or whole)
+
+
 @dataclass(frozen=True)
 class _Run:
     """What the parts of the description share; `rows` are the images of a replica's batch."""
@@ -194,7 +215,7 @@ def _schedule(run: _Run) -> list[str]:
     if per_epoch < 1:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
-    total = min(config.train.epochs * per_epoch, config.train.max_steps or config.train.epochs * per_epoch)
+    total = _total(config, per_epoch)
     forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():

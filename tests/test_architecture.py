@@ -28,7 +28,8 @@ ROWS = (
     ("step", "evaluator", "run", "dryrun"),
     ("results",),
     ("trainer",),
-    ("train", "evaluate", "report", "check", "bench", "__init__"),
+    ("train", "evaluate", "report", "check", "__init__"),
+    ("bench",),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

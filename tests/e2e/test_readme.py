@@ -65,6 +65,9 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
+           **{f"python -m mat_dist.bench {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (
+               "evidence --suite cpu --dry-run", "evidence --suite cpu data.root=FOLDER",
+               "search --suite cpu data.root=FOLDER")},
            **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
                ("python", "step"), ("python", "naive"), ("python", "scale --rounds 3"),
                ("torchrun --nproc_per_node=2", "step peers=2"))}}

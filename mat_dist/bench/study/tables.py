@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,13 @@ def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
                                    "seeds": list(one.seeds) if one.seeds is not None else None}
                             for name, one in plan.evaluations.items()},
             "rows": [row_document(plan, entry, cells[entry.name]) for entry in entries],
-            "differences": [found for control in plan.controls for entry in entries if entry.name != control
-                            for found in differences(entry, control, cells)]}
+            "differences": sorted((found for control in plan.controls for entry in entries if entry.name != control
+                                   for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))}
+
+
+def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
+    order = {name: number for number, name in enumerate(plan.controls)}
+    return lambda one: (order[one["control"]], one["checkpoint"] != "last", one["column"] != plan.primary)
 
 
 def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:

@@ -50,17 +50,20 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
                       *_schedule(run)])
 
 
-def training_passes(config: Config) -> tuple[int, int, int] | None:
+def training_passes(config: Config, steps: int | None = None) -> tuple[int, int, int] | None:
     """Steps of a training, and the forward and backward passes of a batch through a network in all of them.
 
-    None where the data set must be read to know. Evaluations and the transfer table of log steps do not count.
+    Evaluations and the transfer table of log steps do not count.
+
+    Args:
+        steps: of the training, where they are known; default by the settings, None where that needs the data set.
     """
     plan = CohortPlan.of([p.loss for p in config.peers])
     run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
     per_epoch = 0 if run.count is None else steps_per_epoch(run.count, config.train.batch_size)
-    if per_epoch < 1:
+    if per_epoch < 1 and steps is None:
         return None
-    total = _total(config, per_epoch)
+    total = steps or _total(config, per_epoch)
     forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
     return total, forward, backward
 

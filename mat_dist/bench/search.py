@@ -62,7 +62,8 @@ class Candidate:
     def passes(self) -> int | None:
         """Forward and backward passes of its training."""
         first = next(iter(self.jobs.values()), None)
-        found = training_passes(first.config) if first is not None else None
+        steps = next((checkpoint.load_manifest(job.folder).step for job in self.jobs.values() if job.done), None)
+        found = training_passes(first.config, steps) if first is not None else None
         return found[1] + found[2] if found else None
 
     @property

@@ -197,6 +197,8 @@ def test_passes_of_a_training_by_hand() -> None:
     assert training_passes(load_config("digits", settings)) == (10, 80, 80)
     shared = load_config("digits", ["peers=2", "loss=mat_share", *settings[2:]])
     assert training_passes(shared) == (10, 10 * 2 * 9, 10 * 2 * 9)
+    unread = load_config("digits", ["data.name=folder", "data.root=x", "data.image_size=8", *settings])
+    assert training_passes(unread) is None and training_passes(unread, 10) == (10, 80, 80)
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -297,6 +299,9 @@ def test_a_study_is_trained_attacked_and_written_once(tmp_path: Path, in_process
     assert main(words) == 0
     trained = [one for one in in_process if one[0] == "mat_dist.train"]
     assert len(trained) == 4  # at with seed 0 once
+    (file, *_) = (tmp_path / "runs/mat_1/eval").glob("evaluate_test_last_*.json")
+    told = json.loads(file.read_text())  # checks=0
+    assert not told["reportable"] and not told["targets"][0]["checks"] and not told["targets"][0]["reportable"]
     begun = len(in_process)
     assert main(words) == 0 and len(in_process) == begun
     document = json.loads((tmp_path / "cpu.json").read_text())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mat_dist import checkpoint
 from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
 from mat_dist.bench.study.runs import Job, training_seconds
 from mat_dist.bench.study.scores import Evaluated, gathered
@@ -76,7 +77,8 @@ def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple
 def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
     """One row: what it is, what it cost, what it scored, what is missing."""
     row, first = entry.row, next(iter(entry.jobs.values()), None)
-    passes = training_passes(first.config) if first is not None else None
+    trained = next((checkpoint.load_manifest(job.folder).step for job in entry.jobs.values() if job.done), None)
+    passes = training_passes(first.config, trained) if first is not None else None
     seconds = {seed: found for seed, job in entry.jobs.items() if job.done
                for found in [training_seconds(job.folder)] if found is not None}
     accuracy: dict[str, Any] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -271,8 +271,6 @@ def test_seconds_count_every_step_once(tmp_path: Path) -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Runs commands in this process, which saves the start of Python -> the commands."""
-    import importlib
-
     begun: list[tuple[str, ...]] = []
 
     def run(self: Runner, module: str, words: Sequence[str], log: Path) -> int:
@@ -360,9 +358,6 @@ suites:
     document = json.loads((tmp_path / "search_cpu.json").read_text())
     means = [one["scores"]["mean"]["mean"] for one in document["settings_tried"]]
     assert means == sorted(means, reverse=True) and document["families"]["kd"]["tried"] == 2
-    for one in in_process:
-        folder = tmp_path / "runs" / one[-2].removeprefix("run.name=") if "run.name=" in one[-2] else None
-        assert folder is None or not list(folder.glob("eval/test_*"))
     assert not list((tmp_path / "runs").glob("*/eval/test_*")) and len(list((tmp_path / "runs").glob("*/eval/*"))) == 3
 
 
@@ -372,5 +367,4 @@ def test_the_folder_of_python_is_not_needed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", "")
     body = "import mat_dist, sys; sys.exit(0 if 'mat_dist' in mat_dist.__file__ else 1)"
     (tmp_path / "asks.py").write_text(body)
-    monkeypatch.setattr(sys, "executable", sys.executable)
     assert runner().run("asks", (), tmp_path / "log") == 0

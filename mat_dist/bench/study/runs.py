@@ -164,7 +164,8 @@ def failure(code: int, job: Job, what: str) -> MatError:
     """The error of a command that ended with `code`, with the last error line of its log."""
     lines = job.log.read_text(errors="replace").splitlines()
     told = next((line for line in reversed(lines) if line.startswith("mat_dist: error: ")), f"see {job.log.name}")
-    return error_class(code)(f"{what} ended with code {code}: {told.removeprefix('mat_dist: error: ')[:300]}",
+    told = told.removeprefix("mat_dist: error: ").replace(f"{job.folder.path.parent.resolve()}{os.sep}", "")
+    return error_class(code)(f"{what} ended with code {code}: {told[:300]}",
                              job.folder.name, "mend that and start the same command again")
 
 

@@ -8,17 +8,15 @@ cannot be seen from images.
 from __future__ import annotations
 
 import csv
-import math
-import statistics
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from mat_dist.intervals import image_interval, seed_interval
+
 Key = tuple[str, str, str, str]
-# Two-sided 95 % quantile of Student's t by degrees of freedom; 1.96 beyond.
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def robust(run: Path) -> dict[Key, int]:
@@ -40,14 +38,6 @@ def differences(before: dict[Key, int], after: dict[Key, int]) -> dict[str, list
     return found
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of the 95 % interval of Student's t over runs."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), STUDENT.get(len(values) - 1, 1.96) * error
-
-
 def main() -> int:
     """Print a row per target: each pair's difference with its interval over images, and all runs together."""
     if "--" not in sys.argv:
@@ -61,12 +51,10 @@ def main() -> int:
     for target in found[0]:
         cells, means = [], []
         for one in found:
-            values = [100.0 * v for v in one[target]]
-            mean = statistics.fmean(values)
-            half = 1.96 * statistics.pstdev(values) / math.sqrt(len(values))
+            mean, half = image_interval([100.0 * v for v in one[target]])
             cells.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
             means.append(mean)
-        mean, half = interval(means)
+        mean, half = seed_interval(means)
         table.add_row(target, *cells, f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
     Console(width=140).print(table)
     return 0

@@ -20,6 +20,7 @@ from mat_dist.data.split import default_val_size
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model, parameter_count
+from mat_dist.objective import own_slots
 from mat_dist.plan import CohortPlan, PeerPlan
 from mat_dist.schedules import lr_at
 from mat_dist.threats import Threat
@@ -48,6 +49,30 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
              f"images      {run.describe_images()}"]
     return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
                       *_schedule(run)])
+
+
+def training_passes(config: Config, steps: int | None = None) -> tuple[int, int, int] | None:
+    """Steps of a training, and the forward and backward passes of a batch through a network in all of them.
+
+    Evaluations and the transfer table of log steps do not count.
+
+    Args:
+        steps: of the training, where they are known; default by the settings, None where that needs the data set.
+    """
+    plan = CohortPlan.of(config.peers)
+    run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
+    per_epoch = 0 if run.count is None else steps_per_epoch(run.count, config.train.batch_size)
+    if per_epoch < 1 and steps is None:
+        return None
+    total = steps or _total(config, per_epoch)
+    forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
+    return total, forward, backward
+
+
+def _total(config: Config, per_epoch: int) -> int:
+    """Steps of the whole training."""
+    whole = config.train.epochs * per_epoch
+    return min(whole, config.train.max_steps or whole)
 
 
 @dataclass(frozen=True)
@@ -136,12 +161,14 @@ def _terms(run: _Run) -> list[str]:
 
 def _weights(row: PeerPlan) -> dict[str, float]:
     c, others = row.loss, [j for j in range(row.peers) if j != row.index]
-    return {"CE own": c.base_scale * row.hard[row.index],
-            "CE other": c.base_scale * max((row.hard[j] for j in others), default=0.0),
-            "CE clean": c.base_scale * c.clean_weight,
-            "KD own": row.distilled[row.index] if row.teachers(row.index) else 0.0,
-            "KD other": max((row.distilled[j] for j in others), default=0.0),
-            "TRADES": c.base_scale * c.trades_beta, "logit pairing": c.base_scale * c.pair_weight}
+    return {"CE own": c.base_scale * sum(row.hard.get(slot, 0.0) for slot in row.own),
+            "CE other": c.base_scale * max((row.hard.get(j, 0.0) for j in others), default=0.0),
+            "CE clean": c.base_scale * row.hard.get(row.clean, 0.0),
+            "KD own": row.distilled.get(row.index, 0.0) if row.teachers(row.index) else 0.0,
+            "KD other": max((row.distilled.get(j, 0.0) for j in others), default=0.0),
+            "KD clean": row.distilled.get(row.clean, 0.0),
+            "TRADES": c.base_scale * c.trades_beta, "MART": c.base_scale * c.mart_beta,
+            "logit pairing": c.base_scale * c.pair_weight, "RAMP": row.me.ramp_weight if row.ramp else 0.0}
 
 
 def _passes(run: _Run) -> list[str]:
@@ -158,14 +185,17 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
     """Passes of each peer: attack and learning (forward and backward), teaching (forward only), and their sums."""
     counts = []
     for _, spec, row in run.named():
-        learning = len(row.learned)
+        learning = len(row.learned) + (len(own_slots(row)) if spec.optim.awp_gamma and not spec.frozen else 0)
         # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
-        again = run.config.step.memory == "recompute"
+        again = run.config.step.memory == "recompute" or run.config.step.teachers == "ema"
         teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
-        # Forwards alone: the clean prediction once, and APGD's look at its last point.
-        clean = int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")
-        backward = spec.attack.steps + learning
-        counts.append((spec.attack.steps, learning, teaching, backward + teaching + clean, backward))
+        teaching += int(any(run.plan.guided))
+        attack = spec.attack.steps * len(row.own) if run.plan.crafts[row.index] else 0
+        # Forwards alone: the clean prediction once, APGD's look at its last point, MSD's at each step of each norm.
+        alone = int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")
+        alone += spec.attack.steps * len(row.me.union) if row.me.strategy == "msd" else 0
+        backward = attack + learning
+        counts.append((attack, learning, teaching, backward + teaching + (alone if attack else 0), backward))
     return counts
 
 
@@ -195,7 +225,7 @@ def _schedule(run: _Run) -> list[str]:
     if per_epoch < 1:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
-    total = min(config.train.epochs * per_epoch, config.train.max_steps or config.train.epochs * per_epoch)
+    total = _total(config, per_epoch)
     forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():

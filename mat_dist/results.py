@@ -12,10 +12,9 @@ from pathlib import Path
 from mat_dist.atomic import write_json, write_text
 from mat_dist.config.schema import Config
 from mat_dist.evaluator import AttackPlan, Result, threats_of
+from mat_dist.intervals import Z_95
 from mat_dist.runfolder import versions
 from mat_dist.threats import eps_text
-
-Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd", "objective"),
+     "wire", "opinions", "sgd", "objective", "intervals"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("crafting",),
     ("crafter", "perturbation"),
@@ -30,7 +30,8 @@ ROWS = (
     ("step",),
     ("results",),
     ("trainer",),
-    ("train", "evaluate", "report", "check", "bench", "__init__"),
+    ("train", "evaluate", "report", "check", "__init__"),
+    ("bench",),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -5,6 +5,8 @@ python -m mat_dist.bench naive [options] [--config FILE] [key=value ...]    agai
 python -m mat_dist.bench scale [options] [--config FILE] [key=value ...]    against batch, image size, attack steps
 python -m mat_dist.bench memory [options] [--config FILE] [key=value ...]   peak memory against benchmarks/naive.py
 torchrun --nproc_per_node=2 -m mat_dist.bench step peers=2                  the same on several ranks
+python -m mat_dist.bench evidence --help                                    what mutual training is worth: all rows
+python -m mat_dist.bench search --help                                      settings of the mutual loss, on validation
 
   --rounds N          timed rounds (default 15; all contestants take turns in each)
   --image CxHxW       shape of the images (default 3x32x32)
@@ -17,6 +19,7 @@ CPU times are of all threads; compare machines with one thread per rank (run.thr
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -32,6 +35,7 @@ from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.launch import Launch
 
 COMMANDS = ("step", "naive", "scale", "memory")
+STUDIES = ("evidence", "search")  # trained runs are compared, each in a process of its own; options of their own
 DEFAULT_CONFIG = "bench_small"
 
 
@@ -54,6 +58,9 @@ class Options:
 
 def bench(words: list[str]) -> None:
     """Settings, ranks, measurement, table."""
+    if words and words[0] in STUDIES:
+        study(words[0], words[1:])
+        return
     if not words or any(word in ("-h", "--help") for word in words):
         print(__doc__)
         return
@@ -82,6 +89,17 @@ def bench(words: list[str]) -> None:
     print_result(result)
     if options.json:
         write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
+
+
+def study(command: str, words: list[str]) -> None:
+    """One of STUDIES."""
+    module = importlib.import_module(f"mat_dist.bench.{command}")
+    if any(word in ("-h", "--help") for word in words):
+        print(module.__doc__)
+    elif Launch.from_environment().world > 1:
+        raise EnvironmentFault("several ranks", f"bench {command}", "start it without torchrun: it starts its own runs")
+    else:
+        module.main(words)
 
 
 def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
@@ -121,7 +139,8 @@ def _count(number: int, noun: str) -> str:
 def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
     """The command, its own options, and the other words. Raises ConfigError for what cannot be understood."""
     if words[0] not in COMMANDS:
-        raise ConfigError(f"unknown benchmark {words[0]!r}", "command line", f"use one of {', '.join(COMMANDS)}")
+        raise ConfigError(f"unknown benchmark {words[0]!r}", "command line",
+                          f"use one of {', '.join((*COMMANDS, *STUDIES))}")
     found: dict[str, Any] = {}
     rest: list[str] = []
     queue = iter(words[1:])

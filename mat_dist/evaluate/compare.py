@@ -14,7 +14,7 @@ from rich.table import Table
 from mat_dist.atomic import parse_json
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluate.outcome import CLEAN, UNION, show
-from mat_dist.results import Z_95
+from mat_dist.intervals import Z_95
 from mat_dist.runfolder import RunFolder
 
 # What two evaluations must share for their images to be paired.
@@ -99,14 +99,14 @@ def read(folder: RunFolder) -> Evaluated:
     _, file, document = newest
     try:
         if not document["reportable"]:
-            raise NotReportable(f"the newest evaluation of {folder.name} failed its checks", str(file),
+            raise NotReportable(f"the newest evaluation of {folder.name} failed its checks, or had none", str(file),
                                 "see its checks, and docs/evaluation.md")
-        return Evaluated(folder.path.resolve().name, document, _flags(file.with_suffix(".csv")))
+        return Evaluated(folder.path.resolve().name, document, read_flags(file.with_suffix(".csv")))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise NotReportable(f"not a result file: {error}", str(file), REPAIR) from error
 
 
-def _flags(file: Path) -> dict[str, dict[str, dict[int, bool]]]:
+def read_flags(file: Path) -> dict[str, dict[str, dict[int, bool]]]:
     """target -> clean, each threat, union -> sample -> correct under all attacks."""
     flags: dict[str, dict[str, dict[int, bool]]] = {}
     with file.open(newline="") as stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -143,21 +143,29 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
     system = found.pop("system")
     if "autoattack" in job.attacks:
         found["pyautoattack"] = metadata.version("pyautoattack")
+    return {
+        "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
+        "files": {entry.name: entry.sha256 for entry in subject.manifest.files},
+        "n": count, "data_digest": data_digest, "weights": subject.weights,
+        "chosen_on_validation": best_peer([str(p.name) for p in subject.config.peers], subject.folder,
+                                          subject.manifest.step, subject.weights),
+        **asked(request, subject.config, job, names), "subset_seed": subject.config.run.seed,
+        "precision": subject.config.step.precision, "threads": subject.config.run.threads,
+        "device": device_name(device), "versions": found, "system": system,
+    }
+
+
+def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> dict[str, Any]:
+    """The part of `describe` that is known before anything is loaded: a result with the same values answers it."""
     plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t.eps) for t in job.threats}}
              for name, plan in job.plans.items()}
     return {
-        "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
-        "files": {entry.name: entry.sha256 for entry in subject.manifest.files}, "split": request.split,
-        "n": count, "data_digest": data_digest, "weights": subject.weights, "names": names,
-        "chosen_on_validation": best_peer([str(p.name) for p in subject.config.peers], subject.folder,
-                                          subject.manifest.step, subject.weights),
+        "split": request.split, "names": list(names),
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
         "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "saved": request.save,
         "checked_images": request.checks,
         "autoattack": {"version": job.version, "custom": list(job.custom)} if "autoattack" in job.attacks else None,
-        "seed": job.seed, "subset_seed": subject.config.run.seed, "chunk": subject.config.eval.chunk,
-        "precision": subject.config.step.precision, "threads": subject.config.run.threads,
-        "device": device_name(device), "versions": found, "system": system,
+        "seed": job.seed, "chunk": config.eval.chunk,
     }
 
 

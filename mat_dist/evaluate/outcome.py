@@ -55,12 +55,17 @@ class Outcome:
         """The checks that were not passed."""
         return [v for v in self.verdicts if not v.passed]
 
+    @property
+    def reportable(self) -> bool:
+        """Whether there were checks, and all were passed."""
+        return bool(self.verdicts) and not self.failed
+
     def summary(self) -> dict[str, Any]:
         """Accuracies with 95 % intervals, by attack and over all attacks, and the verdicts, as JSON values."""
         n = len(self.clean_N)
         worst = {CLEAN: self.clean_N, **{threat: self.worst(threat) for threat in self.held}, UNION: self.union}
         shares = {name: share(flags_N) for name, flags_N in worst.items()}
-        return {"target": self.target, "n": n, "reportable": not self.failed, "accuracy": shares,
+        return {"target": self.target, "n": n, "reportable": self.reportable, "accuracy": shares,
                 "interval_95": {name: wilson_interval(value, n) for name, value in shares.items()},
                 "attacks": {threat: {name: share(flags_N) for name, flags_N in attacks.items()}
                             for threat, attacks in self.held.items()},
@@ -93,7 +98,7 @@ def gather(chunks: Sequence[Mapping[str, Any]]) -> list[Outcome]:
                 for threat, attacks in first["threats"].items()}
         counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
         rounded = {threat: correct(("rounded", threat)) for threat in rows[0]["rounded"]}
-        outcomes.append(Outcome(name, correct((CLEAN,)), held, judge(total(counts)), rounded))
+        outcomes.append(Outcome(name, correct((CLEAN,)), held, judge(total(counts)) if counts else [], rounded))
     return outcomes
 
 
@@ -107,7 +112,7 @@ def write_files(folder: Path, name: str, about: Mapping[str, Any], outcomes: Seq
     write_text(path.with_suffix(".csv"), as_csv(chunks, weights))
     warnings = sorted({text for chunk in chunks for text in chunk["warnings"]})
     targets = [{**outcome.summary(), "weights": weights} for outcome in outcomes]
-    write_json(path, {**about, "reportable": all(not o.failed for o in outcomes), "targets": targets,
+    write_json(path, {**about, "reportable": all(o.reportable for o in outcomes), "targets": targets,
                       "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
     return path
 
@@ -153,7 +158,7 @@ def as_table(title: str, outcomes: Sequence[Outcome], weights: str) -> Table:
                  for name in shown for low, high in [row["interval_95"][name]]]
         failed = ", ".join(dict.fromkeys(v.check for v in outcome.failed))
         table.add_row(outcome.target, weights, *(cell.replace("[", r"\[") for cell in cells), str(row["n"]),
-                      f"NO: {failed}" if failed else "yes")
+                      f"NO: {failed}" if failed else "yes" if outcome.reportable else "not checked")
     return table
 
 

@@ -20,6 +20,7 @@ from mat_dist.bench.timing import PhaseClock, Spread, Timing, interleaved, ratio
 from mat_dist.cohort import state_hash
 from mat_dist.config import load_config
 from mat_dist.errors import ConfigError, PeerFailed
+from mat_dist.intervals import seed_interval
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
 
@@ -203,6 +204,6 @@ def test_a_paired_comparison_by_hand(tmp_path: Path) -> None:
             "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
     found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
     assert found == {"peer0": [-1, 0, 0, 0]}
-    assert paired.interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.71 * 15))
+    assert seed_interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.71 * 15))
     with pytest.raises(SystemExit, match="no test results"):
         paired.robust(tmp_path / "absent")

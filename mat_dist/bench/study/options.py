@@ -1,0 +1,109 @@
+"""The command lines of `bench evidence` and `bench search`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mat_dist
+from mat_dist.config.describe import nearest
+from mat_dist.config.nodes import COMMAND_LINE, joined
+from mat_dist.errors import ConfigError
+
+VALUED = ("--suite", "--only", "--seeds", "--budget", "--root", "--file", "--space", "--out")
+RESULTS = "benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for.
+
+    Attributes:
+        suite: of the file.
+        file: the YAML file.
+        only: names of rows (families, in a search); empty: all.
+        seeds: empty: those of the file.
+        budget: seconds; None: no end.
+        root: folder of the runs.
+        out: folder of the results.
+        dry_run: print the plan, start nothing.
+        settings: key=value for every run, laid over those of the file.
+    """
+
+    suite: str
+    file: str
+    only: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: float | None
+    root: Path
+    out: Path
+    dry_run: bool
+    settings: tuple[str, ...]
+
+    @classmethod
+    def read(cls, words: Sequence[str], command: str, default_file: str) -> Options:
+        """From the words after the command's name. Raises ConfigError; `problems` has all of them."""
+        problems: list[ConfigError] = []
+        found: dict[str, str] = {}
+        settings: list[str] = []
+        dry_run = False
+        queue = iter(words)
+        for word in queue:
+            option, equals, value = word.partition("=")
+            if word == "--dry-run":
+                dry_run = True
+            elif option in VALUED:
+                found[option] = value if equals else next(queue, "")
+                if not found[option] or found[option].startswith("-"):
+                    problems.append(ConfigError(f"{option} without a value", COMMAND_LINE, f"write {option} VALUE"))
+            elif equals and not word.startswith("-"):
+                settings.append(word)
+            else:
+                near = nearest(option, VALUED)
+                problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
+                                            f"did you mean {near}?" if near else f"see bench {command} --help"))
+        seeds = _parsed(found, "--seeds", lambda text: tuple(int(n) for n in text.split(",")), "0,1", problems)
+        budget = _parsed(found, "--budget", _seconds, "500", problems)
+        if problems:
+            raise joined(problems, COMMAND_LINE)
+        suite = found.get("--suite", "cpu")
+        file = found.get("--file") or found.get("--space") or default_file
+        return cls(suite, _existing(file), tuple(filter(None, found.get("--only", "").split(","))), seeds or (), budget,
+                   Path(found.get("--root", f"runs/{command}_{suite}")), Path(found.get("--out", RESULTS)), dry_run,
+                   tuple(settings))
+
+
+def _parsed(found: dict[str, str], option: str, read: Any, example: str, problems: list[ConfigError]) -> Any:
+    if option not in found:
+        return None
+    try:
+        return read(found[option])
+    except ValueError:
+        problems.append(ConfigError(f"{option} {found[option][:40]!r}", COMMAND_LINE, f"write {option} {example}"))
+        return None
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(text)
+    return value
+
+
+def _existing(file: str) -> str:
+    """The file, in the working directory or beside the package."""
+    beside = Path(mat_dist.__file__).resolve().parents[1] / file
+    return str(beside) if not Path(file).is_file() and beside.is_file() else file
+
+
+def chosen(asked: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    """`asked`, or all of `known` where nothing was. Raises ConfigError for an unknown one."""
+    for name in asked:
+        if name not in known:
+            near = nearest(name, known)
+            raise ConfigError(f"there is no {what} {name[:40]!r}", COMMAND_LINE,
+                              f"did you mean {near}?" if near else f"there are {', '.join(known)}")
+    return list(asked) or list(known)

@@ -1,0 +1,187 @@
+"""The runs of a study: each an ordinary `python -m mat_dist.train` in a process of its own, resumed where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mat_dist
+from mat_dist.atomic import reported
+from mat_dist.checkpoint import json_digest
+from mat_dist.config import load_config, resume_conflicts
+from mat_dist.config.schema import Config
+from mat_dist.errors import MatError, OutputError, StopRequested, error_class
+from mat_dist.runfolder import RunFolder, finished
+from mat_dist.stopping import StopFlag
+
+PLACES = ("data.root", "data.cache", "run.root")  # of this machine: not part of a result
+# Seconds after the end of the budget: a second request, which does not wait for the end of a step, then SIGKILL.
+PATIENCE = ((0.0, signal.SIGTERM), (120.0, signal.SIGTERM), (180.0, signal.SIGKILL))
+POLL = 0.1
+
+
+class Enough(Exception):
+    """The time is over, or a stop was asked for: nothing more is begun."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a row: the row's name, its seed, the run's folder, the words of the command, the settings."""
+
+    row: str
+    seed: int
+    folder: RunFolder
+    words: tuple[str, ...]
+    config: Config
+
+    @classmethod
+    def make(cls, row: str, seed: int, root: Path, config: str, settings: Sequence[str]) -> Job:
+        """Raises ConfigError for settings that this version does not know."""
+        name = f"{row}_{seed}"
+        words = ("--config", config, *settings, f"run.root={root}", f"run.name={name}", f"run.seed={seed}",
+                 "log.console=plain")
+        return cls(row, seed, RunFolder(root / name), words, load_config(config, words[2:]))
+
+    @property
+    def log(self) -> Path:
+        """What the commands of this run printed."""
+        return self.folder.path.with_name(f"{self.folder.name}.log")
+
+    @property
+    def command(self) -> str:
+        """The command for people, without the folders of this machine."""
+        shown = [f"{key}={key.upper().replace('.', '_')}" if key in PLACES else word for word in self.words
+                 for key in [word.partition("=")[0]] if key not in ("run.root", "run.name", "log.console")]
+        return " ".join(["python -m mat_dist.train", *shown])
+
+    @property
+    def digest(self) -> str:
+        """Of all settings that can change the result, the seed left out: the same for all seeds of a row."""
+        values = self.config.model_dump(mode="json", exclude={"run": True, "log": True, "comm": True,
+                                                              "checkpoint": True,
+                                                              "data": {"root", "cache", "download", "residency"}})
+        return json_digest(values)[:12]
+
+    @property
+    def conflicts(self) -> list[str]:
+        """In what a run that is there already has other settings, as when the plan was changed."""
+        if not self.folder.config.exists():
+            return []
+        return resume_conflicts(load_config(str(self.folder.config)).model_dump(mode="json"), self.config)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is trained to its end, with these settings."""
+        return finished(self.folder) and not self.conflicts
+
+
+class Runner:
+    """Starts the commands of a study one after another.
+
+    Args:
+        stop: set by a signal; the command that runs is asked to stop too.
+        budget: seconds from now after which the command that runs is asked to save and stop; None: no end.
+        tell: called with lines for people.
+    """
+
+    def __init__(self, stop: StopFlag, budget: float | None, tell: Callable[[str], None]) -> None:
+        self._stop, self.tell = stop, tell
+        self._ends = None if budget is None else time.monotonic() + budget
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more may begin."""
+        return self._stop.requested or (self._ends is not None and time.monotonic() >= self._ends)
+
+    def run(self, module: str, words: Sequence[str], log: Path) -> int:
+        """Run `python -m module words` on one thread, its output added to `log` -> its exit code.
+
+        Raises:
+            Enough: the time was over before, or while it ran (it was asked to stop, and can be continued).
+        """
+        if self.over:
+            raise Enough
+        package = str(Path(mat_dist.__file__).resolve().parents[1])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        with reported(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as output:
+                # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+                process = subprocess.Popen([sys.executable, "-m", module, *words], stdin=subprocess.DEVNULL,
+                                           stdout=output, stderr=subprocess.STDOUT, env=environment,
+                                           start_new_session=True)
+        code = self._wait(process)
+        if code == StopRequested.code or (code < 0 and self.over):
+            raise Enough
+        return code
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        requests, since = list(PATIENCE), 0.0
+        try:
+            while process.poll() is None:
+                if self.over:
+                    since = since or time.monotonic()
+                    if requests and time.monotonic() - since >= requests[0][0]:
+                        process.send_signal(requests.pop(0)[1])
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL)
+        finally:
+            if process.poll() is None:  # this process fails: leave no orphan
+                process.kill()
+                process.wait()
+        return process.returncode
+
+
+def train(job: Job, runner: Runner) -> None:
+    """Train to the end what is not yet.
+
+    Raises:
+        Enough: see `Runner`.
+        MatError: the training failed, or the folder holds a run with other settings; of the class of its exit code.
+    """
+    if job.conflicts:
+        raise OutputError(f"the folder holds a run with other settings: {'; '.join(job.conflicts[:4])}",
+                          job.folder.name, "remove that folder, or choose another --root")
+    if job.done:
+        return
+    runner.tell(f"{job.row}, seed {job.seed}: training")
+    code = runner.run("mat_dist.train", job.words, job.log)
+    if code:
+        raise failure(code, job, "the training")
+
+
+def failure(code: int, job: Job, what: str) -> MatError:
+    """The error of a command that ended with `code`, with the last error line of its log."""
+    lines = job.log.read_text(errors="replace").splitlines()
+    told = next((line for line in reversed(lines) if line.startswith("mat_dist: error: ")), f"see {job.log.name}")
+    told = told.removeprefix("mat_dist: error: ").replace(f"{job.folder.path.parent.resolve()}{os.sep}", "")
+    return error_class(code)(f"{what} ended with code {code}: {told[:300]}",
+                             job.folder.name, "mend that and start the same command again")
+
+
+def training_seconds(folder: RunFolder) -> float | None:
+    """Seconds in training steps, from the run's records: mean step time times steps. None where there are none."""
+    newest: dict[int, dict[str, Any]] = {}
+    with suppress(OSError):
+        for line in folder.metrics.read_text().splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if "step_s" in record:
+                    newest[record["step"]] = record
+    if not newest:
+        return None
+    total, before = 0.0, 0
+    for step, record in sorted(newest.items()):  # each record is the mean since the one before it
+        total += record["step_s"] * (step - before)
+        before = step
+    return total

@@ -1,0 +1,132 @@
+"""What finished runs scored: evaluations by `python -m mat_dist.evaluate`, and accuracies image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mat_dist import checkpoint
+from mat_dist.atomic import parse_json
+from mat_dist.bench.study.plan import Evaluation, Kind, Label
+from mat_dist.bench.study.runs import Job, Runner, failure
+from mat_dist.config import load_config
+from mat_dist.errors import NotReportable
+from mat_dist.evaluate.compare import read_flags
+from mat_dist.evaluate.evaluation import asked, make_job
+from mat_dist.evaluate.outcome import CLEAN, UNION
+from mat_dist.evaluate.targets import target_names
+
+Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of the targets that are right
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of a run: which one, of which checkpoint, and its result file."""
+
+    name: str
+    evaluation: Evaluation
+    label: Label
+    file: Path
+    document: Mapping[str, Any]
+
+    @property
+    def unsound(self) -> list[str]:
+        """Checks that failed, by target; empty where there were none."""
+        return [f"{one['target']}: {check['check']}" for one in self.document["targets"] for check in one["checks"]
+                if not check["passed"]]
+
+    @cached_property
+    def kinds(self) -> Mapping[Kind, Accuracies]:
+        """Mean peer, best peer by validation and ensemble -> accuracies image by image."""
+        flags = read_flags(self.file.with_suffix(".csv"))
+        peers = [name for name in self.document["names"] if not name.startswith("ensemble")]
+        chosen = self.document["chosen_on_validation"]
+        members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen else [],
+                                          "ensemble": [name for name in flags if name not in peers]}
+        return {kind: self._columns([flags[name] for name in names]) for kind, names in members.items() if names}
+
+    def _columns(self, targets: Sequence[Mapping[str, Mapping[int, bool]]]) -> Accuracies:
+        threats = [name for name in targets[0] if name not in (CLEAN, UNION)]
+        names = self.evaluation.columns(self.name)
+        source = dict(zip(names, [UNION] if len(names) == 1 else [*threats, UNION], strict=True))
+        return {column: {image: sum(one[name][image] for one in targets) / len(targets) for image in targets[0][name]}
+                for column, name in ((CLEAN, CLEAN), *source.items())}
+
+
+def labels(job: Job, evaluation: Evaluation) -> dict[Label, Label]:
+    """Label of the table -> the one that is evaluated: `last` also stands for a best checkpoint that is the last."""
+    best, newest = checkpoint.read_best(job.folder), checkpoint.load_manifest(job.folder)
+    same = best is None or best.step == newest.step
+    return {label: "last" if same else label for label in evaluation.checkpoints}
+
+
+def evaluate(job: Job, name: str, evaluation: Evaluation, label: Label, runner: Runner) -> Evaluated:
+    """The evaluation of a trained run, made where it is not there yet.
+
+    Raises:
+        Enough: see `Runner`.
+        MatError: it failed; of the class of its exit code. Failed soundness checks are no error here.
+    """
+    found = find(job, name, evaluation, label)
+    if found is None:
+        runner.tell(f"{job.row}, seed {job.seed}: {name} of {label}")
+        code = runner.run("mat_dist.evaluate", (str(job.folder.path), *words(job, evaluation, label)), job.log)
+        if code not in (0, NotReportable.code):
+            raise failure(code, job, f"evaluation {name} of {label}")
+        found = find(job, name, evaluation, label)
+    if found is None:
+        raise NotReportable(f"evaluation {name} of {label} left no result", job.folder.name, f"see {job.log.name}")
+    return found
+
+
+def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
+    """The words of the command after the run."""
+    targets = "peers" if len(job.config.peers) == 1 else "peers,ensemble"
+    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}")
+
+
+def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:
+    """The newest result that answers this evaluation."""
+    from mat_dist.evaluate.request import parse
+
+    arguments = parse((str(job.folder.path), *words(job, evaluation, label)))
+    request = arguments.request
+    config = load_config(str(job.folder.config), arguments.settings)
+    wanted = {"checkpoint": label, "step": _step(job, label),
+              **asked(request, config, make_job(request, config), target_names(request, config)),
+              **({} if request.images is None else {"n": request.images})}
+    fitting = []
+    for file in sorted(job.folder.eval.glob(f"evaluate_{request.split}_{label}_*.json")):
+        document = parse_json(file.read_bytes())
+        if all(document.get(key) == value for key, value in wanted.items()):
+            fitting.append((document["time"], file, document))
+    if not fitting:
+        return None
+    _, file, document = max(fitting, key=lambda one: one[0])
+    return Evaluated(name, evaluation, label, file, document)
+
+
+def _step(job: Job, label: Label) -> int:
+    best = checkpoint.read_best(job.folder)
+    return best.step if label == "best" and best is not None else checkpoint.load_manifest(job.folder).step
+
+
+def gathered(found: Mapping[tuple[str, Label], Evaluated]) -> Iterator[tuple[Label, Kind, str, Mapping[int, float]]]:
+    """Every column of a run's evaluations; without an attack counts what was measured on most images.
+
+    Args:
+        found: (name of the evaluation, label of the table) -> result.
+    """
+    clean: dict[tuple[Label, Kind], Mapping[int, float]] = {}
+    for (_, label), one in found.items():
+        for kind, columns in one.kinds.items():
+            for column, values in columns.items():
+                if column != CLEAN:
+                    yield label, kind, column, values
+                elif len(values) > len(clean.get((label, kind), ())):
+                    clean[label, kind] = values
+    for (label, kind), values in clean.items():
+        yield label, kind, CLEAN, values

@@ -1,0 +1,131 @@
+"""From finished runs to numbers: the JSON document of a table, with means over seeds and paired differences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mat_dist import checkpoint
+from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
+from mat_dist.bench.study.runs import Job, training_seconds
+from mat_dist.bench.study.scores import Evaluated, gathered
+from mat_dist.dryrun import training_passes
+from mat_dist.evaluate.outcome import CLEAN
+from mat_dist.intervals import paired_difference
+
+Cell = tuple[Label, Kind, str]  # checkpoint, who, column
+Cells = Mapping[Cell, Mapping[int, Mapping[int, float]]]  # -> seed -> image -> accuracy
+
+
+@dataclass
+class Entry:
+    """A row of a table and what has become of it.
+
+    Attributes:
+        jobs: its runs by seed; empty where the row cannot be trained, which `error` explains.
+        failures: seed -> why training or evaluation failed.
+        results: seed -> (name of the evaluation, checkpoint of the table) -> result.
+    """
+
+    table: str
+    name: str
+    row: Row
+    jobs: dict[int, Job] = field(default_factory=dict)
+    error: str = ""
+    failures: dict[int, str] = field(default_factory=dict)
+    results: dict[int, dict[tuple[str, Label], Evaluated]] = field(default_factory=dict)
+
+    def missing(self, plan: TablePlan, seed: int) -> list[str]:
+        """What is still to be done for a seed, in words."""
+        if not self.jobs[seed].done:
+            return ["training"]
+        found = self.results.get(seed, {})
+        return [f"{name} of {label}" for name, one in plan.evaluations.items() if one.applies(self.name, seed)
+                for label in one.checkpoints if (name, label) not in found]
+
+    def cells(self) -> dict[Cell, dict[int, Mapping[int, float]]]:
+        """Every column -> seed -> image -> accuracy."""
+        cells: dict[Cell, dict[int, Mapping[int, float]]] = {}
+        for seed, found in self.results.items():
+            for label, kind, column, values in gathered(found):
+                if kind in self.row.kinds:
+                    cells.setdefault((label, kind, column), {})[seed] = values
+        return cells
+
+
+def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
+    """The whole table as JSON values."""
+    cells = {entry.name: entry.cells() for entry in entries}
+    return {"title": plan.title, "columns": [CLEAN, *plan.columns], "primary": plan.primary,
+            "controls": list(plan.controls), "settings": list(plan.settings),
+            "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
+                                   "rows": list(one.rows) if one.rows is not None else None,
+                                   "seeds": list(one.seeds) if one.seeds is not None else None}
+                            for name, one in plan.evaluations.items()},
+            "rows": [row_document(plan, entry, cells[entry.name]) for entry in entries],
+            "differences": sorted((found for control in plan.controls for entry in entries if entry.name != control
+                                   for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))}
+
+
+def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
+    order = {name: number for number, name in enumerate(plan.controls)}
+    return lambda one: (order[one["control"]], one["checkpoint"] != "last", one["column"] != plan.primary)
+
+
+def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
+    """One row: what it is, what it cost, what it scored, what is missing."""
+    row, first = entry.row, next(iter(entry.jobs.values()), None)
+    trained = next((checkpoint.load_manifest(job.folder).step for job in entry.jobs.values() if job.done), None)
+    passes = training_passes(first.config, trained) if first is not None else None
+    seconds = {seed: found for seed, job in entry.jobs.items() if job.done
+               for found in [training_seconds(job.folder)] if found is not None}
+    accuracy: dict[str, Any] = {}
+    for (label, kind, column), by_seed in cells.items():
+        accuracy.setdefault(label, {}).setdefault(kind, {})[column] = summary(by_seed)
+    seeds = {}
+    for seed in entry.jobs:
+        missing = entry.missing(plan, seed)
+        status = entry.failures.get(seed) or (f"missing: {', '.join(missing)}" if missing else "done")
+        unsound = sorted({f"{name} of {label}, {text}" for (name, label), one in entry.results.get(seed, {}).items()
+                          for text in one.unsound})
+        seeds[str(seed)] = {"status": status, "failed_checks": unsound, "train_seconds": seconds.get(seed)}
+    return {"row": entry.name, "says": row.says, "peers": row.peers, "tried": row.tried, "remark": row.remark,
+            "cost_factor": row.cost_factor, "kinds": list(row.kinds), "error": entry.error,
+            "settings": list(row.settings), "command": first.command if first else "",
+            "config_digest": first.digest if first else "",
+            "steps": passes[0] if passes else None, "forward": passes[1] if passes else None,
+            "backward": passes[2] if passes else None,
+            "cost": (passes[1] + passes[2]) * row.cost_factor if passes else None,
+            "train_seconds": statistics.fmean(seconds.values()) if seconds else None,
+            "seeds": seeds, "accuracy": accuracy}
+
+
+def summary(by_seed: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None for one seed) over seeds of the mean over images."""
+    means = {str(seed): statistics.fmean(values.values()) for seed, values in sorted(by_seed.items())}
+    return {"mean": statistics.fmean(means.values()),
+            "deviation": statistics.stdev(means.values()) if len(means) > 1 else None, "by_seed": means,
+            "images": min(map(len, by_seed.values()))}
+
+
+def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[dict[str, Any]]:
+    """A row against a control, for all that both have: the same seeds, the same images.
+
+    A control of one peer is its own ensemble and its own best peer.
+    """
+    found = []
+    other = cells.get(control, {})
+    for (label, kind, column), mine in cells[entry.name].items():
+        theirs = other.get((label, kind, column)) or other.get((label, "mean", column), {})
+        if (label, kind, column) not in other and any(k != "mean" for _, k, _ in other):
+            continue  # a cohort whose best peer or ensemble is not reported
+        pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())
+                 if mine[seed].keys() == theirs[seed].keys()]
+        if pairs:
+            one = paired_difference([[a[image] - b[image] for image in a] for a, b in pairs])
+            found.append({"row": entry.name, "control": control, "checkpoint": label, "kind": kind, "column": column,
+                          "mean": one.mean, "low": one.low, "high": one.high, "by_seed": list(one.by_seed),
+                          "images": one.images, "verdict": one.verdict})
+    return found

@@ -23,7 +23,7 @@ from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, norm
 from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect
 from mat_dist.config.presets import fill_attack, fill_loss
 from mat_dist.config.rules import check
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import AttackConfig, Config, PeerConfig, ThreatConfig
 from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
@@ -140,12 +140,19 @@ def _under_peers(tree: Node) -> Node:
     return replace(tree, value={**top, "peers": replace(tree.value["peers"], value=tuple(entries))})
 
 
+def _with_method(attack: AttackConfig, threat: ThreatConfig) -> AttackConfig:
+    """`attack` with what its method and norm ask for. Sources: attacks/apgd.py, threats/l1.py."""
+    values: dict[str, float] = {}
+    if attack.method == "apgd" and attack.step_size is None:
+        values["step_size"] = threat.eps if threat.norm == "l1" else 2 * threat.eps
+    if attack.l1_share is None:
+        values["l1_share"] = 0.05 if attack.method == "apgd" else 0.01  # 5 %: E-AT's code
+    return attack.model_copy(update=values)
+
+
 def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    loss, attack = fill_loss(peer.loss, index, peers), peer.attack
-    if attack.method == "apgd" and attack.step_size is None:  # Croce and Hein, ICML 2020: the diameter of the ball
-        size = peer.threat.eps if peer.threat.norm == "l1" else 2 * peer.threat.eps  # l1: ICML 2021, the radius
-        attack = attack.model_copy(update={"step_size": size})
-    attack = fill_attack(attack, loss.preset, index, peer.threat.eps)
+    loss = fill_loss(peer.loss, index, peers)
+    attack = fill_attack(_with_method(peer.attack, peer.threat), loss.preset, index, peer.threat.eps)
     return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "attack": attack,
                                    "stream": index if peer.stream is None else peer.stream})
 

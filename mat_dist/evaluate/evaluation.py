@@ -143,7 +143,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
     system = found.pop("system")
     if "autoattack" in job.attacks:
         found["pyautoattack"] = metadata.version("pyautoattack")
-    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t.eps) for t in job.threats}}
+    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
              for name, plan in job.plans.items()}
     return {
         "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,

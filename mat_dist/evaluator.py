@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.agreement import Agreement
+from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
 from mat_dist.attacks.pgd import pgd
 from mat_dist.checkpoint import Manifest, load_peer
 from mat_dist.cohort import DTYPES, Images, make_model
@@ -37,7 +38,8 @@ RAW, EMA = "raw", "ema"
 class AttackPlan:
     """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps).
 
-    `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
+    In l1 it is APGD, whose first step is `step_size` long (default eps): plain sparse PGD breaks fewer images than
+    random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
     """
 
     steps: int
@@ -46,8 +48,11 @@ class AttackPlan:
     loss: str = "ce"
     start: str = "uniform"
 
-    def size(self, eps: float) -> float:
-        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+    def size(self, threat: Threat) -> float:
+        """Length of the (first) step."""
+        if self.step_size is not None:
+            return self.step_size
+        return threat.eps if threat.norm == "l1" else 2.5 * threat.eps / self.steps
 
 
 @dataclass(frozen=True)
@@ -206,13 +211,17 @@ def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, atta
     Args:
         first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
     """
-    region = threat.region(x_BCHW)
+    region = threat.region(x_BCHW, APGD_L1_SHARE)
     for restart in range(first, first + attack.restarts):
         stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
         start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
-            yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                      step_size=attack.size(threat.eps))
+            if threat.norm == "l1":
+                yield apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                           step_size=attack.size(threat)).wrong_BCHW
+            else:
+                yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                          step_size=attack.size(threat))
 
 
 @contextmanager

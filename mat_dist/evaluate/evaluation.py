@@ -157,7 +157,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
 
 def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> dict[str, Any]:
     """The part of `describe` that is known before anything is loaded: a result with the same values answers it."""
-    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t.eps) for t in job.threats}}
+    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
              for name, plan in job.plans.items()}
     return {
         "split": request.split, "names": list(names),

@@ -26,7 +26,7 @@ from tests.documents import table
 pytestmark = pytest.mark.slow  # 40 s of attacks
 
 COUNT = 80
-LINF, L2, L1 = Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 2.0)
+LINF, L2, L1 = Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ ROWS = (
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("step", "evaluator", "run", "dryrun"),
-    ("results",),
+    ("results", "gallery"),
     ("trainer",),
     ("train", "evaluate", "report", "check", "bench", "__init__"),
 )

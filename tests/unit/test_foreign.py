@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mat_dist.checkpoint.foreign import StateDict, fitted, read_state_dict
+from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import CheckpointError, EnvironmentFault
+from mat_dist.models import build_model
 
 
 class Named(nn.Module):
@@ -223,3 +226,103 @@ def test_shapes_are_listed_beside_missing_names() -> None:
     del state.tensors["2.bias"]
     with pytest.raises(CheckpointError, match=r"1 missing \(2\.bias\); 1 of another shape \(2\.weight \(10, 9\)"):
         fit(state, ours())
+
+
+# ------------------------------------------------------------------------------------------------ real architectures
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+
+class Post(nn.Module):
+    """Names and order of the common CIFAR ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(shortcut(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class Pre(nn.Module):
+    """Names and order of the common pre-activation block; `wide`: of the common Wide ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, wide: bool) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.skip = None
+        if stride != 1 or inputs != outputs:
+            self.skip = "convShortcut" if wide else "shortcut"
+            one = shortcut(inputs, outputs, stride)
+            setattr(self, self.skip, one if wide else nn.Sequential(one))
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        skip = x if self.skip is None else getattr(self, self.skip)(active)
+        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + skip
+
+
+class Theirs(nn.Module):
+    """resnet18, preact_resnet18 or a Wide ResNet in the names that others use, with few channels."""
+
+    def __init__(self, kind: str, widths: tuple[int, ...], stem: int, blocks: int) -> None:
+        super().__init__()
+        self.kind, inputs = kind, stem
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        if kind == "resnet18":
+            self.bn1 = nn.BatchNorm2d(stem)
+        self.stages = []
+        for number, width in enumerate(widths, 1):
+            layers = []
+            for n in range(blocks):
+                words = inputs, width, 2 if number > 1 and n == 0 else 1
+                layers.append(Post(*words) if kind == "resnet18" else Pre(*words, kind.startswith("wrn")))
+                inputs = width
+            self.stages.append(f"block{number}" if kind.startswith("wrn") else f"layer{number}")
+            stage: nn.Module = nn.Sequential(*layers)
+            if kind.startswith("wrn"):
+                holder = nn.Module()
+                holder.layer, holder.forward = stage, stage.forward
+                stage = holder
+            setattr(self, self.stages[-1], stage)
+        if kind != "resnet18":
+            self.bn = nn.BatchNorm2d(widths[-1])
+        self.linear = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if self.kind == "resnet18":
+            x = F.relu(self.bn1(x))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        if self.kind != "resnet18":
+            x = F.relu(self.bn(x))
+        return self.linear(F.avg_pool2d(x, x.shape[-1]).flatten(1))
+
+
+@pytest.mark.parametrize(("name", "widths", "stem", "blocks"), [
+    ("resnet18", (8, 16, 32, 64), 8, 2), ("preact_resnet18", (8, 16, 32, 64), 8, 2),
+    ("wrn_28_10", (16, 40, 80), 8, 4), ("wrn_34_10", (16, 40, 80), 8, 5)])
+def test_the_usual_cifar_networks_fit_ours_and_answer_the_same(name: str, widths: tuple[int, ...], stem: int,
+                                                               blocks: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = Theirs(name, widths, stem, blocks).double()
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    for _ in range(3):
+        theirs(x)  # running statistics of their own
+    for parameter in theirs.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # norm layers too
+    theirs.eval()
+    net = build_model(ModelConfig(name=name, width=0.125), shape=(3, 32, 32), classes=10, mean=(0, 0, 0),
+                      std=(1, 1, 1)).get_submodule("net").double().eval()
+    state = read_state_dict(saved(tmp_path, {"net": theirs.state_dict()}))
+    net.load_state_dict(fit(state, net)[0])
+    torch.testing.assert_close(net(x), theirs(x), rtol=1e-9, atol=1e-9)
+    assert theirs(x).std() > 1e-3

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist import trainer
+from mat_dist import train, trainer
+from mat_dist.check.__main__ import main as check
 from mat_dist.config.schema import LogConfig
 from mat_dist.errors import EnvironmentFault, OutputError
 from mat_dist.telemetry import JsonlReporter, Picture, TrackedReporter, require_trackers
@@ -144,9 +145,15 @@ def test_a_missing_library_ends_with_6_before_anything_is_made(setting: str, pac
     require_trackers(LogConfig())  # nothing is asked for, nothing is needed
 
 
-def trainer_code(root: Path, *words: str) -> int:
-    from mat_dist import train
+def test_the_preflight_looks_for_the_libraries_too(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert check([*SMALL, f"run.root={tmp_path}", "log.wandb=project"]) == 6
+    shown = capsys.readouterr()
+    assert "trackers" in shown.out and "pip install wandb" in shown.out + shown.err
 
+
+def trainer_code(root: Path, *words: str) -> int:
     return train.main([*SMALL, f"run.root={root}", "run.name=run", *words])
 
 

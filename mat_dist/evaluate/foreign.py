@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from traceback import print_exception
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
 from mat_dist.device import device_name
-from mat_dist.errors import CheckpointError, ConfigError, OutputError
+from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluate.importing import Importing
 from mat_dist.evaluator import correct, pixels
 from mat_dist.mesh.launch import Launch
@@ -52,7 +53,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
 
     Args:
         config: of the new runs, see `Importing.config`.
-        threats: the first one in linf or l2 becomes the peer's threat, for which there is no training to ask.
+        threats: the first one that a peer can have becomes the peer's threat, for which there is no training to ask.
         split: whose images are classified, to say how good the model is without an attack.
         command: for environment.json.
 
@@ -70,12 +71,14 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
             folder = agree.run(f"reading {file.name}", _import_file, file, config, importing, data,
                                getattr(data, split), command, mesh.device)
             paths.append(str(folder.path) if folder else "")
+    if agree.failure is not None and not isinstance(agree.failure, MatError):
+        print_exception(agree.failure)  # a bug of ours; there may be no run folder yet with a log to look into
     agree.settle("import")
     return [RunFolder(Path(path)) for path in mesh.from_lead(paths)]
 
 
 def _with_threat(config: Config, threats: tuple[Threat, ...]) -> Config:
-    known = [t for t in threats if t.norm in ("linf", "l2")]
+    known = [t for t in threats if t.norm in get_args(ThreatConfig.model_fields["norm"].annotation)]
     if not known:
         return config
     threat = ThreatConfig.model_validate({"norm": known[0].norm, "eps": known[0].eps})

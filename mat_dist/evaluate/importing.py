@@ -16,6 +16,7 @@ from mat_dist.errors import ConfigError
 from mat_dist.evaluate.request import FREE_SETTINGS, Words
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
+TEXTS = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".py", ".txt", ".log", ".html")  # of a run, given by mistake
 # Settings of the run that an imported checkpoint gets. For a file beside a run, the run gives the data.
 MODEL_SETTINGS = ("model", "model.")
 RUN_SETTINGS = ("data.", "run.seed", "run.root", "step.precision")
@@ -62,8 +63,10 @@ class Importing:
         Raises ConfigError.
         """
         words = [*self.settings, *(word for word in free if word.startswith(("data.", "run.", "comm.")))]
-        lacking = [(key, how) for key, how in (
-            ("model", "write model=resnet18 or another architecture; a run's folder needs none"),
+        owner = self.subject.absolute().parents[2:3] if self.subject is not None else []  # <run>/checkpoints/step_N/
+        ours = f"; or evaluate its run: {owner[0]}" if owner and (owner[0] / "config.yaml").is_file() else ""
+        lacking = [(key, how + ours) for key, how in (
+            ("model", "write model=resnet18 or another architecture"),
             ("data.name", "write data.name=cifar10 or another data set")) if not self._has(key, words, run)]
         if lacking:
             raise joined([ConfigError("a state dict does not tell it", key, how) for key, how in lacking], COMMAND_LINE)
@@ -82,7 +85,7 @@ class Importing:
 def is_file(word: str) -> bool:
     """Whether a word of the command line means a checkpoint file, not the folder of a run."""
     path = Path(word)
-    return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
+    return (path.is_file() and path.suffix not in TEXTS) or (path.suffix in SUFFIXES and not path.is_dir())
 
 
 def split_words(words: Sequence[str]) -> tuple[Importing | None, list[str]]:

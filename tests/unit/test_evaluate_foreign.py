@@ -270,6 +270,29 @@ def test_a_file_that_is_missing_or_hostile_is_refused_and_not_run(evaluate: Comm
     assert not Path("runs").exists()
 
 
+def test_a_file_of_a_run_leads_to_the_run(run: Path, evaluate: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(next(run.glob("checkpoints/step_*/peer_0.pt"))), *FAST, "threats=linf:0.1"]) == 2
+    assert capsys.readouterr().err.count(f"or evaluate its run: {run}") == 2  # model and data.name are asked for
+    for name in ("config.yaml", "checkpoints"):
+        assert "give the folder of a run" in evaluate(run / name, *FAST, code=2)["err"]
+
+
+@pytest.mark.parametrize(("damage", "code", "text"), [
+    (lambda run: (run / "config.yaml").write_text("run: {seed: [}"), 2, "config.yaml"),
+    (lambda run: (run / "config.yaml").write_text("attack: {stpes: 3}"), 2, "attack.steps"),
+    (lambda run: next(run.glob("checkpoints/*/manifest.json")).write_text("{"), 4, "manifest"),
+    (lambda run: next(run.glob("checkpoints/*/peer_1.pt")).unlink(), 4, "peer_1.pt"),
+    (lambda run: (run / "checkpoints" / "latest").write_text("step_00000099"), 4, "there is no checkpoint 'latest'"),
+    (lambda run: [one.unlink() for one in run.glob("checkpoints/*/manifest.json")], 4, "manifest.json is missing"),
+], ids=["yaml", "setting", "manifest", "peer", "pointer", "unfinished"])
+def test_a_damaged_run_is_one_line_as_a_subject_and_as_a_source(damage: Callable[[Path], Any], code: int, text: str,
+                                                                run: Path, trained: Path, evaluate: Command) -> None:
+    damage(run)
+    assert text in evaluate(run, *FAST, code=code)["err"]
+    sound = Path(shutil.copytree(trained, "sound"))
+    assert text in evaluate(sound, *FAST, f"sources={run}", code=code)["err"]
+
+
 def test_words_about_a_file_are_told_from_all_others() -> None:
     words = ["a.pt", "model=x", "model.width=2", "mean=0.5", "std=1", "out=b", "data.name=digits", "data.root=/d",
              "attacks=pgd", "--plugin", "p.py", "threats=linf:1/8"]

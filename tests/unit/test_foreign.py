@@ -114,6 +114,11 @@ def test_a_foreign_object_is_refused_and_not_run(options: dict[str, Any], place:
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_whole_pickled_model_is_refused_with_its_class(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"foreign object .*Named; |foreign object .*Named .*state_dict\(\)"):
+        read_state_dict(saved(tmp_path, Named()))
+
+
 def bare_pickle(tmp_path: Path) -> bytes:
     return pickle.dumps(Payload(tmp_path / "executed"))
 

@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist import train, trainer
+import mat_dist
+from mat_dist import checkpoint, train, trainer
 from mat_dist.check.__main__ import main as check
+from mat_dist.cohort import Images
+from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
+from mat_dist.data import as_float, load_data
 from mat_dist.errors import EnvironmentFault, OutputError
+from mat_dist.evaluator import AttackPlan, Result
+from mat_dist.gallery import gallery, show_gallery
 from mat_dist.telemetry import JsonlReporter, Picture, TrackedReporter, require_trackers
 from mat_dist.telemetry.trackers import series
 from tests.small_runs import SMALL, interrupted, run_small
@@ -145,6 +151,7 @@ def test_a_missing_library_ends_with_6_before_anything_is_made(setting: str, pac
     require_trackers(LogConfig())  # nothing is asked for, nothing is needed
 
 
+@pytest.mark.slow  # a whole preflight
 def test_the_preflight_looks_for_the_libraries_too(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -224,6 +231,47 @@ def test_trackers_do_not_change_a_bit_of_the_weights(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with_it, without = run_small(tmp_path, "a", *RUN), run_small(tmp_path, "b", *RUN, "log.tensorboard=false")
     assert with_it.hashes() == without.hashes() and not (tmp_path / "b" / "tensorboard").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the gallery
+
+
+@pytest.mark.slow
+def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path) -> None:
+    run = run_small(tmp_path, "run", "data.train_size=300", "train.epochs=3", "optim.lr=0.05", "threat.eps=0.2",
+                    "peers.1.optim.ema_decay=0.5")
+    manifest = checkpoint.load_manifest(run.folder)
+    config = load_config(str(run.folder.config))
+    data = load_data(config.data, seed=0, batch_size=16)
+    images = Images(data.train.shape, 10, (0.0,), (1.0,))  # the checkpoint's own normalisation is loaded
+    half, all_40 = torch.arange(40) % 2 == 0, torch.ones(40, dtype=torch.bool)
+    results = [Result(name, weights, all_40, held[None], torch.arange(40), data.test.labels) for name, weights, held
+               in (("peer0", "raw", all_40), ("peer0", "ema", half & False), ("peer1", "ema", half),
+                   ("ensemble", "ema", all_40))]
+    found = gallery(config, manifest, images, data.test, AttackPlan(3), results, torch.device("cpu"))
+    model = mat_dist.load(run.folder.path, "peer1", which="latest", weights="ema")
+    clean = torch.stack([one.clean for one in found])
+    adversarial = torch.stack([one.adversarial for one in found])
+    before, after = model(clean).argmax(1).tolist(), model(adversarial).argmax(1).tolist()
+    shown = [(as_float(data.test.images) == one).flatten(1).all(1).nonzero()[0, 0].item() for one in clean]
+    labels = data.test.labels[torch.tensor(shown)].tolist()
+    assert [one.caption for one in found] == [f"class {y}, peer1 says {b}, under attack {a}"
+                                              for y, b, a in zip(labels, before, after, strict=True)]
+    fooled = [b == y != a for y, b, a in zip(labels, before, after, strict=True)]
+    assert fooled[:3] == [True] * 3 and shown[:3] == sorted(shown[:3]) and shown[3:] == sorted(shown[3:])
+    assert len(set(shown)) == 6 and (adversarial - clean).abs().max() <= 0.2 * (1 + 1e-6)
+    for one in found:
+        change = one.adversarial - one.clean
+        torch.testing.assert_close(one.perturbation, 0.5 + change / (2 * change.abs().max()))
+
+
+def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
+    notes: list[str] = []
+    reporter = TrackedReporter(JsonlReporter(tmp_path, console="off"), [Heard()])
+    reporter.note = notes.append  # type: ignore[method-assign]
+    nothing: Any = types.SimpleNamespace(step=3)
+    show_gallery(reporter, "test", nothing, nothing, nothing, nothing, AttackPlan(1), [], torch.device("cpu"))
+    assert len(notes) == 1 and notes[0].startswith("warning: no pictures of step 3: ")
 
 
 # ------------------------------------------------------------------------------------------------ W&B

@@ -159,42 +159,50 @@ def fitted(state: StateDict, net: nn.Module, *, channels: int, classes: int) -> 
     differ in names more than in order.
 
     Raises CheckpointError with the first missing, unexpected and misshapen names and their numbers; or, where that
-    is all, with the number of classes or channels that the weights are made for.
+    is all, with the number of classes or channels, or the image size, that the weights are made for.
     """
     expected: Mapping[str, Tensor] = net.state_dict()
+    tensors, holder = _without_holder(state.tensors, expected)
+    pairs = _pairs(tensors, expected, state.ordered)
+    if not pairs or any(tensors[mine].shape != expected[theirs].shape for mine, theirs in pairs):
+        raise CheckpointError(_of_another_size(tensors, expected, pairs, channels, classes)
+                              or _differences(tensors, expected), str(state.file),
+                              "name the architecture that was trained (model=..., model.width=...; with other layers "
+                              "or names: --plugin FILE.py), and its data set")
+    found = {theirs: tensors[mine] for mine, theirs in pairs}
+    how = "by order, kind and shape, since the names differ"
+    if all(mine == theirs for mine, theirs in pairs):
+        how = f"by name, without {holder}" if holder else "by name"
+    return {key: found[key] if key in found else tensors.get(key, value) for key, value in expected.items()}, (
+        f"matched {how}")
+
+
+def _without_holder(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+    """The tensors under the names of the network, if those stand below one of HOLDERS; else as they are."""
     for holder in HOLDERS:
-        if all(key.startswith(holder) for key in state.tensors):
-            found = {key.removeprefix(holder): value for key, value in state.tensors.items()}
-            if _weights(found) == _weights(expected):
-                how = f"matched by name, without {holder}" if holder else "matched by name"
-                return {key: found.get(key, value) for key, value in expected.items()}, how
-    pairs = _pairs(state, expected)
-    if pairs and all(state.tensors[mine].shape == expected[theirs].shape for mine, theirs in pairs):
-        found = {theirs: state.tensors[mine] for mine, theirs in pairs}
-        return {key: found.get(key, value) for key, value in expected.items()}, (
-            "matched by order, kind and shape, since the names differ")
-    raise CheckpointError(_of_another_size(state.tensors, expected, pairs, channels, classes)
-                          or _differences(state.tensors, expected), str(state.file),
-                          "name the architecture that was trained (model=..., model.width=...; with other layers or "
-                          "names: --plugin FILE.py), and its data set")
+        if all(key.startswith(holder) for key in tensors):
+            found = {key.removeprefix(holder): value for key, value in tensors.items()}
+            if _weights(found).keys() == _weights(expected).keys():
+                return found, holder
+    return tensors, ""
 
 
 def _weights(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in tensors.items() if not key.endswith(COUNTER)}
 
 
-def _pairs(state: StateDict, expected: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+def _pairs(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], ordered: bool) -> list[tuple[str, str]]:
     """(name in the file, name in the network) of all weights, by name or by order; empty where neither works."""
-    mine, theirs = list(_weights(state.tensors)), list(_weights(expected))
+    mine, theirs = list(_weights(tensors)), list(_weights(expected))
     if set(mine) == set(theirs):
         return [(key, key) for key in theirs]
     same_kinds = [key.rpartition(".")[2] for key in mine] == [key.rpartition(".")[2] for key in theirs]
-    return list(zip(mine, theirs, strict=True)) if state.ordered and same_kinds else []
+    return list(zip(mine, theirs, strict=True)) if ordered and same_kinds else []
 
 
 def _of_another_size(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], pairs: list[tuple[str, str]],
                      channels: int, classes: int) -> str | None:
-    """What is wrong where all weights have a partner, and some another shape: classes, channels, or anything else."""
+    """What is wrong where all weights have a partner, and some another shape: classes, channels, size, or others."""
     wrong = [(mine, tuple(tensors[mine].shape), tuple(expected[theirs].shape)) for mine, theirs in pairs
              if tensors[mine].shape != expected[theirs].shape]
     if not wrong:
@@ -204,6 +212,9 @@ def _of_another_size(tensors: Mapping[str, Tensor], expected: Mapping[str, Tenso
     if len(wrong) == 1 and wrong[0][2][1:2] == (channels,) and len(wrong[0][1]) == 4:
         return f"the weights take images of {wrong[0][1][1]} channels, the data have {channels}"
     shown = ", ".join(f"{key} {found} instead of {want}" for key, found, want in wrong[:MOST_NAMES])
+    # A linear layer on a flattened map, or a transformer's positions.
+    if all(len(want) in (2, 3) and found[:1] + found[2:] == want[:1] + want[2:] for _, found, want in wrong):
+        return f"the weights are for images of another size ({shown}{_more(len(wrong))})"
     return f"{len(wrong)} of {len(pairs)} weights have another shape ({shown}{_more(len(wrong))})"
 
 

@@ -215,6 +215,8 @@ def test_the_counters_of_batch_norm_may_be_absent() -> None:
     (ours(classes=7), "the weights are for 7 classes, the data have 10"),
     (Named(classes=100), "the weights are for 100 classes, the data have 10"),
     (Named(channels=1), "the weights take images of 1 channels, the data have 3"),
+    (nn.Sequential(*ours()[:2], nn.Linear(16, 10)),
+     r"the weights are for images of another size \(2\.weight \(10, 16\) instead of \(10, 4\)\)"),
     (ours(width=6), r"6 of 7 weights have another shape \(0\.0\.weight \(6, 3, 3, 3\) instead of \(4, 3, 3, 3\), "),
     (nn.Linear(3, 4), r"the weights do not fit the network: 7 missing \(0\.0\.weight, 0\.1\.weight, 0\.1\.bias, \.\.\."
                       r"\); 2 unexpected \(weight, bias\)"),
@@ -223,6 +225,11 @@ def test_what_does_not_fit_is_named_in_one_line(net: nn.Module, says: str) -> No
     with pytest.raises(CheckpointError, match=says) as caught:
         fit(state_of(net), ours())
     assert "--plugin FILE.py" in str(caught.value)
+
+
+def test_shapes_are_compared_below_a_holder_too() -> None:
+    with pytest.raises(CheckpointError, match="the weights are for 7 classes"):
+        fit(state_of(ours(classes=7), prefix="model.", ordered=False), ours())
 
 
 def test_shapes_are_listed_beside_missing_names() -> None:

@@ -109,7 +109,8 @@ class WandB:
         try:
             # Steps that an earlier attempt sent are not taken again: a W&B run only goes forward.
             self._run = self._library.init(project=self._project, name=self._folder.resolve().name, id=self._id(),
-                                           resume="allow", dir=str(self._folder), config=dict(self._settings))
+                                           resume="allow", dir=str(self._folder), config=dict(self._settings),
+                                           settings=self._library.Settings(console="off"))  # the screen is ours
         except Exception as error:  # not logged in, no network, no such project: all types of the library's own
             raise EnvironmentFault(f"W&B cannot begin: {error}", f"log.wandb={self._project}",
                                    "run wandb login, set WANDB_MODE=offline, or log.wandb=null") from error

@@ -298,6 +298,10 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
     @staticmethod
+    def Settings(**words: Any) -> dict[str, Any]:
+        return words
+
+    @staticmethod
     def Image(data: Any, caption: str) -> tuple[tuple[int, ...], str]:
         return data.shape, caption
 
@@ -316,6 +320,7 @@ def test_wandb_gets_the_same_numbers_and_pictures_and_is_continued(tmp_path: Pat
     first, second = fake.inits
     assert first == second and first["id"] == (tmp_path / "run" / "wandb" / "mat_dist_id").read_text().strip()
     assert (first["project"], first["name"], first["resume"]) == ("robustness", "run", "allow")
+    assert first["settings"] == {"console": "off"}
     assert first["config"]["data"]["train_size"] == 64 and Path(first["dir"]) == tmp_path / "run"
     seen: dict[str, dict[int, Any]] = {}
     for step, values in fake.logged:

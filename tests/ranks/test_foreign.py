@@ -50,4 +50,4 @@ def test_ranks_get_one_folder_and_one_error(importing: Importing, run_ranks: Any
     assert run_ranks(read(good), 1, 1) == [first]
     errors = run_ranks(read(good, bad), 2, 2, errors="return")
     assert len({str(one) for one in errors}) == 1 and all(type(one) is CheckpointError for one in errors)
-    assert "1 of 2 weights have another shape" in str(errors[0])
+    assert "the weights are for images of another size (weight (10, 63)" in str(errors[0])

@@ -239,6 +239,9 @@ class LogConfig(Section):
     every: Integer = Field(50, ge=1, description="steps between log records; only these steps read metrics back")
     console: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="live table where there is a terminal, plain lines elsewhere")
+    tensorboard: bool = Field(False, description="also write records and pictures of AEs for TensorBoard")
+    wandb: str | None = Field(None, min_length=1, max_length=128, description="also send them to this project of "
+                                                                              "Weights & Biases")
 
 
 class Config(Section):

@@ -32,6 +32,7 @@ from mat_dist.evaluate.attack import (
     transfer_counts,
 )
 from mat_dist.evaluate.soundness import examine
+from mat_dist.evaluate.sources import replay_sources
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import pixels, strict_arithmetic
 from mat_dist.mesh.mesh import Mesh
@@ -54,6 +55,7 @@ class Work:
         folder: of the chunks' files.
         digest: identifies all that the result depends on; stands in every file.
         save: write the AEs too.
+        sources: other checkpoints whose AEs join the candidates.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class Work:
     folder: Path
     digest: str
     save: bool = False
+    sources: Sequence[Target] = ()
 
     @property
     def count(self) -> int:
@@ -94,6 +97,7 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
     x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
     with strict_arithmetic():
         clean, tried = attack_targets(work.targets, x_BCHW, y_B, work.job, chunk)
+        replay_sources(work.sources, work.targets, x_BCHW, y_B, clean, tried, work.job, chunk)
         counts = {}
         for target in work.targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}

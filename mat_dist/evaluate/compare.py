@@ -18,7 +18,8 @@ from mat_dist.intervals import Z_95
 from mat_dist.runfolder import RunFolder
 
 # What two evaluations must share for their images to be paired.
-SAME = ("threats", "attacks", "plans", "autoattack", "transfer", "split", "n", "data_digest", "chunk")
+SAME = ("threats", "attacks", "plans", "autoattack", "transfer", "sources", "split", "n", "data_digest",
+        "chunk")
 REPAIR = "remove it, and run the evaluation again"
 
 

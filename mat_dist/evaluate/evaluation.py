@@ -24,6 +24,7 @@ from mat_dist.evaluate import autoattack, outcome
 from mat_dist.evaluate.attack import Job
 from mat_dist.evaluate.chunks import Work, run_chunks
 from mat_dist.evaluate.request import Request
+from mat_dist.evaluate.sources import load_sources
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
 from mat_dist.evaluator import EMA, RAW, chosen_images, load_models, threats_of
 from mat_dist.loading import best_peer
@@ -109,11 +110,13 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     models = load_models(config, subject.manifest, subject.images, subject.weights, mesh.device)
     targets = make_targets(names, [str(p.name) for p in config.peers], models)
     about = describe(subject, request, job, names, data.digest, len(samples_N), mesh.device)
+    sources, told = load_sources(request.sources, subject.images, config, mesh.device)
+    about |= {"sources": told} if told else {}
     digest = checkpoint.json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     name = f"evaluate_{request.split}_{subject.label}_{checkpoint.step_name(subject.manifest.step)}_{digest[:12]}"
     checked = -(-request.checks // config.eval.chunk)
     work = Work(config, job, targets, split, samples_N, checked, folder.eval / f"{name}.chunks", digest,
-                request.save)
+                request.save, sources)
     return work, about | {"digest": digest, "config": config.model_dump(mode="json", exclude={"run": {"name"}})}
 
 
@@ -178,6 +181,8 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
     outcome.show(outcome.attacks_table(outcomes))
+    if about.get("sources"):
+        outcome.show(outcome.sources_table(outcomes))
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
     print(f"mat_dist: peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     print(f"mat_dist: {path}", flush=True)

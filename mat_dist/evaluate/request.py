@@ -54,6 +54,8 @@ class Request(Section):
     eps: Number | None = Field(None, gt=0, le=1e4, description="radius of all threats; for one norm only")
     seed: Integer | None = Field(None, ge=0, lt=2**63, description="seed of the attacks; default run.seed")
     transfer: bool = Field(True, description="replay each target's AEs on all others")
+    sources: Annotated[tuple[str, ...], Words] = Field(
+        (), description="other runs (RUN or RUN:peer; a file with model=...) whose AEs every target must withstand too")
     save: bool = Field(False, description="save the AEs as float32 and as bytes, and measure the bytes too")
     checks: Integer = Field(256, ge=0, description="images that the soundness checks look at, in whole chunks; 0: no "
                                                    "checks, and the numbers are not called reportable")
@@ -64,7 +66,7 @@ class Request(Section):
             raise ValueError("version=custom and custom=... belong together")
         if self.custom and "autoattack" not in self.attacks:
             raise ValueError("custom=... needs attacks=autoattack")
-        for name in ("attacks", "custom", "targets", "threats"):
+        for name in ("attacks", "custom", "targets", "threats", "sources"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names something twice")
         return self

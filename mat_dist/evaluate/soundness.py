@@ -120,7 +120,7 @@ def _no_gradient(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
 def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat, tried: Tried, job: Job,
                      chunk: int) -> dict[str, int]:
     """Numbers of images that other attacks break beyond those of the evaluation, and accuracies at other radii."""
-    own = Tried({name: p for name, p in tried.predictions.items() if name != TRANSFER})
+    own = Tried({name: p for name, p in tried.predictions.items() if not name.startswith(TRANSFER)})
     held_B = own.held(y_B)
     outside = torch.stack([_outside(adv, x_BCHW, threat) for adv in tried.advs.values()]).any(0)
     counts = {"n": len(y_B), "inside ball and box": int(outside.sum()), "square": tried.square_broke,

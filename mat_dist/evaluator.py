@@ -34,9 +34,10 @@ RAW, EMA = "raw", "ema"
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps).
+    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
+    `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`; `momentum` is that of `pgd`; `targets` is the
+    number of classes that a targeted loss is led to, one after another.
     """
 
     steps: int
@@ -44,9 +45,12 @@ class AttackPlan:
     step_size: float | None = None
     loss: str = "ce"
     start: str = "uniform"
+    momentum: float | None = None
+    reach: float = 2.5
+    targets: int = 0
 
     def size(self, eps: float) -> float:
-        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+        return self.step_size if self.step_size is not None else self.reach * eps / self.steps
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, atta
         start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
             yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                      step_size=attack.size(threat.eps))
+                      step_size=attack.size(threat.eps), momentum=attack.momentum)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from mat_dist.device import device_name, ranks_per_device
 from mat_dist.entry import LOGGED
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluate import autoattack, outcome
-from mat_dist.evaluate.attack import Job
 from mat_dist.evaluate.chunks import Work, run_chunks
+from mat_dist.evaluate.craft import Job
+from mat_dist.evaluate.menu import AUTOATTACK, made_by
 from mat_dist.evaluate.request import Request
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
 from mat_dist.evaluator import EMA, RAW, chosen_images, load_models, threats_of
@@ -94,9 +95,9 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     subject = Subject.find(folder, config, request)
     names = target_names(request, config)
     job = make_job(request, config)
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         autoattack.require()
-        autoattack.check_classes(job.version, job.custom, subject.images.classes)
+        autoattack.check_classes((*job.attacks, *job.custom), subject.images.classes)
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, subject)
@@ -120,9 +121,9 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
 def make_job(request: Request, config: Config) -> Job:
     """The attacks that are asked for, on the threats that are asked for."""
     seed = config.run.seed if request.seed is None else request.seed
-    threats = threats_asked(request, threats_of(config.peers))
+    threats = threats_asked(request, threats_of(config.peers), config.data.name)
     return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
-               tuple(request.custom), request.transfer, seed)
+               tuple(request.custom), request.transfer, seed, request.queries)
 
 
 def check_images(data: DataSets, subject: Subject) -> None:
@@ -141,7 +142,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
     """All that the result depends on, as JSON values."""
     found = versions()
     system = found.pop("system")
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         found["pyautoattack"] = metadata.version("pyautoattack")
     plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t.eps) for t in job.threats}}
              for name, plan in job.plans.items()}
@@ -154,7 +155,8 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
         "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "saved": request.save,
         "checked_images": request.checks,
-        "autoattack": {"version": job.version, "custom": list(job.custom)} if "autoattack" in job.attacks else None,
+        "autoattack": {"version": job.version, "custom": list(job.custom)} if AUTOATTACK in job.attacks else None,
+        "queries": job.queries,
         "seed": job.seed, "subset_seed": subject.config.run.seed, "chunk": subject.config.eval.chunk,
         "precision": subject.config.step.precision, "threads": subject.config.run.threads,
         "device": device_name(device), "versions": found, "system": system,

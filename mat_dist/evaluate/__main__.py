@@ -17,6 +17,7 @@ from pathlib import Path
 from mat_dist.config import load_config, load_plugins
 from mat_dist.entry import run_entry
 from mat_dist.errors import ConfigError, OutputError
+from mat_dist.evaluate.menu import MENU
 from mat_dist.evaluate.request import FREE_SETTINGS, Arguments, Request, parse
 from mat_dist.mesh.launch import Launch
 from mat_dist.runfolder import RunFolder, RunLock
@@ -78,13 +79,14 @@ def find_run(word: str) -> RunFolder:
 
 
 def help_text() -> str:
-    """The docstring, then every setting with its default and meaning."""
+    """The docstring, then every setting with its default and meaning, and every attack."""
     lines = [__doc__ or "", "Settings: key=default, meaning"]
     for name, field in Request.model_fields.items():
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
         lines.append(f"  {f'{name}={shown}':<30} {field.description}")
-    return "\n".join([*lines, f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}"])
+    lines.append(f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}")
+    return "\n".join([*lines, "Attacks:", *(f"  {name:<12} {kind.meaning}" for name, kind in MENU.items())])
 
 
 if __name__ == "__main__":

@@ -98,6 +98,9 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     if made_by(job.attacks, "package"):
         autoattack.require()
         autoattack.check_classes((*job.attacks, *job.custom), subject.images.classes)
+        if config.step.precision == "fp64":
+            raise ConfigError("pyautoattack computes in fp32, the run in fp64", "attacks",
+                              "choose other attacks, such as attacks=pgd,cw,targeted")
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, subject)

@@ -54,6 +54,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "autoattack": Kind("package", "several of the six above, see version"),
 })
 AUTOATTACK, SQUARE, SEARCH, TARGETED = "autoattack", "square", "search", "targeted"
+PARTS = tuple(name for name, kind in MENU.items() if kind.maker == "package" and name != AUTOATTACK)  # of AutoAttack
 
 
 def made_by(names: Iterable[str], *makers: str) -> list[str]:

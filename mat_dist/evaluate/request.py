@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from mat_dist.config.describe import nearest
 from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.config.schema import Integer, Number, Section
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate.menu import AUTOATTACK, MENU
+from mat_dist.evaluate.menu import AUTOATTACK, MENU, PARTS
 from mat_dist.evaluate.radii import UNIONS
 
 PEERS, ENSEMBLE = "peers", "ensemble"
@@ -29,15 +29,14 @@ def _words(value: Any) -> Any:
 Words = BeforeValidator(_words)
 
 
-def _attack(name: str) -> str:
-    if name not in MENU:
-        near = nearest(name, MENU)
-        raise ValueError(f"there is no attack {name[:40]!r}{f', did you mean {near}?' if near else ''}")
-    return name
-
-
-AttackName = Annotated[str, AfterValidator(_attack)]
-Custom = Literal["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+def _among(known: Collection[str]) -> AfterValidator:
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in known:
+                near = nearest(name, known)
+                raise ValueError(f"there is no attack {name[:40]!r}{f', did you mean {near}?' if near else ''}")
+        return names
+    return AfterValidator(check)
 
 
 class Request(Section):
@@ -51,7 +50,7 @@ class Request(Section):
                             description="best, last or step_N; best is last where no evaluation chose one")
     split: Literal["test", "val", "train"] = Field("test", description="images to attack")
     images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
-    attacks: Annotated[tuple[AttackName, ...], Words] = Field(
+    attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
         ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
     steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
                                                                      "eval.test_steps")
@@ -61,7 +60,8 @@ class Request(Section):
     targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")
     queries: Integer = Field(1000, ge=1, le=10**6, description="model calls of search")
     version: Literal["standard", "plus", "rand", "custom"] = Field("standard", description="version of AutoAttack")
-    custom: Annotated[tuple[Custom, ...], Words] = Field((), description="attacks of version=custom, in order")
+    custom: Annotated[tuple[str, ...], Words, _among(PARTS)] = Field(
+        (), description=f"attacks of version=custom, in order: {', '.join(PARTS)}")
     threats: Annotated[tuple[str, ...], Words] = Field(
         (), description="norm:eps, such as linf:8/255,l2:1/2; norm:standard or norm:DATA for a data set's radius; "
                         f"standard; union: and one of {', '.join(UNIONS)}; default: those of the peers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from mat_dist.attacks.pgd import likely_wrong, pgd
 from mat_dist.attacks.search import patch_change
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate.attack import TRANSFER, attack_targets, predict
+from mat_dist.evaluate import craft
+from mat_dist.evaluate.attack import TRANSFER, attack_one, attack_targets, predict
+from mat_dist.evaluate.autoattack import Found, chunk_seed
 from mat_dist.evaluate.craft import Job, crafted, made
 from mat_dist.evaluate.menu import MENU, OUR_NORMS, stand_in
 from mat_dist.evaluate.radii import DATA_SETS, UNIONS
@@ -220,6 +223,48 @@ def test_members_aes_join_the_candidates_of_every_ensemble(rule: str, x: Tensor)
     assert list(one.predictions) == ["pgd", TRANSFER] and list(one.sources) == ["a", "b"]
     counts = examine(target, x, y, {LINF.label: one}, vote_job("pgd"), 0)[LINF.label]
     assert counts["transfer"] == int(((one.predictions["pgd"] == y) & (one.predictions[TRANSFER] != y)).sum())
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
+    """pyautoattack replaced by something that breaks the first three images -> (attack, module) of every call."""
+    calls = []
+
+    def fake(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *, version: str, custom: tuple[str, ...],
+             seed: int, alone: str | None = None) -> Found:
+        assert (version, custom, seed) == ("standard", (), chunk_seed(0, threat.norm, 2))
+        calls.append((alone or "autoattack", model))
+        adv = x_BCHW.clone()
+        adv[:3] = 1 - adv[:3]
+        return Found(adv, y_B, 7, (), ())
+
+    monkeypatch.setattr(craft, "autoattack", fake)
+    return calls
+
+
+def test_a_vote_is_attacked_by_square_itself_where_pyautoattack_is_asked_for(x: Tensor, package: list[Any]) -> None:
+    (target,) = make_targets(["ensemble:vote"], ["a", "b"], [network(4), network(5)])
+    y = predict(target.model, x)
+    one = attack_one(target, x, y, y, LINF, vote_job("apgd-ce", "autoattack"), 2)
+    assert list(one.predictions) == ["apgd-ce", "autoattack", "square"]
+    logit, prob = target.attacked
+    assert package == [("apgd-ce", logit), ("apgd-ce", prob), ("autoattack", logit), ("autoattack", prob),
+                       ("square", target.model)]
+    assert one.square_broke == 14  # what AutoAttack told of both; Square on the vote has nothing to be compared with
+
+
+def test_square_alone_is_compared_with_the_gradient_attacks(x: Tensor, package: list[Any]) -> None:
+    model = network(4)
+    (target,) = make_targets(["a"], ["a"], [model])
+    y = predict(model, x)
+    strong, weak = AttackPlan(20), AttackPlan(1, step_size=1e-9, start="zero")
+    for eps, plan, some in ((0.5, strong, False), (0.1, weak, True)):
+        threat = Threat("linf", eps)
+        job = Job((threat,), {"pgd": plan}, ("square", "pgd"), "standard", (), False, 0)
+        one = attack_one(target, x, y, y, threat, job, 2)
+        alone = (one.predictions["square"] != y) & (one.predictions["pgd"] == y)
+        assert one.square_broke == int(alone.sum()) and bool(alone.any()) == some
+        assert list(one.predictions) == ["square", "pgd"] and (one.predictions["square"] != y).any()
 
 
 def test_a_vote_gets_a_gradient_free_attack_unless_one_is_asked_for() -> None:

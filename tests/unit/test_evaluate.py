@@ -25,6 +25,7 @@ from mat_dist.evaluate import chunks, evaluation, outcome, soundness
 from mat_dist.evaluate.__main__ import main
 from mat_dist.evaluate.autoattack import chunk_seed
 from mat_dist.evaluate.craft import crafted
+from mat_dist.evaluate.menu import MENU
 from mat_dist.evaluate.soundness import Verdict
 from mat_dist.evaluator import AttackPlan
 from mat_dist.results import wilson_interval
@@ -353,6 +354,8 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     (["targets=peer7"], 2, "there is no target 'peer7'"),
     (["atacks=pgd"], 2, "unknown setting atacks"),
     (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms', did you mean mifgsm?"),
+    (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
+    (["attacks="], 2, "there is no attack ''"),
     (["threats=standard"], 2, "no standard radius for the data set 'digits'"),
     (["threats=union:all"], 2, "choose from eat, msd, mng"),
     (["attack.eps=0.1"], 2, "attack.eps cannot be changed for a run that is there"),
@@ -414,7 +417,14 @@ def test_other_images_or_classes_are_refused(change: dict[str, Any], text: str, 
     assert text in evaluate(run, *FAST, code=3)["err"]
 
 
+def test_pyautoattack_is_refused_for_a_run_in_fp64(tmp_path: Path, evaluate: Evaluate) -> None:
+    pytest.importorskip("pyautoattack", exc_type=ImportError)
+    done = run_small(tmp_path, "double", "train.max_steps=1", "step.precision=fp64")
+    assert "computes in fp32, the run in fp64" in evaluate(done.folder.path, "attacks=pgd,apgd-ce", code=2)["err"]
+
+
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{key}=" in out for key in ("targets", "weights", "attacks", "eps", "version", "checks"))
+    assert all(f"{key}=" in out for key in ("targets", "weights", "attacks", "eps", "version", "checks", "queries"))
+    assert all(f"\n  {name} " in out for name in MENU)

@@ -251,6 +251,29 @@ def test_saved_aes_are_what_fooled_the_target(run: Path, evaluate: Evaluate) -> 
     assert one["accuracy_uint8"] == {"linf 64/255": whole / 40}
 
 
+def test_evaluations_of_the_same_images_are_paired_and_others_refused(run: Path, evaluate: Evaluate, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed of the run draws another subset of the test set: the data are the same, the images are not."""
+    done = run_small(tmp_path / "seeds", "other", "data.train_size=300", "train.max_steps=1", "run.seed=1")
+    others = {"equal": run, "eps": run, "norm": run, "fewer": run, "split": run, "subset": done.folder.path}
+    words = ("attacks=fgsm", "targets=peer0", "weights=raw", "checks=1")
+    asked = {"equal": ("threats=linf:0.1", "images=20", "seed=7"), "eps": ("threats=linf:0.2", "images=20"),
+             "norm": ("threats=l2:0.1", "images=20"), "fewer": ("threats=linf:0.1", "images=19"),
+             "split": ("threats=linf:0.1", "images=20", "split=val"), "subset": ("threats=linf:0.1", "images=20")}
+    first = Path(shutil.copytree(run, tmp_path / "first"))
+    evaluate(first, *words, "threats=linf:0.1", "images=20")
+    told = {}
+    for name, folder in others.items():
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        evaluate(copy, *words, *asked[name])
+        code = main(["--compare", str(first), str(copy)])
+        told[name] = (code, capsys.readouterr().err)
+    texts = {"eps": "threats linf 1/10 and linf 1/5", "norm": "threats linf 1/10 and l2 1/10", "fewer": "n 20 and 19",
+             "split": "split test and val", "subset": "images_digest"}
+    assert told["equal"] == (0, "") and all(told[name][0] == 2 for name in texts)
+    assert {name: text in told[name][1] for name, text in texts.items()} == dict.fromkeys(texts, True)
+
+
 # ------------------------------------------------------------------------------------------------ chunks
 
 

@@ -36,10 +36,11 @@ RAW, EMA = "raw", "ema"
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps).
+    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    In l1 it is APGD, whose first step is `step_size` long (default eps): plain sparse PGD breaks fewer images than
-    random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
+    In l1 it is APGD, whose first step is `step_size` long (default eps) and which knows no momentum: plain sparse PGD
+    breaks fewer images than random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`;
+    `momentum` is that of `pgd`; `targets` is the number of classes that a targeted loss is led to, one after another.
     """
 
     steps: int
@@ -47,12 +48,15 @@ class AttackPlan:
     step_size: float | None = None
     loss: str = "ce"
     start: str = "uniform"
+    momentum: float | None = None
+    reach: float = 2.5
+    targets: int = 0
 
     def size(self, threat: Threat) -> float:
         """Length of the (first) step."""
         if self.step_size is not None:
             return self.step_size
-        return threat.eps if threat.norm == "l1" else 2.5 * threat.eps / self.steps
+        return threat.eps if threat.norm == "l1" else self.reach * threat.eps / self.steps
 
 
 @dataclass(frozen=True)
@@ -217,11 +221,12 @@ def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, atta
         start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
             if threat.norm == "l1":
-                yield apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                           step_size=attack.size(threat)).wrong_BCHW
+                found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                             step_size=attack.size(threat))
+                yield found.best_BCHW if attack.targets else found.wrong_BCHW  # y_B are targets, not labels
             else:
                 yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                          step_size=attack.size(threat))
+                          step_size=attack.size(threat), momentum=attack.momentum)
 
 
 @contextmanager

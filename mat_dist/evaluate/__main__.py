@@ -21,6 +21,7 @@ from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.entry import run_entry
 from mat_dist.errors import ConfigError
 from mat_dist.evaluate.importing import Importing, Options, is_file, split_words
+from mat_dist.evaluate.menu import MENU
 from mat_dist.evaluate.request import FREE_SETTINGS, Arguments, Request, parse
 from mat_dist.evaluate.runs import find_run, refuse_unfinished
 from mat_dist.mesh.launch import Launch
@@ -94,13 +95,14 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
 
 
 def help_text() -> str:
-    """The docstring, then every setting with its default and meaning."""
+    """The docstring, then every setting with its default and meaning, and every attack."""
     lines = [__doc__ or "", "Settings: key=default, meaning"]
     for name, field in [*Request.model_fields.items(), *Options.model_fields.items()]:
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
         lines.append(f"  {f'{name}={shown}':<30} {field.description}")
-    return "\n".join([*lines, f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}"])
+    lines.append(f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}")
+    return "\n".join([*lines, "Attacks:", *(f"  {name:<12} {kind.meaning}" for name, kind in MENU.items())])
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from mat_dist.device import device_name, ranks_per_device
 from mat_dist.entry import LOGGED
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluate import autoattack, outcome
-from mat_dist.evaluate.attack import Job
 from mat_dist.evaluate.chunks import Work, run_chunks
+from mat_dist.evaluate.craft import Job
+from mat_dist.evaluate.menu import AUTOATTACK, made_by
 from mat_dist.evaluate.request import Request
 from mat_dist.evaluate.sources import load_sources
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
@@ -95,9 +96,12 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     subject = Subject.find(folder, config, request)
     names = target_names(request, config)
     job = make_job(request, config)
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         autoattack.require()
-        autoattack.check_classes(job.version, job.custom, subject.images.classes)
+        autoattack.check_classes((*job.attacks, *job.custom), subject.images.classes)
+        if config.step.precision == "fp64":
+            raise ConfigError("pyautoattack computes in fp32, the run in fp64", "attacks",
+                              "choose other attacks, such as attacks=pgd,cw,targeted")
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, subject)
@@ -108,7 +112,8 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
                         f"ask for at most {len(split)}")
     samples_N = chosen_images(len(split), request.images, config.run.seed)
     models = load_models(config, subject.manifest, subject.images, subject.weights, mesh.device)
-    targets = make_targets(names, [str(p.name) for p in config.peers], models)
+    targets = make_targets(names, [str(p.name) for p in config.peers], models,
+                           [str(p.name) for p in config.peers if p.frozen])
     about = describe(subject, request, job, names, data.digest, len(samples_N), mesh.device)
     sources, told = load_sources(request.sources, subject.images, config, mesh.device)
     about |= {"sources": told} if told else {}
@@ -123,9 +128,9 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
 def make_job(request: Request, config: Config) -> Job:
     """The attacks that are asked for, on the threats that are asked for."""
     seed = config.run.seed if request.seed is None else request.seed
-    threats = threats_asked(request, threats_of(config.peers))
+    threats = threats_asked(request, threats_of(config.peers), config.data.name)
     return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
-               tuple(request.custom), request.transfer, seed)
+               tuple(request.custom), request.transfer, seed, request.queries)
 
 
 def check_images(data: DataSets, subject: Subject) -> None:
@@ -144,7 +149,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
     """All that the result depends on, as JSON values."""
     found = versions()
     system = found.pop("system")
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         found["pyautoattack"] = metadata.version("pyautoattack")
     return {
         "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
@@ -167,8 +172,8 @@ def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> d
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
         "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "saved": request.save,
         "checked_images": request.checks,
-        "autoattack": {"version": job.version, "custom": list(job.custom)} if "autoattack" in job.attacks else None,
-        "seed": job.seed, "chunk": config.eval.chunk,
+        "autoattack": {"version": job.version, "custom": list(job.custom)} if AUTOATTACK in job.attacks else None,
+        "queries": job.queries, "seed": job.seed, "chunk": config.eval.chunk,
     }
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mat_dist.atomic import write_json, write_text
+from mat_dist.checkpoint import json_digest
 from mat_dist.evaluate.soundness import Verdict, judge, total
 from mat_dist.evaluate.sources import FROM
 from mat_dist.results import wilson_interval
@@ -113,8 +114,9 @@ def write_files(folder: Path, name: str, about: Mapping[str, Any], outcomes: Seq
     write_text(path.with_suffix(".csv"), as_csv(chunks, weights))
     warnings = sorted({text for chunk in chunks for text in chunk["warnings"]})
     targets = [{**outcome.summary(), "weights": weights} for outcome in outcomes]
-    write_json(path, {**about, "reportable": all(o.reportable for o in outcomes), "targets": targets,
-                      "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
+    images = json_digest([chunk["images"] for chunk in chunks])
+    write_json(path, {**about, "images_digest": images, "reportable": all(o.reportable for o in outcomes),
+                      "targets": targets, "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
     return path
 
 

@@ -15,6 +15,7 @@ from mat_dist.threats.regions import per_image, shrink
 # Of the values move in a step: Tramer and Boneh, NeurIPS 2019 (percentile 99). More of them make plain PGD weak: on
 # CIFAR-10, l1 4, a small CNN withstands PGD-20 on 27.0 % with 0.2 %, 28.5 % with 1 %, 31.0 % with 20 % of the values.
 L1_SHARE = 0.01
+BISECTIONS = {torch.float32: 26, torch.float64: 55}  # bits of the mantissa, and two
 
 
 class L1Region:
@@ -89,18 +90,23 @@ def _largest(values_BN: Tensor, rank: int | Tensor) -> Tensor:
 def _amount(delta_BCHW: Tensor, room_BCHW: Tensor, eps: float) -> Tensor:
     """The a >= 0 with sum_i min(max(|delta_i| - a, 0), room_i) = eps, or 0 where a = 0 gives less -> (B,).
 
-    The sum f(a) is piecewise linear. As a falls from max |delta|, value i begins to grow at a = |delta_i| and stops
-    at |delta_i| - room_i: sort these places, sum up slope times distance, and interpolate where eps is passed. No
-    loop over images and no word to the host.
+    The sum falls piecewise linearly in a. Bisection down to neighbouring numbers, then interpolation, which is exact
+    on a line; no loop over images and no word to the host. Sorting the bends instead took four times as long on a CPU.
     """
-    begins_BN = delta_BCHW.flatten(1).abs()
-    ends_BN = (begins_BN - room_BCHW.flatten(1)).clamp_(min=0)
-    places, order = torch.cat([begins_BN, ends_BN], 1).sort(1, descending=True)
-    slope = torch.where(order < begins_BN.shape[1], 1, -1).cumsum(1)  # right below each place
-    places = torch.cat([places, torch.zeros_like(places[:, :1])], 1).double()
-    # f at places 1, 2, ...; at place 0, the largest |delta|, it is 0.
-    sums = (slope * (places[:, :-1] - places[:, 1:])).cumsum(1)
-    first_B1 = (sums <= eps).sum(1, keepdim=True)  # the stretch in which eps is passed; N if it never is
-    at_B1 = first_B1.clamp(max=slope.shape[1] - 1)
-    found = places.gather(1, at_B1 + 1) + (sums.gather(1, at_B1) - eps) / slope.gather(1, at_B1).clamp(min=1)
-    return torch.where(sums[:, -1:] > eps, found, 0)[:, 0].to(delta_BCHW.dtype)
+    begins_BN, room_BN = delta_BCHW.flatten(1).abs(), room_BCHW.flatten(1)
+
+    def length(amount_B: Tensor) -> Tensor:
+        moved_BN = (begins_BN - amount_B[:, None]).clamp_(min=0)
+        return torch.minimum(moved_BN, room_BN, out=moved_BN).sum(1, dtype=torch.float64)
+
+    low_B, high_B = torch.zeros_like(begins_BN[:, 0]), begins_BN.amax(1)
+    above_B, below_B = length(low_B), torch.zeros_like(low_B, dtype=torch.float64)  # lengths at low and high
+    inside_B = above_B <= eps
+    for _ in range(BISECTIONS[delta_BCHW.dtype]):
+        middle_B = (low_B + high_B) / 2
+        length_B = length(middle_B)
+        too_long_B = length_B > eps
+        low_B, above_B = torch.where(too_long_B, middle_B, low_B), torch.where(too_long_B, length_B, above_B)
+        high_B, below_B = torch.where(too_long_B, high_B, middle_B), torch.where(too_long_B, below_B, length_B)
+    share_B = ((above_B - eps) / (above_B - below_B)).to(low_B.dtype)
+    return torch.where(inside_B, 0, low_B + share_B * (high_B - low_B))

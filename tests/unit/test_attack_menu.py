@@ -74,7 +74,7 @@ def test_mifgsm_follows_the_sum_of_normalised_gradients_image_by_image(threat: T
     model = network(1)
     y = model(x).argmax(1)
     asked = plan("mifgsm", "steps=6", "restarts=3")
-    assert (asked.momentum, asked.restarts, asked.size(0.6)) == (1.0, 1, pytest.approx(0.1))
+    assert (asked.momentum, asked.restarts, asked.size(Threat(threat.norm, 0.6))) == (1.0, 1, pytest.approx(0.1))
     (found,) = crafted(model, x, y, threat, asked, seed=0, chunk=0)
     assert (predict(model, found) != y).any()
     for image, label, adv in zip(x[:12], y.tolist(), found, strict=False):

@@ -27,6 +27,9 @@ class Crafter:
         model: its live model.
         stream: (purpose, indices ...) -> key of one of the peer's random streams.
         notes: gets a line where memory runs out or an engine cannot run.
+
+    Attributes:
+        threats: the union's, or the peer's one.
     """
 
     def __init__(self, name: str, spec: PeerConfig, model: nn.Module, step: StepConfig, stream: Callable[..., int],
@@ -34,11 +37,11 @@ class Crafter:
         member = Member.of(spec)
         self._name, self._model, self._stream, self._notes = name, model, stream, notes
         self._precision, self._strategy = step.precision, member.strategy
-        self._threats = member.union or (member.threat,)
+        self.threats = member.union or (member.threat,)
         self._halves = False  # the attack ran out of memory once
-        self._eat = EatChoice.of(len(self._threats)) if self._strategy == "eat" else None
+        self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
         self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
-        self._attack = TrainingAttack(model, self._threats, spec.attack, step,
+        self._attack = TrainingAttack(model, self.threats, spec.attack, step,
                                       lambda text: notes.append(f"{name}: {text}"))
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
@@ -48,7 +51,7 @@ class Crafter:
             return self._in_halves(ALL, x_BCHW, y_B, step, first_row)
         chosen = 0
         if self._strategy == "random":
-            chosen = random_norm(len(self._threats), stream=self._stream("norm", step))
+            chosen = random_norm(len(self.threats), stream=self._stream("norm", step))
         elif self._eat is not None:
             chosen = self._eat.choose(stream=self._stream("eat", step))
         adv = self._in_halves(chosen, x_BCHW, y_B, step, first_row, teacher_BK)
@@ -60,7 +63,7 @@ class Crafter:
 
     def others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int) -> list[Tensor]:
         """AEs of a batch against each threat of the union but the first, in order."""
-        return [self._in_halves(number, x_BCHW, y_B, step, first_row) for number in range(1, len(self._threats))]
+        return [self._in_halves(number, x_BCHW, y_B, step, first_row) for number in range(1, len(self.threats))]
 
     def craft(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
               teacher_BK: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.graphed import GraphedAttack
+from mat_dist.attacks.nfgsm import n_fgsm
 from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.attacks.union import msd
 from mat_dist.config.presets import step_size
@@ -54,9 +55,14 @@ class TrainingAttack:
             threat: position of the threat.
             teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
         """
-        assert self._settings.start is not None
-        region = self._threats[threat].region(x_BCHW, self._settings.l1_share)
-        start = self._threats[threat].start(self._settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        settings = self._settings
+        assert settings.start is not None and settings.loss is not None
+        if settings.method == "n_fgsm":
+            with self._ready(x_BCHW):
+                return n_fgsm(self._called, x_BCHW, y_B, eps=self._threats[threat].eps, step_size=self._sizes[threat],
+                              loss=settings.loss, stream=stream, first_row=first_row)
+        region = self._threats[threat].region(x_BCHW, settings.l1_share)
+        start = self._threats[threat].start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
             if self._step.attack_engine == "eager" or teacher_BK is not None:
                 return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK)

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result
+from mat_dist.config.schema import PeerConfig
+from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, threats_of
 from mat_dist.step import Outcome
 from mat_dist.telemetry import Result as TableRow
 from mat_dist.telemetry import images_per_second
+from mat_dist.threats import Threat
 
 
 class Meter:
@@ -54,6 +56,13 @@ def validation_record(results: Sequence[Result]) -> dict[str, Any]:
             if r.target == ENSEMBLE:
                 record[f"{prefix}ensemble"] = {"clean_acc": r.clean, "robust_acc": r.robust}
     return record
+
+
+def peers_robust(results: Sequence[Result], specs: Sequence[PeerConfig]) -> list[float | None]:
+    """Each peer's accuracy against its own threat, with raw weights, in [0, 1]; None for one that does not train."""
+    threats, found = threats_of(specs), {r.target: r for r in results if r.weights == RAW}
+    return [None if p.frozen else found[str(p.name)].against(threats.index(Threat(p.threat.norm, p.threat.eps)))
+            for p in specs]
 
 
 def table_rows(checkpoint: str, results: Sequence[Result], attack: AttackPlan) -> list[TableRow]:

@@ -19,7 +19,7 @@ from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
 from mat_dist.gallery import show_gallery
 from mat_dist.loading import initialise
 from mat_dist.mesh.mesh import Mesh
-from mat_dist.records import Meter, step_record, table_rows, validation_record
+from mat_dist.records import Meter, peers_robust, step_record, table_rows, validation_record
 from mat_dist.results import write_results
 from mat_dist.run import Run
 from mat_dist.saver import Saver
@@ -178,8 +178,7 @@ class Trainer:
                                **device_memory(self.mesh.device)})
         except OutputError as error:  # a full disk stops a run only where it cannot save
             self.note(f"warning: no record of step {done}: {error}")
-        slow = self.watch.slow_rank(phases)
-        for line in [*([slow] if slow else []), *self.watch.spikes(done, record["loss"])]:
+        for line in self.watch.lines(done, record, phases):
             self.note(line)
 
     def progress(self, done: int) -> dict[str, Any]:
@@ -275,13 +274,14 @@ class Trainer:
     def validate(self, done: int) -> None:
         """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
         if self.saver.newest is None or self.saver.newest.step != done:
-            self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
-            return
+            return self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
         began = perf_counter()
         plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
         results = evaluate(self.config, self.mesh, self.saver.newest, self.images, self.data.val, plan,
                            size=self.config.eval.size, purpose="validation", stop=self.stop)
         score = selection_score(results, self.config.peers)
+        for line in self.watch.overfitting(peers_robust(results, self.config.peers)):
+            self.note(line)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         if self.mesh.placement.is_lead:
             agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)

@@ -1,13 +1,17 @@
-"""What a run warns of while it goes on: a slow rank, a loss that jumps."""
+"""What a run warns of while it goes on: a slow rank, a loss that jumps, catastrophic overfitting."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 SLOW = 0.7  # fastest / slowest working time below which a rank counts as slow (the threshold of NVIDIA's NVRx guide)
 SPIKE = 10.0  # times the median of a peer's last losses
+# Catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): a model right on its own weak training AEs and wrong under
+# PGD; there within a few hundred steps, so that a probe per epoch finds it.
+FOOLED, SURE = 0.1, 0.4
 REMEMBERED, LEAST = 20, 3  # log records that the median is taken over, and how many it needs
 
 
@@ -22,7 +26,30 @@ class Watch:
     def __init__(self, peers: int) -> None:
         self._slow_told = False
         self._jumped: set[int] = set()
+        self._train_ae: Sequence[float] = ()
+        self._overfit: set[int] = set()
         self._losses: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in range(peers)]
+
+    def lines(self, step: int, record: Mapping[str, Any], phases: Sequence[dict[str, float]]) -> list[str]:
+        """What is unusual about a log record (`records.step_record`) and its phases."""
+        slow = self.slow_rank(phases)
+        self._train_ae = record["train_ae_acc"]
+        return [*([slow] if slow else []), *self.spikes(step, record["loss"])]
+
+    def overfitting(self, robust: Sequence[float | None]) -> list[str]:
+        """A line for each peer that labels its training AEs well and almost nothing under the evaluator's PGD.
+
+        Args:
+            robust: each peer's validation accuracy under PGD, in [0, 1]; None for a peer that does not train.
+        """
+        found = []
+        for peer, (own, held) in enumerate(zip(self._train_ae, robust, strict=False)):
+            if held is not None and held < FOOLED and own > SURE and peer not in self._overfit:
+                self._overfit.add(peer)
+                found.append(f"warning: catastrophic overfitting of peer {peer}: {100 * own:.0f} % right on its own "
+                             f"training AEs, {100 * held:.1f} % under PGD: use more attack.steps or a smaller "
+                             "attack.step_size")
+        return found
 
     def slow_rank(self, phases: Sequence[dict[str, float]]) -> str | None:
         """A line about the rank that the others wait for, the first time there is one.

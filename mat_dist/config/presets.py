@@ -149,8 +149,10 @@ def step_size(method: str, steps: int, norm: str, eps: float) -> float:
     PGD: 2.5 eps / steps, the rule of MadryLab/robustness: every point of the ball can be reached. A single step is
     1.25 eps long, as in FGSM-RS (Wong, Rice, Kolter, ICLR 2020: 10/255 for 8/255): 2.5 eps would end on the
     ball's corners whatever the start. APGD: the diameter of the ball (Croce and Hein, ICML 2020), for l1 its radius
-    (ICML 2021).
+    (ICML 2021). N-FGSM: eps (de Jorge et al., NeurIPS 2022).
     """
     if method == "apgd":
         return eps if norm == "l1" else 2 * eps
+    if method == "n_fgsm":
+        return eps
     return (2.5 if steps > 1 else 1.25) * eps / steps

@@ -96,8 +96,9 @@ class ThreatConfig(Section):
 class AttackConfig(Section):
     """How a peer makes its adversarial examples in training."""
 
-    method: Literal["pgd", "apgd"] = Field("pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD "
-                                                              "sets its own steps, the best point counts")
+    method: Literal["pgd", "apgd", "n_fgsm"] = Field(
+        "pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD sets its own steps, the best point "
+                           "counts; n_fgsm: one step from noise of 2 eps, not cut to the ball (linf, steps: 1)")
     steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
     step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
                                                                      "one step 1.25 eps; apgd: of the first step, 2 "

@@ -35,3 +35,16 @@ def test_a_jump_of_one_peers_loss_is_told_with_peer_and_step() -> None:
 
 def test_no_jump_is_told_before_there_is_a_usual_loss() -> None:
     assert Watch(1).spikes(1, [1.0]) == [] and Watch(1).spikes(2, [1e9]) == []
+
+
+def test_catastrophic_overfitting_is_told_once_per_peer_that_trains() -> None:
+    watch = Watch(3)
+    record = {"loss": [1.0, 1.0, 1.0], "train_ae_acc": [0.8, 0.8, 0.9]}
+    assert watch.overfitting([0.0, 0.0, 0.0]) == []  # before the first record nothing is known
+    assert watch.lines(1, record, [{"wait": 0.0}]) == []
+    (line,) = watch.overfitting([0.02, 0.5, None])
+    assert "overfitting of peer 0: 80 % right on its own training AEs, 2.0 % under PGD" in line
+    assert watch.overfitting([0.02, 0.5, None]) == []
+    assert len(watch.overfitting([0.02, 0.02, None])) == 1
+    assert watch.lines(2, {**record, "train_ae_acc": [0.3, 0.3, 0.3]}, [{"wait": 0.0}]) == []
+    assert Watch(1).overfitting([0.0]) == []

@@ -30,6 +30,7 @@ class Crafter:
 
     Attributes:
         threats: the union's, or the peer's one.
+        steps_per_epoch: for schedules.
     """
 
     def __init__(self, name: str, spec: PeerConfig, model: nn.Module, step: StepConfig, stream: Callable[..., int],
@@ -38,6 +39,7 @@ class Crafter:
         self._name, self._model, self._stream, self._notes = name, model, stream, notes
         self._precision, self._strategy = step.precision, member.strategy
         self.threats = member.union or (member.threat,)
+        self._growing_epochs, self.steps_per_epoch = spec.attack.eps_warmup_epochs, 1
         self._halves = False  # the attack ran out of memory once
         self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
         self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
@@ -68,10 +70,14 @@ class Crafter:
     def craft(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
               teacher_BK: Tensor | None = None) -> Tensor:
         """AEs of a batch, or a part of one, against one threat of the union by position, or against ALL at once."""
+        growing = self._growing_epochs * self.steps_per_epoch
+        scale = min(1.0, (step + 1) / growing) if growing else 1.0
         if threat == ALL:
-            return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row)
+            return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row,
+                                         scale=scale)
         stream = self._stream("attack", step) if threat == 0 else self._stream("attack", step, threat)
-        return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK)
+        return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
+                            scale=scale)
 
     def _in_halves(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
                    teacher_BK: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ class TrainingAttack:
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
-                 teacher_BK: Tensor | None = None) -> Tensor:
+                 teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
         Args:
@@ -54,18 +54,20 @@ class TrainingAttack:
             first_row: row of the global batch at which x_BCHW starts.
             threat: position of the threat.
             teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
+            scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
         """
+        chosen = self._threats[threat].scaled(scale)
         settings = self._settings
         assert settings.start is not None and settings.loss is not None
         if settings.method == "n_fgsm":
             with self._ready(x_BCHW):
-                return n_fgsm(self._called, x_BCHW, y_B, eps=self._threats[threat].eps, step_size=self._sizes[threat],
+                return n_fgsm(self._called, x_BCHW, y_B, eps=chosen.eps, step_size=scale * self._sizes[threat],
                               loss=settings.loss, stream=stream, first_row=first_row)
-        region = self._threats[threat].region(x_BCHW, settings.l1_share)
-        start = self._threats[threat].start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        region = chosen.region(x_BCHW, settings.l1_share)
+        start = chosen.start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
-            if self._step.attack_engine == "eager" or teacher_BK is not None:
-                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK)
+            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1:
+                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale)
             try:
                 return self._engines[threat](x_BCHW, y_B, start)
             except torch.OutOfMemoryError:
@@ -74,15 +76,16 @@ class TrainingAttack:
                 self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
                 return self._attack(x_BCHW, y_B, start, threat)
 
-    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int) -> Tensor:
+    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0) -> Tensor:
         """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
         settings = self._settings
         assert settings.start is not None and settings.loss is not None
-        regions = [threat.region(x_BCHW, settings.l1_share) for threat in self._threats]
-        start = self._threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
+        threats = [threat.scaled(scale) for threat in self._threats]
+        regions = [threat.region(x_BCHW, settings.l1_share) for threat in threats]
+        start = threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
-            return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=self._sizes, start_BCHW=start,
-                       loss=settings.loss, steps=settings.steps, stream=stream)
+            return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=[scale * size for size in self._sizes],
+                       start_BCHW=start, loss=settings.loss, steps=settings.steps, stream=stream)
 
     # ---------------------------------------------------------------- inside
 
@@ -101,16 +104,16 @@ class TrainingAttack:
             yield
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
-                teacher_BK: Tensor | None = None) -> Tensor:
+                teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """The AEs; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None
-        region = region or self._threats[threat].region(x_BCHW, settings.l1_share)
+        region, size = region or self._threats[threat].region(x_BCHW, settings.l1_share), scale * self._sizes[threat]
         if settings.method == "apgd":
             return apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                        steps=settings.steps, step_size=self._sizes[threat], teacher_BK=teacher_BK).best_BCHW
+                        steps=settings.steps, step_size=size, teacher_BK=teacher_BK).best_BCHW
         return pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                   steps=settings.steps, step_size=self._sizes[threat], teacher_BK=teacher_BK)
+                   steps=settings.steps, step_size=size, teacher_BK=teacher_BK)
 
     def _eager(self) -> list[Engine]:
         return [partial(self._attack, threat=number) for number in range(len(self._threats))]

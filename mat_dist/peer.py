@@ -172,6 +172,7 @@ class Peer:
             forwards: learning forwards that make one step; running statistics of norm layers keep their pace.
         """
         self.plan, self._steps_per_epoch = plan, steps_per_epoch
+        self.crafter.steps_per_epoch = steps_per_epoch
         set_bn_forwards(self.model, max(1, forwards))
 
     def buffers(self) -> list[Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 
 SLOW = 0.7  # fastest / slowest working time below which a rank counts as slow (the threshold of NVIDIA's NVRx guide)
 SPIKE = 10.0  # times the median of a peer's last losses
-# Catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): a model right on its own weak training AEs and wrong under
-# PGD; there within a few hundred steps, so that a probe per epoch finds it.
+# Catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): right on the own weak training AEs, wrong under PGD. It
+# is there within a few hundred steps, so that a probe per epoch finds it.
 FOOLED, SURE = 0.1, 0.4
 REMEMBERED, LEAST = 20, 3  # log records that the median is taken over, and how many it needs
 

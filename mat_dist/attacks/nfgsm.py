@@ -1,4 +1,4 @@
-"""N-FGSM (de Jorge et al., "Make some noise", NeurIPS 2022): one gradient step from strong noise, not cut to the ball."""
+"""N-FGSM (de Jorge et al., "Make some noise", NeurIPS 2022): one step from strong noise, not cut to the ball."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def n_fgsm_fits(config: Config) -> list[ConfigError]:
                                 (peer.threat.norm != "linf", "threat.norm", "threat.norm: linf"),
                                 (peer.union.strategy is not None, "union.strategy", "attack.method: pgd")):
             if bad:
-                found.append(ConfigError(f"n_fgsm with {where} {_value(peer, where)}", f"{key}.{where}", f"write {how}"))
+                what = f"n_fgsm with {where} {_value(peer, where)}"
+                found.append(ConfigError(what, f"{key}.{where}", f"write {how}"))
         if config.step.wire != "full":
             found.append(ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
                                      "write wire: full, or attack.method: pgd"))

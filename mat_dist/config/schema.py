@@ -105,6 +105,8 @@ class AttackConfig(Section):
                                                                      "eps, for l1 eps")
     l1_share: Number | None = Field(None, gt=0, le=1, description="share of an image's values that an l1 step moves; "
                                                                   "default 1 %; apgd: in its first steps, 5 %")
+    eps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which radius and steps grow linearly from 0 "
+                                                             "(DAJAT: all of them); attacks run eagerly until then")
     start: Literal["uniform", "gaussian", "zero"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
     loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(

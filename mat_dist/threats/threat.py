@@ -38,6 +38,10 @@ class Threat:
         """As people write it: linf 8/255."""
         return f"{self.norm} {eps_text(self.eps)}"
 
+    def scaled(self, factor: float) -> Threat:
+        """The threat of `factor` times the radius."""
+        return self if factor == 1 else Threat(self.norm, factor * self.eps)
+
     def region(self, x_BCHW: Tensor, share: float | None = None) -> Region:
         """The feasible set round x_BCHW (float, in [0, 1]).
 

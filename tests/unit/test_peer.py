@@ -255,3 +255,13 @@ def test_the_state_hash_sees_values_names_and_types() -> None:
         {"a": torch.zeros(2), "b": [1, 2.5]}]
     assert len({state_hash(s) for s in [base, *others]}) == 6
     assert state_hash(copy.deepcopy(base)) == state_hash(base)
+
+
+def test_the_radius_grows_linearly_over_its_warm_up() -> None:
+    """Corner to corner in one step: the farthest pixel is as far as the radius of the step."""
+    config = cohort_config("at", 1, eps=0.1, steps=3, entry={"attack": {"steps": 3, "eps_warmup_epochs": 2}})
+    peer = Peer(0, config.peers[0], nets(1)[0], seed=0, step=config.step)
+    peer.follow(CohortPlan.of(config.peers).peers[0], forwards=1, steps_per_epoch=5)
+    x, y = batch(0)
+    far = [(peer.attack(x, y, step) - x).abs().max().item() for step in (0, 4, 9, 50)]
+    assert far == pytest.approx([0.01, 0.05, 0.1, 0.1], abs=1e-6)

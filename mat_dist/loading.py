@@ -98,8 +98,8 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
     """Position of the peer that is asked for."""
     names = [str(p.name) for p in config.peers]
     if peer == "best":
-        trained = [str(p.name) for p in config.peers if not p.frozen]
-        found = trained[0] if len(trained) == 1 else best_peer(trained, folder, manifest.step, weights)
+        some = candidates(config)
+        found = some[0] if len(some) == 1 else best_peer(some, folder, manifest.step, weights)
         if found is None:
             raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
                                   f"choose one of {', '.join(names)}")
@@ -114,6 +114,12 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
 
 def _validation(folder: RunFolder, step: int) -> Path:
     return folder.eval / f"validation_{checkpoint.step_name(step)}.json"
+
+
+def candidates(config: Config) -> list[str]:
+    """The peers that may be the best one: the generalists, or where there are none all that train."""
+    training = [p for p in config.peers if not p.frozen]
+    return [str(p.name) for p in [p for p in training if p.role == "generalist"] or training]
 
 
 def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:

@@ -43,6 +43,7 @@ DESCRIBED = {
     f"{TRAIN} --plugin {MODEL} peers.0.model=my_model": "a minute or more; another command runs the plug-in",
     f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",
     "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config cifar10_resnet18": "days without GPUs",
+    "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config union_generalist": "days without GPUs",
     "sbatch --nodes=2 --gres=gpu:4 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/unit/test_launch.py",
     "sbatch --gres=gpu:4 --time=24:00:00 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/cluster",
     "sbatch --nodes=2 --gres=gpu:4 --time=24:00:00 launch/slurm_multinode.sbatch --config cifar10_resnet18":

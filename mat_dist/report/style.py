@@ -93,7 +93,8 @@ pre{font-size:.8rem;overflow-x:auto;border:1px solid var(--grid);padding:.7rem;w
 footer{margin-top:3rem;padding-bottom:2rem;color:var(--dim);font-size:.8rem}
 @media (max-width:30rem){body{font-size:15px}th,td{padding-right:.5rem}table{font-size:.84rem}
  td.number small{display:block;margin-left:0}}
-@media print{body{font-size:10pt}nav{display:none}h2,h2+p{break-after:avoid}h2+p{break-inside:avoid}.card figcaption{font-size:7pt}figure,tr,.card{break-inside:avoid}
+@media print{body{font-size:10pt}nav{display:none}h2,h2+p{break-after:avoid}
+ h2+p,figure,tr,.card{break-inside:avoid}.card figcaption{font-size:7pt}
  .scroll{overflow:visible}.charts{grid-template-columns:repeat(2,1fr)}.cards{grid-template-columns:repeat(3,1fr)}
  details:not([open]){display:none}a{color:inherit;text-decoration:none}}
 """

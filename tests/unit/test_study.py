@@ -368,3 +368,10 @@ def test_the_folder_of_python_is_not_needed(tmp_path: Path, monkeypatch: pytest.
     body = "import mat_dist, sys; sys.exit(0 if 'mat_dist' in mat_dist.__file__ else 1)"
     (tmp_path / "asks.py").write_text(body)
     assert runner().run("asks", (), tmp_path / "log") == 0
+
+
+def test_a_row_may_start_from_the_runs_of_another_row_with_the_same_seed(tmp_path: Path) -> None:
+    words = ("peers=2", "loss=at", "peers.1.frozen=true", "peers.1.init_from=RUN(other):peer1")
+    one, two = (Job.make("row", seed, tmp_path, "digits", words) for seed in (0, 5))
+    assert two.config.peers[1].init_from == f"{tmp_path / 'other_5'}:peer1"
+    assert "RUN(other):peer1" in two.command and str(tmp_path) not in two.command and one.digest == two.digest

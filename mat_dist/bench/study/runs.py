@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,23 +34,34 @@ class Enough(Exception):
     """The time is over, or a stop was asked for: nothing more is begun."""
 
 
+OTHER_RUN = re.compile(r"\bRUN\((\w+)\)")  # in a setting: the run of another row with the same seed
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run of a row: the row's name, its seed, the run's folder, the words of the command, the settings."""
+    """One run of a row.
+
+    Attributes:
+        row, seed, folder: the row's name, its seed, the run's folder.
+        words: of the command; `told`: as the plan has them, with RUN(row) for the folder of another row's run.
+        config: the settings.
+    """
 
     row: str
     seed: int
     folder: RunFolder
     words: tuple[str, ...]
+    told: tuple[str, ...]
     config: Config
 
     @classmethod
     def make(cls, row: str, seed: int, root: Path, config: str, settings: Sequence[str]) -> Job:
         """Raises ConfigError for settings that this version does not know."""
         name = f"{row}_{seed}"
-        words = ("--config", config, *settings, f"run.root={root}", f"run.name={name}", f"run.seed={seed}",
-                 "log.console=plain")
-        return cls(row, seed, RunFolder(root / name), words, load_config(config, words[2:]))
+        told = ("--config", config, *settings, f"run.root={root}", f"run.name={name}", f"run.seed={seed}",
+                "log.console=plain")
+        words = tuple(OTHER_RUN.sub(lambda found: str(root / f"{found[1]}_{seed}"), word) for word in told)
+        return cls(row, seed, RunFolder(root / name), words, told, load_config(config, words[2:]))
 
     @property
     def log(self) -> Path:
@@ -59,7 +71,7 @@ class Job:
     @property
     def command(self) -> str:
         """The command for people, without the folders of this machine."""
-        shown = [f"{key}={key.upper().replace('.', '_')}" if key in PLACES else word for word in self.words
+        shown = [f"{key}={key.upper().replace('.', '_')}" if key in PLACES else word for word in self.told
                  for key in [word.partition("=")[0]] if key not in ("run.root", "run.name", "log.console")]
         return " ".join(["python -m mat_dist.train", *shown])
 
@@ -67,7 +79,7 @@ class Job:
     def digest(self) -> str:
         """Of all settings that can change the result, the seed left out: the same for all seeds of a row."""
         values = self.config.model_dump(mode="json", exclude={"run": True, "log": True, "comm": True,
-                                                              "checkpoint": True,
+                                                              "checkpoint": True, "peers": {"__all__": {"init_from"}},
                                                               "data": {"root", "cache", "download", "residency"}})
         return json_digest(values)[:12]
 

@@ -85,6 +85,7 @@ def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dt
     """Run some steps; the batch is a function of the step, each replica takes its rows."""
     cohort = build(config, mesh, models)
     for step in range(steps):
+        cohort.begin(step)
         x, y = batch(step, config.train.batch_size, dtype)
         train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
     return cohort

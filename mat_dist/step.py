@@ -107,6 +107,8 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     mesh, plan, peers = cohort.mesh, cohort.plan, cohort.peers
 
     # 0 what teachers think of the clean images, where an attack needs it
+    for peer in peers:
+        peer.restore()  # of the micro-batch before
     guides_L = _guides(cohort, agree, x_BCHW, step, first_row)
 
     # 1 own AEs
@@ -114,6 +116,8 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
            for p, guide in zip(peers, guides_L, strict=True)]
     aes_LBCHW = agree.run("attack", torch.stack, aes)
     private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in peers]
+    for peer, adv_BCHW in zip(peers, aes, strict=True):
+        agree.run(f"weight perturbation of {peer.name}", peer.perturb, adv_BCHW, x_BCHW, y_B, step, first_row)
     clock.lap("attack")
 
     # 2 exchange of AEs

@@ -292,7 +292,8 @@ class Drawn:
     """SAT and E-AT: one norm per step, drawn by the published stream."""
 
     def __init__(self, eat: bool) -> None:
-        self.threats, self.spec = (LINF, L1) if eat else (LINF, L2, L1), Case(alone("random"), at, mine).config().peers[0]
+        self.threats = (LINF, L1) if eat else (LINF, L2, L1)
+        self.spec = Case(alone("random"), at, mine).config().peers[0]
         self.eat, self.held, self.seen, self.path = eat, [0, 0], [0, 0], []
 
     def __call__(self, peer: Reference, k: int, step: int, x: Tensor, y: Tensor) -> Tensor:

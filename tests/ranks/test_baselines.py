@@ -51,14 +51,14 @@ class Case:
     guides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
 
-    def config(self) -> Config:
+    def config(self, **step: Any) -> Config:
         def full(loss: str | dict[str, Any]) -> dict[str, Any]:
             return {"preset": loss} if isinstance(loss, str) else loss
         entries = [{"threat": {"norm": "linf", "eps": 0.1}, **entry, "attack": {"steps": ATTACK_STEPS},
                     "loss": full(entry.get("loss", "at")),
                     "optim": {"lr": 0.1, "schedule": "constant", **entry.get("optim", {})}} for entry in self.peers]
         return complete({"peers": entries, "train": {"batch_size": BATCH, "epochs": 1000},
-                         "step": {"precision": "fp64", **self.step}})
+                         "step": {"precision": "fp64", **self.step, **step}})
 
 
 def craft(peer: Reference, spec: Any, threat: Threat, number: int, k: int, step: int, guide: Tensor | None = None

@@ -194,10 +194,12 @@ class PeerPlan:
         return tuple(sorted(used - set(last))) + tuple(slot for slot in last if slot in used)
 
     def groups(self) -> list[tuple[int, ...]]:
-        """`learned` cut into sets whose losses do not depend on each other."""
+        """`learned`, in its order, cut into sets whose losses do not depend on each other."""
         together = set(self.rivals) | ({self.clean, self.index} if self.paired else set())
-        coupled = tuple(slot for slot in self.learned if slot in together)
-        return [(slot,) for slot in self.learned if slot not in together] + ([coupled] if coupled else [])
+        places = [n for n, slot in enumerate(self.learned) if slot in together]
+        first, end = (places[0], places[-1] + 1) if places else (0, 0)
+        coupled = [self.learned[first:end]] if places else []
+        return [(slot,) for slot in self.learned[:first]] + coupled + [(slot,) for slot in self.learned[end:]]
 
     def teachers(self, slot: int) -> tuple[int, ...]:
         """Peers whose opinion this peer learns on a slot, in peer order."""

@@ -65,9 +65,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
-        names = [str(p.name) for p in self.config.peers]
         first = self.resume()
-        self.reporter.start(self.cohort.total_steps, names, first_step=first)
+        self.reporter.start(self.cohort.total_steps, [str(p.name) for p in self.config.peers], first_step=first)
         try:
             for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
                 self.note(note)
@@ -90,10 +89,9 @@ class Trainer:
             began = perf_counter()
             x_BCHW, y_B = self.fetch(step)
             fetched = perf_counter()
-            log = (step + 1) % self.config.log.every == 0 or step + 1 == total
-            outcome = self.step(x_BCHW, y_B, step, log=log)
-            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
+            outcome = self.step(x_BCHW, y_B, step, log=done % self.config.log.every == 0 or done == total)
+            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             self.tell()
             if outcome.loss_P is not None:
                 self.log(done, outcome, meter)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.agreement import Agreement
+from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
 from mat_dist.attacks.pgd import pgd
 from mat_dist.checkpoint import Manifest, load_peer
 from mat_dist.cohort import DTYPES, Images, make_model
@@ -35,9 +36,11 @@ RAW, EMA = "raw", "ema"
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default 2.5 eps / steps).
+    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`.
+    In l1 it is APGD, whose first step is `step_size` long (default eps) and which knows no momentum: plain sparse PGD
+    breaks fewer images than random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`;
+    `momentum` is that of `pgd`; `targets` is the number of classes that a targeted loss is led to, one after another.
     """
 
     steps: int
@@ -45,9 +48,15 @@ class AttackPlan:
     step_size: float | None = None
     loss: str = "ce"
     start: str = "uniform"
+    momentum: float | None = None
+    reach: float = 2.5
+    targets: int = 0
 
-    def size(self, eps: float) -> float:
-        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+    def size(self, threat: Threat) -> float:
+        """Length of the (first) step."""
+        if self.step_size is not None:
+            return self.step_size
+        return threat.eps if threat.norm == "l1" else self.reach * threat.eps / self.steps
 
 
 @dataclass(frozen=True)
@@ -206,13 +215,18 @@ def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, atta
     Args:
         first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
     """
-    region = threat.region(x_BCHW)
+    region = threat.region(x_BCHW, APGD_L1_SHARE)
     for restart in range(first, first + attack.restarts):
         stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
         start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
-            yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                      step_size=attack.size(threat.eps))
+            if threat.norm == "l1":
+                found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                             step_size=attack.size(threat))
+                yield found.best_BCHW if attack.targets else found.wrong_BCHW  # y_B are targets, not labels
+            else:
+                yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
+                          step_size=attack.size(threat), momentum=attack.momentum)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def write_results(folder: Path, name: str, results: Sequence[Result], *, config:
         "step": step, "split": split, "attempt": attempt, "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "attack": {"name": "PGD", "loss": attack.loss, "start": attack.start, "steps": attack.steps,
                    "restarts": attack.restarts,
-                   "step_size": {label: attack.size(t.eps) for label, t in zip(labels, threats, strict=True)}},
+                   "step_size": {label: attack.size(t) for label, t in zip(labels, threats, strict=True)}},
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps)} for t in threats], "seed": config.run.seed,
         "chunk": config.eval.chunk, "ensemble": config.eval.ensemble, "versions": versions(), "targets": targets,
         "config": config.model_dump(mode="json", exclude={"run": {"name"}}),

@@ -33,8 +33,10 @@ def train(words: list[str]) -> None:
     from mat_dist.mesh.mesh import open_mesh
     from mat_dist.run import open_run
     from mat_dist.stopping import watching
+    from mat_dist.telemetry import require_trackers
     from mat_dist.trainer import Trainer
 
+    require_trackers(config.log)
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)

@@ -16,6 +16,7 @@ from mat_dist.containment import Containment
 from mat_dist.data import Batches, DataSets, channel_stats, steps_per_epoch
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
+from mat_dist.gallery import show_gallery
 from mat_dist.loading import initialise
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.records import Meter, step_record, table_rows, validation_record
@@ -24,7 +25,7 @@ from mat_dist.run import Run
 from mat_dist.saver import Saver
 from mat_dist.step import Outcome, train_step
 from mat_dist.stopping import StopFlag
-from mat_dist.telemetry import JsonlReporter, NullReporter, Reporter, device_memory
+from mat_dist.telemetry import NullReporter, Reporter, device_memory, open_reporter
 from mat_dist.telemetry import Result as TableRow
 from mat_dist.watch import Watch, wait_shares
 
@@ -48,18 +49,12 @@ class Trainer:
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, device=mesh.device,
                                augment=config.data.augment, dtype=DTYPES[config.step.precision], rows=self.cohort.rows)
-        self.reporter: Reporter = NullReporter()
-        if mesh.placement.is_lead:
-            self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
+        self.reporter: Reporter = (open_reporter(run.folder.path, config, attempt=run.attempt)
+                                   if mesh.placement.is_lead else NullReporter())
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.watch = Watch(len(config.peers))
         self.best_score = -1.0
-
-    @property
-    def newest(self) -> checkpoint.Manifest | None:
-        """The newest checkpoint of this run."""
-        return self.saver.newest
 
     # ---------------------------------------------------------------- the run
 
@@ -130,11 +125,11 @@ class Trainer:
 
         A damaged one does not keep the other from its result; its error comes last.
         """
-        if not self.config.eval.test or self.newest is None:
+        if not self.config.eval.test or self.saver.newest is None:
             return
         plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
         best = self.best()
-        chosen = {**({"best": best} if best else {}), "last": self.newest}
+        chosen = {**({"best": best} if best else {}), "last": self.saver.newest}
         rows: list[TableRow] = []
         done: dict[int, list[Result]] = {}
         damaged: CheckpointError | None = None
@@ -152,6 +147,8 @@ class Trainer:
                 write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
                               config=self.config, attack=plan, step=manifest.step, split="test",
                               attempt=self.run.attempt, per_sample=True)
+                show_gallery(self.reporter, f"test_{label}", self.config, manifest, self.images, self.data.test, plan,
+                             results, self.mesh.device)
             rows += table_rows(label, results, plan)
         if rows:
             self.reporter.table(rows)
@@ -276,17 +273,19 @@ class Trainer:
 
     def validate(self, done: int) -> None:
         """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
-        if self.newest is None or self.newest.step != done:
+        if self.saver.newest is None or self.saver.newest.step != done:
             self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
             return
         began = perf_counter()
         plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
-        results = evaluate(self.config, self.mesh, self.newest, self.images, self.data.val, plan,
+        results = evaluate(self.config, self.mesh, self.saver.newest, self.images, self.data.val, plan,
                            size=self.config.eval.size, purpose="validation", stop=self.stop)
         score = selection_score(results, self.config.peers)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         if self.mesh.placement.is_lead:
             agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)
+            show_gallery(self.reporter, "validation", self.config, self.saver.newest, self.images, self.data.val, plan,
+                         results, self.mesh.device)
         agree.settle("records")
         self.best_score = max(self.best_score, score)
 

@@ -28,7 +28,7 @@ ROWS = (
     ("cohort",),
     ("learning", "evaluator", "run", "dryrun"),
     ("step",),
-    ("results",),
+    ("results", "gallery"),
     ("trainer",),
     ("train", "evaluate", "report", "check", "__init__"),
     ("bench",),

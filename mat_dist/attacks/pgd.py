@@ -1,6 +1,7 @@
 """Projected gradient descent (Madry et al., ICLR 2018): one loop, with the threat's three hooks.
 
-FGSM with a random start (Wong et al., "Fast is better than free", ICLR 2020) is steps=1 of the same loop.
+FGSM with a random start (Wong et al., "Fast is better than free", ICLR 2020) is steps=1 of the same loop, and
+MI-FGSM (Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) is the loop with a momentum of 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist.threats import Region
+from mat_dist.threats import Region, per_image
 
 Model = Callable[[Tensor], Tensor]
 # (logits of the adversarial batch, logits of the clean batch or None, labels) -> (B,), to be raised
@@ -42,8 +43,15 @@ def _margin(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
     return margin(adv_BK, y_B)
 
 
+def _ce_targeted(adv_BK: Tensor, clean_BK: Tensor | None, target_B: Tensor) -> Tensor:
+    """Log probability of a target class, which takes the labels' place. Its gradient does not vanish with saturated
+    logits, as that of the label's cross-entropy does."""
+    return -F.cross_entropy(adv_BK, target_B, reduction="none")
+
+
 # kl_teacher: the inner problem of RSLAD (Zi et al., ICCV 2021); the clean logits are the teacher's.
-ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "kl_teacher": _kl_clean, "margin": _margin}
+ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "kl_teacher": _kl_clean, "margin": _margin,
+                                        "ce_targeted": _ce_targeted}
 
 
 def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
@@ -60,8 +68,15 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
     return lambda adv_BK: ATTACK_LOSSES[loss](adv_BK, clean_BK, y_B)
 
 
+def likely_wrong(model: Model, x_BCHW: Tensor, y_B: Tensor, count: int) -> list[Tensor]:
+    """The most likely wrong class of each image, the next one, ... -> at most `count` (and classes - 1) of (B,)."""
+    with torch.no_grad():
+        logits_BK = model(x_BCHW).scatter(1, y_B[:, None], -torch.inf)
+    return list(logits_BK.topk(min(count, logits_BK.shape[1] - 1)).indices.unbind(1))
+
+
 def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
-        step_size: float, teacher_BK: Tensor | None = None) -> Tensor:
+        step_size: float, teacher_BK: Tensor | None = None, momentum: float | None = None) -> Tensor:
     """The last iterate of projected gradient ascent -> adversarial batch (B, C, H, W), detached, x's dtype.
 
     The loss is summed, not averaged, so that no image's step depends on the batch that it is in. Gradients are
@@ -71,17 +86,24 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
         model: images in [0, 1] -> logits.
         region: feasible set of x_BCHW.
         start_BCHW: first iterate, inside the region.
-        loss: `ce`, `kl_clean`, `kl_teacher` or `margin`.
+        loss: `ce`, `kl_clean`, `kl_teacher`, `margin`, or `ce_targeted`, for which y_B are the classes to reach.
         steps: number of gradient steps, >= 1.
         step_size: length of a step in the region's norm.
         teacher_BK: a teacher's logits of x_BCHW, for `kl_teacher`.
+        momentum: decay of the sum of gradients that is followed, each divided by its mean absolute value; None
+            follows the newest gradient as it is.
     """
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
-    adv = start_BCHW.detach()
+    adv, gathered = start_BCHW.detach(), None
     for _ in range(steps):
         adv.requires_grad_(True)
         with torch.enable_grad():
             value = objective(model(adv).to(x_BCHW.dtype)).sum()
         (grad,) = torch.autograd.grad(value, adv)
+        if momentum is not None:
+            # A zero gradient adds nothing, not NaN.
+            size_B = grad.flatten(1).abs().mean(1).clamp_(min=torch.finfo(grad.dtype).tiny)
+            grad = grad / per_image(size_B, grad)
+            gathered = grad = grad if gathered is None else momentum * gathered + grad
         adv = region.project(region.step(adv.detach(), grad, step_size))
     return region.settle(adv)

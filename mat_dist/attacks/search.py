@@ -6,14 +6,28 @@ random colour, project, and keep what raises the margin. It needs only predictio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.attacks.pgd import margin
-from mat_dist.threats import Region
+from mat_dist.threats import Region, Threat
 
 FIRST_SHARE = 0.5  # side of the first patches as a share of the image's; falls linearly to one pixel
+
+
+def patch_change(threat: Threat, x_BCHW: Tensor) -> float:
+    """The change of a pixel for `random_search`.
+
+    For linf from corner to corner of the ball; for the other norms so that a patch of a quarter of the side alone is
+    as long as the ball is wide.
+    """
+    _, channels, height, width = x_BCHW.shape
+    side = max(1.0, min(height, width) / 4)
+    length = {"linf": 1.0, "l2": math.sqrt(channels) * side, "l1": channels * side * side}[threat.norm]
+    return 2 * threat.eps / length
 
 
 @torch.no_grad()
@@ -24,7 +38,7 @@ def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, region: Regi
     Args:
         model: images in [0, 1] -> logits.
         region: feasible set of x_BCHW.
-        size: change of a pixel before the projection; for linf 2 eps, which puts patches on the corners.
+        size: change of a pixel before the projection, see `patch_change`.
         queries: number of model calls.
         stream: key of all draws.
     """

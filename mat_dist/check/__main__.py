@@ -63,6 +63,8 @@ def check(words: list[str], report: Report) -> None:
         from mat_dist.check import run  # imports torch
 
         run.check_run(report, config, options.ranks, options.nodes, config_name(arguments.config_path))
+        if config is not None and (config.log.tensorboard or config.log.wandb is not None):
+            report.ask("trackers", _trackers, config)
     endpoint = report.ask("environment", _endpoint)
     report.ask("port", network.check_port, endpoint, options.ranks)
     report.ask("address", network.check_address, endpoint, options.nodes)
@@ -102,6 +104,14 @@ def _load(arguments: Arguments) -> Answer[Config]:
     if plugins:
         found += f", plug-ins {', '.join(plugins)}"
     return Answer(config, found, "; ".join(config_warnings(config)))
+
+
+def _trackers(config: Config) -> Answer[None]:
+    from mat_dist.telemetry import require_trackers  # imports torch
+
+    require_trackers(config.log)
+    asked = ["TensorBoard"] * config.log.tensorboard + ["W&B"] * (config.log.wandb is not None)
+    return Answer(None, f"{' and '.join(asked)} can be imported")
 
 
 def _endpoint() -> Answer[Endpoint]:

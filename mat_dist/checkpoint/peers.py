@@ -6,9 +6,9 @@ import hashlib
 import io
 import pickletools
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def load_peer(manifest: Manifest, index: int, *, verify: bool = True, require: S
 def _unpack(data: bytes, file: Path) -> dict[str, Any]:
     how = "use a checkpoint from a source you trust; nothing in this one was executed"
     try:
-        _check_archive(data)
+        check_archive(data, harmless)
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         _check(content, str(file), set())
     except CheckpointError:
@@ -120,8 +120,8 @@ def _unpack(data: bytes, file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_archive(data: bytes) -> None:
-    """Raise ValueError for a file that torch.save of a snapshot cannot have written.
+def check_archive(data: bytes, allowed: Callable[[str, str], bool]) -> None:
+    """Raise ValueError for a file that torch.save cannot have written, or that names objects that are not allowed.
 
     torch.load(weights_only=True) also inflates compressed records and calls a few constructors with sizes of
     the file's choice; both would let a small file take all memory.
@@ -134,18 +134,24 @@ def _check_archive(data: bytes) -> None:
             raise ValueError("the records overlap")
         for record in records:
             if record.filename.endswith(".pkl"):
-                _check_pickle(archive.read(record))
+                check_pickle(io.BytesIO(archive.read(record)), allowed)
 
 
-def _check_pickle(program: bytes) -> None:
+def check_pickle(program: BinaryIO, allowed: Callable[[str, str], bool]) -> None:
+    """Raise ValueError for a pickle that makes other objects than those allowed; nothing of it is run.
+
+    Args:
+        program: read up to the end of one pickle.
+        allowed: (module, name) of an object.
+    """
     for code, argument, _ in pickletools.genops(program):
         if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
             raise ValueError(f"pickle operation {code.name}")
-        if code.name == "GLOBAL" and not _harmless(*str(argument).split(" ", 1)):
-            raise ValueError(f"foreign object {argument}")
+        if code.name == "GLOBAL" and not allowed(*str(argument).split(" ", 1)):
+            raise ValueError(f"foreign object {'.'.join(str(argument).split())}")
 
 
-def _harmless(module: str, name: str) -> bool:
+def harmless(module: str, name: str) -> bool:
     """Whether torch.save names this object when it writes tensors, numbers and containers."""
     if module == "torch":
         return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)

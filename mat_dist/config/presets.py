@@ -139,6 +139,7 @@ def fill_attack(attack: AttackConfig, preset: str, index: int, threat: ThreatCon
         default = _TEACHER_ATTACK
     values = {**default, **{k: v for k, v in attack.model_dump().items() if v is not None}}
     values.setdefault("step_size", step_size(attack.method, attack.steps, threat.norm, threat.eps))
+    values.setdefault("l1_share", 0.05 if attack.method == "apgd" else 0.01)  # 5 %: E-AT's code; 1 %: threats/l1.py
     return AttackConfig(**values)
 
 

@@ -102,8 +102,8 @@ class AttackConfig(Section):
     step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
                                                                      "one step 1.25 eps; apgd: of the first step, 2 "
                                                                      "eps, for l1 eps")
-    l1_share: Number = Field(0.05, gt=0, le=1, description="share of an image's values that an l1 step moves (apgd: "
-                                                           "first steps)")
+    l1_share: Number | None = Field(None, gt=0, le=1, description="share of an image's values that an l1 step moves; "
+                                                                  "default 1 %; apgd: in its first steps, 5 %")
     start: Literal["uniform", "gaussian", "zero"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
     loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(
@@ -239,6 +239,9 @@ class LogConfig(Section):
     every: Integer = Field(50, ge=1, description="steps between log records; only these steps read metrics back")
     console: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="live table where there is a terminal, plain lines elsewhere")
+    tensorboard: bool = Field(False, description="also write records and pictures of AEs for TensorBoard")
+    wandb: str | None = Field(None, min_length=1, max_length=128, description="also send them to this project of "
+                                                                              "Weights & Biases")
 
 
 class Config(Section):

@@ -5,44 +5,24 @@ The result is a function of the chunk's images and number, the request and the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mat_dist.errors import NotReportable
-from mat_dist.evaluate.autoattack import autoattack, chunk_seed
+from mat_dist.evaluate.autoattack import Found
+from mat_dist.evaluate.craft import Job, made
+from mat_dist.evaluate.menu import AUTOATTACK, MENU, SQUARE, stand_in
 from mat_dist.evaluate.targets import Target
-from mat_dist.evaluator import AttackPlan, restarts
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Threat
 
 TRANSFER = "transfer"
 NO_ANSWER = -1  # the prediction of logits that are not finite
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is done to every chunk.
-
-    Attributes:
-        threats: each is an evaluation of its own.
-        plans: our gradient attacks, by name.
-        attacks: names of all attacks, in order.
-        version, custom: of AutoAttack.
-        transfer: replay each target's AEs on the others.
-        seed: of all noise.
-    """
-
-    threats: tuple[Threat, ...]
-    plans: Mapping[str, AttackPlan]
-    attacks: tuple[str, ...]
-    version: str
-    custom: tuple[str, ...]
-    transfer: bool
-    seed: int
+WHITE_BOX = frozenset(name for name, kind in MENU.items() if kind.white_box)
 
 
 @dataclass
@@ -63,11 +43,16 @@ class Tried:
     square_broke: int = 0
     warnings: list[str] = field(default_factory=list)
 
-    def held(self, y_B: Tensor) -> Tensor:
-        """Whether each image is right under all attacks so far -> bool (B,)."""
-        held_B = torch.ones_like(y_B, dtype=torch.bool)
-        for prediction_B in self.predictions.values():
-            held_B &= prediction_B == y_B
+    def held(self, clean_B: Tensor, y_B: Tensor, names: Container[str]) -> Tensor:
+        """Whether each image is right without an attack and under those of `names` -> bool (B,).
+
+        Args:
+            clean_B: predictions without an attack.
+        """
+        held_B = clean_B == y_B
+        for name, prediction_B in self.predictions.items():
+            if name in names:
+                held_B &= prediction_B == y_B
         return held_B
 
 
@@ -80,34 +65,41 @@ def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
 
 def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: Job,
                    chunk: int) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tried]]:
-    """Clean predictions by target, and what was tried, by (target, label of the threat)."""
-    clean = {t.name: predict(t.model, x_BCHW) for t in targets}
+    """Clean predictions by target, and what was tried, by (target, label of the threat).
+
+    The members of an ensemble are attacked too, for their AEs, whether or not they are targets.
+    """
+    attacked = {t.name: t for target in targets for t in (target, *target.members)}
+    clean = {name: predict(t.model, x_BCHW) for name, t in attacked.items()}
+    names = {t.name for t in targets}
     tried: dict[tuple[str, str], Tried] = {}
     for threat in job.threats:
+        mine = {name: attack_one(t, x_BCHW, y_B, clean[name], threat, job, chunk) for name, t in attacked.items()}
         for target in targets:
-            tried[target.name, threat.label] = attack_one(target, x_BCHW, y_B, clean[target.name], threat, job, chunk)
-        if job.transfer and len(targets) > 1:
-            for target in targets:
-                _replay(target, targets, threat, y_B, clean[target.name], tried)
-    return clean, tried
+            members = {member.name for member in target.members}
+            sources = [name for name in attacked if name != target.name
+                       and (name in members or (job.transfer and name in names))]
+            if sources:
+                _replay(target, {name: mine[name] for name in sources}, mine[target.name], y_B, clean[target.name])
+        tried |= {(target.name, threat.label): mine[target.name] for target in targets}
+    return {target.name: clean[target.name] for target in targets}, tried
 
 
-def _replay(target: Target, targets: Sequence[Target], threat: Threat, y_B: Tensor, clean_B: Tensor,
-            tried: Mapping[tuple[str, str], Tried]) -> None:
-    """The other targets' AEs on one target: by source, and the first that it gets wrong as the attack TRANSFER."""
-    mine = tried[target.name, threat.label]
+def _replay(target: Target, sources: Mapping[str, Tried], mine: Tried, y_B: Tensor, clean_B: Tensor) -> None:
+    """Others' AEs on one target: by source, and the first that it gets wrong as the attack TRANSFER."""
     prediction_B = clean_B
-    for source in targets:
-        if source is not target:
-            advs = list(tried[source.name, threat.label].advs.values())
-            mine.sources[source.name] = first_wrong(target.model, advs, y_B, clean_B)[0]
-            prediction_B = torch.where(prediction_B == y_B, mine.sources[source.name], prediction_B)
+    for source, one in sources.items():
+        mine.sources[source] = first_wrong(target.model, one.advs.values(), y_B, clean_B)[0]
+        prediction_B = torch.where(prediction_B == y_B, mine.sources[source], prediction_B)
     mine.predictions[TRANSFER] = prediction_B
 
 
 def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
                chunk: int) -> Tried:
     """All attacks of one threat on one target. Images that are wrong without an attack are not attacked.
+
+    Gradient attacks use the modules `attacked`, the others the target itself. A target that has no gradient of its
+    own gets a gradient-free attack even where none is asked for, see `stand_in`.
 
     Raises NotReportable for a module whose output has no gradient with respect to the image.
     """
@@ -117,60 +109,37 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
                 raise NotReportable("the output has no gradient with respect to the image", target.name,
                                     "attack a differentiable form of the model: logits, without detach or argmax")
     tried = Tried()
-    for name in job.attacks:
-        advs = [adv for model in target.attacked
-                for adv in _crafted(model, name, x_BCHW, y_B, threat, job, chunk, tried)]
+    more = stand_in(job.attacks) if target.surrogates else None
+    for name in (*job.attacks, *([more] if more else [])):
+        found: list[Found] = []
+        models = target.attacked if MENU[name].white_box else (target.model,)
+        # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
+        advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found))
         prediction_B, adv_BCHW = first_wrong(target.model, advs, y_B, clean_B)
         tried.predictions[name] = prediction_B
         tried.advs[name] = torch.where((clean_B == y_B).view(-1, 1, 1, 1), adv_BCHW, x_BCHW)
+        tried.warnings += [text for one in found for text in one.warnings]
+        if name == AUTOATTACK:
+            tried.square_broke += sum(one.square_broke for one in found)
+    if SQUARE in job.attacks and not target.surrogates:
+        alone_B = tried.held(clean_B, y_B, WHITE_BOX) & (tried.predictions[SQUARE] != y_B)
+        tried.square_broke = max(tried.square_broke, int(alone_B.sum()))
     return tried
 
 
-def _crafted(model: nn.Module, name: str, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
-             tried: Tried) -> Iterator[Tensor]:
-    """The AEs that one attack makes with one module."""
-    if name != "autoattack":
-        yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk)
-        return
-    found = autoattack(model, x_BCHW, y_B, threat, version=job.version, custom=job.custom,
-                       seed=chunk_seed(job.seed, threat.norm, chunk))
-    tried.square_broke += found.square_broke
-    tried.warnings += found.warnings
-    yield found.adv_BCHW
-
-
-def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,
-            first: int = 0) -> Iterator[Tensor]:
-    """The AEs of each restart of PGD. Where memory runs out, the chunk is attacked in halves, quarters, ...
-
-    An image's noise does not depend on the parts, so the result is the same but for the rounding of other batch sizes.
-    """
-    parts, one = 1, replace(plan, restarts=1)
-    for restart in range(first, first + plan.restarts):
-        while True:
-            size = -(-len(y_B) // parts)
-            try:
-                yield torch.cat([adv for row in range(0, len(y_B), size) for adv in restarts(
-                    model, x_BCHW[row:row + size], y_B[row:row + size], threat, one, seed=seed, chunk=chunk,
-                    first=restart, first_row=row)])
-                break
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                parts *= 2
-
-
-def first_wrong(model: nn.Module, advs: Sequence[Tensor], y_B: Tensor, clean_B: Tensor) -> tuple[Tensor, Tensor]:
+def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor) -> tuple[Tensor, Tensor]:
     """Predictions (B,) and AEs of the first batch that a model gets wrong, image by image; else of the last one.
 
     Args:
+        advs: at least one batch.
         clean_B: predictions without an attack; kept where they are wrong.
     """
-    prediction_B, adv_BCHW = clean_B, advs[0]
+    prediction_B, adv_BCHW = clean_B, None
     for adv in advs:
         open_B = prediction_B == y_B
         prediction_B = torch.where(open_B, predict(model, adv), prediction_B)
-        adv_BCHW = torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)
+        adv_BCHW = adv if adv_BCHW is None else torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)
+    assert adv_BCHW is not None
     return prediction_B, adv_BCHW
 
 

@@ -8,7 +8,7 @@ the attacks find.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.evaluate.menu import MENU
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Threat
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-# Smallest number of classes: the DLR loss divides by the gap to the third largest logit, its targeted form by the
-# fourth's.
-FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 # Warnings of pyautoattack that are judged elsewhere: Square's drop over all chunks, classes before the attack.
 _JUDGED_ELSEWHERE = ("Square Attack has decreased", "classes it is not possible", "target classes")
 
@@ -53,7 +51,7 @@ def require() -> Any:
     try:
         import pyautoattack
     except ImportError as error:
-        raise EnvironmentFault(f"AutoAttack needs the package pyautoattack: {error}", "attacks=autoattack",
+        raise EnvironmentFault(f"AutoAttack needs the package pyautoattack: {error}", "attacks",
                                "pip install 'mat_dist[eval]', or choose other attacks such as attacks=pgd,cw") from None
     return pyautoattack
 
@@ -63,19 +61,17 @@ def chunk_seed(seed: int, norm: str, chunk: int) -> int:
     return streams.key(seed, f"eval-autoattack-{norm}", chunk) & ((1 << 31) - 1)
 
 
-def check_classes(version: str, custom: Sequence[str], classes: int) -> None:
-    """Raises ConfigError where a custom list names an attack that needs more classes, or there is only one class."""
-    if classes < 2:
-        raise ConfigError("one class only", "attacks=autoattack", "AutoAttack needs two classes")
-    for name in custom if version == "custom" else ():
-        if classes < FEWEST_CLASSES.get(name, 2):
-            raise ConfigError(f"{name} needs {FEWEST_CLASSES[name]} classes, the model has {classes}", "custom",
+def check_classes(names: Iterable[str], classes: int) -> None:
+    """Raises ConfigError where one of the attacks asked for by name needs more classes than there are."""
+    for name in names:
+        if classes < MENU[name].fewest_classes:
+            raise ConfigError(f"{name} needs {MENU[name].fewest_classes} classes, the model has {classes}", "attacks",
                               "leave it out")
 
 
 def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str], seed: int, classes: int,
-         device: torch.device) -> Any:
-    """pyautoattack's AutoAttack for a model of `classes` classes.
+         device: torch.device, alone: str | None = None) -> Any:
+    """pyautoattack's AutoAttack for a model of `classes` classes; with `alone` that one of its attacks.
 
     Attacks of a named version that need more classes than there are, are left out; targeted attacks have at most
     classes - 1 targets.
@@ -83,21 +79,23 @@ def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str
     module = require()
     attack = module.AutoAttack(model, attacks=list(custom) if version == "custom" else None, device=device,
                                eps=threat.eps, norm=NORMS[threat.norm], seed=seed, version=version)
-    attack.attacks_to_run = [name for name in attack.attacks_to_run if classes >= FEWEST_CLASSES.get(name, 2)]
+    names = attack.attacks_to_run if alone is None else [alone]
+    attack.attacks_to_run = [name for name in names if classes >= MENU[name].fewest_classes]
     for part in (attack.apgd_targeted, attack.fab):
         part.n_target_classes = min(part.n_target_classes, classes - 1)
     return attack
 
 
 def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *, version: str, custom: Sequence[str],
-               seed: int) -> Found:
-    """Run AutoAttack on one chunk, the chunk being one batch.
+               seed: int, alone: str | None = None) -> Found:
+    """Run AutoAttack, or one of its attacks, on one chunk, the chunk being one batch.
 
     Args:
         model: images in [0, 1] -> logits.
         version: standard, plus, rand or custom.
         custom: attacks of version custom, in order.
         seed: of the chunk, see `chunk_seed`.
+        alone: only this attack, with the parameters that it has in `version`.
 
     Raises EnvironmentFault where pyautoattack is missing.
     """
@@ -105,7 +103,8 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
     with frozen(model), _generators_kept(x_BCHW.device), _warnings_heard(checks) as heard:
         with torch.no_grad():
             classes = model(x_BCHW[:1]).shape[-1]
-        attack = make(model, threat, version=version, custom=custom, seed=seed, classes=classes, device=x_BCHW.device)
+        attack = make(model, threat, version=version, custom=custom, seed=seed, classes=classes, device=x_BCHW.device,
+                      alone=alone)
         broke: list[int] = []
         attack.square.perturb = _counting(attack.square.perturb, model, broke)
         adv, prediction = attack.run_standard_evaluation(x_BCHW, y_B, batch_size=len(y_B))

@@ -6,6 +6,7 @@ repeated evaluation takes up the files that are there. No rank waits in a collec
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, as_float
 from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
 from mat_dist.evaluate.attack import (
-    Job,
     Tried,
     attack_targets,
     predict,
@@ -31,13 +31,15 @@ from mat_dist.evaluate.attack import (
     table,
     transfer_counts,
 )
+from mat_dist.evaluate.craft import Job
 from mat_dist.evaluate.soundness import examine
+from mat_dist.evaluate.sources import replay_sources
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import pixels, strict_arithmetic
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.stopping import StopFlag
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Work:
         folder: of the chunks' files.
         digest: identifies all that the result depends on; stands in every file.
         save: write the AEs too.
+        sources: other checkpoints whose AEs join the candidates.
     """
 
     config: Config
@@ -65,6 +68,7 @@ class Work:
     folder: Path
     digest: str
     save: bool = False
+    sources: Sequence[Target] = ()
 
     @property
     def count(self) -> int:
@@ -94,6 +98,7 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
     x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
     with strict_arithmetic():
         clean, tried = attack_targets(work.targets, x_BCHW, y_B, work.job, chunk)
+        replay_sources(work.sources, work.targets, x_BCHW, y_B, clean, tried, work.job, chunk)
         counts = {}
         for target in work.targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}
@@ -101,8 +106,13 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
         fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
     warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
     return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
-            "labels": y_B.tolist(), "predictions": table(clean, tried), "transfer": transfer_counts(tried, y_B),
-            "rounded": fooled, "checks": counts, "warnings": warnings}
+            "labels": y_B.tolist(), "images": images_digest(x_BCHW, y_B), "predictions": table(clean, tried),
+            "transfer": transfer_counts(tried, y_B), "rounded": fooled, "checks": counts, "warnings": warnings}
+
+
+def images_digest(x_BCHW: Tensor, y_B: Tensor) -> str:
+    """SHA-256 of images, as bytes, and labels."""
+    return hashlib.sha256(rounded(x_BCHW).cpu().numpy().tobytes() + y_B.long().cpu().numpy().tobytes()).hexdigest()
 
 
 def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,

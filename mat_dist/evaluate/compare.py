@@ -18,7 +18,8 @@ from mat_dist.intervals import Z_95
 from mat_dist.runfolder import RunFolder
 
 # What two evaluations must share for their images to be paired.
-SAME = ("threats", "attacks", "plans", "autoattack", "transfer", "split", "n", "data_digest", "chunk")
+SAME = ("threats", "attacks", "plans", "autoattack", "queries", "transfer", "sources", "split", "n", "data_digest",
+        "chunk")
 REPAIR = "remove it, and run the evaluation again"
 
 
@@ -126,6 +127,7 @@ def check_same(one: Evaluated, other: Evaluated) -> None:
         found["data.test_size"] = run.about["config"]["data"]["test_size"]
         if run.about["split"] != "test":  # the other splits are drawn by the seed
             found["run.seed"] = run.about["subset_seed"]
+        found["images_digest"] = run.about.get("images_digest")
     for key, mine in values[0].items():
         if mine != values[1].get(key):
             raise ConfigError(f"{one.run} and {other.run} were evaluated differently: {key} {_short(mine)} and "

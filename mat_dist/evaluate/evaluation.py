@@ -21,9 +21,11 @@ from mat_dist.device import device_name, ranks_per_device
 from mat_dist.entry import LOGGED
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluate import autoattack, outcome
-from mat_dist.evaluate.attack import Job
 from mat_dist.evaluate.chunks import Work, run_chunks
+from mat_dist.evaluate.craft import Job
+from mat_dist.evaluate.menu import AUTOATTACK, made_by
 from mat_dist.evaluate.request import Request
+from mat_dist.evaluate.sources import load_sources
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
 from mat_dist.evaluator import EMA, RAW, chosen_images, load_models, threats_of
 from mat_dist.loading import best_peer
@@ -94,9 +96,12 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     subject = Subject.find(folder, config, request)
     names = target_names(request, config)
     job = make_job(request, config)
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         autoattack.require()
-        autoattack.check_classes(job.version, job.custom, subject.images.classes)
+        autoattack.check_classes((*job.attacks, *job.custom), subject.images.classes)
+        if config.step.precision == "fp64":
+            raise ConfigError("pyautoattack computes in fp32, the run in fp64", "attacks",
+                              "choose other attacks, such as attacks=pgd,cw,targeted")
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, subject)
@@ -107,22 +112,25 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
                         f"ask for at most {len(split)}")
     samples_N = chosen_images(len(split), request.images, config.run.seed)
     models = load_models(config, subject.manifest, subject.images, subject.weights, mesh.device)
-    targets = make_targets(names, [str(p.name) for p in config.peers], models)
+    targets = make_targets(names, [str(p.name) for p in config.peers], models,
+                           [str(p.name) for p in config.peers if p.frozen])
     about = describe(subject, request, job, names, data.digest, len(samples_N), mesh.device)
+    sources, told = load_sources(request.sources, subject.images, config, mesh.device)
+    about |= {"sources": told} if told else {}
     digest = checkpoint.json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     name = f"evaluate_{request.split}_{subject.label}_{checkpoint.step_name(subject.manifest.step)}_{digest[:12]}"
     checked = -(-request.checks // config.eval.chunk)
     work = Work(config, job, targets, split, samples_N, checked, folder.eval / f"{name}.chunks", digest,
-                request.save)
+                request.save, sources)
     return work, about | {"digest": digest, "config": config.model_dump(mode="json", exclude={"run": {"name"}})}
 
 
 def make_job(request: Request, config: Config) -> Job:
     """The attacks that are asked for, on the threats that are asked for."""
     seed = config.run.seed if request.seed is None else request.seed
-    threats = threats_asked(request, threats_of(config.peers))
+    threats = threats_asked(request, threats_of(config.peers), config.data.name)
     return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
-               tuple(request.custom), request.transfer, seed)
+               tuple(request.custom), request.transfer, seed, request.queries)
 
 
 def check_images(data: DataSets, subject: Subject) -> None:
@@ -141,7 +149,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
     """All that the result depends on, as JSON values."""
     found = versions()
     system = found.pop("system")
-    if "autoattack" in job.attacks:
+    if made_by(job.attacks, "package"):
         found["pyautoattack"] = metadata.version("pyautoattack")
     return {
         "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
@@ -157,15 +165,15 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
 
 def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> dict[str, Any]:
     """The part of `describe` that is known before anything is loaded: a result with the same values answers it."""
-    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t.eps) for t in job.threats}}
+    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
              for name, plan in job.plans.items()}
     return {
         "split": request.split, "names": list(names),
         "threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
         "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "saved": request.save,
         "checked_images": request.checks,
-        "autoattack": {"version": job.version, "custom": list(job.custom)} if "autoattack" in job.attacks else None,
-        "seed": job.seed, "chunk": config.eval.chunk,
+        "autoattack": {"version": job.version, "custom": list(job.custom)} if AUTOATTACK in job.attacks else None,
+        "queries": job.queries, "seed": job.seed, "chunk": config.eval.chunk,
     }
 
 
@@ -178,6 +186,8 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
     outcome.show(outcome.attacks_table(outcomes))
+    if about.get("sources"):
+        outcome.show(outcome.sources_table(outcomes))
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
     print(f"mat_dist: peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     print(f"mat_dist: {path}", flush=True)

@@ -15,7 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mat_dist.atomic import write_json, write_text
+from mat_dist.checkpoint import json_digest
 from mat_dist.evaluate.soundness import Verdict, judge, total
+from mat_dist.evaluate.sources import FROM
 from mat_dist.results import wilson_interval
 
 CLEAN, UNION = "clean", "union"
@@ -112,8 +114,9 @@ def write_files(folder: Path, name: str, about: Mapping[str, Any], outcomes: Seq
     write_text(path.with_suffix(".csv"), as_csv(chunks, weights))
     warnings = sorted({text for chunk in chunks for text in chunk["warnings"]})
     targets = [{**outcome.summary(), "weights": weights} for outcome in outcomes]
-    write_json(path, {**about, "reportable": all(o.reportable for o in outcomes), "targets": targets,
-                      "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
+    images = json_digest([chunk["images"] for chunk in chunks])
+    write_json(path, {**about, "images_digest": images, "reportable": all(o.reportable for o in outcomes),
+                      "targets": targets, "transfer_accuracy": transfer_table(chunks), "autoattack_warnings": warnings})
     return path
 
 
@@ -164,7 +167,8 @@ def as_table(title: str, outcomes: Sequence[Outcome], weights: str) -> Table:
 
 def attacks_table(outcomes: Sequence[Outcome]) -> Table:
     """A row per target and threat: per cent that withstand each attack alone."""
-    names = list(dict.fromkeys(name for outcome in outcomes for held in outcome.held.values() for name in held))
+    names = list(dict.fromkeys(name for outcome in outcomes for held in outcome.held.values() for name in held
+                               if not name.startswith(FROM)))
     table = Table(title="Accuracy under each attack alone, %")
     for name in ("target", "threat"):
         table.add_column(name, no_wrap=True)
@@ -174,6 +178,20 @@ def attacks_table(outcomes: Sequence[Outcome]) -> Table:
         for threat, held in outcome.held.items():
             table.add_row(outcome.target, threat, *(f"{100 * share(held[name]):.2f}" if name in held else "-"
                                                     for name in names))
+    return table
+
+
+def sources_table(outcomes: Sequence[Outcome]) -> Table:
+    """A row per other checkpoint and threat: per cent of each target that withstand that one's AEs."""
+    table = Table(title="Accuracy on AEs of other checkpoints, %")
+    for name in ("source", "threat"):
+        table.add_column(name, no_wrap=True)
+    for outcome in outcomes:
+        table.add_column(outcome.target, justify="right", no_wrap=True)
+    for threat, held in outcomes[0].held.items():
+        for name in held:
+            if name.startswith(FROM):
+                table.add_row(name, threat, *(f"{100 * share(outcome.held[threat][name]):.2f}" for outcome in outcomes))
     return table
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mat_dist.config.describe import nearest
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError
+from mat_dist.evaluate.menu import AUTOATTACK, MENU, PARTS
+from mat_dist.evaluate.radii import UNIONS
 
 PEERS, ENSEMBLE = "peers", "ensemble"
 # Settings of the run that change neither its models nor its images.
@@ -25,8 +27,16 @@ def _words(value: Any) -> Any:
 
 
 Words = BeforeValidator(_words)
-AttackName = Literal["fgsm", "pgd", "cw", "autoattack"]
-Custom = Literal["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+
+
+def _among(known: Collection[str]) -> AfterValidator:
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in known:
+                near = nearest(name, known)
+                raise ValueError(f"there is no attack {name[:40]!r}{f', did you mean {near}?' if near else ''}")
+        return names
+    return AfterValidator(check)
 
 
 class Request(Section):
@@ -40,20 +50,26 @@ class Request(Section):
                             description="best, last or step_N; best is last where no evaluation chose one")
     split: Literal["test", "val", "train"] = Field("test", description="images to attack")
     images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
-    attacks: Annotated[tuple[AttackName, ...], Words] = Field(
-        ("pgd", "cw", "autoattack"), min_length=1, description="fgsm, pgd (cross-entropy), cw (PGD on the margin), "
-                                                               "autoattack; the worst counts per image")
-    steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd and cw; default eval.test_steps")
+    attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
+        ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
+    steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
+                                                                     "eval.test_steps")
     restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default eval.restarts")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default eval.step_size, else "
-                                                             "2.5 eps / steps")
+                                                             "2.5 eps / steps, for mifgsm eps / steps")
+    targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")
+    queries: Integer = Field(1000, ge=1, le=10**6, description="model calls of search")
     version: Literal["standard", "plus", "rand", "custom"] = Field("standard", description="version of AutoAttack")
-    custom: Annotated[tuple[Custom, ...], Words] = Field((), description="attacks of version=custom, in order")
+    custom: Annotated[tuple[str, ...], Words, _among(PARTS)] = Field(
+        (), description=f"attacks of version=custom, in order: {', '.join(PARTS)}")
     threats: Annotated[tuple[str, ...], Words] = Field(
-        (), description="norm:eps, such as linf:8/255,l2:1/2; default: those of the peers. l1 for autoattack only")
+        (), description="norm:eps, such as linf:8/255,l2:1/2; norm:standard or norm:DATA for a data set's radius; "
+                        f"standard; union: and one of {', '.join(UNIONS)}; default: those of the peers")
     eps: Number | None = Field(None, gt=0, le=1e4, description="radius of all threats; for one norm only")
     seed: Integer | None = Field(None, ge=0, lt=2**63, description="seed of the attacks; default run.seed")
     transfer: bool = Field(True, description="replay each target's AEs on all others")
+    sources: Annotated[tuple[str, ...], Words] = Field(
+        (), description="other runs (RUN or RUN:peer; a file with model=...) whose AEs every target must withstand too")
     save: bool = Field(False, description="save the AEs as float32 and as bytes, and measure the bytes too")
     checks: Integer = Field(256, ge=0, description="images that the soundness checks look at, in whole chunks; 0: no "
                                                    "checks, and the numbers are not called reportable")
@@ -62,9 +78,9 @@ class Request(Section):
     def _together(self) -> Request:
         if (self.version == "custom") != bool(self.custom):
             raise ValueError("version=custom and custom=... belong together")
-        if self.custom and "autoattack" not in self.attacks:
+        if self.custom and AUTOATTACK not in self.attacks:
             raise ValueError("custom=... needs attacks=autoattack")
-        for name in ("attacks", "custom", "targets", "threats"):
+        for name in ("attacks", "custom", "targets", "threats", "sources"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names something twice")
         return self

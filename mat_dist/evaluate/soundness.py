@@ -16,20 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mat_dist import streams
-from mat_dist.attacks.search import random_search
-from mat_dist.evaluate.attack import TRANSFER, Job, Tried, crafted, predict
+from mat_dist.attacks.noise import noisy
+from mat_dist.attacks.search import patch_change, random_search
+from mat_dist.evaluate.attack import TRANSFER, WHITE_BOX, Tried, predict
+from mat_dist.evaluate.craft import NOISE_DRAWS, Job, crafted
 from mat_dist.evaluate.targets import FGSM, Target
 from mat_dist.evaluator import AttackPlan
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Threat
 
 OWN_STEPS = 20  # of our attacks where the request has no PGD
-NOISE_DRAWS, SEARCH_QUERIES = 20, 300
+SEARCH_QUERIES = 300
 SAME_LOGITS = 1e-4  # largest distance of normalised logits that count as equal; AutoAttack's own figure
 BATCHES = (1, 7, 64)
 MOST_ZERO = 0.01  # share of images whose gradient may vanish
 BEATEN, MORE = 0.002, 0.01  # shares that another attack may break beyond ours: any; ours with twice the steps
-LARGE_EPS = 0.5  # for linf; l2 per square root of the number of values, l1 per value
+LARGE = 0.5  # change of every pixel that should reach chance
 
 CHECKS = {
     "images": "pixels lie in [0, 1]",
@@ -39,7 +41,7 @@ CHECKS = {
     "batch size": f"logits do not depend on the batch size ({', '.join(map(str, BATCHES))})",
     "zero gradients": "the attacked loss has a gradient",
     "inside ball and box": "AEs lie in the ball and in [0, 1]",
-    "noise": f"{NOISE_DRAWS} draws of noise break no more than the attacks",
+    "noise": f"{NOISE_DRAWS} draws of uniform and of Gaussian noise break no more than the attacks",
     "one step": "FGSM breaks no more than the attacks",
     "gradient-free": f"{SEARCH_QUERIES} queries of random search, and AutoAttack's Square, break no more than the rest",
     "transfer": "AEs of other targets break no more than the attacks",
@@ -120,12 +122,12 @@ def _no_gradient(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
 def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat, tried: Tried, job: Job,
                      chunk: int) -> dict[str, int]:
     """Numbers of images that other attacks break beyond those of the evaluation, and accuracies at other radii."""
-    own = Tried({name: p for name, p in tried.predictions.items() if name != TRANSFER})
-    held_B = own.held(y_B)
+    # A target without gradient has no white-box attack to compare with: all that was found counts.
+    held_B = tried.held(predict(target.model, x_BCHW), y_B, tried.predictions if target.surrogates else WHITE_BOX)
     outside = torch.stack([_outside(adv, x_BCHW, threat) for adv in tried.advs.values()]).any(0)
     counts = {"n": len(y_B), "inside ball and box": int(outside.sum()), "square": tried.square_broke,
               "autoattack": len(tried.warnings)}
-    if TRANSFER in tried.predictions:
+    if TRANSFER in tried.predictions and not target.surrogates:
         counts["transfer"] = int((held_B & (tried.predictions[TRANSFER] != y_B)).sum())
 
     def held_under(radius: Threat, plan: AttackPlan, first: int = 0) -> Tensor:
@@ -138,7 +140,7 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
     values = x_BCHW[0].numel()
-    large = Threat(threat.norm, LARGE_EPS * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm])
+    large = Threat(threat.norm, LARGE * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm])
     more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
         ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
@@ -165,20 +167,17 @@ def _outside(adv_BCHW: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
 
 
 def _withstands_noise(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
-    region, held_B = threat.region(x_BCHW), torch.ones_like(y_B, dtype=torch.bool)
-    for draw in range(NOISE_DRAWS):
-        stream = streams.key(seed, f"eval-noise-{threat.norm}", draw, chunk)
-        held_B &= predict(model, threat.start("uniform", region, x_BCHW, stream=stream)) == y_B
+    held_B = torch.ones_like(y_B, dtype=torch.bool)
+    for kind, purpose in (("uniform", "eval-noise"), ("gaussian", "eval-gaussian-noise")):
+        for draw in range(NOISE_DRAWS):
+            stream = streams.key(seed, f"{purpose}-{threat.norm}", draw, chunk)
+            held_B &= predict(model, noisy(kind, x_BCHW, threat, stream=stream)) == y_B
     return held_B
 
 
 def _withstands_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
-    _, channels, height, width = x_BCHW.shape
-    # linf: corner to corner. l2, l1: a patch of a quarter of the side alone is as long as the ball is wide.
-    side = max(1.0, min(height, width) / 4)
-    size = 2 * threat.eps / {"linf": 1.0, "l2": math.sqrt(channels) * side, "l1": channels * side**2}[threat.norm]
-    adv = random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=size, queries=SEARCH_QUERIES,
-                        stream=streams.key(seed, f"eval-search-{threat.norm}", chunk))
+    adv = random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=patch_change(threat, x_BCHW),
+                        queries=SEARCH_QUERIES, stream=streams.key(seed, f"eval-search-{threat.norm}", chunk))
     return predict(model, adv) == y_B
 
 

@@ -121,6 +121,7 @@ def _attacks(document: dict[str, Any]) -> tuple[str, str]:
         told.append(f"{name}-{plan['steps']}{more}" if plan else str(name))
     if document.get("transfer"):
         told.append("transfer")
+    told += [f"transfer from {one['run']}" for one in document.get("sources", [])]
     return "worst attack" if len(told) > 1 else told[0], ", ".join(told)
 
 

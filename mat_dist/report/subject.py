@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mat_dist import checkpoint, streams
-from mat_dist.attacks.pgd import pgd
+from mat_dist import checkpoint
 from mat_dist.cohort import Images
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
@@ -23,9 +22,9 @@ from mat_dist.evaluator import (
     ensemble_of,
     load_models,
     pixels,
+    restarts,
     threats_of,
 )
-from mat_dist.models.modes import frozen
 from mat_dist.report.files import RunFiles
 from mat_dist.threats import Threat
 
@@ -80,12 +79,7 @@ class Subject:
     def craft(self, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan,
               chunk: int) -> Tensor:
         """The evaluator's AEs of its first start -> (B, C, H, W)."""
-        region = threat.region(x_BCHW)
-        stream = streams.key(self.config.run.seed, f"eval-{threat.norm}", 0, chunk)
-        start = threat.start("uniform", region, x_BCHW, stream=stream)
-        with frozen(model):
-            return pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss="ce", steps=plan.steps,
-                       step_size=plan.size(threat.eps))
+        return next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
 
 
 def find_checkpoint(run: RunFiles) -> checkpoint.Manifest:

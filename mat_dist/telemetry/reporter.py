@@ -20,10 +20,13 @@ from mat_dist.telemetry.rates import eta_seconds
 from mat_dist.telemetry.records import append_text, drop_partial_line, json_line, start_summary, summary_rows
 from mat_dist.telemetry.results import Result, results_table
 from mat_dist.telemetry.screen import ConsoleMode, choose_screen
+from mat_dist.telemetry.trackers import Picture
 
 
 class Reporter(Protocol):
     """Where the numbers of a run go."""
+
+    wants_pictures: bool
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
         """Begin: steps of the whole run, peer names in peer order, steps that earlier attempts have done."""
@@ -37,6 +40,9 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """A line for the person at the console."""
 
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        """Pictures of an evaluation; made only where they are wanted."""
+
     def table(self, rows: Sequence[Result]) -> None:
         """The final results."""
 
@@ -47,10 +53,13 @@ class Reporter(Protocol):
 class NullReporter:
     """The reporter of all ranks but the first."""
 
+    wants_pictures = False
+
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None: ...
     def log(self, record: Mapping[str, Any]) -> None: ...
     def epoch(self, record: Mapping[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None: ...
     def table(self, rows: Sequence[Result]) -> None: ...
     def close(self) -> None: ...
 
@@ -71,6 +80,8 @@ class JsonlReporter:
     Raises:
         OutputError: (also from `log` and `epoch`) the folder cannot be written.
     """
+
+    wants_pictures = False
 
     def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 1,
                  screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -103,6 +114,9 @@ class JsonlReporter:
 
     def note(self, text: str) -> None:
         self._screen.note(text)
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        """The files have none: `python -m mat_dist.report` makes them."""
 
     def table(self, rows: Sequence[Result]) -> None:
         self._screen.table(results_table(rows))

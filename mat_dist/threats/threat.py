@@ -38,15 +38,15 @@ class Threat:
         """As people write it: linf 8/255."""
         return f"{self.norm} {eps_text(self.eps)}"
 
-    def region(self, x_BCHW: Tensor, share: float = L1_SHARE) -> Region:
+    def region(self, x_BCHW: Tensor, share: float | None = None) -> Region:
         """The feasible set round x_BCHW (float, in [0, 1]).
 
         Args:
-            share: of the values that a step moves, in (0, 1], for l1 alone.
+            share: of the values that a step moves, in (0, 1], for l1 alone; default 1 %.
         """
         regions: dict[str, Callable[[], Region]] = {
             "linf": lambda: LinfRegion(x_BCHW, self.eps), "l2": lambda: L2Region(x_BCHW, self.eps),
-            "l1": lambda: L1Region(x_BCHW, self.eps, share)}
+            "l1": lambda: L1Region(x_BCHW, self.eps, L1_SHARE if share is None else share)}
         if self.norm not in regions:
             raise ConfigError(f"unknown norm {self.norm!r}", "threat.norm", f"use one of {', '.join(regions)}")
         return regions[self.norm]()
@@ -55,8 +55,7 @@ class Threat:
         """The attack's first point.
 
         Args:
-            kind: `uniform` in the ball (for l1 normal noise, projected), `gaussian` (x + 0.001 normal) or `zero` (x
-                itself).
+            kind: `uniform` in the ball, `gaussian` (x + 0.001 normal) or `zero` (x itself).
             stream: key of the noise.
             first_row: row of the global batch at which x_BCHW starts, so that replicas get their slice.
         """

@@ -60,6 +60,12 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "torchrun --standalone --nproc_per_node=4 -m mat_dist.evaluate runs/NAME "
                             "threats=linf:8/255,l2:1/2", "python -m mat_dist.evaluate --compare runs/A runs/B"),
                            "tests/unit/test_evaluate.py"),
+           **dict.fromkeys(("python -m mat_dist.evaluate FILE.pt model=resnet18 data.name=cifar10 data.root=DATA "
+                            "threats=linf:8/255 mean=0.4914,0.4822,0.4465 std=0.2471,0.2435,0.2616",
+                            "python -m mat_dist.evaluate runs/NAME sources=runs/B,runs/C:peer1"),
+                           "tests/unit/test_evaluate_foreign.py"),
+           **dict.fromkeys((f"{TRAIN} log.tensorboard=true", "tensorboard --logdir runs"),
+                           "tests/unit/test_trackers.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",

@@ -177,7 +177,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 # Radii at which the model withstands on about half of the images.
-STRENGTH = [Threat("linf", 0.2), Threat("l2", 1.0), Threat("l1", 3.0)]
+STRENGTH = [Threat("linf", 0.13), Threat("l2", 0.7), Threat("l1", 1.6)]
 
 
 @pytest.mark.slow
@@ -198,14 +198,17 @@ def test_apgd_is_as_strong_as_that_of_pyautoattack(threat: Threat, trained: tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("steps", [20, 50])
 def test_l1_apgd_breaks_at_least_what_sparse_pgd_breaks(steps: int, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = trained
     threat = STRENGTH[2]
-    plain = withstands(model, x, y, threat, AttackPlan(steps), seed=0, chunk=0).double().mean()
-    region = threat.region(x, APGD_L1_SHARE)
+    region = threat.region(x)
     start = threat.start("uniform", region, x, stream=11)
-    assert apgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=steps).held_B.double().mean() <= plain
+    plain = pgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=steps,
+                step_size=2.5 * threat.eps / steps)
+    sparse = (model(plain).argmax(1) == y).double().mean()
+    found = withstands(model, x, y, threat, AttackPlan(steps), seed=0, chunk=0)  # what evaluations do in l1
+    assert found.double().mean() <= sparse
 
 
 # ------------------------------------------------------------------------------------------------ in training
@@ -233,3 +236,4 @@ def test_the_first_step_is_the_diameter_of_the_ball_and_for_l1_its_radius(norm: 
     assert {peer.attack.step_size for peer in config.peers} == {size}
     given = load_config(None, ["attack.method=apgd", f"threat.norm={norm}", "attack.step_size=0.01"])
     assert given.peers[0].attack.step_size == 0.01
+    assert [load_config(None, [f"attack.method={m}"]).peers[0].attack.l1_share for m in ("pgd", "apgd")] == [0.01, 0.05]

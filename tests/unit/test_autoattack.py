@@ -66,6 +66,40 @@ def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str
     assert not torch.equal(found.adv_BCHW, other.adv_BCHW)
 
 
+@pytest.mark.parametrize(("name", "threat"), [
+    *((name, THREATS[0]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
+    ("fab-t", THREATS[1]), ("apgd-ce", THREATS[2]), ("apgd-t", THREATS[2])], ids=lambda v: getattr(v, "norm", v))
+def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat) -> None:
+    model = make_model(10)
+    x, y = images(model)
+    found = autoattack(model, x, y, threat, version="standard", custom=(), seed=4, alone=name)
+    attack = pyautoattack.AutoAttack(model, norm=threat.norm.replace("l", "L", 1), eps=threat.eps, seed=4)
+    attack.attacks_to_run = [name]
+    adv, prediction = attack.run_standard_evaluation(x, y, batch_size=len(y))
+    assert torch.equal(found.adv_BCHW, adv) and torch.equal(found.prediction_B, prediction)
+    assert found.attacks == (name,) and (prediction != y).any() and found.warnings == ()
+
+
+def test_the_first_attack_alone_breaks_what_it_breaks_in_the_standard_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyautoattack.square.SquareAttack, "perturb", lambda self, x, y: x)
+    model = make_model(10)
+    x, y = images(model)
+    alone = autoattack(model, x, y, THREATS[0], version="standard", custom=(), seed=4, alone="apgd-ce")
+    whole = autoattack(model, x, y, THREATS[0], version="standard", custom=(), seed=4)
+    broken = alone.prediction_B != y
+    assert torch.equal(alone.adv_BCHW[broken], whole.adv_BCHW[broken]) and broken.any()
+    assert (whole.prediction_B != y).sum() >= broken.sum()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 9])
+def test_targeted_parts_alone_take_fewer_targets_with_few_classes(classes: int) -> None:
+    model = make_model(classes)
+    x, y = images(model, 4)
+    for name in ("fab-t", "apgd-t") if classes >= 4 else ("fab-t",):
+        found = autoattack(model, x, y, Threat("linf", 0.3), version="standard", custom=(), seed=1, alone=name)
+        assert found.attacks == (name,) and found.warnings == ()
+
+
 @pytest.mark.parametrize(("classes", "attacks"), [
     (2, ("apgd-ce", "fab-t", "square")), (3, ("apgd-ce", "fab-t", "square")),
     (4, ("apgd-ce", "apgd-t", "fab-t", "square"))])
@@ -79,10 +113,12 @@ def test_few_classes_leave_out_what_needs_more(classes: int, attacks: tuple[str,
 
 
 def test_a_custom_attack_that_needs_more_classes_is_refused() -> None:
-    check_classes("custom", ("apgd-ce", "apgd-dlr"), 3)
-    check_classes("standard", (), 2)
+    check_classes(("pgd", "autoattack", "apgd-ce", "apgd-dlr"), 3)
+    check_classes(("autoattack", "fab-t", "square"), 2)
     with pytest.raises(ConfigError, match="apgd-t needs 4 classes, the model has 3"):
-        check_classes("custom", ("apgd-t",), 3)
+        check_classes(("pgd", "apgd-t"), 3)
+    with pytest.raises(ConfigError, match="autoattack needs 2 classes, the model has 1"):
+        check_classes(("autoattack",), 1)
 
 
 def test_what_square_alone_breaks_is_counted() -> None:

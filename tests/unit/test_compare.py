@@ -19,8 +19,8 @@ def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportabl
     (folder / "eval").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").touch()
     document = {"time": time, "reportable": reportable, "threats": [{"norm": "linf", "eps": "8/255"}], "split": "test",
-                "n": len(robust), "attacks": ["pgd"], "data_digest": "d", "chunk": 8, "subset_seed": 0,
-                "config": {"data": {"test_size": None}}, **about}
+                "n": len(robust), "attacks": ["pgd"], "data_digest": "d", "images_digest": "i", "chunk": 8,
+                "subset_seed": 0, "config": {"data": {"test_size": None}}, **about}
     file = folder / "eval" / f"evaluate_test_{time}.json"
     file.write_text(json.dumps(document))
     rows = ["sample,label,threat,attack,target,weights,clean_prediction,prediction,robust,attacked"]
@@ -67,13 +67,41 @@ def test_the_newest_evaluation_counts(compare, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "text"), [
     ({"threats": [{"norm": "linf", "eps": "4/255"}]}, "threats linf 8/255 and linf 4/255"),
-    ({"data_digest": "e"}, "data_digest d and e"), ({"attacks": ["pgd", "cw"]}, "attacks ['pgd'] and ['pgd', 'cw']"),
+    ({"threats": [{"norm": "l2", "eps": "8/255"}]}, "threats linf 8/255 and l2 8/255"),
+    ({"threats": [{"norm": "linf", "eps": "8/255"}, {"norm": "l2", "eps": "1/2"}]},
+     "threats linf 8/255 and linf 8/255, l2 1/2"),
+    ({"data_digest": "e"}, "data_digest d and e"), ({"split": "val"}, "split test and val"),
+    ({"images_digest": "j"}, "images_digest i and j"), ({"chunk": 4}, "chunk 8 and 4"),
+    ({"attacks": ["pgd", "cw"]}, "attacks ['pgd'] and ['pgd', 'cw']"),
+    ({"plans": {"pgd": {"steps": 5}}}, "plans None and {'pgd': {'steps': 5}}"),
+    ({"autoattack": {"version": "rand"}}, "autoattack None and {'version': 'rand'}"),
+    ({"transfer": True}, "transfer None and True"),
     ({"config": {"data": {"test_size": 10}}}, "data.test_size None and 10"),
     ({"target": "peer1"}, "share no target")])
 def test_runs_that_were_evaluated_differently_are_refused(compare, tmp_path: Path, change: dict[str, Any],
                                                           text: str) -> None:
     _, code, err = compare(write(tmp_path, "a", "1" * 10), write(tmp_path, "b", "1" * 10, **change))
     assert code == 2 and text in err and err.count("\n") == 1
+
+
+def test_other_samples_of_one_data_set_are_refused(compare, tmp_path: Path) -> None:
+    fewer = write(tmp_path, "b", "1" * 9, clean="1" * 9)
+    a = write(tmp_path, "a", "1" * 10)
+    _, code, err = compare(a, fewer)
+    assert code == 2 and "n 10 and 9" in err
+    other = write(tmp_path, "c", "1" * 10)
+    file = next(Path(other, "eval").glob("*.csv"))
+    file.write_text(file.read_text().replace("\n9,", "\n17,"))
+    _, code, err = compare(a, other)
+    assert code == 2 and "different images" in err
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_splits_that_the_seed_draws_are_refused_under_other_seeds(split: str, compare, tmp_path: Path) -> None:
+    _, code, err = compare(write(tmp_path, "a", "1" * 10, split=split),
+                           write(tmp_path, "b", "1" * 10, split=split, subset_seed=1))
+    assert code == 2 and "run.seed 0 and 1" in err
+    assert compare(write(tmp_path, "c", "1" * 10), write(tmp_path, "d", "1" * 10, subset_seed=1))[1] == 0
 
 
 def test_what_is_missing_damaged_or_not_reportable_is_refused(compare, tmp_path: Path) -> None:

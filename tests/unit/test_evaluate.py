@@ -23,8 +23,9 @@ from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
 from mat_dist.evaluate import chunks, evaluation, outcome, soundness
 from mat_dist.evaluate.__main__ import main
-from mat_dist.evaluate.attack import crafted
 from mat_dist.evaluate.autoattack import chunk_seed
+from mat_dist.evaluate.craft import crafted
+from mat_dist.evaluate.menu import MENU
 from mat_dist.evaluate.soundness import Verdict
 from mat_dist.evaluator import AttackPlan
 from mat_dist.results import wilson_interval
@@ -100,9 +101,11 @@ def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: st
         told = [(r["target"], r["attack"], r["sample"], r["label"], r["robust"], r["attacked"])
                 for r in csv.DictReader(stream) if r["weights"] == weights]
     ours = [(r["target"].removesuffix(":prob"), r["threat"], r["sample"], r["label"], r["robust"], r["attacked"])
-            for r in found["rows"]]
+            for r in found["rows"] if r["attack"] == "pgd"]
     assert sorted(ours) == sorted(told) and len(ours) == 3 * 2 * 40
-    assert 0 < sum(r["robust"] == "1" for r in found["rows"]) < len(ours)
+    assert 0 < sum(row[4] == "1" for row in ours) < len(ours)
+    others = {(r["target"], r["attack"]) for r in found["rows"] if r["attack"] != "pgd"}
+    assert others == {("ensemble:prob", "transfer")}  # its members' AEs, asked for or not
 
 
 def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, evaluate: Evaluate) -> None:
@@ -176,10 +179,45 @@ def project_all(adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
 
 
 def test_a_vote_is_attacked_through_surrogates_and_judged_as_deployed(run: Path, evaluate: Evaluate) -> None:
-    found = evaluate(run, *FAST, "targets=ensemble:vote,ensemble:logit,ensemble", "threats=linf:0.15", "transfer=false")
+    found = evaluate(run, *FAST, "targets=ensemble:vote,ensemble:logit,ensemble", "threats=linf:0.15", "transfer=false",
+                     "queries=20")
     shares = {name: one["accuracy"] for name, one in targets(found).items()}
     assert list(shares) == ["ensemble:vote", "ensemble:logit", "ensemble:prob"]
     assert shares["ensemble:vote"]["linf 3/20"] < shares["ensemble:vote"]["clean"]
+
+
+def test_attacks_are_columns_in_the_order_asked_for(run: Path, evaluate: Evaluate) -> None:
+    """A vote gets a search as well, and its members' AEs though they are no targets."""
+    names = ["targeted", "uniform", "mifgsm", "gaussian", "fgsm"]
+    found = evaluate(run, f"attacks={','.join(names)}", "checks=1", "steps=3", "targets=peer0,ensemble:vote",
+                     "threats=linf:0.15", "transfer=false", "queries=20", "targets_per_image=2")
+    per_target = {"peer0": names, "ensemble:vote": [*names, "search", "transfer"]}
+    for target, columns in per_target.items():
+        rows = [r for r in found["rows"] if r["target"] == target]
+        assert list(dict.fromkeys(r["attack"] for r in rows)) == columns and len(rows) == 40 * len(columns)
+        shares = targets(found)[target]["attacks"]["linf 3/20"]
+        assert list(shares) == columns and shares["uniform"] > shares["targeted"]
+    head = next(line for line in found["out"].splitlines() if "targeted" in line and "threat" in line)
+    assert [word for word in head.split() if word in per_target["ensemble:vote"]] == per_target["ensemble:vote"]
+    assert found["attacks"] == names and found["plans"].keys() == {"targeted", "mifgsm", "fgsm"}
+    assert found["plans"]["targeted"]["targets"] == 2 and found["queries"] == 20
+
+
+def test_parts_of_autoattack_are_columns_of_their_own(run: Path, evaluate: Evaluate) -> None:
+    pytest.importorskip("pyautoattack", exc_type=ImportError)
+    found = evaluate(run, "attacks=apgd-ce,fab-t,pgd", "steps=5", "targets=peer0", "weights=raw", "checks=1",
+                     "threats=linf:0.1,l2:0.4", "checkpoint=last", "eval.chunk=40", "images=8")
+    shares = targets(found)["peer0"]["attacks"]
+    assert [list(one) for one in shares.values()] == [["apgd-ce", "fab-t", "pgd"]] * 2
+    assert all(one["apgd-ce"] <= one["pgd"] for one in shares.values()) and "pyautoattack" in found["versions"]
+    assert found["autoattack"] is None
+
+
+def test_equal_images_have_one_digest_and_others_another(run: Path, evaluate: Evaluate) -> None:
+    words = ("attacks=fgsm", "checks=1", "targets=peer0", "threats=linf:0.1")
+    one, again, fewer, other = (evaluate(run, *words, *more)["images_digest"] for more in (
+        ("seed=1",), ("seed=2",), ("images=39",), ("split=val",)))
+    assert one == again and len({one, fewer, other}) == 3
 
 
 def test_files_say_what_was_done(run: Path, evaluate: Evaluate) -> None:
@@ -211,6 +249,29 @@ def test_saved_aes_are_what_fooled_the_target(run: Path, evaluate: Evaluate) -> 
     one = targets(found)["peer0"]
     assert 0 < robust < 40 and one["accuracy"]["linf 64/255"] == robust / 40
     assert one["accuracy_uint8"] == {"linf 64/255": whole / 40}
+
+
+def test_evaluations_of_the_same_images_are_paired_and_others_refused(run: Path, evaluate: Evaluate, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed of the run draws another subset of the test set: the data are the same, the images are not."""
+    done = run_small(tmp_path / "seeds", "other", "data.train_size=300", "train.max_steps=1", "run.seed=1")
+    others = {"equal": run, "eps": run, "norm": run, "fewer": run, "split": run, "subset": done.folder.path}
+    words = ("attacks=fgsm", "targets=peer0", "weights=raw", "checks=1")
+    asked = {"equal": ("threats=linf:0.1", "images=20", "seed=7"), "eps": ("threats=linf:0.2", "images=20"),
+             "norm": ("threats=l2:0.1", "images=20"), "fewer": ("threats=linf:0.1", "images=19"),
+             "split": ("threats=linf:0.1", "images=20", "split=val"), "subset": ("threats=linf:0.1", "images=20")}
+    first = Path(shutil.copytree(run, tmp_path / "first"))
+    evaluate(first, *words, "threats=linf:0.1", "images=20")
+    told = {}
+    for name, folder in others.items():
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        evaluate(copy, *words, *asked[name])
+        code = main(["--compare", str(first), str(copy)])
+        told[name] = (code, capsys.readouterr().err)
+    texts = {"eps": "threats linf 1/10 and linf 1/5", "norm": "threats linf 1/10 and l2 1/10", "fewer": "n 20 and 19",
+             "split": "split test and val", "subset": "images_digest"}
+    assert told["equal"] == (0, "") and all(told[name][0] == 2 for name in texts)
+    assert {name: text in told[name][1] for name, text in texts.items()} == dict.fromkeys(texts, True)
 
 
 # ------------------------------------------------------------------------------------------------ chunks
@@ -315,7 +376,11 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     (["images=41"], 3, "41 images are asked for, the test split has 40"),
     (["targets=peer7"], 2, "there is no target 'peer7'"),
     (["atacks=pgd"], 2, "unknown setting atacks"),
-    (["attacks=pgd,foo"], 2, "attacks: Input should be"),
+    (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms', did you mean mifgsm?"),
+    (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
+    (["attacks="], 2, "there is no attack ''"),
+    (["threats=standard"], 2, "no standard radius for the data set 'digits'"),
+    (["threats=union:all"], 2, "choose from eat, msd, mng"),
     (["attack.eps=0.1"], 2, "attack.eps cannot be changed for a run that is there"),
     (["eps=8", "threats=linf:0.1"], 2, "write 8/255"),
     (["eps=0.1"], 2, "one eps for the norms linf, l2"),
@@ -374,7 +439,14 @@ def test_other_images_or_classes_are_refused(change: dict[str, Any], text: str, 
     assert text in evaluate(run, *FAST, code=3)["err"]
 
 
+def test_pyautoattack_is_refused_for_a_run_in_fp64(tmp_path: Path, evaluate: Evaluate) -> None:
+    pytest.importorskip("pyautoattack", exc_type=ImportError)
+    done = run_small(tmp_path, "double", "train.max_steps=1", "step.precision=fp64")
+    assert "computes in fp32, the run in fp64" in evaluate(done.folder.path, "attacks=pgd,apgd-ce", code=2)["err"]
+
+
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{key}=" in out for key in ("targets", "weights", "attacks", "eps", "version", "checks"))
+    assert all(f"{key}=" in out for key in ("targets", "weights", "attacks", "eps", "version", "checks", "queries"))
+    assert all(f"\n  {name} " in out for name in MENU)

@@ -65,7 +65,7 @@ def test_linf_projection_is_the_nearest_point_by_enumeration() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_step_is_the_steepest_of_its_length(norm: str) -> None:
-    """Among many moves of the same norm none raises a linear function more; for l1 with one value (5 % of 4)."""
+    """Among many moves of the same norm none raises a linear function more; for l1 with one value (1 % of 4)."""
     def lengths(moves: torch.Tensor) -> torch.Tensor:
         return moves.flatten(1).norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 

@@ -119,9 +119,13 @@ def test_an_image_that_cannot_move_stays_where_it_is() -> None:
     assert torch.equal(L1Region(x, 1.0).step(x, torch.ones_like(x), 0.5), x)
 
 
-def test_random_l1_points_are_sparse_and_lie_on_the_surface() -> None:
-    x = streams.uniform(1, (4, 3, 32, 32))
-    region = L1Region(x, 12.0)
-    moved = region.random(2, 0) - x
-    assert torch.allclose(moved.abs().flatten(1).sum(1), torch.full((4,), 12.0), rtol=1e-5)
-    assert ((moved != 0).flatten(1).sum(1) < 300).all()
+def test_random_l1_points_are_uniform_in_the_ball() -> None:
+    """In 3 dimensions, away from the box: length^3 is uniform, all octants and all three values alike."""
+    x = torch.full((6000, 1, 1, 3), 0.5, dtype=torch.float64)
+    moved = (L1Region(x, 0.4).random(2, 0) - x).flatten(1)
+    cubes = (moved.abs().sum(1) / 0.4) ** 3
+    for share in (0.1, 0.5, 0.9):
+        assert abs((cubes < share).double().mean() - share) < 0.025  # 4 standard deviations
+    octants = ((moved > 0).long() @ torch.tensor([1, 2, 4])).bincount(minlength=8)
+    assert ((octants - 750).abs() < 110).all()
+    assert torch.allclose(moved.abs().mean(0), torch.full((3,), 0.1, dtype=torch.float64), atol=0.005)

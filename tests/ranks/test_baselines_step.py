@@ -39,7 +39,11 @@ def configured(entries: list[dict[str, Any]], **step: Any) -> Config:
     return Case(entries, at, lambda k, _: [k]).config(**{"precision": "fp32", **step})
 
 
-@pytest.mark.parametrize("name", SPREAD)
+FAST = ("rslad", "eat")
+slow = pytest.mark.slow  # a second each
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=slow) for name in SPREAD])
 def test_placement_does_not_change_a_bit(name: str, run_ranks: Run) -> None:
     count = len(SPREAD[name])
     models, config = nets(count), configured(SPREAD[name])
@@ -49,6 +53,7 @@ def test_placement_does_not_change_a_bit(name: str, run_ranks: Run) -> None:
         assert hashes(spread) == alone_
 
 
+@slow
 def test_placement_does_not_change_a_bit_with_averaged_teachers(run_ranks: Run) -> None:
     models = nets(4)
     config = configured([{"loss": "mat", "optim": {"ema_decay": 0.6}}] * 3 + [TEACHER], teachers="ema")
@@ -56,6 +61,7 @@ def test_placement_does_not_change_a_bit_with_averaged_teachers(run_ranks: Run) 
     assert runs[0] == runs[1] == runs[2]
 
 
+@slow
 @pytest.mark.parametrize("name", ["max", "ramp", "mart", "rslad", "lbgat", "peeraid", "mat+awp", "trades+awp",
                                   "teachers=ema", "generalist ramp", "generalist that feeds back"])
 def test_recompute_equals_keep(name: str, run_ranks: Run) -> None:
@@ -77,6 +83,7 @@ def test_recompute_keeps_the_order_of_forwards_where_clean_images_lie_between_ri
     assert largest_difference(*runs) < 1e-11
 
 
+@slow
 @pytest.mark.parametrize("name", ["max", "mart", "rslad", "lbgat", "peeraid", "student_wrong", "generalist max"])
 def test_microbatches_and_replicas_equal_the_plain_step_without_batch_norm(name: str, run_ranks: Run) -> None:
     count = len(CASES[name].peers)

@@ -173,7 +173,7 @@ class PeerPlan:
         if self.me.strategy != "ramp" or len(self.rivals) < 2:
             return None
         norms = {self.threat_of(slot).norm: slot for slot in reversed(self.rivals)}
-        return norms.get("linf", self.rivals[0]), norms.get("l1", self.rivals[-1])
+        return (norms["linf"], norms["l1"]) if {"linf", "l1"} <= set(norms) else (self.rivals[0], self.rivals[-1])
 
     def threat_of(self, slot: int) -> Threat:
         """For which threat the AEs of a slot are made."""

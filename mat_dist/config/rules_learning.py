@@ -119,10 +119,17 @@ def trust_is_per_teacher(config: Config) -> list[ConfigError]:
 
 @rule("loss", "train")
 def warm_up_ends(config: Config) -> list[ConfigError]:
-    """Mutual terms that never begin."""
-    return [ConfigError(f"the peer learns alone for {peer.loss.warmup_epochs:g} of {config.train.epochs} epochs",
-                        f"{key}.loss.warmup_epochs", "make it shorter than train.epochs, or write preset: at")
-            for key, peer in entries(config) if (peer.loss.warmup_epochs or 0) >= config.train.epochs]
+    """Mutual terms that never begin, and peers that have nothing to learn before they do."""
+    found = []
+    for key, peer in entries(config):
+        loss, where = peer.loss, f"{key}.loss.warmup_epochs"
+        if (loss.warmup_epochs or 0) >= config.train.epochs:
+            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {config.train.epochs} "
+                                     "epochs", where, "make it shorter than train.epochs, or write preset: at"))
+        elif loss.warmup_epochs and not (loss.hard_weight or _alone(loss)) and not peer.frozen:
+            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
+                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
+    return found
 
 
 @rule("union", "peers", "loss")

@@ -305,8 +305,9 @@ def test_a_frozen_peer_keeps_its_weights_and_is_not_in_the_ensemble(teacher: Fin
 
 
 def test_best_is_chosen_by_the_generalist(cohort_run: Run) -> None:
-    run = cohort_run("best", 1, *EVALUATED, "train.epochs=4", "optim.lr=0.5", "peers=3", "peers.0.role=specialist",
-                     "peers.1.role=specialist", "peers.2.role=generalist", "peers.1.threat=l2", "peers.1.threat.eps=0.5")
+    roles = ("peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.2.role=generalist",
+             "peers.1.threat=l2", "peers.1.threat.eps=0.5")
+    run = cohort_run("best", 1, *EVALUATED, "train.epochs=4", "optim.lr=0.5", *roles)
     scores = {step: robust(run, step)["peer2", "raw"] for step in (4, 8, 12, 16)}
     best = read_best(run.folder)
     assert best is not None and best.score == pytest.approx(max(scores.values()))
@@ -328,7 +329,8 @@ def test_a_peer_starts_from_the_weights_of_a_run(teacher: Finished, tmp_path: Pa
     ("{run}:third", (), "there is no peer 'third'"),
     ("{run}:first", ("peers.0.model.width=0.5",), "its weights do not fit"),
     ("{run}:first", ("peers.0.model.name=small_cnn",), "its weights do not fit"),
-    ("{run}:first", ("data.name=npz", "data.root={root}/data.npz"), "its models are for 10 classes, these data have 3")],
+    ("{run}:first", ("data.name=npz", "data.root={root}/data.npz"),
+     "its models are for 10 classes, these data have 3")],
     ids=lambda v: v if isinstance(v, str) else "")
 def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
         source: str, settings: tuple[str, ...], found: str, teacher: Finished, tmp_path: Path,

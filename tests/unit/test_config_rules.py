@@ -128,6 +128,8 @@ CASES = [
                            ("warmup_epochs=1", "warmup_epochs=0")]),
     ("sums_are_enough", "step.opinions=summed peers.1.frozen=true peers.1.init_from=x", "roles and frozen peers",
      "step.opinions=summed"),
+    ("warm_up_ends", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.1.loss.warmup_epochs=1",
+     "learns from teachers only", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.loss.warmup_epochs=1"),
     ("weights_climb_an_own_loss", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat optim.awp_gamma=0.01",
      "preset lbgat has none here", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.optim.awp_gamma=0.01"),
     ("unions_have_hard_labels", "peers=1 loss=trades union.strategy=max union.threats=linf:0.1,l2:1",

@@ -126,23 +126,24 @@ class Cohort:
 
     @contextmanager
     def kept_if_refused(self) -> Iterator[None]:
-        """Undo what a step does before its vote, should it be refused: BN buffers and gradients."""
+        """Undo what a step does before its vote, should it be refused: BN buffers, gradients, weights, counts."""
         self._before = {peer.index: [b.clone() for b in peer.buffers()] for peer in self.peers}
         try:
             yield
         except Exception:
             for peer in self.peers:
                 self.give_back(peer)
+                peer.forget()
             raise
         finally:
             self._before = {}
 
     @torch.no_grad()
     def give_back(self, peer: Peer) -> None:
-        """Put a peer where it was before the step that is under way: weights, BN buffers, and no gradient."""
+        """Put a peer where it was before it began to learn in the step that is under way: BN buffers, no gradient."""
         for buffer, value in zip(peer.buffers(), self._before[peer.index], strict=True):
             buffer.copy_(value)
-        peer.forget()
+        peer.optimizer.zero_grad(set_to_none=True)
 
     def mute(self, peers: Sequence[int], until: int) -> None:
         """Let nobody learn from `peers` before step `until`."""

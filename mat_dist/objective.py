@@ -49,8 +49,9 @@ def own_loss(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor) -> Tenso
 
 
 def own_slots(plan: PeerPlan) -> tuple[int, ...]:
-    """The slots of `own_loss`."""
-    return tuple(slot for slot in plan.learned if slot in (plan.index, plan.clean))
+    """The slots of `own_loss`; none where the peer has nothing to lose alone."""
+    own = (plan.index, plan.clean)
+    return tuple(slot for slot in plan.learned if slot in own and (plan.paired or plan.hard.get(slot)))
 
 
 def _hard(plan: PeerPlan, slot: int, logits_BK: Tensor, y_B: Tensor) -> Tensor:

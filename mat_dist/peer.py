@@ -63,34 +63,38 @@ class Peer:
                teacher_BK: Tensor | None = None) -> Tensor:
         """This peer's AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
-        The model is left as it was, but for AWP, which perturbs it until `update`. Raises torch.OutOfMemoryError if
-        half a batch does not fit into memory.
+        The model is left as it was. Raises torch.OutOfMemoryError if half a batch does not fit into memory.
 
         Args:
             step: training step, keys the start noise.
             first_row: row of the global batch at which x_BCHW starts.
             teacher_BK: logits of a teacher on x_BCHW, for `attack.loss: kl_teacher`.
         """
-        self._weights.restore()
-        adv = self.crafter(self.arrange(x_BCHW), y_B, step, first_row, teacher_BK)
-        if self.spec.optim.awp_gamma and step >= self.spec.optim.awp_warmup_epochs * self._steps_per_epoch:
-            self._perturb(adv, x_BCHW, y_B, (step, -2, first_row))
-        return adv
+        return self.crafter(self.arrange(x_BCHW), y_B, step, first_row, teacher_BK)
 
     def attack_others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
         """AEs for the other threats of a union that is learnt as a whole, in order; none for other peers."""
         assert self.plan is not None
         return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
 
-    def _perturb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, draw: Sequence[int]) -> None:
-        """Move the weights up the peer's own loss. Batch-norm statistics stay."""
+    def perturb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> None:
+        """AWP: move the weights up the peer's own loss, until `restore`; batch-norm statistics stay.
+
+        Does nothing without `optim.awp_gamma`, before its warm-up has ended, and where the peer learns from others
+        alone.
+        """
         assert self.plan is not None
-        inputs, slots = {self.plan.index: adv_BCHW, self.plan.clean: x_BCHW}, own_slots(self.plan)
-        if not slots:
+        optim, slots = self.spec.optim, own_slots(self.plan)
+        if not (optim.awp_gamma and slots) or step < optim.awp_warmup_epochs * self._steps_per_epoch:
             return
-        with torch.enable_grad(), self.precision(), self._drawing(draw), batch_stats_only(self.model):
+        inputs = {self.plan.index: adv_BCHW, self.plan.clean: x_BCHW}
+        with torch.enable_grad(), self.precision(), self._drawing((step, -2, first_row)), batch_stats_only(self.model):
             loss = own_loss(self.plan, {slot: self._logits(inputs[slot]) for slot in slots}, y_B)
         self._weights.perturb(loss)
+
+    def restore(self) -> None:
+        """Undo `perturb`, bit by bit."""
+        self._weights.restore()
 
     def forget(self) -> None:
         """After a refused step: weights, gradients and counts as before it."""

@@ -173,7 +173,7 @@ class PeerPlan:
         if self.me.strategy != "ramp" or len(self.rivals) < 2:
             return None
         norms = {self.threat_of(slot).norm: slot for slot in reversed(self.rivals)}
-        return norms.get("linf", self.rivals[0]), norms.get("l1", self.rivals[-1])
+        return (norms["linf"], norms["l1"]) if {"linf", "l1"} <= set(norms) else (self.rivals[0], self.rivals[-1])
 
     def threat_of(self, slot: int) -> Threat:
         """For which threat the AEs of a slot are made."""
@@ -194,10 +194,12 @@ class PeerPlan:
         return tuple(sorted(used - set(last))) + tuple(slot for slot in last if slot in used)
 
     def groups(self) -> list[tuple[int, ...]]:
-        """`learned` cut into sets whose losses do not depend on each other."""
+        """`learned`, in its order, cut into sets whose losses do not depend on each other."""
         together = set(self.rivals) | ({self.clean, self.index} if self.paired else set())
-        coupled = tuple(slot for slot in self.learned if slot in together)
-        return [(slot,) for slot in self.learned if slot not in together] + ([coupled] if coupled else [])
+        places = [n for n, slot in enumerate(self.learned) if slot in together]
+        first, end = (places[0], places[-1] + 1) if places else (0, 0)
+        coupled = [self.learned[first:end]] if places else []
+        return [(slot,) for slot in self.learned[:first]] + coupled + [(slot,) for slot in self.learned[end:]]
 
     def teachers(self, slot: int) -> tuple[int, ...]:
         """Peers whose opinion this peer learns on a slot, in peer order."""

@@ -106,14 +106,9 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     """Steps 1 to 6 for one micro-batch: gradients are added to the parameters."""
     mesh, plan, peers = cohort.mesh, cohort.plan, cohort.peers
 
-    # 0 what teachers think of the clean images, where an attack needs it
-    guides_L = _guides(cohort, agree, x_BCHW, step, first_row)
-
-    # 1 own AEs
-    aes = [agree.run(f"attack of {p.name}", _attack, cohort, p, x_BCHW, y_B, step, first_row, guide, log)
-           for p, guide in zip(peers, guides_L, strict=True)]
+    # 1 own AEs, of guided attacks after an exchange of what teachers think of the clean images
+    aes, private = _crafted(cohort, agree, x_BCHW, y_B, step, first_row, log)
     aes_LBCHW = agree.run("attack", torch.stack, aes)
-    private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in peers]
     clock.lap("attack")
 
     # 2 exchange of AEs
@@ -150,6 +145,20 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     finite_L2 = agree.run("finite check", lambda: torch.stack([
         torch.stack([a.isfinite().all(), t.isfinite().all()]) for a, t in zip(aes_LBCHW, taught_LTBK, strict=True)]))
     return _Share(finite_L2, agree.run("loss", torch.stack, loss), correct_LS)
+
+
+def _crafted(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
+             log: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Each local peer's AEs, and those for the other threats of its union; then AWP moves its weights."""
+    for peer in cohort.peers:
+        peer.restore()  # of the micro-batch before
+    guides_L = _guides(cohort, agree, x_BCHW, step, first_row)
+    aes = [agree.run(f"attack of {p.name}", _attack, cohort, p, x_BCHW, y_B, step, first_row, guide, log)
+           for p, guide in zip(cohort.peers, guides_L, strict=True)]
+    private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in cohort.peers]
+    for peer, adv_BCHW in zip(cohort.peers, aes, strict=True):
+        agree.run(f"weight perturbation of {peer.name}", peer.perturb, adv_BCHW, x_BCHW, y_B, step, first_row)
+    return aes, private
 
 
 def _guides(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, step: int, first_row: int) -> list[Tensor | None]:

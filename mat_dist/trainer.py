@@ -84,10 +84,9 @@ class Trainer:
             began = perf_counter()
             x_BCHW, y_B = self.fetch(step)
             fetched = perf_counter()
-            log = (step + 1) % self.config.log.every == 0 or step + 1 == total
-            outcome = self.step(x_BCHW, y_B, step, log=log)
-            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             done = step + 1
+            outcome = self.step(x_BCHW, y_B, step, log=done % self.config.log.every == 0 or done == total)
+            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             self.tell()
             if outcome.loss_P is not None:
                 self.log(done, outcome, meter)

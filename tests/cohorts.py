@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,10 +82,11 @@ def build(config: Config, mesh: Mesh, models: list[nn.Module]) -> Cohort:
 
 
 def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dtype: torch.dtype = torch.float32,
-          log: bool = False) -> Cohort:
+          log: bool = False, data: Callable[..., tuple[Tensor, Tensor]] = batch) -> Cohort:
     """Run some steps; the batch is a function of the step, each replica takes its rows."""
     cohort = build(config, mesh, models)
     for step in range(steps):
-        x, y = batch(step, config.train.batch_size, dtype)
+        cohort.begin(step)
+        x, y = data(step, config.train.batch_size, dtype)
         train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
     return cohort

@@ -134,7 +134,7 @@ class EatChoice:
     ranks choose alike.
 
     Attributes:
-        held: images per norm that stayed correct at every point of the training attack.
+        held: images per norm that stayed correct on the AEs of training (in E-AT's code at every point of the attack).
         seen: images per norm that were attacked.
     """
 

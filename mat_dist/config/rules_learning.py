@@ -5,8 +5,13 @@ from __future__ import annotations
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.presets import PAIRS, hears
 from mat_dist.config.registry import entries, rule
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
+
+
+def _alone(c: LossConfig) -> bool:
+    """Whether a loss has terms on the peer's own AEs or the clean images that need no teacher."""
+    return bool((c.hard_weight and c.hard_own) or c.clean_weight or c.trades_beta or c.mart_beta or c.pair_weight)
 
 
 @rule("loss", "peers")
@@ -16,7 +21,7 @@ def some_term_counts(config: Config) -> list[ConfigError]:
     training = [(key, peer) for key, peer in entries(config) if not peer.frozen]
     for key, peer in training:
         c = peer.loss
-        if not (c.hard_weight or c.clean_weight or c.kd_weight or c.kd_clean or c.trades_beta or c.pair_weight):
+        if not (_alone(c) or c.hard_weight or c.kd_weight or c.kd_clean):
             found.append(ConfigError("all terms of the loss have weight 0", f"{key}.loss",
                                      "give hard_weight, clean_weight or kd_weight a weight"))
     labelled = any(peer.loss.hard_weight or peer.loss.clean_weight for _, peer in training)
@@ -138,10 +143,17 @@ def trust_is_per_teacher(config: Config) -> list[ConfigError]:
 
 @rule("loss", "train")
 def warm_up_ends(config: Config) -> list[ConfigError]:
-    """Mutual terms that never begin."""
-    return [ConfigError(f"the peer learns alone for {peer.loss.warmup_epochs:g} of {config.train.epochs} epochs",
-                        f"{key}.loss.warmup_epochs", "make it shorter than train.epochs, or write preset: at")
-            for key, peer in entries(config) if (peer.loss.warmup_epochs or 0) >= config.train.epochs]
+    """Mutual terms that never begin, and peers that have nothing to learn before they do."""
+    found = []
+    for key, peer in entries(config):
+        loss, where = peer.loss, f"{key}.loss.warmup_epochs"
+        if (loss.warmup_epochs or 0) >= config.train.epochs:
+            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {config.train.epochs} "
+                                     "epochs", where, "make it shorter than train.epochs, or write preset: at"))
+        elif loss.warmup_epochs and not (loss.hard_weight or _alone(loss)) and not peer.frozen:
+            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
+                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
+    return found
 
 
 @rule("union", "peers", "loss")
@@ -173,6 +185,30 @@ def unions_fit(config: Config) -> list[ConfigError]:
                                      f"{key}.union.strategy", "add a specialist for each norm"))
         elif union.strategy and not peer.loss.hard_own and (missing := sorted(set(norms) - taught)):
             found.append(ConfigError(f"no specialist for {', '.join(missing)}", where, "add one or leave the norm out"))
+    return found
+
+
+@rule("optim", "loss")
+def weights_climb_an_own_loss(config: Config) -> list[ConfigError]:
+    """AWP perturbs the weights before anything arrives from other peers."""
+    return [ConfigError(f"adversarial weight perturbation climbs the loss on own AEs and clean images, and that of "
+                        f"preset {peer.loss.preset} has none here", f"{key}.optim.awp_gamma",
+                        "write awp_gamma: 0, or give hard_weight (with hard_own) or clean_weight a weight")
+            for key, peer in entries(config) if peer.optim.awp_gamma and not peer.frozen and not _alone(peer.loss)]
+
+
+@rule("union", "loss")
+def unions_have_hard_labels(config: Config) -> list[ConfigError]:
+    """The worst or the mean over several norms is that of plain cross-entropies on AEs."""
+    found = []
+    for key, peer in entries(config):
+        strategy, loss = peer.union.strategy, peer.loss
+        if strategy in ("avg", "max", "ramp") and not loss.hard_weight and not peer.frozen:
+            found.append(ConfigError(f"strategy {strategy} with preset {loss.preset}, which has no hard labels on AEs",
+                                     f"{key}.union.strategy", "write loss.preset: at, or strategy random, eat or msd"))
+        elif strategy in ("max", "ramp") and loss.hard_loss == "bce":
+            found.append(ConfigError(f"strategy {strategy} compares cross-entropies, and hard_loss is bce",
+                                     f"{key}.loss.hard_loss", "write hard_loss: ce, or strategy avg"))
     return found
 
 

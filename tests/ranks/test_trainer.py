@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mat_dist import streams, trainer
+from mat_dist import loading, streams, trainer
 from mat_dist.checkpoint import load_manifest, read_best
 from mat_dist.config import load_config
 from mat_dist.data import load_data
@@ -264,3 +265,81 @@ def test_without_evaluations_only_the_last_checkpoint_is_tested(cohort_run: Run)
     run = cohort_run("unjudged", 1, "eval.test=true", "eval.every=0")
     assert [p.name for p in run.folder.eval.glob("*.json")] == ["test_last_step_00000006.json"]
     assert read_best(run.folder) is None
+
+
+# ------------------------------------------------------------------------------------------------ roles and baselines
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run of two peers, first and second, that nobody evaluated."""
+    return run_small(tmp_path_factory.mktemp("teacher"), "run", "peers=2", "loss=at", "train.max_steps=2",
+                     "peers.0.name=first", "peers.1.name=second")
+
+
+def baselines(teacher: Finished) -> tuple[str, ...]:
+    """E-AT with AWP, a student of a frozen teacher, a generalist, a specialist."""
+    return ("peers=4", "loss=at", "peers.0.union.strategy=eat", "peers.0.union.threats=linf:0.1,l1:2",
+            "peers.0.optim.awp_gamma=0.02", "peers.0.optim.awp_warmup_epochs=0.5", "peers.1.loss=rslad",
+            "peers.2.frozen=true", f"peers.2.init_from={teacher.folder.path}:second", "peers.3.role=generalist",
+            "peers.3.loss=mat", "peers.3.loss.warmup_epochs=1")
+
+
+@pytest.mark.parametrize("stop,worlds", [(1, (1, 1)), (3, (4, 1)), (4, (2, 4))], ids=str)
+def test_eat_awp_frozen_teachers_and_warm_ups_go_on_as_if_nothing_had_happened(
+        stop: int, worlds: tuple[int, int], teacher: Finished, cohort_run: Run, uninterrupted: Run) -> None:
+    settings = (*baselines(teacher), "optim.ema_decay=0.9")
+    whole = uninterrupted(*settings)
+    assert cohort_run("stopped", worlds[0], *settings, stop_after=stop).code == 75
+    again = cohort_run("stopped", worlds[1], *settings)
+    assert again.hashes() == whole.hashes()
+    assert sum(whole.peers()[0]["eat"]["seen"]) == STEPS * 16 and again.peers()[0]["eat"] == whole.peers()[0]["eat"]
+
+
+def test_a_frozen_peer_keeps_its_weights_and_is_not_in_the_ensemble(teacher: Finished, uninterrupted: Run) -> None:
+    run = uninterrupted(*baselines(teacher), "eval.every=1", "train.max_steps=null")
+    source = teacher.peers()[1]["model"]
+    assert all((v == source[k]).all() for k, v in run.peers()[2]["model"].items())
+    model = loading.load(run.folder.path, "ensemble", which="latest")
+    assert len(list(model.children())[0]) == 3  # type: ignore[arg-type]
+
+
+def test_best_is_chosen_by_the_generalist(cohort_run: Run) -> None:
+    roles = ("peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.2.role=generalist",
+             "peers.1.threat=l2", "peers.1.threat.eps=0.5")
+    run = cohort_run("best", 1, *EVALUATED, "train.epochs=4", "optim.lr=0.5", *roles)
+    scores = {step: robust(run, step)["peer2", "raw"] for step in (4, 8, 12, 16)}
+    best = read_best(run.folder)
+    assert best is not None and best.score == pytest.approx(max(scores.values()))
+    means = {step: sum(robust(run, step)[f"peer{i}", "raw"] for i in range(3)) / 3 for step in scores}
+    assert means != pytest.approx(scores)
+
+
+def test_a_peer_starts_from_the_weights_of_a_run(teacher: Finished, tmp_path: Path) -> None:
+    """At rate 0 they stay."""
+    run = run_small(tmp_path, "run", f"peers.0.init_from={teacher.folder.path}:first", "peers.1.init_from="
+                    f"{teacher.folder.path}:second", "optim.lr=1e-30", "train.max_steps=1", "loss=at")
+    for mine, theirs in zip(run.peers(), teacher.peers(), strict=True):
+        assert all((v == theirs["model"][k]).all() for k, v in mine["model"].items() if k.endswith("weight"))
+
+
+@pytest.mark.parametrize("source,settings,found", [
+    ("{root}/nothing", (), "this is not the folder of a run"),
+    ("{run}", (), "no evaluation says which peer is best"),
+    ("{run}:third", (), "there is no peer 'third'"),
+    ("{run}:first", ("peers.0.model.width=0.5",), "its weights do not fit"),
+    ("{run}:first", ("peers.0.model.name=small_cnn",), "its weights do not fit"),
+    ("{run}:first", ("data.name=npz", "data.root={root}/data.npz"),
+     "its models are for 10 classes, these data have 3")],
+    ids=lambda v: v if isinstance(v, str) else "")
+def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
+        source: str, settings: tuple[str, ...], found: str, teacher: Finished, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    splits, noise = (("train", 128), ("test", 40)), np.random.default_rng(0)
+    labels = {f"y_{split}": np.arange(count) % 3 for split, count in splits}
+    images = {f"x_{split}": noise.integers(0, 256, (count, 8, 8), np.uint8) for split, count in splits}
+    np.savez(tmp_path / "data.npz", **images, **labels)
+    words = [word.format(root=tmp_path, run=teacher.folder.path) for word in (f"peers.0.init_from={source}", *settings)]
+    assert run_small(tmp_path, "run", *words).code == 4
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and found in lines[0]

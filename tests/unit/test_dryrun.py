@@ -50,24 +50,60 @@ def test_a_peer_that_recomputes_teaches_in_passes_of_their_own() -> None:
     assert passes["peer0"] == ["7", "4", "4", "15", "11"]
 
 
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-@pytest.mark.parametrize("preset", ["mat", "at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades", "cat"])
-def test_the_passes_are_those_of_a_real_step(preset: str, memory: str) -> None:
-    config = config_of("peers=2", f"loss={preset}", f"step.memory={memory}", "train.batch_size=8",
+UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:2 union.strategy="
+ROLES = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist "
+TAUGHT = "peers=2 peers.1.frozen=true peers.1.init_from=run peers.0.loss="
+
+
+@pytest.mark.parametrize("memory", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [
+    *(f"peers=2 loss={preset}" for preset in ("mat", "at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades",
+                                              "cat", "mart", "lbgat", "peeraid")),
+    *(UNION + strategy for strategy in ("avg", "max", "ramp", "random", "eat", "msd")),
+    *(ROLES + f"peers.2.union.strategy={strategy}" for strategy in ("avg", "max", "ramp")),
+    ROLES + "peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1",
+    ROLES + "peers.0.loss.kd_weight=0.5",
+    TAUGHT + "ard", TAUGHT + "rslad", UNION + "avg attack.method=apgd attack.loss=kl_clean",
+    "peers=2 loss=at optim.awp_gamma=0.01", "peers=2 loss=trades optim.awp_gamma=0.01",
+    UNION + "max optim.awp_gamma=0.01", "peers=2 loss=mat optim.awp_gamma=0.01 optim.ema_decay=0.9 step.teachers=ema",
+    "peers=2 loss=mat attack.loss=kl_teacher attack.method=apgd"])
+def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None:
+    config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", "attack.steps=2",
                        "step.attack_copy=false")  # the hooks below count calls of the model, not of its copy
-    told = cells(description(config), "passes")
-    cohort = Cohort.build(config, Mesh(Placement.place(2, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
+    told, count = cells(description(config), "passes"), len(config.peers)
+    cohort = Cohort.build(config, Mesh(Placement.place(count, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
                           steps_per_epoch=1)
     counts = {peer.name: [0, 0] for peer in cohort.peers}
 
-    def count(name: str) -> None:
+    def passes(name: str) -> None:
         counts[name][0] += 1
         counts[name][1] += torch.is_grad_enabled()
 
     for peer in cohort.peers:
-        peer.model.register_forward_hook(lambda *_, name=peer.name: count(name))
+        peer.model.register_forward_hook(lambda *_, name=peer.name: passes(name))
     train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
     assert counts == {name: [int(n) for n in told[name][-2:]] for name in counts}
+
+
+def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:
+    def row(*overrides: str) -> list[str]:
+        return cells(description(config_of(*overrides, "attack.steps=10")), "passes")["peer0"]
+
+    threats = ("peers=1", "loss=at", "union.threats=linf:0.1,l2:1,l1:2")
+    assert row(*threats, "union.strategy=avg") == ["30", "3", "0", "33", "33"]  # three attacks, three sources
+    assert row(*threats, "union.strategy=random") == ["10", "1", "0", "11", "11"]
+    assert row(*threats, "union.strategy=msd") == ["10", "1", "0", "41", "11"]  # and a look at each norm's step
+    assert row(*threats, "union.strategy=eat") == ["10", "1", "0", "12", "11"]  # and the accuracy on its AEs
+    assert row("peers=1", "loss=at", "optim.awp_gamma=0.01") == ["10", "2", "0", "12", "12"]
+    assert row("peers=1", "loss=trades", "optim.awp_gamma=0.01") == ["10", "4", "0", "15", "14"]  # the clean one
+
+
+def test_a_frozen_peer_holds_its_weights_alone() -> None:
+    """The student: weights, average, gradient, momentum; the buffers of its norm layers are small."""
+    plain, with_teacher = (float(cells(description(config_of(*overrides, "model.width=16", "optim.ema_decay=0.9")),
+                                       "memory")["state"][0]) for overrides in (
+        ("peers=1", "loss=at"), ("peers=2", "peers.0.loss=ard", "peers.1.frozen=true", "peers.1.init_from=run")))
+    assert with_teacher == pytest.approx(plain * 5 / 4, rel=0.01)
 
 
 def test_parameters_memory_and_epoch_of_the_cifar_run_are_those_computed_by_hand() -> None:

@@ -110,6 +110,90 @@ def test_an_unknown_aggregation_is_an_error() -> None:
         losses.distillation(gaussian(2, 3), [gaussian(2, 3)], agg="median")
 
 
+def test_boosted_cross_entropy_pushes_the_largest_wrong_class_down() -> None:
+    p = logits((1 / 2, 1 / 4, 1 / 4), (1 / 8, 5 / 8, 1 / 4))
+    # -ln 1/2 - ln(1.0001 - 1/4), and -ln 1/8 - ln(1.0001 - 5/8): the largest wrong one, not the largest but one
+    expected = (LN2 - log(0.7501) + 3 * LN2 - log(0.3751)) / 2
+    assert losses.boosted_cross_entropy(p, torch.tensor([0, 0])).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_certain_error_has_a_finite_boosted_loss() -> None:
+    z = torch.tensor([[0.0, 90.0]], requires_grad=True)
+    value = losses.boosted_cross_entropy(z, torch.tensor([0]))
+    value.backward()
+    assert value.item() == pytest.approx(90 - log(1e-4), rel=1e-2) and z.grad.isfinite().all()
+
+
+def test_mart_weighs_each_image_by_its_clean_doubt() -> None:
+    clean = logits((1 / 2, 1 / 4, 1 / 4), (1 / 4, 1 / 2, 1 / 4))
+    adv = logits((1 / 4, 1 / 2, 1 / 4), (1 / 8, 3 / 8, 1 / 2))
+    first = LN2 / 4  # 1/2 ln 2 - 1/4 ln 2, doubt 1/2
+    second = LN2 / 4 + log(4 / 3) / 2 - LN2 / 4  # 1/4 ln 2 + 1/2 ln (4/3) + 1/4 ln (1/2), doubt 3/4
+    value = losses.mart_term(clean, adv, torch.tensor([0, 0])).item()
+    assert value == pytest.approx((first / 2 + second * 3 / 4) / 2)
+
+
+def test_a_temperature_softens_both_sides_of_trades() -> None:
+    clean, adv = torch.tensor([[2 * LN2, 0.0]]), torch.tensor([[0.0, 0.0]])
+    # softmax(z / 2): 2/3, 1/3 against 1/2, 1/2; times 4
+    expected = 4 * (2 / 3 * log(4 / 3) + 1 / 3 * log(2 / 3))
+    assert losses.trades_term(clean, adv, 2.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_worst_ae_of_each_image_counts_and_gets_the_gradient() -> None:
+    one = logits((1 / 2, 1 / 2), (1 / 8, 7 / 8)).requires_grad_()
+    other = logits((1 / 4, 3 / 4), (1 / 2, 1 / 2)).requires_grad_()
+    value = losses.worst_cross_entropy([one, other], torch.tensor([0, 0]))
+    value.backward()
+    assert value.item() == pytest.approx((2 * LN2 + 3 * LN2) / 2)
+    assert one.grad[0].abs().sum() == 0 == other.grad[1].abs().sum()
+    assert one.grad[1].tolist() == pytest.approx([-7 / 16, 7 / 16])
+
+
+def test_label_smoothing_counts_in_the_comparison() -> None:
+    """Hard labels find the second AE worse, smoothing 0.9 over two classes the first."""
+    one, other = logits((0.45, 0.55)), logits((0.40, 0.60))
+    hard = losses.worst_cross_entropy([one, other], torch.tensor([0])).item()
+    soft = losses.worst_cross_entropy([one, other], torch.tensor([1]), 0.5).item()
+    assert hard == pytest.approx(-log(0.40))
+    assert soft == pytest.approx(max(-0.75 * log(b) - 0.25 * log(a) for a, b in ((0.45, 0.55), (0.40, 0.60))))
+
+
+def test_ramp_pairs_predictions_of_images_that_are_right_on_the_first_norm() -> None:
+    first = logits((1 / 2, 1 / 4, 1 / 4), (1 / 4, 1 / 2, 1 / 4))
+    second = logits((1 / 4, 1 / 2, 1 / 4), (1 / 8, 3 / 8, 1 / 2))
+    assert losses.ramp_term(first, second, torch.tensor([0, 0])).item() == pytest.approx(LN2 / 4)  # one of two is right
+    assert losses.ramp_term(first, second, torch.tensor([2, 2])).item() == 0.0
+    both = losses.ramp_term(first, second, torch.tensor([0, 1])).item()
+    assert both == pytest.approx((LN2 / 4 + log(4 / 3) / 2) / 2)
+
+
+@pytest.mark.parametrize("where,expected", [("all", [1 / 2, 1 / 4, 1 / 2]), ("teacher_right", [1 / 2, 0, 1 / 2]),
+                                            ("student_wrong", [1 / 2, 0, 0])])
+def test_trust_is_the_probability_of_the_true_class_where_the_teacher_is_heard(where: str,
+                                                                               expected: list[float]) -> None:
+    teacher = logits((1 / 2, 1 / 4, 1 / 4), (1 / 4, 1 / 2, 1 / 4), (1 / 2, 1 / 4, 1 / 4))
+    student = logits((1 / 4, 1 / 2, 1 / 4), (1 / 4, 1 / 2, 1 / 4), (1 / 2, 1 / 4, 1 / 4))
+    y = torch.tensor([0, 0, 0])
+    assert losses.trust(teacher, student, y, gate=1.0, where=where).tolist() == pytest.approx(expected)
+    squared = losses.trust(teacher, student, y, gate=2.0, where=where).tolist()
+    assert squared == pytest.approx([w**2 for w in expected])
+    assert losses.trust(teacher, student, y, where="all").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_trust_weighs_the_images_of_each_teacher() -> None:
+    student, teachers = logits((1 / 4, 3 / 4), (1 / 2, 1 / 2)), [logits((1 / 2, 1 / 2), (3 / 4, 1 / 4))]
+    each = [losses.kl_divergence(t, s).item() for t, s in zip(teachers[0].split(1), student.split(1), strict=True)]
+    value = losses.distillation(student, teachers, weights_B=[torch.tensor([1 / 2, 2.0])]).item()
+    assert value == pytest.approx((each[0] / 2 + 2 * each[1]) / 2)
+
+
+def test_logit_distillation_is_the_mean_square_over_images_classes_and_teachers() -> None:
+    student = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    teachers = [torch.zeros(2, 2), torch.ones(2, 2)]
+    assert losses.logit_distillation(student, teachers).item() == pytest.approx((5 / 4 + 3 / 4) / 2)
+
+
 # ------------------------------------------------------------------------------------------------ for any logits
 
 
@@ -127,7 +211,12 @@ def test_equal_predictions_have_divergence_0_and_others_more(rule: str, temperat
     lambda a, b: losses.kl_divergence(b.log_softmax(-1), a.log_softmax(-1)),
     losses.trades_term,
     losses.logit_pairing,
-], ids=["ce", "kl", "trades", "pairing"])
+    lambda a, b: losses.boosted_cross_entropy(a, torch.tensor([0, 2, 1])),
+    lambda a, b: losses.mart_term(a, b, torch.tensor([0, 2, 1])),
+    lambda a, b: losses.trades_term(a, b, 3.0),
+    lambda a, b: losses.worst_cross_entropy([a, b], torch.tensor([0, 2, 1]), 0.1),
+    lambda a, b: losses.ramp_term(a, b, a.argmax(-1)),
+], ids=["ce", "kl", "trades", "pairing", "bce", "mart", "trades-T", "worst", "ramp"])
 def test_the_gradient_is_that_of_finite_differences(term: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert torch.autograd.gradcheck(term, (gaussian(3, 4).requires_grad_(), gaussian(3, 4, seed=1).requires_grad_()))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mat_dist.config.presets import fill_loss
-from mat_dist.config.schema import LossConfig, OptimConfig, PeerConfig
+from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerConfig, ThreatConfig, UnionConfig
 from mat_dist.errors import EnvironmentFault
 from mat_dist.mesh.placement import Placement
 from mat_dist.plan import CohortPlan
@@ -69,6 +71,139 @@ def test_recompute_groups_hold_every_learned_slot_once_in_order() -> None:
     for preset in ("at", "mat", "mat_trades", "cat", "trades", "mat_share"):
         for row in plan(preset).peers:
             assert tuple(s for group in row.groups() for s in group) == row.learned
+
+
+# ------------------------------------------------------------------------------------------------ roles and unions
+
+L1 = ThreatConfig(norm="l1", eps=2.0)
+L2 = ThreatConfig(norm="l2", eps=0.5)
+ALL = "linf:0.1,l2:0.5,l1:2"
+
+
+def cohort(*entries: dict[str, Any]) -> CohortPlan:
+    """A plan; entries have preset, role, strategy, threats, threat, frozen and other fields of the loss."""
+    specs = []
+    for i, entry in enumerate(entries):
+        own = dict(entry)
+        union = UnionConfig(strategy=own.pop("strategy", None), threats=own.pop("threats", None))
+        role, frozen, threat = own.pop("role", "peer"), own.pop("frozen", False), own.pop("threat", ThreatConfig())
+        attack = AttackConfig(loss=own.pop("attack", "ce"))
+        loss = fill_loss(LossConfig(**own), i, len(entries), role, union.strategy)
+        specs.append(PeerConfig(role=role, frozen=frozen, threat=threat, union=union, attack=attack, loss=loss))
+    return CohortPlan.of(specs)
+
+
+SPECIALISTS: tuple[dict[str, Any], ...] = tuple({"role": "specialist", "threat": t} for t in (L1, L2))
+GENERALIST: dict[str, Any] = {"role": "generalist"}
+PEER: dict[str, Any] = {"role": "peer"}
+
+
+def test_who_hears_whom() -> None:
+    plan_ = cohort(*SPECIALISTS, GENERALIST, GENERALIST, PEER, {**PEER, "frozen": True},
+                   {"role": "specialist", "frozen": True})
+    heard = [row.heard for row in plan_.peers]
+    assert heard[0] == (2, 3, 4, 5, 6) and heard[1] == (2, 3, 4, 5, 6)  # not the other specialist, but the frozen one
+    assert heard[2] == (0, 1, 4, 5, 6) and heard[3] == (0, 1, 4, 5, 6)
+    assert heard[4] == (0, 1, 2, 3, 5, 6)
+    assert plan_.peers[5].learned == () == plan_.peers[6].learned
+
+
+def test_mat_with_roles_is_specialists_alone_and_a_generalist_taught_by_owners() -> None:
+    plan_ = cohort(*SPECIALISTS, GENERALIST)
+    assert [row.hard for row in plan_.peers[:2]] == [{0: 1.0}, {1: 1.0}]
+    last = plan_.peers[2]
+    assert last.hard == {0: 0.25, 1: 0.25} and last.distilled == {0: 0.25, 1: 0.25}
+    assert [last.teachers(slot) for slot in range(3)] == [(0,), (1,), ()]
+    assert plan_.crafts == (True, True, False) and plan_.taught == ((0,), (1,), ())
+    assert plan_.shares_aes and last.learned == (0, 1)
+
+
+def test_a_specialist_that_is_fed_back_listens_to_the_generalist_on_its_own_examples() -> None:
+    plan_ = cohort({**SPECIALISTS[0], "kd_weight": 0.4}, SPECIALISTS[1], GENERALIST)
+    assert plan_.peers[0].hard == {0: 0.6} and plan_.peers[0].distilled == {0: 0.4}
+    assert plan_.peers[0].teachers(0) == (2,) and plan_.taught[2] == (0,)
+
+
+@pytest.mark.parametrize("strategy", ["random", "eat", "msd"])
+def test_a_generalist_that_crafts_weighs_its_own_example_as_much_as_the_specialists_together(strategy: str) -> None:
+    last = cohort(*SPECIALISTS, {**GENERALIST, "strategy": strategy, "threats": ALL}).peers[2]
+    assert last.hard == {0: 0.125, 1: 0.125, 2: 0.25} and last.own == (2,) and last.rivals == ()
+
+
+@pytest.mark.parametrize("strategy,own", [("avg", (0, 2, 3)), ("max", (0, 2, 3)), ("ramp", (0, 2, 3)),
+                                          ("random", (0,)), ("eat", (0,)), ("msd", (0,))])
+def test_a_union_that_is_learnt_as_a_whole_has_own_slots_beyond_the_clean_one(strategy: str,
+                                                                             own: tuple[int, ...]) -> None:
+    row = cohort({"preset": "at", "strategy": strategy, "threats": ALL}).peers[0]
+    assert row.own == own and row.hard == pytest.approx(dict.fromkeys(own, 1 / len(own)))
+    assert row.learned == (*own[1:], 0)
+    assert [row.threat_of(slot).norm for slot in own] == ["linf", "l2", "l1"][:len(own)]
+    assert row.rivals == (own if strategy in ("max", "ramp") else ())
+    assert row.ramp == ((0, 3) if strategy == "ramp" else None)
+
+
+def test_own_slots_of_a_union_do_not_travel_and_stand_behind_those_of_all_peers() -> None:
+    plan_ = cohort({"preset": "at", "strategy": "avg", "threats": ALL}, {"preset": "at"}, {"preset": "at"})
+    assert plan_.peers[0].own == (0, 4, 5) and not plan_.shares_aes and plan_.crafts == (True, True, True)
+
+
+@pytest.mark.parametrize("threats,pair", [((L2, ThreatConfig(), L1), (1, 2)), ((L1, ThreatConfig(), L2), (1, 0)),
+                                          ((L2, ThreatConfig()), (0, 1)), ((L2, L1), (0, 1))])
+def test_ramp_pairs_linf_with_l1_or_else_the_first_norm_with_the_last(threats: tuple[ThreatConfig, ...],
+                                                                      pair: tuple[int, int]) -> None:
+    specialists = [{"role": "specialist", "threat": threat} for threat in threats]
+    row = cohort(*specialists, {**GENERALIST, "strategy": "ramp"}).peers[-1]
+    assert row.ramp == pair
+
+
+def test_recompute_groups_of_unions_and_pairs_hold_every_learned_slot_once_in_order() -> None:
+    for strategy in ("avg", "max", "ramp", "msd"):
+        for loss in ({}, {"clean_weight": 0.5}, {"trades_beta": 1.0}, {"mart_beta": 1.0, "kd_clean": 0.1}):
+            rows = [*cohort(*SPECIALISTS, {**GENERALIST, "strategy": strategy, "threats": ALL, "hard_own": 0.5, **loss},
+                            {"frozen": True}).peers, *cohort({"preset": "at", "strategy": strategy, "threats": ALL,
+                                                              **loss}).peers]
+            for row in rows:
+                groups = row.groups()
+                assert tuple(s for group in groups for s in group) == row.learned
+                for needed in (set(row.rivals), {row.clean, row.index} if row.paired else set()):
+                    assert not needed or any(needed <= set(group) for group in groups)
+
+
+@pytest.mark.parametrize("preset,crafts,taught", [
+    ("lbgat", (False, True), ((2,), (1,))), ("peeraid", (False, True), ((1,), (1,))),
+    ("at", (True, True), ((), ())), ("mat", (True, True), ((0, 1), (0, 1)))])
+def test_examples_that_nobody_needs_are_not_made(preset: str, crafts: tuple[bool, ...],
+                                                 taught: tuple[tuple[int, ...], ...]) -> None:
+    plan_ = cohort({"preset": preset}, {"preset": preset})
+    assert plan_.crafts == crafts and plan_.taught == taught
+
+
+@pytest.mark.parametrize("preset,learned,guided", [("rslad", (2, 0), ((1,), ())), ("ard", (0,), ((), ()))])
+def test_a_frozen_teacher_looks_at_clean_images_and_makes_no_examples(preset: str, learned: tuple[int, ...],
+                                                                    guided: tuple[tuple[int, ...], ...]) -> None:
+    attack = "kl_teacher" if preset == "rslad" else "ce"
+    plan_ = cohort({"preset": preset, "attack": attack}, {"frozen": True})
+    assert plan_.peers[0].learned == learned and plan_.guided == guided
+    assert plan_.crafts == (True, False) and plan_.taught == ((), (2,)) and plan_.forwarded(1) == (2,)
+    assert not plan_.shares_aes
+
+
+def test_all_peers_guide_an_attack_where_none_is_frozen() -> None:
+    entries = [{"preset": "mat", "attack": "kl_teacher"}] * 3
+    assert cohort(*entries).guided == ((1, 2), (0, 2), (0, 1))
+    assert cohort(*entries, {"frozen": True}).guided[:2] == ((3,), (3,))
+
+
+def test_a_warm_up_gives_the_whole_weight_to_own_examples() -> None:
+    plan_ = cohort(*[{"preset": "mat", "hard_own": 0.5, "kd_weight": 0.4, "kd_clean": 0.1, "clean_weight": 0.3}] * 3)
+    warm = plan_.listening([], [1])
+    assert warm.peers[1].hard == pytest.approx({1: 1.1, 3: 0.3}) and warm.peers[1].distilled == {}
+    assert warm.peers[0] == plan_.peers[0] and warm.listening([], []) == plan_
+
+
+def test_pure_distillation_has_no_hard_labels_to_warm_up_with() -> None:
+    plan_ = cohort({"preset": "rslad"}, {"frozen": True}).listening([], [0])
+    assert plan_.peers[0].learned == ()
 
 
 @pytest.mark.parametrize("peers", [1, 2, 3, 4, 6])

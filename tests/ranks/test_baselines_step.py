@@ -1,0 +1,194 @@
+"""Baselines, unions and roles under every placement, memory setting and failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mat_dist.cohort import Cohort, state_hash
+from mat_dist.config.schema import Config
+from mat_dist.errors import EnvironmentFault, MatError
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.step import train_step
+from tests.cohorts import batch, build, nets, train
+from tests.ranks.test_baselines import CASES, Case, alone, at, cohort
+from tests.ranks.test_step import hashes, largest_difference
+
+Run = Callable[..., list[Any]]
+EAT = {**alone("eat", "linf:0.1,l1:2")[0], "optim": {"ema_decay": 0.9}}
+TEACHER = {"frozen": True}
+SPREAD: dict[str, list[dict[str, Any]]] = {
+    "generalist": cohort("ramp", kd_weight=0.5),
+    "max of each peer beside a generalist": [*alone("max"), *cohort("max")[1:]],
+    "peeraid": CASES["peeraid"].peers,
+    "rslad": [{"loss": "rslad"}, TEACHER],
+    "two students of two teachers": [{"loss": "rslad"}, TEACHER,
+                                     {"loss": {"preset": "ard", "hard_weight": 0.5}}, TEACHER],
+    "lbgat": [{"loss": "lbgat", "optim": {"awp_gamma": 0.01}}] * 2,
+    "awp": [{"loss": "mat", "optim": {"awp_gamma": 0.02, "awp_warmup_epochs": 0.1}}] * 4,
+    "eat": [EAT] * 2,
+    "msd, random, avg": [*alone("msd"), *alone("random"), *alone("avg"), *alone("max")],
+    "trust": [{"loss": {"preset": "mat", "gate": 0.1, "kd_where": "teacher_right", "warmup_epochs": 0.1}}] * 4,
+}
+
+
+def configured(entries: list[dict[str, Any]], **step: Any) -> Config:
+    return Case(entries, at, lambda k, _: [k]).config(**{"precision": "fp32", **step})
+
+
+FAST = ("rslad", "eat")
+slow = pytest.mark.slow  # a second each
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=slow) for name in SPREAD])
+def test_placement_does_not_change_a_bit(name: str, run_ranks: Run) -> None:
+    count = len(SPREAD[name])
+    models, config = nets(count), configured(SPREAD[name])
+    alone_ = hashes(run_ranks(lambda mesh: train(config, mesh, models, 3), count, 1))
+    for world in {2, count}:
+        spread = run_ranks(lambda mesh: train(config, mesh, models, 3, log=True), count, world)
+        assert hashes(spread) == alone_
+
+
+@slow
+def test_placement_does_not_change_a_bit_with_averaged_teachers(run_ranks: Run) -> None:
+    models = nets(4)
+    config = configured([{"loss": "mat", "optim": {"ema_decay": 0.6}}] * 3 + [TEACHER], teachers="ema")
+    runs = [hashes(run_ranks(lambda mesh: train(config, mesh, models, 3), 4, world)) for world in (1, 2, 4)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@slow
+@pytest.mark.parametrize("name", ["max", "ramp", "mart", "rslad", "lbgat", "peeraid", "mat+awp", "trades+awp",
+                                  "teachers=ema", "generalist ramp", "generalist that feeds back"])
+def test_recompute_equals_keep(name: str, run_ranks: Run) -> None:
+    count = len(CASES[name].peers)
+    models, runs = nets(count, dtype=torch.float64), []
+    for memory in ("keep", "recompute"):
+        config = CASES[name].config(memory=memory)
+        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3, dtype=torch.float64), count, 1))
+    assert largest_difference(*runs) < 1e-11
+
+
+def test_recompute_keeps_the_order_of_forwards_where_clean_images_lie_between_rivals(run_ranks: Run) -> None:
+    """The running statistics depend on the order."""
+    entries = [{**alone("max")[0], "loss": {"preset": "at", "clean_weight": 0.5}}]
+    models, runs = nets(1, dtype=torch.float64), []
+    for memory in ("keep", "recompute"):
+        config = configured(entries, precision="fp64", memory=memory)
+        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3, dtype=torch.float64), 1, 1))
+    assert largest_difference(*runs) < 1e-11
+
+
+@slow
+@pytest.mark.parametrize("name", ["max", "mart", "rslad", "lbgat", "peeraid", "student_wrong", "generalist max"])
+def test_microbatches_and_replicas_equal_the_plain_step_without_batch_norm(name: str, run_ranks: Run) -> None:
+    count = len(CASES[name].peers)
+    models = nets(count, norm="group", dtype=torch.float64)
+    def result(world: int, **step: Any) -> list[Cohort]:
+        config = CASES[name].config(**step)
+        return run_ranks(lambda mesh: train(config, mesh, models, 3, dtype=torch.float64), count, world)
+    plain = result(1)
+    assert largest_difference(plain, result(1, microbatches=2)) < 1e-10
+    if name in ("mart", "rslad", "student_wrong", "generalist max"):
+        assert largest_difference(plain, result(2 * count)) < 1e-9
+
+
+def test_a_guide_thinks_with_the_weights_of_the_step_in_each_micro_batch(run_ranks: Run) -> None:
+    """The perturbation of the first micro-batch is gone when the second one asks for guidance."""
+    entries = [{**entry, "optim": {"awp_gamma": 0.02}} for entry in CASES["peeraid"].peers]
+    models, seen = nets(2, norm="group"), []
+    def one(mesh: Mesh) -> None:
+        cohort = build(configured(entries, microbatches=2), mesh, models)
+        teacher = cohort.peers[0]
+        before, teach = state_hash(teacher.model.state_dict()), teacher.teach
+        def noting(x: torch.Tensor, draw: Any) -> torch.Tensor:
+            if draw[1] == 2:  # the slot of the clean images
+                seen.append(state_hash(teacher.model.state_dict()) == before)
+            return teach(x, draw)
+        teacher.teach = noting  # type: ignore[method-assign]
+        train_step(cohort, *batch(0), 0)
+    run_ranks(one, 2, 1)
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("strategy", ["eat", "ramp"])
+def test_what_needs_the_whole_batch_refuses_replicas(strategy: str, run_ranks: Run) -> None:
+    config = configured(alone(strategy))
+    errors = run_ranks(lambda mesh: build(config, mesh, nets(1)), 1, 2, errors="return")
+    assert all(isinstance(e, EnvironmentFault) and "union.strategy with 2 replicas" in str(e) for e in errors)
+
+
+def test_awp_refuses_replicas(run_ranks: Run) -> None:
+    config = configured([{"optim": {"awp_gamma": 0.01}}])
+    errors = run_ranks(lambda mesh: build(config, mesh, nets(1)), 1, 2, errors="return")
+    assert all(isinstance(e, EnvironmentFault) and "optim.awp_gamma" in str(e) for e in errors)
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+REFUSED = [{**EAT, "optim": {"awp_gamma": 0.05, "ema_decay": 0.9}}, *CASES["mat+awp"].peers[:1]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("fault", ["infinite loss", "error after the perturbation"])
+def test_a_refused_step_gives_perturbed_weights_and_counts_back(fault: str, world: int, run_ranks: Run) -> None:
+    models, config = nets(2), configured(REFUSED)
+    def one(mesh: Mesh) -> tuple[dict[int, str], dict[int, str]]:
+        cohort = build(config, mesh, models)
+        for step in range(2):
+            train_step(cohort, *batch(step), step)
+        before = {p.index: state_hash(p.state()) for p in cohort.peers}
+        for peer in cohort.peers:
+            if peer.index == 1:
+                def broken(x: torch.Tensor, draw: Any, learn: Any = peer.learn) -> torch.Tensor:
+                    if fault == "infinite loss":
+                        return learn(x, draw) * float("inf")
+                    raise RuntimeError("the mat is out")
+                peer.learn = broken  # type: ignore[method-assign]
+        with pytest.raises(MatError):
+            train_step(cohort, *batch(2), 2)
+        return before, {p.index: state_hash(p.state()) for p in cohort.peers}
+    for before, after in run_ranks(one, 2, world):
+        assert before == after
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_lack_of_memory_leaves_awp_and_eat_as_they_are(where: str, run_ranks: Run) -> None:
+    models, config = nets(2, dtype=torch.float64), configured(REFUSED, precision="fp64")
+    def one(mesh: Mesh, short: bool) -> Cohort:
+        cohort = build(config, mesh, models)
+        calls: list[int] = []
+        def lacking(*args: Any) -> None:
+            if short and not calls:
+                calls.append(1)
+                raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        for peer in cohort.peers:
+            def learn(x: torch.Tensor, draw: Any, plain: Any = peer.learn) -> torch.Tensor:
+                if where == "forward":
+                    lacking()
+                logits = plain(x, draw)
+                logits.register_hook(lacking)
+                return logits
+            peer.learn = learn  # type: ignore[method-assign]
+        for step in range(3):
+            train_step(cohort, *batch(step, dtype=torch.float64), step)
+        assert bool(calls) == short
+        return cohort
+    plain, short = (run_ranks(lambda mesh, s=short: one(mesh, s), 2, 1) for short in (False, True))
+    assert largest_difference(plain, short) < 1e-11
+    assert [p.crafter.state() for p in plain[0].peers] == [p.crafter.state() for p in short[0].peers]
+    assert sum(plain[0].peers[0].crafter.state()["eat"]["seen"]) == 3 * 8
+
+
+def test_frozen_peers_do_not_change(run_ranks: Run) -> None:
+    models = nets(3)
+    teacher = {**TEACHER, "optim": {"awp_gamma": 0.1, "ema_decay": 0.9}}
+    config = configured([{"loss": "rslad"}, teacher, {"loss": "mat"}])
+    (cohort_,) = run_ranks(lambda mesh: train(config, mesh, models, 2, log=True), 3, 1)
+    assert state_hash(cohort_.peers[1].model.state_dict()) == state_hash(models[1].state_dict())
+    assert all(state_hash(cohort_.peers[i].model.state_dict()) != state_hash(models[i].state_dict()) for i in (0, 2))

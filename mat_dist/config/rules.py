@@ -114,6 +114,17 @@ def data_fill_a_batch(config: Config) -> list[ConfigError]:
 
 
 @rule("data")
+def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
+    """IDBH with another crop or another hidden square is no longer what was published."""
+    augment = config.data.augment
+    both = [name for name in ("pad", "random_resized_crop", "cutout") if getattr(augment, name)]
+    if augment.idbh == "off" or not both:
+        return []
+    return [ConfigError(f"idbh {augment.idbh} crops and erases itself, {both[0]} would come on top",
+                        f"data.augment.{both[0]}", f"write {both[0]}: 0, or idbh: off")]
+
+
+@rule("data")
 def data_can_be_found(config: Config) -> list[ConfigError]:
     """Data that are not embedded need a folder, a file or a download."""
     data = config.data

@@ -50,6 +50,9 @@ class AugmentConfig(Section):
     random_resized_crop: Number = Field(0.0, ge=0, le=1, description="smallest area share of a random resized crop "
                                                                      "(ImageNet: 0.08); 0 is off")
     cutout: Integer = Field(0, ge=0, le=512, description="side in pixels of a zeroed square; 0 is off")
+    idbh: Literal["off", "weak", "strong"] = Field(
+        "off", description="CropShift, a colour or shape transform, and random erasing of half of the images (weak) or "
+                           "all; takes the place of crops and cutout")
 
 
 class DataConfig(Section):

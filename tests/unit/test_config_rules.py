@@ -80,6 +80,8 @@ CASES = [
      f"{COHORT} peers.2.union.strategy=max"),
     ("unions_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1,l1:9",
      "no specialist for l1", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1"),
+    ("idbh_crops_and_erases_itself", "data.augment.idbh=weak data.augment.pad=4", "write pad: 0",
+     "data.augment.idbh=weak data.augment.pad=0 data.augment.flip=true"),
     ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),
     (
         "schedule_fits_training", "optim.warmup_epochs=5 train.epochs=5", "the rise of onecycle lasts 5 of 5 epochs",

@@ -13,7 +13,7 @@ from mat_dist.agreement import Agreement
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
-from mat_dist.data import Batches, DataSets, channel_stats, steps_per_epoch
+from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
 from mat_dist.loading import initialise
@@ -44,10 +44,9 @@ class Trainer:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         mean, std = channel_stats(data.train)
         self.images = Images(data.train.shape, len(data.classes), mean, std)
-        steps = steps_per_epoch(len(data.train), config.train.batch_size)
+        steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
-        self.batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, device=mesh.device,
-                               augment=config.data.augment, dtype=DTYPES[config.step.precision], rows=self.cohort.rows)
+        self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.reporter: Reporter = NullReporter()
         if mesh.placement.is_lead:
             self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
@@ -65,9 +64,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
-        names = [str(p.name) for p in self.config.peers]
         first = self.resume()
-        self.reporter.start(self.cohort.total_steps, names, first_step=first)
+        self.reporter.start(self.cohort.total_steps, [str(p.name) for p in self.config.peers], first_step=first)
         try:
             for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
                 self.note(note)

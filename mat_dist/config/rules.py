@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 
+from mat_dist.config.fields import real_images
 from mat_dist.config.registry import entries, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
@@ -106,11 +107,17 @@ def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
 @rule("data", "train")
 def data_fill_a_batch(config: Config) -> list[ConfigError]:
     """An epoch has at least one step."""
-    size, batch = config.data.train_size, config.train.batch_size
-    if size is None or size >= batch:
+    data, batch = config.data, config.train.batch_size
+    real = real_images(batch, data.generated_share)
+    if (data.generated is None) == (data.generated_share > 0) or not 0 < real <= batch - (data.generated_share > 0):
+        found = "images" if data.generated else "no images"
+        return [ConfigError(f"{found} in data.generated, {batch - real} of them in a batch of {batch}",
+                            "data.generated_share", "name a file and a share that leaves one or more of both, such as "
+                                                    "0.7; or neither")]
+    if data.train_size is None or data.train_size >= real:
         return []
-    return [ConfigError(f"{size} training images do not fill a batch of {batch}", "data.train_size",
-                        f"write {batch} or more, or a smaller train.batch_size")]
+    return [ConfigError(f"{data.train_size} training images do not fill a batch of {real}", "data.train_size",
+                        f"write {real} or more, or a smaller train.batch_size")]
 
 
 @rule("data")
@@ -142,7 +149,8 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
 @rule("run", "data")
 def paths_are_plain(config: Config) -> list[ConfigError]:
     """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
-    paths = {"run.root": config.run.root, "data.root": config.data.root, "data.cache": config.data.cache}
+    paths = {"run.root": config.run.root, **{f"data.{name}": getattr(config.data, name)
+                                             for name in ("root", "cache", "generated", "poison")}}
     return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
             for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path)]
 

@@ -138,7 +138,7 @@ class _Run:
         """Bytes of a peer's weights and buffers, their average, and the gradient and momentum of its parameters."""
         parameters, held = self.models[spec.model]
         trained = parameters * DTYPES[self.config.step.precision].itemsize
-        return held * (1 + (spec.optim.ema_decay is not None)) + trained * (1 + (spec.optim.momentum > 0))
+        return held * (1 + spec.optim.averages) + trained * (1 + (spec.optim.momentum > 0))
 
     def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
         """Name, settings and plan of each peer."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mat_dist import checkpoint
 from mat_dist.agreement import Agreement
+from mat_dist.averaging import norm_renewal
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
@@ -50,7 +51,8 @@ class Trainer:
         self.reporter: Reporter = NullReporter()
         if mesh.placement.is_lead:
             self.reporter = JsonlReporter(run.folder.path, console=config.log.console, attempt=run.attempt)
-        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
+        renew = norm_renewal(config, data, self.images)
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, prepare=renew)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.watch = Watch(len(config.peers))
         self.best_score = -1.0
@@ -215,9 +217,7 @@ class Trainer:
         agree = Agreement(self.mesh, "test")
         marked = checkpoint.read_best(self.run.folder) if self.mesh.placement.is_lead else None
         step = self.mesh.from_lead(marked.step if marked else None)
-        manifest = None
-        if step is not None:
-            manifest = agree.run("best checkpoint", checkpoint.load_manifest, self.run.folder, step)
+        manifest = None if step is None else agree.run("best", checkpoint.load_manifest, self.run.folder, step)
         agree.settle("best checkpoint")
         return manifest
 

@@ -80,6 +80,14 @@ def schedule_fits_training(config: Config) -> list[ConfigError]:
     return found
 
 
+@rule("optim")
+def one_average(config: Config) -> list[ConfigError]:
+    """A peer keeps one average of its weights."""
+    return [ConfigError("two averages of the weights, ema_decay and swa_start", f"{key}.optim.swa_start",
+                        "write ema_decay: null, or leave swa_start out")
+            for key, peer in entries(config) if peer.optim.ema_decay is not None and peer.optim.swa_start is not None]
+
+
 @rule("train", "step")
 def batch_can_be_split(config: Config) -> list[ConfigError]:
     """Batch norm needs two images; microbatches are equal."""

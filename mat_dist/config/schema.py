@@ -141,6 +141,14 @@ class OptimConfig(Section):
     awp_warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (AWP with TRADES: 10)")
     ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
                                                                    "kept")
+    swa_start: Number | None = Field(None, ge=0, lt=1, description="average the weights at the end of each epoch "
+                                                                   "evenly, from this share of the training on (SWA), "
+                                                                   "in place of ema_decay")
+
+    @property
+    def averages(self) -> bool:
+        """Whether averaged weights are kept."""
+        return self.ema_decay is not None or self.swa_start is not None
 
 
 class UnionConfig(Section):

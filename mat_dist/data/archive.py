@@ -113,8 +113,8 @@ def open_archive(name: str, where: str) -> Archive:
     images = torch.from_numpy(channels_first(pixels, where))
     digest = hashlib.sha256(f"{tuple(images.shape)} {members['image'].CRC}".encode())
     for index in np.linspace(0, len(pixels) - 1, min(_PROBED, len(pixels))).astype(int):
-        digest.update(np.ascontiguousarray(pixels[index]))
-    digest.update(b"" if labels is None else np.ascontiguousarray(labels))
+        digest.update(np.ascontiguousarray(pixels[index]).data)
+    digest.update(b"" if labels is None else np.ascontiguousarray(labels).data)
     return Archive(images, labels, file, digest.hexdigest())
 
 

@@ -264,3 +264,12 @@ def test_without_evaluations_only_the_last_checkpoint_is_tested(cohort_run: Run)
     run = cohort_run("unjudged", 1, "eval.test=true", "eval.every=0")
     assert [p.name for p in run.folder.eval.glob("*.json")] == ["test_last_step_00000006.json"]
     assert read_best(run.folder) is None
+
+
+def test_swa_is_the_same_on_every_placement_and_after_a_stop(cohort_run: Run) -> None:
+    settings = ("train.max_steps=null", "train.epochs=4", "optim.swa_start=0.5", "checkpoint.every_steps=1")
+    whole = cohort_run("whole", 1, *settings)
+    assert cohort_run("split", 2, *settings).hashes() == whole.hashes()
+    stopped = cohort_run("stopped", 1, *settings, stop_after=10)
+    assert max(stopped.steps()) < 16
+    assert cohort_run("stopped", 2, *settings).hashes() == whole.hashes()

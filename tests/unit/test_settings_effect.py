@@ -157,7 +157,8 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.restarts=2 eval.size=20 eval.step_size=0.1",
     "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
     "checkpoint.every_steps=1 checkpoint.keep=2", "checkpoint.background=false", "data.residency=host",
-    "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "step.on_nonfinite=quarantine"])
+    "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "optim.swa_start=0.5",
+    "step.on_nonfinite=quarantine"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
     assert cached(*settings.split()).hashes(key="model") == cached().hashes(key="model")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -34,20 +34,19 @@ def norm_renewal(config: Config, data: DataSets, images: Images) -> Callable[[Co
         batches = training_batches(config, data, cohort.mesh.device, DTYPES[config.step.precision])
         count = min(batches.steps_per_epoch, -(-NORM_IMAGES // config.train.batch_size))
         for peer in peers:
-            _renew(peer, config, images, [batches.at(step)[0] for step in range(count)])
+            _renew(peer, config, images, cohort.mesh.device, (batches.at(step)[0] for step in range(count)))
 
     return renew
 
 
-def _renew(peer: Peer, config: Config, images: Images, batches: list[Tensor]) -> None:
-    """The statistics of one peer's averaged weights over `batches` (B, C, H, W)."""
+def _renew(peer: Peer, config: Config, images: Images, device: torch.device, batches: Iterable[Tensor]) -> None:
+    """The statistics of one peer's averaged weights over `batches` (B, C, H, W), one in memory at a time."""
     assert peer.ema is not None
-    device = batches[0].device
     # A model of its own: the peer's may have norm layers that wait for its replicas.
     model = make_model(peer.spec, images, seed=config.run.seed, step=config.step, device=device)
     model.load_state_dict(peer.ema)
     with streams.keyed_rng(peer.stream("swa-norms")), peer.precision():  # dropout draws from the global generator
-        update_bn([peer.arrange(x_BCHW) for x_BCHW in batches], model)
+        update_bn(map(peer.arrange, batches), model)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in peer.ema:

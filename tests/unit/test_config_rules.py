@@ -90,7 +90,7 @@ CASES = [
      "train.batch_size=8 data.generated=x.npz data.generated_share=0.9"),
     ("data_fill_a_batch", "data.train_size=28 data.generated=x.npz data.generated_share=0.7",
      "do not fill a batch of 29", "data.train_size=29 data.generated=x.npz data.generated_share=0.7"),
-    ("paths_are_plain", r'"data.poison=a\nb"', "control character", "data.poison=ab"),
+    ("paths_are_plain", "data.poison=a\nb", "control character", "data.poison=ab"),
     ("one_average", "optim.ema_decay=0.9 peers.1.optim.swa_start=0.5", "two averages",
      "optim.ema_decay=null optim.swa_start=0.5"),
     ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),

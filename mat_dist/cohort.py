@@ -93,7 +93,7 @@ class Cohort:
     def _tell_peers(self) -> None:
         for peer in self.peers:
             learned = len(self.plan.peers[peer.index].learned)
-            peer.follow(self.plan.peers[peer.index], steps_per_epoch=self.steps_per_epoch,
+            peer.follow(self.plan.peers[peer.index], steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps,
                         forwards=(1 if self.step.bn == "joint" else learned) * self.step.microbatches)
 
     @classmethod

@@ -61,7 +61,7 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     """
     plan = CohortPlan.of(config.peers)
     run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
-    per_epoch = 0 if run.count is None else steps_per_epoch(run.count, config.train.batch_size)
+    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
     if per_epoch < 1 and steps is None:
         return None
     total = steps or _total(config, per_epoch)
@@ -106,11 +106,21 @@ class _Run:
         whole = KNOWN_IMAGES[data.name][2]
         return whole - (default_val_size(whole) if data.val_size is None else data.val_size)
 
+    def per_epoch(self, count: int) -> int:
+        """Steps of an epoch of `count` training images."""
+        return steps_per_epoch(count, self.config.train.batch_size, self.config.data.generated_share)
+
     def describe_images(self) -> str:
         name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes
         if self.known:
-            return f"{name}: {self.count:,} for training, {size}, {classes} classes"
+            return f"{name}: {self.count:,} for training, {size}, {classes} classes{self._more()}"
         return f"{name}: not read; parameters and memory below are for {size} and {classes} classes"
+
+    def _more(self) -> str:
+        """What else the training takes its images from."""
+        data = self.config.data
+        poison = f"; poisoned by {data.poison}" if data.poison else ""
+        return poison + (f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else "")
 
     @cached_property
     def models(self) -> dict[ModelConfig, tuple[int, int]]:
@@ -130,7 +140,7 @@ class _Run:
         if spec.frozen:
             return held
         trained = parameters * DTYPES[self.config.step.precision].itemsize
-        return held * (1 + (spec.optim.ema_decay is not None)) + trained * (1 + (spec.optim.momentum > 0))
+        return held * (1 + spec.optim.averages) + trained * (1 + (spec.optim.momentum > 0))
 
     def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
         """Name, settings and plan of each peer."""
@@ -225,7 +235,7 @@ def _memory(run: _Run) -> list[str]:
 def _schedule(run: _Run) -> list[str]:
     """Steps, and the learning rates where they change or at tenths of the training."""
     config, batch = run.config, run.config.train.batch_size
-    per_epoch = 0 if run.count is None else steps_per_epoch(run.count, batch)
+    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
     if per_epoch < 1:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]

@@ -138,7 +138,7 @@ def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, dat
     samples = chosen_images(len(data), size, config.run.seed)
     count = len(samples)
     results: list[Result] = []
-    for weights in [RAW, EMA] if any(p.optim.ema_decay is not None for p in config.peers) else [RAW]:
+    for weights in [RAW, EMA] if any(p.optim.averages for p in config.peers) else [RAW]:
         models = agree.run("loading", load_models, config, manifest, images, weights, mesh.device)
         agree.settle(f"models {weights}")
         names = [*(str(p.name) for p in config.peers), ENSEMBLE]

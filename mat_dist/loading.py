@@ -86,11 +86,11 @@ def _opened(run: Path, which: str, weights: str | None) -> tuple[RunFolder, Conf
     config = load_config(str(folder.config))
     which = "latest" if which == "best" and checkpoint.read_best(folder) is None else which
     manifest = checkpoint.load_manifest(folder, which)
-    averaged = any(p.optim.ema_decay is not None for p in config.peers)
+    averaged = any(p.optim.averages for p in config.peers)
     weights = weights or (EMA if averaged else RAW)
     if weights not in (RAW, EMA) or (weights == EMA and not averaged):
         raise CheckpointError(f"there are no weights {weights!r}", str(run),
-                              "choose raw, or ema where optim.ema_decay was set")
+                              "choose raw, or ema where optim.ema_decay or optim.swa_start was set")
     return folder, config, manifest, weights
 
 

@@ -18,7 +18,7 @@ from mat_dist.objective import own_loss, own_slots, partial_loss
 from mat_dist.opinions import Opinions
 from mat_dist.perturbation import WeightPerturbation
 from mat_dist.plan import PeerPlan
-from mat_dist.schedules import ema_decay_at
+from mat_dist.schedules import ema_decay_at, swa_count, swa_decay_at
 from mat_dist.sgd import SGD
 from mat_dist.threats import Threat
 
@@ -45,14 +45,14 @@ class Peer:
         model.requires_grad_(not spec.frozen)
         self.optimizer = build_optimizer(model, spec)
         self.ema: dict[str, Tensor] | None = None
-        if spec.optim.ema_decay is not None and not spec.frozen:
+        if spec.optim.averages and not spec.frozen:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._precision = step.precision
         self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
         self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
         self.notes: list[str] = []
         self.plan: PeerPlan | None = None
-        self._steps_per_epoch = 1
+        self._steps_per_epoch = self._total_steps = 1
         self._weights = WeightPerturbation(model, spec.optim.awp_gamma)
         self.crafter = Crafter(self.name, spec, model, step, self.stream, self.notes)
         self._stochastic = any(_draws(m) for m in model.modules())
@@ -166,16 +166,32 @@ class Peer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and self.spec.optim.ema_decay is not None:
-            average(self.ema, self.model.state_dict(), ema_decay_at(step, self.spec.optim.ema_decay))
+        if self.ema is not None and (decay := self._kept_share(step)) < 1:
+            average(self.ema, self.model.state_dict(), decay)
 
-    def follow(self, plan: PeerPlan, *, forwards: int, steps_per_epoch: int) -> None:
+    def _kept_share(self, step: int) -> float:
+        """How much of the averaged weights stays at this update."""
+        optim = self.spec.optim
+        if optim.ema_decay is not None:
+            return ema_decay_at(step, optim.ema_decay)
+        assert optim.swa_start is not None
+        return swa_decay_at(step, optim.swa_start, total_steps=self._total_steps, steps_per_epoch=self._steps_per_epoch)
+
+    def averaged_epochs(self, done: int) -> int:
+        """How many epochs the SWA weights average after `done` steps; 0 without SWA."""
+        start = self.spec.optim.swa_start
+        if self.ema is None or start is None:
+            return 0
+        return swa_count(done, start, total_steps=self._total_steps, steps_per_epoch=self._steps_per_epoch)
+
+    def follow(self, plan: PeerPlan, *, forwards: int, steps_per_epoch: int, total_steps: int = 1) -> None:
         """Learn by this plan from now on.
 
         Args:
             forwards: learning forwards that make one step; running statistics of norm layers keep their pace.
+            total_steps: of the training; a share of them starts SWA.
         """
-        self.plan, self._steps_per_epoch = plan, steps_per_epoch
+        self.plan, self._steps_per_epoch, self._total_steps = plan, steps_per_epoch, total_steps
         self.crafter.steps_per_epoch = steps_per_epoch
         set_bn_forwards(self.model, max(1, forwards))
 

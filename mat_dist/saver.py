@@ -51,10 +51,12 @@ class Saver:
         run: the open run.
         keep: newest checkpoints to keep.
         note: tells the user.
+        prepare: called by all ranks with the cohort and the steps done before its state is copied.
     """
 
-    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
-        self.run, self.keep, self.note = run, keep, note
+    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None],
+                 prepare: Callable[[Cohort, int], None] = lambda cohort, done: None) -> None:
+        self.run, self.keep, self.note, self.prepare = run, keep, note, prepare
         self.newest: checkpoint.Manifest | None = None
         self._pending: _Pending | None = None
         self._failures = 0
@@ -83,6 +85,7 @@ class Saver:
             agree.run("begin", checkpoint.begin, self.run.folder, done, self.run.attempt)
         if not self._passes(agree, "begin", done):
             return False
+        agree.run("averaged weights", self.prepare, cohort, done)
         owned = cohort.peers if mesh.placement.owns_files else []
         copies = {p.index: agree.run(f"copy of {p.name}", checkpoint.snapshot, p.state()) for p in owned}
         agree.header("copies")

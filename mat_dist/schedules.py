@@ -33,6 +33,22 @@ def lr_at(step: int, *, total_steps: int, steps_per_epoch: int, optim: OptimConf
     return optim.lr
 
 
+def swa_count(done: int, start: float, *, total_steps: int, steps_per_epoch: int) -> int:
+    """How many epochs' last weights the even average holds after `done` steps, when it begins at a share of the
+    training (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018)."""
+    first = max(1, math.ceil(start * total_steps / steps_per_epoch - 1e-9))  # 0.55 * 100 is a little above 55
+    return max(0, done // steps_per_epoch - first + 1)
+
+
+def swa_decay_at(step: int, start: float, *, total_steps: int, steps_per_epoch: int) -> float:
+    """Share of the old average after update number `step` (0-based): 0 before there is one, so that the averaged
+    weights are the weights themselves; then 1 - 1/n at the end of the n-th epoch of it, and 1 within epochs."""
+    count = swa_count(step + 1, start, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    if count == 0:
+        return 0.0
+    return 1 - 1 / count if (step + 1) % steps_per_epoch == 0 else 1.0
+
+
 def ema_decay_at(step: int, decay: float) -> float:
     """Decay of the averaged weights after update number `step` (0-based): min(decay, (1 + t) / (10 + t)).
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mat_dist import checkpoint
 from mat_dist.agreement import Agreement
+from mat_dist.averaging import norm_renewal
 from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.containment import Containment
-from mat_dist.data import Batches, DataSets, channel_stats, steps_per_epoch
+from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.evaluator import AttackPlan, Result, evaluate, selection_score
 from mat_dist.gallery import show_gallery
@@ -45,13 +46,13 @@ class Trainer:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         mean, std = channel_stats(data.train)
         self.images = Images(data.train.shape, len(data.classes), mean, std)
-        steps = steps_per_epoch(len(data.train), config.train.batch_size)
+        steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
-        self.batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, device=mesh.device,
-                               augment=config.data.augment, dtype=DTYPES[config.step.precision], rows=self.cohort.rows)
+        self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.reporter: Reporter = (open_reporter(run.folder.path, config, attempt=run.attempt)
                                    if mesh.placement.is_lead else NullReporter())
-        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
+        renew = norm_renewal(config, data, self.images)
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, prepare=renew)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.watch = Watch(len(config.peers))
         self.best_score = -1.0
@@ -211,9 +212,7 @@ class Trainer:
         agree = Agreement(self.mesh, "test")
         marked = checkpoint.read_best(self.run.folder) if self.mesh.placement.is_lead else None
         step = self.mesh.from_lead(marked.step if marked else None)
-        manifest = None
-        if step is not None:
-            manifest = agree.run("best checkpoint", checkpoint.load_manifest, self.run.folder, step)
+        manifest = None if step is None else agree.run("best", checkpoint.load_manifest, self.run.folder, step)
         agree.settle("best checkpoint")
         return manifest
 

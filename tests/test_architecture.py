@@ -26,7 +26,7 @@ ROWS = (
     ("crafter", "perturbation"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
-    ("learning", "evaluator", "run", "dryrun"),
+    ("learning", "averaging", "evaluator", "run", "dryrun"),
     ("step",),
     ("results", "gallery"),
     ("trainer",),

@@ -11,7 +11,8 @@ from mat_dist import streams
 from mat_dist.check.findings import Answer
 from mat_dist.cohort import DTYPES, Images
 from mat_dist.config.schema import Config, DataConfig
-from mat_dist.data import Batches, as_float, load_data
+from mat_dist.data import as_float, load_data, training_batches
+from mat_dist.data.archive import generated_images
 from mat_dist.data.preview import preview_folder
 from mat_dist.dryrun import KNOWN_IMAGES
 from mat_dist.errors import DataError
@@ -61,6 +62,8 @@ def check_data(config: Config) -> Answer[Sample]:
             sample = Sample(rough(folder.shape, len(folder.classes)), x_BCHW, torch.from_numpy(folder.labels),
                             folder.nbytes, mapped=True)
             _check_sample(sample, wanted)
+            if wanted.generated is not None:
+                generated_images(wanted.generated, folder.shape, len(folder.classes))
             return Answer(sample, f"{folder.count} images of {len(folder.classes)} classes, {_size(folder.shape)}; "
                                   f"{len(x_BCHW)} of them decode; the run will build a cache of "
                                   f"{folder.nbytes / GIB:.1f} GiB in {folder.cache}")
@@ -73,8 +76,7 @@ def check_data(config: Config) -> Answer[Sample]:
             raise
         return Answer(noise, f"not there yet: {error.what} ({error.where})",
                       "the run will download it, so its first rank needs a network")
-    batches = Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size,
-                      augment=wanted.augment, dtype=DTYPES[config.step.precision])
+    batches = training_batches(config, data, "cpu", DTYPES[config.step.precision])
     sample = Sample(rough(data.train.shape, len(data.classes)), *batches.at(0), mapped=data.train.mapped,
                     nbytes=sum(split.nbytes for split in (data.train, data.val, data.test)),
                     val=len(data.val), test=len(data.test))

@@ -59,3 +59,8 @@ def parse_threats(text: str) -> list[tuple[str, float]]:
             raise ValueError(f"{ascii(part.strip())[1:-1][:80]!r} is not a threat")
         found.append((norm, value))
     return found
+
+
+def real_images(batch_size: int, generated_share: float) -> int:
+    """Images of a batch that are not generated."""
+    return batch_size - round(generated_share * batch_size)

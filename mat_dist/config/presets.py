@@ -125,7 +125,7 @@ def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
 
 def fill_optim(optim: OptimConfig, preset: str) -> OptimConfig:
     """`optim` with the averaged weights that belong to a preset."""
-    if optim.ema_decay is None and preset in EMA_DECAY:
+    if not optim.averages and preset in EMA_DECAY:
         return optim.model_copy(update={"ema_decay": EMA_DECAY[preset]})
     return optim
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 
+from mat_dist.config.fields import real_images
 from mat_dist.config.registry import entries, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
@@ -79,6 +80,14 @@ def schedule_fits_training(config: Config) -> list[ConfigError]:
     return found
 
 
+@rule("optim")
+def one_average(config: Config) -> list[ConfigError]:
+    """A peer keeps one average of its weights."""
+    return [ConfigError("two averages of the weights, ema_decay and swa_start", f"{key}.optim.swa_start",
+                        "write ema_decay: null, or leave swa_start out")
+            for key, peer in entries(config) if peer.optim.ema_decay is not None and peer.optim.swa_start is not None]
+
+
 @rule("train", "step")
 def batch_can_be_split(config: Config) -> list[ConfigError]:
     """Batch norm needs two images; microbatches are equal."""
@@ -106,11 +115,28 @@ def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
 @rule("data", "train")
 def data_fill_a_batch(config: Config) -> list[ConfigError]:
     """An epoch has at least one step."""
-    size, batch = config.data.train_size, config.train.batch_size
-    if size is None or size >= batch:
+    data, batch = config.data, config.train.batch_size
+    real = real_images(batch, data.generated_share)
+    if (data.generated is None) == (data.generated_share > 0) or not 0 < real <= batch - (data.generated_share > 0):
+        found = "images" if data.generated else "no images"
+        return [ConfigError(f"{found} in data.generated, {batch - real} of them in a batch of {batch}",
+                            "data.generated_share", "name a file and a share that leaves one or more of both, such as "
+                                                    "0.7; or neither")]
+    if data.train_size is None or data.train_size >= real:
         return []
-    return [ConfigError(f"{size} training images do not fill a batch of {batch}", "data.train_size",
-                        f"write {batch} or more, or a smaller train.batch_size")]
+    return [ConfigError(f"{data.train_size} training images do not fill a batch of {real}", "data.train_size",
+                        f"write {real} or more, or a smaller train.batch_size")]
+
+
+@rule("data")
+def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
+    """IDBH with another crop or another hidden square is no longer what was published."""
+    augment = config.data.augment
+    both = [name for name in ("pad", "random_resized_crop", "cutout") if getattr(augment, name)]
+    if augment.idbh == "off" or not both:
+        return []
+    return [ConfigError(f"idbh {augment.idbh} crops and erases itself, {both[0]} would come on top",
+                        f"data.augment.{both[0]}", f"write {both[0]}: 0, or idbh: off")]
 
 
 @rule("data")
@@ -131,7 +157,8 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
 @rule("run", "data")
 def paths_are_plain(config: Config) -> list[ConfigError]:
     """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
-    paths = {"run.root": config.run.root, "data.root": config.data.root, "data.cache": config.data.cache}
+    paths = {"run.root": config.run.root, **{f"data.{name}": getattr(config.data, name)
+                                             for name in ("root", "cache", "generated", "poison")}}
     return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
             for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path)]
 

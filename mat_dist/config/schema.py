@@ -50,6 +50,9 @@ class AugmentConfig(Section):
     random_resized_crop: Number = Field(0.0, ge=0, le=1, description="smallest area share of a random resized crop "
                                                                      "(ImageNet: 0.08); 0 is off")
     cutout: Integer = Field(0, ge=0, le=512, description="side in pixels of a zeroed square; 0 is off")
+    idbh: Literal["off", "weak", "strong"] = Field(
+        "off", description="CropShift, a colour or shape transform, and random erasing of half of the images (weak) or "
+                           "all; takes the place of crops and cutout")
 
 
 class DataConfig(Section):
@@ -70,6 +73,12 @@ class DataConfig(Section):
     cache: str | None = Field(None, description="folder of decoded-image caches; default: ~/.cache/mat_dist")
     on_bad: Literal["stop", "skip"] = Field("stop", description="an image file that cannot be read: stop, or leave the "
                                                                 "sample out on all ranks (at most 0.1 %)")
+    generated: str | None = Field(None, description="uncompressed .npz of generated training images: image, uint8 "
+                                                    "(N, H, W, C), and label")
+    generated_share: Number = Field(0.0, ge=0, lt=1, description="their share of each batch (DM-AT: 0.7); an epoch is "
+                                                                 "a pass over the real images")
+    poison: str | None = Field(None, description="uncompressed .npz of delusive images (image, uint8) in place of all "
+                                                 "training images, one by one; validation and test images stay clean")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="training augmentation")
 
 
@@ -135,6 +144,14 @@ class OptimConfig(Section):
     awp_warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (AWP with TRADES: 10)")
     ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
                                                                    "kept")
+    swa_start: Number | None = Field(None, ge=0, lt=1, description="average the weights at the end of each epoch "
+                                                                   "evenly, from this share of the training on (SWA), "
+                                                                   "in place of ema_decay")
+
+    @property
+    def averages(self) -> bool:
+        """Whether averaged weights are kept."""
+        return self.ema_decay is not None or self.swa_start is not None
 
 
 class UnionConfig(Section):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mat_dist import streams
 from mat_dist.config.schema import AugmentConfig
+from mat_dist.data.idbh import idbh
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inception and torchvision recipes
 
 
 def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int, first_row: int = 0) -> Tensor:
-    """The augmentations that are on, in the order crop, resized crop, flip, cutout.
+    """The augmentations that are on, in the order crop, resized crop, flip, IDBH, cutout.
 
     Args:
         x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.
@@ -44,6 +45,8 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
                                                  smallest=config.random_resized_crop))
     if config.flip:
         x_BCHW = flip(x_BCHW, *draw("flip", 1))
+    if config.idbh != "off":
+        x_BCHW = idbh(x_BCHW, config.idbh, draw)
     if config.cutout:
         x_BCHW = cutout(x_BCHW, config.cutout, *draw("cutout", 2))
     return x_BCHW

@@ -126,11 +126,11 @@ def _same_type(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndar
     return train, test, ("images are kept as float32: their values are no multiples of 1/255",)
 
 
-def check_batch(train: int, batch_size: int, name: str) -> None:
-    """Raises DataError where the training images do not fill one batch, or a batch is a single image."""
+def check_batch(train: int, batch_size: int, real: int, name: str) -> None:
+    """Raises DataError where the training images do not fill the `real` places of a batch, or a batch is one image."""
     if batch_size < 2:
         raise DataError(f"a batch of {batch_size} image", "train.batch_size",
                         "take 2 or more, batch norm has no statistics of one image")
-    if train < batch_size:
-        raise DataError(f"{train} training images do not fill one batch of {batch_size}", f"data.name={name}",
+    if train < real:
+        raise DataError(f"{train} training images do not fill one batch of {real}", f"data.name={name}",
                         "lower train.batch_size or data.val_size, or raise data.train_size")

@@ -134,7 +134,8 @@ class DataSets:
     """The three splits of a data set.
 
     `digest` is the SHA-256 of the whole data set before splitting (name, classes, shapes, labels, image bytes), the
-    same for every residency and rank. `notes` are lines for the log.
+    same for every residency and rank; generated and poisoned images, where there are any, change it. `notes` are lines
+    for the log. `generated` are images to mix into the training batches; they stay in their file.
     """
 
     train: ImageSet
@@ -143,6 +144,7 @@ class DataSets:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...]
+    generated: ImageSet | None = None
 
 
 def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+from mat_dist.config.fields import real_images
 from mat_dist.config.schema import DataConfig
+from mat_dist.data.archive import generated_images, poisoned_images
 from mat_dist.data.checks import check_batch, check_raw
 from mat_dist.data.images import DataSets, ImageSet, RawData
 from mat_dist.data.registry import find_dataset
@@ -53,16 +55,33 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     raw = check_raw(raw, where)
     train_rows, val_rows = split_train(raw.train_labels, seed=seed, val_size=config.val_size,
                                        train_size=config.train_size)
-    check_batch(len(train_rows), batch_size, config.name)
+    check_batch(len(train_rows), batch_size, real_images(batch_size, config.generated_share), config.name)
     whole = ImageSet(raw.train_images, raw.train_labels, mapped=raw.mapped, file=raw.file)
+    learned, generated, digest, added = _more_images(config, raw, whole)
     test = ImageSet(raw.test_images, raw.test_labels, mapped=raw.mapped, file=raw.file)
     test_rows = subset_test(raw.test_labels, config.test_size)
-    train, val = whole.select(train_rows), whole.select(val_rows)
-    notes = list(raw.notes)
+    train, val = learned.select(train_rows), whole.select(val_rows)
+    notes = [*raw.notes, *added]
     if sampled_rows(train) < len(train):
         notes.append(f"channel means and deviations are those of {sampled_rows(train)} of {len(train)} training images")
     return DataSets(train, val, test if test_rows is None else test.select(test_rows), raw.classes,
-                    data_digest(config.name, raw), tuple(notes))
+                    digest, tuple(notes), generated)
+
+
+def _more_images(config: DataConfig, raw: RawData, whole: ImageSet) -> tuple[ImageSet, ImageSet | None, str, list[str]]:
+    """The images in place of the training images, the generated ones, the digest of all, and notes."""
+    digest, notes, learned, generated = data_digest(config.name, raw), [], whole, None
+    if config.poison is not None:
+        archive, more = poisoned_images(config.poison, raw)
+        learned = ImageSet(archive.images, whole.labels, mapped=True, file=archive.file)
+        digest = hashlib.sha256(f"{digest} poison {more}".encode()).hexdigest()
+        notes.append(f"training on the poisoned images of {config.poison}; validation and test images are clean")
+    if config.generated is not None:
+        generated, more = generated_images(config.generated, whole.shape, len(raw.classes))
+        digest = hashlib.sha256(f"{digest} generated {more}".encode()).hexdigest()
+        notes.append(f"{config.generated_share:.0%} of each batch are drawn from the {len(generated)} generated images "
+                     f"of {config.generated}")
+    return learned, generated, digest, notes
 
 
 def _check_settings(config: DataConfig) -> None:

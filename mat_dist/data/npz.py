@@ -21,7 +21,7 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 20
 _RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 # What zipfile and numpy raise on damaged or encrypted files.
-_DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
+DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
            LookupError, OverflowError, tokenize.TokenError)
 _LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
 
@@ -46,7 +46,7 @@ def load_npz(config: DataConfig) -> RawData:
         with np.load(path, allow_pickle=False) as stored:
             x_train, y_train, x_test, y_test = (stored[name] for name in ARRAYS)
             names = stored["classes"] if "classes" in stored.files else None
-    except _DAMAGE as problem:
+    except DAMAGE as problem:
         raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
     classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
@@ -81,7 +81,7 @@ def check_archive(path: Path) -> None:
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
             info, where = members[name], f"{path}, {name}"
             with archive.open(info) as file:
-                shape, dtype, start = _read_header(file, where)
+                shape, _, dtype, start = read_header(file, where)
             size = int(np.prod([int(side) for side in shape], dtype=object)) * dtype.itemsize
             if size + start != info.file_size:
                 raise DataError(f"the header says {size} bytes, the archive {info.file_size - start}", where,
@@ -94,16 +94,19 @@ def check_archive(path: Path) -> None:
     check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
 
 
-def _read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, type and header length of a .npy stream; numpy bounds the header to 10 000 characters."""
+def read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether it lies column by column, type and header length of a .npy stream.
+
+    numpy bounds the header to 10 000 characters.
+    """
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise DataError(f"array format version {version}", where, "write the file with numpy.savez")
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     if dtype.hasobject or dtype.kind not in "uifbU":
         raise DataError(f"an array of {dtype}", where, "store plain numbers (class names as strings)")
-    return shape, dtype, file.tell()
+    return shape, fortran, dtype, file.tell()
 
 
 def channels_first(images: np.ndarray, where: str) -> np.ndarray:

@@ -57,7 +57,7 @@ class Subject:
         if label == "best" and checkpoint.read_best(folder) is None:
             label = "last"  # as mat_dist.load does; the table says which it is
         manifest = checkpoint.load_manifest(folder, "latest" if label == "last" else label)
-        averaged = any(p.optim.ema_decay is not None for p in config.peers)
+        averaged = any(p.optim.averages for p in config.peers)
         if request.weights == EMA and not averaged:
             raise ConfigError("the run keeps no averaged weights", "weights=ema", "use weights=raw")
         weights = (EMA if averaged else RAW) if request.weights == "auto" else request.weights

@@ -64,7 +64,7 @@ def load_sources(words: Sequence[str], images: Images, config: Config,
             raise ConfigError(f"models for images {tuple(told['shape'])} of {told['classes']} classes, the targets "
                               f"take {images.shape} of {images.classes}", f"sources={word[:200]}",
                               "give a run on images of the same size and classes")
-        weights = EMA if any(p.optim.ema_decay is not None for p in theirs.peers) else RAW
+        weights = EMA if any(p.optim.averages for p in theirs.peers) else RAW
         # The normalisation is a layer: what it was built with does not matter, the checkpoint's values are loaded.
         models = load_models(theirs.model_copy(update={"step": config.step}), manifest, images, weights, device)
         run = folder.path.resolve().name

@@ -52,7 +52,7 @@ def result_section(run: RunFiles, book: Book) -> Markup:
     if one is None:
         return section("result", "Result", tag("p", "This run has no evaluation yet."))
     targets = chosen(run, one)
-    weights = "averaged weights (EMA)" if targets[0].weights == "ema" else "raw weights"
+    weights = "averaged weights" if targets[0].weights == "ema" else "raw weights"
     what = f"{one.images}, step {one.step}, {weights}, {one.attacks}"
     kinds = ["clean", f"robust ({one.attack})"]
     rows = [(t.name, [(t.accuracy[key], *wilson_interval(t.accuracy[key], t.n)) for key in ("clean", "union")])

@@ -343,3 +343,12 @@ def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
     assert run_small(tmp_path, "run", *words).code == 4
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and found in lines[0]
+
+
+def test_swa_is_the_same_on_every_placement_and_after_a_stop(cohort_run: Run) -> None:
+    settings = ("train.max_steps=null", "train.epochs=4", "optim.swa_start=0.5", "checkpoint.every_steps=1")
+    whole = cohort_run("whole", 1, *settings)
+    assert cohort_run("split", 2, *settings).hashes() == whole.hashes()
+    stopped = cohort_run("stopped", 1, *settings, stop_after=10)
+    assert max(stopped.steps()) < 16
+    assert cohort_run("stopped", 2, *settings).hashes() == whole.hashes()

@@ -19,6 +19,7 @@ from mat_dist.check.models import Graph, Measured, _held, check_model
 from mat_dist.check.storage import file_system
 from mat_dist.cohort import make_model
 from mat_dist.config import load_config
+from mat_dist.data import Batches
 from mat_dist.mesh.launch import Launch
 from mat_dist.peer import Peer
 from mat_dist.runfolder import RunFolder, RunLock
@@ -501,6 +502,6 @@ def test_more_threads_than_cores_are_a_warning(capsys, monkeypatch):
 def test_the_first_batch_is_checked_after_augmentation(monkeypatch):
     config = load_config(None, list(QUICK))
     bright = torch.full((4, 1, 8, 8), 1.5), torch.zeros(4, dtype=torch.int64)
-    monkeypatch.setattr(data_check.Batches, "at", lambda *_: bright)
+    monkeypatch.setattr(Batches, "at", lambda *_: bright)
     with pytest.raises(data_check.DataError, match=r"pixels from 1\.5 to 1\.5"):
         check_data(config)

@@ -124,8 +124,9 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
 ALONE = """
     run.seed=1 data.train_size=48 data.val_size=50 data.augment.pad=2 data.augment.flip=true
-    data.augment.random_resized_crop=0.3 data.augment.cutout=4 model.name=small_cnn model.width=0.5
-    model.activation=silu model.norm=group threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
+    data.augment.random_resized_crop=0.3 data.augment.cutout=4 data.augment.idbh=weak
+    model.name=small_cnn model.width=0.5 model.activation=silu model.norm=group
+    threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
     attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin
     attack.loss=kl_clean attack.loss=kl_teacher loss.preset=trades loss.preset=mart loss.preset=at_wa
     loss.hard_loss=bce loss.kd_clean=0.2 loss.kd_loss=mse loss.kd_where=teacher_right loss.kd_where=student_wrong
@@ -166,7 +167,8 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.restarts=2 eval.size=20 eval.step_size=0.1",
     "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
     "checkpoint.every_steps=1 checkpoint.keep=2", "checkpoint.background=false", "data.residency=host",
-    "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "step.on_nonfinite=quarantine"])
+    "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "optim.swa_start=0.5",
+    "step.on_nonfinite=quarantine"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
     assert cached(*settings.split()).hashes(key="model") == cached().hashes(key="model")
 

@@ -38,9 +38,10 @@ class MappedFile:
         except OSError:
             return
         if status.st_ino == self.inode and (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise DataError(f"the file of decoded images has changed under the run: {status.st_size} bytes instead of "
+            raise DataError(f"the file of images has changed under the run: {status.st_size} bytes instead of "
                             f"{self.size}, or other content", str(self.path),
-                            "start again, which makes it anew and continues; let nothing write there")
+                            "let nothing write there and start again: a cache is made anew, another file must be as "
+                            "it was")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def training_section(run: RunFiles, book: Book) -> Markup:
                                    f"The mutual loss{_grouped(run.steps)}; peers with other losses differ in scale."))
     prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
     evaluated = [r for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
-    told = "averaged weights (EMA)" if prefix else "raw weights"
+    told = "averaged weights" if prefix else "raw weights"
     for key, title in (("robust_acc", f"Robust accuracy, validation, PGD-{run.config.eval.steps}"),
                        ("clean_acc", "Clean accuracy, validation")):
         series = _curves(run, evaluated, prefix + key)

@@ -352,3 +352,4 @@ def test_swa_is_the_same_on_every_placement_and_after_a_stop(cohort_run: Run) ->
     stopped = cohort_run("stopped", 1, *settings, stop_after=10)
     assert max(stopped.steps()) < 16
     assert cohort_run("stopped", 2, *settings).hashes() == whole.hashes()
+    assert cohort_run("replicas", 4, *settings).peers()[0]["ema"] is not None

@@ -301,7 +301,7 @@ def test_a_frozen_peer_keeps_its_weights_and_is_not_in_the_ensemble(teacher: Fin
     source = teacher.peers()[1]["model"]
     assert all((v == source[k]).all() for k, v in run.peers()[2]["model"].items())
     model = loading.load(run.folder.path, "ensemble", which="latest")
-    assert len(list(model.children())[0]) == 3  # type: ignore[arg-type]
+    assert len(next(iter(model.children()))) == 3  # type: ignore[arg-type]
 
 
 def test_best_is_chosen_by_the_generalist(cohort_run: Run) -> None:

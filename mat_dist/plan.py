@@ -8,7 +8,7 @@ Everything here is a function of the configuration, so all ranks know all of it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from mat_dist.config.fields import parse_threats
@@ -219,25 +219,28 @@ class CohortPlan:
     """The plans of all peers and what must travel between them.
 
     Attributes:
-        guided: for each peer the teachers whose clean predictions guide its attack (`attack.loss: kl_teacher`).
+        led: the peers whose attacks teachers guide (`attack.loss: kl_teacher`).
     """
 
     peers: tuple[PeerPlan, ...]
-    guided: tuple[tuple[int, ...], ...] = field(default=())
+    led: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, complete: Sequence[PeerConfig]) -> CohortPlan:
         """From the complete entry of every peer, in peer order; all peers are listened to."""
         members = tuple(Member.of(spec) for spec in complete)
         peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss)) for i, spec in enumerate(complete))
-        guided = tuple(_guides(plan) if spec.attack.loss == "kl_teacher" else ()
-                       for plan, spec in zip(peers, complete, strict=True))
-        return cls(peers, guided)
+        return cls(peers, frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher"))
 
     def listening(self, muted: Iterable[int], alone: Iterable[int]) -> CohortPlan:
         """The same losses when nobody listens to `muted` and the peers in `alone` listen to nobody."""
         silent, warming = frozenset(muted), frozenset(alone)
         return replace(self, peers=tuple(replace(row, muted=silent, alone=row.index in warming) for row in self.peers))
+
+    @cached_property
+    def guided(self) -> tuple[tuple[int, ...], ...]:
+        """For each peer the teachers whose clean predictions guide its attack."""
+        return tuple(_guides(plan) if plan.index in self.led else () for plan in self.peers)
 
     @cached_property
     def taught(self) -> tuple[tuple[int, ...], ...]:

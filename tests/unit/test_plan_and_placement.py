@@ -247,3 +247,11 @@ def test_schedules_match_hand_computed_rates() -> None:
 
 def test_ema_decay_warms_up_to_its_final_value() -> None:
     assert [ema_decay_at(t, 0.99) for t in (0, 8, 89, 10_000)] == pytest.approx([0.1, 0.5, 90 / 99, 0.99])
+
+
+def test_a_peer_in_quarantine_guides_no_attack() -> None:
+    sections = [PeerConfig(loss=fill_loss(LossConfig(preset="at"), i, 3), attack=AttackConfig(loss="kl_teacher"))
+                for i in range(3)]
+    cohort = CohortPlan.of(sections)
+    assert cohort.guided == ((1, 2), (0, 2), (0, 1))
+    assert cohort.listening([2], []).guided == ((1,), (0,), (0, 1))

@@ -59,10 +59,11 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
     """The loss `loss` of the clean batch x_BCHW as a function: adversarial logits (B, K) -> (B,).
 
     Args:
-        teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`.
+        teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`; where there is none, as while
+            all teachers are in quarantine, that loss is `kl_clean`.
     """
     clean_BK = teacher_BK
-    if loss == "kl_clean":
+    if loss == "kl_clean" or (loss == "kl_teacher" and teacher_BK is None):
         with torch.no_grad():
             clean_BK = model(x_BCHW).to(x_BCHW.dtype)
     return lambda adv_BK: ATTACK_LOSSES[loss](adv_BK, clean_BK, y_B)

@@ -62,10 +62,7 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
     spec = config.peers[peers[0]]
     where = f"peer {peers[0]}, model.name={spec.model.name}"
     model = make_model(spec, sample.images, seed=config.run.seed, step=config.step, device=device)
-    # One attack step, without what needs other peers or more passes.
-    alone = {"steps": 1, **({"loss": "ce"} if spec.attack.loss == "kl_teacher" else {})}
-    once = spec.model_copy(update={"attack": spec.attack.model_copy(update=alone), "frozen": False,
-                                   "optim": spec.optim.model_copy(update={"awp_gamma": 0.0})})
+    once = spec.model_copy(update={"attack": spec.attack.model_copy(update={"steps": 1}), "frozen": False})
     peer = Peer(peers[0], once, model, seed=config.run.seed, step=config.step)
     x_BCHW, y_B = sample.x_BCHW[:IMAGES].to(device), sample.y_B[:IMAGES].to(device)
     few = max(1, len(x_BCHW) // 2), max(2, len(x_BCHW) // 2)  # batch norm needs two

@@ -1,4 +1,4 @@
-"""N-FGSM against its formula, written here from the paper."""
+"""N-FGSM against its formula, written here from the paper; attacks guided by teachers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mat_dist import streams
 from mat_dist.attacks.nfgsm import n_fgsm
+from mat_dist.attacks.pgd import attack_loss
 from mat_dist.peer import Peer
 from tests.cohorts import batch, cohort_config, nets
 
@@ -38,3 +39,13 @@ def test_a_peer_trains_with_it() -> None:
     x, y = batch(0)
     adv = Peer(0, config.peers[0], model, seed=0, step=config.step).attack(x, y, 0)
     assert adv.min() >= 0 and adv.max() <= 1 and (adv - x).abs().max() > EPS
+
+
+def test_an_attack_without_a_teacher_moves_away_from_its_own_clean_prediction() -> None:
+    """As while all teachers are in quarantine."""
+    (model,) = nets(1)
+    x, y = batch(0)
+    logits = model.eval()(x + 0.1)
+    alone = attack_loss(model, x, y, "kl_teacher")(logits)
+    assert torch.equal(alone, attack_loss(model, x, y, "kl_clean")(logits))
+    assert not torch.equal(alone, attack_loss(model, x, y, "kl_teacher", torch.zeros_like(logits))(logits))

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--fast | --all] [-- pytest options]
-#   (default)  everything but the tests for a scheduler (cluster) and for GPUs: side by side in WORKERS processes
-#              (default 2), but those that start many processes one after another
+#   (default)  everything but the tests for a scheduler (cluster) and for GPUs and the thorough ones: side by side in
+#              WORKERS processes (default 2), but those that start many processes one after another
 #   --fast     the quick ones only
 #   --all      everything; what this machine cannot run is skipped with its reason
-quick="not slow and not cluster and not gpu" rest="slow and not cluster and not gpu"
+never="not cluster and not gpu and not thorough"
+quick="not slow and $never" rest="slow and $never"
 case "${1:-}" in
     --fast) rest=""; shift ;;
-    --all) rest="slow or cluster or gpu"; shift ;;
+    --all) rest="slow or cluster or gpu or thorough"; shift ;;
 esac
 if [ "${1:-}" = "--" ]; then
     shift

@@ -164,10 +164,10 @@ def test_the_demo_keeps_the_callers_name_and_ends_with_the_launchers_code(checko
 
 
 TOGETHER = ["-n", "2", "--dist", "loadfile", "-m"]
-QUICK = [*TOGETHER, "not slow and not cluster and not gpu"]
-SLOW = [[*TOGETHER, "(slow and not cluster and not gpu) and not alone"],
-        ["-m", "(slow and not cluster and not gpu) and alone"]]
-REST = [[*TOGETHER, "(slow or cluster or gpu) and not alone"], ["-m", "(slow or cluster or gpu) and alone"]]
+QUICK = [*TOGETHER, "not slow and not cluster and not gpu and not thorough"]
+SLOW = [[*TOGETHER, "(slow and not cluster and not gpu and not thorough) and not alone"],
+        ["-m", "(slow and not cluster and not gpu and not thorough) and alone"]]
+REST = [[*TOGETHER, "(slow or cluster or gpu or thorough) and not alone"], ["-m", "(slow or cluster or gpu or thorough) and alone"]]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

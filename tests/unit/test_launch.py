@@ -167,7 +167,8 @@ TOGETHER = ["-n", "2", "--dist", "loadfile", "-m"]
 QUICK = [*TOGETHER, "not slow and not cluster and not gpu and not thorough"]
 SLOW = [[*TOGETHER, "(slow and not cluster and not gpu and not thorough) and not alone"],
         ["-m", "(slow and not cluster and not gpu and not thorough) and alone"]]
-REST = [[*TOGETHER, "(slow or cluster or gpu or thorough) and not alone"], ["-m", "(slow or cluster or gpu or thorough) and alone"]]
+REST = [[*TOGETHER, "(slow or cluster or gpu or thorough) and not alone"],
+        ["-m", "(slow or cluster or gpu or thorough) and alone"]]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

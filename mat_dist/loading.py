@@ -98,7 +98,7 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
     """Position of the peer that is asked for."""
     names = [str(p.name) for p in config.peers]
     if peer == "best":
-        trained = [str(p.name) for p in config.peers if not p.frozen]
+        trained = trained_names(config)
         found = trained[0] if len(trained) == 1 else best_peer(trained, folder, manifest.step, weights)
         if found is None:
             raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
@@ -114,6 +114,11 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
 
 def _validation(folder: RunFolder, step: int) -> Path:
     return folder.eval / f"validation_{checkpoint.step_name(step)}.json"
+
+
+def trained_names(config: Config) -> list[str]:
+    """The peers that may be chosen: those that are not frozen."""
+    return [str(p.name) for p in config.peers if not p.frozen]
 
 
 def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:

@@ -81,6 +81,9 @@ def compare(folders: Sequence[RunFolder]) -> None:
                               f"evaluate both with the same targets; found {', '.join(first.flags)} and "
                               f"{', '.join(other.flags)}")
         show(as_table(first, other, shared))
+        if first.about.get("transfer") and set(first.flags) != set(other.flags):
+            print("mat_dist: AEs of other targets count too, and these runs were evaluated with other targets: "
+                  "transfer=false gives both the same attacks")
 
 
 def read(folder: RunFolder) -> Evaluated:
@@ -128,10 +131,13 @@ def check_same(one: Evaluated, other: Evaluated) -> None:
         if run.about["split"] != "test":  # the other splits are drawn by the seed
             found["run.seed"] = run.about["subset_seed"]
         found["images_digest"] = run.about.get("images_digest")
+    how = "evaluate both runs with the same settings"
+    if one.about.get("subset_seed") != other.about.get("subset_seed"):
+        how += "; of other seeds, with all images, since run.seed draws subsets and the validation split"
     for key, mine in values[0].items():
         if mine != values[1].get(key):
             raise ConfigError(f"{one.run} and {other.run} were evaluated differently: {key} {_short(mine)} and "
-                              f"{_short(values[1].get(key))}", "--compare", "evaluate both runs with the same settings")
+                              f"{_short(values[1].get(key))}", "--compare", how)
 
 
 def _short(value: Any) -> str:

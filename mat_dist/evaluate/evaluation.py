@@ -28,7 +28,7 @@ from mat_dist.evaluate.request import Request
 from mat_dist.evaluate.sources import load_sources
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
 from mat_dist.evaluator import EMA, RAW, chosen_images, load_models, threats_of
-from mat_dist.loading import best_peer
+from mat_dist.loading import best_peer, trained_names
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.runfolder import RunFolder, versions
@@ -155,8 +155,8 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
         "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
         "files": {entry.name: entry.sha256 for entry in subject.manifest.files},
         "n": count, "data_digest": data_digest, "weights": subject.weights,
-        "chosen_on_validation": best_peer([str(p.name) for p in subject.config.peers], subject.folder,
-                                          subject.manifest.step, subject.weights),
+        "chosen_on_validation": best_peer(trained_names(subject.config), subject.folder, subject.manifest.step,
+                                          subject.weights),
         **asked(request, subject.config, job, names), "subset_seed": subject.config.run.seed,
         "precision": subject.config.step.precision, "threads": subject.config.run.threads,
         "device": device_name(device), "versions": found, "system": system,

@@ -20,6 +20,7 @@ from mat_dist.runfolder import RunFolder
 # What two evaluations must share for their images to be paired.
 SAME = ("threats", "attacks", "plans", "autoattack", "queries", "transfer", "sources", "split", "n", "data_digest",
         "chunk")
+SHA256_LENGTH = 64
 REPAIR = "remove it, and run the evaluation again"
 
 
@@ -143,7 +144,7 @@ def check_same(one: Evaluated, other: Evaluated) -> None:
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return ", ".join(" ".join(str(one[key]) for key in ("norm", "eps") if key in one) for one in value)
-    return str(value)[:80]
+    return str(value)[:12 if isinstance(value, str) and len(value) == SHA256_LENGTH else 80]
 
 
 def pair(one: Mapping[int, bool], other: Mapping[int, bool]) -> Paired:

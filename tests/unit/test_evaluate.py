@@ -205,10 +205,10 @@ def test_attacks_are_columns_in_the_order_asked_for(run: Path, evaluate: Evaluat
 
 def test_parts_of_autoattack_are_columns_of_their_own(run: Path, evaluate: Evaluate) -> None:
     pytest.importorskip("pyautoattack", exc_type=ImportError)
-    found = evaluate(run, "attacks=apgd-ce,fab-t,pgd", "steps=5", "targets=peer0", "weights=raw", "checks=0",
+    found = evaluate(run, "attacks=apgd-ce,apgd-dlr,pgd", "steps=5", "targets=peer0", "weights=raw", "checks=0",
                      "threats=linf:0.1,l2:0.4", "checkpoint=last", "eval.chunk=40", "images=8")
     shares = targets(found)["peer0"]["attacks"]
-    assert [list(one) for one in shares.values()] == [["apgd-ce", "fab-t", "pgd"]] * 2
+    assert [list(one) for one in shares.values()] == [["apgd-ce", "apgd-dlr", "pgd"]] * 2
     assert all(one["apgd-ce"] <= one["pgd"] for one in shares.values()) and "pyautoattack" in found["versions"]
     assert found["autoattack"] is None
 

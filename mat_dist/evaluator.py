@@ -38,8 +38,8 @@ RAW, EMA = "raw", "ema"
 class AttackPlan:
     """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    In l1 it is APGD, whose first step is `step_size` long (default eps) and which knows no momentum: plain sparse PGD
-    breaks fewer images than random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`;
+    In l1 it is APGD, whose first step is `step_size` long (default eps), but for an attack with momentum: plain sparse
+    PGD breaks fewer images than random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`;
     `momentum` is that of `pgd`; `targets` is the number of classes that a targeted loss is led to, one after another.
     """
 
@@ -56,7 +56,11 @@ class AttackPlan:
         """Length of the (first) step."""
         if self.step_size is not None:
             return self.step_size
-        return threat.eps if threat.norm == "l1" else self.reach * threat.eps / self.steps
+        return threat.eps if self.adaptive(threat) else self.reach * threat.eps / self.steps
+
+    def adaptive(self, threat: Threat) -> bool:
+        """Whether it is APGD."""
+        return threat.norm == "l1" and self.momentum is None
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, atta
         stream = streams.key(seed, f"eval-{threat.norm}", restart, chunk)
         start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
         with frozen(model):
-            if threat.norm == "l1":
+            if attack.adaptive(threat):
                 found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
                              step_size=attack.size(threat))
                 yield found.best_BCHW if attack.targets else found.wrong_BCHW  # y_B are targets, not labels

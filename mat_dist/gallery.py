@@ -12,7 +12,6 @@ from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet
 from mat_dist.evaluator import (
     EMA,
-    ENSEMBLE,
     RAW,
     AttackPlan,
     Result,
@@ -48,7 +47,8 @@ def gallery(config: Config, manifest: Manifest, images: Images, data: ImageSet, 
     Perturbations are scaled: 0 is grey, the largest pixel of each is white or black.
     """
     weights = EMA if any(r.weights == EMA for r in results) else RAW
-    best = max((r for r in results if r.weights == weights and r.target != ENSEMBLE), key=lambda r: r.robust)
+    trained = [str(p.name) for p in config.peers if not p.frozen]
+    best = max((r for r in results if r.weights == weights and r.target in trained), key=lambda r: r.robust)
     index = [str(p.name) for p in config.peers].index(best.target)
     model = load_models(config, manifest, images, weights, device)[index]
     spec = config.peers[index].threat

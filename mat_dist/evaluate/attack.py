@@ -33,6 +33,7 @@ class Tried:
         predictions: attack -> predicted class per image (B,): on the first AE that it gets wrong, else on the last one.
         advs: attack -> those AEs (B, C, H, W).
         sources: other target -> predicted class per image on that one's AEs.
+        theirs: the AEs of others that belong to the predictions of TRANSFER (B, C, H, W); None where there are none.
         square_broke: images that only Square broke in AutoAttack.
         warnings: of AutoAttack's own checks.
     """
@@ -40,6 +41,7 @@ class Tried:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     advs: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, Tensor] = field(default_factory=dict)
+    theirs: Tensor | None = None
     square_broke: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -54,6 +56,19 @@ class Tried:
             if name in names:
                 held_B &= prediction_B == y_B
         return held_B
+
+    def replay(self, source: str, model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor) -> Tensor:
+        """Add what the AEs of another target do to this one, `model` -> predicted class per image.
+
+        TRANSFER keeps, image by image, the first source that this target gets wrong.
+        """
+        found_B, adv_BCHW = first_wrong(model, advs, y_B, clean_B)
+        self.sources[source] = found_B
+        before_B = self.predictions.get(TRANSFER, clean_B)
+        open_B = before_B == y_B
+        self.predictions[TRANSFER] = torch.where(open_B, found_B, before_B)
+        self.theirs = adv_BCHW if self.theirs is None else torch.where(open_B.view(-1, 1, 1, 1), adv_BCHW, self.theirs)
+        return found_B
 
 
 @torch.no_grad()
@@ -77,21 +92,11 @@ def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: 
         mine = {name: attack_one(t, x_BCHW, y_B, clean[name], threat, job, chunk) for name, t in attacked.items()}
         for target in targets:
             members = {member.name for member in target.members}
-            sources = [name for name in attacked if name != target.name
-                       and (name in members or (job.transfer and name in names))]
-            if sources:
-                _replay(target, {name: mine[name] for name in sources}, mine[target.name], y_B, clean[target.name])
+            for name in attacked:
+                if name != target.name and (name in members or (job.transfer and name in names)):
+                    mine[target.name].replay(name, target.model, mine[name].advs.values(), y_B, clean[target.name])
         tried |= {(target.name, threat.label): mine[target.name] for target in targets}
     return {target.name: clean[target.name] for target in targets}, tried
-
-
-def _replay(target: Target, sources: Mapping[str, Tried], mine: Tried, y_B: Tensor, clean_B: Tensor) -> None:
-    """Others' AEs on one target: by source, and the first that it gets wrong as the attack TRANSFER."""
-    prediction_B = clean_B
-    for source, one in sources.items():
-        mine.sources[source] = first_wrong(target.model, one.advs.values(), y_B, clean_B)[0]
-        prediction_B = torch.where(prediction_B == y_B, mine.sources[source], prediction_B)
-    mine.predictions[TRANSFER] = prediction_B
 
 
 def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
@@ -120,7 +125,7 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
         tried.advs[name] = torch.where((clean_B == y_B).view(-1, 1, 1, 1), adv_BCHW, x_BCHW)
         tried.warnings += [text for one in found for text in one.warnings]
         if name == AUTOATTACK:
-            tried.square_broke += sum(one.square_broke for one in found)
+            tried.square_broke = max(one.square_broke for one in found)  # of a vote's surrogates the worse one
     if SQUARE in job.attacks and not target.surrogates:
         alone_B = tried.held(clean_B, y_B, WHITE_BOX) & (tried.predictions[SQUARE] != y_B)
         tried.square_broke = max(tried.square_broke, int(alone_B.sum()))
@@ -144,10 +149,12 @@ def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: 
 
 
 def strongest(tried: Tried, y_B: Tensor) -> Tensor:
-    """Image by image the first AE that the target gets wrong, else the last attack's -> (B, C, H, W)."""
+    """Image by image the first AE, its own or another target's, that the target gets wrong, else the last attack's
+    -> (B, C, H, W)."""
     *_, best = tried.advs.values()
     open_B = torch.ones_like(y_B, dtype=torch.bool)
-    for name, adv_BCHW in tried.advs.items():
+    theirs = {} if tried.theirs is None else {TRANSFER: tried.theirs}
+    for name, adv_BCHW in {**tried.advs, **theirs}.items():
         wrong_B = tried.predictions[name] != y_B
         best = torch.where((open_B & wrong_B).view(-1, 1, 1, 1), adv_BCHW, best)
         open_B &= ~wrong_B

@@ -20,6 +20,7 @@ from mat_dist.runfolder import RunFolder
 # What two evaluations must share for their images to be paired.
 SAME = ("threats", "attacks", "plans", "autoattack", "queries", "transfer", "sources", "split", "n", "data_digest",
         "chunk")
+SHA256_LENGTH = 64
 REPAIR = "remove it, and run the evaluation again"
 
 
@@ -81,6 +82,9 @@ def compare(folders: Sequence[RunFolder]) -> None:
                               f"evaluate both with the same targets; found {', '.join(first.flags)} and "
                               f"{', '.join(other.flags)}")
         show(as_table(first, other, shared))
+        if first.about.get("transfer") and set(first.flags) != set(other.flags):
+            print("mat_dist: AEs of other targets count too, and these runs were evaluated with other targets: "
+                  "transfer=false gives both the same attacks")
 
 
 def read(folder: RunFolder) -> Evaluated:
@@ -128,16 +132,19 @@ def check_same(one: Evaluated, other: Evaluated) -> None:
         if run.about["split"] != "test":  # the other splits are drawn by the seed
             found["run.seed"] = run.about["subset_seed"]
         found["images_digest"] = run.about.get("images_digest")
+    how = "evaluate both runs with the same settings"
+    if one.about.get("subset_seed") != other.about.get("subset_seed"):
+        how += "; of other seeds, with all images, since run.seed draws subsets and the validation split"
     for key, mine in values[0].items():
         if mine != values[1].get(key):
             raise ConfigError(f"{one.run} and {other.run} were evaluated differently: {key} {_short(mine)} and "
-                              f"{_short(values[1].get(key))}", "--compare", "evaluate both runs with the same settings")
+                              f"{_short(values[1].get(key))}", "--compare", how)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return ", ".join(" ".join(str(one[key]) for key in ("norm", "eps") if key in one) for one in value)
-    return str(value)[:80]
+    return str(value)[:12 if isinstance(value, str) and len(value) == SHA256_LENGTH else 80]
 
 
 def pair(one: Mapping[int, bool], other: Mapping[int, bool]) -> Paired:

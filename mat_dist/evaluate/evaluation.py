@@ -189,7 +189,9 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     if about.get("sources"):
         outcome.show(outcome.sources_table(outcomes))
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
-    print(f"mat_dist: peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
+    if len(candidates(work.config)) > 1:
+        chosen = about["chosen_on_validation"] or "none chosen"
+        print(f"mat_dist: peer to deploy, chosen on the validation split: {chosen}")
     print(f"mat_dist: {path}", flush=True)
     return [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"
             for one in outcomes for v in one.failed]

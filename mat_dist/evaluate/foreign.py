@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from traceback import print_exception
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
 
     Args:
         config: of the new runs, see `Importing.config`.
-        threats: the first one that a peer can have becomes the peer's threat, for which there is no training to ask.
+        threats: the first one becomes the peer's threat, for which there is no training to ask.
         split: whose images are classified, to say how good the model is without an attack.
         command: for environment.json.
 
@@ -78,10 +78,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
 
 
 def _with_threat(config: Config, threats: tuple[Threat, ...]) -> Config:
-    known = [t for t in threats if t.norm in get_args(ThreatConfig.model_fields["norm"].annotation)]
-    if not known:
-        return config
-    threat = ThreatConfig.model_validate({"norm": known[0].norm, "eps": known[0].eps})
+    threat = ThreatConfig.model_validate({"norm": threats[0].norm, "eps": threats[0].eps})
     return config.model_copy(update={"peers": (config.peers[0].model_copy(update={"threat": threat}),)})
 
 

@@ -124,7 +124,8 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     """Numbers of images that other attacks break beyond those of the evaluation, and accuracies at other radii."""
     # A target without gradient has no white-box attack to compare with: all that was found counts.
     held_B = tried.held(predict(target.model, x_BCHW), y_B, tried.predictions if target.surrogates else WHITE_BOX)
-    outside = torch.stack([_outside(adv, x_BCHW, threat) for adv in tried.advs.values()]).any(0)
+    theirs = [] if tried.theirs is None else [tried.theirs]
+    outside = torch.stack([_outside(adv, x_BCHW, threat) for adv in (*tried.advs.values(), *theirs)]).any(0)
     counts = {"n": len(y_B), "inside ball and box": int(outside.sum()), "square": tried.square_broke,
               "autoattack": len(tried.warnings)}
     if TRANSFER in tried.predictions and not target.surrogates:

@@ -14,7 +14,8 @@ from mat_dist.cohort import Images
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate.attack import TRANSFER, Job, Tried, attack_one, first_wrong
+from mat_dist.evaluate.attack import TRANSFER, Tried, attack_one
+from mat_dist.evaluate.craft import Job
 from mat_dist.evaluate.runs import find_run, refuse_unfinished
 from mat_dist.evaluate.targets import Target
 from mat_dist.evaluator import EMA, RAW, load_models
@@ -89,8 +90,5 @@ def replay_sources(sources: Sequence[Target], targets: Sequence[Target], x_BCHW:
             advs = list(attack_one(source, x_BCHW, y_B, y_B, threat, job, chunk).advs.values())
             for target in targets:
                 mine, clean_B = tried[target.name, threat.label], clean[target.name]
-                prediction_B, _ = first_wrong(target.model, advs, y_B, clean_B)
-                mine.sources[source.name] = prediction_B
-                mine.predictions[f"{FROM}{source.name}"] = prediction_B
-                before_B = mine.predictions.get(TRANSFER, clean_B)
-                mine.predictions[TRANSFER] = torch.where(before_B == y_B, prediction_B, before_B)
+                found_B = mine.replay(source.name, target.model, advs, y_B, clean_B)
+                mine.predictions[f"{FROM}{source.name}"] = found_B

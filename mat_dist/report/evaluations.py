@@ -10,7 +10,7 @@ from typing import Any
 
 from mat_dist.atomic import parse_json
 
-ENSEMBLE = "ensemble"
+ENSEMBLE, UNCHECKED = "ensemble", "no checks were made"
 _NAME = re.compile(r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12}))?")
 
 
@@ -23,7 +23,7 @@ class Target:
         n: number of images.
         accuracy: by name (clean, each threat, union), shares in [0, 1].
         alone: by threat, the share under each attack alone; empty where there was one attack.
-        failed: the soundness checks that it failed; its numbers must not be reported then.
+        failed: the soundness checks that it failed, or UNCHECKED; its numbers must not be reported then.
     """
 
     name: str
@@ -129,6 +129,8 @@ def _target(one: dict[str, Any], rule: str) -> Target:
     alone = {str(threat): {str(name): float(share) for name, share in shares.items()}
              for threat, shares in one.get("attacks", {}).items()}
     failed = dict.fromkeys(str(check["check"]) for check in one.get("checks", []) if not check["passed"])
+    if one.get("checks") == []:  # checks=0; the training's own evaluations have no such entry
+        failed = {UNCHECKED: None}
     return Target(_name(one["target"], rule), str(one["weights"]), int(one["n"]),
                   {str(key): float(share) for key, share in one["accuracy"].items()}, alone, tuple(failed))
 

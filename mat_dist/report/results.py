@@ -79,10 +79,10 @@ def _mark(target: Target) -> Markup | None:
 
 
 def _unsound(targets: Sequence[Target]) -> Markup | None:
-    """Which targets failed which soundness checks."""
+    """Which targets failed which soundness checks, or had none."""
     lines = [f"{t.name}: {', '.join(t.failed)}" for t in targets if t.failed]
-    return tag("div", tag("strong", "Do not report these numbers: soundness checks failed. "), "; ".join(lines),
-               class_="notice", role="note") if lines else None
+    told = tag("strong", "Do not report these numbers: soundness checks failed or were not made. ")
+    return tag("div", told, "; ".join(lines), class_="notice", role="note") if lines else None
 
 
 def _alone(one: Evaluation, targets: Sequence[Target]) -> list[Markup]:

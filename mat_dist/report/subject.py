@@ -25,6 +25,7 @@ from mat_dist.evaluator import (
     restarts,
     threats_of,
 )
+from mat_dist.loading import candidates
 from mat_dist.report.files import RunFiles
 from mat_dist.threats import Threat
 
@@ -111,9 +112,10 @@ def load_subject(run: RunFiles, manifest: checkpoint.Manifest, images: int, devi
 def best_peer(run: RunFiles, step: int, weights: str) -> str:
     """The peer with the highest robust accuracy on the validation split at `step`, as `mat_dist.load` chooses; the
     first one where there is no such evaluation."""
+    names = candidates(run.config)
     for one in run.evaluations:
         if one.step == step and one.file.startswith("validation"):
-            robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in run.peers}
+            robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in names}
             if robust:
-                return max(robust, key=lambda name: (robust[name], -run.peers.index(name)))
-    return run.peers[0]
+                return max(robust, key=lambda name: (robust[name], -names.index(name)))
+    return names[0]

@@ -50,10 +50,9 @@ def quiet() -> Iterator[None]:
     logger.propagate = before
 
 
-@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
-@pytest.mark.parametrize(("version", "custom"), [
-    ("custom", FAST), pytest.param("standard", (), marks=pytest.mark.slow),
-    pytest.param("rand", (), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("version", "custom", "threat"), [
+    ("custom", FAST, THREATS[2]), ("rand", (), THREATS[1]), *(("standard", (), threat) for threat in THREATS)],
+    ids=lambda v: getattr(v, "norm", None))
 def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str, custom: tuple[str, ...]) -> None:
     model = make_model(10)
     x, y = images(model)
@@ -68,7 +67,7 @@ def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str
 
 @pytest.mark.parametrize(("name", "threat"), [
     *((name, THREATS[0]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
-    ("fab-t", THREATS[1]), ("apgd-ce", THREATS[2]), ("apgd-t", THREATS[2])], ids=lambda v: getattr(v, "norm", v))
+    ("fab-t", THREATS[1]), ("apgd-t", THREATS[2])], ids=lambda v: getattr(v, "norm", v))
 def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat) -> None:
     model = make_model(10)
     x, y = images(model)

@@ -96,6 +96,17 @@ def test_other_samples_of_one_data_set_are_refused(compare, tmp_path: Path) -> N
     assert code == 2 and "different images" in err
 
 
+def test_what_makes_a_comparison_unequal_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write(tmp_path, "a", "1" * 10, transfer=True)
+    b = write(tmp_path, "b", "1" * 10, transfer=True)
+    assert main(["--compare", a, b]) == 0 and "transfer=false" not in capsys.readouterr().out
+    file = next(Path(b, "eval").glob("*.csv"))
+    file.write_text(file.read_text() + file.read_text().partition("\n")[2].replace("peer0", "peer1"))
+    assert main(["--compare", a, b]) == 0 and "transfer=false gives both the same attacks" in capsys.readouterr().out
+    other = write(tmp_path, "c", "1" * 10, transfer=True, subset_seed=1, images_digest="j")
+    assert main(["--compare", a, other]) == 2 and "of other seeds, with all images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_splits_that_the_seed_draws_are_refused_under_other_seeds(split: str, compare, tmp_path: Path) -> None:
     _, code, err = compare(write(tmp_path, "a", "1" * 10, split=split),

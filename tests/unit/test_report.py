@@ -12,6 +12,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from mat_dist.report.axes import Axis, ticks
 from mat_dist.report.book import Book
 from mat_dist.report.charts import Series, heat_map, line_chart
 from mat_dist.report.compare import unlike
-from mat_dist.report.evaluations import Outcome
+from mat_dist.report.evaluations import Evaluation, Outcome, Target
 from mat_dist.report.files import read_run
 from mat_dist.report.html import table, tag
 from mat_dist.report.measure import Measured, measure
 from mat_dist.report.page import run_page
 from mat_dist.report.pixels import png, scaled
 from mat_dist.report.results import class_section, class_shares
-from mat_dist.report.subject import Subject, find_checkpoint, load_subject
+from mat_dist.report.subject import Subject, best_peer, find_checkpoint, load_subject
 from mat_dist.report.training import phase_means, thinned
 from mat_dist.runfolder import RunFolder, RunLock
 from tests.browser import CHROMIUM, Browser
@@ -434,6 +435,27 @@ def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_n
     assert ["peer0|", "50.00|", "50.00|"] in rows
     assert "Do not report these numbers" in text and "peer1: zero gradients" in text
     assert "attack the checkpoint with AutoAttack" not in text
+
+
+def test_an_evaluation_without_checks_is_marked(copy):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab", targets=[
+        {"target": "peer0", "weights": "ema", "n": 4, "accuracy": {"clean": 1, "linf 1/10": 0.5, "union": 0.5},
+         "checks": []}])
+    assert main(["--no-attack", str(copy.path)]) == 0
+    text = page_of(copy)
+    assert "Do not report these numbers" in text and "peer0: no checks were made" in text
+
+
+def test_a_frozen_peer_is_not_chosen(copy):
+    run = read_run(copy.path)
+    robust = {"peer0": 0.5, "peer1": 0.4}
+    one = Evaluation("validation_step_8.json", "", "val", 8, "", "", (), tuple(
+        Target(name, "raw", 4, {"union": share}, {}, ()) for name, share in robust.items()), {})
+    peers = run.config.peers
+    teacher = peers[0].model_copy(update={"frozen": True})
+    taught = run.config.model_copy(update={"peers": (teacher, *peers[1:])})
+    chosen = [best_peer(replace(run, config=config, evaluations=[one]), 8, "raw") for config in (run.config, taught)]
+    assert chosen == ["peer0", "peer1"]
 
 
 def test_images_that_are_gone_leave_a_report_of_the_files(copy):

@@ -51,7 +51,8 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("version", "custom", "threat"), [
-    ("custom", FAST, THREATS[2]), ("rand", (), THREATS[1]), *(("standard", (), threat) for threat in THREATS)],
+    ("custom", FAST, THREATS[2]), ("rand", (), THREATS[1]), ("standard", (), THREATS[0]),
+    *(pytest.param("standard", (), threat, marks=pytest.mark.thorough) for threat in THREATS[1:])],
     ids=lambda v: getattr(v, "norm", None))
 def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str, custom: tuple[str, ...]) -> None:
     model = make_model(10)

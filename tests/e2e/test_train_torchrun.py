@@ -86,6 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run
 
 
+@pytest.mark.thorough  # launch/placement.sh shows it too
 def test_four_ranks_give_the_weights_of_one_process(alone: Finished, tmp_path: Path) -> None:
     run = run_to_end(torchrun(4), tmp_path, "four")
     assert run.code == 0 and run.codes() == [0] and run.steps() == alone.steps()
@@ -108,7 +109,7 @@ def test_a_run_that_torchrun_is_told_to_stop_goes_on_with_other_ranks(alone: Fin
     assert again.hashes() == alone.hashes()
 
 
-@pytest.mark.parametrize("restart", ["by hand", "by torchrun"])
+@pytest.mark.parametrize("restart", [pytest.param("by hand", marks=pytest.mark.thorough), "by torchrun"])
 def test_a_run_whose_rank_was_killed_goes_on_from_its_newest_checkpoint(restart: str, alone: Finished,
                                                                         tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "killed")

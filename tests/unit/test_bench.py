@@ -143,7 +143,7 @@ def test_a_prediction_by_hand() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["step", "naive", "scale"])
+@pytest.mark.parametrize("command", ["step", "naive", pytest.param("scale", marks=pytest.mark.thorough)])
 def test_a_command_writes_all_figures(command: str, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "figures.json"
     assert main([command, "--rounds", "1", "--image=3x8x8", "--json", str(file), *SMALL, "peers=2"]) == 0

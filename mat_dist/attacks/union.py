@@ -1,7 +1,5 @@
 """Several norms for one peer: which of its threats it trains against, batch by batch, image by image, step by step.
 
-    worst_of      max: the AE with the highest loss, per image (Tramer and Boneh, "Adversarial training and robustness
-                  for multiple perturbations", NeurIPS 2019)
     msd           in every step the norm whose step raises the loss most, per image (Maini, Wong and Kolter,
                   "Adversarial robustness against the union of multiple perturbation models", ICML 2020)
     random_norm   one norm per batch, at random (SAT: Madaan, Shin and Hwang, "Learning to generate noise for
@@ -9,14 +7,15 @@
     EatChoice     one norm per batch, the less robust one more often (E-AT: Croce and Hein, "Adversarial robustness
                   against multiple and single l_p-threat models via quick fine-tuning of robust classifiers", ICML 2022)
 
-The mean over norms (`avg`, Tramer and Boneh) needs nothing of this: it is a sum of losses.
+The mean over norms and the worst of each image (`avg`, `max`: Tramer and Boneh, "Adversarial training and robustness
+for multiple perturbations", NeurIPS 2019) need nothing of this: they combine losses (`objective.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,35 +26,6 @@ from mat_dist.threats import L1Region, Region, per_image
 
 MSD_TOPS = (5, 20)  # an l1 step of MSD moves so many values, drawn anew in each step (its code, locuslab/robust_union)
 EAT_UNSEEN = 0.5  # weight of every norm until all were used (its code, fra31/robust-finetuning)
-
-
-class Worst(NamedTuple):
-    """Image by image the one with the highest loss.
-
-    Attributes:
-        adv_BCHW: these AEs.
-        which_B: from which of the batches each comes (int64).
-        loss_B: their loss.
-    """
-
-    adv_BCHW: Tensor
-    which_B: Tensor
-    loss_B: Tensor
-
-
-@torch.no_grad()
-def worst_of(model: Model, x_BCHW: Tensor, y_B: Tensor, advs: Sequence[Tensor], loss: str = "ce") -> Worst:
-    """The worst of several AEs of each image; of equal ones the first. One forward per batch of AEs.
-
-    Args:
-        model: images in [0, 1] -> logits, frozen by the caller as for `pgd`.
-        advs: batches of AEs of x_BCHW, one or more.
-        loss: what counts as bad: `ce`, `kl_clean` or `margin`.
-    """
-    objective = attack_loss(model, x_BCHW, y_B, loss)
-    values_NB = torch.stack([objective(model(adv).to(x_BCHW.dtype)) for adv in advs])
-    which_B = values_NB.argmax(0)
-    return Worst(_pick(advs, which_B), which_B, values_NB.gather(0, which_B[None])[0])
 
 
 def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region], step_sizes: Sequence[float],

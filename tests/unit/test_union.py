@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mat_dist import streams
-from mat_dist.attacks.union import EatChoice, msd, random_norm, worst_of
+from mat_dist.attacks.union import EatChoice, msd, random_norm
 from mat_dist.threats import L1Region, Threat
 
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
@@ -30,19 +30,6 @@ def some_images(count: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Te
 
 def loss_of(image: Tensor, label: Tensor) -> float:
     return F.cross_entropy(model(image[None]), label[None]).item()
-
-
-def test_the_worst_of_several_aes_is_chosen_image_by_image() -> None:
-    x, y = some_images()
-    advs = [t.start("uniform", t.region(x), x, stream=i) for i, t in enumerate(THREATS)]
-    found = worst_of(model, x, y, advs)
-    for b in range(len(x)):
-        losses = [loss_of(adv[b], y[b]) for adv in advs]
-        which = max(range(3), key=lambda i: losses[i])
-        assert found.which_B[b] == which and torch.equal(found.adv_BCHW[b], advs[which][b])
-        assert found.loss_B[b].item() == pytest.approx(losses[which])
-    assert len(found.which_B.unique()) == 3
-    assert torch.equal(worst_of(model, x, y, [x, x]).which_B, torch.zeros_like(y))
 
 
 def one_image(x: Tensor, y: Tensor, steps: int, tops: list[int]) -> tuple[Tensor, list[int]]:

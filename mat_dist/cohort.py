@@ -70,6 +70,7 @@ class Cohort:
         threats: of all peers, in peer order.
         batch_size: images of the global batch.
         total_steps, steps_per_epoch: for the schedules.
+        perturbs: some peer of the cohort trains with AWP.
     """
 
     peers: list[Peer]
@@ -80,6 +81,7 @@ class Cohort:
     batch_size: int
     total_steps: int
     steps_per_epoch: int
+    perturbs: bool = False
     rows: slice = field(init=False)
     muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
     alone: set[int] = field(default_factory=set)  # peers that still warm up
@@ -104,7 +106,6 @@ class Cohort:
         Args:
             models: ready models of the local peers instead of fresh ones (tests, fine-tuning).
         """
-        _refuse_replicas(config, mesh)
         plan = CohortPlan.of(config.peers)
         peers = []
         for n, index in enumerate(mesh.placement.local_peers):
@@ -118,7 +119,8 @@ class Cohort:
         if total < 1:
             raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
         threats = tuple(Threat(spec.threat.norm, spec.threat.eps) for spec in config.peers)
-        return cls(peers, plan, mesh, config.step, threats, config.train.batch_size, total, steps_per_epoch)
+        return cls(peers, plan, mesh, config.step, threats, config.train.batch_size, total, steps_per_epoch,
+                   perturbs=any(spec.optim.awp_gamma for spec in config.peers))
 
     def lr(self, spec: PeerConfig, step: int) -> float:
         """A peer's learning rate at a step."""
@@ -165,22 +167,24 @@ class Cohort:
 
     def update(self, step: int) -> None:
         """Apply the gradients of a committed step."""
+        self._count()
         for peer in self.peers:
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
 
-
-def _refuse_replicas(config: Config, mesh: Mesh) -> None:
-    """What needs the whole batch of a peer on one rank. Raises EnvironmentFault."""
-    if mesh.placement.replicas == 1:
-        return
-    for index, spec in enumerate(config.peers):
-        for key, used in (("optim.awp_gamma", bool(spec.optim.awp_gamma)),
-                          ("union.strategy", spec.union.strategy in ("eat", "ramp"))):
-            if used:
-                raise EnvironmentFault(f"peers.{index}.{key} with {mesh.placement.replicas} replicas per peer", key,
-                                       f"start at most {len(config.peers)} ranks")
+    def _count(self) -> None:
+        """Sum what E-AT counted in this step over the replicas, so that all choose alike."""
+        rows = self.plan.peers
+        if self.mesh.placement.replicas == 1 or not any(row.me.strategy == "eat" for row in rows):
+            return
+        counted = torch.zeros(len(rows), max(len(row.me.union) for row in rows), 2, dtype=torch.int64)
+        for peer in self.peers:
+            for place, counts in enumerate(peer.crafter.counted):
+                counted[peer.index, place] = torch.tensor(counts)
+        counted = self.mesh.sum_world(counted)
+        for peer in self.peers:
+            peer.crafter.counted = counted[peer.index, :len(peer.crafter.counted)].tolist()
 
 
 def state_hash(state: Any) -> str:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.union import EatChoice, random_norm
 from mat_dist.config.schema import PeerConfig, StepConfig
-from mat_dist.crafting import TrainingAttack, autocast
-from mat_dist.models.modes import frozen
+from mat_dist.crafting import TrainingAttack
 from mat_dist.plan import Member
 
 ALL = -1  # all threats of a union at once
@@ -31,20 +30,24 @@ class Crafter:
     Attributes:
         threats: the union's, or the peer's one.
         steps_per_epoch: for schedules.
+        counted: E-AT's counts of the step under way, images that held and images attacked, by threat; replicas sum
+            them before `commit`.
     """
 
     def __init__(self, name: str, spec: PeerConfig, model: nn.Module, step: StepConfig, stream: Callable[..., int],
                  notes: list[str]) -> None:
         member = Member.of(spec)
-        self._name, self._model, self._stream, self._notes = name, model, stream, notes
-        self._precision, self._strategy = step.precision, member.strategy
+        self._name, self._stream, self._notes = name, stream, notes
+        self._strategy = member.strategy
         self.threats = member.union or (member.threat,)
         self._growing_epochs, self.steps_per_epoch = spec.attack.eps_warmup_epochs, 1
         self._halves = False  # the attack ran out of memory once
-        self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
-        self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
+        # E-AT trains against linf and l1, from which l2 follows.
+        self._drawn = tuple(n for n, threat in enumerate(self.threats) if threat.norm != "l2")
+        self._eat = EatChoice.of(len(self._drawn)) if self._strategy == "eat" else None
+        self.counted = self._nothing()
         self._attack = TrainingAttack(model, self.threats, spec.attack, step,
-                                      lambda text: notes.append(f"{name}: {text}"))
+                                      lambda text: notes.append(f"{name}: {text}"), counts=self._eat is not None)
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
                  teacher_BK: Tensor | None = None) -> Tensor:
@@ -55,13 +58,8 @@ class Crafter:
         if self._strategy == "random":
             chosen = random_norm(len(self.threats), stream=self._stream("norm", step))
         elif self._eat is not None:
-            chosen = self._eat.choose(stream=self._stream("eat", step))
-        adv = self._in_halves(chosen, x_BCHW, y_B, step, first_row, teacher_BK)
-        if self._eat is not None:
-            with frozen(self._model), torch.no_grad(), autocast(self._precision, adv.device):
-                held = int((self._model(adv).argmax(-1) == y_B).sum())
-            self._attacked.append((chosen, held, len(y_B)))
-        return adv
+            chosen = self._drawn[self._eat.choose(stream=self._stream("eat", step))]
+        return self._in_halves(chosen, x_BCHW, y_B, step, first_row, teacher_BK)
 
     def others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int) -> list[Tensor]:
         """AEs of a batch against each threat of the union but the first, in order."""
@@ -76,8 +74,12 @@ class Crafter:
             return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row,
                                          scale=scale)
         stream = self._stream("attack", step) if threat == 0 else self._stream("attack", step, threat)
-        return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
-                            scale=scale)
+        adv = self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
+                           scale=scale)
+        if self._attack.held_B is not None:
+            self.counted[threat][0] += int(self._attack.held_B.sum())
+            self.counted[threat][1] += len(y_B)
+        return adv
 
     def _in_halves(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
                    teacher_BK: Tensor | None = None) -> Tensor:
@@ -105,14 +107,17 @@ class Crafter:
 
     def commit(self) -> None:
         """Count what the attacks of a committed step have seen."""
-        for counts in self._attacked:
-            assert self._eat is not None
-            self._eat.update(*counts)
-        self._attacked = []
+        if self._eat is not None:
+            for place, threat in enumerate(self._drawn):
+                self._eat.update(place, *self.counted[threat])
+        self.counted = self._nothing()
 
     def forget(self) -> None:
         """Drop the counts of a refused step."""
-        self._attacked = []
+        self.counted = self._nothing()
+
+    def _nothing(self) -> list[list[int]]:
+        return [] if self._eat is None else [[0, 0] for _ in self.threats]
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""

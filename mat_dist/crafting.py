@@ -21,7 +21,8 @@ from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
 from mat_dist.threats import Region, Threat
 
-Engine = Callable[[Tensor, Tensor, Tensor], Tensor]  # (clean images, labels, start) -> AEs
+# (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
+Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class TrainingAttack:
@@ -33,13 +34,20 @@ class TrainingAttack:
         settings: complete settings.
         step: precision, copy and engine.
         tell: gets one line where a copy or an engine cannot be used.
+        counts: also tell which images held.
+
+    Attributes:
+        held_B: whether each image of the newest batch was classified correctly at every point of its attack, the start
+            and the result included (bool); None where that is not counted.
     """
 
     def __init__(self, model: nn.Module, threats: Sequence[Threat], settings: AttackConfig, step: StepConfig,
-                 tell: Callable[[str], None]) -> None:
+                 tell: Callable[[str], None], *, counts: bool = False) -> None:
         self._model, self._threats, self._settings, self._step, self._tell = model, threats, settings, step, tell
         self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
         self._called: Model = model
+        self._counts = counts
+        self.held_B: Tensor | None = None
         self._engines: list[Engine] = []  # one per threat
         self._sizes = [settings.step_size or 0.0] + [
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
@@ -67,14 +75,14 @@ class TrainingAttack:
         start = chosen.start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
             if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1:
-                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale)
+                return self._keep(*self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale))
             try:
-                return self._engines[threat](x_BCHW, y_B, start)
+                return self._keep(*self._engines[threat](x_BCHW, y_B, start))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
                 self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                return self._attack(x_BCHW, y_B, start, threat)
+                return self._keep(*self._attack(x_BCHW, y_B, start, threat))
 
     def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0) -> Tensor:
         """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
@@ -103,17 +111,24 @@ class TrainingAttack:
                 self._copy.refresh()
             yield
 
+    def _keep(self, found_BCHW: Tensor, held_B: Tensor | None = None) -> Tensor:
+        self.held_B = held_B
+        return found_BCHW
+
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
-                teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """The AEs; a graph, whose images change in place, leaves the region to be formed inside."""
+                teacher_BK: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, ...]:
+        """What an engine gives; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None
         region, size = region or self._threats[threat].region(x_BCHW, settings.l1_share), scale * self._sizes[threat]
         if settings.method == "apgd":
-            return apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                        steps=settings.steps, step_size=size, teacher_BK=teacher_BK).best_BCHW
-        return pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                   steps=settings.steps, step_size=size, teacher_BK=teacher_BK)
+            found = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                         steps=settings.steps, step_size=size, teacher_BK=teacher_BK)
+            return (found.best_BCHW, found.held_B) if self._counts else (found.best_BCHW,)
+        right: list[Tensor] | None = [] if self._counts else None
+        adv = pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                  steps=settings.steps, step_size=size, teacher_BK=teacher_BK, right=right)
+        return (adv, torch.stack(right).all(0)) if right else (adv,)
 
     def _eager(self) -> list[Engine]:
         return [partial(self._attack, threat=number) for number in range(len(self._threats))]

@@ -203,10 +203,10 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
         teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
         teaching += int(any(run.plan.guided))
         attack = spec.attack.steps * len(row.own) if run.plan.crafts[row.index] else 0
-        # Forwards alone: the clean prediction once, APGD's look at its last point, E-AT's at its AEs, MSD's at each
-        # step of each norm.
+        # Forwards alone: the clean prediction once, APGD's look at its last point, which E-AT needs with PGD too,
+        # MSD's at each step of each norm.
         alone = (int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")) * len(row.own)
-        alone += int(row.me.strategy == "eat")
+        alone += int(row.me.strategy == "eat" and spec.attack.method == "pgd")
         alone += spec.attack.steps * len(row.me.union) if row.me.strategy == "msd" else 0
         backward = attack + learning
         counts.append((attack, learning, teaching, backward + teaching + (alone if attack else 0), backward))

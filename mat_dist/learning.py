@@ -78,9 +78,30 @@ def _any(known: list[dict[int, Tensor]]) -> Tensor:
     return next(t for logits in known for t in logits.values())
 
 
+def right_L(cohort: Cohort, known: list[dict[int, Tensor]], inputs_LS: list[list[Tensor]], y_B: Tensor, step: int,
+            first_row: int) -> Tensor:
+    """How many images RAMP pairs in each local peer -> (L,), in float64; 0 where it pairs none.
+
+    What `memory: recompute` has not forwarded yet is, without a trace.
+    """
+    counts = []
+    for peer, logits, inputs in zip(cohort.peers, known, inputs_LS, strict=True):
+        pair, right_B = cohort.plan.peers[peer.index].ramp, torch.zeros(1, device=y_B.device)
+        if pair is not None:
+            told = logits.get(pair[0])
+            told = peer.teach(inputs[pair[0]], (step, pair[0], first_row)) if told is None else told
+            right_B = told.argmax(-1) == y_B
+        counts.append(right_B.sum().double())
+    return torch.stack(counts)
+
+
 def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: list[Tensor], opinions: Opinions,
-              y_B: Tensor, step: int, first_row: int) -> Tensor:
-    """Add the gradient of the peer's loss -> the loss, detached."""
+              y_B: Tensor, step: int, first_row: int, right: Tensor | None = None) -> Tensor:
+    """Add the gradient of the peer's loss -> the loss, detached.
+
+    Args:
+        right: see `objective.partial_loss`.
+    """
     def add_gradient() -> Tensor:
         plan, recomputes = cohort.plan.peers[peer.index], peer.recomputes
         total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
@@ -88,7 +109,7 @@ def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: lis
             if not slots:
                 continue
             logits = _learn(cohort, peer, slots, inputs_S, step, first_row) if recomputes else known
-            loss = peer.loss(slots, logits, opinions, y_B)
+            loss = peer.loss(slots, logits, opinions, y_B, right)
             (loss / cohort.step.microbatches).backward()
             total += loss.detach()
         return total

@@ -64,14 +64,17 @@ def worst_cross_entropy(logits: Sequence[Tensor], y_B: Tensor, label_smoothing: 
     return torch.stack(each).amax(0).mean()
 
 
-def ramp_term(first_BK: Tensor, second_BK: Tensor, y_B: Tensor) -> Tensor:
+def ramp_term(first_BK: Tensor, second_BK: Tensor, y_B: Tensor, right: Tensor | None = None) -> Tensor:
     """KL(prediction on the AE of one norm || on that of another), mean over images right on the first.
 
     RAMP (Jiang and Singh, NeurIPS 2024). 0 where no image is right.
+
+    Args:
+        right: how many images the sum is divided by, where the batch is a part of a larger one; a scalar > 0.
     """
     right_B = first_BK.argmax(-1) == y_B
     each_B = kl_per_image(first_BK.log_softmax(-1), second_BK.log_softmax(-1))
-    return (each_B * right_B).sum() / right_B.sum().clamp(min=1)
+    return (each_B * right_B).sum() / (right_B.sum().clamp(min=1) if right is None else right)
 
 
 def logit_pairing(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:

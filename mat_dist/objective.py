@@ -13,13 +13,14 @@ from mat_dist.plan import PeerPlan
 
 
 def partial_loss(plan: PeerPlan, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions,
-                 y_B: Tensor) -> Tensor:
+                 y_B: Tensor, right: Tensor | None = None) -> Tensor:
     """The terms of the loss that belong to `slots`, a union of the plan's groups -> scalar.
 
     Args:
         logits: this peer's logits_BK on each of `slots`, with graph.
         opinions: of all peers.
         y_B: labels.
+        right: how many images RAMP's pairing averages over, mean over replicas; default: counted in this batch.
     """
     total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
     for slot in slots:
@@ -29,7 +30,7 @@ def partial_loss(plan: PeerPlan, slots: Sequence[int], logits: Mapping[int, Tens
     if plan.paired and plan.index in slots:
         total = total + plan.loss.base_scale * _paired(plan, logits[plan.clean], logits[plan.index], y_B)
     if plan.rivals and plan.rivals[0] in slots:
-        total = total + plan.loss.base_scale * _union(plan, logits, y_B)
+        total = total + plan.loss.base_scale * _union(plan, logits, y_B, right)
     return total
 
 
@@ -81,11 +82,11 @@ def _paired(plan: PeerPlan, clean_BK: Tensor, own_BK: Tensor, y_B: Tensor) -> Te
     return total
 
 
-def _union(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor) -> Tensor:
+def _union(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor, right: Tensor | None) -> Tensor:
     """The worst threat of each image, and RAMP's pairing."""
     weight = sum(plan.hard[slot] for slot in plan.rivals)
     total = weight * losses.worst_cross_entropy([logits[slot] for slot in plan.rivals], y_B, plan.loss.label_smoothing)
     if plan.ramp is not None:
         first, second = plan.ramp
-        total = total + plan.me.ramp_weight * losses.ramp_term(logits[first], logits[second], y_B)
+        total = total + plan.me.ramp_weight * losses.ramp_term(logits[first], logits[second], y_B, right)
     return total

@@ -77,20 +77,25 @@ class Peer:
         assert self.plan is not None
         return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
 
-    def perturb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> None:
-        """AWP: move the weights up the peer's own loss, until `restore`; batch-norm statistics stay.
+    def climb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
+        """AWP's gradients of the peer's own loss; batch-norm statistics stay.
 
-        Does nothing without `optim.awp_gamma`, before its warm-up has ended, and where the peer learns from others
-        alone.
+        None without `optim.awp_gamma`, before its warm-up has ended, and where the peer learns from others alone:
+        alike on all replicas.
         """
         assert self.plan is not None
         optim, slots = self.spec.optim, own_slots(self.plan)
         if not (optim.awp_gamma and slots) or step < optim.awp_warmup_epochs * self._steps_per_epoch:
-            return
+            return []
         inputs = {self.plan.index: adv_BCHW, self.plan.clean: x_BCHW}
         with torch.enable_grad(), self.precision(), self._drawing((step, -2, first_row)), batch_stats_only(self.model):
             loss = own_loss(self.plan, {slot: self._logits(inputs[slot]) for slot in slots}, y_B)
-        self._weights.perturb(loss)
+        return self._weights.gradients(loss)
+
+    def perturb(self, gradients: Sequence[Tensor]) -> None:
+        """AWP: move the weights along what `climb` gave, averaged over replicas, until `restore`."""
+        if gradients:
+            self._weights.perturb(gradients)
 
     def restore(self) -> None:
         """Undo `perturb`, bit by bit."""
@@ -133,10 +138,11 @@ class Peer:
 
     # ---------------------------------------------------------------- learning
 
-    def loss(self, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions, y_B: Tensor) -> Tensor:
+    def loss(self, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions, y_B: Tensor,
+             right: Tensor | None = None) -> Tensor:
         """The terms of the mutual loss that belong to `slots`; see `objective.partial_loss`."""
         assert self.plan is not None
-        return partial_loss(self.plan, slots, logits, opinions, y_B)
+        return partial_loss(self.plan, slots, logits, opinions, y_B, right)
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the trainable parameters, in order; zeros where a parameter took no part."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,14 +22,17 @@ class WeightPerturbation:
         self._model, self._gamma = model, gamma
         self._before: list[tuple[nn.Parameter, Tensor]] = []
 
-    def perturb(self, loss: Tensor) -> None:
-        """Move the weights up `loss`, a scalar whose graph reaches them."""
-        moved = [p for p in self._model.parameters() if p.requires_grad and p.ndim > 1]
-        gradients = torch.autograd.grad(loss, moved)
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Those of `loss`, a scalar whose graph reaches the weights; replicas average them before `perturb`."""
+        return list(torch.autograd.grad(loss, self._moved()))
+
+    @torch.no_grad()
+    def perturb(self, gradients: Sequence[Tensor]) -> None:
+        """Move the weights along what `gradients` gave."""
+        moved = self._moved()
         self._before = [(p, p.detach().clone()) for p in moved]
-        with torch.no_grad():
-            for p, g in zip(moved, gradients, strict=True):
-                p.add_(g * (self._gamma * p.norm() / (g.norm() + torch.finfo(g.dtype).tiny)))
+        for p, g in zip(moved, gradients, strict=True):
+            p.add_(g * (self._gamma * p.norm() / (g.norm() + torch.finfo(g.dtype).tiny)))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -35,3 +40,6 @@ class WeightPerturbation:
         for parameter, before in self._before:
             parameter.copy_(before)
         self._before = []
+
+    def _moved(self) -> list[nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad and p.ndim > 1]

@@ -6,6 +6,7 @@ T slots taught, B rows of this replica's (micro-)batch, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -130,14 +131,17 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
 
     # 4 exchange of logits
     told = agree.run("teaching", _told, cohort, taught_LTBK)
+    counts_L = agree.run("counting", _paired, cohort, known, inputs_LS, y_B, step, first_row)
     agree.header("logits", told)
     clock.lap("wait")
     opinions = _exchanged(cohort, told)
+    rights = _over_replicas(cohort, counts_L)
     clock.lap("exchange")
 
     # 5, 6 losses and gradients
     loss = [agree.run(f"backward of {p.name}", learning.backward, cohort, p, logits, inputs, opinions, y_B, step,
-                      first_row) for p, logits, inputs in zip(peers, known, inputs_LS, strict=True)]
+                      first_row, right)
+            for p, logits, inputs, right in zip(peers, known, inputs_LS, rights, strict=True)]
     correct_LS = torch.empty(0)
     if log:
         correct_LS = agree.run("transfer table", learning.transfer, cohort, known, inputs_S, y_B, step, first_row)
@@ -156,8 +160,13 @@ def _crafted(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, y_B: Tensor, step
     aes = [agree.run(f"attack of {p.name}", _attack, cohort, p, x_BCHW, y_B, step, first_row, guide, log)
            for p, guide in zip(cohort.peers, guides_L, strict=True)]
     private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in cohort.peers]
-    for peer, adv_BCHW in zip(cohort.peers, aes, strict=True):
-        agree.run(f"weight perturbation of {peer.name}", peer.perturb, adv_BCHW, x_BCHW, y_B, step, first_row)
+    climbs = [agree.run(f"weight perturbation of {p.name}", p.climb, adv_BCHW, x_BCHW, y_B, step, first_row)
+              for p, adv_BCHW in zip(cohort.peers, aes, strict=True)]
+    if cohort.perturbs and cohort.mesh.placement.replicas > 1:
+        agree.header("weight perturbation")
+        cohort.mesh.average_replicas([g for gradients in climbs for g in gradients])
+    for peer, gradients in zip(cohort.peers, climbs, strict=True):
+        agree.run(f"weight perturbation of {peer.name}", peer.perturb, gradients)
     return aes, private
 
 
@@ -209,6 +218,22 @@ def _exchanged(cohort: Cohort, told: Tensor) -> Opinions:
     if cohort.step.opinions == "all":
         return AllLogits(cohort.mesh.gather_peers(told), cohort.plan.position)
     return SummedProbabilities(cohort.mesh.sum_peers(told), cohort.plan.position)
+
+
+def _paired(cohort: Cohort, known: list[dict[int, Tensor]], inputs_LS: list[list[Tensor]], y_B: Tensor, step: int,
+            first_row: int) -> Tensor | None:
+    """What replicas must count together: the images that RAMP averages over; None where each batch is a whole one."""
+    if cohort.mesh.placement.replicas == 1 or not any(row.ramp for row in cohort.plan.peers):
+        return None
+    return learning.right_L(cohort, known, inputs_LS, y_B, step, first_row)
+
+
+def _over_replicas(cohort: Cohort, counts_L: Tensor | None) -> Sequence[Tensor | None]:
+    """The counts of each local peer, mean over replicas: gradients are averaged over them."""
+    if counts_L is None:
+        return [None] * len(cohort.peers)
+    cohort.mesh.average_replicas([counts_L])
+    return counts_L.clamp(min=1 / cohort.mesh.placement.replicas).unbind()
 
 
 def _gather_records(cohort: Cohort, shares: list[_Share]) -> tuple[Tensor, Tensor]:

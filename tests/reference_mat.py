@@ -59,8 +59,9 @@ class Reference:
         return other.logits(x, None).detach()
 
     def attack(self, x: Tensor, y: Tensor, noise: Tensor, threat: Threat, *, steps: int, loss: str = "ce",
-               guide: Tensor | None = None) -> Tensor:
-        """PGD of 2.5 eps / steps; `guide` are the log-probabilities that kl_teacher moves away from."""
+               guide: Tensor | None = None, held: list[Tensor] | None = None) -> Tensor:
+        """PGD of 2.5 eps / steps; `guide` are the log-probabilities that kl_teacher moves away from; `held` takes
+        which images are right at each of its points."""
         target = self.logits(x, None).detach().log_softmax(1) if guide is None else guide
         adv = project(x + noise, x, threat)
         for _ in range(steps):
@@ -68,7 +69,11 @@ class Reference:
             z = self.logits(adv, None).log_softmax(1)
             value = -z[torch.arange(len(y)), y] if loss == "ce" else (target.exp() * (target - z)).sum(1)
             (g,) = torch.autograd.grad(value.sum(), adv)
+            if held is not None:
+                held.append(z.argmax(1) == y)
             adv = project(step_along(g, adv.detach(), x, threat, 2.5 * threat.eps / steps), x, threat)
+        if held is not None:
+            held.append(self.logits(adv, None).argmax(1) == y)
         return adv.detach()
 
     def settle(self, learned: list[Stats]) -> None:

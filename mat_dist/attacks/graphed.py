@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Attack = Callable[[Tensor, Tensor, Tensor], Tensor]  # (clean images, labels, start) -> adversarial images
+# (clean images, labels, start) -> adversarial images, and what else the attack tells
+Attack = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # graph, inputs, results
 WARM_UP = 3  # calls before the capture: cuDNN tries its kernels and autograd starts its threads
 
 
@@ -26,18 +28,18 @@ class GraphedAttack:
 
     def __init__(self, attack: Attack) -> None:
         self._attack = attack
-        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], Tensor]] = {}
+        self._graphs: dict[torch.Size, Captured] = {}
 
-    def __call__(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> Tensor:
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> tuple[Tensor, ...]:
         if x_BCHW.shape not in self._graphs:
             self._graphs[x_BCHW.shape] = self._capture(x_BCHW, y_B, start_BCHW)
         graph, inputs, result = self._graphs[x_BCHW.shape]
         for fixed, given in zip(inputs, (x_BCHW, y_B, start_BCHW), strict=True):
             fixed.copy_(given)
         graph.replay()
-        return result.clone()
+        return tuple(part.clone() for part in result)
 
-    def _capture(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], Tensor]:
+    def _capture(self, *given: Tensor) -> Captured:
         x_BCHW, y_B, start_BCHW = (tensor.detach().clone() for tensor in given)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -77,7 +77,8 @@ def likely_wrong(model: Model, x_BCHW: Tensor, y_B: Tensor, count: int) -> list[
 
 
 def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
-        step_size: float, teacher_BK: Tensor | None = None, momentum: float | None = None) -> Tensor:
+        step_size: float, teacher_BK: Tensor | None = None, momentum: float | None = None,
+        right: list[Tensor] | None = None) -> Tensor:
     """The last iterate of projected gradient ascent -> adversarial batch (B, C, H, W), detached, x's dtype.
 
     The loss is summed, not averaged, so that no image's step depends on the batch that it is in. Gradients are
@@ -93,18 +94,27 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
         teacher_BK: a teacher's logits of x_BCHW, for `kl_teacher`.
         momentum: decay of the sum of gradients that is followed, each divided by its mean absolute value; None
             follows the newest gradient as it is.
+        right: takes, for each point from the start to the result, whether each image is classified correctly (bool
+            (B,)); the result costs a forward of its own.
     """
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     adv, gathered = start_BCHW.detach(), None
     for _ in range(steps):
         adv.requires_grad_(True)
         with torch.enable_grad():
-            value = objective(model(adv).to(x_BCHW.dtype)).sum()
+            logits_BK = model(adv).to(x_BCHW.dtype)
+            value = objective(logits_BK).sum()
         (grad,) = torch.autograd.grad(value, adv)
+        if right is not None:
+            right.append(logits_BK.argmax(-1) == y_B)
         if momentum is not None:
             # A zero gradient adds nothing, not NaN.
             size_B = grad.flatten(1).abs().mean(1).clamp_(min=torch.finfo(grad.dtype).tiny)
             grad = grad / per_image(size_B, grad)
             gathered = grad = grad if gathered is None else momentum * gathered + grad
         adv = region.project(region.step(adv.detach(), grad, step_size))
-    return region.settle(adv)
+    found = region.settle(adv)
+    if right is not None:
+        with torch.no_grad():
+            right.append(model(found).argmax(-1) == y_B)
+    return found

@@ -104,7 +104,7 @@ class EatChoice:
     ranks choose alike.
 
     Attributes:
-        held: images per norm that stayed correct on the AEs of training (in E-AT's code at every point of the attack).
+        held: images per norm that were classified correctly at every point of the attack, as E-AT's code counts.
         seen: images per norm that were attacked.
     """
 

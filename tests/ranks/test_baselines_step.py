@@ -10,7 +10,7 @@ import torch
 
 from mat_dist.cohort import Cohort, state_hash
 from mat_dist.config.schema import Config
-from mat_dist.errors import EnvironmentFault, MatError
+from mat_dist.errors import MatError
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 from tests.cohorts import batch, build, nets, train
@@ -115,17 +115,63 @@ def test_a_guide_thinks_with_the_weights_of_the_step_in_each_micro_batch(run_ran
     assert seen == [True, True]
 
 
-@pytest.mark.parametrize("strategy", ["eat", "ramp"])
-def test_what_needs_the_whole_batch_refuses_replicas(strategy: str, run_ranks: Run) -> None:
-    config = configured(alone(strategy))
-    errors = run_ranks(lambda mesh: build(config, mesh, nets(1)), 1, 2, errors="return")
-    assert all(isinstance(e, EnvironmentFault) and "union.strategy with 2 replicas" in str(e) for e in errors)
+EASY = "linf:0.001,l2:0.01,l1:0.01"  # so weak that images stay right: RAMP pairs them, E-AT counts them
+TOGETHER: dict[str, list[dict[str, Any]]] = {  # what needs more than each replica's own rows
+    "ramp": alone("ramp", EASY),
+    "eat": alone("eat", EASY),
+    "awp": [{"loss": "at", "optim": {"awp_gamma": 0.05}}],
+    "all, side by side": [*alone("ramp", EASY), *alone("eat", EASY),
+                          {"loss": "trades", "optim": {"awp_gamma": 0.05, "awp_warmup_epochs": 0.1}}],
+}
 
 
-def test_awp_refuses_replicas(run_ranks: Run) -> None:
-    config = configured([{"optim": {"awp_gamma": 0.01}}])
-    errors = run_ranks(lambda mesh: build(config, mesh, nets(1)), 1, 2, errors="return")
-    assert all(isinstance(e, EnvironmentFault) and "optim.awp_gamma" in str(e) for e in errors)
+@pytest.mark.parametrize("memory", ["keep", pytest.param("recompute", marks=slow)])
+@pytest.mark.parametrize("name", ["ramp", "eat", "awp", pytest.param("all, side by side", marks=slow)])
+def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) -> None:
+    """Two ranks with half of the rows each, and different shares of right images, are one rank with all of them."""
+    entries, count = TOGETHER[name], len(TOGETHER[name])
+    models = nets(count, norm="group", dtype=torch.float64)
+    config = configured(entries, precision="fp64", memory=memory)
+    one, two = (run_ranks(lambda mesh: train(config, mesh, models, 4, dtype=torch.float64), count, world)
+                for world in (count, 2 * count))
+    hashes(two)
+    assert 0 < largest_difference(one, two) < 1e-9
+    counts = [{p.index: p.crafter.state() for c in cohorts for p in c.peers} for cohorts in (one, two)]
+    assert counts[0] == counts[1]
+    if name == "eat":
+        assert sum(counts[0][0]["eat"]["seen"]) == 4 * 8 and sum(counts[0][0]["eat"]["held"]) > 0
+
+
+def test_replicas_pair_what_a_replica_alone_would_not(run_ranks: Run) -> None:
+    """The pairing of RAMP with counts of its own on each replica is another loss, by far more than rounding."""
+    models, config = nets(1, norm="group", dtype=torch.float64), configured(TOGETHER["ramp"], precision="fp64")
+    def apart(mesh: Mesh) -> Cohort:
+        cohort = build(config, mesh, models)
+        for peer in cohort.peers:
+            peer.loss = lambda *args, plain=peer.loss: plain(*args[:4])  # type: ignore[method-assign]
+        for step in range(4):
+            x, y = batch(step, dtype=torch.float64)
+            train_step(cohort, x[cohort.rows], y[cohort.rows], step)
+        return cohort
+    whole = run_ranks(lambda mesh: train(config, mesh, models, 4, dtype=torch.float64), 1, 1)
+    assert largest_difference(whole, run_ranks(apart, 1, 2)) > 1e-6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_replica_that_fails_before_awp_stops_all(world: int, run_ranks: Run) -> None:
+    models, config = nets(2), configured(TOGETHER["awp"] * 2)
+    def one(mesh: Mesh) -> str:
+        cohort = build(config, mesh, models)
+        if mesh.placement.rank == world - 1:
+            def broken(*args: Any) -> Any:
+                raise RuntimeError("no way up")
+            cohort.peers[0].climb = broken  # type: ignore[method-assign]
+        x, y = batch(0)
+        with pytest.raises(MatError) as caught:
+            train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
+        return str(caught.value)
+    texts = set(run_ranks(one, 2, world))
+    assert len(texts) == 1 and "no way up" in texts.pop()
 
 
 # ------------------------------------------------------------------------------------------------ failures

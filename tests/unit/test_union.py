@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mat_dist import streams
 from mat_dist.attacks.union import EatChoice, msd, random_norm
+from mat_dist.peer import Peer
 from mat_dist.threats import L1Region, Threat
+from tests.cohorts import batch, cohort_config, nets
 
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
 SIZES = [0.03, 0.15, 0.5]
@@ -93,6 +95,35 @@ def test_eat_prefers_the_norm_with_the_lower_running_robust_accuracy() -> None:
     drawn = [choice.choose(stream=streams.key(3, step)) for step in range(4000)]
     theirs = random.Random(0).choices([0, 1], weights=[0.1, 0.7], k=4000)
     assert abs(drawn.count(0) - theirs.count(0)) < 120  # 4 standard deviations of the difference
+
+
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
+def test_eat_counts_images_that_are_right_at_every_point_of_the_attack(method: str) -> None:
+    """Against the predictions at every batch that the model is called with."""
+    (net,) = nets(1, dtype=torch.float64)
+    attack = {"method": method, "steps": 5, "step_size": 0.2}  # from side to side of the ball
+    config = cohort_config("at", 1, step={"precision": "fp64", "attack_copy": False}, entry={
+        "attack": attack, "union": {"strategy": "eat", "threats": "linf:0.1,l2:1,l1:0.5"}})
+    peer = Peer(0, config.peers[0], net, seed=0, step=config.step)
+    points: list[Tensor] = []
+    ends = throughout = 0
+    for step in range(40):
+        x, y = batch(step, dtype=torch.float64)
+        points.clear()
+        handle = net.register_forward_hook(lambda module, given, logits: points.append(logits.detach().argmax(1)))
+        adv = peer.attack(x, y, step)
+        handle.remove()
+        assert len(points) == 6
+        right = [int(all(point[b] == y[b] for point in points)) for b in range(len(y))]
+        drawn = [row for row in peer.crafter.counted if row[1]]
+        assert drawn == [[sum(right), len(y)]] and peer.crafter.counted[1] == [0, 0]  # l2 is never drawn
+        with torch.no_grad():
+            net.eval()
+            ends, throughout = ends + int((net(adv).argmax(1) == y).sum()), throughout + sum(right)
+        peer.crafter.commit()
+    held, seen = peer.crafter.state()["eat"]["held"], peer.crafter.state()["eat"]["seen"]
+    assert sum(held) == throughout > 0 and sum(seen) == 40 * 8 and min(seen) > 0
+    assert throughout < ends if method == "pgd" else throughout <= ends  # APGD's result is its worst point
 
 
 def test_eat_without_a_weight_left_chooses_evenly() -> None:

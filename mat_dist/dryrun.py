@@ -198,6 +198,7 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
     counts = []
     for _, spec, row in run.named():
         learning = len(row.learned) + (len(own_slots(row)) if spec.optim.awp_gamma and not spec.frozen else 0)
+        learning += int(bool(spec.union.projection_beta) and not spec.frozen)  # the gradient on clean images
         # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
         again = run.config.step.memory == "recompute" or run.config.step.teachers == "ema"
         teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))

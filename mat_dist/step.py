@@ -142,6 +142,9 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     loss = [agree.run(f"backward of {p.name}", learning.backward, cohort, p, logits, inputs, opinions, y_B, step,
                       first_row, right)
             for p, logits, inputs, right in zip(peers, known, inputs_LS, rights, strict=True)]
+    for peer in peers:
+        agree.run(f"natural gradient of {peer.name}", peer.learn_naturally, x_BCHW, y_B, step, first_row,
+                  1 / cohort.step.microbatches)
     correct_LS = torch.empty(0)
     if log:
         correct_LS = agree.run("transfer table", learning.transfer, cohort, known, inputs_S, y_B, step, first_row)
@@ -247,10 +250,12 @@ def _gather_records(cohort: Cohort, shares: list[_Share]) -> tuple[Tensor, Tenso
 
 
 def _reduce_gradients(cohort: Cohort, agree: Agreement) -> list[Tensor]:
-    """Mean gradient over replicas, clipped -> its norm for each local peer."""
+    """Mean gradient over replicas, projected, clipped -> its norm for each local peer."""
     if cohort.mesh.placement.replicas > 1:
         agree.header("gradients")  # a replica that failed must not be missing in the all-reduce
-        cohort.mesh.average_replicas([g for p in cohort.peers for g in p.gradients()])
+        cohort.mesh.average_replicas([g for p in cohort.peers for g in (*p.gradients(), *p.natural)])
+    for peer in cohort.peers:
+        agree.run(f"gradient of {peer.name}", peer.project)
     return [agree.run(f"gradient of {p.name}", p.clip) for p in cohort.peers]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mat_dist.config.presets import hears
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -28,3 +29,9 @@ def entries(config: Config) -> Iterator[tuple[str, PeerConfig]]:
     """Key and entry of every peer."""
     for index, peer in enumerate(config.peers):
         yield f"peers.{index}", peer
+
+
+def heard_by(config: Config, index: int) -> list[int]:
+    """The peers that a peer learns from."""
+    me = config.peers[index]
+    return [i for i, other in enumerate(config.peers) if i != index and hears(me.role, other.role, other.frozen)]

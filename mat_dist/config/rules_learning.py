@@ -1,10 +1,9 @@
-"""Rules of the mutual loss, of roles and unions: who can learn what from whom."""
+"""Rules of the mutual loss and of roles: who can learn what from whom."""
 
 from __future__ import annotations
 
-from mat_dist.config.fields import parse_threats
-from mat_dist.config.presets import PAIRS, hears
-from mat_dist.config.registry import entries, rule
+from mat_dist.config.presets import PAIRS
+from mat_dist.config.registry import entries, heard_by, rule
 from mat_dist.config.schema import Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -37,12 +36,6 @@ def attack_can_start(config: Config) -> list[ConfigError]:
     return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
                         "write start: gaussian (TRADES) or uniform")
             for key, peer in entries(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
-
-
-def _heard(config: Config, index: int) -> list[int]:
-    """The peers that a peer learns from."""
-    me = config.peers[index]
-    return [i for i, other in enumerate(config.peers) if i != index and hears(me.role, other.role, other.frozen)]
 
 
 def _nobody(config: Config, index: int) -> str:
@@ -82,7 +75,7 @@ def somebody_is_there_to_learn_from(config: Config) -> list[ConfigError]:
     found = []
     how = "write loss.preset: at (or trades), or more peers"
     for index, (key, peer) in enumerate(entries(config)):
-        loss, heard = peer.loss, _heard(config, index)
+        loss, heard = peer.loss, heard_by(config, index)
         if peer.frozen:
             continue
         if peer.role == "generalist" and not heard and not peer.union.threats:
@@ -156,38 +149,6 @@ def warm_up_ends(config: Config) -> list[ConfigError]:
     return found
 
 
-@rule("union", "peers", "loss")
-def unions_fit(config: Config) -> list[ConfigError]:
-    """A union has several norms, and the strategy can make them."""
-    found = []
-    for index, (key, peer) in enumerate(entries(config)):
-        union, heard = peer.union, _heard(config, index)
-        try:
-            threats = parse_threats(union.threats) if union.threats else []
-        except ValueError as error:
-            found.append(ConfigError(str(error), f"{key}.union.threats", "write norm:eps, such as linf:8/255,l2:0.5"))
-            continue
-        norms = [norm for norm, _ in threats]
-        taught = {config.peers[i].threat.norm for i in heard}
-        where = f"{key}.union.threats"
-        if threats and union.strategy is None:
-            found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
-                                     "write avg, max, random, eat, msd or ramp"))
-        elif union.strategy and peer.loss.hard_own and len(norms) < 2:
-            found.append(ConfigError(f"strategy {union.strategy} with {len(norms)} threats", where,
-                                     "write two or more, such as linf:8/255,l2:1/2,l1:12"))
-        elif len(set(norms)) < len(norms):
-            found.append(ConfigError("a union with one norm twice", where, "write each norm once"))
-        elif union.strategy == "eat" and not {"linf", "l1"} <= set(norms):
-            found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
-        elif union.strategy in ("max", "ramp") and not peer.loss.hard_own and len(taught) < 2:
-            found.append(ConfigError(f"strategy {union.strategy}, and the specialists have {len(taught)} norms",
-                                     f"{key}.union.strategy", "add a specialist for each norm"))
-        elif union.strategy and not peer.loss.hard_own and (missing := sorted(set(norms) - taught)):
-            found.append(ConfigError(f"no specialist for {', '.join(missing)}", where, "add one or leave the norm out"))
-    return found
-
-
 @rule("optim", "loss")
 def weights_climb_an_own_loss(config: Config) -> list[ConfigError]:
     """AWP perturbs the weights before anything arrives from other peers."""
@@ -195,21 +156,6 @@ def weights_climb_an_own_loss(config: Config) -> list[ConfigError]:
                         f"preset {peer.loss.preset} has none here", f"{key}.optim.awp_gamma",
                         "write awp_gamma: 0, or give hard_weight (with hard_own) or clean_weight a weight")
             for key, peer in entries(config) if peer.optim.awp_gamma and not peer.frozen and not _alone(peer.loss)]
-
-
-@rule("union", "loss")
-def unions_have_hard_labels(config: Config) -> list[ConfigError]:
-    """The worst or the mean over several norms is that of plain cross-entropies on AEs."""
-    found = []
-    for key, peer in entries(config):
-        strategy, loss = peer.union.strategy, peer.loss
-        if strategy in ("avg", "max", "ramp") and not loss.hard_weight and not peer.frozen:
-            found.append(ConfigError(f"strategy {strategy} with preset {loss.preset}, which has no hard labels on AEs",
-                                     f"{key}.union.strategy", "write loss.preset: at, or strategy random, eat or msd"))
-        elif strategy in ("max", "ramp") and loss.hard_loss == "bce":
-            found.append(ConfigError(f"strategy {strategy} compares cross-entropies, and hard_loss is bce",
-                                     f"{key}.loss.hard_loss", "write hard_loss: ce, or strategy avg"))
-    return found
 
 
 @rule("step", "optim", "loss")
@@ -258,5 +204,3 @@ def sums_are_enough(config: Config) -> list[ConfigError]:
         found += [ConfigError(f"summed opinions with {name} {getattr(loss, name)}: single peers' logits are needed",
                               f"{key}.loss.{name}", how) for name, bad in unfit.items() if bad]
     return found
-
-

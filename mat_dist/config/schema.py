@@ -166,6 +166,9 @@ class UnionConfig(Section):
                                                   "own; the first one is the peer's threat")
     ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing (Jiang and Singh, NeurIPS 2024: 5 "
                                                        "from scratch)")
+    projection_beta: Number = Field(0.0, ge=0, lt=1, description="weight of RAMP's other half, the gradient on clean "
+                                                                 "images as far as each layer's own points the same "
+                                                                 "way (published: 0.5); 0 is off")
 
 
 class PeerConfig(Section):

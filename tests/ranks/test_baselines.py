@@ -41,6 +41,7 @@ class Case:
         own: its loss were it alone, which AWP climbs.
         craft: its AEs where they are not PGD on its own threat.
         guides: the teachers whose clean predictions guide its attack.
+        natural: its loss on clean images, whose gradient is projected.
     """
 
     peers: list[dict[str, Any]]
@@ -49,6 +50,7 @@ class Case:
     own: Formula | None = None
     craft: Callable[[Reference, int, int, Tensor, Tensor], Tensor] | None = None
     guides: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    natural: Formula | None = None
     step: dict[str, Any] = field(default_factory=dict)
 
     def config(self, **step: Any) -> Config:
@@ -82,6 +84,17 @@ def climb(case: Case, peer: Reference, k: int, gamma: float, inputs: Callable[[i
     return before
 
 
+def projected(adversarial: tuple[Tensor, ...], natural: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """RAMP, equations 4 to 7 with beta 0.5: a layer's natural gradient by its cosine, unless that is negative."""
+    mixed, cosines = [], []
+    for g_a, g_n in zip(adversarial, natural, strict=True):
+        cosines.append(torch.cosine_similarity(g_a.flatten(), g_n.flatten(), dim=0).item())
+        kept = cosines[-1] * g_n if cosines[-1] > 0 else torch.zeros_like(g_n)
+        mixed.append(0.5 * kept + 0.5 * g_a)
+    assert max(cosines) > 0.1
+    return tuple(mixed)
+
+
 def reference_step(case: Case, config: Config, peers: list[Reference], step: int) -> None:
     """One step of all peers."""
     x, y = images(step)
@@ -108,6 +121,9 @@ def reference_step(case: Case, config: Config, peers: list[Reference], step: int
     training = [k for k in range(len(peers)) if k not in fixed]
     losses = {k: case.loss(k, table.z, teach, y, step) for k in training}
     gradients = {k: torch.autograd.grad(losses[k], peers[k].w, retain_graph=True) for k in training}
+    if case.natural is not None:
+        gradients = {k: projected(g, torch.autograd.grad(case.natural(k, table.z, teach, y, step), peers[k].w))
+                     for k, g in gradients.items()}
     for k in training:
         peers[k].w = kept.get(k, peers[k].w)
         peers[k].descend(gradients[k])
@@ -330,6 +346,8 @@ CASES |= {
     "avg": Case(alone("avg"), average_of, union_slots),
     "max": Case(alone("max"), maximum, union_slots),
     "ramp": Case(alone("ramp"), ramp, union_slots),
+    "ramp+projection": Case([{"loss": "at", "union": {"strategy": "ramp", "threats": THREE, "projection_beta": 0.5}}],
+                            ramp, union_slots, natural=lambda k, z, t, y, step: ce(z(k, "clean"), y)),
     "avg+awp": Case([{**alone("avg")[0], "optim": {"awp_gamma": 0.02}}], average_of, union_slots, own=at),
     "msd": Case(alone("msd"), at, mine, craft=steepest),
     "generalist": Case(cohort(None), generalist(mean_of), from_all),

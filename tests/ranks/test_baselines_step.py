@@ -62,8 +62,8 @@ def test_placement_does_not_change_a_bit_with_averaged_teachers(run_ranks: Run) 
 
 
 @slow
-@pytest.mark.parametrize("name", ["max", "ramp", "mart", "rslad", "lbgat", "peeraid", "mat+awp", "trades+awp",
-                                  "teachers=ema", "generalist ramp", "generalist that feeds back"])
+@pytest.mark.parametrize("name", ["max", "ramp", "ramp+projection", "mart", "rslad", "lbgat", "peeraid", "mat+awp",
+                                  "trades+awp", "teachers=ema", "generalist ramp", "generalist that feeds back"])
 def test_recompute_equals_keep(name: str, run_ranks: Run) -> None:
     count = len(CASES[name].peers)
     models, runs = nets(count, dtype=torch.float64), []
@@ -120,13 +120,14 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {  # what needs more than each repli
     "ramp": alone("ramp", EASY),
     "eat": alone("eat", EASY),
     "awp": [{"loss": "at", "optim": {"awp_gamma": 0.05}}],
+    "projection": [{"loss": "at", "union": {"strategy": "ramp", "threats": EASY, "projection_beta": 0.5}}],
     "all, side by side": [*alone("ramp", EASY), *alone("eat", EASY),
                           {"loss": "trades", "optim": {"awp_gamma": 0.05, "awp_warmup_epochs": 0.1}}],
 }
 
 
 @pytest.mark.parametrize("memory", ["keep", pytest.param("recompute", marks=slow)])
-@pytest.mark.parametrize("name", ["ramp", "eat", "awp", pytest.param("all, side by side", marks=slow)])
+@pytest.mark.parametrize("name", ["ramp", "eat", "awp", "projection", pytest.param("all, side by side", marks=slow)])
 def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) -> None:
     """Two ranks with half of the rows each, and different shares of right images, are one rank with all of them."""
     entries, count = TOGETHER[name], len(TOGETHER[name])
@@ -140,6 +141,17 @@ def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) 
     assert counts[0] == counts[1]
     if name == "eat":
         assert sum(counts[0][0]["eat"]["seen"]) == 4 * 8 and sum(counts[0][0]["eat"]["held"]) > 0
+
+
+@slow
+def test_micro_batches_add_up_to_one_natural_gradient(run_ranks: Run) -> None:
+    entries = [{"loss": {"preset": "at", "clean_weight": 0.5}, "optim": {"clip_norm": 0.5},
+                "union": {"strategy": "ramp", "threats": EASY, "projection_beta": 0.7, "ramp_weight": 0}}]
+    models, runs = nets(1, norm="group", dtype=torch.float64), []
+    for parts in (1, 2):
+        config = configured(entries, precision="fp64", microbatches=parts)
+        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3, dtype=torch.float64), 1, 1))
+    assert 0 < largest_difference(*runs) < 1e-10
 
 
 def test_replicas_pair_what_a_replica_alone_would_not(run_ranks: Run) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_learning
+from mat_dist.config import config_warnings, load_config, registry, rules, rules_learning, rules_unions
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -73,6 +73,8 @@ CASES = [
      "loss.kd_where=student_wrong"),
     ("warm_up_ends", "loss.warmup_epochs=5 train.epochs=5", "learns alone for 5 of 5 epochs",
      "loss.warmup_epochs=4 train.epochs=5"),
+    ("projection_belongs_to_ramp", f"{UNION} union.strategy=max union.projection_beta=0.5", "with strategy max",
+     f"{UNION} union.strategy=ramp union.projection_beta=0.5"),
     ("unions_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
     ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
      f"{UNION} union.strategy=avg"),
@@ -195,7 +197,7 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 def test_every_rule_has_a_case() -> None:
     public = {
         name
-        for module in (rules, rules_learning)
+        for module in (rules, rules_learning, rules_unions)
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__

@@ -64,6 +64,7 @@ MORE = [
     ROLES + "peers.0.loss.kd_weight=0.5",
     TAUGHT + "ard", UNION + "avg attack.method=apgd attack.loss=kl_clean",
     "peers=2 loss=at optim.awp_gamma=0.01",
+    UNION + "ramp union.projection_beta=0.5",
     UNION + "max optim.awp_gamma=0.01", "peers=2 loss=mat optim.awp_gamma=0.01 optim.ema_decay=0.9 step.teachers=ema",
     "peers=2 loss=mat attack.loss=kl_teacher attack.method=apgd"]
 
@@ -98,7 +99,9 @@ def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:
     assert row(*threats, "union.strategy=avg") == ["30", "3", "0", "33", "33"]  # three attacks, three sources
     assert row(*threats, "union.strategy=random") == ["10", "1", "0", "11", "11"]
     assert row(*threats, "union.strategy=msd") == ["10", "1", "0", "41", "11"]  # and a look at each norm's step
-    assert row(*threats, "union.strategy=eat") == ["10", "1", "0", "12", "11"]  # and the accuracy on its AEs
+    assert row(*threats, "union.strategy=eat") == ["10", "1", "0", "12", "11"]  # and PGD's last point
+    ramp = ("union.strategy=ramp", "union.projection_beta=0.5")  # and the gradient on clean images
+    assert row(*threats, *ramp) == ["30", "4", "0", "34", "34"]
     assert row("peers=1", "loss=at", "optim.awp_gamma=0.01") == ["10", "2", "0", "12", "12"]
     assert row("peers=1", "loss=trades", "optim.awp_gamma=0.01") == ["10", "4", "0", "15", "14"]  # the clean one
 

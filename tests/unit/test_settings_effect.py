@@ -146,6 +146,7 @@ WITH_OTHERS = {  # setting: what else is set on both sides
     "peers.0.role=specialist": "peers=3", "union.threats=linf:0.1,l2:1": UNION,
     **{f"union.strategy={strategy}": UNION for strategy in ("max", "random", "eat", "msd", "ramp")},
     "union.ramp_weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
+    "union.projection_beta=0.5": UNION.replace("avg", "ramp"),
     "loss.hard_weight=0.9": "loss=at",
     "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",

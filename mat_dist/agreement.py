@@ -179,7 +179,11 @@ def batch_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     """
     if not x_BCHW.is_cuda:
         return torch.tensor(zlib.crc32(y_B.numpy().tobytes(), zlib.crc32(x_BCHW.contiguous().numpy().data)))
-    words = x_BCHW.contiguous().view(torch.int64 if x_BCHW.dtype == torch.float64 else torch.int32).reshape(-1)
-    place = torch.arange(1, 2 * words.numel(), 2, device=words.device)
-    labels = (y_B + 1) * torch.arange(1, 2 * len(y_B), 2, device=y_B.device)
-    return (words * place).sum() + labels.sum() * 0x9E3779B1
+    pixels, labels = (_words(part) for part in (x_BCHW, y_B))
+    places = (torch.arange(1, 2 * words.numel(), 2, device=words.device) for words in (pixels, labels))
+    return (pixels * next(places)).sum() + ((labels + 1) * next(places)).sum() * 0x9E3779B1
+
+
+def _words(part: Tensor) -> Tensor:
+    """The bits of a tensor as one row of whole numbers."""
+    return part.contiguous().view(torch.int64 if part.element_size() == 8 else torch.int32).reshape(-1)

@@ -17,8 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def likeliest(y_B: Tensor) -> Tensor:
+    """One class of each image (B,): its label, or the one with the largest share of mixed labels (B, K)."""
+    return y_B if y_B.ndim == 1 else y_B.argmax(-1)
+
+
 def cross_entropy(logits_BK: Tensor, y_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy with label smoothing in [0, 1) (Szegedy et al., CVPR 2016) -> scalar."""
+    """Mean cross-entropy with label smoothing in [0, 1) (Szegedy et al., CVPR 2016) -> scalar.
+
+    Args:
+        y_B: labels, or mixed ones (B, K) that sum to 1 (CutMix).
+    """
     return F.cross_entropy(logits_BK, y_B, label_smoothing=label_smoothing)
 
 
@@ -59,7 +68,11 @@ def mart_term(clean_BK: Tensor, adv_BK: Tensor, y_B: Tensor) -> Tensor:
 
 
 def worst_cross_entropy(logits: Sequence[Tensor], y_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over images of the largest cross-entropy among several AEs of each (`max`, Tramer and Boneh, 2019)."""
+    """Mean over images of the largest cross-entropy among several AEs of each (`max`, Tramer and Boneh, 2019).
+
+    Args:
+        y_B: labels, or mixed ones (B, K).
+    """
     each = [F.cross_entropy(one_BK, y_B, label_smoothing=label_smoothing, reduction="none") for one_BK in logits]
     return torch.stack(each).amax(0).mean()
 
@@ -156,5 +169,5 @@ def _mean(terms: Sequence[Tensor]) -> Tensor:
 
 
 def accuracy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
-    """Share of images whose largest logit is the true class -> scalar in [0, 1]."""
-    return (logits_BK.argmax(-1) == y_B).to(torch.float32).mean()
+    """Share of images whose largest logit is the true class, of mixed labels the likeliest -> scalar in [0, 1]."""
+    return (logits_BK.argmax(-1) == likeliest(y_B)).to(torch.float32).mean()

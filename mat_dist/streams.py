@@ -73,9 +73,9 @@ def normal(stream: int, shape: Sequence[int], *, first_row: int = 0, device: tor
     return (radius.log_().mul_(-2).sqrt_() * angle.mul_(2 * torch.pi).cos_()).to(dtype)
 
 
-def permutation(stream: int, count: int) -> Tensor:
-    """A random order of 0..count-1 (int64, on the CPU)."""
-    return bits(stream, (count,)).argsort(stable=True)
+def permutation(stream: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """A random order of 0..count-1 (int64)."""
+    return bits(stream, (count,), device=device).argsort(stable=True)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Reference:
         for _ in range(steps):
             adv = adv.detach().requires_grad_()
             z = self.logits(adv, None).log_softmax(1)
-            value = -z[torch.arange(len(y)), y] if loss == "ce" else (target.exp() * (target - z)).sum(1)
+            value = ce_per_image(z, y) if loss == "ce" else (target.exp() * (target - z)).sum(1)
             (g,) = torch.autograd.grad(value.sum(), adv)
             if held is not None:
                 held.append(z.argmax(1) == y)
@@ -141,6 +141,8 @@ def ce(z: Tensor, y: Tensor) -> Tensor:
 
 
 def ce_per_image(z: Tensor, y: Tensor) -> Tensor:
+    if y.ndim == 2:  # mixed labels: each class by its share
+        return -sum(y[:, k] * z.log_softmax(1)[:, k] for k in range(y.shape[1]))  # type: ignore[return-value]
     return -z.log_softmax(1)[torch.arange(len(y)), y]
 
 

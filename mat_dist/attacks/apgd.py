@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.pgd import Model, attack_loss
+from mat_dist.losses import likeliest
 from mat_dist.threats import L1Region, Region, per_image
 
 MOMENTUM = 0.75  # weight of the new step; the rest repeats the last move (2020, eq. 3)
@@ -77,10 +78,11 @@ def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCH
         pace = _Sparsity(region, steps, region.eps if step_size is None else step_size)
     else:
         pace = _Halving(region, steps, 2 * region.eps if step_size is None else step_size)
-    adv = last = start_BCHW.detach()
+    adv, label_B = start_BCHW.detach(), likeliest(y_B)
+    last = adv
     logits_BK, value_B, grad = _look(model, objective, adv)
     best, best_B, best_grad = adv, value_B, grad
-    wrong, held_B = adv, logits_BK.argmax(-1) == y_B
+    wrong, held_B = adv, logits_BK.argmax(-1) == label_B
     rises_B = torch.zeros_like(value_B)
     for number in range(1, steps + 1):
         new = region.project(pace.step(adv, grad))
@@ -88,7 +90,7 @@ def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCH
             new = region.project(adv + MOMENTUM * (new - adv) + (1 - MOMENTUM) * (adv - last))
         adv, last, last_B = new, adv, value_B
         logits_BK, value_B, grad = _look(model, objective, adv, gradient=number < steps)
-        fooled_B = logits_BK.argmax(-1) != y_B
+        fooled_B = logits_BK.argmax(-1) != label_B
         wrong, held_B = _where(fooled_B, adv, wrong), held_B & ~fooled_B
         better_B = value_B > best_B
         best, best_grad = _where(better_B, adv, best), _where(better_B, grad, best_grad)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mat_dist.losses import likeliest
 from mat_dist.threats import Region, per_image
 
 Model = Callable[[Tensor], Tensor]
@@ -59,6 +60,7 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
     """The loss `loss` of the clean batch x_BCHW as a function: adversarial logits (B, K) -> (B,).
 
     Args:
+        y_B: labels; for all losses but `margin` and `ce_targeted` also mixed ones (B, K).
         teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`; where there is none, as while
             all teachers are in quarantine, that loss is `kl_clean`.
     """
@@ -106,7 +108,7 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
             value = objective(logits_BK).sum()
         (grad,) = torch.autograd.grad(value, adv)
         if right is not None:
-            right.append(logits_BK.argmax(-1) == y_B)
+            right.append(logits_BK.argmax(-1) == likeliest(y_B))
         if momentum is not None:
             # A zero gradient adds nothing, not NaN.
             size_B = grad.flatten(1).abs().mean(1).clamp_(min=torch.finfo(grad.dtype).tiny)
@@ -116,5 +118,5 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
     found = region.settle(adv)
     if right is not None:
         with torch.no_grad():
-            right.append(model(found).argmax(-1) == y_B)
+            right.append(model(found).argmax(-1) == likeliest(y_B))
     return found

@@ -48,7 +48,7 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
     objective = attack_loss(model, x_BCHW, y_B, loss)
     adv = best = start_BCHW.detach()
     best_B = torch.full_like(x_BCHW.flatten(1)[:, 0], -torch.inf)
-    owner_B = torch.zeros_like(y_B)
+    owner_B = torch.zeros_like(best_B, dtype=torch.int64)
     for number in range(steps):
         leaf = adv.detach().requires_grad_(True)
         with torch.enable_grad():

@@ -115,6 +115,7 @@ def recipe_of(config: Config) -> Any:
         "threat (linf)": any(p.threat.norm != "linf" for p in peers),
         "peers that differ": any((p.threat, p.attack, p.loss) != (first.threat, first.attack, first.loss)
                                  for p in peers),
+        "data.augment.cutmix (0)": bool(config.data.augment.cutmix),
         "attack.method (pgd)": first.attack.method != "pgd",
         "attack.start (uniform)": first.attack.start != "uniform", "attack.loss (ce)": first.attack.loss != "ce",
     }.items() if unfit]

@@ -51,7 +51,7 @@ class Subject:
                               steps_per_epoch=BATCHES)
         batches = Batches(ImageSet(images.to(mesh.device), labels.to(mesh.device)), seed=config.run.seed,
                           batch_size=config.train.batch_size, augment=config.data.augment, device=mesh.device,
-                          dtype=DTYPES[config.step.precision], rows=cohort.rows)
+                          dtype=DTYPES[config.step.precision], rows=cohort.rows, classes=classes)
         return cls(config, cohort, batches, images, labels)
 
     def notes(self) -> list[str]:

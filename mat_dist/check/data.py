@@ -16,6 +16,7 @@ from mat_dist.data.archive import generated_images
 from mat_dist.data.preview import preview_folder
 from mat_dist.dryrun import KNOWN_IMAGES
 from mat_dist.errors import DataError
+from mat_dist.losses import likeliest
 
 DARK = 2.5 / 255  # a batch whose largest value is below this was probably scaled twice
 SHOWN = 64  # images that are decoded of a folder whose cache is not built yet
@@ -104,6 +105,7 @@ def _check_sample(sample: Sample, config: DataConfig) -> str:
     low, high = float(x_BCHW.min()), float(x_BCHW.max())
     if not bool(x_BCHW.isfinite().all()) or low < 0 or high > 1:
         raise DataError(f"pixels from {low:.4g} to {high:.4g}", where, "images must be finite and in [0, 1]")
+    y_B = likeliest(y_B)
     if int(y_B.min()) < 0 or int(y_B.max()) >= sample.images.classes:
         raise DataError(f"labels from {int(y_B.min())} to {int(y_B.max())}", where,
                         f"labels count from 0 to {sample.images.classes - 1}")

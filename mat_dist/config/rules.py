@@ -4,6 +4,7 @@ register more.
 
 from __future__ import annotations
 
+import operator
 import re
 
 from mat_dist.config.fields import real_images
@@ -139,6 +140,25 @@ def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
                         f"data.augment.{both[0]}", f"write {both[0]}: 0, or idbh: off")]
 
 
+@rule("data", "loss", "attack", "union")
+def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
+    """CutMix gives an image two labels: what asks whether a prediction is right has no answer."""
+    found = []
+    for key, peer in entries(config) if config.data.augment.cutmix else ():
+        loss = peer.loss
+        asks = (("loss.hard_loss", loss.hard_loss == "bce", "ce"), ("loss.mart_beta", bool(loss.mart_beta), "0"),
+                ("loss.gate", bool(loss.gate), "0"), ("loss.kd_where", loss.kd_where != "all", "all"),
+                ("attack.loss", peer.attack.loss == "margin", "ce"),
+                ("union.strategy", peer.union.strategy in ("eat", "ramp"), "max"))
+        unfit = [(name, use) for name, bad, use in asks if bad and not peer.frozen]
+        if unfit:
+            listed = ", ".join(f"{name} {operator.attrgetter(name)(peer)}" for name, _ in unfit)
+            instead = ", ".join(f"{name}: {use}" for name, use in unfit)
+            found.append(ConfigError(f"{listed} (preset {loss.preset}) asks for one label per image, and cutmix mixes "
+                                     "two", f"{key}.{unfit[0][0]}", f"write data.augment.cutmix: 0, or {instead}"))
+    return found
+
+
 @rule("data")
 def data_can_be_found(config: Config) -> list[ConfigError]:
     """Data that are not embedded need a folder, a file or a download."""
@@ -196,6 +216,9 @@ def config_warnings(config: Config) -> list[str]:
         found.append("loss.preset cat is meant for all peers: they alternate between TRADES and ALP type by index")
     elif cat and len(cat) != 2:
         found.append("loss.preset cat was published for 2 peers; here types alternate and distillation is the mean")
+    if config.data.augment.cutmix and not any(peer.optim.averages for peer in config.peers):
+        found.append("data.augment.cutmix helps adversarial training with averaged weights (Rebuffi et al., NeurIPS "
+                     "2021), and no peer has optim.ema_decay or swa_start")
     if config.data.name == "folder" and config.data.image_size is None:
         found.append("data.image_size is not set: all images of the folder must have one size")
     if config.data.name in ("digits", "svhn") and config.data.augment.flip:

@@ -53,6 +53,9 @@ class AugmentConfig(Section):
     idbh: Literal["off", "weak", "strong"] = Field(
         "off", description="CropShift, a colour or shape transform, and random erasing of half of the images (weak) or "
                            "all; takes the place of crops and cutout")
+    cutmix: Number = Field(0.0, ge=0, le=1, description="probability of an image to get a window of another one, and "
+                                                        "of its label as much as its area (CutMix; published: 0.5; in "
+                                                        "adversarial training with averaged weights: 1); 0 is off")
 
 
 class DataConfig(Section):

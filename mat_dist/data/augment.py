@@ -20,7 +20,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inc
 
 
 def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int, first_row: int = 0) -> Tensor:
-    """The augmentations that are on, in the order crop, resized crop, flip, IDBH, cutout.
+    """The augmentations of single images that are on, in the order crop, resized crop, flip, IDBH, cutout.
 
     Args:
         x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.

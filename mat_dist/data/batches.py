@@ -9,6 +9,7 @@ from mat_dist import streams
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import AugmentConfig, Config
 from mat_dist.data.augment import augment_batch
+from mat_dist.data.cutmix import cutmix
 from mat_dist.data.images import DataSets, ImageSet, as_float
 
 
@@ -21,7 +22,8 @@ def training_batches(config: Config, data: DataSets, device: torch.device | str,
                      rows: slice | None = None) -> Batches:
     """The batches of a run; see `Batches`."""
     return Batches(data.train, seed=config.run.seed, batch_size=config.train.batch_size, augment=config.data.augment,
-                   device=device, dtype=dtype, rows=rows, generated=data.generated, share=config.data.generated_share)
+                   device=device, dtype=dtype, rows=rows, generated=data.generated, share=config.data.generated_share,
+                   classes=len(data.classes))
 
 
 class Batches:
@@ -44,11 +46,13 @@ class Batches:
         rows: the rows of the whole batch that this process needs; default all.
         generated: more images, of the same shape and classes.
         share: of the generated images in a batch.
+        classes: number of classes, for CutMix.
     """
 
     def __init__(self, train: ImageSet, *, seed: int, batch_size: int, augment: AugmentConfig,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 rows: slice | None = None, generated: ImageSet | None = None, share: float = 0.0) -> None:
+                 rows: slice | None = None, generated: ImageSet | None = None, share: float = 0.0,
+                 classes: int | None = None) -> None:
         first, last, stride = (rows or slice(None)).indices(batch_size)
         if stride != 1 or first >= last or (rows is not None and rows.stop is not None and rows.stop > batch_size):
             raise ValueError(f"rows {rows} of a batch of {batch_size}")
@@ -66,6 +70,11 @@ class Batches:
         row = torch.arange(first, last + 1) * self.real // batch_size
         self._place = (row[1:] == row[:-1]).to(torch.uint8).argsort(stable=True).argsort().to(self.device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._classes = classes
+        # CutMix takes windows of any image of the batch, also of those in other replicas' rows.
+        self._whole = Batches(train, seed=seed, batch_size=batch_size, augment=augment, device=device, dtype=dtype,
+                              generated=generated, share=share, classes=classes,
+                              ) if augment.cutmix and last - first < batch_size else None
 
     def indices(self, step: int) -> Tensor:
         """Which training images (int64, on their device) are this process's real rows of the batch at `step`."""
@@ -86,12 +95,19 @@ class Batches:
         return (u_B * len(self.generated)).long()
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images x_BCHW in [0, 1] and labels y_B (int64) at `step`, on the device."""
+        """Images x_BCHW in [0, 1] and labels y_B (int64), with CutMix y_BK in the images' type, on the device."""
+        if self._whole is not None:
+            x_BCHW, y_B = self._whole.at(step)
+            return x_BCHW[self.first:self.last], y_B[self.first:self.last]
         x_BCHW, y_B = self._read(self.train, self.indices(step))
         if self.generated is not None:
             more_BCHW, more_B = self._read(self.generated, self.generated_indices(step))
             x_BCHW, y_B = torch.cat([x_BCHW, more_BCHW])[self._place], torch.cat([y_B, more_B])[self._place]
-        return augment_batch(x_BCHW, self.augment, seed=self.seed, step=step, first_row=self.first), y_B
+        x_BCHW = augment_batch(x_BCHW, self.augment, seed=self.seed, step=step, first_row=self.first)
+        if not self.augment.cutmix:
+            return x_BCHW, y_B
+        assert self._classes is not None
+        return cutmix(x_BCHW, y_B, probability=self.augment.cutmix, classes=self._classes, seed=self.seed, step=step)
 
     def _read(self, source: ImageSet, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] and labels (int64) on the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -30,6 +30,14 @@ def images(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float64) -> 
     return 0.35 + 0.3 * x, y
 
 
+def mixed_images(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The same with mixed labels (B, K), half of them of two classes."""
+    x, y = images(step, rows, dtype)
+    share = torch.tensor([0.0, 0.3] * (rows // 2), dtype=dtype)[:, None]
+    classes = torch.eye(CLASSES, dtype=dtype)
+    return x, (1 - share) * classes[y] + share * classes[y.flip(0)]
+
+
 @dataclass
 class Case:
     """A cohort and what each of its peers should minimise.
@@ -42,6 +50,7 @@ class Case:
         craft: its AEs where they are not PGD on its own threat.
         guides: the teachers whose clean predictions guide its attack.
         natural: its loss on clean images, whose gradient is projected.
+        images: images and labels of a step.
     """
 
     peers: list[dict[str, Any]]
@@ -51,6 +60,7 @@ class Case:
     craft: Callable[[Reference, int, int, Tensor, Tensor], Tensor] | None = None
     guides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     natural: Formula | None = None
+    images: Callable[..., tuple[Tensor, Tensor]] = images
     step: dict[str, Any] = field(default_factory=dict)
 
     def config(self, **step: Any) -> Config:
@@ -63,10 +73,9 @@ class Case:
                          "step": {"precision": "fp64", **self.step, **step}})
 
 
-def craft(peer: Reference, spec: Any, threat: Threat, number: int, k: int, step: int, guide: Tensor | None = None,
-          held: list[Tensor] | None = None) -> Tensor:
+def craft(peer: Reference, spec: Any, threat: Threat, number: int, k: int, step: int, x: Tensor, y: Tensor,
+          guide: Tensor | None = None, held: list[Tensor] | None = None) -> Tensor:
     """PGD AEs of peer k for the `number`-th of its threats."""
-    x, y = images(step)
     key = streams.key(0, "attack", step, *((number,) if number else ()), k)
     noise = start_noise(key, spec.attack.start, threat, x)
     return peer.attack(x, y, noise, threat, steps=ATTACK_STEPS, loss=spec.attack.loss, guide=guide,
@@ -97,7 +106,7 @@ def projected(adversarial: tuple[Tensor, ...], natural: tuple[Tensor, ...]) -> t
 
 def reference_step(case: Case, config: Config, peers: list[Reference], step: int) -> None:
     """One step of all peers."""
-    x, y = images(step)
+    x, y = case.images(step)
     fixed = {k for k, spec in enumerate(config.peers) if spec.frozen}
     clean = Table(peers, lambda k, slot: x, fixed)
     aes: dict[tuple[int, Slot], Tensor] = {}
@@ -107,9 +116,9 @@ def reference_step(case: Case, config: Config, peers: list[Reference], step: int
         if k in case.guides:
             guide = torch.stack([clean.t(i, "clean").softmax(1) for i in case.guides[k]]).mean(0).log()
         own = threats[0] if threats else Threat(spec.threat.norm, spec.threat.eps)
-        aes[k, k] = case.craft(peer, k, step, x, y) if case.craft else craft(peer, spec, own, 0, k, step, guide)
+        aes[k, k] = case.craft(peer, k, step, x, y) if case.craft else craft(peer, spec, own, 0, k, step, x, y, guide)
         for n, threat in enumerate(threats[1:], 1):
-            aes[k, ("own", n)] = craft(peer, spec, threat, n, k, step)
+            aes[k, ("own", n)] = craft(peer, spec, threat, n, k, step, x, y)
 
     def inputs(k: int, slot: Slot) -> Tensor:
         return x if slot == "clean" else aes[k, slot] if isinstance(slot, tuple) else aes[slot, slot]
@@ -320,7 +329,7 @@ class Drawn:
             u = streams.uniform(streams.key(0, "eat", step, k), (1,), dtype=torch.float64).item()
             n = 2 * int(u >= chances[0] / sum(chances))
         points: list[Tensor] = []
-        adv = craft(peer, self.spec, self.threats[n], n, k, step, held=points)
+        adv = craft(peer, self.spec, self.threats[n], n, k, step, x, y, held=points)
         if self.eat:
             assert len(points) == ATTACK_STEPS + 1
             self.held[n // 2] += sum(all(bool(point[b]) for point in points) for b in range(len(y)))
@@ -363,7 +372,8 @@ def agree(case: Case, run_ranks: Callable[..., list[Any]]) -> None:
     count = len(case.peers)
     assert count not in (BATCH, CLASSES)  # equal sizes would hide a wrong axis
     models, config = nets(count, dtype=torch.float64), case.config()
-    (ours,) = run_ranks(lambda mesh: train(config, mesh, models, STEPS, dtype=torch.float64, data=images), count, 1)
+    (ours,) = run_ranks(lambda mesh: train(config, mesh, models, STEPS, dtype=torch.float64, data=case.images),
+                        count, 1)
     peers = [Reference(m) for m in models]
     for step in range(STEPS):
         reference_step(case, config, peers, step)
@@ -379,6 +389,16 @@ SLOW = ("gate", "teacher_right", "generalist avg")  # "student_wrong" and "gener
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_a_baseline_equals_its_formula(name: str, run_ranks: Callable[..., list[Any]]) -> None:
     agree(CASES[name], run_ranks)
+
+
+MIXED = ("at_wa", "ard", "rslad", "lbgat", "peeraid", "trades+awp", "mat+awp", "warm-up", "avg", "max", "msd",
+         "generalist that feeds back", "generalist max")
+
+
+@pytest.mark.parametrize("name", [n if n in ("at_wa", "trades+awp", "max") else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in MIXED])
+def test_a_baseline_with_mixed_labels_equals_its_formula(name: str, run_ranks: Callable[..., list[Any]]) -> None:
+    agree(replace(CASES[name], images=mixed_images), run_ranks)
 
 
 @pytest.mark.parametrize("eat", [False, True], ids=["random", "eat"])

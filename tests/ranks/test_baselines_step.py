@@ -14,7 +14,7 @@ from mat_dist.errors import MatError
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 from tests.cohorts import batch, build, nets, train
-from tests.ranks.test_baselines import CASES, Case, alone, at, cohort
+from tests.ranks.test_baselines import CASES, Case, alone, at, cohort, mixed_images
 from tests.ranks.test_step import hashes, largest_difference
 
 Run = Callable[..., list[Any]]
@@ -141,6 +141,18 @@ def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) 
     assert counts[0] == counts[1]
     if name == "eat":
         assert sum(counts[0][0]["eat"]["seen"]) == 4 * 8 and sum(counts[0][0]["eat"]["held"]) > 0
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=slow)])
+def test_ranks_and_replicas_train_alike_on_mixed_labels(world: int, run_ranks: Run) -> None:
+    models = nets(2, norm="group", dtype=torch.float64)
+    config = configured([{"loss": {"preset": "mat", "label_smoothing": 0.1}}, *alone("max")], precision="fp64")
+    def one_of(mesh: Mesh) -> Cohort:
+        return train(config, mesh, models, 3, dtype=torch.float64, log=True, data=mixed_images)
+    one, more = (run_ranks(one_of, 2, ranks) for ranks in (1, world))
+    assert largest_difference(one, more) < 1e-9
+    if world == 2:
+        assert hashes(one) == hashes(more)
 
 
 @slow

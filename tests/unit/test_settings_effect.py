@@ -124,7 +124,7 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
 ALONE = """
     run.seed=1 data.train_size=48 data.val_size=50 data.augment.pad=2 data.augment.flip=true
-    data.augment.random_resized_crop=0.3 data.augment.cutout=4 data.augment.idbh=weak
+    data.augment.random_resized_crop=0.3 data.augment.cutout=4 data.augment.idbh=weak data.augment.cutmix=1
     model.name=small_cnn model.width=0.5 model.activation=silu model.norm=group
     threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
     attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
+from mat_dist.drawing import Drawing
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
@@ -71,6 +72,7 @@ class Cohort:
         batch_size: images of the global batch.
         total_steps, steps_per_epoch: for the schedules.
         perturbs: some peer of the cohort trains with AWP.
+        draws: from whose AEs peers with the strategies `random` and `eat` learn.
     """
 
     peers: list[Peer]
@@ -81,11 +83,13 @@ class Cohort:
     batch_size: int
     total_steps: int
     steps_per_epoch: int
-    perturbs: bool = False
+    perturbs: bool
+    draws: Drawing
     rows: slice = field(init=False)
     muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
     alone: set[int] = field(default_factory=set)  # peers that still warm up
     listening: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # of the plan
+    drawn: dict[int, int] = field(default_factory=dict)  # of the plan
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,7 +124,7 @@ class Cohort:
             raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
         threats = tuple(Threat(spec.threat.norm, spec.threat.eps) for spec in config.peers)
         return cls(peers, plan, mesh, config.step, threats, config.train.batch_size, total, steps_per_epoch,
-                   perturbs=any(spec.optim.awp_gamma for spec in config.peers))
+                   any(spec.optim.awp_gamma for spec in config.peers), Drawing(config.peers, plan, config.run.seed))
 
     def lr(self, spec: PeerConfig, step: int) -> float:
         """A peer's learning rate at a step."""
@@ -153,12 +157,26 @@ class Cohort:
         self._replan()
 
     def begin(self, step: int) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, and let warm-ups end."""
+        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end, draw whom to hear."""
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
         if self.listening != (set(self.muted), alone):
             self.alone = alone
             self._replan()
+        drawn = self.draws.at(self.plan, step)
+        if drawn != self.drawn:
+            self.drawn, self.plan = drawn, self.plan.drawing(drawn)
+            self._tell_peers()
+
+    def state(self) -> dict[str, Any]:
+        """What all ranks know alike and a resumed run needs: plain numbers."""
+        return {"muted": {str(peer): until for peer, until in self.muted.items()}, "drawn": self.draws.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of this cohort."""
+        for peer, until in state.get("muted", {}).items():
+            self.mute([int(peer)], int(until))
+        self.draws.load(state.get("drawn", {}))
 
     def _replan(self) -> None:
         self.listening = set(self.muted), self.alone
@@ -174,8 +192,13 @@ class Cohort:
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
 
     def _count(self) -> None:
-        """Sum what E-AT counted in this step over the replicas, so that all choose alike."""
+        """Share what E-AT counted in this step, so that all choose alike: on own AEs over replicas, else over ranks."""
         rows = self.plan.peers
+        if self.draws.counts:
+            held = self.mesh.sum_world(self._held())
+            for row in rows:
+                if row.drawn in row.learned:
+                    self.draws.update(row.index, row.drawn, int(held[row.index]), self.batch_size)
         if self.mesh.placement.replicas == 1 or not any(row.me.strategy == "eat" for row in rows):
             return
         counted = torch.zeros(len(rows), max(len(row.me.union) for row in rows), 2, dtype=torch.int64)
@@ -185,6 +208,13 @@ class Cohort:
         counted = self.mesh.sum_world(counted)
         for peer in self.peers:
             peer.crafter.counted = counted[peer.index, :len(peer.crafter.counted)].tolist()
+
+    def _held(self) -> Tensor:
+        """On how many of the AEs that it received each local peer was right in this step -> (P,), on the CPU."""
+        held = torch.zeros(len(self.plan.peers), dtype=torch.int64)
+        for peer in self.peers:
+            held[peer.index] = sum(map(int, peer.right))
+        return held
 
 
 def state_hash(state: Any) -> str:

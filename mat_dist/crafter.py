@@ -38,7 +38,7 @@ class Crafter:
                  notes: list[str]) -> None:
         member = Member.of(spec)
         self._name, self._stream, self._notes = name, stream, notes
-        self._strategy = member.strategy
+        self._strategy = member.strategy if member.union else None  # else it concerns AEs of other peers
         self.threats = member.union or (member.threat,)
         self._growing_epochs, self.steps_per_epoch = spec.attack.eps_warmup_epochs, 1
         self._halves = False  # the attack ran out of memory once

@@ -207,7 +207,7 @@ def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
         # Forwards alone: the clean prediction once, APGD's look at its last point, which E-AT needs with PGD too,
         # MSD's at each step of each norm.
         alone = (int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")) * len(row.own)
-        alone += int(row.me.strategy == "eat" and spec.attack.method == "pgd")
+        alone += int(row.me.strategy == "eat" and bool(row.me.union) and spec.attack.method == "pgd")
         alone += spec.attack.steps * len(row.me.union) if row.me.strategy == "msd" else 0
         backward = attack + learning
         counts.append((attack, learning, teaching, backward + teaching + (alone if attack else 0), backward))

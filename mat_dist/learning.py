@@ -102,14 +102,18 @@ def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: lis
     Args:
         right: see `objective.partial_loss`.
     """
+    plan = cohort.plan.peers[peer.index]
+
     def add_gradient() -> Tensor:
-        plan, recomputes = cohort.plan.peers[peer.index], peer.recomputes
+        recomputes = peer.recomputes
         total = torch.zeros((), dtype=inputs_S[-1].dtype, device=y_B.device)
         for slots in plan.groups() if recomputes else [plan.learned]:
             if not slots:
                 continue
             logits = _learn(cohort, peer, slots, inputs_S, step, first_row) if recomputes else known
             loss = peer.loss(slots, logits, opinions, y_B, right)
+            if plan.drawn in slots and plan.me.strategy == "eat":
+                peer.right.append((logits[plan.drawn].detach().argmax(-1) == y_B).sum())
             (loss / cohort.step.microbatches).backward()
             total += loss.detach()
         return total
@@ -119,6 +123,7 @@ def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: lis
     except torch.OutOfMemoryError:
         known.clear()
         _fall_back(cohort, peer)
+        peer.right = []
     return add_gradient()
 
 

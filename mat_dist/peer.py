@@ -19,7 +19,7 @@ from mat_dist.objective import own_loss, own_slots, partial_loss
 from mat_dist.opinions import Opinions
 from mat_dist.perturbation import WeightPerturbation
 from mat_dist.plan import PeerPlan
-from mat_dist.projection import project
+from mat_dist.projection import NaturalGradient
 from mat_dist.schedules import ema_decay_at, swa_count, swa_decay_at
 from mat_dist.sgd import SGD
 from mat_dist.threats import Threat
@@ -56,7 +56,8 @@ class Peer:
         self.plan: PeerPlan | None = None
         self._steps_per_epoch = self._total_steps = 1
         self._weights = WeightPerturbation(model, spec.optim.awp_gamma)
-        self.natural: list[Tensor] = []  # the gradient on clean images, for RAMP's projection
+        self.right: list[Tensor] = []  # on how many of the AEs that it drew it was right, by micro-batch
+        self.natural = NaturalGradient(model, spec.union.projection_beta)
         self.crafter = Crafter(self.name, spec, model, step, self.stream, self.notes)
         self._stochastic = any(_draws(m) for m in model.modules())
 
@@ -108,7 +109,7 @@ class Peer:
         """After a refused step: weights, gradients and counts as before it."""
         self._weights.restore()
         self.crafter.forget()
-        self.natural = []
+        self.natural.parts, self.right = [], []
         self.optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------- forwards
@@ -149,29 +150,16 @@ class Peer:
         return partial_loss(self.plan, slots, logits, opinions, y_B, right)
 
     def learn_naturally(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0, share: float = 1.0) -> None:
-        """Add `share` of the gradient of cross-entropy on clean images to `natural`; batch-norm statistics stay.
-
-        Does nothing without `union.projection_beta`.
-        """
+        """RAMP's projection: add `share` of the gradient on clean images to `natural`; batch-norm statistics stay."""
         if not self.spec.union.projection_beta or self.spec.frozen:
             return
         with torch.enable_grad(), self.precision(), self._drawing((step, -3, first_row)), batch_stats_only(self.model):
             loss = share * cross_entropy(self._logits(x_BCHW), y_B, self.spec.loss.label_smoothing or 0.0)
-        found = torch.autograd.grad(loss, self._trainable(), allow_unused=True, materialize_grads=True)
-        self.natural = [a + b for a, b in zip(self.natural, found, strict=True)] if self.natural else list(found)
-
-    def project(self) -> None:
-        """Mix the gradient with `natural`, layer by layer, where there is one."""
-        if self.natural:
-            project(self.gradients(), self.natural, self.spec.union.projection_beta)
-        self.natural = []
-
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        self.natural.add(loss)
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the trainable parameters, in order; zeros where a parameter took no part."""
-        parameters = self._trainable()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -191,6 +179,7 @@ class Peer:
         """One optimizer step at rate `lr`, then the averaged weights; gradients are dropped."""
         self._weights.restore()
         self.crafter.commit()
+        self.right = []
         if self.spec.frozen:
             return
         for group in self.optimizer.param_groups:

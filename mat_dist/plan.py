@@ -7,7 +7,7 @@ Everything here is a function of the configuration, so all ranks know all of it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -93,6 +93,7 @@ class PeerPlan:
         members: of the whole cohort.
         muted: nobody learns from these: their shares go to the other peers.
         alone: the peer still warms up: hard labels on own AEs, no distillation.
+        drawn: the one peer from whose AEs this one learns in this step, where it draws one.
     """
 
     index: int
@@ -100,6 +101,7 @@ class PeerPlan:
     loss: Coefficients
     muted: frozenset[int] = frozenset()
     alone: bool = False
+    drawn: int | None = None
 
     @property
     def peers(self) -> int:
@@ -125,7 +127,7 @@ class PeerPlan:
         if self.me.frozen:
             return {}
         shares = {slot: weight * own / len(mine) for slot in mine}
-        heard = self.heard
+        heard = self.heard if self.drawn is None else (self.drawn,)
         shares.update({j: weight * (1 - own) / len(heard) for j in heard})
         return {slot: share for slot, share in shares.items() if share}
 
@@ -135,6 +137,11 @@ class PeerPlan:
         return tuple(i for i, other in enumerate(self.members)
                      if i != self.index and i not in self.muted
                      and hears(self.me.role, other.role, other.frozen))
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether this peer learns from the AEs of one other peer per step (`random`, `eat`), with none of its own."""
+        return self.me.strategy in ("random", "eat") and not self.loss.hard_own and not self.me.frozen
 
     @cached_property
     def hard(self) -> dict[int, float]:
@@ -230,12 +237,17 @@ class CohortPlan:
         """From the complete entry of every peer, in peer order; all peers are listened to."""
         members = tuple(Member.of(spec) for spec in complete)
         peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss)) for i, spec in enumerate(complete))
-        return cls(peers, frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher"))
+        led = frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher")
+        return cls(peers, led).drawing({row.index: row.heard[0] for row in peers if row.draws and row.heard})
 
     def listening(self, muted: Iterable[int], alone: Iterable[int]) -> CohortPlan:
         """The same losses when nobody listens to `muted` and the peers in `alone` listen to nobody."""
         silent, warming = frozenset(muted), frozenset(alone)
         return replace(self, peers=tuple(replace(row, muted=silent, alone=row.index in warming) for row in self.peers))
+
+    def drawing(self, drawn: Mapping[int, int]) -> CohortPlan:
+        """The same losses when these peers learn from the AEs of the one that each of them drew."""
+        return replace(self, peers=tuple(replace(row, drawn=drawn.get(row.index)) for row in self.peers))
 
     @cached_property
     def guided(self) -> tuple[tuple[int, ...], ...]:

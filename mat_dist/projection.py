@@ -7,7 +7,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class NaturalGradient:
+    """The gradient of natural training in a step, summed over micro-batches, until it is projected.
+
+    Attributes:
+        parts: for each trainable parameter, in order; empty where there is none. Replicas average them.
+    """
+
+    def __init__(self, model: nn.Module, beta: float) -> None:
+        self._model, self._beta = model, beta
+        self.parts: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradient of a loss on clean images; zeros where a parameter took no part."""
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, trainable, allow_unused=True, materialize_grads=True)
+        self.parts = [a + b for a, b in zip(self.parts, found, strict=True)] if self.parts else list(found)
+
+    def project(self, adversarial: Sequence[Tensor]) -> None:
+        """Mix it into the gradients of the training loss, in place, and forget it."""
+        if self.parts:
+            project(adversarial, self.parts, self._beta)
+        self.parts = []
 
 
 @torch.no_grad()

@@ -253,9 +253,9 @@ def _reduce_gradients(cohort: Cohort, agree: Agreement) -> list[Tensor]:
     """Mean gradient over replicas, projected, clipped -> its norm for each local peer."""
     if cohort.mesh.placement.replicas > 1:
         agree.header("gradients")  # a replica that failed must not be missing in the all-reduce
-        cohort.mesh.average_replicas([g for p in cohort.peers for g in (*p.gradients(), *p.natural)])
+        cohort.mesh.average_replicas([g for p in cohort.peers for g in (*p.gradients(), *p.natural.parts)])
     for peer in cohort.peers:
-        agree.run(f"gradient of {peer.name}", peer.project)
+        agree.run(f"projection of {peer.name}", lambda p=peer: p.natural.project(p.gradients()))
     return [agree.run(f"gradient of {p.name}", p.clip) for p in cohort.peers]
 
 

@@ -222,8 +222,7 @@ class Trainer:
         meta = checkpoint.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoint.json_digest(settings), data_digest=self.data.digest, extra={
-                "classes": list(self.data.classes), "images": asdict(self.images),
-                "muted": {str(peer): until for peer, until in self.cohort.muted.items()}})
+                "classes": list(self.data.classes), "images": asdict(self.images), **self.cohort.state()})
         if not wait:
             self.saver.start(self.cohort, done, meta)
         elif not self.saver.save(self.cohort, done, meta) and needed:
@@ -252,8 +251,7 @@ class Trainer:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoint.load_peer(manifest, p.index)))
         agree.settle("loading")
         self.saver.newest, self.best_score = manifest, float(found["best"])
-        for index, until in manifest.meta.extra.get("muted", {}).items():
-            self.cohort.mute([int(index)], int(until))
+        self.cohort.load(manifest.meta.extra)
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
 

@@ -24,7 +24,7 @@ def complete(raw: dict[str, Any]) -> Config:
     config = Config.model_validate(raw)
     peers = []
     for i, peer in enumerate(config.peers):
-        loss = fill_loss(peer.loss, i, len(config.peers), peer.role, peer.union.strategy)
+        loss = fill_loss(peer.loss, i, len(config.peers), peer.role, peer.union)
         threat = fill_threat(peer.threat, peer.union)
         attack = fill_attack(peer.attack, peer.loss.preset, i, threat)
         stream = i if peer.stream is None else peer.stream

@@ -23,7 +23,7 @@ ROWS = (
      "wire", "opinions", "sgd", "objective", "intervals", "projection"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("crafting",),
-    ("crafter", "perturbation"),
+    ("crafter", "perturbation", "drawing"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("learning", "averaging", "evaluator", "run", "dryrun"),

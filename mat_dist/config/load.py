@@ -142,7 +142,7 @@ def _under_peers(tree: Node) -> Node:
 
 
 def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    loss = fill_loss(peer.loss, index, peers, peer.role, peer.union.strategy)
+    loss = fill_loss(peer.loss, index, peers, peer.role, peer.union)
     threat = fill_threat(peer.threat, peer.union)
     attack = fill_attack(peer.attack, loss.preset, index, threat)
     return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "threat": threat,

@@ -72,6 +72,7 @@ ROLES: dict[str, dict[str, Any]] = {
     "specialist": {"kd_weight": 0.0, "kd_own": 1.0},
     "generalist": {"kd_weight": 0.5, "hard_own": 0.0, "kd_own": 0.0, "teacher_set": "owner"},
 }
+DRAWS_OR_MSD = ("random", "eat", "msd")  # strategies that make one batch of AEs
 EMA_DECAY = {"at_wa": 0.9995}  # of presets that average weights; the FastAT benchmark's
 
 _TRADES_ATTACK = {"loss": "kl_clean", "start": "gaussian"}
@@ -79,7 +80,8 @@ _TEACHER_ATTACK = {"loss": "kl_teacher", "start": "gaussian"}
 _PLAIN_ATTACK = {"loss": "ce", "start": "uniform"}
 
 
-def coefficients(preset: str, index: int, peers: int, role: str = "peer", union: str | None = None) -> dict[str, Any]:
+def coefficients(preset: str, index: int, peers: int, role: str = "peer",
+                 union: UnionConfig | None = None) -> dict[str, Any]:
     """All coefficients of `preset` for the peer at `index` of a cohort of `peers`."""
     chosen = PAIRS[preset][index % 2] if preset in PAIRS else PRESETS[preset]
     values = {**BASE, **chosen}
@@ -87,7 +89,7 @@ def coefficients(preset: str, index: int, peers: int, role: str = "peer", union:
         values["hard_own"] = 1 / peers
     if preset == "mat" and peers > 1:
         values.update(ROLES.get(role, {}))
-    if role == "generalist" and peers > 1 and union in ("random", "eat", "msd"):
+    if role == "generalist" and peers > 1 and union is not None and union.threats and union.strategy in DRAWS_OR_MSD:
         values["hard_own"] = 0.5  # these craft an AE of their own, which weighs as much as the specialists' together
     if preset == "mat" and peers == 1 and role == "generalist":
         values["kd_weight"] = 0.0  # the baselines of the union: nobody is there to teach
@@ -99,7 +101,8 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
     return other_frozen or role == "peer" or role != other
 
 
-def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer", union: str | None = None) -> LossConfig:
+def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
+              union: UnionConfig | None = None) -> LossConfig:
     """`loss` with every empty coefficient replaced by its preset's value.
 
     `kd_own` falls back to 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs is the

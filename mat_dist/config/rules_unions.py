@@ -25,14 +25,18 @@ def unions_fit(config: Config) -> list[ConfigError]:
         if threats and union.strategy is None:
             found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
                                      "write avg, max, random, eat, msd or ramp"))
+        elif union.strategy == "msd" and not threats and heard:
+            found.append(ConfigError("strategy msd goes through the steps of an attack, and AEs of other peers are "
+                                     "finished", where, "name the threats for AEs of its own, or write strategy: avg, "
+                                                        "max, random, eat or ramp"))
         elif union.strategy and peer.loss.hard_own and len(norms) < 2:
             found.append(ConfigError(f"strategy {union.strategy} with {len(norms)} threats", where,
                                      "write two or more, such as linf:8/255,l2:1/2,l1:12"))
         elif len(set(norms)) < len(norms):
             found.append(ConfigError("a union with one norm twice", where, "write each norm once"))
-        elif union.strategy == "eat" and not {"linf", "l1"} <= set(norms):
+        elif union.strategy == "eat" and peer.loss.hard_own and not {"linf", "l1"} <= set(norms):
             found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
-        elif union.strategy in ("max", "ramp") and not peer.loss.hard_own and len(taught) < 2:
+        elif union.strategy in ("max", "ramp", "random", "eat") and not peer.loss.hard_own and len(taught) < 2:
             found.append(ConfigError(f"strategy {union.strategy}, and the specialists have {len(taught)} norms",
                                      f"{key}.union.strategy", "add a specialist for each norm"))
         elif union.strategy and not peer.loss.hard_own and (missing := sorted(set(norms) - taught)):

@@ -164,7 +164,8 @@ class UnionConfig(Section):
         None, description="learn from all threats evenly; from each image's worst one; from one drawn per step (SAT); "
                           "from linf or l1, the less robust one more often (E-AT); from the steepest over the threats "
                           "in each attack step (MSD); max with paired logits (RAMP). A generalist with specialists "
-                          "learns so from their AEs (avg, max, ramp), else from AEs of its own")
+                          "learns so from their AEs (random and eat from one specialist's per step, unless it has "
+                          "threats of its own), else from AEs of its own")
     threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
                                                   "own; the first one is the peer's threat")
     ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing (Jiang and Singh, NeurIPS 2024: 5 "

@@ -367,15 +367,47 @@ CASES |= {
 }
 
 
-def agree(case: Case, run_ranks: Callable[..., list[Any]]) -> None:
+class Received:
+    """A generalist that learns from one specialist per batch, at random or the less robust one more often: hard labels
+    and its maker's opinion on its AEs, half and half."""
+
+    stream = 13  # E-AT has drawn all three after four steps
+
+    def __init__(self, eat: bool) -> None:
+        self.eat, self.held, self.seen, self.path = eat, [0] * 3, [0] * 3, []
+
+    def drawn(self, step: int) -> int:
+        if len(self.path) <= step:
+            n = streams.key(0, "norm", step, self.stream) % 3
+            if self.eat:
+                chances = [1 - h / s for h, s in zip(self.held, self.seen, strict=True)] if all(self.seen) else [1] * 3
+                u = streams.uniform(streams.key(0, "eat", step, self.stream), (1,), dtype=torch.float64).item()
+                u *= sum(chances)
+                n = int(u >= chances[0]) + int(u >= chances[0] + chances[1])
+            self.path.append(n)
+        return self.path[step]
+
+    def loss(self, k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
+        if k < 3:
+            return ce(z(k, k), y)
+        j = self.drawn(step)
+        self.held[j] += int((z(3, j).argmax(1) == y).sum())
+        self.seen[j] += len(y)
+        return 0.5 * ce(z(3, j), y) + 0.5 * kl(t(j, j), z(3, j))
+
+    def learned(self, k: int, step: int) -> list[Slot]:
+        return [self.drawn(step)] if k == 3 else [k]
+
+
+def agree(case: Case, run_ranks: Callable[..., list[Any]], steps: int = STEPS) -> None:
     """Train both; weights and running statistics are equal, frozen peers as before, and the others moved."""
     count = len(case.peers)
     assert count not in (BATCH, CLASSES)  # equal sizes would hide a wrong axis
     models, config = nets(count, dtype=torch.float64), case.config()
-    (ours,) = run_ranks(lambda mesh: train(config, mesh, models, STEPS, dtype=torch.float64, data=case.images),
+    (ours,) = run_ranks(lambda mesh: train(config, mesh, models, steps, dtype=torch.float64, data=case.images),
                         count, 1)
     peers = [Reference(m) for m in models]
-    for step in range(STEPS):
+    for step in range(steps):
         reference_step(case, config, peers, step)
     for peer, theirs, model in zip(ours.peers, peers, models, strict=True):
         assert theirs.differences(peer.model.state_dict()) < 1e-9, peer.name
@@ -406,3 +438,12 @@ def test_a_norm_per_step_is_drawn_and_trained_against(eat: bool, run_ranks: Call
     drawn = Drawn(eat)
     agree(Case(alone("eat" if eat else "random"), at, mine, craft=drawn), run_ranks)
     assert len(set(drawn.path)) > 1
+
+
+@pytest.mark.parametrize("eat", [False, True], ids=["random", "eat"])
+def test_a_generalist_learns_from_one_specialist_per_step(eat: bool, run_ranks: Callable[..., list[Any]]) -> None:
+    received = Received(eat)
+    entries = cohort("eat" if eat else "random")
+    entries[3]["stream"] = received.stream
+    agree(Case(entries, received.loss, received.learned), run_ranks, steps=7)
+    assert set(received.path) == {0, 1, 2} and sum(received.seen) == 7 * BATCH and sum(received.held) > 0

@@ -30,6 +30,7 @@ SPREAD: dict[str, list[dict[str, Any]]] = {
     "lbgat": [{"loss": "lbgat", "optim": {"awp_gamma": 0.01}}] * 2,
     "awp": [{"loss": "mat", "optim": {"awp_gamma": 0.02, "awp_warmup_epochs": 0.1}}] * 4,
     "eat": [EAT] * 2,
+    "generalists that draw": [*cohort("eat")[1:], *cohort("random")[3:]],
     "msd, random, avg": [*alone("msd"), *alone("random"), *alone("avg"), *alone("max")],
     "trust": [{"loss": {"preset": "mat", "gate": 0.1, "kd_where": "teacher_right", "warmup_epochs": 0.1}}] * 4,
 }
@@ -120,6 +121,8 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {  # what needs more than each repli
     "ramp": alone("ramp", EASY),
     "eat": alone("eat", EASY),
     "awp": [{"loss": "at", "optim": {"awp_gamma": 0.05}}],
+    "eat of specialists": [{**entry, "threat": {"norm": norm, "eps": 0.001}}
+                           for entry, norm in zip(cohort("eat"), ("linf", "l2", "l1", "linf"), strict=True)],
     "projection": [{"loss": "at", "union": {"strategy": "ramp", "threats": EASY, "projection_beta": 0.5}}],
     "all, side by side": [*alone("ramp", EASY), *alone("eat", EASY),
                           {"loss": "trades", "optim": {"awp_gamma": 0.05, "awp_warmup_epochs": 0.1}}],
@@ -127,7 +130,8 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {  # what needs more than each repli
 
 
 @pytest.mark.parametrize("memory", ["keep", pytest.param("recompute", marks=slow)])
-@pytest.mark.parametrize("name", ["ramp", "eat", "awp", "projection", pytest.param("all, side by side", marks=slow)])
+@pytest.mark.parametrize("name", ["ramp", "eat", "awp", "projection", pytest.param("eat of specialists", marks=slow),
+                                  pytest.param("all, side by side", marks=slow)])
 def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) -> None:
     """Two ranks with half of the rows each, and different shares of right images, are one rank with all of them."""
     entries, count = TOGETHER[name], len(TOGETHER[name])
@@ -138,7 +142,9 @@ def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) 
     hashes(two)
     assert 0 < largest_difference(one, two) < 1e-9
     counts = [{p.index: p.crafter.state() for c in cohorts for p in c.peers} for cohorts in (one, two)]
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] and one[0].draws.state() == two[0].draws.state() == two[-1].draws.state()
+    if name == "eat of specialists":
+        assert sum(one[0].draws.state()["3"]["held"]) > 0 and sum(one[0].draws.state()["3"]["seen"]) == 4 * 8
     if name == "eat":
         assert sum(counts[0][0]["eat"]["seen"]) == 4 * 8 and sum(counts[0][0]["eat"]["held"]) > 0
 
@@ -164,6 +170,54 @@ def test_micro_batches_add_up_to_one_natural_gradient(run_ranks: Run) -> None:
         config = configured(entries, precision="fp64", microbatches=parts)
         runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3, dtype=torch.float64), 1, 1))
     assert 0 < largest_difference(*runs) < 1e-10
+
+
+@slow
+@pytest.mark.parametrize("setting", [{"memory": "recompute"}, {"microbatches": 2}])
+def test_a_generalist_counts_alike_however_it_learns(setting: dict[str, Any], run_ranks: Run) -> None:
+    models, runs = nets(4, norm="group", dtype=torch.float64), []
+    for step in ({}, setting):
+        config = configured(TOGETHER["eat of specialists"], precision="fp64", **step)
+        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 4, 1))
+    assert largest_difference(*runs) < 1e-10
+    assert runs[0][0].draws.state() == runs[1][0].draws.state()
+
+
+def test_a_refused_step_leaves_the_counts_on_specialists_as_they_were(run_ranks: Run) -> None:
+    models, config = nets(4), configured(TOGETHER["eat of specialists"])
+    def one(mesh: Mesh) -> None:
+        cohort = build(config, mesh, models)
+        for step in range(2):
+            cohort.begin(step)
+            train_step(cohort, *batch(step), step)
+        before = cohort.draws.state()
+        generalist = cohort.peers[3]
+        learn = generalist.learn
+        generalist.learn = lambda x, draw: learn(x, draw) * float("inf")  # type: ignore[method-assign]
+        cohort.begin(2)
+        with pytest.raises(MatError):
+            train_step(cohort, *batch(2), 2)
+        assert cohort.draws.state() == before and generalist.right == []
+    run_ranks(one, 4, 1)
+
+
+def test_a_generalist_draws_among_those_it_listens_to(run_ranks: Run) -> None:
+    models, config = nets(4), configured(cohort("random"))
+    def one(mesh: Mesh) -> list[Any]:
+        cohort_ = build(config, mesh, models)
+        cohort_.mute([0, 2], until=20)
+        drawn = []
+        for step in range(40):
+            cohort_.begin(step)
+            row = cohort_.plan.peers[3]
+            drawn.append(cohort_.drawn[3])
+            assert row.learned == (row.drawn,) and row.hard == {row.drawn: 0.5} == row.distilled
+        cohort_.mute([0, 1, 2], until=50)
+        cohort_.begin(40)
+        assert cohort_.drawn == {} and cohort_.plan.peers[3].learned == ()
+        return drawn
+    (drawn,) = run_ranks(one, 4, 1)
+    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {0, 1, 2}
 
 
 def test_replicas_pair_what_a_replica_alone_would_not(run_ranks: Run) -> None:

@@ -296,6 +296,27 @@ def test_eat_awp_frozen_teachers_and_warm_ups_go_on_as_if_nothing_had_happened(
     assert sum(whole.peers()[0]["eat"]["seen"]) == STEPS * 16 and again.peers()[0]["eat"] == whole.peers()[0]["eat"]
 
 
+@pytest.mark.parametrize("worlds", [(1, 4), (4, 2)], ids=str)
+def test_draws_of_specialists_go_on_as_if_nothing_had_happened(worlds: tuple[int, int], cohort_run: Run,
+                                                               uninterrupted: Run) -> None:
+    settings = ("peers=4", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2",
+                "peers.2.role=generalist", "peers.2.union.strategy=eat", "peers.3.role=generalist",
+                "peers.3.union.strategy=random", "threat.eps=0.02")
+    whole = uninterrupted(*settings)
+    assert cohort_run("stopped", worlds[0], *settings, stop_after=3).code == 75
+    again = cohort_run("stopped", worlds[1], *settings)
+    assert again.hashes() == whole.hashes()
+    told = [load_manifest(run.folder).meta.extra["drawn"] for run in (whole, again)]
+    assert told[0] == told[1] and list(told[0]) == ["2"] and sum(told[0]["2"]["seen"]) == STEPS * 16
+
+
+def test_a_run_with_cutmix_moves_to_other_rank_counts(cohort_run: Run, uninterrupted: Run) -> None:
+    settings = ("data.augment.cutmix=0.8", "data.augment.pad=1", "loss.label_smoothing=0.1")
+    assert cohort_run("moving", 2, *settings, stop_after=3).code == 75
+    moved = cohort_run("moving", 1, *settings)
+    assert moved.hashes() == uninterrupted(*settings).hashes()
+
+
 def test_a_frozen_peer_keeps_its_weights_and_is_not_in_the_ensemble(teacher: Finished, uninterrupted: Run) -> None:
     run = uninterrupted(*baselines(teacher), "eval.every=1", "train.max_steps=null")
     source = teacher.peers()[1]["model"]

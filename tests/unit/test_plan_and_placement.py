@@ -88,7 +88,7 @@ def cohort(*entries: dict[str, Any]) -> CohortPlan:
         union = UnionConfig(strategy=own.pop("strategy", None), threats=own.pop("threats", None))
         role, frozen, threat = own.pop("role", "peer"), own.pop("frozen", False), own.pop("threat", ThreatConfig())
         attack = AttackConfig(loss=own.pop("attack", "ce"))
-        loss = fill_loss(LossConfig(**own), i, len(entries), role, union.strategy)
+        loss = fill_loss(LossConfig(**own), i, len(entries), role, union)
         specs.append(PeerConfig(role=role, frozen=frozen, threat=threat, union=union, attack=attack, loss=loss))
     return CohortPlan.of(specs)
 
@@ -128,6 +128,17 @@ def test_a_specialist_that_is_fed_back_listens_to_the_generalist_on_its_own_exam
 def test_a_generalist_that_crafts_weighs_its_own_example_as_much_as_the_specialists_together(strategy: str) -> None:
     last = cohort(*SPECIALISTS, {**GENERALIST, "strategy": strategy, "threats": ALL}).peers[2]
     assert last.hard == {0: 0.125, 1: 0.125, 2: 0.25} and last.own == (2,) and last.rivals == ()
+
+
+@pytest.mark.parametrize("strategy", ["random", "eat"])
+def test_a_generalist_without_threats_of_its_own_learns_from_one_specialist(strategy: str) -> None:
+    plan_ = cohort(*SPECIALISTS, {**GENERALIST, "strategy": strategy})
+    for drawn in (0, 1):
+        now = plan_.drawing({2: drawn})
+        last = now.peers[2]
+        assert last.draws and last.hard == {drawn: 0.5} == last.distilled and last.learned == (drawn,)
+        assert last.teachers(drawn) == (drawn,) and now.taught[drawn] == (drawn,) and now.crafts == (True, True, False)
+    assert plan_ == plan_.drawing({2: 0}) and not any(row.draws for row in plan_.peers[:2])
 
 
 @pytest.mark.parametrize("strategy,own", [("avg", (0, 2, 3)), ("max", (0, 2, 3)), ("ramp", (0, 2, 3)),

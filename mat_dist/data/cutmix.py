@@ -36,9 +36,10 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, see
     window_BHW = (_covered(row_B, side_B, height)[:, :, None] & _covered(column_B, side_B, width)[:, None, :]
                   & (u_B < probability)[:, None, None])
     mixed_BCHW = torch.where(window_BHW[:, None], x_BCHW[other_B], x_BCHW)
-    share_B = window_BHW.to(x_BCHW.dtype).mean((1, 2))[:, None]
+    # Whole numbers, then a division and sums of exact products: a GPU rounds as the CPU does, where a mean need not.
+    share_B1 = (window_BHW.sum((1, 2)).double() / (height * width)).to(x_BCHW.dtype)[:, None]
     y_BK = F.one_hot(y_B, classes).to(x_BCHW.dtype)
-    return mixed_BCHW, torch.lerp(y_BK, y_BK[other_B], share_B)
+    return mixed_BCHW, y_BK * (1 - share_B1) + y_BK[other_B] * share_B1
 
 
 def _covered(u_B: Tensor, side_B: Tensor, count: int) -> Tensor:

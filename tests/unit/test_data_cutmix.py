@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mat_dist import streams
-from mat_dist.agreement import batch_checksum
+from mat_dist.agreement import batch_checksum, weighted_checksum
 from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.pgd import pgd
 from mat_dist.config.schema import AugmentConfig
@@ -129,3 +129,15 @@ def test_the_checksum_sees_a_label_that_is_mixed_otherwise() -> None:
     mixed = torch.eye(CLASSES)[y]
     assert batch_checksum(x, mixed) != batch_checksum(x, mixed.flip(0))
     assert batch_checksum(x, mixed) != batch_checksum(x, mixed * 0.9 + 0.02)
+
+
+def test_the_checksum_of_a_gpu_is_a_sum_over_pixels_and_plain_or_mixed_labels() -> None:
+    x, y = images(3, 4, 4)
+    words = x.flatten().view(torch.int32).tolist()
+    pixels = sum(word * (2 * n + 1) for n, word in enumerate(words))
+    labels = sum((label + 1) * (2 * n + 1) for n, label in enumerate(y.tolist()))
+    found = int(weighted_checksum(x, y)) % 2**64
+    assert found == (pixels + labels * 0x9E3779B1) % 2**64
+    mixed = torch.eye(CLASSES)[[0, 3, 1]]
+    others = [mixed.flip(0), mixed * 0.9 + 0.02, mixed.roll(1, 1)]
+    assert len({int(weighted_checksum(x, labels)) for labels in (mixed, *others)}) == 4

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from mat_dist import streams
 from mat_dist.errors import MatError, NonFinite, PeerFailed, error_class
 from mat_dist.mesh.mesh import Mesh
 
@@ -183,10 +184,14 @@ def batch_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:
 
 
 def weighted_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """Bits times odd numbers that count places, summed modulo 2^64 -> int64 scalar on x's device."""
+    """Bits times numbers that tell their places, summed modulo 2^64 -> int64 scalar on x's device."""
     pixels, labels = (_words(part) for part in (x_BCHW, y_B))
-    places = (torch.arange(1, 2 * words.numel(), 2, device=words.device) for words in (pixels, labels))
-    return (pixels * next(places)).sum() + ((labels + 1) * next(places)).sum() * 0x9E3779B1
+    place = torch.arange(1, 2 * pixels.numel(), 2, device=pixels.device)
+    if y_B.ndim == 1:
+        kind = torch.arange(1, 2 * labels.numel(), 2, device=labels.device)
+    else:  # where two images with one class each change places, the sum of their places stays: hashes of places do not
+        kind = streams.bits(0, labels.shape, device=labels.device)
+    return (pixels * place).sum() + ((labels + 1) * kind).sum() * 0x9E3779B1
 
 
 def _words(part: Tensor) -> Tensor:

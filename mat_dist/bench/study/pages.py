@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-KINDS = {"mean": "mean peer", "best": "best peer", "ensemble": "ensemble"}
+from mat_dist.bench.study.verdicts import KINDS, verdict_lines
 
 
 def evidence_page(document: Mapping[str, Any]) -> str:
@@ -16,6 +16,7 @@ def evidence_page(document: Mapping[str, Any]) -> str:
         for label in ("last", "best"):
             if any(label in row["accuracy"] for row in table["rows"]):
                 lines += ["", f"### {label.capitalize()} checkpoint", "", *_accuracies(table, label)]
+        lines += ["", "### Against the controls", "", *verdict_lines(table["comparisons"])]
         if table["differences"]:
             lines += ["", "### Differences", "", *_differences(table)]
         common = " ".join([*document["base_settings"], *table["settings"]])

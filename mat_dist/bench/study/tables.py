@@ -11,6 +11,7 @@ from mat_dist import checkpoint
 from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
 from mat_dist.bench.study.runs import Job, training_seconds
 from mat_dist.bench.study.scores import Evaluated, gathered
+from mat_dist.bench.study.verdicts import comparisons, is_mutual
 from mat_dist.dryrun import training_passes
 from mat_dist.evaluate.outcome import CLEAN
 from mat_dist.intervals import paired_difference
@@ -58,15 +59,16 @@ class Entry:
 def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
     """The whole table as JSON values."""
     cells = {entry.name: entry.cells() for entry in entries}
+    rows = [row_document(plan, entry, cells[entry.name]) for entry in entries]
+    apart = sorted((found for control in plan.controls for entry in entries if entry.name != control
+                    for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))
     return {"title": plan.title, "columns": [CLEAN, *plan.columns], "primary": plan.primary,
             "controls": list(plan.controls), "settings": list(plan.settings),
             "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
                                    "rows": list(one.rows) if one.rows is not None else None,
                                    "seeds": list(one.seeds) if one.seeds is not None else None}
                             for name, one in plan.evaluations.items()},
-            "rows": [row_document(plan, entry, cells[entry.name]) for entry in entries],
-            "differences": sorted((found for control in plan.controls for entry in entries if entry.name != control
-                                   for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))}
+            "rows": rows, "differences": apart, "comparisons": comparisons(rows, apart, plan.primary)}
 
 
 def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
@@ -91,7 +93,8 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
         unsound = sorted({f"{name} of {label}, {text}" for (name, label), one in entry.results.get(seed, {}).items()
                           for text in one.unsound})
         seeds[str(seed)] = {"status": status, "failed_checks": unsound, "train_seconds": seconds.get(seed)}
-    return {"row": entry.name, "says": row.says, "peers": row.peers, "tried": row.tried, "remark": row.remark,
+    return {"row": entry.name, "says": row.says, "peers": row.peers,
+            "mutual": first is not None and is_mutual(first.config), "tried": row.tried, "remark": row.remark,
             "cost_factor": row.cost_factor, "kinds": list(row.kinds), "error": entry.error,
             "settings": list(row.settings), "command": first.command if first else "",
             "config_digest": first.digest if first else "",

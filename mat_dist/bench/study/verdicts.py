@@ -67,7 +67,7 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"Rows in which peers learn from each other, against every control that costs as much or less: "
              f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
              f"{len(made)} comparisons were made; were there no difference anywhere, about {found['by_chance']:.1f} of "
-             "them would still not be called noise. They share rows, seeds and images, so they do not err one by one.",
+             "them would still not be called noise (5 %). They share rows, seeds, images: they do not err one by one.",
              ""]
     if found["left_out"]:
         lines += [f"Left out, since the control costs more: "

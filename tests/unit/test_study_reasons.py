@@ -231,11 +231,11 @@ def test_a_row_that_beats_nothing_is_explained_beside_independent_peers() -> Non
     """Own AEs (.5 + .3 + .1) / 3 = .3, peers' AEs (.7 + .6 + .1) / 3: 16.7 points weaker; the control's: 0."""
     level = [[0.2] * 4] * 3
     rows = [cohort_row("mat", True, RIGHT), cohort_row("at_x3", False, level)]
-    table = {"rows": rows, "controls": ["at_x3"], "comparisons": comparisons(
-        rows, [difference("mat", "at_x3", 0.0, "noise")], "pgd")}
+    found = [difference("mat", "at_x3", 0.0, "noise"), difference("mat", "at_x3", -0.1, "below", kind="ensemble")]
+    table = {"rows": rows, "controls": ["at_x3"], "comparisons": comparisons(rows, found, "pgd")}
     text = "\n".join(why_lines(table, "cpu"))
-    assert ("The mean peer of `mat` does not beat `at_x3` (noise). Right on peers' AEs against own AEs: +16.7 points "
-            "(`at_x3`: +0.0).") in text
+    assert ("- `mat`: the mean peer does not beat `at_x3` (noise); the ensemble does not beat `at_x3` (loses). Right "
+            "on peers' AEs against own AEs: +16.7 points (`at_x3`: +0.0).") in text
     assert '<img src="cpu_curves/mat.svg"' in text and "PGD-7" in text and "| `at_x3` | no |" in text
     table["comparisons"] = comparisons(rows, [difference("mat", "at_x3", 0.1, "above")], "pgd")
     assert "does not beat" not in "\n".join(why_lines(table, "cpu"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from mat_dist.atomic import reported, write_bytes
 from mat_dist.bench.study.markdown import markdown
+from mat_dist.bench.study.verdicts import KINDS
 from mat_dist.report.book import Book
 from mat_dist.report.charts import Series, line_chart
 
@@ -76,8 +77,7 @@ def reference(row: Mapping[str, Any], table: Mapping[str, Any]) -> Mapping[str, 
 
 def _shortfall(row: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     """A mutual row that does not beat some control of equal or lower cost, beside independent peers."""
-    failed = [one for one in table["comparisons"]["made"] if one["row"] == row["row"] and one["verdict"] != "beats"
-              and one["kind"] == "mean"]
+    failed = [one for one in table["comparisons"]["made"] if one["row"] == row["row"] and one["verdict"] != "beats"]
     if not failed or not row["why"]["peers"]:
         return []
     other = reference(row, table)
@@ -91,9 +91,11 @@ def _shortfall(row: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     mine = row["why"]["peers"]
     weaker = 100 * (mine["peers_aes"]["mean"] - mine["own_aes"]["mean"])
     beside = 100 * (theirs["peers_aes"]["mean"] - theirs["own_aes"]["mean"]) if theirs else 0.0
-    against = ", ".join(f"`{one['control']}` ({one['verdict']})" for one in failed)
+    pairs = {name: [f"`{one['control']}` ({one['verdict']})" for one in failed if one["kind"] == kind]
+             for kind, name in KINDS.items()}
+    against = "; ".join(f"the {name} does not beat {', '.join(some)}" for name, some in pairs.items() if some)
     strength = f"{weaker:+.1f} points" + (f" (`{other['row']}`: {beside:+.1f})" if other and theirs else "")
-    return [f"- The mean peer of `{row['row']}` does not beat {against}. Right on peers' AEs against own AEs: "
+    return [f"- `{row['row']}`: {against}. Right on peers' AEs against own AEs: "
             f"{strength}. Own AEs on which a teacher is right and the student wrong: {value('teachable')}; of peers' "
             f"AEs: {value('teachable_peers_aes')}. Labels agree on {value('agreement')} of own AEs, KL "
             f"{value('kl', '', 3)}. Own AEs of training against validation images: {value('gap', ' points')}."]

@@ -209,7 +209,7 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
     table.add_row("all", "", "", str(sums[0]), "", f"{sums[1]:.2f}", f"{sums[2]:.2f}")
     screen = Console()
     (screen if screen.is_terminal else Console(width=120)).print(table)
-    print("Passes: forward and backward of one image each, all seeds. Not counted: validation, AutoAttack, checks.")
+    print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
 
 
 def tests(plan: TablePlan, entry: Entry, seed: int) -> float:

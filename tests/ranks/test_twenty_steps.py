@@ -55,7 +55,7 @@ CONTEXT: dict[str, tuple[str, ...]] = {
     "optim.awp_warmup_epochs": (*AT, "optim.awp_gamma=0.02"), "optim.milestones": (*AT, "optim.schedule=piecewise"),
     "optim.gamma": (*AT, "optim.schedule=piecewise"), "optim.nesterov": (*AT, "optim.momentum=0.9"),
     "union.strategy": ("peers=1", "loss=at"), "union.ramp_weight": (*THREE, "union.strategy=ramp"),
-    "union.threats": (*THREE, "union.strategy=max"),
+    "union.threats": (*THREE, "union.strategy=max"), "union.projection_beta": (*THREE, "union.strategy=ramp"),
 }
 MORE: dict[str, tuple[str, ...]] = {  # what a value needs that its control may not have
     **{f"union.strategy={name}": (THREE[2],) for name in ("avg", "max", "random", "msd", "ramp")},
@@ -74,6 +74,7 @@ VALUES: dict[str, Any] = {
     "optim.awp_warmup_epochs": 2, "optim.ema_decay": 0.9, "optim.swa_start": 0.5,
     "union.ramp_weight": 1, "union.threats": "linf:0.1,l1:2", "threat.eps": 0.05,
     "data.augment.pad": 1, "data.augment.random_resized_crop": 0.5, "data.augment.cutout": 3,
+    "union.projection_beta": 0.5, "data.augment.cutmix": 1,
 }
 # What is no single setting.
 COHORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> control, settings beside it
@@ -84,6 +85,8 @@ COHORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> contr
        for name in ("random", "msd")},
     "generalist eat": (COHORT, ("peers.1.threat={norm: l1, eps: 2}", "peers.2.union.strategy=eat",
                                 "peers.2.union.threats=linf:0.1,l1:2")),
+    **{f"generalist {name} of one specialist": (COHORT, (f"peers.2.union.strategy={name}",))
+       for name in ("random", "eat")},
     "fine-tuned": (AT, ("peers.0.init_from=TEACHER",)),
     "averaged teachers": ((*MAT, "optim.ema_decay=0.9"), ("step.teachers=ema",)),
     "joint batch norm": (MAT, ("step.bn=joint",)),

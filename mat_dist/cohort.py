@@ -83,7 +83,8 @@ class Cohort:
     rows: slice = field(init=False)
     muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
     alone: set[int] = field(default_factory=set)  # peers that still warm up
-    listening: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # of the plan
+    turn: int = 0  # the step, where whose AEs are learnt changes with it
+    listening: tuple[set[int], set[int], int] = field(default_factory=lambda: (set(), set(), 0))  # of the plan
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,15 +152,16 @@ class Cohort:
         self._replan()
 
     def begin(self, step: int) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, and let warm-ups end."""
+        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources change."""
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
-        if self.listening != (set(self.muted), alone):
-            self.alone = alone
+        turn = step if self.plan.period > 1 else 0
+        if self.listening != (set(self.muted), alone, turn):
+            self.alone, self.turn = alone, turn
             self._replan()
 
     def _replan(self) -> None:
-        self.listening = set(self.muted), self.alone
+        self.listening = set(self.muted), self.alone, self.turn
         self.plan = self.plan.listening(*self.listening)
         self._tell_peers()
 

@@ -19,6 +19,7 @@ from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model
 from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
+from mat_dist.pulling import pull_together
 from mat_dist.schedules import lr_at
 from mat_dist.threats import Threat
 
@@ -52,7 +53,8 @@ def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
     """A peer's model with its keyed initial weights, in the precision and layout of the run."""
-    with streams.keyed_rng(streams.key(seed, "init", spec.stream or 0)):
+    start = spec.stream if spec.init_stream is None else spec.init_stream
+    with streams.keyed_rng(streams.key(seed, "init", start or 0)):
         model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
     model = model.to(device=device, dtype=DTYPES[step.precision])
     return model.to(memory_format=torch.channels_last) if step.channels_last else model
@@ -166,11 +168,16 @@ class Cohort:
         self._tell_peers()
 
     def update(self, step: int) -> None:
-        """Apply the gradients of a committed step."""
+        """Apply the gradients of a committed step; pull the peers together where that is due; average their weights."""
         for peer in self.peers:
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
+        if self.step.pull and (step + 1) % self.step.pull_every == 0:
+            self.mesh.where = f"step {step}, pull"
+            pull_together([peer.model for peer in self.peers], self.mesh, self.step.pull, self.muted)
+        for peer in self.peers:
+            peer.average(step)
 
 
 def _refuse_replicas(config: Config, mesh: Mesh) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def attacker(index: int, heard: Sequence[int], turn: int) -> int:
     """`one`: the only peer that attacks at a turn; each in its turn, in peer order.
 
-    Where all listen to all, everyone names the same one. With trained, frozen peers it is the schedule of ensemble
-    adversarial training, whose AEs come from another model in each batch (Tramer et al., ICLR 2018).
+    Where all listen to all, everyone names the same one. With trained, frozen peers it resembles ensemble adversarial
+    training (Tramer et al., ICLR 2018), which draws the model that attacks in each batch.
 
     Args:
         index: the peer that learns.

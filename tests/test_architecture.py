@@ -23,7 +23,7 @@ ROWS = (
      "wire", "opinions", "sgd", "objective", "intervals", "coefficients", "rotation", "passes"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("crafting",),
-    ("crafter", "perturbation"),
+    ("crafter", "perturbation", "pulling"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("learning", "averaging", "evaluator", "run", "dryrun"),

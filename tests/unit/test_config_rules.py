@@ -167,6 +167,13 @@ CASES = [
      "loss.attackers=partner loss.teacher_set=owner"),
     ("attackers_can_rotate", "loss=mat_kd loss.attackers=partner", "gives the partner's AEs no weight",
      "loss=mat_kd loss.attackers=one"),
+    ("weights_can_be_pulled", "peers=1 loss=at step.pull=0.5", "there is one peer", "peers=2 loss=at step.pull=0.5"),
+    ("weights_can_be_pulled", "step.pull=0.5 peers.2.frozen=true peers.2.init_from=x", "peer2 does not train",
+     "step.pull=0.5 peers.2.init_from=x"),
+    ("weights_can_be_pulled", "step.pull=0.5 peers.2.model.width=2", "peer0 and peer2 have different models",
+     "step.pull=0.5 model.width=2"),
+    ("initial_weights_are_drawn", "peers.1.init_stream=0 peers.1.init_from=x", "leave init_stream or init_from out",
+     "peers.1.init_stream=0 peers.2.init_from=x"),
     ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),
@@ -211,7 +218,7 @@ def test_every_rule_has_a_case() -> None:
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and not name.startswith("_")
-        and name not in ("as_fraction", "config_warnings")
+        and name not in ("as_fraction", "config_warnings", "sharing_warnings")
     }
     assert public == {case[0] for case in CASES}
     assert {function.__name__ for function, _ in registry._RULES} == public
@@ -244,6 +251,8 @@ def test_a_rule_is_silent_where_a_value_it_reads_is_unknown(tmp_path: Path) -> N
         ("peers.1.loss=cat", "cat is meant for all peers"),
         ("data.name=folder data.root=x", "data.image_size is not set"),
         ("data.augment.flip=true", "mirrors the digits of digits"),
+        ("step.pull=0.5 peers.1.init_stream=0", "step.pull draws peers together that start from different weights"),
+        ("peers.0.attack.start=zero peers.2.attack.start=zero peers.2.init_stream=0", "they stay equal"),
     ],
 )
 def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None:
@@ -252,5 +261,7 @@ def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None
 
 
 def test_ordinary_settings_are_not_warned_about() -> None:
-    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"]):
+    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
+                      ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
+                      ["peers.all.init_stream=3"]):
         assert config_warnings(load_config("digits", overrides)) == []

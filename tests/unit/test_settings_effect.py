@@ -107,7 +107,7 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1")
+                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "step.pull=0.5")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
     assert train.main([*SMALL, "--dry-run"]) == 0
     images = ("data.name=folder", f"data.root={folder}", "data.image_size=8", "data.residency=mmap",

@@ -1,4 +1,4 @@
-"""The settings of a peer's loss with no coefficient left open."""
+"""The weights of one peer's loss, complete."""
 
 from __future__ import annotations
 

@@ -222,6 +222,11 @@ class CohortPlan:
         return lcm(*(period(row.loss.attackers, row.heard) for row in self.peers if not row.me.frozen))
 
     @cached_property
+    def turns(self) -> tuple[CohortPlan, ...]:
+        """The plan of each step of a period, with nobody muted or warming up."""
+        return tuple(self.listening((), (), turn) for turn in range(self.period))
+
+    @cached_property
     def guided(self) -> tuple[tuple[int, ...], ...]:
         """For each peer the teachers whose clean predictions guide its attack."""
         return tuple(_guides(plan) if plan.index in self.led else () for plan in self.peers)

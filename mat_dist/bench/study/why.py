@@ -26,7 +26,7 @@ def explain(job: Job, images: int, runner: Runner) -> None:
     """
     if not images or reasons.find(job.folder, job.config, images) is not None:
         return
-    runner.tell(f"{job.row}, seed {job.seed}: reasons")
+    runner.begin(f"{job.row}, seed {job.seed}: reasons")
     code = runner.run("mat_dist.bench", ("reasons", str(job.folder.path), f"images={images}"), job.log)
     if code:
         raise failure(code, job, "bench reasons")

@@ -212,7 +212,8 @@ def test_every_setting_has_a_case() -> None:
     assert sorted(keys - {case.partition("=")[0] for case in named}) == []
     assert sorted(key for key in VALUES if key not in keys) == []
     assert sorted(name for name in (*CONTEXT, *MORE) if name.partition("=")[0] not in {*keys, *SECTIONS}) == []
-    known = {"name", "stream", "init_stream", "role", "frozen", "init_from", "model", *(s for s in SECTIONS if "." not in s)}
+    known = {"name", "stream", "init_stream", "role", "frozen", "init_from", "model",
+             *(s for s in SECTIONS if "." not in s)}
     assert set(PeerConfig.model_fields) == known
     roles = set(get_args(PeerConfig.model_fields["role"].annotation))
     assert roles == {"peer", "specialist", "generalist"}  # all in COHORTS

@@ -20,10 +20,10 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd", "objective", "intervals", "projection"),
+     "wire", "opinions", "sgd", "objective", "intervals", "coefficients", "rotation", "passes", "projection"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("crafting",),
-    ("crafter", "perturbation", "drawing"),
+    ("crafter", "perturbation", "pulling", "drawing"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("learning", "averaging", "evaluator", "run", "dryrun"),

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.loss import LossConfig
+from mat_dist.config.union import UnionConfig
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
 
@@ -157,30 +158,15 @@ class OptimConfig(Section):
         return self.ema_decay is not None or self.swa_start is not None
 
 
-class UnionConfig(Section):
-    """How one peer trains against several threats at once."""
-
-    strategy: Literal["avg", "max", "random", "eat", "msd", "ramp"] | None = Field(
-        None, description="learn from all threats evenly; from each image's worst one; from one drawn per step (SAT); "
-                          "from linf or l1, the less robust one more often (E-AT); from the steepest over the threats "
-                          "in each attack step (MSD); max with paired logits (RAMP). A generalist with specialists "
-                          "learns so from their AEs (random and eat from one specialist's per step, unless it has "
-                          "threats of its own), else from AEs of its own")
-    threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
-                                                  "own; the first one is the peer's threat")
-    ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing (Jiang and Singh, NeurIPS 2024: 5 "
-                                                       "from scratch)")
-    projection_beta: Number = Field(0.0, ge=0, lt=1, description="weight of RAMP's other half, the gradient on clean "
-                                                                 "images as far as each layer's own points the same "
-                                                                 "way (published: 0.5); 0 is off")
-
-
 class PeerConfig(Section):
     """One peer; what it does not set comes from the sections of the same name at the top level."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
     stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys this peer's random streams; "
                                                                      "default: its index")
+    init_stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys its initial weights, equal "
+                                                                          "for peers that shall start alike; default: "
+                                                                          "stream")
     role: Literal["peer", "specialist", "generalist"] = Field(
         "peer", description="a peer learns from all others, a generalist from all but generalists, a specialist from "
                             "all but specialists")
@@ -196,7 +182,7 @@ class PeerConfig(Section):
 
 
 class StepConfig(Section):
-    """How a step is computed; none of these changes the algorithm but `bn`."""
+    """How a step is computed; of these `bn`, `teachers` and `pull` change the algorithm."""
 
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="arithmetic of the models; AEs and losses "
                                                                            "are fp32 (fp64 with fp64)")
@@ -221,6 +207,10 @@ class StepConfig(Section):
                            "P times less, for many peers with many classes; other rank counts then round differently")
     teachers: Literal["raw", "ema"] = Field("raw", description="peers teach with their weights of this step, or with "
                                                                "their averaged ones in eval mode")
+    pull: Number = Field(0.0, ge=0, le=1, description="share of the way to the peers' mean weights that each peer goes "
+                                                      "at a pull (elastic averaging; 1: all go on from the mean); 0 is "
+                                                      "off")
+    pull_every: Integer = Field(10, ge=1, description="steps between two pulls")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "

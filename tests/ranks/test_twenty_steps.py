@@ -48,7 +48,7 @@ CONTEXT: dict[str, tuple[str, ...]] = {
     "loss.hard_loss": ("loss=mart", "loss.hard_loss=ce"), "loss.hard_weight": AT, "loss.clean_weight": AT,
     "loss.trades_temperature": ("loss=trades",), "loss.t2_scale": (*MAT, "loss.temperature=2"),
     "loss.teacher_input": ("loss=mat_kd",), "loss.teacher_agg": (*MAT, "peers=3"),
-    "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
+    "loss.attackers": (*MAT, "peers=3"), "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
     "loss.teacher_set=frozen": (*MAT, *TEACHER, "peers=3"),
     "attack.loss=kl_teacher": MAT, "attack.l1_share": (*AT, "threat.norm=l1", "attack.eps=2"),
     "attack.steps": (*AT, "attack.step_size=0.05"),
@@ -90,6 +90,8 @@ COHORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> contr
     "fine-tuned": (AT, ("peers.0.init_from=TEACHER",)),
     "averaged teachers": ((*MAT, "optim.ema_decay=0.9"), ("step.teachers=ema",)),
     "joint batch norm": (MAT, ("step.bn=joint",)),
+    "one start": (MAT, ("peers.all.init_stream=0",)),
+    "pulled together": ((*MAT, "peers.all.init_stream=0"), ("step.pull=0.5", "step.pull_every=3")),
 }
 
 
@@ -213,7 +215,8 @@ def test_every_setting_has_a_case() -> None:
     assert sorted(keys - {case.partition("=")[0] for case in named}) == []
     assert sorted(key for key in VALUES if key not in keys) == []
     assert sorted(name for name in (*CONTEXT, *MORE) if name.partition("=")[0] not in {*keys, *SECTIONS}) == []
-    known = {"name", "stream", "role", "frozen", "init_from", "model", *(s for s in SECTIONS if "." not in s)}
+    known = {"name", "stream", "init_stream", "role", "frozen", "init_from", "model",
+             *(s for s in SECTIONS if "." not in s)}
     assert set(PeerConfig.model_fields) == known
     roles = set(get_args(PeerConfig.model_fields["role"].annotation))
     assert roles == {"peer", "specialist", "generalist"}  # all in COHORTS

@@ -14,6 +14,7 @@ from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.crafting import TrainingAttack, autocast
 from mat_dist.models.modes import frozen
 from mat_dist.plan import Member
+from mat_dist.schedules import attack_steps_at
 
 ALL = -1  # all threats of a union at once
 
@@ -39,7 +40,7 @@ class Crafter:
         self._name, self._model, self._stream, self._notes = name, model, stream, notes
         self._precision, self._strategy = step.precision, member.strategy
         self.threats = member.union or (member.threat,)
-        self._growing_epochs, self.steps_per_epoch = spec.attack.eps_warmup_epochs, 1
+        self._settings, self.steps_per_epoch = spec.attack, 1
         self._halves = False  # the attack ran out of memory once
         self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
         self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
@@ -70,14 +71,20 @@ class Crafter:
     def craft(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
               teacher_BK: Tensor | None = None) -> Tensor:
         """AEs of a batch, or a part of one, against one threat of the union by position, or against ALL at once."""
-        growing = self._growing_epochs * self.steps_per_epoch
+        growing = self._settings.eps_warmup_epochs * self.steps_per_epoch
         scale = min(1.0, (step + 1) / growing) if growing else 1.0
+        steps = self._steps(step)
         if threat == ALL:
             return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row,
-                                         scale=scale)
+                                         scale=scale, steps=steps)
         stream = self._stream("attack", step) if threat == 0 else self._stream("attack", step, threat)
         return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
-                            scale=scale)
+                            scale=scale, steps=steps)
+
+    def _steps(self, step: int) -> int | None:
+        """The number of attack steps while it grows; None afterwards."""
+        growing = round(self._settings.steps_warmup_epochs * self.steps_per_epoch)
+        return attack_steps_at(step, self._settings.steps, growing) if step < growing else None
 
     def _in_halves(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
                    teacher_BK: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ class TrainingAttack:
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
-                 teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
+                 teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None) -> Tensor:
         """AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
         Args:
@@ -55,6 +55,7 @@ class TrainingAttack:
             threat: position of the threat.
             teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
             scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
+            steps: number of steps, where it is not yet that of the settings; such an attack runs eagerly.
         """
         chosen = self._threats[threat].scaled(scale)
         settings = self._settings
@@ -66,8 +67,8 @@ class TrainingAttack:
         region = chosen.region(x_BCHW, settings.l1_share)
         start = chosen.start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
-            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1:
-                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale)
+            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1 or steps is not None:
+                return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale, steps)
             try:
                 return self._engines[threat](x_BCHW, y_B, start)
             except torch.OutOfMemoryError:
@@ -76,7 +77,8 @@ class TrainingAttack:
                 self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
                 return self._attack(x_BCHW, y_B, start, threat)
 
-    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0) -> Tensor:
+    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0,
+                 steps: int | None = None) -> Tensor:
         """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
         settings = self._settings
         assert settings.start is not None and settings.loss is not None
@@ -85,7 +87,7 @@ class TrainingAttack:
         start = threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
             return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=[scale * size for size in self._sizes],
-                       start_BCHW=start, loss=settings.loss, steps=settings.steps, stream=stream)
+                       start_BCHW=start, loss=settings.loss, steps=steps or settings.steps, stream=stream)
 
     # ---------------------------------------------------------------- inside
 
@@ -104,16 +106,16 @@ class TrainingAttack:
             yield
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
-                teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
+                teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None) -> Tensor:
         """The AEs; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None
         region, size = region or self._threats[threat].region(x_BCHW, settings.l1_share), scale * self._sizes[threat]
         if settings.method == "apgd":
             return apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                        steps=settings.steps, step_size=size, teacher_BK=teacher_BK).best_BCHW
+                        steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK).best_BCHW
         return pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                   steps=settings.steps, step_size=size, teacher_BK=teacher_BK)
+                   steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK)
 
     def _eager(self) -> list[Engine]:
         return [partial(self._attack, threat=number) for number in range(len(self._threats))]

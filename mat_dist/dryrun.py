@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import torch
@@ -20,7 +21,7 @@ from mat_dist.data.split import default_val_size
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model, parameter_count
-from mat_dist.objective import own_slots
+from mat_dist.passes import step_passes, total_passes
 from mat_dist.plan import CohortPlan, PeerPlan
 from mat_dist.schedules import lr_at
 from mat_dist.threats import Threat
@@ -65,8 +66,7 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     if per_epoch < 1 and steps is None:
         return None
     total = steps or _total(config, per_epoch)
-    forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
-    return total, forward, backward
+    return total, *total_passes(config, plan, total, per_epoch or max(1, total // config.train.epochs))
 
 
 def _total(config: Config, per_epoch: int) -> int:
@@ -186,31 +186,14 @@ def _weights(row: PeerPlan) -> dict[str, float]:
 def _passes(run: _Run) -> list[str]:
     """Passes of a replica's batch through each network in one step."""
     table = _table(["peer"], ["attack", "learning", "teaching", "forward", "backward"])
-    for (name, *_), counts in zip(run.named(), _counts(run), strict=True):
-        table.add_row(name, *(f"{n:,}" for n in counts))
-    table.add_row("all", *(f"{sum(column):,}" for column in zip(*_counts(run), strict=True)))
-    return [f"passes per step, of {run.rows} images each", *_lines(table),
+    counts = step_passes(run.config, run.plan)
+    for (name, *_), row in zip(run.named(), counts, strict=True):
+        table.add_row(name, *map(_number, row))
+    table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
+    growing = max(spec.attack.steps_warmup_epochs for spec in run.config.peers)
+    grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
+    return [f"passes per step, of {run.rows} images each", *_lines(table), *grown,
             "  Not counted: evaluations, and forwards for the transfer table of log steps."]
-
-
-def _counts(run: _Run) -> list[tuple[int, int, int, int, int]]:
-    """Passes of each peer: attack and learning (forward and backward), teaching (forward only), and their sums."""
-    counts = []
-    for _, spec, row in run.named():
-        learning = len(row.learned) + (len(own_slots(row)) if spec.optim.awp_gamma and not spec.frozen else 0)
-        # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
-        again = run.config.step.memory == "recompute" or run.config.step.teachers == "ema"
-        teaching = len(run.plan.taught[row.index] if again else run.plan.forwarded(row.index))
-        teaching += int(any(run.plan.guided))
-        attack = spec.attack.steps * len(row.own) if run.plan.crafts[row.index] else 0
-        # Forwards alone: the clean prediction once, APGD's look at its last point, E-AT's at its AEs, MSD's at each
-        # step of each norm.
-        alone = (int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")) * len(row.own)
-        alone += int(row.me.strategy == "eat")
-        alone += spec.attack.steps * len(row.me.union) if row.me.strategy == "msd" else 0
-        backward = attack + learning
-        counts.append((attack, learning, teaching, backward + teaching + (alone if attack else 0), backward))
-    return counts
 
 
 def _memory(run: _Run) -> list[str]:
@@ -240,7 +223,7 @@ def _schedule(run: _Run) -> list[str]:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
     total = _total(config, per_epoch)
-    forward, backward = (total * sum(column) for column in list(zip(*_counts(run), strict=True))[-2:])
+    forward, backward = total_passes(config, run.plan, total, per_epoch)
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
         optims.setdefault(spec.optim, name)
@@ -292,6 +275,10 @@ def _lines(table: Table) -> list[str]:
 
 def _mib(count: float) -> str:
     return f"{count / MIB:,.2f}"
+
+
+def _number(count: Fraction | int) -> str:
+    return f"{float(count):,.2f}" if count % 1 else f"{int(count):,}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_learning
+from mat_dist.config import config_warnings, load_config, registry, rules, rules_attack, rules_learning
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -33,6 +33,10 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
+    ("attack_steps_grow", "attack.steps=1 attack.steps_warmup_epochs=2", "grows up to 1",
+     "attack.steps=2 attack.steps_warmup_epochs=2"),
+    ("attack_steps_grow", "train.epochs=3 attack.steps_warmup_epochs=4", "grows for 4 of 3 epochs",
+     "train.epochs=3 attack.steps_warmup_epochs=3"),
     ("somebody_is_there_to_learn_from", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
     ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)",
      "peers=1 loss=trades"),
@@ -195,7 +199,7 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 def test_every_rule_has_a_case() -> None:
     public = {
         name
-        for module in (rules, rules_learning)
+        for module in (rules, rules_attack, rules_learning)
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__

@@ -147,6 +147,7 @@ WITH_OTHERS = {  # setting: what else is set on both sides
     **{f"union.strategy={strategy}": UNION for strategy in ("max", "random", "eat", "msd", "ramp")},
     "union.ramp_weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
     "loss.hard_weight=0.9": "loss=at",
+    "attack.steps_warmup_epochs=1": "attack.steps=4",
     "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",
     "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.decay_norm_bias=false": "optim.weight_decay=0.5",

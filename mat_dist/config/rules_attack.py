@@ -1,0 +1,53 @@
+"""Rules of the training attack."""
+
+from __future__ import annotations
+
+from mat_dist.config.registry import entries, rule
+from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.errors import ConfigError
+
+
+@rule("attack", "loss")
+def attack_can_start(config: Config) -> list[ConfigError]:
+    """KL to the clean prediction has gradient 0 at the clean image."""
+    return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
+                        "write start: gaussian (TRADES) or uniform")
+            for key, peer in entries(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
+
+
+@rule("attack", "threat", "step", "union")
+def n_fgsm_fits(config: Config) -> list[ConfigError]:
+    """N-FGSM is one step in linf, and its AEs leave the ball, to which shorter forms on the wire would cut them."""
+    found = []
+    for key, peer in entries(config):
+        if peer.attack.method != "n_fgsm":
+            continue
+        for bad, where, how in ((peer.attack.steps != 1, "attack.steps", "attack.steps: 1"),
+                                (peer.threat.norm != "linf", "threat.norm", "threat.norm: linf"),
+                                (peer.union.strategy is not None, "union.strategy", "attack.method: pgd")):
+            if bad:
+                what = f"n_fgsm with {where} {_value(peer, where)}"
+                found.append(ConfigError(what, f"{key}.{where}", f"write {how}"))
+        if config.step.wire != "full":
+            found.append(ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
+                                     "write wire: full, or attack.method: pgd"))
+    return found
+
+
+def _value(peer: PeerConfig, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(peer, section), name)
+
+
+@rule("attack", "train")
+def attack_steps_grow(config: Config) -> list[ConfigError]:
+    """One step cannot grow, and the full attack is reached within the training."""
+    found = []
+    for key, peer in entries(config):
+        attack, where = peer.attack, f"{key}.attack.steps_warmup_epochs"
+        if attack.steps_warmup_epochs and attack.steps == 1:
+            found.append(ConfigError("the number of attack steps grows up to 1", where, "write 0, or more steps"))
+        elif attack.steps_warmup_epochs > config.train.epochs:
+            found.append(ConfigError(f"the number of attack steps grows for {attack.steps_warmup_epochs:g} of "
+                                     f"{config.train.epochs} epochs", where, "write train.epochs or fewer"))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
+from mat_dist.data.shown import Shown
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
@@ -150,8 +151,15 @@ class Cohort:
         self.muted.update(dict.fromkeys(peers, until))
         self._replan()
 
-    def begin(self, step: int) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, and let warm-ups end."""
+    def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
+        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end, recall perturbations.
+
+        Args:
+            shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
+        """
+        for peer in self.peers:
+            if shown is not None and peer.crafter.carried is not None:
+                peer.crafter.begin(step, shown(step), self.rows.start)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
         if self.listening != (set(self.muted), alone):
@@ -166,6 +174,8 @@ class Cohort:
     def update(self, step: int) -> None:
         """Apply the gradients of a committed step."""
         for peer in self.peers:
+            if self.mesh.placement.replicas > 1 and peer.crafter.carried is not None:
+                peer.crafter.carried.share(self.mesh.gather_replicas)
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])

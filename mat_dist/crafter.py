@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.attacks.union import EatChoice, random_norm
+from mat_dist.carried import Carried
 from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.crafting import TrainingAttack, autocast
+from mat_dist.data.shown import Shown
 from mat_dist.models.modes import frozen
 from mat_dist.plan import Member
 from mat_dist.schedules import attack_steps_at
@@ -31,6 +33,7 @@ class Crafter:
 
     Attributes:
         threats: the union's, or the peer's one.
+        carried: what is remembered of the images; None where attacks start afresh.
         steps_per_epoch: for schedules.
     """
 
@@ -44,8 +47,15 @@ class Crafter:
         self._halves = False  # the attack ran out of memory once
         self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
         self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
+        self.carried = Carried(next(model.parameters()).device) if spec.attack.start == "previous" else None
         self._attack = TrainingAttack(model, self.threats, spec.attack, step,
                                       lambda text: notes.append(f"{name}: {text}"))
+
+    def begin(self, step: int, shown: Shown, first_row: int) -> None:
+        """Before each step, where perturbations are carried on: what the rows of the batch from `first_row` on show."""
+        epochs = self._settings.reset_epochs
+        if self.carried is not None:
+            self.carried.begin(shown, first_row, forget=epochs > 0 and step % (epochs * self.steps_per_epoch) == 0)
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
                  teacher_BK: Tensor | None = None) -> Tensor:
@@ -62,6 +72,8 @@ class Crafter:
             with frozen(self._model), torch.no_grad(), autocast(self._precision, adv.device):
                 held = int((self._model(adv).argmax(-1) == y_B).sum())
             self._attacked.append((chosen, held, len(y_B)))
+        if self.carried is not None:
+            self.carried.propose(first_row, adv - x_BCHW)
         return adv
 
     def others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int) -> list[Tensor]:
@@ -78,8 +90,9 @@ class Crafter:
             return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row,
                                          scale=scale, steps=steps)
         stream = self._stream("attack", step) if threat == 0 else self._stream("attack", step, threat)
+        prior = None if self.carried is None else self.carried.at(first_row, x_BCHW)
         return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
-                            scale=scale, steps=steps)
+                            scale=scale, steps=steps, prior=prior)
 
     def _steps(self, step: int) -> int | None:
         """The number of attack steps while it grows; None afterwards."""
@@ -111,24 +124,31 @@ class Crafter:
     # ---------------------------------------------------------------- what a step leaves behind
 
     def commit(self) -> None:
-        """Count what the attacks of a committed step have seen."""
+        """Keep what the attacks of a committed step have seen and found."""
+        if self.carried is not None:
+            self.carried.commit()
         for counts in self._attacked:
             assert self._eat is not None
             self._eat.update(*counts)
         self._attacked = []
 
     def forget(self) -> None:
-        """Drop the counts of a refused step."""
+        """Drop what belongs to a refused step."""
         self._attacked = []
+        if self.carried is not None:
+            self.carried.forget()
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return {} if self._eat is None else {"eat": self._eat.state()}
+        """Plain numbers and tensors, for a checkpoint."""
+        eat = {} if self._eat is None else {"eat": self._eat.state()}
+        return eat if self.carried is None else {**eat, "carried": self.carried.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         if self._eat is not None:
             self._eat.load(state["eat"])
+        if self.carried is not None:
+            self.carried.load(state["carried"])
 
 
 def free_memory() -> None:

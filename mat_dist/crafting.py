@@ -15,6 +15,7 @@ from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.nfgsm import n_fgsm
 from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.attacks.union import msd
+from mat_dist.carried import Prior
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.attack_copy import AttackCopy
@@ -45,7 +46,8 @@ class TrainingAttack:
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
-                 teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None) -> Tensor:
+                 teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None,
+                 prior: Prior | None = None) -> Tensor:
         """AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
         Args:
@@ -56,6 +58,7 @@ class TrainingAttack:
             teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
             scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
             steps: number of steps, where it is not yet that of the settings; such an attack runs eagerly.
+            prior: perturbations to start from, where there are some.
         """
         chosen = self._threats[threat].scaled(scale)
         settings = self._settings
@@ -65,7 +68,10 @@ class TrainingAttack:
                 return n_fgsm(self._called, x_BCHW, y_B, eps=chosen.eps, step_size=scale * self._sizes[threat],
                               loss=settings.loss, stream=stream, first_row=first_row)
         region = chosen.region(x_BCHW, settings.l1_share)
-        start = chosen.start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        kind = "uniform" if settings.start == "previous" else settings.start
+        start = chosen.start(kind, region, x_BCHW, stream=stream, first_row=first_row)
+        if prior is not None:
+            start = prior.start(start, region)
         with self._ready(x_BCHW):
             if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1 or steps is not None:
                 return self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale, steps)

@@ -114,7 +114,7 @@ class Trainer:
 
     def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""
-        self.cohort.begin(step)
+        self.cohort.begin(step, self.batches.shown)
         try:
             return train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
         except NonFinite as error:

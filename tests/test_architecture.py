@@ -22,6 +22,7 @@ ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
      "wire", "opinions", "sgd", "objective", "intervals", "passes"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
+    ("carried",),
     ("crafting",),
     ("crafter", "perturbation"),
     ("peer", "checkpoint", "agreement", "entry"),

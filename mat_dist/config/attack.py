@@ -23,11 +23,14 @@ class AttackConfig(Section):
                                                                   "default 1 %; apgd: in its first steps, 5 %")
     eps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which radius and steps grow linearly from 0 "
                                                              "(DAJAT: all of them); attacks run eagerly until then")
-    steps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which the number of steps grows from 1, their "
-                                                               "length being that of all steps; attacks run eagerly "
-                                                               "until then")
-    start: Literal["uniform", "gaussian", "zero"] | None = Field(
-        None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
+    steps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which the number of steps grows from 1, "
+                                                               "their length being that of all steps; attacks run "
+                                                               "eagerly until then")
+    start: Literal["uniform", "gaussian", "zero", "previous"] | None = Field(
+        None, description="start noise; gaussian is TRADES' 0.001 normal; previous: the image's perturbation of the "
+                          "epoch before (ATTA; kept in memory, 2 bytes a value); default: the preset's (uniform)")
+    reset_epochs: Integer = Field(0, ge=0, description="start previous: forget all perturbations every so many epochs "
+                                                       "(ATTA: 10); 0: never")
     loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(
         None, description="what the attack raises: cross-entropy, KL to the own clean prediction (TRADES) or to the "
                           "teachers' (RSLAD), or the CW margin; default: the preset's (ce)")

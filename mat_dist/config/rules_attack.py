@@ -51,3 +51,31 @@ def attack_steps_grow(config: Config) -> list[ConfigError]:
             found.append(ConfigError(f"the number of attack steps grows for {attack.steps_warmup_epochs:g} of "
                                      f"{config.train.epochs} epochs", where, "write train.epochs or fewer"))
     return found
+
+
+@rule("attack", "union", "data")
+def previous_perturbations_fit(config: Config) -> list[ConfigError]:
+    """A perturbation is kept per real image and threat, in a frame that crops by padding and mirroring can be undone
+    in."""
+    augment, data, found = config.data.augment, config.data, []
+    lost = [name for name, on in (("random_resized_crop", augment.random_resized_crop), ("cutout", augment.cutout),
+                                  ("idbh", augment.idbh != "off")) if on]
+    for key, peer in entries(config):
+        attack, where = peer.attack, f"{key}.attack.start"
+        if attack.start != "previous":
+            if attack.reset_epochs:
+                found.append(ConfigError(f"perturbations are forgotten every {attack.reset_epochs} epochs, and none "
+                                         "are kept", f"{key}.attack.reset_epochs", "write 0, or start: previous"))
+            continue
+        if attack.method == "n_fgsm":
+            found.append(ConfigError("n_fgsm has a start of its own", where, "leave start out, or write method: pgd"))
+        if peer.union.strategy is not None:
+            found.append(ConfigError(f"perturbations are kept for one threat, and the peer has union.strategy "
+                                     f"{peer.union.strategy}", where, "write start: uniform"))
+        if lost:
+            found.append(ConfigError(f"a perturbation cannot be carried through data.augment.{lost[0]}", where,
+                                     f"switch {', '.join(lost)} off (pad and flip can stay), or write start: uniform"))
+        if data.generated:
+            found.append(ConfigError("perturbations are not kept for generated images", where,
+                                     "leave data.generated out, or write start: uniform"))
+    return found

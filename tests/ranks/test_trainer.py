@@ -109,6 +109,12 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_weights(stop: int, cohort_
     assert second.codes() == [75, 0]
 
 
+def test_perturbations_of_the_epoch_before_survive_a_stop_and_a_move(cohort_run: Run, uninterrupted: Run) -> None:
+    settings = ("loss=at", "attack.start=previous", "data.augment.pad=1", "data.augment.flip=true")
+    assert cohort_run("stopped", 2, *settings, stop_after=5).steps()[-1] == 5  # in the second epoch
+    assert cohort_run("stopped", 1, *settings).hashes() == uninterrupted(*settings).hashes()
+
+
 @pytest.mark.parametrize("worlds", [(4, 2, 1), (1, 4, 2)], ids=str)
 def test_a_run_may_move_to_other_rank_counts(worlds: tuple[int, ...], cohort_run: Run, uninterrupted: Run) -> None:
     settings = ("peers=4", *AVERAGED)

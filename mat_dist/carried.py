@@ -1,4 +1,4 @@
-"""Perturbations that outlive a step: of every training image, for the attack of the next epoch."""
+"""Perturbations that outlive a step: of every training image for the next epoch, or of every row for the next batch."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ class Prior:
 
 
 class Carried:
-    """A perturbation for each of a number of images, in memory of one device.
+    """A perturbation for each of a number of images (or rows of a batch), in memory of one device.
 
     A step reads with `at`, proposes with `propose`, and ends with `commit` or `forget`. The content is a function of
     the committed steps alone: with replicas, `share` gives every one of them what all have proposed.
 
     Args:
         device: where they lie.
+        dtype: how they are stored; None: as they come.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = STORED) -> None:
+        self._device, self._dtype = device, dtype
         self._shown: Shown | None = None
         self._first_row = 0
         self._frames: Tensor | None = None  # (N, C, H + 2 pad, W + 2 pad)
@@ -76,7 +77,7 @@ class Carried:
         """What these rows of the batch are to start from when their images come again."""
         if self._shown is None:
             return
-        shown, views_BCHW = self._rows(first_row, len(delta_BCHW)), delta_BCHW.detach().to(STORED)
+        shown, views_BCHW = self._rows(first_row, len(delta_BCHW)), delta_BCHW.detach().to(self._dtype)
         if self._frames is None:
             count, channels, height, width = views_BCHW.shape
             before = views_BCHW.new_zeros(count, channels, height + 2 * shown.pad, width + 2 * shown.pad)

@@ -158,7 +158,10 @@ class Cohort:
             shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
         """
         for peer in self.peers:
-            if shown is not None and peer.crafter.carried is not None:
+            if peer.crafter.free:
+                rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
+                peer.crafter.begin(step, Shown.plain(rows, self.batch_size), self.rows.start)
+            elif shown is not None and peer.crafter.carried is not None:
                 peer.crafter.begin(step, shown(step), self.rows.start)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}

@@ -17,6 +17,7 @@ from mat_dist.data.shown import Shown
 from mat_dist.models.modes import frozen
 from mat_dist.plan import Member
 from mat_dist.schedules import attack_steps_at
+from mat_dist.threats import Region
 
 ALL = -1  # all threats of a union at once
 
@@ -33,7 +34,8 @@ class Crafter:
 
     Attributes:
         threats: the union's, or the peer's one.
-        carried: what is remembered of the images; None where attacks start afresh.
+        carried: what is remembered of the images, or (free) of the rows of the batch; None where attacks start afresh.
+        free: the attack has no passes of its own, see `climb`.
         steps_per_epoch: for schedules.
     """
 
@@ -44,10 +46,11 @@ class Crafter:
         self._precision, self._strategy = step.precision, member.strategy
         self.threats = member.union or (member.threat,)
         self._settings, self.steps_per_epoch = spec.attack, 1
+        self.free = spec.attack.method == "free"
         self._halves = False  # the attack ran out of memory once
         self._eat = EatChoice.of(len(self.threats)) if self._strategy == "eat" else None
         self._attacked: list[tuple[int, int, int]] = []  # E-AT's counts of this step: threat, held, seen
-        self.carried = Carried(next(model.parameters()).device) if spec.attack.start == "previous" else None
+        self.carried = _carried(spec, next(model.parameters()).device)
         self._attack = TrainingAttack(model, self.threats, spec.attack, step,
                                       lambda text: notes.append(f"{name}: {text}"))
 
@@ -72,7 +75,7 @@ class Crafter:
             with frozen(self._model), torch.no_grad(), autocast(self._precision, adv.device):
                 held = int((self._model(adv).argmax(-1) == y_B).sum())
             self._attacked.append((chosen, held, len(y_B)))
-        if self.carried is not None:
+        if self.carried is not None and not self.free:
             self.carried.propose(first_row, adv - x_BCHW)
         return adv
 
@@ -83,16 +86,32 @@ class Crafter:
     def craft(self, threat: int, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
               teacher_BK: Tensor | None = None) -> Tensor:
         """AEs of a batch, or a part of one, against one threat of the union by position, or against ALL at once."""
-        growing = self._settings.eps_warmup_epochs * self.steps_per_epoch
-        scale = min(1.0, (step + 1) / growing) if growing else 1.0
-        steps = self._steps(step)
+        scale, steps = self._scale(step), self._steps(step)
+        prior = None if self.carried is None else self.carried.at(first_row, x_BCHW)
+        if self.free:
+            return x_BCHW if prior is None else prior.start(x_BCHW, self._region(x_BCHW, scale))
         if threat == ALL:
             return self._attack.steepest(x_BCHW, y_B, stream=self._stream("attack", step), first_row=first_row,
                                          scale=scale, steps=steps)
         stream = self._stream("attack", step) if threat == 0 else self._stream("attack", step, threat)
-        prior = None if self.carried is None else self.carried.at(first_row, x_BCHW)
         return self._attack(x_BCHW, y_B, stream=stream, first_row=first_row, threat=threat, teacher_BK=teacher_BK,
                             scale=scale, steps=steps, prior=prior)
+
+    def climb(self, adv_BCHW: Tensor, gradient_BCHW: Tensor, x_BCHW: Tensor, step: int, first_row: int) -> None:
+        """With attack.method free: one step up the gradient that learning gave; the next AEs begin there."""
+        assert self.carried is not None and self._settings.step_size is not None
+        scale = self._scale(step)
+        region = self._region(x_BCHW, scale)
+        moved = region.step(adv_BCHW.detach(), gradient_BCHW, scale * self._settings.step_size)
+        self.carried.propose(first_row, region.settle(region.project(moved)) - x_BCHW)
+
+    def _region(self, x_BCHW: Tensor, scale: float) -> Region:
+        return self.threats[0].scaled(scale).region(x_BCHW, self._settings.l1_share)
+
+    def _scale(self, step: int) -> float:
+        """The share of the radius that an attack has by now."""
+        growing = self._settings.eps_warmup_epochs * self.steps_per_epoch
+        return min(1.0, (step + 1) / growing) if growing else 1.0
 
     def _steps(self, step: int) -> int | None:
         """The number of attack steps while it grows; None afterwards."""
@@ -149,6 +168,13 @@ class Crafter:
             self._eat.load(state["eat"])
         if self.carried is not None:
             self.carried.load(state["carried"])
+
+
+def _carried(spec: PeerConfig, device: torch.device) -> Carried | None:
+    """What a peer's attack remembers, if anything; free perturbations are of one batch, and kept as they are."""
+    if spec.attack.method == "free":
+        return Carried(device, dtype=None)
+    return Carried(device) if spec.attack.start == "previous" else None
 
 
 def free_memory() -> None:

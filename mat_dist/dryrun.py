@@ -109,7 +109,8 @@ class _Run:
 
     def per_epoch(self, count: int) -> int:
         """Steps of an epoch of `count` training images."""
-        return steps_per_epoch(count, self.config.train.batch_size, self.config.data.generated_share)
+        train = self.config.train
+        return steps_per_epoch(count, train.batch_size, self.config.data.generated_share, train.replays)
 
     def describe_images(self) -> str:
         name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes

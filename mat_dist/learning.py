@@ -94,11 +94,14 @@ def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: lis
         return total
 
     try:
-        return add_gradient()
+        total = add_gradient()
     except torch.OutOfMemoryError:
         known.clear()
         _fall_back(cohort, peer)
-    return add_gradient()
+        inputs_S[peer.index].grad = None
+        total = add_gradient()
+    peer.climb(inputs_S, step, first_row)
+    return total
 
 
 def transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int,

@@ -57,7 +57,8 @@ def _passes(config: Config, plan: CohortPlan, spec: PeerConfig, row: PeerPlan, s
     # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
     again = config.step.memory == "recompute" or config.step.teachers == "ema"
     teaching = len(plan.taught[row.index] if again else plan.forwarded(row.index)) + int(any(plan.guided))
-    attack = steps * len(row.own) if plan.crafts[row.index] else Fraction(0)
+    crafts = plan.crafts[row.index] and spec.attack.method != "free"  # which takes its gradient from learning
+    attack = steps * len(row.own) if crafts else Fraction(0)
     # Forwards alone: the clean prediction once, APGD's look at its last point, E-AT's at its AEs, MSD's at each
     # step of each norm.
     alone = Fraction((int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")) * len(row.own))

@@ -77,6 +77,21 @@ class Peer:
         assert self.plan is not None
         return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
 
+    def sees(self, inputs_S: list[Tensor]) -> list[Tensor]:
+        """The images of each slot for this peer: with attack.method free its own AEs as a leaf, whose gradient `climb`
+        reads."""
+        if not self.crafter.free:
+            return inputs_S
+        own = inputs_S[self.index].detach().requires_grad_()
+        return [*inputs_S[:self.index], own, *inputs_S[self.index + 1:]]
+
+    def climb(self, inputs_S: list[Tensor], step: int, first_row: int) -> None:
+        """After the backward pass, with attack.method free: where the next AEs begin."""
+        own = inputs_S[self.index]
+        if self.crafter.free and own.grad is not None:
+            assert self.plan is not None
+            self.crafter.climb(own, own.grad, inputs_S[self.plan.clean], step, first_row)
+
     def perturb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> None:
         """AWP: move the weights up the peer's own loss, until `restore`; batch-norm statistics stay.
 

@@ -119,7 +119,8 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
     everyones = plan.shares_aes or log
     sent = mesh.gather_peers(sent_L) if everyones else sent_L
     inputs_S = agree.run("decoding", _inputs, cohort, sent, x_BCHW, everyones)
-    inputs_LS = [agree.run("inputs", lambda own=own: [*inputs_S, *own]) for own in private]
+    inputs_LS = [agree.run("inputs", lambda p=p, own=own: p.sees([*inputs_S, *own]))
+                 for p, own in zip(peers, private, strict=True)]
     clock.lap("exchange")
 
     # 3 logits on every source that a peer learns from or teaches on

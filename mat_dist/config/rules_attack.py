@@ -7,6 +7,39 @@ from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
 
+@rule("attack", "union", "peers", "loss", "train")
+def free_attacks_fit(config: Config) -> list[ConfigError]:
+    """Free-AT steps along the image gradient of learning: the peer has to learn hard labels on its own AEs, and all
+    peers see a batch equally often."""
+    found, free = [], [peer.attack.method == "free" for peer in config.peers]
+    if not any(free):
+        if config.train.replays > 1:
+            found.append(ConfigError(f"each batch is used {config.train.replays} times, and no attack.method is free",
+                                     "train.replays", "write 1, or attack.method: free"))
+        return found
+    if config.train.replays == 1:
+        found.append(ConfigError("attack.method free with one replay of a batch: its AEs would be of the batch before",
+                                 "train.replays", "write 8 (Free-AT on CIFAR-10), and train.epochs divided by it"))
+    for (key, peer), one in zip(entries(config), free, strict=True):
+        if not one:
+            found.append(ConfigError(f"attack.method {peer.attack.method} beside peers with free, which replay batches",
+                                     f"{key}.attack.method", "give all peers the same method"))
+            continue
+        labels = bool(peer.loss.hard_weight and peer.loss.hard_own)
+        for bad, what, where, how in (
+                (peer.attack.steps != 1, f"attack.steps {peer.attack.steps}", "attack.steps", "attack.steps: 1"),
+                (peer.attack.start != "zero", f"attack.start {peer.attack.start}", "attack.start", "start: zero"),
+                (peer.attack.loss != "ce", f"attack.loss {peer.attack.loss}", "attack.loss", "attack.loss: ce"),
+                (peer.union.strategy is not None, f"union.strategy {peer.union.strategy}", "union.strategy",
+                 "attack.method: pgd"),
+                (peer.frozen, "a peer that does not learn", "frozen", "frozen: false"),
+                (not labels, f"preset {peer.loss.preset}, which has no hard labels on own AEs", "loss.preset",
+                 "loss.preset: at")):
+            if bad:
+                found.append(ConfigError(f"attack.method free with {what}", f"{key}.{where}", f"write {how}"))
+    return found
+
+
 @rule("attack", "loss")
 def attack_can_start(config: Config) -> list[ConfigError]:
     """KL to the clean prediction has gradient 0 at the clean image."""

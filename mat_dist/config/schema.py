@@ -206,6 +206,9 @@ class TrainConfig(Section):
     epochs: Integer = Field(10, ge=1, le=100000, description="passes over the training images")
     batch_size: Integer = Field(128, ge=1, le=1 << 20, description="clean images per step, the same for all peers; "
                                                                    "replicas of a peer share them")
+    replays: Integer = Field(1, ge=1, le=1000, description="steps on each batch, one after another, for attack.method: "
+                                                           "free (Free-AT on CIFAR-10: 8); an epoch has so many times "
+                                                           "its steps")
     max_steps: Integer | None = Field(None, ge=1, description="stop the training after this many steps")
 
 

@@ -13,9 +13,10 @@ from mat_dist.data.images import DataSets, ImageSet, as_float
 from mat_dist.data.shown import Shown
 
 
-def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0) -> int:
-    """Batches whose real images are all of `count`; those left over are in another place of the next epoch's order."""
-    return count // real_images(batch_size, generated_share)
+def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0, replays: int = 1) -> int:
+    """Batches whose real images are all of `count`, each used `replays` times; those left over are in another place of
+    the next epoch's order."""
+    return count // real_images(batch_size, generated_share) * replays
 
 
 def training_batches(config: Config, data: DataSets, device: torch.device | str, dtype: torch.dtype,

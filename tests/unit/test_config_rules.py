@@ -13,6 +13,7 @@ from mat_dist.errors import ConfigError
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
+FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
     ("radius_fits_pixels", "attack.eps=16", "write eps: 16/255", "attack.eps=1"),
@@ -33,6 +34,16 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
+    ("free_attacks_fit", "train.replays=2", "no attack.method is free", FREE),
+    ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "with one replay of a batch", FREE),
+    ("free_attacks_fit", FREE + " attack.steps=3", "write attack.steps: 1", FREE),
+    ("free_attacks_fit", FREE + " attack.start=uniform", "write start: zero", FREE + " attack.start=zero"),
+    ("free_attacks_fit", FREE + " attack.loss=margin", "write attack.loss: ce", FREE + " attack.loss=ce"),
+    ("free_attacks_fit", FREE + " loss=trades", "which has no hard labels on own AEs", FREE + " loss=mat"),
+    ("free_attacks_fit", FREE + " peers.1.attack.method=pgd", "beside peers with free", FREE),
+    ("free_attacks_fit", FREE + " peers.1.frozen=true peers.1.init_from=run", "a peer that does not learn", FREE),
+    ("free_attacks_fit", FREE + " peers.1.union.strategy=avg peers.1.union.threats=linf:0.1,l2:1",
+     "free with union.strategy avg", FREE),
     ("previous_perturbations_fit", "attack.start=previous data.augment.cutout=2", "data.augment.cutout",
      "attack.start=previous data.augment.pad=2 data.augment.flip=true"),
     ("previous_perturbations_fit", "attack.start=previous attack.method=n_fgsm attack.steps=1", "a start of its own",

@@ -5,6 +5,7 @@ python -m mat_dist.bench evidence --suite cpu data.root=FOLDER [key=value ...]
   --suite NAME        suite of the file (default cpu)
   --only ROW,...      these rows alone (the tables keep what others have)
   --seeds 0,1         these seeds alone
+  --jobs N            so many runs at a time (default 1), each on one thread; on a GPU all share it
   --budget SECONDS    after these, save and stop with exit code 75; the same command goes on
   --root FOLDER       folder of the runs (default runs/evidence_<suite>)
   --file FILE         another plan (default benchmarks/evidence.yaml)
@@ -18,10 +19,10 @@ Finished runs and evaluations are not repeated. Written after every run, the tab
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,12 +31,12 @@ from mat_dist.atomic import reported, write_json, write_text
 from mat_dist.bench.study.options import Options, chosen
 from mat_dist.bench.study.pages import evidence_page
 from mat_dist.bench.study.plan import Suite, TablePlan, read_evidence
-from mat_dist.bench.study.runs import PLACES, Enough, Job, Runner, train
+from mat_dist.bench.study.runs import PLACES, Enough, Job, Runner, machines, side_by_side, train
 from mat_dist.bench.study.scores import evaluate, find, labels
 from mat_dist.bench.study.tables import Entry, table_document
 from mat_dist.dryrun import training_passes
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
-from mat_dist.runfolder.environment import git_revision, versions
+from mat_dist.runfolder.environment import git_revision
 from mat_dist.stopping import watching
 
 PLAN = "benchmarks/evidence.yaml"
@@ -65,7 +66,7 @@ def main(words: Sequence[str]) -> None:
         runner = Runner(stop, options.budget, lambda text: print(f"mat_dist: {text}", flush=True))
         take_up(suite, entries)
         try:
-            execute(suite, entries, wanted, seeds, runner, lambda: write(options, suite, entries))
+            execute(suite, entries, wanted, seeds, options.jobs, runner, lambda: write(options, suite, entries))
         except Enough:
             left = [f"{e.name}_{seed}" for e in entries for seed in e.jobs if e.missing(suite.tables[e.table], seed)]
             raise StopRequested(f"the time is over or a signal came; {len(left)} runs are left: {', '.join(left[:12])}"
@@ -102,21 +103,27 @@ def take_up(suite: Suite, entries: Sequence[Entry]) -> None:
                             entry.results.setdefault(seed, {})[name, label] = found
 
 
-def execute(suite: Suite, entries: Sequence[Entry], rows: set[str], seeds: Sequence[int], runner: Runner,
-            write: Any) -> None:
+def execute(suite: Suite, entries: Sequence[Entry], rows: set[str], seeds: Sequence[int], jobs: int, runner: Runner,
+            write: Callable[[], None]) -> None:
     """Train and evaluate what is asked for: all rows with the first seed, then with the next. Raises Enough."""
-    for seed in seeds:
-        for entry in entries:
-            if entry.name not in rows or seed not in entry.jobs:
-                continue
-            if not entry.missing(suite.tables[entry.table], seed):
-                continue
-            try:
-                complete(suite.tables[entry.table], entry, seed, runner)
-            except MatError as error:
-                entry.failures[seed] = str(error)
-                runner.tell(f"warning: {entry.name}, seed {seed}: {error}")
-            write()
+    left = [(entry, seed) for seed in seeds for entry in entries if entry.name in rows and seed in entry.jobs
+            and entry.missing(suite.tables[entry.table], seed)]
+    tasks = [(entry.jobs[seed], partial(complete, suite.tables[entry.table], entry, seed, runner))
+             for entry, seed in left]
+    over = False
+    for number, future in side_by_side(tasks, jobs):
+        entry, seed = left[number]
+        try:
+            future.result()
+        except Enough:
+            over = True
+        except MatError as error:
+            entry.failures[seed] = str(error)
+            runner.tell(f"warning: {entry.name}, seed {seed}: {error}")
+        take_up(suite, [entry])
+        write()
+    if over:
+        raise Enough
 
 
 def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
@@ -125,8 +132,8 @@ def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
     train(job, runner)
     for name, one in table.evaluations.items():
         if one.applies(entry.name, seed):
-            for label, used in labels(job, one).items():
-                entry.results.setdefault(seed, {})[name, label] = evaluate(job, name, one, used, runner)
+            for used in dict.fromkeys(labels(job, one).values()):
+                evaluate(job, name, one, used, runner)
 
 
 def write(options: Options, suite: Suite, entries: Sequence[Entry]) -> None:
@@ -136,7 +143,8 @@ def write(options: Options, suite: Suite, entries: Sequence[Entry]) -> None:
     document = {
         "suite": options.suite, "file": Path(options.file).name, "file_digest": file_digest(options.file),
         "settings": hidden(options.settings), "config": suite.config, "base_settings": list(suite.settings),
-        "seeds": list(suite.seeds), "versions": without_system(versions()), "git": git_revision(),
+        "seeds": list(suite.seeds), "git": git_revision(),
+        "machines": machines(job for entry in entries for job in entry.jobs.values()),
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "runs": {"done": len(done), "all": len(pairs)},
         "tables": {title: table_document(table, [e for e in entries if e.table == title])
                    for title, table in suite.tables.items()},
@@ -175,11 +183,6 @@ def file_digest(file: str) -> str:
 def hidden(settings: Sequence[str]) -> list[str]:
     """The settings without the folders of this machine."""
     return [word for word in settings if word.partition("=")[0] not in PLACES]
-
-
-def without_system(found: dict[str, str]) -> dict[str, str]:
-    """Versions without the name of the operating system's build."""
-    return {name: value for name, value in found.items() if name != "system"}
 
 
 def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:

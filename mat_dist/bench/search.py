@@ -5,6 +5,7 @@ python -m mat_dist.bench search --suite cpu data.root=FOLDER [key=value ...]
   --suite NAME        suite of the file (default cpu)
   --only FAMILY,...   these families alone (the table keeps what others have)
   --seeds 0,1         these seeds alone
+  --jobs N            so many runs at a time (default 1), each on one thread; on a GPU all share it
   --budget SECONDS    after these, save and stop with exit code 75; the same command goes on
   --root FOLDER       folder of the runs (default runs/search_<suite>)
   --space FILE        another space (default benchmarks/search.yaml)
@@ -21,20 +22,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from mat_dist import checkpoint
 from mat_dist.atomic import parse_json, reported, write_json, write_text
-from mat_dist.bench.evidence import file_digest, hidden, without_system
+from mat_dist.bench.evidence import file_digest, hidden
 from mat_dist.bench.study.options import Options, chosen
 from mat_dist.bench.study.pages import search_page
 from mat_dist.bench.study.plan import SearchSuite, Words, read_search
-from mat_dist.bench.study.runs import Enough, Job, Runner, train
+from mat_dist.bench.study.runs import Enough, Job, Runner, machines, side_by_side, train
 from mat_dist.bench.study.tables import summary
 from mat_dist.dryrun import training_passes
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
 from mat_dist.evaluator import EMA, ENSEMBLE, RAW
-from mat_dist.runfolder.environment import git_revision, versions
+from mat_dist.runfolder.environment import git_revision
 from mat_dist.stopping import watching
 
 SPACE = "benchmarks/search.yaml"
@@ -90,7 +92,8 @@ def main(words: Sequence[str]) -> None:
     with watching() as stop:
         runner = Runner(stop, options.budget, lambda text: print(f"mat_dist: {text}", flush=True))
         try:
-            execute([one for one in found if one.family in wanted], seeds, runner, lambda: write(options, suite, found))
+            execute([one for one in found if one.family in wanted], seeds, options.jobs, runner,
+                    lambda: write(options, suite, found))
         except Enough:
             left = sum(not job.done for one in found for job in one.jobs.values())
             raise StopRequested(f"the time is over or a signal came; {left} runs are left", f"suite {options.suite}",
@@ -121,18 +124,24 @@ def candidates(suite: SearchSuite, options: Options) -> list[Candidate]:
     return found
 
 
-def execute(found: Sequence[Candidate], seeds: Sequence[int], runner: Runner, write: Callable[[], None]) -> None:
+def execute(found: Sequence[Candidate], seeds: Sequence[int], jobs: int, runner: Runner,
+            write: Callable[[], None]) -> None:
     """Train all with the first seed, then with the next. Raises Enough."""
-    for seed in seeds:
-        for one in found:
-            if seed not in one.jobs or one.jobs[seed].done:
-                continue
-            try:
-                train(one.jobs[seed], runner)
-            except MatError as error:
-                one.failures[seed] = str(error)
-                runner.tell(f"warning: {one.name}, seed {seed}: {error}")
-            write()
+    left = [(one, seed) for seed in seeds for one in found if seed in one.jobs and not one.jobs[seed].done]
+    over = False
+    for number, future in side_by_side([(one.jobs[seed], partial(train, one.jobs[seed], runner))
+                                        for one, seed in left], jobs):
+        one, seed = left[number]
+        try:
+            future.result()
+        except Enough:
+            over = True
+        except MatError as error:
+            one.failures[seed] = str(error)
+            runner.tell(f"warning: {one.name}, seed {seed}: {error}")
+        write()
+    if over:
+        raise Enough
 
 
 def scores(job: Job, weights: str) -> dict[str, float]:
@@ -173,7 +182,7 @@ def write(options: Options, suite: SearchSuite, found: Sequence[Candidate]) -> N
         "suite": options.suite, "file": options.file.rpartition("/")[2], "file_digest": file_digest(options.file),
         "settings": hidden(options.settings), "config": suite.config, "base_settings": list(suite.settings),
         "peers": suite.peers, "weights": suite.weights, "seeds": list(suite.seeds),
-        "versions": without_system(versions()), "git": git_revision(),
+        "git": git_revision(), "machines": machines(runs),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": {"done": sum(job.done for job in runs), "all": len(found) * len(suite.seeds)},
         "families": {name: {"says": family.says, "settings": list(family.settings),

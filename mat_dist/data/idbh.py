@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mat_dist.data.images import by_255
+
 # (B) float64 uniform numbers in [0, 1) by operation name: how many of them per image
 Draw = Callable[[str, int], tuple[Tensor, ...]]
 
@@ -163,7 +165,7 @@ def equalize(x_BCHW: Tensor) -> Tensor:
     step = (height * width - last) // 255
     before = counts.cumsum(1) - counts
     table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
-    result = (table.gather(1, level).to(x_BCHW.dtype) / 255).view(x_BCHW.shape)
+    result = by_255(table.gather(1, level).to(x_BCHW.dtype)).view(x_BCHW.shape)
     return torch.where((step > 0).view(batch, channels, 1, 1), result, x_BCHW)
 
 

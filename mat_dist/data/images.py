@@ -149,5 +149,10 @@ class DataSets:
 
 
 def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Stored images as numbers in [0, 1]: uint8 / 255, float32 as it is."""
-    return images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)
+    """Stored images as numbers in [0, 1]: uint8 / 255, float32 as it is; the same bits on every device."""
+    return by_255(images.to(dtype)) if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def by_255(values: Tensor) -> Tensor:
+    """Divided in place and correctly rounded; CUDA multiplies by 1/255 where the divisor is a Python number."""
+    return values.div_(torch.full((), 255.0, dtype=values.dtype, device=values.device))

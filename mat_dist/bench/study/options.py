@@ -13,7 +13,7 @@ from mat_dist.config.describe import nearest
 from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError
 
-VALUED = ("--suite", "--only", "--seeds", "--budget", "--root", "--file", "--space", "--out")
+VALUED = ("--suite", "--only", "--seeds", "--jobs", "--budget", "--root", "--file", "--space", "--out")
 RESULTS = "benchmarks/results"
 
 
@@ -26,6 +26,7 @@ class Options:
         file: the YAML file.
         only: names of rows (families, in a search); empty: all.
         seeds: empty: those of the file.
+        jobs: runs at a time.
         budget: seconds; None: no end.
         root: folder of the runs.
         out: folder of the results.
@@ -37,6 +38,7 @@ class Options:
     file: str
     only: tuple[str, ...]
     seeds: tuple[int, ...]
+    jobs: int
     budget: float | None
     root: Path
     out: Path
@@ -66,14 +68,15 @@ class Options:
                 problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
                                             f"did you mean {near}?" if near else f"see bench {command} --help"))
         seeds = _parsed(found, "--seeds", lambda text: tuple(int(n) for n in text.split(",")), "0,1", problems)
+        jobs = _parsed(found, "--jobs", _count, "4", problems)
         budget = _parsed(found, "--budget", _seconds, "500", problems)
         if problems:
             raise joined(problems, COMMAND_LINE)
         suite = found.get("--suite", "cpu")
         file = found.get("--file") or found.get("--space") or default_file
-        return cls(suite, _existing(file), tuple(filter(None, found.get("--only", "").split(","))), seeds or (), budget,
-                   Path(found.get("--root", f"runs/{command}_{suite}")), Path(found.get("--out", RESULTS)), dry_run,
-                   tuple(settings))
+        return cls(suite, _existing(file), tuple(filter(None, found.get("--only", "").split(","))), seeds or (),
+                   jobs or 1, budget, Path(found.get("--root", f"runs/{command}_{suite}")),
+                   Path(found.get("--out", RESULTS)), dry_run, tuple(settings))
 
 
 def _parsed(found: dict[str, str], option: str, read: Any, example: str, problems: list[ConfigError]) -> Any:
@@ -84,6 +87,13 @@ def _parsed(found: dict[str, str], option: str, read: Any, example: str, problem
     except ValueError:
         problems.append(ConfigError(f"{option} {found[option][:40]!r}", COMMAND_LINE, f"write {option} {example}"))
         return None
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 256:
+        raise ValueError(text)
+    return value
 
 
 def _seconds(text: str) -> float:

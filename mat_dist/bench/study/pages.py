@@ -26,16 +26,22 @@ def evidence_page(document: Mapping[str, Any]) -> str:
 
 
 def head(document: Mapping[str, Any], command: str) -> list[str]:
-    """State, command, versions."""
+    """State, command, machines."""
     runs = document["runs"]
-    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     state = "Complete." if runs["done"] == runs["all"] else "**Partial.** What is missing stands in the tables below."
     return [f"{runs['done']} of {runs['all']} runs are trained and evaluated. {state} Seeds "
             f"{', '.join(map(str, document['seeds']))}. Written by `python -m mat_dist.bench {command} --suite "
             f"{document['suite']}` from `{document['file']}` (SHA-256 {document['file_digest'][:12]}), git "
-            f"{document['git'] or 'unknown'}; {versions}.", *([""] if document["settings"] else []),
+            f"{document['git'] or 'unknown'}.", "", *(_machine(one) for one in document["machines"]),
+            *([""] if document["settings"] else []),
             *([f"Settings given on the command line: `{' '.join(document['settings'])}`."]
               if document["settings"] else [])]
+
+
+def _machine(one: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in one["versions"].items())
+    return (f"- {one['runs']} run{'s' if one['runs'] > 1 else ''} on {', '.join(one['devices'])}; git "
+            f"{one['git'] or 'unknown'}; {versions}")
 
 
 def _about(table: Mapping[str, Any]) -> list[str]:

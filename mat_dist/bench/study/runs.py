@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
 from mat_dist.errors import MatError, OutputError, StopRequested, error_class
 from mat_dist.runfolder import RunFolder, finished
+from mat_dist.runfolder.exits import read_environment
 from mat_dist.stopping import StopFlag
 
 PLACES = ("data.root", "data.cache", "run.root")  # of this machine: not part of a result
@@ -64,6 +66,11 @@ class Job:
         return cls(row, seed, RunFolder(root / name), words, told, load_config(config, words[2:]))
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Rows whose run with the same seed must be trained before this one."""
+        return frozenset(found for word in self.told for found in OTHER_RUN.findall(word))
+
+    @property
     def log(self) -> Path:
         """What the commands of this run printed."""
         return self.folder.path.with_name(f"{self.folder.name}.log")
@@ -97,7 +104,7 @@ class Job:
 
 
 class Runner:
-    """Starts the commands of a study one after another.
+    """Starts the commands of a study, from as many threads as the study has jobs at a time.
 
     Args:
         stop: set by a signal; the command that runs is asked to stop too.
@@ -152,6 +159,54 @@ class Runner:
                 process.kill()
                 process.wait()
         return process.returncode
+
+
+def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int) -> Iterator[tuple[int, Future[Any]]]:
+    """Run tasks, `jobs` at a time, begun in their order; one whose job needs the run of another waits for that.
+
+    Returns:
+        (number of the task, its ended future), as they end.
+    """
+    futures: list[Future[Any]] = []
+
+    def after(needed: Sequence[Future[Any]], task: Callable[[], Any]) -> Any:
+        wait(needed)  # begun before this one, so it ends without it
+        return task()
+
+    if jobs == 1:
+        for number, (_, task) in enumerate(tasks):
+            ended: Future[Any] = Future()
+            try:
+                ended.set_result(task())
+            except (Enough, MatError) as error:
+                ended.set_exception(error)
+            yield number, ended
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        for job, task in tasks:
+            needed = [future for (other, _), future in zip(tasks, futures, strict=False)
+                      if other.seed == job.seed and other.row in job.needs]
+            futures.append(pool.submit(after, needed, task))
+        numbers = {future: number for number, future in enumerate(futures)}
+        for future in as_completed(futures):
+            yield numbers[future], future
+
+
+def machines(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """What the finished runs were made with: devices, versions and commit, and how many runs; each kind once."""
+    found: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        record = read_environment(job.folder) if job.done else None
+        if record is not None:
+            one = {"devices": sorted(set(record["devices"])), "git": record["git"],
+                   "versions": plain(record["versions"])}
+            found.setdefault(json_digest(one), {**one, "runs": 0})["runs"] += 1
+    return sorted(found.values(), key=lambda one: -one["runs"])
+
+
+def plain(versions: Mapping[str, str]) -> dict[str, str]:
+    """Versions without the name of the operating system's build."""
+    return {name: value for name, value in versions.items() if name != "system"}
 
 
 def train(job: Job, runner: Runner) -> None:

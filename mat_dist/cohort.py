@@ -41,13 +41,18 @@ class Images:
         return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
 
 
-def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
-    """This replica's rows of a batch. Raises EnvironmentFault unless replicas and micro-batches divide it evenly."""
+def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: int = 1) -> slice:
+    """This replica's rows of a batch. Raises EnvironmentFault unless replicas, micro-batches and the peers that split
+    it (`makers`) divide it evenly."""
     rows = place.shard(batch_size)
     local = rows.stop - rows.start
     if local % microbatches:
         raise EnvironmentFault(f"{local} images per replica cannot be split into {microbatches} micro-batches",
                                "step.microbatches", "use a divisor of train.batch_size / replicas")
+    if local // microbatches % makers:
+        raise EnvironmentFault(f"{makers} peers cannot split {local // microbatches} images per replica and "
+                               "micro-batch evenly", "attack.split_batch", "use another train.batch_size, fewer ranks "
+                               "or fewer step.microbatches")
     return rows
 
 
@@ -88,7 +93,7 @@ class Cohort:
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches)
+        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches, self.plan.makers)
         self._tell_peers()
 
     def _tell_peers(self) -> None:

@@ -41,8 +41,9 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
     Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
-    rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
-    run = _Run(config, place, CohortPlan.of(config.peers), rows.stop - rows.start)
+    plan = CohortPlan.of(config.peers)
+    rows = replica_rows(place, config.train.batch_size, config.step.microbatches, plan.makers)
+    run = _Run(config, place, plan, rows.stop - rows.start)
     others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
               if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
@@ -212,7 +213,7 @@ def _memory(run: _Run) -> list[str]:
     ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
     state = max(sum(states[peer] for peer in local) for local in ranks)
     rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
-    sources = run.place.peers if run.plan.shares_aes else local
+    sources = 2 if run.plan.split else run.place.peers if run.plan.shares_aes else local  # split: parts, and the whole
     aes = sources * rows * math.prod(shape) * width
     logits = run.place.peers * run.plan.most_taught * rows * run.images.classes * width
     table = _table([""], ["MiB"], [""])

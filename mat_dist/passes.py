@@ -64,6 +64,7 @@ def _passes(config: Config, plan: CohortPlan, spec: PeerConfig, row: PeerPlan, s
     alone = Fraction((int(spec.attack.loss == "kl_clean") + int(spec.attack.method == "apgd")) * len(row.own))
     alone += int(row.me.strategy == "eat")
     alone += steps * len(row.me.union) if row.me.strategy == "msd" else 0
+    attack, alone = attack / plan.makers, alone / plan.makers
     backward = attack + learning
     return Passes(attack, Fraction(learning), Fraction(teaching), backward + teaching + (alone if attack else 0),
                   backward)

@@ -8,54 +8,17 @@ Everything here is a function of the configuration, so all ranks know all of it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from mat_dist.coefficients import Coefficients
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.presets import hears
-from mat_dist.config.schema import LossConfig, PeerConfig
+from mat_dist.config.schema import PeerConfig
 from mat_dist.threats import Threat
 
 # Strategies that craft an AE for each threat of the union; the others craft one batch (attacks/union.py).
 CRAFTS_EACH = ("avg", "max", "ramp")
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
-
-    preset: str
-    hard_weight: float
-    hard_own: float
-    hard_loss: str
-    clean_weight: float
-    kd_weight: float
-    kd_own: float
-    kd_clean: float
-    kd_loss: str
-    kd_where: str
-    gate: float
-    temperature: float
-    t2_scale: bool
-    teacher_input: str
-    teacher_agg: str
-    teacher_set: str
-    trades_beta: float
-    trades_temperature: float
-    mart_beta: float
-    pair_weight: float
-    base_scale: float
-    label_smoothing: float
-    warmup_epochs: float
-
-    @classmethod
-    def of(cls, loss: LossConfig) -> Coefficients:
-        """From a complete section (`config.presets.fill_loss`). Raises ValueError naming the fields that are empty."""
-        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
-        empty = [f"loss.{name}" for name, value in values.items() if value is None]
-        if empty:
-            raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -93,11 +56,13 @@ class PeerPlan:
         members: of the whole cohort.
         muted: nobody learns from these: their shares go to the other peers.
         alone: the peer still warms up: hard labels on own AEs, no distillation.
+        split: all slots of AEs hold one batch, of which each peer has made a part.
     """
 
     index: int
     members: tuple[Member, ...]
     loss: Coefficients
+    split: bool = False
     muted: frozenset[int] = frozenset()
     alone: bool = False
 
@@ -211,6 +176,8 @@ class PeerPlan:
 
     def teacher_slot(self, teacher: int, slot: int) -> int:
         """What `teacher` looks at when it teaches this peer about a slot."""
+        if self.split and self.loss.teacher_input == "same_ae" and slot == self.index:
+            return teacher  # which holds the same images, and which the teacher forwards anyway
         return {"same_ae": slot, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
 
 
@@ -229,7 +196,8 @@ class CohortPlan:
     def of(cls, complete: Sequence[PeerConfig]) -> CohortPlan:
         """From the complete entry of every peer, in peer order; all peers are listened to."""
         members = tuple(Member.of(spec) for spec in complete)
-        peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss)) for i, spec in enumerate(complete))
+        peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss), spec.attack.split_batch)
+                      for i, spec in enumerate(complete))
         return cls(peers, frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher"))
 
     def listening(self, muted: Iterable[int], alone: Iterable[int]) -> CohortPlan:
@@ -268,9 +236,25 @@ class CohortPlan:
         used = {slot for i, plan in enumerate(self.peers) for slot in (*plan.learned, *self.taught[i])}
         return tuple(plan.index in used for plan in self.peers)
 
+    @property
+    def split(self) -> bool:
+        """Whether the peers make one batch of AEs together."""
+        return self.peers[0].split
+
+    @property
+    def makers(self) -> int:
+        """How many peers make each source's batch of AEs."""
+        return len(self.peers) if self.split else 1
+
+    def part(self, peer: int, step: int) -> slice:
+        """The rows of a (micro-)batch for which a peer crafts: all, or in turn every P-th."""
+        return slice((peer - step) % self.makers, None, self.makers)
+
     @cached_property
     def shares_aes(self) -> bool:
         """Whether a peer needs the AEs of another one."""
+        if self.split:
+            return True
         needed = [set(plan.learned) | set(self.taught[i]) for i, plan in enumerate(self.peers)]
         return any(slot < len(self.peers) and slot != i for i, slots in enumerate(needed) for slot in slots)
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd", "objective", "intervals", "passes"),
+     "wire", "opinions", "sgd", "objective", "intervals", "passes", "coefficients"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("carried",),
     ("crafting",),

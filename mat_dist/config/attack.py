@@ -27,6 +27,8 @@ class AttackConfig(Section):
     steps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which the number of steps grows from 1, "
                                                                "their length being that of all steps; attacks run "
                                                                "eagerly until then")
+    split_batch: bool = Field(False, description="each of the P peers crafts AEs of 1/P of a batch, and all learn the "
+                                                "batch that they have made together: fewer passes for less accuracy")
     start: Literal["uniform", "gaussian", "zero", "previous"] | None = Field(
         None, description="start noise; gaussian is TRADES' 0.001 normal; previous: the image's perturbation of the "
                           "epoch before (ATTA; kept in memory, 2 bytes a value); default: the preset's (uniform)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mat_dist.config.presets import PAIRS
 from mat_dist.config.registry import entries, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
@@ -83,6 +84,37 @@ def attack_steps_grow(config: Config) -> list[ConfigError]:
         elif attack.steps_warmup_epochs > config.train.epochs:
             found.append(ConfigError(f"the number of attack steps grows for {attack.steps_warmup_epochs:g} of "
                                      f"{config.train.epochs} epochs", where, "write train.epochs or fewer"))
+    return found
+
+
+@rule("attack", "union", "peers", "loss", "threat", "optim", "train", "step")
+def batches_can_be_split(config: Config) -> list[ConfigError]:
+    """A batch that all peers make together is everybody's own AEs: there are no others, and their kind is one."""
+    split = [peer.attack.split_batch for peer in config.peers]
+    if not any(split):
+        return []
+    where, count, found = "attack.split_batch", len(config.peers), []
+    rows = config.train.batch_size // config.step.microbatches
+    for bad, what in ((not all(split), "some peers only"), (count == 1, "one peer"),
+                      (rows % count > 0, f"{rows} images (per micro-batch) for {count} peers: no multiple"),
+                      (config.step.on_nonfinite == "quarantine", "on_nonfinite quarantine: a part would be missing")):
+        if bad:
+            found.append(ConfigError(f"a split batch with {what}", f"peers.0.{where}", "write split_batch: false"))
+    for key, peer in entries(config):
+        loss, attack = peer.loss, peer.attack
+        others = (loss.hard_weight and loss.hard_own != 1) or (loss.kd_weight and loss.kd_own != 1)
+        for bad, what, how in (
+                (loss.preset in PAIRS or others or loss.teacher_set != "all",
+                 f"preset {loss.preset}, which tells own AEs from others'", "loss: at, at_wa, mart, trades, mat_kd or "
+                 "dml_at"),
+                (peer.frozen or peer.role != "peer", "roles or frozen peers", "split_batch: false"),
+                (peer.threat != config.peers[0].threat, "threats that differ", "split_batch: false"),
+                (peer.union.strategy is not None, f"union.strategy {peer.union.strategy}", "split_batch: false"),
+                (attack.method == "free" or attack.start == "previous", "perturbations that a peer carries on",
+                 "split_batch: false"),
+                (peer.optim.awp_gamma > 0, "optim.awp_gamma, which climbs before the batch is whole", "awp_gamma: 0")):
+            if bad:
+                found.append(ConfigError(f"a split batch with {what}", f"{key}.{where}", f"write {how}"))
     return found
 
 

@@ -13,6 +13,7 @@ from mat_dist.errors import ConfigError
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
+SPLIT = "loss=at attack.split_batch=true"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
@@ -34,6 +35,19 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
+    ("batches_can_be_split", SPLIT + " loss=mat", "preset mat, which tells own AEs", SPLIT + " loss=mat_kd"),
+    ("batches_can_be_split", SPLIT + " loss=mat_share", "preset mat_share, which tells own AEs", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers=2 loss=peeraid", "preset peeraid", SPLIT + " loss=dml_at"),
+    ("batches_can_be_split", SPLIT + " peers=1", "a split batch with one peer", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers=3 train.batch_size=64", "64 images (per micro-batch) for 3 peers",
+     SPLIT + " peers=3 train.batch_size=63"),
+    ("batches_can_be_split", SPLIT + " peers.1.attack.split_batch=false", "a split batch with some peers only", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers.1.frozen=true peers.1.init_from=run", "roles or frozen peers", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers.1.threat=l2", "threats that differ", SPLIT + " threat=l2"),
+    ("batches_can_be_split", SPLIT + " attack.start=previous", "that a peer carries on", SPLIT),
+    ("batches_can_be_split", SPLIT + " optim.awp_gamma=0.01", "before the batch is whole", SPLIT),
+    ("batches_can_be_split", SPLIT + " union.strategy=avg union.threats=linf:0.1,l2:1", "union.strategy avg", SPLIT),
+    ("batches_can_be_split", SPLIT + " step.on_nonfinite=quarantine", "a part would be missing", SPLIT),
     ("free_attacks_fit", "train.replays=2", "no attack.method is free", FREE),
     ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "with one replay of a batch", FREE),
     ("free_attacks_fit", FREE + " attack.steps=3", "write attack.steps: 1", FREE),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.shown import Shown
 from mat_dist.threats import Region, per_image
 
@@ -32,6 +33,14 @@ class Prior:
         x_BCHW = region.x
         again_BCHW = region.settle(region.project(x_BCHW + self.delta_BCHW.to(x_BCHW.dtype)))
         return torch.where(per_image(self.known_B, x_BCHW), again_BCHW, start_BCHW)
+
+
+def kept_bytes(config: Config, spec: PeerConfig, images: int, shape: tuple[int, ...]) -> int:
+    """What the perturbations of `images` training images of `shape` (C, H, W) take in one peer."""
+    channels, height, width = shape
+    pad = 2 * config.data.augment.pad
+    kept = images if spec.attack.start == "previous" else 0
+    return kept * channels * (height + pad) * (width + pad) * STORED.itemsize
 
 
 class Carried:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.carried import STORED
+from mat_dist.carried import kept_bytes
 from mat_dist.cohort import DTYPES, Images, replica_rows
 from mat_dist.config import dump_config
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
@@ -145,13 +145,6 @@ class _Run:
         trained = parameters * DTYPES[self.config.step.precision].itemsize
         return held * (1 + spec.optim.averages) + trained * (1 + (spec.optim.momentum > 0))
 
-    def perturbations(self, spec: PeerConfig) -> int:
-        """Bytes of the perturbations that a peer keeps of the images, as far as their number is known."""
-        channels, height, width = self.images.shape
-        pad = 2 * self.config.data.augment.pad
-        kept = (self.count or 0) if spec.attack.start == "previous" else 0
-        return kept * channels * (height + pad) * (width + pad) * STORED.itemsize
-
     def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
         """Name, settings and plan of each peer."""
         return [(str(spec.name), spec, row) for spec, row in zip(self.config.peers, self.plan.peers, strict=True)]
@@ -220,7 +213,8 @@ def _memory(run: _Run) -> list[str]:
     table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
     table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")
     table.add_row("logits", _mib(logits), "that peers teach")
-    kept = max(sum(run.perturbations(run.config.peers[peer]) for peer in local) for local in ranks)
+    held = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
+    kept = max(sum(held[peer] for peer in local) for local in ranks)
     if kept:
         table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (attack.start: previous)")
     table.add_row("sum", _mib(state + aes + logits + kept), "")

@@ -148,7 +148,8 @@ WITH_OTHERS = {  # setting: what else is set on both sides
     "union.ramp_weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
     "loss.hard_weight=0.9": "loss=at",
     "train.replays=3": "loss=at attack.method=free train.replays=2 train.max_steps=3",
-    "attack.split_batch=true": "loss=at", "attack.steps_warmup_epochs=1": "attack.steps=4", "attack.start=previous": "train.epochs=2 train.max_steps=7",
+    "attack.split_batch=true": "loss=at", "attack.steps_warmup_epochs=1": "attack.steps=4",
+    "attack.start=previous": "train.epochs=2 train.max_steps=7",
     "attack.reset_epochs=1": "attack.start=previous train.epochs=2 train.max_steps=7",
     "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",

@@ -162,17 +162,26 @@ class Cohort:
         Args:
             shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
         """
-        for peer in self.peers:
-            if peer.crafter.free:
-                rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
-                peer.crafter.begin(step, Shown.plain(rows, self.batch_size), self.rows.start)
-            elif shown is not None and peer.crafter.carried is not None:
-                peer.crafter.begin(step, shown(step), self.rows.start)
+        self._recall(step, shown)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
         if self.listening != (set(self.muted), alone):
             self.alone = alone
             self._replan()
+
+    def _recall(self, step: int, shown: Callable[[int], Shown] | None) -> None:
+        """Tell the attacks that carry perturbations on whose these are: of images, or (free: all peers) of rows."""
+        carrying = [peer.crafter for peer in self.peers if peer.crafter.carried is not None]
+        if not carrying or (shown is None and not carrying[0].free):
+            return
+        if carrying[0].free:
+            rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
+            told = Shown.plain(rows, self.batch_size)
+        else:
+            assert shown is not None
+            told = shown(step)
+        for crafter in carrying:
+            crafter.begin(step, told, self.rows.start)
 
     def _replan(self) -> None:
         self.listening = set(self.muted), self.alone

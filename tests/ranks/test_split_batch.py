@@ -27,9 +27,9 @@ Run = Callable[..., list[Any]]
 STEPS, ATTACK_STEPS, LINF = 3, 2, Threat("linf", 0.1)
 
 
-def configured(preset: str, peers: int, *, precision: str = "fp64", steps: int = ATTACK_STEPS, **step: Any) -> Config:
-    return cohort_config(preset, peers, entry={"attack": {"steps": steps, "split_batch": True}},
-                         step={"precision": precision, **step})
+def configured(preset: str, peers: int, *, precision: str = "fp64", loss: str | None = None, **step: Any) -> Config:
+    attack = {"steps": ATTACK_STEPS, "split_batch": True, "loss": loss}
+    return cohort_config(preset, peers, entry={"attack": attack}, step={"precision": precision, **step})
 
 
 def made_together(peers: list[Reference], preset: str, step: int, labels: Tensor | None = None
@@ -70,7 +70,8 @@ def reference_step(peers: list[Reference], preset: str, step: int) -> None:
         peer.settle([stats for _, stats in seen])
 
 
-@pytest.mark.parametrize("preset,peers", [("at", 4), ("mat_kd", 2), ("dml_at", 4), ("trades", 2)])
+@pytest.mark.parametrize("preset,peers", [
+    ("at", 4), ("mat_kd", 2), pytest.param("dml_at", 4, marks=pytest.mark.thorough), ("trades", 2)])
 def test_all_peers_learn_the_batch_that_each_has_made_a_part_of(preset: str, peers: int, run_ranks: Run) -> None:
     models = nets(peers, dtype=torch.float64)
     (cohort,) = run_ranks(lambda mesh: train(configured(preset, peers), mesh, models, STEPS, dtype=torch.float64),
@@ -95,7 +96,7 @@ def learned_images(mesh: Mesh, config: Config, models: list[Any], step: int) -> 
     return seen
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_each_image_is_the_one_of_its_maker_on_any_placement(world: int, run_ranks: Run) -> None:
     models = nets(4, dtype=torch.float64)
     for step in (0, 3):
@@ -107,7 +108,7 @@ def test_each_image_is_the_one_of_its_maker_on_any_placement(world: int, run_ran
         assert all(torch.equal(x, found[0]) for x in found.values())
 
 
-@pytest.mark.parametrize("wire", ["full", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wire", ["full", pytest.param("int8", marks=pytest.mark.thorough)])
 def test_placement_does_not_change_a_bit(wire: str, run_ranks: Run) -> None:
     models, config = nets(4), configured("mat_kd", 4, precision="fp32", wire=wire)
     alone, spread = (run_ranks(lambda mesh, log=log: train(config, mesh, models, STEPS, log=log), 4, world)
@@ -147,9 +148,9 @@ def test_the_transfer_table_has_the_accuracy_on_the_rows_of_each_maker(run_ranks
     assert len(set(table.flatten().tolist())) > 2
 
 
-@pytest.mark.parametrize("preset", ["at", "mat_kd", "trades"])
-def test_the_counters_tell_the_passes_of_a_real_step(preset: str, run_ranks: Run) -> None:
-    config = configured(preset, 2, attack_copy=False)
+@pytest.mark.parametrize("preset,loss", [("at", None), ("mat_kd", "kl_teacher"), ("trades", None)])
+def test_the_counters_tell_the_passes_of_a_real_step(preset: str, loss: str | None, run_ranks: Run) -> None:
+    config = configured(preset, 2, loss=loss, attack_copy=False)
     def one(mesh: Mesh) -> list[list[float]]:
         cohort = build(config, mesh, nets(2, dtype=torch.float64))
         counts = {peer.index: [0.0, 0.0] for peer in cohort.peers}

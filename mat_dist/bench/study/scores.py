@@ -83,9 +83,10 @@ def evaluate(job: Job, name: str, evaluation: Evaluation, label: Label, runner: 
 
 
 def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
-    """The words of the command after the run."""
+    """The words of the command after the run; data may lie elsewhere than when it was trained."""
     targets = "peers" if len(job.config.peers) == 1 else "peers,ensemble"
-    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}")
+    places = [word for word in job.words if word.startswith(("data.root=", "data.cache="))]
+    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}", *places)
 
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:

@@ -7,6 +7,7 @@ python -m mat_dist.bench memory [options] [--config FILE] [key=value ...]   peak
 torchrun --nproc_per_node=2 -m mat_dist.bench step peers=2                  the same on several ranks
 python -m mat_dist.bench evidence --help                                    what mutual training is worth: all rows
 python -m mat_dist.bench search --help                                      settings of the mutual loss, on validation
+python -m mat_dist.bench reasons RUN                                        what a run's peers do with each other's AEs
 
   --rounds N          timed rounds (default 15; all contestants take turns in each)
   --image CxHxW       shape of the images (default 3x32x32)
@@ -35,7 +36,7 @@ from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.launch import Launch
 
 COMMANDS = ("step", "naive", "scale", "memory")
-STUDIES = ("evidence", "search")  # trained runs are compared, each in a process of its own; options of their own
+STUDIES = ("evidence", "search", "reasons")  # of trained runs, in one process; with options of their own
 DEFAULT_CONFIG = "bench_small"
 
 

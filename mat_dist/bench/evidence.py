@@ -34,6 +34,8 @@ from mat_dist.bench.study.plan import Suite, TablePlan, read_evidence
 from mat_dist.bench.study.runs import PLACES, Enough, Job, Runner, machines, side_by_side, train
 from mat_dist.bench.study.scores import evaluate, find, labels
 from mat_dist.bench.study.tables import Entry, table_document
+from mat_dist.bench.study.why import explain
+from mat_dist.bench.study.why_page import write_charts
 from mat_dist.dryrun import training_passes
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
 from mat_dist.runfolder.environment import git_revision
@@ -82,7 +84,7 @@ def plan_entries(suite: Suite, options: Options) -> list[Entry]:
     entries = []
     for title, table in suite.tables.items():
         for name, row in table.rows.items():
-            entry = Entry(title, name, row)
+            entry = Entry(title, name, row, reasons=suite.reasons.images if suite.reasons and row.peers > 1 else 0)
             settings = (f"peers={row.peers}", *suite.settings, *table.settings, *row.settings, *options.settings)
             try:
                 entry.jobs = {seed: Job.make(name, seed, options.root, suite.config, settings) for seed in suite.seeds}
@@ -134,6 +136,7 @@ def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
         if one.applies(entry.name, seed):
             for used in dict.fromkeys(labels(job, one).values()):
                 evaluate(job, name, one, used, runner)
+    explain(job, entry.reasons, runner)
 
 
 def write(options: Options, suite: Suite, entries: Sequence[Entry]) -> None:
@@ -152,6 +155,7 @@ def write(options: Options, suite: Suite, entries: Sequence[Entry]) -> None:
     with reported(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / f"{options.suite}.json", document)
+    write_charts(options.out, document)
     write_text(options.out / f"{options.suite}.md", evidence_page(document))
 
 
@@ -205,7 +209,7 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
     table.add_row("all", "", "", str(sums[0]), "", f"{sums[1]:.2f}", f"{sums[2]:.2f}")
     screen = Console()
     (screen if screen.is_terminal else Console(width=120)).print(table)
-    print("Passes: forward and backward of one image each, all seeds. Not counted: validation, AutoAttack, checks.")
+    print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
 
 
 def tests(plan: TablePlan, entry: Entry, seed: int) -> float:

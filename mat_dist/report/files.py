@@ -60,7 +60,7 @@ def read_run(path: Path) -> RunFiles:
         raise OutputError(f"the run is being written by {holder}", str(path), "wait until it ends, or stop it")
     config = load_config(str(folder.config))
     notes: list[str] = []
-    records = _records(folder.metrics, notes)
+    records = read_records(folder.metrics, notes)
     evaluations = read_evaluations(folder.eval, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
         notes.append("no evaluation on the test set: the run has not ended, or has eval.test=false")
@@ -81,7 +81,7 @@ def _document(file: Path, notes: list[str]) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Records in the order of steps; of those with the same step and kind the one of the highest attempt."""
     newest: dict[tuple[str, int], tuple[int, dict[str, Any]]] = {}
     damaged = 0

@@ -76,6 +76,7 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            **{f"python -m mat_dist.bench {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (
                "evidence --suite cpu --dry-run", "evidence --suite cpu data.root=FOLDER",
                "search --suite cpu data.root=FOLDER")},
+           "python -m mat_dist.bench reasons runs/NAME": "tests/unit/test_study_reasons.py",
            **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
                ("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"), ("python", "memory"),
                ("torchrun --nproc_per_node=2", "step peers=2"))}}

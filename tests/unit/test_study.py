@@ -115,7 +115,7 @@ def test_rows_are_paired_on_the_same_seeds_and_images() -> None:
 
 def test_the_plans_of_the_project_can_be_read() -> None:
     study = read_evidence(str(ROOT / "benchmarks/evidence.yaml"))
-    assert set(study.suites) == {"cpu", "gpu"}
+    assert set(study.suites) == {"cpu", "gpu", "gpu_union"}
     space = read_search(str(ROOT / "benchmarks/search.yaml"))
     for suite in space.suites.values():
         points = [(title, point) for title, family in suite.families.items() for point in family.points()]

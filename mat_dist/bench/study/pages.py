@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-KINDS = {"mean": "mean peer", "best": "best peer", "ensemble": "ensemble"}
+from mat_dist.bench.study.markdown import markdown
+from mat_dist.bench.study.verdicts import KINDS, verdict_lines
+from mat_dist.bench.study.why_page import why_lines
 
 
 def evidence_page(document: Mapping[str, Any]) -> str:
@@ -16,6 +18,8 @@ def evidence_page(document: Mapping[str, Any]) -> str:
         for label in ("last", "best"):
             if any(label in row["accuracy"] for row in table["rows"]):
                 lines += ["", f"### {label.capitalize()} checkpoint", "", *_accuracies(table, label)]
+        lines += ["", "### Against the controls", "", *verdict_lines(table["comparisons"]),
+                  *why_lines(table, document["suite"])]
         if table["differences"]:
             lines += ["", "### Differences", "", *_differences(table)]
         common = " ".join([*document["base_settings"], *table["settings"]])
@@ -135,10 +139,3 @@ def search_page(document: Mapping[str, Any]) -> str:
     missing = [f"- `{one['name']}` (`{' '.join(one['point'])}`): {one['state']}" for one in document["settings_tried"]
                if one["state"] != "done"]
     return "\n".join([*lines, *(["", "## Missing", "", *missing] if missing else []), ""])
-
-
-def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int) -> list[str]:
-    """A Markdown table; the first `text_columns` columns to the left, the others to the right."""
-    rule = ["---" if number < text_columns else "---:" for number in range(len(columns))]
-    rows = [columns, rule, *([cell.replace("|", "\\|") for cell in line] for line in lines)]
-    return [f"| {' | '.join(row)} |" for row in rows]

@@ -81,6 +81,12 @@ class TablePlan(Section):
         return tuple(dict.fromkeys(c for name, one in self.evaluations.items() for c in one.columns(name)))
 
 
+class Reasons(Section):
+    """What is measured of every cohort beside its accuracies; never on the test split."""
+
+    images: Integer = Field(500, ge=1, description="validation images, and as many training images")
+
+
 class Suite(Section):
     """What is trained on one kind of machine."""
 
@@ -88,6 +94,7 @@ class Suite(Section):
     settings: Words = Field((), description="key=value for all rows")
     seeds: tuple[Integer, ...] = Field(min_length=1, description="run.seed of the runs of a row")
     search_budget: Integer = Field(1, ge=1, description="settings that may be tried, at most, to choose those of a row")
+    reasons: Reasons | None = Field(None, description="strength of peers' AEs and what teachers know, of every cohort")
     tables: dict[Name, TablePlan] = Field(min_length=1, description="tables")
 
 

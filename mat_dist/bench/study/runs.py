@@ -121,6 +121,12 @@ class Runner:
         """Whether nothing more may begin."""
         return self._stop.requested or (self._ends is not None and time.monotonic() >= self._ends)
 
+    def begin(self, text: str) -> None:
+        """Tell what comes now. Raises Enough where nothing more may begin."""
+        if self.over:
+            raise Enough
+        self.tell(text)
+
     def run(self, module: str, words: Sequence[str], log: Path) -> int:
         """Run `python -m module words` on one thread, its output added to `log` -> its exit code.
 
@@ -221,7 +227,7 @@ def train(job: Job, runner: Runner) -> None:
                           job.folder.name, "remove that folder, or choose another --root")
     if job.done:
         return
-    runner.tell(f"{job.row}, seed {job.seed}: training")
+    runner.begin(f"{job.row}, seed {job.seed}: training")
     code = runner.run("mat_dist.train", job.words, job.log)
     if code:
         raise failure(code, job, "the training")

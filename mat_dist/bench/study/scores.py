@@ -72,7 +72,7 @@ def evaluate(job: Job, name: str, evaluation: Evaluation, label: Label, runner: 
     """
     found = find(job, name, evaluation, label)
     if found is None:
-        runner.tell(f"{job.row}, seed {job.seed}: {name} of {label}")
+        runner.begin(f"{job.row}, seed {job.seed}: {name} of {label}")
         code = runner.run("mat_dist.evaluate", (str(job.folder.path), *words(job, evaluation, label)), job.log)
         if code not in (0, NotReportable.code):
             raise failure(code, job, f"evaluation {name} of {label}")

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mat_dist import checkpoint
+from mat_dist.bench import reasons
 from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
 from mat_dist.bench.study.runs import Job, training_seconds
 from mat_dist.bench.study.scores import Evaluated, gathered
+from mat_dist.bench.study.verdicts import comparisons, is_mutual
+from mat_dist.bench.study.why import why_document
 from mat_dist.dryrun import training_passes
 from mat_dist.evaluate.outcome import CLEAN
 from mat_dist.intervals import paired_difference
@@ -27,6 +30,7 @@ class Entry:
         jobs: its runs by seed; empty where the row cannot be trained, which `error` explains.
         failures: seed -> why training or evaluation failed.
         results: seed -> (name of the evaluation, checkpoint of the table) -> result.
+        reasons: images of `mat_dist.bench reasons`, which every cohort is asked for; 0: none.
     """
 
     table: str
@@ -36,14 +40,27 @@ class Entry:
     error: str = ""
     failures: dict[int, str] = field(default_factory=dict)
     results: dict[int, dict[tuple[str, Label], Evaluated]] = field(default_factory=dict)
+    reasons: int = 0
 
     def missing(self, plan: TablePlan, seed: int) -> list[str]:
         """What is still to be done for a seed, in words."""
         if not self.jobs[seed].done:
             return ["training"]
         found = self.results.get(seed, {})
-        return [f"{name} of {label}" for name, one in plan.evaluations.items() if one.applies(self.name, seed)
+        left = [f"{name} of {label}" for name, one in plan.evaluations.items() if one.applies(self.name, seed)
                 for label in one.checkpoints if (name, label) not in found]
+        return [*left, *(["reasons"] if self.reasons and self.why(seed) is None else [])]
+
+    def why(self, seed: int) -> dict[str, Any] | None:
+        """What `mat_dist.bench reasons` found of a finished run, None where it was not asked."""
+        job = self.jobs[seed]
+        return reasons.find(job.folder, job.config, self.reasons)
+
+    def reasons_document(self) -> dict[str, Any]:
+        """Curves and reasons of all finished runs."""
+        done = {seed: job for seed, job in self.jobs.items() if job.done}
+        found = {seed: one for seed in done if self.reasons and (one := self.why(seed)) is not None}
+        return why_document(list(done.values()), found)
 
     def cells(self) -> dict[Cell, dict[int, Mapping[int, float]]]:
         """Every column -> seed -> image -> accuracy."""
@@ -58,15 +75,16 @@ class Entry:
 def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
     """The whole table as JSON values."""
     cells = {entry.name: entry.cells() for entry in entries}
+    rows = [row_document(plan, entry, cells[entry.name]) for entry in entries]
+    apart = sorted((found for control in plan.controls for entry in entries if entry.name != control
+                    for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))
     return {"title": plan.title, "columns": [CLEAN, *plan.columns], "primary": plan.primary,
             "controls": list(plan.controls), "settings": list(plan.settings),
             "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
                                    "rows": list(one.rows) if one.rows is not None else None,
                                    "seeds": list(one.seeds) if one.seeds is not None else None}
                             for name, one in plan.evaluations.items()},
-            "rows": [row_document(plan, entry, cells[entry.name]) for entry in entries],
-            "differences": sorted((found for control in plan.controls for entry in entries if entry.name != control
-                                   for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))}
+            "rows": rows, "differences": apart, "comparisons": comparisons(rows, apart, plan.primary)}
 
 
 def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
@@ -91,7 +109,10 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
         unsound = sorted({f"{name} of {label}, {text}" for (name, label), one in entry.results.get(seed, {}).items()
                           for text in one.unsound})
         seeds[str(seed)] = {"status": status, "failed_checks": unsound, "train_seconds": seconds.get(seed)}
-    return {"row": entry.name, "says": row.says, "peers": row.peers, "tried": row.tried, "remark": row.remark,
+    return {"row": entry.name, "says": row.says, "peers": row.peers,
+            "mutual": first is not None and is_mutual(first.config),
+            "averages": first is not None and any(peer.optim.averages for peer in first.config.peers),
+            "tried": row.tried, "remark": row.remark,
             "cost_factor": row.cost_factor, "kinds": list(row.kinds), "error": entry.error,
             "settings": list(row.settings), "command": first.command if first else "",
             "config_digest": first.digest if first else "",
@@ -99,7 +120,7 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
             "backward": passes[2] if passes else None,
             "cost": (passes[1] + passes[2]) * row.cost_factor if passes else None,
             "train_seconds": statistics.fmean(seconds.values()) if seconds else None,
-            "seeds": seeds, "accuracy": accuracy}
+            "seeds": seeds, "accuracy": accuracy, "why": entry.reasons_document()}
 
 
 def summary(by_seed: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Coefficients:
     kd_clean: float
     kd_loss: str
     kd_where: str
+    attackers: str
     gate: float
     temperature: float
     t2_scale: bool

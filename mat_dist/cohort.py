@@ -20,6 +20,7 @@ from mat_dist.mesh.placement import Placement
 from mat_dist.models import build_model
 from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
+from mat_dist.pulling import pull_together
 from mat_dist.schedules import lr_at
 from mat_dist.threats import Threat
 
@@ -58,7 +59,8 @@ def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: i
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
     """A peer's model with its keyed initial weights, in the precision and layout of the run."""
-    with streams.keyed_rng(streams.key(seed, "init", spec.stream or 0)):
+    start = spec.stream if spec.init_stream is None else spec.init_stream
+    with streams.keyed_rng(streams.key(seed, "init", start or 0)):
         model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
     model = model.to(device=device, dtype=DTYPES[step.precision])
     return model.to(memory_format=torch.channels_last) if step.channels_last else model
@@ -89,7 +91,8 @@ class Cohort:
     rows: slice = field(init=False)
     muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
     alone: set[int] = field(default_factory=set)  # peers that still warm up
-    listening: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # of the plan
+    turn: int = 0  # the step, where whose AEs are learnt changes with it
+    listening: tuple[set[int], set[int], int] = field(default_factory=lambda: (set(), set(), 0))  # of the plan
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,7 +160,8 @@ class Cohort:
         self._replan()
 
     def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end, recall perturbations.
+        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources
+        change, recall perturbations.
 
         Args:
             shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
@@ -165,8 +169,9 @@ class Cohort:
         self._recall(step, shown)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
-        if self.listening != (set(self.muted), alone):
-            self.alone = alone
+        turn = step if self.plan.period > 1 else 0
+        if self.listening != (set(self.muted), alone, turn):
+            self.alone, self.turn = alone, turn
             self._replan()
 
     def _recall(self, step: int, shown: Callable[[int], Shown] | None) -> None:
@@ -184,18 +189,23 @@ class Cohort:
             crafter.begin(step, told, self.rows.start)
 
     def _replan(self) -> None:
-        self.listening = set(self.muted), self.alone
+        self.listening = set(self.muted), self.alone, self.turn
         self.plan = self.plan.listening(*self.listening)
         self._tell_peers()
 
     def update(self, step: int) -> None:
-        """Apply the gradients of a committed step."""
+        """Apply the gradients of a committed step; pull the peers together where that is due; average their weights."""
         for peer in self.peers:
             if self.mesh.placement.replicas > 1 and peer.crafter.carried is not None:
                 peer.crafter.carried.share(self.mesh.gather_replicas)
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
+        if self.step.pull and (step + 1) % self.step.pull_every == 0:
+            self.mesh.where = f"step {step}, pull"
+            pull_together([peer.model for peer in self.peers], self.mesh, self.step.pull, self.muted)
+        for peer in self.peers:
+            peer.average(step)
 
 
 def _refuse_replicas(config: Config, mesh: Mesh) -> None:

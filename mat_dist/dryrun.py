@@ -165,7 +165,8 @@ def _peers(run: _Run) -> list[str]:
 
 def _terms(run: _Run) -> list[str]:
     """The weights of the loss that are not 0 everywhere."""
-    weights = {name: _weights(row) for name, _, row in run.named()}
+    turns = run.plan.turns
+    weights = {name: _mean([_weights(turn.peers[row.index]) for turn in turns]) for name, _, row in run.named()}
     used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
     table = _table(["peer"], used)
     for name, row in weights.items():
@@ -186,6 +187,10 @@ def _weights(row: PeerPlan) -> dict[str, float]:
             "logit pairing": c.base_scale * c.pair_weight, "RAMP": row.me.ramp_weight if row.ramp else 0.0}
 
 
+def _mean(weights: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {term: sum(one[term] for one in weights) / len(weights) for term in weights[0]}
+
+
 def _passes(run: _Run) -> list[str]:
     """Passes of a replica's batch through each network in one step."""
     table = _table(["peer"], ["attack", "learning", "teaching", "forward", "backward"])
@@ -195,7 +200,8 @@ def _passes(run: _Run) -> list[str]:
     table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
     growing = max(spec.attack.steps_warmup_epochs for spec in run.config.peers)
     grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
-    return [f"passes per step, of {run.rows} images each", *_lines(table), *grown,
+    over = "" if run.plan.period == 1 else f", in the mean over {run.plan.period} steps"
+    return [f"passes per step, of {run.rows} images each{over}", *_lines(table), *grown,
             "  Not counted: evaluations, and forwards for the transfer table of log steps."]
 
 
@@ -208,7 +214,7 @@ def _memory(run: _Run) -> list[str]:
     rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
     sources = 2 if run.plan.split else run.place.peers if run.plan.shares_aes else local  # split: parts, and the whole
     aes = sources * rows * math.prod(shape) * width
-    logits = run.place.peers * run.plan.most_taught * rows * run.images.classes * width
+    logits = run.place.peers * max(plan.most_taught for plan in run.plan.turns) * rows * run.images.classes * width
     table = _table([""], ["MiB"], [""])
     table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
     table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")

@@ -15,6 +15,8 @@ from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluator import EMA, ENSEMBLE, RAW, ensemble_of, load_models
+from mat_dist.models import soup
+from mat_dist.models.ensemble import WEIGHTS
 from mat_dist.peer import Peer
 from mat_dist.runfolder import RunFolder
 
@@ -25,7 +27,8 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
 
     Args:
         run: run folder.
-        peer: name or index of a peer; `best`: the peer that withstood most on the validation split; `ensemble`.
+        peer: name or index of a peer; `best`: the peer that withstood most on the validation split; `ensemble`;
+            `ensemble:weights`: the mean of the weights of the peers that train.
         which: checkpoint `best`, `latest`, or `step_<n>`; `best` is `latest` where no evaluation chose one.
         weights: `raw` or `ema`; default ema where the run keeps averaged weights.
         device: where the model shall be.
@@ -38,6 +41,8 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
     models = load_models(config, manifest, images, weights, torch.device(device))
     if peer == ENSEMBLE:
         return ensemble_of(config, models)
+    if peer == f"{ENSEMBLE}:{WEIGHTS}":
+        return soup([model for model, spec in zip(models, config.peers, strict=True) if not spec.frozen])
     return models[_index(config, folder, manifest, peer, weights)]
 
 

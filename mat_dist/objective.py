@@ -26,8 +26,8 @@ def partial_loss(plan: PeerPlan, slots: Sequence[int], logits: Mapping[int, Tens
         if plan.hard.get(slot) and slot not in plan.rivals:
             total = total + plan.loss.base_scale * plan.hard[slot] * _hard(plan, slot, logits[slot], y_B)
         total = total + _distilled(plan, slot, logits[slot], opinions, y_B)
-    if plan.paired and plan.index in slots:
-        total = total + plan.loss.base_scale * _paired(plan, logits[plan.clean], logits[plan.index], y_B)
+    if plan.paired and plan.source in slots:
+        total = total + plan.loss.base_scale * _paired(plan, logits[plan.clean], logits[plan.source], y_B)
     if plan.rivals and plan.rivals[0] in slots:
         total = total + plan.loss.base_scale * _union(plan, logits, y_B)
     return total

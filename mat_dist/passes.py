@@ -26,30 +26,37 @@ class Passes(NamedTuple):
     backward: Fraction
 
 
-def step_passes(config: Config, plan: CohortPlan, attack_steps: Sequence[Fraction] | None = None) -> list[Passes]:
-    """The passes of each peer in one step.
-
-    Args:
-        attack_steps: gradient steps of each peer's attack; default those of the settings.
-    """
-    if attack_steps is None:
-        attack_steps = [Fraction(spec.attack.steps) for spec in config.peers]
-    return [_passes(config, plan, spec, row, steps)
-            for spec, row, steps in zip(config.peers, plan.peers, attack_steps, strict=True)]
+def step_passes(config: Config, plan: CohortPlan) -> list[Passes]:
+    """The passes of each peer in one step of full attacks, on average over a round of turns (`loss.attackers`)."""
+    full = [Fraction(spec.attack.steps) for spec in config.peers]
+    turns = [_turn_passes(config, turn, full) for turn in plan.turns]
+    return [Passes(*(sum(column) / Fraction(len(turns)) for column in zip(*rows, strict=True)))
+            for rows in zip(*turns, strict=True)]
 
 
 def total_passes(config: Config, plan: CohortPlan, total: int, per_epoch: int) -> tuple[int, int]:
-    """Forward and backward passes of all peers in `total` steps, `per_epoch` of which make an epoch."""
-    means = [_mean_steps(spec, total, per_epoch) for spec in config.peers]
-    rows = step_passes(config, plan, means)
-    return math.ceil(total * sum(r.forward for r in rows)), math.ceil(total * sum(r.backward for r in rows))
+    """Forward and backward passes of all peers in `total` steps from the first, `per_epoch` of which make an epoch."""
+    forward = backward = Fraction(0)
+    for number, turn in enumerate(plan.turns):
+        steps = range(number, total, len(plan.turns))
+        means = [_mean_steps(spec, steps, per_epoch) for spec in config.peers]
+        for row in _turn_passes(config, turn, means):
+            forward, backward = forward + len(steps) * row.forward, backward + len(steps) * row.backward
+    return math.ceil(forward), math.ceil(backward)
 
 
-def _mean_steps(spec: PeerConfig, total: int, per_epoch: int) -> Fraction:
-    """Gradient steps of an attack, on average over the training."""
+def _mean_steps(spec: PeerConfig, steps: Sequence[int], per_epoch: int) -> Fraction:
+    """Gradient steps of an attack, on average over these steps of the training."""
     growing = round(spec.attack.steps_warmup_epochs * per_epoch)
-    grown = sum(attack_steps_at(step, spec.attack.steps, growing) for step in range(min(total, growing)))
-    return Fraction(grown + spec.attack.steps * max(0, total - growing), total)
+    full = spec.attack.steps
+    short = sum(full - attack_steps_at(step, full, growing) for step in steps if step < growing)
+    return full - Fraction(short, max(1, len(steps)))
+
+
+def _turn_passes(config: Config, plan: CohortPlan, steps: Sequence[Fraction]) -> list[Passes]:
+    """The passes of each peer in a step with one plan, whose attacks have so many steps."""
+    return [_passes(config, plan, spec, row, often)
+            for spec, row, often in zip(config.peers, plan.peers, steps, strict=True)]
 
 
 def _passes(config: Config, plan: CohortPlan, spec: PeerConfig, row: PeerPlan, steps: Fraction) -> Passes:

@@ -172,7 +172,7 @@ class Peer:
         return norm
 
     def update(self, step: int, lr: float) -> None:
-        """One optimizer step at rate `lr`, then the averaged weights; gradients are dropped."""
+        """One optimizer step at rate `lr`; gradients are dropped. The averaged weights follow in `average`."""
         self._weights.restore()
         self.crafter.commit()
         if self.spec.frozen:
@@ -181,6 +181,9 @@ class Peer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def average(self, step: int) -> None:
+        """Let the averaged weights follow those after the update of `step`."""
         if self.ema is not None and (decay := self._kept_share(step)) < 1:
             average(self.ema, self.model.state_dict(), decay)
 

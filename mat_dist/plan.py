@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import lcm
 
 from mat_dist.coefficients import Coefficients
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.presets import hears
 from mat_dist.config.schema import PeerConfig
+from mat_dist.rotation import attacker, partner, period
 from mat_dist.threats import Threat
 
 # Strategies that craft an AE for each threat of the union; the others craft one batch (attacks/union.py).
@@ -57,6 +59,7 @@ class PeerPlan:
         muted: nobody learns from these: their shares go to the other peers.
         alone: the peer still warms up: hard labels on own AEs, no distillation.
         split: all slots of AEs hold one batch, of which each peer has made a part.
+        turn: number of the step, for `attackers: partner` and `one`.
     """
 
     index: int
@@ -65,6 +68,7 @@ class PeerPlan:
     split: bool = False
     muted: frozenset[int] = frozenset()
     alone: bool = False
+    turn: int = 0
 
     @property
     def peers(self) -> int:
@@ -85,13 +89,24 @@ class PeerPlan:
         each = self.me.strategy in CRAFTS_EACH and self.loss.hard_own > 0
         return (self.index, *range(self.clean + 1, self.clean + len(self.me.union))) if each else (self.index,)
 
+    @cached_property
+    def source(self) -> int:
+        """The slot of the AEs that count as own ones: its own, or those of the only attacker."""
+        if self.loss.attackers == "one" and not self.alone:
+            return attacker(self.index, self.heard, self.turn)
+        return self.index
+
     def _shares(self, weight: float, own: float, mine: Sequence[int]) -> dict[int, float]:
         """`weight` split into a share for the own slots and even shares for those of the others."""
         if self.me.frozen:
             return {}
+        others = self.heard
+        if self.loss.attackers == "one":
+            own, mine, others = 1.0, (self.source,), ()
+        elif self.loss.attackers == "partner" and others:
+            others = (partner(self.index, others, self.turn),)
         shares = {slot: weight * own / len(mine) for slot in mine}
-        heard = self.heard
-        shares.update({j: weight * (1 - own) / len(heard) for j in heard})
+        shares.update({j: weight * (1 - own) / len(others) for j in others})
         return {slot: share for slot, share in shares.items() if share}
 
     @cached_property
@@ -150,17 +165,17 @@ class PeerPlan:
     def learned(self) -> tuple[int, ...]:
         """Slots that this peer forwards with a graph: other sources, then clean, then own.
 
-        Clean and own come last and together, so that `memory: recompute` can hold the coupled graphs
-        and no others, in the same order as `memory: keep`.
+        Clean and own (or the only attacker's) come last and together, so that `memory: recompute` can hold the coupled
+        graphs and no others, in the same order as `memory: keep`.
         """
         used = set(self.hard) | {slot for slot in self.distilled if self.teachers(slot)}
-        used |= {self.index, self.clean} if self.paired else set()
-        last = (*self.own[1:], self.clean, self.index)
+        used |= {self.source, self.clean} if self.paired else set()
+        last = (*self.own[1:], self.clean, self.source)
         return tuple(sorted(used - set(last))) + tuple(slot for slot in last if slot in used)
 
     def groups(self) -> list[tuple[int, ...]]:
         """`learned`, in its order, cut into sets whose losses do not depend on each other."""
-        together = set(self.rivals) | ({self.clean, self.index} if self.paired else set())
+        together = set(self.rivals) | ({self.clean, self.source} if self.paired else set())
         places = [n for n, slot in enumerate(self.learned) if slot in together]
         first, end = (places[0], places[-1] + 1) if places else (0, 0)
         coupled = [self.learned[first:end]] if places else []
@@ -200,10 +215,21 @@ class CohortPlan:
                       for i, spec in enumerate(complete))
         return cls(peers, frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher"))
 
-    def listening(self, muted: Iterable[int], alone: Iterable[int]) -> CohortPlan:
-        """The same losses when nobody listens to `muted` and the peers in `alone` listen to nobody."""
+    def listening(self, muted: Iterable[int], alone: Iterable[int], turn: int = 0) -> CohortPlan:
+        """The same losses when nobody listens to `muted` and the peers in `alone` listen to nobody, at step `turn`."""
         silent, warming = frozenset(muted), frozenset(alone)
-        return replace(self, peers=tuple(replace(row, muted=silent, alone=row.index in warming) for row in self.peers))
+        return replace(self, peers=tuple(replace(row, muted=silent, alone=row.index in warming, turn=turn)
+                                         for row in self.peers))
+
+    @cached_property
+    def period(self) -> int:
+        """After how many steps all peers have the same sources again; 1 where these never change."""
+        return lcm(*(period(row.loss.attackers, row.heard) for row in self.peers if not row.me.frozen))
+
+    @cached_property
+    def turns(self) -> tuple[CohortPlan, ...]:
+        """The plan of each step of a period, with nobody muted or warming up."""
+        return tuple(self.listening((), (), turn) for turn in range(self.period))
 
     @cached_property
     def guided(self) -> tuple[tuple[int, ...], ...]:

@@ -20,11 +20,11 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd", "objective", "intervals", "passes", "coefficients"),
+     "wire", "opinions", "sgd", "objective", "intervals", "coefficients", "rotation", "passes"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
     ("carried",),
     ("crafting",),
-    ("crafter", "perturbation"),
+    ("crafter", "perturbation", "pulling"),
     ("peer", "checkpoint", "agreement", "entry"),
     ("cohort",),
     ("learning", "averaging", "evaluator", "run", "dryrun"),

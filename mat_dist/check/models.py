@@ -49,7 +49,7 @@ def alike(config: Config) -> list[tuple[int, ...]]:
     """The peers in groups that differ in nothing that is tried here."""
     groups: dict[str, list[int]] = {}
     for index, spec in enumerate(config.peers):
-        key = spec.model_dump_json(exclude={"name", "stream", "loss"}) + str(spec.attack.loss)
+        key = spec.model_dump_json(exclude={"name", "stream", "init_stream", "loss"}) + str(spec.attack.loss)
         groups.setdefault(key, []).append(index)
     return [tuple(members) for members in groups.values()]
 

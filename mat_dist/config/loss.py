@@ -23,8 +23,8 @@ class LossConfig(Section):
     clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
     kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers on AEs (alpha)")
     kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
-                                                                "over peers' AEs; default 1 / peers (with teacher_set "
-                                                                "owner: 0)")
+                                                                "over peers' AEs; default an even share (with "
+                                                                "teacher_set owner: 0)")
     kd_clean: Number | None = Field(None, ge=0, le=1, description="weight of distillation on clean images (RSLAD)")
     kd_loss: Literal["kl", "mse"] | None = Field(
         None, description="divergence of softened predictions, or mean squared difference of logits (LBGAT)")
@@ -33,6 +33,9 @@ class LossConfig(Section):
                           "those that the student gets wrong")
     gate: Number | None = Field(None, ge=0, le=100, description="a teacher weighs by its probability of the true class "
                                                                 "to this power (IAD: 0.1); 0: all alike")
+    attackers: Literal["all", "partner", "one"] | None = Field(
+        None, description="whose AEs the peer learns from: all peers'; its own and those of one other, the next one in "
+                          "each step; only those of one peer, the next one in each step (the others do not attack)")
     temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
     t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
     teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(

@@ -14,7 +14,8 @@ from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, Threat
 
 BASE: dict[str, Any] = {
     "hard_weight": None, "hard_own": 1.0, "hard_loss": "ce", "clean_weight": 0.0, "kd_weight": 0.0, "kd_own": None,
-    "kd_clean": 0.0, "kd_loss": "kl", "kd_where": "all", "gate": 0.0, "temperature": 1.0, "t2_scale": True,
+    "kd_clean": 0.0, "kd_loss": "kl", "kd_where": "all", "attackers": "all", "gate": 0.0, "temperature": 1.0,
+    "t2_scale": True,
     "teacher_input": "same_ae", "teacher_agg": "mean_kl", "teacher_set": "all", "trades_beta": 0.0,
     "trades_temperature": 1.0, "mart_beta": 0.0, "pair_weight": 0.0, "base_scale": 1.0, "label_smoothing": 0.0,
     "warmup_epochs": 0.0,
@@ -27,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # With averaged weights (EMA_DECAY) and label smoothing 0.4: "PGD-AT-WA" of the FastAT benchmark, 50.49 under
     # AutoAttack where plain `at` has 44.33 (ResNet-18, last epoch, arXiv 2604.22853).
     "at_wa": {"label_smoothing": 0.4},
-    # Own and peers' AEs with hard labels, spread evenly (hard_own = 1 / peers), no distillation.
+    # Own and peers' AEs with hard labels, spread evenly (hard_own = 1 / sources), no distillation.
     "mat_share": {"hard_own": None},
     # Own AEs only, peers' opinion on them: Deep Mutual Learning (Zhang et al., CVPR 2018) on AEs.
     "mat_kd": {**_KD, "kd_own": 1.0},
@@ -84,8 +85,6 @@ def coefficients(preset: str, index: int, peers: int, role: str = "peer", union:
     """All coefficients of `preset` for the peer at `index` of a cohort of `peers`."""
     chosen = PAIRS[preset][index % 2] if preset in PAIRS else PRESETS[preset]
     values = {**BASE, **chosen}
-    if preset == "mat_share":
-        values["hard_own"] = 1 / peers
     if preset == "mat" and peers > 1:
         values.update(ROLES.get(role, {}))
     if role == "generalist" and peers > 1 and union in ("random", "eat", "msd"):
@@ -103,15 +102,18 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
 def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer", union: str | None = None) -> LossConfig:
     """`loss` with every empty coefficient replaced by its preset's value.
 
-    `kd_own` falls back to 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs is the
-    peer itself and cannot teach there.
+    `kd_own` falls back to an even share, 1 / peers (with `attackers: partner` 1 / 2); with `teacher_set: owner` to 0,
+    since the owner of a peer's own AEs is the peer itself and cannot teach there.
     """
     values = coefficients(loss.preset, index, peers, role, union)
     values.update({k: v for k, v in loss.model_dump().items() if v is not None and k != "preset"})
+    even = 1 / (2 if values["attackers"] == "partner" else peers)
     if values["hard_weight"] is None:
         values["hard_weight"] = 1 - values["kd_weight"]
+    if values["hard_own"] is None:
+        values["hard_own"] = even
     if values["kd_own"] is None:
-        values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else 1 / peers
+        values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else even
     return LossConfig(preset=loss.preset, **values)
 
 

@@ -8,6 +8,7 @@ import re
 
 from mat_dist.config.fields import real_images
 from mat_dist.config.registry import entries, rule
+from mat_dist.config.rules_sharing import sharing_warnings
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -200,4 +201,4 @@ def config_warnings(config: Config) -> list[str]:
         found.append("data.image_size is not set: all images of the folder must have one size")
     if config.data.name in ("digits", "svhn") and config.data.augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
-    return found
+    return found + sharing_warnings(config)

@@ -222,7 +222,8 @@ def sums_are_enough(config: Config) -> list[ConfigError]:
                  "teacher_input": loss.teacher_input != "same_ae", "teacher_set": loss.teacher_set != "all",
                  "teacher_agg": loss.teacher_agg == "mean_logit", "temperature": loss.temperature != first.temperature,
                  "kd_clean": bool(loss.kd_clean), "kd_loss": loss.kd_loss != "kl", "gate": bool(loss.gate),
-                 "kd_where": loss.kd_where != "all", "warmup_epochs": bool(loss.warmup_epochs)}
+                 "kd_where": loss.kd_where != "all", "warmup_epochs": bool(loss.warmup_epochs),
+                 "attackers": loss.attackers != "all"}
         found += [ConfigError(f"summed opinions with {name} {getattr(loss, name)}: single peers' logits are needed",
                               f"{key}.loss.{name}", how) for name, bad in unfit.items() if bad]
     return found

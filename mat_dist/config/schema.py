@@ -154,6 +154,9 @@ class PeerConfig(Section):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
     stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys this peer's random streams; "
                                                                      "default: its index")
+    init_stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys its initial weights, equal "
+                                                                          "for peers that shall start alike; default: "
+                                                                          "stream")
     role: Literal["peer", "specialist", "generalist"] = Field(
         "peer", description="a peer learns from all others, a generalist from all but generalists, a specialist from "
                             "all but specialists")
@@ -169,7 +172,7 @@ class PeerConfig(Section):
 
 
 class StepConfig(Section):
-    """How a step is computed; none of these changes the algorithm but `bn`."""
+    """How a step is computed; of these `bn`, `teachers` and `pull` change the algorithm."""
 
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="arithmetic of the models; AEs and losses "
                                                                            "are fp32 (fp64 with fp64)")
@@ -194,6 +197,10 @@ class StepConfig(Section):
                            "P times less, for many peers with many classes; other rank counts then round differently")
     teachers: Literal["raw", "ema"] = Field("raw", description="peers teach with their weights of this step, or with "
                                                                "their averaged ones in eval mode")
+    pull: Number = Field(0.0, ge=0, le=1, description="share of the way to the peers' mean weights that each peer goes "
+                                                      "at a pull (elastic averaging; 1: all go on from the mean); 0 is "
+                                                      "off")
+    pull_every: Integer = Field(10, ge=1, description="steps between two pulls")
     on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
         "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
                              "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "

@@ -44,7 +44,8 @@ class Request(Section):
 
     targets: Annotated[tuple[str, ...], Words] = Field(
         (PEERS, ENSEMBLE), min_length=1, description="peers, names of peers, ensemble (the run's rule), "
-                                                     "ensemble:prob, ensemble:logit, ensemble:vote")
+                                                     "ensemble:prob, ensemble:logit, ensemble:vote, "
+                                                     "ensemble:weights")
     weights: Literal["auto", "raw", "ema"] = Field("auto", description="auto: averaged weights where they are kept")
     checkpoint: str = Field("best", pattern=r"^(best|last|step_\d{1,18})$",
                             description="best, last or step_N; best is last where no evaluation chose one")

@@ -15,8 +15,8 @@ from mat_dist.evaluate import radii
 from mat_dist.evaluate.menu import MENU, TARGETED, made_by
 from mat_dist.evaluate.request import ENSEMBLE, PEERS, Request
 from mat_dist.evaluator import AttackPlan
-from mat_dist.models import Ensemble
-from mat_dist.models.ensemble import RULES
+from mat_dist.models import Ensemble, soup
+from mat_dist.models.ensemble import RULES, WEIGHTS
 from mat_dist.threats import Threat
 
 
@@ -25,7 +25,7 @@ class Target:
     """What is evaluated.
 
     Attributes:
-        name: of the peer, or ensemble:<rule>.
+        name: of the peer, or ensemble:<rule>; ensemble:weights is one network, the mean of the peers' weights.
         model: the classifier as it would be deployed.
         attacked: the modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a
             vote, which has no gradient: then the mean-logit and the mean-probability ensemble.
@@ -46,7 +46,8 @@ class Target:
 def target_names(request: Request, config: Config) -> list[str]:
     """Resolved names of the targets, in the order asked for. Raises ConfigError for an unknown one."""
     peers = [str(p.name) for p in config.peers]
-    rules = {ENSEMBLE: f"{ENSEMBLE}:{config.eval.ensemble}", **{f"{ENSEMBLE}:{r}": f"{ENSEMBLE}:{r}" for r in RULES}}
+    ruled = [f"{ENSEMBLE}:{rule}" for rule in (*RULES, WEIGHTS)]
+    rules = {ENSEMBLE: f"{ENSEMBLE}:{config.eval.ensemble}", **dict(zip(ruled, ruled, strict=True))}
     found: list[str] = []
     for word in request.targets:
         if word == PEERS:
@@ -75,6 +76,10 @@ def make_targets(names: Sequence[str], peers: Sequence[str], models: Sequence[nn
             targets.append(single[name])
             continue
         rule = name.removeprefix(f"{ENSEMBLE}:")
+        if rule == WEIGHTS:
+            mean = soup(voters)
+            targets.append(Target(name, mean, (mean,)))
+            continue
         model = Ensemble(voters, rule).eval()
         surrogates = (Ensemble(voters, "logit").eval(), Ensemble(voters, "prob").eval())
         targets.append(Target(name, model, surrogates if rule == "vote" else (model,), members))

@@ -102,7 +102,7 @@ def test_numbers_that_are_none_are_refused(value: str, tmp_path: Path) -> None:
         ("model", "[a]", "name, width, activation, norm (or name alone)"),
         ("optim", "sgd", "write its settings below it: lr"),
         ("train.epochs.more", "3", "whole number"),
-        ("peers.0", "resnet18", "write its settings below it: name, stream, role"),
+        ("peers.0", "resnet18", "write its settings below it: name, stream, init_stream, role"),
         ("threat.norm", "linff", "did you mean linf?"),
         ("data.name", "''", "not empty"),
         ("loss.t2_scale", "maybe", "true or false, or null"),

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_attack, rules_learning
+from mat_dist.config import (
+    config_warnings,
+    load_config,
+    registry,
+    rules,
+    rules_attack,
+    rules_learning,
+    rules_sharing,
+)
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -183,7 +191,7 @@ CASES = [
                            ("temperature=2", "temperature=1"), ("kd_clean=0.1", "kd_clean=0"),
                            ("kd_loss=mse", "kd_loss=kl"), ("gate=0.1", "gate=0"), ("kd_where=teacher_right",
                                                                                   "kd_where=all"),
-                           ("warmup_epochs=1", "warmup_epochs=0")]),
+                           ("warmup_epochs=1", "warmup_epochs=0"), ("attackers=one", "attackers=all")]),
     ("sums_are_enough", "step.opinions=summed peers.1.frozen=true peers.1.init_from=x", "roles and frozen peers",
      "step.opinions=summed"),
     ("warm_up_ends", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.1.loss.warmup_epochs=1",
@@ -195,6 +203,30 @@ CASES = [
      "peers=1 loss=trades union.strategy=msd union.threats=linf:0.1,l2:1"),
     ("unions_have_hard_labels", "peers=1 loss=at loss.hard_loss=bce union.strategy=max union.threats=linf:0.1,l2:1",
      "and hard_loss is bce", "peers=1 loss=mart union.strategy=avg union.threats=linf:0.1,l2:1"),
+    ("attackers_can_rotate", "peers=1 loss=at loss.attackers=one", "attackers one without another peer",
+     "peers=2 loss=at loss.attackers=one"),
+    ("attackers_can_rotate", f"{COHORT} peers.0.loss.attackers=one", "one with role specialist", COHORT),
+    ("attackers_can_rotate", f"{UNION} union.strategy=msd peers=2 loss.attackers=one", "one with strategy msd",
+     f"{UNION} union.strategy=msd peers=2"),
+    ("attackers_can_rotate", "loss.attackers=one optim.awp_gamma=0.01", "one with adversarial weight perturbation",
+     "loss.attackers=partner optim.awp_gamma=0.01"),
+    ("attackers_can_rotate", "loss.attackers=one loss.teacher_set=owner", "the attacker has no teacher",
+     "loss.attackers=partner loss.teacher_set=owner"),
+    ("attackers_can_rotate", "loss=mat_kd loss.attackers=partner", "gives the partner's AEs no weight",
+     "loss=mat_kd loss.attackers=one"),
+    ("attackers_can_rotate", "loss=mat_kd loss.attackers=one attack.split_batch=true", "that all peers make together",
+     "loss=mat_kd attack.split_batch=true"),
+    ("attackers_can_rotate", "loss=mat loss.attackers=one attack.method=free attack.steps=1 train.replays=2",
+     "from the gradient of learning", "loss=mat attack.method=free attack.steps=1 train.replays=2"),
+    ("attackers_can_rotate", "loss.attackers=one attack.start=previous", "perturbations that are carried on",
+     "attack.start=previous"),
+    ("weights_can_be_pulled", "peers=1 loss=at step.pull=0.5", "there is one peer", "peers=2 loss=at step.pull=0.5"),
+    ("weights_can_be_pulled", "step.pull=0.5 peers.2.frozen=true peers.2.init_from=x", "peer2 does not train",
+     "step.pull=0.5 peers.2.init_from=x"),
+    ("weights_can_be_pulled", "step.pull=0.5 peers.2.model.width=2", "peer0 and peer2 have different models",
+     "step.pull=0.5 model.width=2"),
+    ("initial_weights_are_drawn", "peers.1.init_stream=0 peers.1.init_from=x", "leave init_stream or init_from out",
+     "peers.1.init_stream=0 peers.2.init_from=x"),
     ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),
@@ -234,12 +266,12 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 def test_every_rule_has_a_case() -> None:
     public = {
         name
-        for module in (rules, rules_attack, rules_learning)
+        for module in (rules, rules_attack, rules_learning, rules_sharing)
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and not name.startswith("_")
-        and name not in ("as_fraction", "config_warnings")
+        and name not in ("as_fraction", "config_warnings", "sharing_warnings")
     }
     assert public == {case[0] for case in CASES}
     assert {function.__name__ for function, _ in registry._RULES} == public
@@ -272,6 +304,8 @@ def test_a_rule_is_silent_where_a_value_it_reads_is_unknown(tmp_path: Path) -> N
         ("peers.1.loss=cat", "cat is meant for all peers"),
         ("data.name=folder data.root=x", "data.image_size is not set"),
         ("data.augment.flip=true", "mirrors the digits of digits"),
+        ("step.pull=0.5 peers.1.init_stream=0", "step.pull draws peers together that start from different weights"),
+        ("peers.0.attack.start=zero peers.2.attack.start=zero peers.2.init_stream=0", "they stay equal"),
     ],
 )
 def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None:
@@ -280,5 +314,7 @@ def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None
 
 
 def test_ordinary_settings_are_not_warned_about() -> None:
-    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"]):
+    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
+                      ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
+                      ["peers.all.init_stream=3"]):
         assert config_warnings(load_config("digits", overrides)) == []

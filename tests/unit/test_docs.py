@@ -75,7 +75,7 @@ def is_setting(key: str) -> bool:
     parts = key.split(".")
     if parts[0] == "peers":
         parts = parts[2:]
-        if not parts or parts[0] in ("name", "stream") or (parts[0] in SHARED and len(parts) == 1):
+        if not parts or parts[0] in ("name", "stream", "init_stream") or (parts[0] in SHARED and len(parts) == 1):
             return True
     if parts[0] == "attack" and parts[1:] and parts[1] in ALIASES:
         return True

@@ -12,7 +12,7 @@ from mat_dist.cohort import Cohort, Images
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.data import load_data
-from mat_dist.dryrun import KNOWN_IMAGES, describe_run
+from mat_dist.dryrun import KNOWN_IMAGES, describe_run, training_passes
 from mat_dist.errors import EnvironmentFault
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
@@ -90,6 +90,34 @@ def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None
         peer.model.register_forward_hook(lambda *_, name=peer.name: passes(name))
     train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
     assert counts == {name: [int(n) for n in told[name][-2:]] for name in counts}
+
+
+@pytest.mark.parametrize("attackers,period", [("one", 3), ("partner", 2)])
+def test_the_passes_of_attackers_in_turn_are_those_of_a_round(attackers: str, period: int) -> None:
+    config = config_of("peers=3", f"loss.attackers={attackers}", "peers.1.attack.steps=4", "train.batch_size=8",
+                       "attack.steps=2", "step.attack_copy=false", "data.train_size=8", "train.epochs=7",
+                       "optim.warmup_epochs=0")
+    cohort = Cohort.build(config, Mesh(Placement.place(3, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
+                          steps_per_epoch=1)
+    counts = torch.zeros(7, 3, 2, dtype=torch.int64)
+
+    def passes(peer: int, step: int) -> None:
+        counts[step, peer, 0] += 1
+        counts[step, peer, 1] += torch.is_grad_enabled()
+
+    for step in range(7):
+        cohort.begin(step)
+        hooks = [p.model.register_forward_hook(lambda *_, n=p.index, s=step: passes(n, s)) for p in cohort.peers]
+        train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), step)
+        for hook in hooks:
+            hook.remove()
+    text = description(config)
+    told = cells(text, "passes")
+    assert f"in the mean over {period} steps" in text
+    for peer in range(3):
+        mean = counts[:period, peer].double().mean(0)
+        assert [float(n) for n in told[f"peer{peer}"][-2:]] == pytest.approx(mean.tolist(), abs=0.005)
+    assert training_passes(config) == (7, *counts.sum((0, 1)).tolist())
 
 
 def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:

@@ -186,6 +186,22 @@ def test_a_vote_is_attacked_through_surrogates_and_judged_as_deployed(run: Path,
     assert shares["ensemble:vote"]["linf 3/20"] < shares["ensemble:vote"]["clean"]
 
 
+def test_the_mean_of_the_weights_is_attacked_as_one_network(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, *FAST, "targets=ensemble:weights,peers", "threats=linf:0.15", "weights=raw",
+                     "checkpoint=last", "transfer=false")
+    states = [mat_dist.load(run, i, which="latest", weights="raw").state_dict() for i in range(2)]
+    mean = mat_dist.load(run, "ensemble:weights", which="latest", weights="raw")
+    for name, value in mean.state_dict().items():
+        assert not value.is_floating_point() or torch.allclose(value, (states[0][name] + states[1][name]) / 2)
+    assert list(targets(found)) == ["ensemble:weights", "peer0", "peer1"]
+    rows = [row for row in found["rows"] if row["target"] == "ensemble:weights"]
+    assert {row["attack"] for row in rows} == {"pgd"}
+    config = load_config(str(run / "config.yaml"))
+    test = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size).test
+    images, _ = test.batch(torch.arange(len(test)))
+    assert [int(row["clean_prediction"]) for row in rows] == mean(as_float(images)).argmax(1).tolist()
+
+
 def test_attacks_are_columns_in_the_order_asked_for(run: Path, evaluate: Evaluate) -> None:
     """A vote gets a search as well, and its members' AEs though they are no targets."""
     names = ["targeted", "uniform", "mifgsm", "gaussian", "fgsm"]

@@ -29,6 +29,7 @@ def learn(peer: Peer, step: int, lr: float = 0.1) -> None:
     nn.functional.cross_entropy(peer.learn(x, (step, 0, 0)), y).backward()
     peer.clip()
     peer.update(step, lr)
+    peer.average(step)
 
 
 # ------------------------------------------------------------------------------------------------ averaged weights

@@ -56,6 +56,28 @@ def test_muting_moves_shares_to_the_others_and_is_undone_by_muting_nobody() -> N
     assert cohort.listening([2], []).listening([], []) == cohort
 
 
+def test_only_one_attacks_in_its_turn_and_all_learn_from_it() -> None:
+    cohort = plan("mat", 4, attackers="one")
+    assert cohort.period == 4 and plan("mat", 4).period == 1
+    for turn in range(8):
+        now = cohort.listening([], [], turn)
+        assert now.crafts == tuple(i == turn % 4 for i in range(4)) and now.taught == ((turn % 4,),) * 4
+        assert all(row.hard == {turn % 4: 0.5} == row.distilled for row in now.peers)
+    muted = cohort.listening([1], [], 1)  # of 0, 2, 3 the second; the muted one attacks itself, of all four
+    assert [row.source for row in muted.peers] == [2, 1, 2, 2]
+
+
+def test_partners_go_round_and_each_peer_is_the_partner_of_one() -> None:
+    cohort = plan("mat", 4, attackers="partner", hard_own=0.75)
+    assert cohort.period == 3
+    for turn in range(3):
+        rows = cohort.listening([], [], turn).peers
+        partners = [(k + 1 + turn) % 4 for k in range(4)]
+        assert [row.learned for row in rows] == [(p, k) for k, p in enumerate(partners)]
+        assert [row.hard for row in rows] == [{k: 0.375, p: 0.125} for k, p in enumerate(partners)]
+        assert [row.distilled for row in rows] == [{k: 0.25, p: 0.25} for k, p in enumerate(partners)]
+
+
 def test_an_owner_teaches_only_on_its_own_examples() -> None:
     cohort = plan("mat", 3, teacher_set="owner")
     assert [cohort.peers[0].teachers(j) for j in range(3)] == [(), (1,), (2,)]

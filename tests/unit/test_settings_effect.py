@@ -107,7 +107,8 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "attack.start=previous")
+                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "step.pull=0.5",
+                  "attack.start=previous")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
     assert train.main([*SMALL, "--dry-run"]) == 0
     images = ("data.name=folder", f"data.root={folder}", "data.image_size=8", "data.residency=mmap",
@@ -130,17 +131,20 @@ ALONE = """
     attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin
     attack.loss=kl_clean attack.loss=kl_teacher loss.preset=trades loss.preset=mart loss.preset=at_wa
     loss.hard_loss=bce loss.kd_clean=0.2 loss.kd_loss=mse loss.kd_where=teacher_right loss.kd_where=student_wrong
-    loss.gate=1 loss.mart_beta=6 loss.warmup_epochs=0.25 optim.awp_gamma=0.01 loss.hard_own=0.5 loss.clean_weight=0.5
+    loss.gate=1 loss.attackers=one loss.mart_beta=6
+    loss.warmup_epochs=0.25 optim.awp_gamma=0.01 loss.hard_own=0.5 loss.clean_weight=0.5
     loss.kd_weight=0.9 loss.kd_own=1 loss.temperature=4 loss.teacher_input=own_ae loss.teacher_input=clean
     loss.trades_beta=6 loss.pair_weight=1 loss.base_scale=0.5 loss.label_smoothing=0.1 optim.lr=0.05
     optim.momentum=0.5 optim.nesterov=true
     optim.weight_decay=0.05 optim.schedule=cosine optim.clip_norm=0.01 peers.0.stream=9 peers.1.optim.lr=0.01
+    peers.1.init_stream=0
     step.precision=bf16 step.precision=fp64 step.bn=joint step.wire=fp16 step.wire=int8 step.microbatches=2
     train.batch_size=8 train.max_steps=3"""
 UNION = "loss=at union.strategy=avg union.threats=linf:0.1,l2:1,l1:2"
 WITH_OTHERS = {  # setting: what else is set on both sides
     "loss.t2_scale=false": "loss.temperature=4", "loss.teacher_agg=mean_prob": "peers=3",
     "loss.teacher_agg=mean_logit": "peers=3", "loss.teacher_set=owner": "peers=3",
+    "loss.attackers=partner": "peers=3", "step.pull=0.5": "step.pull_every=1", "step.pull_every=2": "step.pull=0.5",
     "loss.trades_temperature=3": "loss=trades", "optim.awp_warmup_epochs=0.25": "optim.awp_gamma=0.01",
     "step.teachers=ema": "optim.ema_decay=0.5", "peers.0.role=generalist": "peers.1.role=specialist",
     "peers.0.role=specialist": "peers=3", "union.threats=linf:0.1,l2:1": UNION,

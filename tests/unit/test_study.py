@@ -15,7 +15,7 @@ import pytest
 
 from mat_dist.bench import evidence, search
 from mat_dist.bench.__main__ import main
-from mat_dist.bench.study import runs
+from mat_dist.bench.study import pages, runs
 from mat_dist.bench.study.options import Options
 from mat_dist.bench.study.plan import Evaluation, Family, Row, read_evidence, read_search
 from mat_dist.bench.study.runs import Enough, Job, Runner, machines, side_by_side, training_seconds
@@ -378,6 +378,15 @@ def test_a_row_may_start_from_the_runs_of_another_row_with_the_same_seed(tmp_pat
     one, two = (Job.make("row", seed, tmp_path, "digits", words) for seed in (0, 5))
     assert two.config.peers[1].init_from == f"{tmp_path / 'other_5'}:peer1"
     assert "RUN(other):peer1" in two.command and str(tmp_path) not in two.command and one.digest == two.digest
+
+
+def test_a_best_checkpoint_that_is_the_last_is_told_once() -> None:
+    one = {"row": "mat", "control": "at", "checkpoint": "last", "kind": "mean", "column": "clean", "mean": 0.1, "low": 0.0,
+           "high": 0.2, "by_seed": [0.1], "verdict": "above"}
+    table = {"primary": "pgd", "differences": [one, {**one, "checkpoint": "best"},
+                                               {**one, "kind": "best", "checkpoint": "best", "mean": 0.3}]}
+    lines = [line for line in pages._differences(table) if line.startswith("| `mat`")]
+    assert [line.split(" | ")[1:3] for line in lines] == [["mean peer", "last"], ["best peer", "best"]]
 
 
 # ------------------------------------------------------------------------------------------------ several at a time

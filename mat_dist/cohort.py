@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mat_dist import streams
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
+from mat_dist.data.shown import Shown
 from mat_dist.drawing import Drawing
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.mesh import Mesh
@@ -42,13 +43,18 @@ class Images:
         return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
 
 
-def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
-    """This replica's rows of a batch. Raises EnvironmentFault unless replicas and micro-batches divide it evenly."""
+def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: int = 1) -> slice:
+    """This replica's rows of a batch. Raises EnvironmentFault unless replicas, micro-batches and the peers that split
+    it (`makers`) divide it evenly."""
     rows = place.shard(batch_size)
     local = rows.stop - rows.start
     if local % microbatches:
         raise EnvironmentFault(f"{local} images per replica cannot be split into {microbatches} micro-batches",
                                "step.microbatches", "use a divisor of train.batch_size / replicas")
+    if local // microbatches % makers:
+        raise EnvironmentFault(f"{makers} peers cannot split {local // microbatches} images per replica and "
+                               "micro-batch evenly", "attack.split_batch", "use another train.batch_size, fewer ranks "
+                               "or fewer step.microbatches")
     return rows
 
 
@@ -96,7 +102,7 @@ class Cohort:
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches)
+        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches, self.plan.makers)
         self._tell_peers()
 
     def _tell_peers(self) -> None:
@@ -159,8 +165,14 @@ class Cohort:
         self.muted.update(dict.fromkeys(peers, until))
         self._replan()
 
-    def begin(self, step: int) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources change."""
+    def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
+        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources
+        change, recall perturbations.
+
+        Args:
+            shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
+        """
+        self._recall(step, shown)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
         turn = step if self.plan.period > 1 else 0
@@ -182,6 +194,20 @@ class Cohort:
             self.mute([int(peer)], int(until))
         self.draws.load(state.get("drawn", {}))
 
+    def _recall(self, step: int, shown: Callable[[int], Shown] | None) -> None:
+        """Tell the attacks that carry perturbations on whose these are: of images, or (free: all peers) of rows."""
+        carrying = [peer.crafter for peer in self.peers if peer.crafter.carried is not None]
+        if not carrying or (shown is None and not carrying[0].free):
+            return
+        if carrying[0].free:
+            rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
+            told = Shown.plain(rows, self.batch_size)
+        else:
+            assert shown is not None
+            told = shown(step)
+        for crafter in carrying:
+            crafter.begin(step, told, self.rows.start)
+
     def _replan(self) -> None:
         self.listening = set(self.muted), self.alone, self.turn
         self.plan = self.plan.listening(*self.listening)
@@ -191,6 +217,8 @@ class Cohort:
         """Apply the gradients of a committed step; pull the peers together where that is due; average their weights."""
         self._count()
         for peer in self.peers:
+            if self.mesh.placement.replicas > 1 and peer.crafter.carried is not None:
+                peer.crafter.carried.share(self.mesh.gather_replicas)
             peer.update(step, self.lr(peer.spec, step))
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])

@@ -15,6 +15,7 @@ from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.nfgsm import n_fgsm
 from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.attacks.union import msd
+from mat_dist.carried import Prior
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.attack_copy import AttackCopy
@@ -53,7 +54,8 @@ class TrainingAttack:
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
     def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
-                 teacher_BK: Tensor | None = None, scale: float = 1.0) -> Tensor:
+                 teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None,
+                 prior: Prior | None = None) -> Tensor:
         """AEs of a clean batch -> (B, C, H, W) in [0, 1].
 
         Args:
@@ -63,6 +65,8 @@ class TrainingAttack:
             threat: position of the threat.
             teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
             scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
+            steps: number of steps, where it is not yet that of the settings; such an attack runs eagerly.
+            prior: perturbations to start from, where there are some.
         """
         chosen = self._threats[threat].scaled(scale)
         settings = self._settings
@@ -72,10 +76,13 @@ class TrainingAttack:
                 return n_fgsm(self._called, x_BCHW, y_B, eps=chosen.eps, step_size=scale * self._sizes[threat],
                               loss=settings.loss, stream=stream, first_row=first_row)
         region = chosen.region(x_BCHW, settings.l1_share)
-        start = chosen.start(settings.start, region, x_BCHW, stream=stream, first_row=first_row)
+        kind = "uniform" if settings.start == "previous" else settings.start
+        start = chosen.start(kind, region, x_BCHW, stream=stream, first_row=first_row)
+        if prior is not None:
+            start = prior.start(start, region)
         with self._ready(x_BCHW):
-            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1:
-                return self._keep(*self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale))
+            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1 or steps is not None:
+                return self._keep(*self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale, steps))
             try:
                 return self._keep(*self._engines[threat](x_BCHW, y_B, start))
             except torch.OutOfMemoryError:
@@ -84,7 +91,8 @@ class TrainingAttack:
                 self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
                 return self._keep(*self._attack(x_BCHW, y_B, start, threat))
 
-    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0) -> Tensor:
+    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0,
+                 steps: int | None = None) -> Tensor:
         """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
         settings = self._settings
         assert settings.start is not None and settings.loss is not None
@@ -93,7 +101,7 @@ class TrainingAttack:
         start = threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
         with self._ready(x_BCHW):
             return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=[scale * size for size in self._sizes],
-                       start_BCHW=start, loss=settings.loss, steps=settings.steps, stream=stream)
+                       start_BCHW=start, loss=settings.loss, steps=steps or settings.steps, stream=stream)
 
     # ---------------------------------------------------------------- inside
 
@@ -116,18 +124,19 @@ class TrainingAttack:
         return found_BCHW
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
-                teacher_BK: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, ...]:
+                teacher_BK: Tensor | None = None, scale: float = 1.0,
+                steps: int | None = None) -> tuple[Tensor, ...]:
         """What an engine gives; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self._settings
         assert settings.loss is not None
         region, size = region or self._threats[threat].region(x_BCHW, settings.l1_share), scale * self._sizes[threat]
         if settings.method == "apgd":
             found = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                         steps=settings.steps, step_size=size, teacher_BK=teacher_BK)
+                         steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK)
             return (found.best_BCHW, found.held_B) if self._counts else (found.best_BCHW,)
         right: list[Tensor] | None = [] if self._counts else None
         adv = pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                  steps=settings.steps, step_size=size, teacher_BK=teacher_BK, right=right)
+                  steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK, right=right)
         return (adv, torch.stack(right).all(0)) if right else (adv,)
 
     def _eager(self) -> list[Engine]:

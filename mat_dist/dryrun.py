@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mat_dist.carried import kept_bytes
 from mat_dist.cohort import DTYPES, Images, replica_rows
 from mat_dist.config import dump_config
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
@@ -40,8 +41,9 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
     Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
-    rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
-    run = _Run(config, place, CohortPlan.of(config.peers), rows.stop - rows.start)
+    plan = CohortPlan.of(config.peers)
+    rows = replica_rows(place, config.train.batch_size, config.step.microbatches, plan.makers)
+    run = _Run(config, place, plan, rows.stop - rows.start)
     others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
               if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
@@ -66,7 +68,7 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     if per_epoch < 1 and steps is None:
         return None
     total = steps or _total(config, per_epoch)
-    return total, *total_passes(config, plan, total)
+    return total, *total_passes(config, plan, total, per_epoch or max(1, total // config.train.epochs))
 
 
 def _total(config: Config, per_epoch: int) -> int:
@@ -108,7 +110,8 @@ class _Run:
 
     def per_epoch(self, count: int) -> int:
         """Steps of an epoch of `count` training images."""
-        return steps_per_epoch(count, self.config.train.batch_size, self.config.data.generated_share)
+        train = self.config.train
+        return steps_per_epoch(count, train.batch_size, self.config.data.generated_share, train.replays)
 
     def describe_images(self) -> str:
         name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes
@@ -195,8 +198,10 @@ def _passes(run: _Run) -> list[str]:
     for (name, *_), row in zip(run.named(), counts, strict=True):
         table.add_row(name, *map(_number, row))
     table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
+    growing = max(spec.attack.steps_warmup_epochs for spec in run.config.peers)
+    grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
     over = "" if run.plan.period == 1 else f", in the mean over {run.plan.period} steps"
-    return [f"passes per step, of {run.rows} images each{over}", *_lines(table),
+    return [f"passes per step, of {run.rows} images each{over}", *_lines(table), *grown,
             "  Not counted: evaluations, and forwards for the transfer table of log steps."]
 
 
@@ -207,14 +212,18 @@ def _memory(run: _Run) -> list[str]:
     ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
     state = max(sum(states[peer] for peer in local) for local in ranks)
     rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
-    sources = run.place.peers if run.plan.shares_aes else local
+    sources = 2 if run.plan.split else run.place.peers if run.plan.shares_aes else local  # split: parts, and the whole
     aes = sources * rows * math.prod(shape) * width
     logits = run.place.peers * max(plan.most_taught for plan in run.plan.turns) * rows * run.images.classes * width
     table = _table([""], ["MiB"], [""])
     table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
     table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")
     table.add_row("logits", _mib(logits), "that peers teach")
-    table.add_row("sum", _mib(state + aes + logits), "")
+    held = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
+    kept = max(sum(held[peer] for peer in local) for local in ranks)
+    if kept:
+        table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (attack.start: previous)")
+    table.add_row("sum", _mib(state + aes + logits + kept), "")
     return ["memory of the fullest rank", *_lines(table),
             "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
 
@@ -227,7 +236,7 @@ def _schedule(run: _Run) -> list[str]:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
     total = _total(config, per_epoch)
-    forward, backward = total_passes(config, run.plan, total)
+    forward, backward = total_passes(config, run.plan, total, per_epoch)
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
         optims.setdefault(spec.optim, name)

@@ -119,17 +119,34 @@ def backward(cohort: Cohort, peer: Peer, known: dict[int, Tensor], inputs_S: lis
         return total
 
     try:
-        return add_gradient()
+        total = add_gradient()
     except torch.OutOfMemoryError:
         known.clear()
         _fall_back(cohort, peer)
-        peer.right = []
-    return add_gradient()
+        peer.right, inputs_S[peer.index].grad = [], None
+        total = add_gradient()
+    peer.climb(inputs_S, step, first_row)
+    return total
 
 
 def transfer(cohort: Cohort, known: list[dict[int, Tensor]], inputs_S: list[Tensor], y_B: Tensor, step: int,
               first_row: int) -> Tensor:
-    """Accuracy of the local peers on every slot -> (L, S); slots that were not forwarded are, without a trace."""
-    table = [[accuracy(logits[s].detach() if s in logits else peer.teach(x, (step, s, first_row)), y_B)
-              for s, x in enumerate(inputs_S)] for peer, logits in zip(cohort.peers, known, strict=True)]
-    return torch.stack([torch.stack(row) for row in table])
+    """Accuracy of the local peers on every slot -> (L, S); slots that were not forwarded are, without a trace.
+
+    Of a split batch, whose slots are all the same, on the rows that each source has made.
+    """
+    plan, clean = cohort.plan, len(inputs_S) - 1
+
+    def logits_of(peer: Peer, known: dict[int, Tensor], s: int) -> Tensor:
+        return known[s].detach() if s in known else peer.teach(inputs_S[s], (step, s, first_row))
+
+    table = []
+    for peer, logits in zip(cohort.peers, known, strict=True):
+        if plan.split:
+            own_BK, parts = logits_of(peer, logits, peer.index), [plan.part(s, step) for s in range(clean)]
+            row = [*(accuracy(own_BK[part], y_B[part]) for part in parts),
+                   accuracy(logits_of(peer, logits, clean), y_B)]
+        else:
+            row = [accuracy(logits_of(peer, logits, s), y_B) for s in range(len(inputs_S))]
+        table.append(torch.stack(row))
+    return torch.stack(table)

@@ -21,7 +21,7 @@ from mat_dist.perturbation import WeightPerturbation
 from mat_dist.plan import PeerPlan
 from mat_dist.projection import NaturalGradient
 from mat_dist.schedules import ema_decay_at, swa_count, swa_decay_at
-from mat_dist.sgd import SGD
+from mat_dist.sgd import SGD, average
 from mat_dist.threats import Threat
 
 
@@ -81,7 +81,22 @@ class Peer:
         assert self.plan is not None
         return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
 
-    def climb(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
+    def sees(self, inputs_S: list[Tensor]) -> list[Tensor]:
+        """The images of each slot for this peer: with attack.method free its own AEs as a leaf, whose gradient `climb`
+        reads."""
+        if not self.crafter.free:
+            return inputs_S
+        own = inputs_S[self.index].detach().requires_grad_()
+        return [*inputs_S[:self.index], own, *inputs_S[self.index + 1:]]
+
+    def climb(self, inputs_S: list[Tensor], step: int, first_row: int) -> None:
+        """After the backward pass, with attack.method free: where the next AEs begin."""
+        own = inputs_S[self.index]
+        if self.crafter.free and own.grad is not None:
+            assert self.plan is not None
+            self.crafter.climb(own, own.grad, inputs_S[self.plan.clean], step, first_row)
+
+    def uphill(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
         """AWP's gradients of the peer's own loss; batch-norm statistics stay.
 
         None without `optim.awp_gamma`, before its warm-up has ended, and where the peer learns from others alone:
@@ -97,7 +112,7 @@ class Peer:
         return self._weights.gradients(loss)
 
     def perturb(self, gradients: Sequence[Tensor]) -> None:
-        """AWP: move the weights along what `climb` gave, averaged over replicas, until `restore`."""
+        """AWP: move the weights along what `uphill` gave, averaged over replicas, until `restore`."""
         if gradients:
             self._weights.perturb(gradients)
 
@@ -280,13 +295,3 @@ def build_optimizer(model: nn.Module, spec: PeerConfig) -> SGD:
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return SGD([g for g in groups if g["params"]], lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov,
                weight_decay=optim.weight_decay)
-
-
-@torch.no_grad()
-def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
-    """ema <- decay ema + (1 - decay) state for floating tensors (BN statistics too); integers are copied."""
-    floating = [k for k, v in ema.items() if v.is_floating_point()]
-    torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
-    for k, v in ema.items():
-        if not v.is_floating_point():
-            v.copy_(state[k])

@@ -13,41 +13,14 @@ from functools import cached_property
 from math import lcm
 
 from mat_dist.coefficients import Coefficients
-from mat_dist.config.fields import parse_threats
 from mat_dist.config.presets import hears
 from mat_dist.config.schema import PeerConfig
+from mat_dist.member import Member
 from mat_dist.rotation import attacker, partner, period
 from mat_dist.threats import Threat
 
 # Strategies that craft an AE for each threat of the union; the others craft one batch (attacks/union.py).
 CRAFTS_EACH = ("avg", "max", "ramp")
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the others of a cohort must know of a peer.
-
-    Attributes:
-        role: `peer`, `specialist` or `generalist`.
-        frozen: it does not train.
-        threat: what its AEs are made for.
-        strategy, union: how it trains against several threats, and which; its own threat first.
-        ramp_weight: of RAMP's pairing.
-    """
-
-    role: str
-    frozen: bool
-    threat: Threat
-    strategy: str | None
-    union: tuple[Threat, ...]
-    ramp_weight: float
-
-    @classmethod
-    def of(cls, spec: PeerConfig) -> Member:
-        """From a complete entry."""
-        union = parse_threats(spec.union.threats) if spec.union.threats else ()
-        return cls(spec.role, spec.frozen, Threat(spec.threat.norm, spec.threat.eps), spec.union.strategy,
-                   tuple(Threat(norm, eps) for norm, eps in union), spec.union.ramp_weight)
 
 
 @dataclass(frozen=True)
@@ -59,12 +32,14 @@ class PeerPlan:
         muted: nobody learns from these: their shares go to the other peers.
         alone: the peer still warms up: hard labels on own AEs, no distillation.
         drawn: the one peer from whose AEs this one learns in this step, where its strategy draws one.
+        split: all slots of AEs hold one batch, of which each peer has made a part.
         turn: number of the step, for `attackers: partner` and `one`.
     """
 
     index: int
     members: tuple[Member, ...]
     loss: Coefficients
+    split: bool = False
     muted: frozenset[int] = frozenset()
     alone: bool = False
     drawn: int | None = None
@@ -196,6 +171,8 @@ class PeerPlan:
 
     def teacher_slot(self, teacher: int, slot: int) -> int:
         """What `teacher` looks at when it teaches this peer about a slot."""
+        if self.split and self.loss.teacher_input == "same_ae" and slot == self.index:
+            return teacher  # which holds the same images, and which the teacher forwards anyway
         return {"same_ae": slot, "own_ae": teacher, "clean": self.clean}[self.loss.teacher_input]
 
 
@@ -214,7 +191,8 @@ class CohortPlan:
     def of(cls, complete: Sequence[PeerConfig]) -> CohortPlan:
         """From the complete entry of every peer, in peer order; all peers are listened to."""
         members = tuple(Member.of(spec) for spec in complete)
-        peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss)) for i, spec in enumerate(complete))
+        peers = tuple(PeerPlan(i, members, Coefficients.of(spec.loss), spec.attack.split_batch)
+                      for i, spec in enumerate(complete))
         led = frozenset(i for i, spec in enumerate(complete) if spec.attack.loss == "kl_teacher")
         return cls(peers, led).drawing({row.index: row.heard[0] for row in peers if row.draws and row.heard})
 
@@ -269,9 +247,25 @@ class CohortPlan:
         used = {slot for i, plan in enumerate(self.peers) for slot in (*plan.learned, *self.taught[i])}
         return tuple(plan.index in used for plan in self.peers)
 
+    @property
+    def split(self) -> bool:
+        """Whether the peers make one batch of AEs together."""
+        return self.peers[0].split
+
+    @property
+    def makers(self) -> int:
+        """How many peers make each source's batch of AEs."""
+        return len(self.peers) if self.split else 1
+
+    def part(self, peer: int, step: int) -> slice:
+        """The rows of a (micro-)batch for which a peer crafts: all, or in turn every P-th."""
+        return slice((peer - step) % self.makers, None, self.makers)
+
     @cached_property
     def shares_aes(self) -> bool:
         """Whether a peer needs the AEs of another one."""
+        if self.split:
+            return True
         needed = [set(plan.learned) | set(self.taught[i]) for i, plan in enumerate(self.peers)]
         return any(slot < len(self.peers) and slot != i for i, slots in enumerate(needed) for slot in slots)
 

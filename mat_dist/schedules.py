@@ -1,4 +1,4 @@
-"""Learning rate and averaging decay as pure functions of the step, so that a resumed run needs no state."""
+"""Learning rate, averaging decay and attack steps as pure functions of the step: a resumed run needs no state."""
 
 from __future__ import annotations
 
@@ -55,3 +55,9 @@ def ema_decay_at(step: int, decay: float) -> float:
     The warm-up of TensorFlow's ExponentialMovingAverage, so that a short run does not average its random start.
     """
     return min(decay, (1 + step) / (10 + step))
+
+
+def attack_steps_at(step: int, steps: int, growing: int) -> int:
+    """Gradient steps of the attack at training step `step` (0-based): they grow evenly from 1 to `steps` over the first
+    `growing` training steps (curriculum adversarial training; Cai, Liu and Song, IJCAI 2018)."""
+    return steps if step >= growing else -(-steps * (step + 1) // growing)

@@ -74,3 +74,13 @@ class SGD:
         parameters = self._parameters
         self._momentum = {parameters[int(n)]: one["momentum_buffer"].to(parameters[int(n)], copy=True)
                           for n, one in state["state"].items() if one.get("momentum_buffer") is not None}
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
+    """ema <- decay ema + (1 - decay) state for floating tensors (BN statistics too); integers are copied."""
+    floating = [k for k, v in ema.items() if v.is_floating_point()]
+    torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
+    for k, v in ema.items():
+        if not v.is_floating_point():
+            v.copy_(state[k])

@@ -114,13 +114,15 @@ def _share(cohort: Cohort, agree: Agreement, clock: Clock, x_BCHW: Tensor, y_B: 
 
     # 2 exchange of AEs
     checksum = agree.run("checksum", lambda: 0 if x_BCHW.is_cuda else int(batch_checksum(x_BCHW, y_B))) or 0
-    sent_L = agree.run("encoding", wire.encode_all, cohort.step.wire, aes_LBCHW, x_BCHW)
+    sent_L = agree.run("encoding", wire.encode_all, cohort.step.wire, aes_LBCHW,
+                       [x_BCHW[plan.part(peer.index, step)] for peer in peers])
     agree.header("AEs", sent_L, checksum)
     clock.lap("wait")
     everyones = plan.shares_aes or log
     sent = mesh.gather_peers(sent_L) if everyones else sent_L
-    inputs_S = agree.run("decoding", _inputs, cohort, sent, x_BCHW, everyones)
-    inputs_LS = [agree.run("inputs", lambda own=own: [*inputs_S, *own]) for own in private]
+    inputs_S = agree.run("decoding", _inputs, cohort, sent, x_BCHW, everyones, step)
+    inputs_LS = [agree.run("inputs", lambda p=p, own=own: p.sees([*inputs_S, *own]))
+                 for p, own in zip(peers, private, strict=True)]
     clock.lap("exchange")
 
     # 3 logits on every source that a peer learns from or teaches on
@@ -163,7 +165,7 @@ def _crafted(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, y_B: Tensor, step
     aes = [agree.run(f"attack of {p.name}", _attack, cohort, p, x_BCHW, y_B, step, first_row, guide, log)
            for p, guide in zip(cohort.peers, guides_L, strict=True)]
     private = [agree.run(f"attack of {p.name}", p.attack_others, x_BCHW, y_B, step, first_row) for p in cohort.peers]
-    climbs = [agree.run(f"weight perturbation of {p.name}", p.climb, adv_BCHW, x_BCHW, y_B, step, first_row)
+    climbs = [agree.run(f"weight perturbation of {p.name}", p.uphill, adv_BCHW, x_BCHW, y_B, step, first_row)
               for p, adv_BCHW in zip(cohort.peers, aes, strict=True)]
     if cohort.perturbs and cohort.mesh.placement.replicas > 1:
         agree.header("weight perturbation")
@@ -189,21 +191,33 @@ def _guides(cohort: Cohort, agree: Agreement, x_BCHW: Tensor, step: int, first_r
 
 def _attack(cohort: Cohort, peer: Peer, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int,
             guide_BK: Tensor | None, log: bool) -> Tensor:
-    """The peer's AEs; the clean images where nobody would use them."""
+    """The peer's AEs, of its part of the batch where that is split; the clean images where nobody would use them.
+
+    A part has every P-th row; its noise is that of the rows first_row / P, first_row / P + 1, ...
+    """
     if not (cohort.plan.crafts[peer.index] or log):
         return x_BCHW
-    return peer.attack(x_BCHW, y_B, step, first_row, guide_BK)
+    part = cohort.plan.part(peer.index, step)
+    return peer.attack(x_BCHW[part], y_B[part], step, first_row // cohort.plan.makers,
+                       None if guide_BK is None else guide_BK[part])
 
 
-def _inputs(cohort: Cohort, sent: Tensor, x_BCHW: Tensor, everyones: bool) -> list[Tensor]:
+def _inputs(cohort: Cohort, sent: Tensor, x_BCHW: Tensor, everyones: bool, step: int) -> list[Tensor]:
     """The images of each slot: the AEs by source, then the clean ones.
 
-    Where no peer needs another one's AEs only the own ones were sent; the other slots are empty.
+    Where no peer needs another one's AEs only the own ones were sent; the other slots are empty. Of a split batch all
+    slots hold the whole, put together from everybody's part.
     """
+    plan = cohort.plan
     sources = range(len(cohort.threats)) if everyones else [peer.index for peer in cohort.peers]
     slots = [x_BCHW.new_empty(0)] * len(cohort.threats)
     for source, one in zip(sources, sent, strict=True):
-        slots[source] = wire.decode(cohort.step.wire, one, x_BCHW, cohort.threats[source])
+        slots[source] = wire.decode(cohort.step.wire, one, x_BCHW[plan.part(source, step)], cohort.threats[source])
+    if plan.split:
+        whole = torch.empty_like(x_BCHW)
+        for source in sources:
+            whole[plan.part(source, step)] = slots[source]
+        slots = [whole] * len(slots)
     return [*slots, x_BCHW]
 
 

@@ -46,7 +46,8 @@ class Trainer:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         mean, std = channel_stats(data.train)
         self.images = Images(data.train.shape, len(data.classes), mean, std)
-        steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share)
+        steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share,
+                                config.train.replays)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.reporter: Reporter = (open_reporter(run.folder.path, config, attempt=run.attempt)
@@ -107,14 +108,14 @@ class Trainer:
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's rows of a batch; an error on any rank reaches all."""
         agree = Agreement(self.mesh, f"step {step}", step)
-        batch = agree.run("batch", self.batches.at, step)
+        batch = agree.run("batch", self.batches.at, step // self.config.train.replays)
         if agree.failure is not None:
             agree.header("AEs")  # where the other ranks are; raises
         return batch
 
     def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""
-        self.cohort.begin(step)
+        self.cohort.begin(step, self.batches.shown)
         try:
             return train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
         except NonFinite as error:

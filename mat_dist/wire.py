@@ -6,6 +6,8 @@ within 8/255 by 0.0039 eps. Everybody trains on what is received, the sender too
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     return region.settle(region.project(x_BCHW + delta.view_as(x_BCHW)))
 
 
-def encode_all(form: str, aes_LBCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """`encode` for the AEs of each local peer -> (L, B, ...)."""
-    return aes_LBCHW if form == "full" else torch.stack([encode(form, aes, x_BCHW) for aes in aes_LBCHW])
+def encode_all(form: str, aes_LBCHW: Tensor, clean: Sequence[Tensor]) -> Tensor:
+    """`encode` for the AEs of each local peer, of the `clean` images (B, C, H, W) of each -> (L, B, ...)."""
+    if form == "full":
+        return aes_LBCHW
+    return torch.stack([encode(form, aes, x_BCHW) for aes, x_BCHW in zip(aes_LBCHW, clean, strict=True)])

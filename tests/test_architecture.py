@@ -20,8 +20,9 @@ PACKAGE = ROOT / "mat_dist"
 # A unit that is not listed is free in its place, but what it leads to counts for those that import it.
 ROWS = (
     ("errors", "streams", "losses", "threats", "config", "schedules", "plan", "atomic", "stopping", "watch",
-     "wire", "opinions", "sgd", "objective", "intervals", "coefficients", "rotation", "passes", "projection"),
+     "wire", "opinions", "sgd", "objective", "intervals", "coefficients", "member", "rotation", "passes", "projection"),
     ("mesh", "models", "data", "attacks", "telemetry", "runfolder", "device"),
+    ("carried",),
     ("crafting",),
     ("crafter", "perturbation", "pulling", "drawing"),
     ("peer", "checkpoint", "agreement", "entry"),

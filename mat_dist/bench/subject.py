@@ -13,6 +13,7 @@ from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
+from mat_dist.errors import ConfigError
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
@@ -42,7 +43,14 @@ class Subject:
 
     @classmethod
     def make(cls, config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: int) -> Subject:
-        """Fresh weights and random images of `shape` (C, H, W)."""
+        """Fresh weights and random images of `shape` (C, H, W).
+
+        Raises ConfigError for attacks that have no passes of a whole batch.
+        """
+        for peer in config.peers:
+            if peer.attack.split_batch or peer.attack.method == "free":
+                raise ConfigError("the benchmark measures attacks of whole batches",
+                                  "attack.split_batch, attack.method", "write split_batch: false and method: pgd")
         count = BATCHES * config.train.batch_size
         with keyed_rng(key(config.run.seed, "bench")):
             images = torch.randint(256, (count, *shape), dtype=torch.uint8)

@@ -33,7 +33,7 @@ class Sample:
         y_B: their labels.
         nbytes: bytes of all splits as they are stored.
         mapped: they lie in a file that processes share.
-        val, test: images of these splits; None where they are not known yet.
+        train, val, test: images of these splits; None where they are not known yet.
     """
 
     images: Images
@@ -41,6 +41,7 @@ class Sample:
     y_B: Tensor
     nbytes: int = 0
     mapped: bool = False
+    train: int | None = None
     val: int | None = None
     test: int | None = None
 
@@ -80,9 +81,9 @@ def check_data(config: Config) -> Answer[Sample]:
     batches = training_batches(config, data, "cpu", DTYPES[config.step.precision])
     sample = Sample(rough(data.train.shape, len(data.classes)), *batches.at(0), mapped=data.train.mapped,
                     nbytes=sum(split.nbytes for split in (data.train, data.val, data.test)),
-                    val=len(data.val), test=len(data.test))
+                    train=len(data.train), val=len(data.val), test=len(data.test))
     dark = _check_sample(sample, wanted)
-    steps = min(batches.steps_per_epoch * config.train.epochs, config.train.max_steps or 1 << 62)
+    steps = min(batches.steps_per_epoch * config.train.replays * config.train.epochs, config.train.max_steps or 1 << 62)
     found = (f"{len(data.train)} + {len(data.val)} + {len(data.test)} images (training, validation, test) of "
              f"{len(data.classes)} classes, {_size(data.train.shape)}; {steps} steps")
     return Answer(sample, "; ".join([found, *data.notes]), dark)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mat_dist.carried import kept_bytes
 from mat_dist.check.data import Sample
 from mat_dist.check.findings import Answer
 from mat_dist.check.models import Measured
@@ -35,7 +36,7 @@ class Need:
     Attributes:
         base: interpreter, libraries, CUDA context.
         images: the data set, where each rank holds its own copy.
-        state: weights, momentum, averaged weights.
+        state: weights, momentum, averaged weights, perturbations that are carried on.
         step: gradients, graphs, AEs and logits of a training step, at most.
         evaluation: all peers' models and the graph of the ensemble's attack.
         saving: copies of the state while a checkpoint is written (in host memory).
@@ -108,6 +109,8 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
     chunk = _evaluated(config, sample)
     evaluation = sum(one.weights + one.attack.at(chunk) for one in everyone) + ATTACK_IMAGES * pixels * chunk
     state = sum(one.state for one in local)
+    state += sum(kept_bytes(config, config.peers[index], sample.train or 0, tuple(sample.x_BCHW.shape[1:]))
+                 for index in place.local_peers)
     return Need(base, images, state, int(step), int(evaluation) if chunk else 0, 2 * state)
 
 

@@ -17,6 +17,7 @@ from mat_dist.device import choose_device, prepare_torch
 from mat_dist.errors import EnvironmentFault
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.placement import Placement
+from mat_dist.plan import CohortPlan
 
 GIB = 1 << 30
 BUSY = 0.1  # share of a GPU's memory that others may use before a warning
@@ -56,7 +57,8 @@ def _listed(peers: tuple[int, ...]) -> str:
 def check_ranks(config: Config, ranks: int, nodes: int) -> Answer[Launch]:
     """Rank 0 of the launch. Raises EnvironmentFault for a number of ranks that fits neither peers, batch nor nodes."""
     place = Placement.place(len(config.peers), ranks, 0)
-    replica_rows(place, config.train.batch_size, config.step.microbatches)
+    makers = CohortPlan.of(config.peers).makers
+    replica_rows(place, config.train.batch_size, config.step.microbatches, makers)
     if ranks % nodes:
         raise EnvironmentFault(f"{ranks} ranks on {nodes} nodes", "--ranks, --nodes",
                                "torchrun starts the same number of ranks on every node: use a multiple of --nodes")

@@ -18,7 +18,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mat_dist.config import rules, rules_learning, rules_sharing, rules_unions  # noqa: F401  they register their rules
+from mat_dist.config import (  # noqa: F401  they register their rules
+    rules,
+    rules_attack,
+    rules_learning,
+    rules_sharing,
+    rules_unions,
+)
 from mat_dist.config.describe import canonical, nearest, problem, settings
 from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, normalise, plain, without
 from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect

@@ -78,6 +78,7 @@ EMA_DECAY = {"at_wa": 0.9995}  # of presets that average weights; the FastAT ben
 
 _TRADES_ATTACK = {"loss": "kl_clean", "start": "gaussian"}
 _TEACHER_ATTACK = {"loss": "kl_teacher", "start": "gaussian"}
+_FREE_ATTACK = {"loss": "ce", "start": "zero"}
 _PLAIN_ATTACK = {"loss": "ce", "start": "uniform"}
 
 
@@ -142,6 +143,8 @@ def fill_attack(attack: AttackConfig, preset: str, index: int, threat: ThreatCon
         default = _TRADES_ATTACK
     if preset == "rslad" or (preset == "peeraid" and index % 2 == 1):
         default = _TEACHER_ATTACK
+    if attack.method == "free":
+        default = _FREE_ATTACK
     values = {**default, **{k: v for k, v in attack.model_dump().items() if v is not None}}
     values.setdefault("step_size", step_size(attack.method, attack.steps, threat.norm, threat.eps))
     values.setdefault("l1_share", 0.05 if attack.method == "apgd" else 0.01)  # 5 %: E-AT's code; 1 %: threats/l1.py
@@ -154,10 +157,10 @@ def step_size(method: str, steps: int, norm: str, eps: float) -> float:
     PGD: 2.5 eps / steps, the rule of MadryLab/robustness: every point of the ball can be reached. A single step is
     1.25 eps long, as in FGSM-RS (Wong, Rice, Kolter, ICLR 2020: 10/255 for 8/255): 2.5 eps would end on the
     ball's corners whatever the start. APGD: the diameter of the ball (Croce and Hein, ICML 2020), for l1 its radius
-    (ICML 2021). N-FGSM: eps (de Jorge et al., NeurIPS 2022).
+    (ICML 2021). N-FGSM: eps (de Jorge et al., NeurIPS 2022). Free-AT: eps (Shafahi et al., NeurIPS 2019).
     """
     if method == "apgd":
         return eps if norm == "l1" else 2 * eps
-    if method == "n_fgsm":
+    if method in ("n_fgsm", "free"):
         return eps
     return (2.5 if steps > 1 else 1.25) * eps / steps

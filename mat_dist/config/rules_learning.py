@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mat_dist.config.presets import PAIRS
 from mat_dist.config.registry import entries, heard_by, rule
-from mat_dist.config.schema import Config, LossConfig, PeerConfig
+from mat_dist.config.schema import Config, LossConfig
 from mat_dist.errors import ConfigError
 
 
@@ -30,43 +30,11 @@ def some_term_counts(config: Config) -> list[ConfigError]:
     return found
 
 
-@rule("attack", "loss")
-def attack_can_start(config: Config) -> list[ConfigError]:
-    """KL to the clean prediction has gradient 0 at the clean image."""
-    return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
-                        "write start: gaussian (TRADES) or uniform")
-            for key, peer in entries(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
-
-
 def _nobody(config: Config, index: int) -> str:
     """Why a peer has nobody to learn from."""
     if len(config.peers) == 1:
         return "there is one peer"
     return f"there is no peer that a {config.peers[index].role} learns from"
-
-
-@rule("attack", "threat", "step", "union")
-def n_fgsm_fits(config: Config) -> list[ConfigError]:
-    """N-FGSM is one step in linf, and its AEs leave the ball, to which shorter forms on the wire would cut them."""
-    found = []
-    for key, peer in entries(config):
-        if peer.attack.method != "n_fgsm":
-            continue
-        for bad, where, how in ((peer.attack.steps != 1, "attack.steps", "attack.steps: 1"),
-                                (peer.threat.norm != "linf", "threat.norm", "threat.norm: linf"),
-                                (peer.union.strategy is not None, "union.strategy", "attack.method: pgd")):
-            if bad:
-                what = f"n_fgsm with {where} {_value(peer, where)}"
-                found.append(ConfigError(what, f"{key}.{where}", f"write {how}"))
-        if config.step.wire != "full":
-            found.append(ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
-                                     "write wire: full, or attack.method: pgd"))
-    return found
-
-
-def _value(peer: PeerConfig, key: str) -> object:
-    section, name = key.split(".")
-    return getattr(getattr(peer, section), name)
 
 
 @rule("peers", "loss")

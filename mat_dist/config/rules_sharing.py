@@ -9,7 +9,7 @@ from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
 
-@rule("loss", "peers", "union", "optim")
+@rule("loss", "peers", "union", "optim", "attack")
 def attackers_can_rotate(config: Config) -> list[ConfigError]:
     """Sources that change from step to step need other peers, equal roles and terms that can move with them."""
     found = []
@@ -26,13 +26,23 @@ def attackers_can_rotate(config: Config) -> list[ConfigError]:
 def _in_the_way(peer: PeerConfig, accompanied: bool) -> list[tuple[str, str, str]]:
     """What keeps a peer's sources from changing, where that is set, and how to go on."""
     loss, found = peer.loss, []
-    back = "write attackers: all"
+    keep = "attackers: all"
+    back = f"write {keep}"
     if not accompanied:
         found.append(("without another peer", "loss.attackers", f"{back}, or more peers"))
     if peer.role != "peer":
         found.append((f"with role {peer.role}", "role", "write role: peer, or attackers: all"))
     if peer.union.strategy is not None:
         found.append((f"with strategy {peer.union.strategy}", "union.strategy", "leave the strategy out, or " + back))
+    if peer.attack.split_batch:
+        found.append(("with a batch that all peers make together", "attack.split_batch",
+                      f"write split_batch: false, or {keep}"))
+    if peer.attack.method == "free":
+        found.append(("with perturbations from the gradient of learning", "attack.method",
+                      f"write method: pgd, or {keep}"))
+    if peer.attack.start == "previous":
+        found.append(("with perturbations that are carried on", "attack.start",
+                      f"write start: uniform, or {keep}"))
     if loss.attackers == "one":
         if peer.optim.awp_gamma:
             found.append(("with adversarial weight perturbation, which climbs the loss on own AEs", "optim.awp_gamma",

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from mat_dist.config.attack import AttackConfig
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.loss import LossConfig
 from mat_dist.config.union import UnionConfig
@@ -104,27 +105,6 @@ class ThreatConfig(Section):
 
     norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball")
     eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
-
-
-class AttackConfig(Section):
-    """How a peer makes its adversarial examples in training."""
-
-    method: Literal["pgd", "apgd", "n_fgsm"] = Field(
-        "pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD sets its own steps, the best point "
-                           "counts; n_fgsm: one step from noise of 2 eps, not cut to the ball (linf, steps: 1)")
-    steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
-    step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
-                                                                     "one step 1.25 eps; apgd: of the first step, 2 "
-                                                                     "eps, for l1 eps")
-    l1_share: Number | None = Field(None, gt=0, le=1, description="share of an image's values that an l1 step moves; "
-                                                                  "default 1 %; apgd: in its first steps, 5 %")
-    eps_warmup_epochs: Number = Field(0.0, ge=0, description="epochs in which radius and steps grow linearly from 0 "
-                                                             "(DAJAT: all of them); attacks run eagerly until then")
-    start: Literal["uniform", "gaussian", "zero"] | None = Field(
-        None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
-    loss: Literal["ce", "kl_clean", "kl_teacher", "margin"] | None = Field(
-        None, description="what the attack raises: cross-entropy, KL to the own clean prediction (TRADES) or to the "
-                          "teachers' (RSLAD), or the CW margin; default: the preset's (ce)")
 
 
 class OptimConfig(Section):
@@ -223,6 +203,9 @@ class TrainConfig(Section):
     epochs: Integer = Field(10, ge=1, le=100000, description="passes over the training images")
     batch_size: Integer = Field(128, ge=1, le=1 << 20, description="clean images per step, the same for all peers; "
                                                                    "replicas of a peer share them")
+    replays: Integer = Field(1, ge=1, le=1000, description="steps on each batch, one after another, for attack.method: "
+                                                           "free (Free-AT on CIFAR-10: 8); an epoch has so many times "
+                                                           "its steps")
     max_steps: Integer | None = Field(None, ge=1, description="stop the training after this many steps")
 
 

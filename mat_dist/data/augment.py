@@ -7,6 +7,7 @@ draws what a process with the whole batch draws for them. Images stay in [0, 1].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from mat_dist import streams
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data.idbh import idbh
 
+Draw = Callable[[str, int], tuple[Tensor, ...]]
 RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inception and torchvision recipes
 
 
@@ -29,14 +31,7 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
         step: training step.
         first_row: place of these rows in the whole batch.
     """
-    count = len(x_BCHW)
-
-    def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
-        """`numbers` tensors (B,) of uniform float64 numbers in [0, 1)."""
-        stream = streams.key(seed, f"augment-{operation}", step)
-        return streams.uniform(stream, (count, numbers), first_row=first_row, device=x_BCHW.device,
-                               dtype=torch.float64).unbind(1)
-
+    draw = draws(len(x_BCHW), seed=seed, step=step, first_row=first_row, device=x_BCHW.device)
     if config.pad:
         x_BCHW = pad_crop(x_BCHW, config.pad, *draw("crop", 2))
     if config.random_resized_crop:
@@ -52,18 +47,40 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
     return x_BCHW
 
 
+def draws(count: int, *, seed: int, step: int, first_row: int, device: torch.device) -> Draw:
+    """(operation, n) -> n tensors (B,) of uniform float64 numbers in [0, 1), for `count` rows from `first_row` on."""
+    def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
+        stream = streams.key(seed, f"augment-{operation}", step)
+        return streams.uniform(stream, (count, numbers), first_row=first_row, device=device,
+                               dtype=torch.float64).unbind(1)
+    return draw
+
+
+def crop_corner(u_B: Tensor, pad: int) -> Tensor:
+    """Where a crop begins on one side of the padded image: floor((2 pad + 1) u)."""
+    return (u_B * (2 * pad + 1)).long()
+
+
 def pad_crop(x_BCHW: Tensor, pad: int, top_B: Tensor, left_B: Tensor) -> Tensor:
-    """Zero-pad by `pad` pixels, then cut the old size out; corner at floor((2 pad + 1) u) of the padded image."""
-    height, width = x_BCHW.shape[2:]
+    """Zero-pad by `pad` pixels, then cut the old size out, with its corner at `crop_corner` of the padded image."""
     padded = F.pad(x_BCHW, (pad, pad, pad, pad))
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: 6 times faster than indexing single pixels
-    row_B, column_B = ((u_B * (2 * pad + 1)).long() for u_B in (top_B, left_B))
+    return crop(padded, x_BCHW.shape[2], x_BCHW.shape[3], crop_corner(top_B, pad), crop_corner(left_B, pad))
+
+
+def crop(x_BCHW: Tensor, height: int, width: int, row_B: Tensor, column_B: Tensor) -> Tensor:
+    """The part of each image that begins at (row, column) -> (B, C, height, width)."""
+    windows = x_BCHW.unfold(2, height, 1).unfold(3, width, 1)  # a view: 6 times faster than indexing single pixels
     return windows[torch.arange(len(x_BCHW), device=x_BCHW.device), :, row_B, column_B]
 
 
 def flip(x_BCHW: Tensor, u_B: Tensor) -> Tensor:
     """Mirror left-right where u < 1/2."""
-    return torch.where((u_B < 0.5)[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
+    return mirror(x_BCHW, u_B < 0.5)
+
+
+def mirror(x_BCHW: Tensor, which_B: Tensor) -> Tensor:
+    """Mirror some images left-right."""
+    return torch.where(which_B[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
 
 
 def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: tuple[int, int],

@@ -11,11 +11,13 @@ from mat_dist.config.schema import AugmentConfig, Config
 from mat_dist.data.augment import augment_batch
 from mat_dist.data.cutmix import cutmix
 from mat_dist.data.images import DataSets, ImageSet, as_float
+from mat_dist.data.shown import Shown
 
 
-def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0) -> int:
-    """Batches whose real images are all of `count`; those left over are in another place of the next epoch's order."""
-    return count // real_images(batch_size, generated_share)
+def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0, replays: int = 1) -> int:
+    """Batches whose real images are all of `count`, each used `replays` times; those left over are in another place of
+    the next epoch's order."""
+    return count // real_images(batch_size, generated_share) * replays
 
 
 def training_batches(config: Config, data: DataSets, device: torch.device | str, dtype: torch.dtype,
@@ -93,6 +95,11 @@ class Batches:
         u_B = streams.uniform(streams.key(self.seed, "generated", step), (count,), first_row=before,
                               dtype=torch.float64)
         return (u_B * len(self.generated)).long()
+
+    def shown(self, step: int) -> Shown:
+        """Which images, and which part of them, this process's rows of the batch at `step` show; all of them real."""
+        return Shown.augmented(self.indices(step), len(self.train), self.augment, seed=self.seed, step=step,
+                               first_row=self.first).to(self.device)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Images x_BCHW in [0, 1] and labels y_B (int64), with CutMix y_BK in the images' type, on the device."""

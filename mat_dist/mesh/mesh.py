@@ -93,6 +93,10 @@ class Mesh:
             t.copy_(flat[start:start + t.numel()].view_as(t))
             start += t.numel()
 
+    def gather_replicas(self, local_B: Tensor) -> Tensor:
+        """(B, ...) here -> the rows of all replicas in their order, on every one of them, without gradient."""
+        return self._gather(local_B.detach(), self._replica)
+
     def synchronise_norms(self, model: torch.nn.Module) -> torch.nn.Module:
         """Batch norm over the replica axis on CUDA; on the CPU, where it has no kernel, the model as it is."""
         if self._replica is None or self.device.type == "cpu":

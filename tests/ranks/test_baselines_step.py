@@ -243,7 +243,7 @@ def test_a_replica_that_fails_before_awp_stops_all(world: int, run_ranks: Run) -
         if mesh.placement.rank == world - 1:
             def broken(*args: Any) -> Any:
                 raise RuntimeError("no way up")
-            cohort.peers[0].climb = broken  # type: ignore[method-assign]
+            cohort.peers[0].uphill = broken  # type: ignore[method-assign]
         x, y = batch(0)
         with pytest.raises(MatError) as caught:
             train_step(cohort, x[cohort.rows], y[cohort.rows], 0)

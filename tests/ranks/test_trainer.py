@@ -109,6 +109,20 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_weights(stop: int, cohort_
     assert second.codes() == [75, 0]
 
 
+def test_perturbations_of_the_epoch_before_survive_a_stop_and_a_move(cohort_run: Run, uninterrupted: Run) -> None:
+    settings = ("loss=at", "attack.start=previous", "data.augment.pad=1", "data.augment.flip=true")
+    assert cohort_run("stopped", 2, *settings, stop_after=5).steps()[-1] == 5  # in the second epoch
+    assert cohort_run("stopped", 1, *settings).hashes() == uninterrupted(*settings).hashes()
+
+
+def test_free_training_goes_on_in_the_midst_of_a_batch_and_an_epoch_is_longer(cohort_run: Run,
+                                                                              uninterrupted: Run) -> None:
+    settings = ("loss=at", "attack.method=free", "train.replays=2", "train.max_steps=null", "train.epochs=1")
+    assert cohort_run("stopped", 2, *settings, stop_after=3).steps() == [5]  # the first replay of the third batch
+    whole = uninterrupted(*settings)
+    assert whole.steps() == [8] and cohort_run("stopped", 1, *settings).hashes() == whole.hashes()
+
+
 @pytest.mark.parametrize("worlds", [(4, 2, 1), (1, 4, 2)], ids=str)
 def test_a_run_may_move_to_other_rank_counts(worlds: tuple[int, ...], cohort_run: Run, uninterrupted: Run) -> None:
     settings = ("peers=4", *AVERAGED)

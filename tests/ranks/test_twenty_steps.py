@@ -51,7 +51,8 @@ CONTEXT: dict[str, tuple[str, ...]] = {
     "loss.attackers": (*MAT, "peers=3"), "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
     "loss.teacher_set=frozen": (*MAT, *TEACHER, "peers=3"),
     "attack.loss=kl_teacher": MAT, "attack.l1_share": (*AT, "threat.norm=l1", "attack.eps=2"),
-    "attack.steps": (*AT, "attack.step_size=0.05"),
+    "attack.steps": (*AT, "attack.step_size=0.05"), "attack.steps_warmup_epochs": (*AT, "attack.steps=3"),
+    "attack.reset_epochs": (*AT, "attack.start=previous"), "attack.split_batch": ("loss=mat_kd",),
     "optim.awp_warmup_epochs": (*AT, "optim.awp_gamma=0.02"), "optim.milestones": (*AT, "optim.schedule=piecewise"),
     "optim.gamma": (*AT, "optim.schedule=piecewise"), "optim.nesterov": (*AT, "optim.momentum=0.9"),
     "union.strategy": ("peers=1", "loss=at"), "union.ramp_weight": (*THREE, "union.strategy=ramp"),
@@ -60,6 +61,7 @@ CONTEXT: dict[str, tuple[str, ...]] = {
 MORE: dict[str, tuple[str, ...]] = {  # what a value needs that its control may not have
     **{f"union.strategy={name}": (THREE[2],) for name in ("avg", "max", "random", "msd", "ramp")},
     "union.strategy=eat": ("union.threats=linf:0.1,l1:2",), "attack.method=n_fgsm": ("attack.steps=1",),
+    "attack.method=free": ("attack.steps=1", "train.replays=2", "train.batch_size=32"),
     "threat.norm=l2": ("attack.eps=0.5",), "threat.norm=l1": ("attack.eps=2",),
 }
 # Of every number and text: a value that is not the default.
@@ -69,6 +71,7 @@ VALUES: dict[str, Any] = {
     "loss.mart_beta": 2, "loss.pair_weight": 0.5, "loss.base_scale": 0.5, "loss.label_smoothing": 0.2,
     "loss.warmup_epochs": 2,
     "attack.steps": 3, "attack.step_size": 0.03, "attack.l1_share": 0.2, "attack.eps_warmup_epochs": 2,
+    "attack.steps_warmup_epochs": 2, "attack.reset_epochs": 2,
     "optim.lr": 0.05, "optim.momentum": 0.5, "optim.weight_decay": 0.01, "optim.milestones": "[0.2, 0.4]",
     "optim.gamma": 0.5, "optim.warmup_epochs": 1, "optim.clip_norm": 0.5, "optim.awp_gamma": 0.02,
     "optim.awp_warmup_epochs": 2, "optim.ema_decay": 0.9, "optim.swa_start": 0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -300,6 +301,9 @@ def test_the_need_of_a_rank_is_the_sum_that_a_hand_makes():
     assert need(1).total(saving=False) == 5 + 6 + 12_000 + max(step, evaluation)
     assert need(4).state == 3000
     assert need(8).step < need(4).step  # half of the batch
+    config = load_config(None, ["run.device=cpu", "peers=4", "attack.start=previous", "data.augment.pad=1"])
+    sample = dataclasses.replace(sample, train=300)
+    assert need(2).state == 2 * (3000 + 300 * 10 * 10 * 2)  # with the perturbations of padded images, in fp16
 
 
 @pytest.mark.parametrize(("factor", "status"), [(0.9, "error"), (1.1, "warning"), (2, "ok")])

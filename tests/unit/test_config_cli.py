@@ -218,6 +218,9 @@ def test_the_recipes_are_what_their_sources_say() -> None:
     assert [peer.attack.loss for peer in cat.peers] == ["kl_clean", "ce"]
     assert cat.train.epochs == 200 and cat.peers[0].optim.ema_decay is None
     assert {p.loss.preset for p in load_config("cifar10_at").peers} == {"at"}
+    free = load_config("cifar10_free")
+    assert {(p.attack.method, p.attack.start, p.attack.step_size) for p in free.peers} == {("free", "zero", 8 / 255)}
+    assert free.train.replays * free.train.epochs == 112
     assert {p.loss.trades_beta for p in load_config("cifar10_trades").peers} == {6}
     imagenet = load_config("imagenet_folder")
     assert (

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_learning, rules_sharing, rules_unions
+from mat_dist.config import (
+    config_warnings,
+    load_config,
+    registry,
+    rules,
+    rules_attack,
+    rules_learning,
+    rules_sharing,
+    rules_unions,
+)
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
+SPLIT = "loss=at attack.split_batch=true"
+FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
     ("radius_fits_pixels", "attack.eps=16", "write eps: 16/255", "attack.eps=1"),
@@ -33,6 +44,45 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
+    ("batches_can_be_split", SPLIT + " loss=mat", "preset mat, which tells own AEs", SPLIT + " loss=mat_kd"),
+    ("batches_can_be_split", SPLIT + " loss=mat_share", "preset mat_share, which tells own AEs", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers=2 loss=peeraid", "preset peeraid", SPLIT + " loss=dml_at"),
+    ("batches_can_be_split", SPLIT + " peers=1", "a split batch with one peer", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers=3 train.batch_size=64", "64 images (per micro-batch) for 3 peers",
+     SPLIT + " peers=3 train.batch_size=63"),
+    ("batches_can_be_split", SPLIT + " peers.1.attack.split_batch=false", "a split batch with some peers only", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers.1.frozen=true peers.1.init_from=run", "roles or frozen peers", SPLIT),
+    ("batches_can_be_split", SPLIT + " peers.1.threat=l2", "threats that differ", SPLIT + " threat=l2"),
+    ("batches_can_be_split", SPLIT + " attack.start=previous", "that a peer carries on", SPLIT),
+    ("batches_can_be_split", SPLIT + " optim.awp_gamma=0.01", "before the batch is whole", SPLIT),
+    ("batches_can_be_split", SPLIT + " union.strategy=avg union.threats=linf:0.1,l2:1", "union.strategy avg", SPLIT),
+    ("batches_can_be_split", SPLIT + " step.on_nonfinite=quarantine", "a part would be missing", SPLIT),
+    ("free_attacks_fit", "train.replays=2", "no attack.method is free", FREE),
+    ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "with one replay of a batch", FREE),
+    ("free_attacks_fit", FREE + " attack.steps=3", "write attack.steps: 1", FREE),
+    ("free_attacks_fit", FREE + " attack.start=uniform", "write start: zero", FREE + " attack.start=zero"),
+    ("free_attacks_fit", FREE + " attack.loss=margin", "write attack.loss: ce", FREE + " attack.loss=ce"),
+    ("free_attacks_fit", FREE + " loss=trades", "which has no hard labels on own AEs", FREE + " loss=mat"),
+    ("free_attacks_fit", FREE + " peers.1.attack.method=pgd", "beside peers with free", FREE),
+    ("free_attacks_fit", FREE + " peers.1.frozen=true peers.1.init_from=run", "a peer that does not learn", FREE),
+    ("free_attacks_fit", FREE + " peers.1.union.strategy=avg peers.1.union.threats=linf:0.1,l2:1",
+     "free with union.strategy avg", FREE),
+    ("previous_perturbations_fit", "peers=1 loss=at attack.start=previous data.augment.cutmix=1", "data.augment.cutmix",
+     "peers=1 loss=at attack.start=previous"),
+    ("previous_perturbations_fit", "attack.start=previous data.augment.cutout=2", "data.augment.cutout",
+     "attack.start=previous data.augment.pad=2 data.augment.flip=true"),
+    ("previous_perturbations_fit", "attack.start=previous attack.method=n_fgsm attack.steps=1", "a start of its own",
+     "attack.method=n_fgsm attack.steps=1"),
+    ("previous_perturbations_fit", "peers=1 loss=at attack.start=previous union.strategy=max "
+     "union.threats=linf:0.1,l2:1", "kept for one threat", "attack.start=previous"),
+    ("previous_perturbations_fit", "attack.start=previous data.generated=x.npz data.generated_share=0.5",
+     "not kept for generated images", "attack.start=previous data.poison=x.npz"),
+    ("previous_perturbations_fit", "attack.reset_epochs=3", "and none are kept",
+     "attack.start=previous attack.reset_epochs=3"),
+    ("attack_steps_grow", "attack.steps=1 attack.steps_warmup_epochs=2", "grows up to 1",
+     "attack.steps=2 attack.steps_warmup_epochs=2"),
+    ("attack_steps_grow", "train.epochs=3 attack.steps_warmup_epochs=4", "grows for 4 of 3 epochs",
+     "train.epochs=3 attack.steps_warmup_epochs=3"),
     ("somebody_is_there_to_learn_from", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
     ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)",
      "peers=1 loss=trades"),
@@ -183,6 +233,12 @@ CASES = [
      "loss.attackers=partner loss.teacher_set=owner"),
     ("attackers_can_rotate", "loss=mat_kd loss.attackers=partner", "gives the partner's AEs no weight",
      "loss=mat_kd loss.attackers=one"),
+    ("attackers_can_rotate", "loss=mat_kd loss.attackers=one attack.split_batch=true", "that all peers make together",
+     "loss=mat_kd attack.split_batch=true"),
+    ("attackers_can_rotate", "loss=mat loss.attackers=one attack.method=free attack.steps=1 train.replays=2",
+     "from the gradient of learning", "loss=mat attack.method=free attack.steps=1 train.replays=2"),
+    ("attackers_can_rotate", "loss.attackers=one attack.start=previous", "perturbations that are carried on",
+     "attack.start=previous"),
     ("weights_can_be_pulled", "peers=1 loss=at step.pull=0.5", "there is one peer", "peers=2 loss=at step.pull=0.5"),
     ("weights_can_be_pulled", "step.pull=0.5 peers.2.frozen=true peers.2.init_from=x", "peer2 does not train",
      "step.pull=0.5 peers.2.init_from=x"),
@@ -229,7 +285,7 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 def test_every_rule_has_a_case() -> None:
     public = {
         name
-        for module in (rules, rules_learning, rules_sharing, rules_unions)
+        for module in (rules, rules_attack, rules_learning, rules_sharing, rules_unions)
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__

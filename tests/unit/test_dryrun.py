@@ -56,6 +56,7 @@ TAUGHT = "peers=2 peers.1.frozen=true peers.1.init_from=run peers.0.loss="
 
 
 MORE = [
+    "peers=2 loss=mat attack.method=free train.replays=2",
     *(f"peers=2 loss={preset}" for preset in ("at", "mat_share", "mat_kd", "dml_at", "trades", "mat_trades",
                                               "cat", "mart", "lbgat", "peeraid")),
     *(UNION + strategy for strategy in ("avg", "max", "ramp", "random", "msd")),
@@ -74,7 +75,8 @@ MORE = [
     "peers=2 loss=mat", TAUGHT + "rslad", UNION + "eat", "peers=2 loss=trades optim.awp_gamma=0.01",
     *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)])
 def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None:
-    config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", "attack.steps=2",
+    steps = 1 if "free" in settings else 2
+    config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", f"attack.steps={steps}",
                        "step.attack_copy=false")  # the hooks below count calls of the model, not of its copy
     told, count = cells(description(config), "passes"), len(config.peers)
     cohort = Cohort.build(config, Mesh(Placement.place(count, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
@@ -134,6 +136,13 @@ def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:
     assert row("peers=1", "loss=trades", "optim.awp_gamma=0.01") == ["10", "4", "0", "15", "14"]  # the clean one
 
 
+def test_free_training_has_no_passes_but_those_of_learning_and_longer_epochs() -> None:
+    free = ("loss=at", "attack.method=free", "attack.steps=1", "train.replays=8", "train.epochs=2", "data.val_size=100")
+    text = description(config_of(*free, "train.batch_size=256"))
+    assert cells(text, "passes")["all"] == ["0", "4", "0", "4", "4"]
+    assert "schedule: 80 steps, 40 per epoch" in text and "320 forward, 320 backward" in text
+
+
 def test_a_frozen_peer_holds_its_weights_alone() -> None:
     """The student: weights, average, gradient, momentum; the buffers of its norm layers are small."""
     plain, with_teacher = (float(cells(description(config_of(*overrides, "model.width=16", "optim.ema_decay=0.9")),
@@ -178,6 +187,11 @@ def test_the_state_has_the_bytes_of_the_tensors_of_a_trained_peer() -> None:
     for world, bytes_of_rank in ((1, sum(held)), (2, max(held))):  # two ranks: the fuller one counts
         told = float(cells(description(config, world), "memory")["state"][0])
         assert told == pytest.approx(bytes_of_rank / 2**20, abs=0.006)
+
+
+def test_perturbations_of_all_padded_images_are_held() -> None:
+    kept = cells(description(config_of("attack.start=previous", "data.val_size=100", "data.augment.pad=1")), "memory")
+    assert float(kept["perturbations"][0]) == round(4 * 1337 * 10 * 10 * 2 / 2**20, 2)  # 4 peers, 2 bytes a value
 
 
 def test_a_cohort_that_shares_nothing_holds_only_its_own_examples() -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoint, streams
 from mat_dist.cohort import state_hash
-from mat_dist.peer import Peer, average
+from mat_dist.peer import Peer
 from mat_dist.plan import CohortPlan
 from mat_dist.schedules import ema_decay_at
+from mat_dist.sgd import average
 from tests.cohorts import Net, batch, cohort_config, nets
 
 

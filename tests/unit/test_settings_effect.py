@@ -107,7 +107,8 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "step.pull=0.5")
+                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "step.pull=0.5",
+                  "attack.start=previous")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
     assert train.main([*SMALL, "--dry-run"]) == 0
     images = ("data.name=folder", f"data.root={folder}", "data.image_size=8", "data.residency=mmap",
@@ -151,6 +152,10 @@ WITH_OTHERS = {  # setting: what else is set on both sides
     "union.ramp_weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
     "union.projection_beta=0.5": UNION.replace("avg", "ramp"),
     "loss.hard_weight=0.9": "loss=at",
+    "train.replays=3": "loss=at attack.method=free train.replays=2 train.max_steps=3",
+    "attack.split_batch=true": "loss=at", "attack.steps_warmup_epochs=1": "attack.steps=4",
+    "attack.start=previous": "train.epochs=2 train.max_steps=7",
+    "attack.reset_epochs=1": "attack.start=previous train.epochs=2 train.max_steps=7",
     "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",
     "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.decay_norm_bias=false": "optim.weight_decay=0.5",

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import statistics
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import pytest
 
 from mat_dist.bench import evidence, search
 from mat_dist.bench.__main__ import main
-from mat_dist.bench.study import runs
+from mat_dist.bench.study import pages, runs
 from mat_dist.bench.study.options import Options
 from mat_dist.bench.study.plan import Evaluation, Family, Row, read_evidence, read_search
-from mat_dist.bench.study.runs import Enough, Job, Runner, machines, side_by_side, training_seconds
+from mat_dist.bench.study.runs import Enough, Job, Runner, training_seconds
 from mat_dist.bench.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
 from mat_dist.dryrun import training_passes
@@ -198,6 +197,8 @@ def test_passes_of_a_training_by_hand() -> None:
     assert training_passes(load_config("digits", settings)) == (10, 80, 80)
     shared = load_config("digits", ["peers=2", "loss=mat_share", *settings[2:]])
     assert training_passes(shared) == (10, 10 * 2 * 9, 10 * 2 * 9)
+    growing = load_config("digits", [*settings, "attack.steps_warmup_epochs=1"])  # 5 steps: ceil of 7/5, 14/5, ...
+    assert training_passes(growing) == (10, 2 + 3 + 5 + 6 + 7 + 5 * 7 + 10, 2 + 3 + 5 + 6 + 7 + 5 * 7 + 10)
     unread = load_config("digits", ["data.name=folder", "data.root=x", "data.image_size=8", *settings])
     assert training_passes(unread) is None and training_passes(unread, 10) == (10, 80, 80)
 
@@ -378,57 +379,10 @@ def test_a_row_may_start_from_the_runs_of_another_row_with_the_same_seed(tmp_pat
     assert "RUN(other):peer1" in two.command and str(tmp_path) not in two.command and one.digest == two.digest
 
 
-# ------------------------------------------------------------------------------------------------ several at a time
-
-
-def run_of(folder: Path, row: str, *settings: str, seed: int = 0) -> Job:
-    return Job.make(row, seed, folder, "digits", settings)
-
-
-def test_two_jobs_run_at_the_same_time(tmp_path: Path) -> None:
-    """Each waits for the other: one after the other, the barrier would break."""
-    both = threading.Barrier(2, timeout=30)
-    ended = side_by_side([(run_of(tmp_path, name), both.wait) for name in ("a", "b")], 2)
-    assert sorted(future.result() for _, future in ended) == [0, 1]
-
-
-def test_a_run_waits_for_the_one_whose_peers_it_takes_and_for_no_other(tmp_path: Path) -> None:
-    """With a barrier only c and b can pass, b of seed 1 must not wait for a of seed 0, which waits for it."""
-    order: list[str] = []
-    other_seed = threading.Event()
-
-    def first() -> None:
-        assert other_seed.wait(30)
-        order.append("a")
-
-    needs_a = ("peers=2", "peers.1.init_from=RUN(a):peer1")
-    tasks = [(run_of(tmp_path, "a"), first), (run_of(tmp_path, "b", *needs_a), lambda: order.append("b")),
-             (run_of(tmp_path, "b", *needs_a, seed=1), other_seed.set)]
-    numbers = [number for number, future in side_by_side(tasks, 3) if future.result() is None]
-    assert order == ["a", "b"] and sorted(numbers) == [0, 1, 2]
-
-
-def test_one_failed_run_stops_no_other(tmp_path: Path) -> None:
-    def fails() -> None:
-        raise ConfigError("broken", "here", "mend it")
-
-    found = dict(side_by_side([(run_of(tmp_path, "a"), fails), (run_of(tmp_path, "b"), lambda: 7)], 1))
-    assert isinstance(found[0].exception(), ConfigError) and found[1].result() == 7
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1000"])
-def test_a_number_of_jobs_must_make_sense(value: str) -> None:
-    with pytest.raises(ConfigError, match="--jobs"):
-        Options.read([f"--jobs={value}"], "evidence", "plan.yaml")
-
-
-def test_the_machines_of_a_table_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two runs on one device and one on another, as their records say; what is not finished does not count."""
-    monkeypatch.setattr(Job, "done", property(lambda self: self.row != "d"))
-    for row, device in (("a", "cpu"), ("b", "cpu"), ("c", "H100"), ("d", "cpu")):
-        record = {"attempt": 1, "devices": [device] * 2, "git": "abc", "versions": {"torch": "2", "system": "x"}}
-        (tmp_path / f"{row}_0").mkdir()
-        (tmp_path / f"{row}_0" / "environment.json").write_text(json.dumps({**record, "attempts": [record]}))
-    found = machines(run_of(tmp_path, row) for row in "abcd")
-    assert found == [{"devices": ["cpu"], "git": "abc", "versions": {"torch": "2"}, "runs": 2},
-                     {"devices": ["H100"], "git": "abc", "versions": {"torch": "2"}, "runs": 1}]
+def test_a_best_checkpoint_that_is_the_last_is_told_once() -> None:
+    one = {"row": "mat", "control": "at", "checkpoint": "last", "kind": "mean", "column": "clean", "mean": 0.1,
+           "low": 0.0, "high": 0.2, "by_seed": [0.1], "verdict": "above"}
+    table = {"primary": "pgd", "differences": [one, {**one, "checkpoint": "best"},
+                                               {**one, "kind": "best", "checkpoint": "best", "mean": 0.3}]}
+    lines = [line for line in pages._differences(table) if line.startswith("| `mat`")]
+    assert [line.split(" | ")[1:3] for line in lines] == [["mean peer", "last"], ["best peer", "best"]]

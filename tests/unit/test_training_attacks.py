@@ -1,4 +1,4 @@
-"""N-FGSM against its formula, written here from the paper; attacks guided by teachers."""
+"""N-FGSM against its formula, written here from the paper; attacks guided by teachers; growing attacks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from mat_dist import streams
 from mat_dist.attacks.nfgsm import n_fgsm
 from mat_dist.attacks.pgd import attack_loss
 from mat_dist.peer import Peer
+from mat_dist.plan import CohortPlan
+from mat_dist.schedules import attack_steps_at
 from tests.cohorts import batch, cohort_config, nets
 
 EPS = 0.05
@@ -49,3 +51,20 @@ def test_an_attack_without_a_teacher_moves_away_from_its_own_clean_prediction() 
     alone = attack_loss(model, x, y, "kl_teacher")(logits)
     assert torch.equal(alone, attack_loss(model, x, y, "kl_clean")(logits))
     assert not torch.equal(alone, attack_loss(model, x, y, "kl_teacher", torch.zeros_like(logits))(logits))
+
+
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
+def test_the_number_of_steps_grows_over_its_warm_up_and_their_length_stays(method: str) -> None:
+    """2 epochs of 4 training steps up to 5 attack steps: at training step t the smallest k >= 5 (t + 1) / 8."""
+    def peer(steps: int, warmup: float, size: float | None = None) -> Peer:
+        attack = {"method": method, "steps": steps, "step_size": size, "steps_warmup_epochs": warmup}
+        config = cohort_config("at", 1, eps=0.1, entry={"attack": attack})
+        made = Peer(0, config.peers[0], nets(1)[0], seed=0, step=config.step)
+        made.follow(CohortPlan.of(config.peers).peers[0], forwards=1, steps_per_epoch=4)
+        return made
+
+    growing, (x, y) = peer(5, 2), batch(0)
+    for step, steps in enumerate((1, 2, 2, 3, 4, 4, 5, 5, 5, 5)):
+        assert attack_steps_at(step, 5, 8) == steps
+        plain = peer(steps, 0, growing.spec.attack.step_size)
+        assert torch.equal(growing.attack(x, y, step), plain.attack(x, y, step))

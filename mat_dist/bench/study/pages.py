@@ -96,13 +96,17 @@ def _share(cell: Mapping[str, Any] | None) -> str:
 
 def _differences(table: Mapping[str, Any]) -> list[str]:
     columns = ["row minus control", "who", "checkpoint", "column", "points", "95 % interval", "by seed", "verdict"]
-    shown = [one for one in table["differences"] if one["column"] in ("clean", table["primary"])]
+    told = ("row", "control", "kind", "column", "mean", "low", "high", "by_seed")
+    asked = [one for one in table["differences"] if one["column"] in ("clean", table["primary"])]
+    last = [{key: one[key] for key in told} for one in asked if one["checkpoint"] == "last"]
+    shown = [one for one in asked if one["checkpoint"] == "last" or {key: one[key] for key in told} not in last]
     lines = [[f"`{one['row']}` - `{one['control']}`", KINDS[one["kind"]], one["checkpoint"], one["column"],
               f"{100 * one['mean']:+.2f}", f"{100 * one['low']:+.2f} to {100 * one['high']:+.2f}",
               ", ".join(f"{100 * value:+.2f}" for value in one["by_seed"]), one["verdict"]] for one in shown]
     return ["Paired image by image, the same seeds; the interval is the wider one of images and seeds (Student's t), "
             "and *noise* means that it holds 0. Differences in the other columns stand in the JSON file. A single peer "
-            "is its own best peer and ensemble.", "", *markdown(columns, lines, text_columns=4)]
+            "is its own best peer and ensemble. Where the best checkpoint is the last one, the difference stands once.",
+            "", *markdown(columns, lines, text_columns=4)]
 
 
 def _rows(table: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,167 @@
+"""Attacks that start from the epoch before, against a loop with a plain dictionary of perturbations (fp64)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat_dist import streams
+from mat_dist.cohort import Cohort, state_hash
+from mat_dist.config.schema import AugmentConfig, Config
+from mat_dist.data.batches import Batches
+from mat_dist.data.images import ImageSet
+from mat_dist.errors import NonFinite
+from mat_dist.mesh.mesh import Mesh
+from mat_dist.step import train_step
+from mat_dist.threats import Threat
+from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, nets
+from tests.ranks.test_step import hashes, largest_difference
+from tests.reference_mat import Reference, ce, project, start_noise, step_along
+
+Run = Callable[..., list[Any]]
+N, PER_EPOCH, STEPS, EPS = 19, 2, 7, 0.1  # three images of each epoch are left over
+PAD = AugmentConfig(pad=2, flip=True)
+
+
+def image_set() -> ImageSet:
+    """Grey images, so that no value is cut at 0 or 1 but those of the padding."""
+    noise = streams.uniform(streams.key(5, "carried-x"), (N, *SHAPE))
+    labels = (streams.uniform(streams.key(5, "carried-y"), (N,)) * CLASSES).long()
+    return ImageSet(((0.3 + 0.4 * noise) * 255).to(torch.uint8), labels.to(torch.uint8))
+
+
+def configured(peers: int = 2, *, precision: str = "fp64", norm: str = "linf", reset: int = 0, pad: int = 2,
+               **step: Any) -> Config:
+    attack = {"steps": 2, "start": "previous", "reset_epochs": reset}
+    entry = {"threat": {"norm": norm, "eps": EPS}, "attack": attack, "loss": {"preset": "at"},
+             "optim": {"lr": 0.1, "schedule": "constant"}}
+    return complete({"peers": [entry] * peers, "train": {"batch_size": BATCH, "epochs": 1000},
+                     "data": {"augment": {"pad": pad, "flip": pad > 0}}, "step": {"precision": precision, **step}})
+
+
+def train(config: Config, mesh: Mesh, models: list[Any], steps: int = STEPS, cohort: Cohort | None = None,
+          first: int = 0) -> Cohort:
+    dtype = torch.float64 if config.step.precision == "fp64" else torch.float32
+    if cohort is None:
+        cohort = build(config, mesh, models)
+        cohort.steps_per_epoch = PER_EPOCH
+        cohort.begin(0)
+        cohort._tell_peers()
+    batches = Batches(image_set(), seed=config.run.seed, batch_size=BATCH, augment=config.data.augment, dtype=dtype,
+                      rows=cohort.rows)
+    for step in range(first, steps):
+        cohort.begin(step, batches.shown)
+        train_step(cohort, *batches.at(step), step)
+    return cohort
+
+
+class Remembering:
+    """The loop: PGD from the frame that was left behind, with crops and mirrors done by slices."""
+
+    def __init__(self, config: Config, index: int, model: Any) -> None:
+        spec = config.peers[index]
+        self.net, self.index, self.threat = Reference(model), index, Threat(spec.threat.norm, spec.threat.eps)
+        self.reset, self.pad, self.frames = spec.attack.reset_epochs, config.data.augment.pad, dict[int, Tensor]()
+        self.data = image_set()
+
+    def views(self, step: int) -> list[tuple[int, int, int, bool]]:
+        epoch, place = divmod(step, PER_EPOCH)
+        order = streams.permutation(streams.key(0, "order", epoch), N)[place * BATCH:(place + 1) * BATCH]
+        u = streams.uniform(streams.key(0, "augment-crop", step), (BATCH, 2), dtype=torch.float64)
+        v = streams.uniform(streams.key(0, "augment-flip", step), (BATCH, 1), dtype=torch.float64)
+        places = 2 * self.pad + 1
+        return [(int(order[b]), int(u[b, 0] * places), int(u[b, 1] * places), bool(self.pad and v[b, 0] < 0.5))
+                for b in range(BATCH)]
+
+    def look(self, frame: Tensor, top: int, left: int, mirrored: bool) -> Tensor:
+        seen = frame[:, top:top + SHAPE[1], left:left + SHAPE[2]]
+        return seen.flip(-1) if mirrored else seen
+
+    def step(self, step: int) -> None:
+        if self.reset and step % (self.reset * PER_EPOCH) == 0:
+            self.frames = {}
+        views = self.views(step)
+        images = [F.pad(self.data.images[n].double() / 255, (self.pad,) * 4) for n, *_ in views]
+        x = torch.stack([self.look(one, *view[1:]) for one, view in zip(images, views, strict=True)])
+        y = torch.tensor([int(self.data.labels[n]) for n, *_ in views])
+        noise = start_noise(streams.key(0, "attack", step, self.index), "uniform", self.threat, x)
+        start = [x[b] + (self.look(self.frames[n], *view) if n in self.frames else noise[b])
+                 for b, (n, *view) in enumerate(views)]
+        adv = project(torch.stack(start), x, self.threat)
+        for _ in range(2):
+            adv = adv.detach().requires_grad_()
+            (g,) = torch.autograd.grad(ce(self.net.logits(adv, None), y), adv)
+            adv = project(step_along(g, adv.detach(), x, self.threat, 2.5 * EPS / 2), x, self.threat)
+        for b, (n, top, left, mirrored) in enumerate(views):
+            frame = self.frames.get(n, torch.zeros_like(images[b])).clone()
+            seen = (adv[b].detach() - x[b]).half().double()
+            frame[:, top:top + SHAPE[1], left:left + SHAPE[2]] = seen.flip(-1) if mirrored else seen
+            self.frames[n] = frame
+        stats: list[Any] = []
+        loss = ce(self.net.logits(adv.detach(), stats), y)
+        self.net.descend(torch.autograd.grad(loss, self.net.w))
+        self.net.settle([stats])
+
+
+@pytest.mark.parametrize("norm,reset,pad", [("linf", 0, 2), ("linf", 2, 0), ("l2", 0, 2)])
+def test_perturbations_are_carried_from_epoch_to_epoch_as_in_a_plain_loop(norm: str, reset: int, pad: int,
+                                                                          run_ranks: Run) -> None:
+    models, config = nets(2, dtype=torch.float64), configured(norm=norm, reset=reset, pad=pad)
+    (cohort,) = run_ranks(lambda mesh: train(config, mesh, models), 2, 1)
+    for index, peer in enumerate(cohort.peers):
+        loop = Remembering(config, index, models[index])
+        for step in range(STEPS):
+            loop.step(step)
+        assert loop.net.differences(peer.model.state_dict()) < 1e-9
+        kept = peer.crafter.state()["carried"]
+        assert {n for n in range(N) if kept["known"][n]} == set(loop.frames)
+        assert all(torch.allclose(kept["frames"][n].double(), frame, atol=1e-6) for n, frame in loop.frames.items())
+
+
+def test_a_start_from_the_epoch_before_is_another_start(run_ranks: Run) -> None:
+    models, config = nets(1), configured(1, precision="fp32")
+    fresh = config.model_copy(update={"peers": tuple(p.model_copy(update={
+        "attack": p.attack.model_copy(update={"start": "uniform"})}) for p in config.peers)})
+    one, other = (run_ranks(lambda mesh, c=c: train(c, mesh, models, 3), 1, 1) for c in (config, fresh))
+    assert largest_difference(one, other) > 1e-4
+    early = [run_ranks(lambda mesh, c=c: train(c, mesh, models, PER_EPOCH), 1, 1) for c in (config, fresh)]
+    assert largest_difference(*early) == 0  # nothing is known in the first epoch
+
+
+def test_placement_and_micro_batches_do_not_change_what_is_remembered(run_ranks: Run) -> None:
+    models, config = nets(2), configured(precision="fp32")
+    alone, spread = (hashes(run_ranks(lambda mesh: train(config, mesh, models), 2, world)) for world in (1, 2))
+    assert alone == spread
+    exact = nets(2, norm="group", dtype=torch.float64)
+    plain = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 1)
+    parts = run_ranks(lambda mesh: train(configured(microbatches=2), mesh, exact), 2, 1)
+    assert largest_difference(plain, parts) < 1e-10
+    replicas = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 4)
+    assert largest_difference(plain, replicas) < 1e-9
+    for cohort in replicas:
+        mine, theirs = cohort.peers[0].crafter.state(), plain[0].peers[cohort.peers[0].index].crafter.state()
+        assert torch.equal(mine["carried"]["known"], theirs["carried"]["known"])
+        assert torch.allclose(mine["carried"]["frames"], theirs["carried"]["frames"], atol=1e-6)
+
+
+def test_what_is_remembered_survives_a_checkpoint_and_not_a_refused_step(run_ranks: Run) -> None:
+    models, config = nets(1), configured(1, precision="fp32")
+    def one(mesh: Mesh) -> tuple[str, str]:
+        whole = train(config, mesh, models)
+        first = train(config, mesh, models, 3)
+        resumed = train(config, mesh, models, 0)
+        resumed.peers[0].load(first.peers[0].state())
+        train(config, mesh, models, STEPS, cohort=resumed, first=3)
+        before, peer = state_hash(first.peers[0].state()), first.peers[0]
+        peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
+        with pytest.raises(NonFinite):
+            train(config, mesh, models, 4, cohort=first, first=3)
+        assert state_hash(peer.state()) == before
+        return state_hash(whole.peers[0].state()), state_hash(resumed.peers[0].state())
+    ((whole, resumed),) = run_ranks(one, 1, 1)
+    assert whole == resumed

@@ -1,0 +1,66 @@
+"""Several runs of a study at a time: order, failures, and what the finished ones ran on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from mat_dist.bench.study.options import Options
+from mat_dist.bench.study.runs import Job, machines, side_by_side
+from mat_dist.errors import ConfigError
+
+
+def run_of(folder: Path, row: str, *settings: str, seed: int = 0) -> Job:
+    return Job.make(row, seed, folder, "digits", settings)
+
+
+def test_two_jobs_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the other: one after the other, the barrier would break."""
+    both = threading.Barrier(2, timeout=30)
+    ended = side_by_side([(run_of(tmp_path, name), both.wait) for name in ("a", "b")], 2)
+    assert sorted(future.result() for _, future in ended) == [0, 1]
+
+
+def test_a_run_waits_for_the_one_whose_peers_it_takes_and_for_no_other(tmp_path: Path) -> None:
+    """With a barrier only c and b can pass, b of seed 1 must not wait for a of seed 0, which waits for it."""
+    order: list[str] = []
+    other_seed = threading.Event()
+
+    def first() -> None:
+        assert other_seed.wait(30)
+        order.append("a")
+
+    needs_a = ("peers=2", "peers.1.init_from=RUN(a):peer1")
+    tasks = [(run_of(tmp_path, "a"), first), (run_of(tmp_path, "b", *needs_a), lambda: order.append("b")),
+             (run_of(tmp_path, "b", *needs_a, seed=1), other_seed.set)]
+    numbers = [number for number, future in side_by_side(tasks, 3) if future.result() is None]
+    assert order == ["a", "b"] and sorted(numbers) == [0, 1, 2]
+
+
+def test_one_failed_run_stops_no_other(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise ConfigError("broken", "here", "mend it")
+
+    found = dict(side_by_side([(run_of(tmp_path, "a"), fails), (run_of(tmp_path, "b"), lambda: 7)], 1))
+    assert isinstance(found[0].exception(), ConfigError) and found[1].result() == 7
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1000"])
+def test_a_number_of_jobs_must_make_sense(value: str) -> None:
+    with pytest.raises(ConfigError, match="--jobs"):
+        Options.read([f"--jobs={value}"], "evidence", "plan.yaml")
+
+
+def test_the_machines_of_a_table_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two runs on one device and one on another, as their records say; what is not finished does not count."""
+    monkeypatch.setattr(Job, "done", property(lambda self: self.row != "d"))
+    for row, device in (("a", "cpu"), ("b", "cpu"), ("c", "H100"), ("d", "cpu")):
+        record = {"attempt": 1, "devices": [device] * 2, "git": "abc", "versions": {"torch": "2", "system": "x"}}
+        (tmp_path / f"{row}_0").mkdir()
+        (tmp_path / f"{row}_0" / "environment.json").write_text(json.dumps({**record, "attempts": [record]}))
+    found = machines(run_of(tmp_path, row) for row in "abcd")
+    assert found == [{"devices": ["cpu"], "git": "abc", "versions": {"torch": "2"}, "runs": 2},
+                     {"devices": ["H100"], "git": "abc", "versions": {"torch": "2"}, "runs": 1}]

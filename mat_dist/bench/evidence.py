@@ -119,6 +119,7 @@ def execute(suite: Suite, entries: Sequence[Entry], rows: set[str], seeds: Seque
             future.result()
         except Enough:
             over = True
+            continue
         except MatError as error:
             entry.failures[seed] = str(error)
             runner.tell(f"warning: {entry.name}, seed {seed}: {error}")

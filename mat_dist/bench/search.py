@@ -136,6 +136,7 @@ def execute(found: Sequence[Candidate], seeds: Sequence[int], jobs: int, runner:
             future.result()
         except Enough:
             over = True
+            continue
         except MatError as error:
             one.failures[seed] = str(error)
             runner.tell(f"warning: {one.name}, seed {seed}: {error}")

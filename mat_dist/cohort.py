@@ -98,11 +98,12 @@ class Cohort:
     alone: set[int] = field(default_factory=set)  # peers that still warm up
     turn: int = 0  # the step, where whose AEs are learnt changes with it
     listening: tuple[set[int], set[int], int] = field(default_factory=lambda: (set(), set(), 0))  # of the plan
-    drawn: dict[int, int] = field(default_factory=dict)  # of the plan
+    period: int = field(init=False)  # of the sources, when nobody is muted
     _before: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches, self.plan.makers)
+        self.period = self.plan.period
         self._tell_peers()
 
     def _tell_peers(self) -> None:
@@ -175,13 +176,13 @@ class Cohort:
         self._recall(step, shown)
         self.muted = {peer: until for peer, until in self.muted.items() if until > step}
         alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
-        turn = step if self.plan.period > 1 else 0
+        turn = step if self.period > 1 else 0
         if self.listening != (set(self.muted), alone, turn):
             self.alone, self.turn = alone, turn
             self._replan()
         drawn = self.draws.at(self.plan, step)
-        if drawn != self.drawn:
-            self.drawn, self.plan = drawn, self.plan.drawing(drawn)
+        if drawn != {row.index: row.drawn for row in self.plan.peers if row.drawn is not None}:
+            self.plan = self.plan.drawing(drawn)
             self._tell_peers()
 
     def state(self) -> dict[str, Any]:

@@ -202,7 +202,8 @@ def _passes(run: _Run) -> list[str]:
     grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
     over = "" if run.plan.period == 1 else f", in the mean over {run.plan.period} steps"
     return [f"passes per step, of {run.rows} images each{over}", *_lines(table), *grown,
-            "  Not counted: evaluations, and forwards for the transfer table of log steps."]
+            "  Not counted: evaluations, and forwards for the transfer table of log steps.",
+            "  Counted in full: epochs before the mutual terms or weight perturbation begin."]
 
 
 def _memory(run: _Run) -> list[str]:

@@ -28,7 +28,7 @@ def pull_together(models: Sequence[nn.Module], mesh: Mesh, share: float, left_ou
     taking = [i for i in range(mesh.placement.peers) if i not in left_out]
     moved = [i in taking for i in mesh.placement.local_peers]
     for tensors_L in zip(*map(_floating, models), strict=True):
-        everyones = mesh.gather_peers(torch.stack(tensors_L))[taking].flatten(1)
+        everyones = mesh.gather_peers(torch.stack(tensors_L))[taking].reshape(len(taking), tensors_L[0].numel())
         sound = everyones.isfinite().all(1, keepdim=True)
         mean = torch.where(sound, everyones, 0).sum(0) / sound.sum()
         for tensor, moves in zip(tensors_L, moved, strict=True):

@@ -195,9 +195,9 @@ def _attack(cohort: Cohort, peer: Peer, x_BCHW: Tensor, y_B: Tensor, step: int, 
 
     A part has every P-th row; its noise is that of the rows first_row / P, first_row / P + 1, ...
     """
-    if not (cohort.plan.crafts[peer.index] or log):
-        return x_BCHW
     part = cohort.plan.part(peer.index, step)
+    if not (cohort.plan.crafts[peer.index] or log):
+        return x_BCHW[part]
     return peer.attack(x_BCHW[part], y_B[part], step, first_row // cohort.plan.makers,
                        None if guide_BK is None else guide_BK[part])
 

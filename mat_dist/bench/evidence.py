@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -113,18 +114,19 @@ def execute(suite: Suite, entries: Sequence[Entry], rows: set[str], seeds: Seque
     tasks = [(entry.jobs[seed], partial(complete, suite.tables[entry.table], entry, seed, runner))
              for entry, seed in left]
     over = False
-    for number, future in side_by_side(tasks, jobs):
-        entry, seed = left[number]
-        try:
-            future.result()
-        except Enough:
-            over = True
-            continue
-        except MatError as error:
-            entry.failures[seed] = str(error)
-            runner.tell(f"warning: {entry.name}, seed {seed}: {error}")
-        take_up(suite, [entry])
-        write()
+    with closing(side_by_side(tasks, jobs)) as ended, runner.ending():
+        for number, future in ended:
+            entry, seed = left[number]
+            try:
+                future.result()
+            except Enough:
+                over = True
+            except MatError as error:
+                entry.failures[seed] = str(error)
+                runner.tell(f"warning: {entry.name}, seed {seed}: {error}")
+            take_up(suite, [entry])
+            if not over:
+                write()
     if over:
         raise Enough
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -128,19 +129,20 @@ def execute(found: Sequence[Candidate], seeds: Sequence[int], jobs: int, runner:
             write: Callable[[], None]) -> None:
     """Train all with the first seed, then with the next. Raises Enough."""
     left = [(one, seed) for seed in seeds for one in found if seed in one.jobs and not one.jobs[seed].done]
+    tasks = [(one.jobs[seed], partial(train, one.jobs[seed], runner)) for one, seed in left]
     over = False
-    for number, future in side_by_side([(one.jobs[seed], partial(train, one.jobs[seed], runner))
-                                        for one, seed in left], jobs):
-        one, seed = left[number]
-        try:
-            future.result()
-        except Enough:
-            over = True
-            continue
-        except MatError as error:
-            one.failures[seed] = str(error)
-            runner.tell(f"warning: {one.name}, seed {seed}: {error}")
-        write()
+    with closing(side_by_side(tasks, jobs)) as ended, runner.ending():
+        for number, future in ended:
+            one, seed = left[number]
+            try:
+                future.result()
+            except Enough:
+                over = True
+            except MatError as error:
+                one.failures[seed] = str(error)
+                runner.tell(f"warning: {one.name}, seed {seed}: {error}")
+            if not over:
+                write()
     if over:
         raise Enough
 

@@ -45,12 +45,19 @@ class Subject:
     def make(cls, config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: int) -> Subject:
         """Fresh weights and random images of `shape` (C, H, W).
 
-        Raises ConfigError for attacks that have no passes of a whole batch.
+        Raises ConfigError for settings with which steps differ from each other or from what is compared.
         """
         for peer in config.peers:
-            if peer.attack.split_batch or peer.attack.method == "free":
-                raise ConfigError("the benchmark measures attacks of whole batches",
-                                  "attack.split_batch, attack.method", "write split_batch: false and method: pgd")
+            attack = peer.attack
+            for bad, where, how in ((attack.split_batch, "attack.split_batch", "split_batch: false"),
+                                  (attack.method == "free", "attack.method", "method: pgd"),
+                                  (attack.start == "previous", "attack.start", "start: uniform"),
+                                  (attack.steps_warmup_epochs > 0, "attack.steps_warmup_epochs", "0"),
+                                  (peer.loss.attackers != "all", "loss.attackers", "attackers: all"),
+                                  (bool(peer.union.projection_beta), "union.projection_beta", "0")):
+                if bad:
+                    raise ConfigError("the benchmark measures steps that are all alike, in which every peer attacks "
+                                      "the whole batch", where, f"write {how}")
         count = BATCHES * config.train.batch_size
         with keyed_rng(key(config.run.seed, "bench")):
             images = torch.randint(256, (count, *shape), dtype=torch.uint8)

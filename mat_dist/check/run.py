@@ -41,7 +41,7 @@ def check_run(report: Report, config: Config | None, ranks: int, nodes: int, nam
     whole = measured if config is not None and len(measured) == len(config.peers) else None
     report.ask("memory", memory.check_memory, config, launch, device, sample, whole)
     report.ask("run folder", storage.check_run_folder, config, name)
-    report.ask("disk", storage.check_disk, config, whole)
+    report.ask("disk", storage.check_disk, config, sample, whole)
     if nodes > 1:
         report.ask("shared folder", storage.check_shared, config, nodes)
 

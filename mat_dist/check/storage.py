@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mat_dist.atomic import free_bytes, output_error
+from mat_dist.carried import kept_bytes
+from mat_dist.check.data import Sample
 from mat_dist.check.findings import Answer
 from mat_dist.check.models import Measured
 from mat_dist.config.schema import Config
@@ -73,10 +75,11 @@ def _probe(folder: Path) -> None:
         raise output_error(error, folder) from error
 
 
-def check_disk(config: Config, measured: Mapping[int, Measured]) -> Answer[int]:
+def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured]) -> Answer[int]:
     """Whether keep + best + the one being written fit. Raises OutputError."""
     root = root_of(config)
-    each = int(sum(one.state for one in measured.values()) * SPARE)
+    each = int(sum(one.state + kept_bytes(config, config.peers[index], sample.train or 0,
+                                          tuple(sample.x_BCHW.shape[1:])) for index, one in measured.items()) * SPARE)
     count = config.checkpoint.keep + 2
     folder = RunFolder(root / config.run.name) if config.run.name else None
     held = sum(file.stat().st_size for file in folder.checkpoints.rglob("*.pt")) if folder else 0

@@ -35,7 +35,8 @@ class LossConfig(Section):
                                                                 "to this power (IAD: 0.1); 0: all alike")
     attackers: Literal["all", "partner", "one"] | None = Field(
         None, description="whose AEs the peer learns from: all peers'; its own and those of one other, the next one in "
-                          "each step; only those of one peer, the next one in each step (the others do not attack)")
+                          "each step; only those of one peer, the next one in each step (the others attack only where "
+                          "teacher_input own_ae asks for it)")
     temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation (T)")
     t2_scale: bool | None = Field(None, description="multiply distillation by T squared")
     teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(

@@ -151,7 +151,7 @@ def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
                 ("loss.gate", bool(loss.gate), "0"), ("loss.kd_where", loss.kd_where != "all", "all"),
                 ("attack.loss", peer.attack.loss == "margin", "ce"),
                 ("union.strategy", peer.union.strategy in ("eat", "ramp"), "max"))
-        unfit = [(name, use) for name, bad, use in asks if bad and not peer.frozen]
+        unfit = [(name, use) for name, bad, use in asks if bad and not (peer.frozen and name != "attack.loss")]
         if unfit:
             listed = ", ".join(f"{name} {operator.attrgetter(name)(peer)}" for name, _ in unfit)
             instead = ", ".join(f"{name}: {use}" for name, use in unfit)

@@ -102,11 +102,15 @@ def batches_can_be_split(config: Config) -> list[ConfigError]:
             found.append(ConfigError(f"a split batch with {what}", f"peers.0.{where}", "write split_batch: false"))
     for key, peer in entries(config):
         loss, attack = peer.loss, peer.attack
-        others = (loss.hard_weight and loss.hard_own != 1) or (loss.kd_weight and loss.kd_own != 1)
+        unfit = [f"{name} {value}" for name, value, bad in (
+            ("hard_own", loss.hard_own, loss.hard_weight and loss.hard_own != 1),
+            ("kd_own", loss.kd_own, loss.kd_weight and loss.kd_own != 1),
+            ("teacher_set", loss.teacher_set, loss.teacher_set != "all")) if bad]
+        told = f" ({', '.join(unfit)})" if unfit and loss.preset not in PAIRS else ""
         for bad, what, how in (
-                (loss.preset in PAIRS or others or loss.teacher_set != "all",
-                 f"preset {loss.preset}, which tells own AEs from others'", "loss: at, at_wa, mart, trades, mat_kd or "
-                 "dml_at"),
+                (loss.preset in PAIRS or bool(unfit),
+                 f"preset {loss.preset}{told}, which tells own AEs from others'",
+                 "loss: at, at_wa, mart, trades, mat_kd or dml_at, with hard_own: 1 and kd_own: 1"),
                 (peer.frozen or peer.role != "peer", "roles or frozen peers", "split_batch: false"),
                 (peer.threat != config.peers[0].threat, "threats that differ", "split_batch: false"),
                 (peer.union.strategy is not None, f"union.strategy {peer.union.strategy}", "split_batch: false"),

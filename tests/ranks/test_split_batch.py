@@ -172,3 +172,16 @@ def test_passes_of_a_training_with_split_batches_by_hand() -> None:
     settings = ["peers=2", "loss=at", "train.epochs=1", "train.batch_size=256", "data.val_size=100",
                 "attack.split_batch=true"]
     assert training_passes(load_config("digits", settings)) == (5, 5 * (7 + 2), 5 * (7 + 2))
+
+
+def test_where_no_loss_uses_aes_the_clean_images_stand_in_for_them(run_ranks: Run) -> None:
+    """Nobody attacks then; each maker's part of the clean batch goes where its AEs would."""
+    def one(mesh: Mesh) -> list[bool]:
+        config = cohort_config("at", 2, loss={"hard_weight": 0, "clean_weight": 1}, step={"precision": "fp64"},
+                               entry={"attack": {"steps": ATTACK_STEPS, "split_batch": True}})
+        cohort = build(config, mesh, [net.double() for net in nets(2)])
+        x, y = batch(0, dtype=torch.float64)
+        train_step(cohort, x, y, 0)
+        return [all(p.isfinite().all() for p in peer.model.parameters()) for peer in cohort.peers]
+
+    assert run_ranks(one, 2, 1) == [[True, True]]

@@ -322,6 +322,22 @@ def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(
     assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
 
 
+def test_turns_go_on_after_everybody_was_muted(run_ranks: Run) -> None:
+    """The step, not what was heard before it, says whose turn it is: a run resumed there could not know."""
+    def one(mesh: Mesh) -> list[Any]:
+        cohort = build(cohort_config("mat", 2, loss={"attackers": "one"}), mesh, two)
+        cohort.mute([0, 1], until=3)
+        cohort.begin(2)
+        cohort.begin(3)
+        resumed = build(cohort_config("mat", 2, loss={"attackers": "one"}), mesh, two)
+        resumed.begin(3)
+        return [row.learned for row in cohort.plan.peers] + [row.learned for row in resumed.plan.peers]
+
+    two = nets(2)
+    (found,) = run_ranks(one, 2, 1)
+    assert found[:2] == found[2:]
+
+
 def test_nobody_learns_from_a_muted_peer_until_its_quarantine_ends(run_ranks: Run) -> None:
     def one(mesh: Mesh) -> list[Any]:
         cohort = build(cohort_config("mat", 3, loss={"hard_own": 0.5}), mesh, nets3)

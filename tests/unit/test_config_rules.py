@@ -22,6 +22,7 @@ from mat_dist.errors import ConfigError
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
+GUIDED = "peers=2 peers.1.frozen=true peers.1.init_from=x"
 SPLIT = "loss=at attack.split_batch=true"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 CASES = [
@@ -44,8 +45,9 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
-    ("batches_can_be_split", SPLIT + " loss=mat", "preset mat, which tells own AEs", SPLIT + " loss=mat_kd"),
-    ("batches_can_be_split", SPLIT + " loss=mat_share", "preset mat_share, which tells own AEs", SPLIT),
+    ("batches_can_be_split", SPLIT + " loss=mat", "preset mat (kd_own 0.25), which tells own AEs",
+     SPLIT + " loss=mat_kd"),
+    ("batches_can_be_split", SPLIT + " loss=mat_share", "preset mat_share (hard_own 0.25), which tells own", SPLIT),
     ("batches_can_be_split", SPLIT + " peers=2 loss=peeraid", "preset peeraid", SPLIT + " loss=dml_at"),
     ("batches_can_be_split", SPLIT + " peers=1", "a split batch with one peer", SPLIT),
     ("batches_can_be_split", SPLIT + " peers=3 train.batch_size=64", "64 images (per micro-batch) for 3 peers",
@@ -128,6 +130,8 @@ CASES = [
      "loss=trades data.augment.cutmix=1"),
     ("mixed_labels_are_understood", "peers=1 loss=at attack.loss=margin data.augment.cutmix=0.5", "attack.loss: ce",
      "peers=1 loss=at data.augment.cutmix=0.5"),
+    ("mixed_labels_are_understood", f"{GUIDED} peers.1.attack.loss=margin data.augment.cutmix=1", "attack.loss: ce",
+     f"{GUIDED} data.augment.cutmix=1"),
     ("mixed_labels_are_understood", "loss.gate=1 data.augment.cutmix=0.5", "cutmix: 0, or loss.gate: 0", "loss.gate=1"),
     ("mixed_labels_are_understood", f"{UNION} union.strategy=eat data.augment.cutmix=0.5", "union.strategy eat",
      f"{UNION} union.strategy=msd data.augment.cutmix=0.5"),

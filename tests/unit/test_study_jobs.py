@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mat_dist.bench.study.options import Options
-from mat_dist.bench.study.runs import Job, machines, side_by_side
+from mat_dist.bench.study.runs import Job, Runner, machines, side_by_side
 from mat_dist.errors import ConfigError
+from mat_dist.stopping import StopFlag
 
 
 def run_of(folder: Path, row: str, *settings: str, seed: int = 0) -> Job:
@@ -46,6 +49,24 @@ def test_one_failed_run_stops_no_other(tmp_path: Path) -> None:
 
     found = dict(side_by_side([(run_of(tmp_path, "a"), fails), (run_of(tmp_path, "b"), lambda: 7)], 1))
     assert isinstance(found[0].exception(), ConfigError) and found[1].result() == 7
+
+
+def test_where_the_study_fails_what_has_not_begun_never_does(tmp_path: Path) -> None:
+    """As with a full disk: the second run is under way, the others wait."""
+    begun: list[int] = []
+    free = threading.Event()
+
+    def task(number: int) -> None:
+        begun.append(number)
+        assert number == 0 or free.wait(30)
+
+    tasks = [(run_of(tmp_path, f"row{n}"), partial(task, n)) for n in range(8)]
+    runner = Runner(StopFlag(), None, print)
+    with pytest.raises(OSError, match="full"), closing(side_by_side(tasks, 2)) as ended, runner.ending():
+        for number, _ in ended:
+            free.set()
+            raise OSError(f"the disk is full after {number}")
+    assert runner.over and len(begun) < 8
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1000"])

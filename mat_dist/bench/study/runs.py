@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class Job:
         return " ".join(["python -m mat_dist.train", *shown])
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Where its data lie now, which may be elsewhere than when it was trained."""
+        return tuple(word for word in self.words if word.startswith(("data.root=", "data.cache=")))
+
+    @property
     def digest(self) -> str:
         """Of all settings that can change the result, the seed left out: the same for all seeds of a row."""
         values = self.config.model_dump(mode="json", exclude={"run": True, "log": True, "comm": True,
@@ -110,16 +115,28 @@ class Runner:
         stop: set by a signal; the command that runs is asked to stop too.
         budget: seconds from now after which the command that runs is asked to save and stop; None: no end.
         tell: called with lines for people.
+
+    Attributes:
+        ended: set it to begin nothing more, and to ask what runs to stop.
     """
 
     def __init__(self, stop: StopFlag, budget: float | None, tell: Callable[[str], None]) -> None:
-        self._stop, self.tell = stop, tell
+        self._stop, self.tell, self.ended = stop, tell, False
         self._ends = None if budget is None else time.monotonic() + budget
 
     @property
     def over(self) -> bool:
         """Whether nothing more may begin."""
-        return self._stop.requested or (self._ends is not None and time.monotonic() >= self._ends)
+        return self.ended or self._stop.requested or (self._ends is not None and time.monotonic() >= self._ends)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A scope whose failure ends the study: what runs is asked to stop, in whichever thread."""
+        try:
+            yield
+        except BaseException:
+            self.ended = True
+            raise
 
     def begin(self, text: str) -> None:
         """Tell what comes now. Raises Enough where nothing more may begin."""
@@ -167,11 +184,12 @@ class Runner:
         return process.returncode
 
 
-def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int) -> Iterator[tuple[int, Future[Any]]]:
+def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int
+                 ) -> Generator[tuple[int, Future[Any]]]:
     """Run tasks, `jobs` at a time, begun in their order; one whose job needs the run of another waits for that.
 
     Returns:
-        (number of the task, its ended future), as they end.
+        (number of the task, its ended future), as they end. Close it (`contextlib.closing`) to begin no more.
     """
     futures: list[Future[Any]] = []
 
@@ -194,12 +212,16 @@ def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int) -> I
                       if other.seed == job.seed and other.row in job.needs]
             futures.append(pool.submit(after, needed, task))
         numbers = {future: number for number, future in enumerate(futures)}
-        for future in as_completed(futures):
-            yield numbers[future], future
+        try:
+            for future in as_completed(futures):
+                yield numbers[future], future
+        finally:  # where the caller fails, what has not begun never does
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def machines(jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """What the finished runs were made with: devices, versions and commit, and how many runs; each kind once."""
+    """What the finished runs were made with (in their last attempt): devices, versions and commit, and how many runs;
+    each kind once."""
     found: dict[str, dict[str, Any]] = {}
     for job in jobs:
         record = read_environment(job.folder) if job.done else None

@@ -83,10 +83,9 @@ def evaluate(job: Job, name: str, evaluation: Evaluation, label: Label, runner: 
 
 
 def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
-    """The words of the command after the run; data may lie elsewhere than when it was trained."""
+    """The words of the command after the run."""
     targets = "peers" if len(job.config.peers) == 1 else "peers,ensemble"
-    places = [word for word in job.words if word.startswith(("data.root=", "data.cache="))]
-    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}", *places)
+    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}", *job.places)
 
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:

@@ -15,8 +15,10 @@ KINDS = {"mean": "mean peer", "best": "best peer", "ensemble": "ensemble"}
 
 
 def is_mutual(config: Config) -> bool:
-    """Whether some peer learns from another one that trains in the same run: its AEs, its opinion, or both."""
+    """Whether some peer learns from another one that trains in the same run: its AEs, its opinion, its weights."""
     cohort = CohortPlan.of(config.peers)
+    if cohort.split or config.step.pull:
+        return True
     for plan in cohort.peers:
         sources = {slot for slot in plan.learned if slot < plan.peers}
         sources |= {teacher for slot in plan.distilled for teacher in plan.teachers(slot)}
@@ -35,8 +37,8 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
 
     Returns:
         `made`: the comparisons, with `verdict` beats, loses or noise and `cost_ratio`, the row's cost by the control's;
-        `left_out`: (row, control) whose control costs more, or whose cost is not known; `by_chance`: how many of
-        them would not be called noise were there no difference anywhere.
+        `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of them
+        have more than one seed; `by_chance`: how many of those would not be called noise were there no difference.
     """
     known = {row["row"]: row for row in rows}
     made: list[dict[str, Any]] = []
@@ -52,11 +54,12 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
         word = WORDS[one["verdict"].partition(" ")[0]]
         made.append({"row": row["row"], "control": control["row"], "kind": one["kind"], "verdict": word,
                      "mean": one["mean"], "low": one["low"], "high": one["high"], "seeds": len(one["by_seed"]),
-                     "images": one["images"], "cost_ratio": ratio})
+                     "images": one["images"], "cost_ratio": ratio, "tried": [row["tried"], control["tried"]]})
     order = [row["row"] for row in rows]
     made.sort(key=lambda one: (order.index(one["row"]), order.index(one["control"]), list(KINDS).index(one["kind"])))
-    return {"column": primary, "made": made, "left_out": [list(pair) for pair in left_out],
-            "by_chance": CHANCE * len(made)}
+    several = sum(one["seeds"] > 1 for one in made)
+    return {"column": primary, "made": made, "left_out": [list(pair) for pair in left_out], "several": several,
+            "by_chance": CHANCE * several}
 
 
 def verdict_lines(found: Mapping[str, Any]) -> list[str]:
@@ -66,11 +69,13 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
         return ["No row in which peers learn from each other meets a control of equal or lower cost yet."]
     lines = [f"Rows in which peers learn from each other, against every control that costs as much or less: "
              f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
-             f"{len(made)} comparisons were made; were there no difference anywhere, about {found['by_chance']:.1f} of "
-             "them would still not be called noise (5 %). They share rows, seeds, images: they do not err one by one.",
-             ""]
+             f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
+             f"difference anywhere, about {found['by_chance']:.1f} of these would still not be called noise (5 %). "
+             "With one seed the interval knows nothing of what another seed would give, and is too narrow. The "
+             "comparisons share rows, seeds, images: they do not err one by one. Cost is that of training; an ensemble "
+             "also costs as many predictions as it has members.", ""]
     if found["left_out"]:
-        lines += [f"Left out, since the control costs more: "
+        lines += [f"Left out, since the control costs more or its cost is not known: "
                   f"{', '.join(f'`{row}` against `{control}`' for row, control in found['left_out'])}.", ""]
     for row in dict.fromkeys(one["row"] for one in made):
         mine = [one for one in made if one["row"] == row]
@@ -98,5 +103,7 @@ def _sentence(pair: Sequence[Mapping[str, Any]]) -> str:
                      f"{'' if one['verdict'] == 'noise' else '**'} {100 * one['mean']:+.2f} points "
                      f"({100 * one['low']:+.2f} to {100 * one['high']:+.2f})" for one in pair)
     seeds = min(one["seeds"] for one in pair)
-    return (f"against `{first['control']}`, at {first['cost_ratio']:.2f} times its cost, {seeds} seed"
-            f"{'' if seeds == 1 else 's'}: {told}.")
+    mine, theirs = first["tried"]
+    tried = "" if mine == theirs else f", chosen from {mine} settings where the control is from {theirs}"
+    return (f"against `{first['control']}`, at {first['cost_ratio']:.2f} times its cost, "
+            f"{'one seed alone' if seeds == 1 else f'{seeds} seeds'}{tried}: {told}.")

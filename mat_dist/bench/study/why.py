@@ -27,7 +27,7 @@ def explain(job: Job, images: int, runner: Runner) -> None:
     if not images or reasons.find(job.folder, job.config, images) is not None:
         return
     runner.begin(f"{job.row}, seed {job.seed}: reasons")
-    code = runner.run("mat_dist.bench", ("reasons", str(job.folder.path), f"images={images}"), job.log)
+    code = runner.run("mat_dist.bench", ("reasons", str(job.folder.path), f"images={images}", *job.places), job.log)
     if code:
         raise failure(code, job, "bench reasons")
     if reasons.find(job.folder, job.config, images) is None:

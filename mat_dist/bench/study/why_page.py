@@ -45,13 +45,14 @@ def _explained(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     first = next(iter(measured[0]["why"]["seeds"].values()))
     attacks = [one for row in measured for seed in row["why"]["seeds"].values() for one in seed["attack"]]
     steps = "/".join(str(count) for count in sorted({one["steps"] for one in attacks}))
-    return [f"Every cohort on at most {first['asked']} images of the validation split, last checkpoint, PGD-{steps} on "
-            "cross-entropy for all; means over students and seeds. *Peers' AEs*: accuracy on AEs that another peer "
-            "made; the more it lies above *own AEs*, the weaker they are for who receives them. *Gap*: points by which "
-            "own AEs of training images are more often right than those of validation images (overfitting). On a "
-            "student's own AEs: *confidence* in the true class, of the student and of the others, its teachers; "
-            "*agreement* of their labels with its; *teachable*: some teacher is right where the student is wrong, an "
-            "upper bound of what labels can teach there; *KL* from teacher to student in nats."]
+    return [f"Every cohort on at most {first['asked']} images of the validation split, last checkpoint, "
+            f"PGD-{steps} (l1: APGD) on cross-entropy for all; means over students and seeds. *Peers' AEs*: "
+            "accuracy on AEs that another peer made; the more it lies above *own AEs*, the weaker they are for "
+            "who receives them. *Gap*: points by which own AEs of training images are more often right than those"
+            " of validation images (overfitting). On a student's own AEs: *confidence* in the true class, of the "
+            "student and of the others, its teachers; *agreement* of their labels with its; *teachable*: some "
+            "teacher is right where the student is wrong, an upper bound of what labels can teach there; *KL* "
+            "from teacher to student in nats."]
 
 
 def _table(measured: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -85,3 +85,11 @@ def test_the_machines_of_a_table_are_those_of_its_runs(monkeypatch: pytest.Monke
     found = machines(run_of(tmp_path, row) for row in "abcd")
     assert found == [{"devices": ["cpu"], "git": "abc", "versions": {"torch": "2"}, "runs": 2},
                      {"devices": ["H100"], "git": "abc", "versions": {"torch": "2"}, "runs": 1}]
+
+
+def test_a_run_of_a_version_with_other_settings_is_not_done_and_stops_no_other(tmp_path: Path) -> None:
+    made = run_of(tmp_path, "a")
+    made.folder.path.mkdir()
+    made.folder.config.write_text("step: {unheard_of: 1}\n")
+    assert not made.done and "unheard_of" in made.conflicts[0]
+    assert machines([made]) == []

@@ -21,7 +21,7 @@ from mat_dist.atomic import reported
 from mat_dist.checkpoint import json_digest
 from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
-from mat_dist.errors import MatError, OutputError, StopRequested, error_class
+from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
 from mat_dist.runfolder import RunFolder, finished
 from mat_dist.runfolder.exits import read_environment
 from mat_dist.stopping import StopFlag
@@ -100,7 +100,11 @@ class Job:
         """In what a run that is there already has other settings, as when the plan was changed."""
         if not self.folder.config.exists():
             return []
-        return resume_conflicts(load_config(str(self.folder.config)).model_dump(mode="json"), self.config)
+        try:
+            held = load_config(str(self.folder.config)).model_dump(mode="json")
+        except ConfigError as error:  # of a version with other settings
+            return [f"they cannot be read: {error}"]
+        return resume_conflicts(held, self.config)
 
     @property
     def done(self) -> bool:

@@ -90,6 +90,12 @@ def sharing_warnings(config: Config) -> list[str]:
     if config.step.pull and len({_start(peer) for peer in config.peers}) > 1:
         found.append("step.pull draws peers together that start from different weights, whose mean is no useful "
                      "network at first; peers.all.init_stream=0 lets them start alike")
+    deaf = [str(peer.name) for peer in config.peers
+            if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
+    if deaf:
+        found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (4 % "
+                     "on the union where one with them had 56 %, docs/evidence.md); write union.strategy: msd and "
+                     "union.threats, with attack.method: pgd")
     fixed = [(_start(peer), peer.model_copy(update={"name": "", "stream": 0, "init_stream": 0}))
              for peer in config.peers if peer.attack.start == "zero" and not peer.frozen]
     if any(one in fixed[:n] for n, one in enumerate(fixed)):

@@ -341,3 +341,10 @@ def test_ordinary_settings_are_not_warned_about() -> None:
                       ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
                       ["peers.all.init_stream=3"]):
         assert config_warnings(load_config("digits", overrides)) == []
+
+
+def test_a_generalist_without_aes_of_its_own_is_warned_of() -> None:
+    own = ["peers.2.union.strategy=msd", "peers.2.union.threats=linf:0.1,l2:1"]
+    roles = ["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.2.role=generalist"]
+    assert any("peer2: a generalist without AEs" in text for text in config_warnings(load_config("digits", roles)))
+    assert not any("without AEs" in text for text in config_warnings(load_config("digits", [*roles, *own])))

@@ -210,11 +210,15 @@ def test_a_generalist_draws_among_those_it_listens_to(run_ranks: Run) -> None:
         for step in range(40):
             cohort_.begin(step)
             row = cohort_.plan.peers[3]
-            drawn.append(cohort_.drawn[3])
+            drawn.append(row.drawn)
             assert row.learned == (row.drawn,) and row.hard == {row.drawn: 0.5} == row.distilled
         cohort_.mute([0, 1, 2], until=50)
         cohort_.begin(40)
-        assert cohort_.drawn == {} and cohort_.plan.peers[3].learned == ()
+        assert cohort_.plan.peers[3].drawn is None and cohort_.plan.peers[3].learned == ()
+        resumed = build(config, mesh, models)
+        resumed.mute([0, 1, 2], until=50)
+        resumed.begin(40)
+        assert resumed.plan == cohort_.plan
         return drawn
     (drawn,) = run_ranks(one, 4, 1)
     assert set(drawn[:20]) == {1} and set(drawn[20:]) == {0, 1, 2}

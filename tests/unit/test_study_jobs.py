@@ -93,3 +93,12 @@ def test_a_run_of_a_version_with_other_settings_is_not_done_and_stops_no_other(t
     made.folder.config.write_text("step: {unheard_of: 1}\n")
     assert not made.done and "unheard_of" in made.conflicts[0]
     assert machines([made]) == []
+
+
+def test_a_study_whose_folder_moved_keeps_the_runs_that_begin_from_others(tmp_path: Path) -> None:
+    needs = ("peers=2", "loss=mat_share", "peers.1.frozen=true", "peers.1.init_from=RUN(a):peer1")
+    before, now = run_of(tmp_path / "before", "b", *needs), run_of(tmp_path / "now", "b", *needs)
+    now.folder.path.mkdir(parents=True)
+    now.folder.config.write_text(json.dumps(before.config.model_dump(mode="json")))
+    assert now.conflicts == []
+    assert "optim.lr" in run_of(tmp_path / "now", "b", *needs, "optim.lr=0.5").conflicts[0]

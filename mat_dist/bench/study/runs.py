@@ -104,7 +104,8 @@ class Job:
             held = load_config(str(self.folder.config)).model_dump(mode="json")
         except ConfigError as error:  # of a version with other settings
             return [f"they cannot be read: {error}"]
-        return resume_conflicts(held, self.config)
+        moved = ".init_from:" if self.needs else None  # the runs that it needs lie beside it, wherever that is now
+        return [one for one in resume_conflicts(held, self.config) if moved is None or moved not in one]
 
     @property
     def done(self) -> bool:

@@ -102,3 +102,5 @@ def test_a_study_whose_folder_moved_keeps_the_runs_that_begin_from_others(tmp_pa
     now.folder.config.write_text(json.dumps(before.config.model_dump(mode="json")))
     assert now.conflicts == []
     assert "optim.lr" in run_of(tmp_path / "now", "b", *needs, "optim.lr=0.5").conflicts[0]
+    other = [word.replace("RUN(a)", "RUN(c)") for word in needs]
+    assert "init_from" in run_of(tmp_path / "now", "b", *other).conflicts[0]

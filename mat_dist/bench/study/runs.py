@@ -106,8 +106,11 @@ class Job:
             held = load_config(str(self.folder.config)).model_dump(mode="json")
         except ConfigError as error:  # of a version with other settings
             return [f"they cannot be read: {error}"]
-        moved = ".init_from:" if self.needs else None  # the runs that it needs lie beside it, wherever that is now
-        return [one for one in resume_conflicts(held, self.config) if moved is None or moved not in one]
+        for theirs, mine in zip(held["peers"], self.config.peers, strict=False):
+            source = Path(mine.init_from or "")
+            if source.parent == self.folder.path.parent and source.name == Path(theirs["init_from"] or "").name:
+                theirs["init_from"] = mine.init_from  # the same run of this study, whose folder was moved
+        return resume_conflicts(held, self.config)
 
     @property
     def done(self) -> bool:
@@ -204,7 +207,7 @@ def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int
         wait(needed)  # begun before this one, so it ends without it
         return task()
 
-    if jobs == 1:
+    if jobs == 1:  # in the caller's thread
         for number, (_, task) in enumerate(tasks):
             ended: Future[Any] = Future()
             try:

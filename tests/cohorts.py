@@ -6,13 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mat_dist import streams
-from mat_dist.cohort import Cohort
+from mat_dist.cohort import Cohort, state_hash
 from mat_dist.config.presets import fill_attack, fill_loss, fill_threat
 from mat_dist.config.schema import Config
+from mat_dist.errors import MatError, NonFinite
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 
@@ -90,3 +92,39 @@ def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dt
         x, y = data(step, config.train.batch_size, dtype)
         train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
     return cohort
+
+
+def resumed_and_refused(train: Callable[..., Cohort], steps: int, cut: int) -> tuple[str, str]:
+    """What peer 0 is after `steps` in one go, and when it was stored after `cut` and resumed -> hashes of its state.
+
+    On the way a step that is refused after the cut must leave no trace.
+
+    Args:
+        train: (steps, cohort=, first=) -> the cohort after them.
+    """
+    whole, first, resumed = train(steps), train(cut), train(0)
+    resumed.peers[0].load(first.peers[0].state())
+    train(steps, cohort=resumed, first=cut)
+    before, peer = state_hash(first.peers[0].state()), first.peers[0]
+    peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
+    with pytest.raises(NonFinite):
+        train(cut + 1, cohort=first, first=cut)
+    assert state_hash(peer.state()) == before
+    return state_hash(whole.peers[0].state()), state_hash(resumed.peers[0].state())
+
+
+def failed_step(cohort: Cohort, method: str, text: str, *, here: bool) -> str:
+    """What a rank says of a step in which `method` of the first peer of some rank raises RuntimeError(text).
+
+    Args:
+        here: whether it is this rank's.
+    """
+    def broken(*args: Any) -> Any:
+        raise RuntimeError(text)
+
+    if here:
+        setattr(cohort.peers[0], method, broken)
+    x, y = batch(0)
+    with pytest.raises(MatError) as caught:
+        train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
+    return str(caught.value)

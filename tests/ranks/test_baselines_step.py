@@ -13,7 +13,7 @@ from mat_dist.config.schema import Config
 from mat_dist.errors import MatError
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
-from tests.cohorts import batch, build, nets, train
+from tests.cohorts import batch, build, failed_step, nets, train
 from tests.ranks.test_baselines import CASES, Case, alone, at, cohort, mixed_images
 from tests.ranks.test_step import hashes, largest_difference
 
@@ -243,15 +243,7 @@ def test_replicas_pair_what_a_replica_alone_would_not(run_ranks: Run) -> None:
 def test_a_replica_that_fails_before_awp_stops_all(world: int, run_ranks: Run) -> None:
     models, config = nets(2), configured(TOGETHER["awp"] * 2)
     def one(mesh: Mesh) -> str:
-        cohort = build(config, mesh, models)
-        if mesh.placement.rank == world - 1:
-            def broken(*args: Any) -> Any:
-                raise RuntimeError("no way up")
-            cohort.peers[0].uphill = broken  # type: ignore[method-assign]
-        x, y = batch(0)
-        with pytest.raises(MatError) as caught:
-            train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
-        return str(caught.value)
+        return failed_step(build(config, mesh, models), "uphill", "no way up", here=mesh.placement.rank == world - 1)
     texts = set(run_ranks(one, 2, world))
     assert len(texts) == 1 and "no way up" in texts.pop()
 

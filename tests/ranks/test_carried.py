@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mat_dist import streams
-from mat_dist.cohort import Cohort, state_hash
+from mat_dist.cohort import Cohort
 from mat_dist.config.schema import AugmentConfig, Config
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
-from mat_dist.errors import NonFinite
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 from mat_dist.threats import Threat
-from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, nets
+from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, nets, resumed_and_refused
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, ce, project, start_noise, step_along
 
@@ -152,16 +152,6 @@ def test_placement_and_micro_batches_do_not_change_what_is_remembered(run_ranks:
 def test_what_is_remembered_survives_a_checkpoint_and_not_a_refused_step(run_ranks: Run) -> None:
     models, config = nets(1), configured(1, precision="fp32")
     def one(mesh: Mesh) -> tuple[str, str]:
-        whole = train(config, mesh, models)
-        first = train(config, mesh, models, 3)
-        resumed = train(config, mesh, models, 0)
-        resumed.peers[0].load(first.peers[0].state())
-        train(config, mesh, models, STEPS, cohort=resumed, first=3)
-        before, peer = state_hash(first.peers[0].state()), first.peers[0]
-        peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
-        with pytest.raises(NonFinite):
-            train(config, mesh, models, 4, cohort=first, first=3)
-        assert state_hash(peer.state()) == before
-        return state_hash(whole.peers[0].state()), state_hash(resumed.peers[0].state())
+        return resumed_and_refused(partial(train, config, mesh, models), STEPS, 3)
     ((whole, resumed),) = run_ranks(one, 1, 1)
     assert whole == resumed

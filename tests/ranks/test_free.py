@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mat_dist.cohort import Cohort, state_hash
+from mat_dist.cohort import Cohort
 from mat_dist.config.schema import Config
-from mat_dist.errors import NonFinite
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
 from mat_dist.threats import Threat
-from tests.cohorts import BATCH, batch, build, complete, nets
+from tests.cohorts import BATCH, batch, build, complete, nets, resumed_and_refused
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, Stats, ce, kl, project, step_along
 
@@ -117,15 +117,7 @@ def test_placement_micro_batches_and_replicas_do_not_change_free_training(run_ra
 def test_free_perturbations_survive_a_checkpoint_and_not_a_refused_step(run_ranks: Run) -> None:
     models, config = nets(1), configured(peers=1, precision="fp32")
     def one(mesh: Mesh) -> tuple[str, str]:
-        whole, first, resumed = (train(config, mesh, models, steps) for steps in (STEPS, 4, 0))
-        resumed.peers[0].load(first.peers[0].state())
-        train(config, mesh, models, cohort=resumed, first=4)
-        before, peer = state_hash(first.peers[0].state()), first.peers[0]
-        peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
-        with pytest.raises(NonFinite):
-            train(config, mesh, models, 5, cohort=first, first=4)
-        assert state_hash(peer.state()) == before
-        return state_hash(whole.peers[0].state()), state_hash(resumed.peers[0].state())
+        return resumed_and_refused(partial(train, config, mesh, models), STEPS, 4)
     ((whole, resumed),) = run_ranks(one, 1, 1)
     assert whole == resumed
 

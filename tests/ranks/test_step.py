@@ -13,7 +13,7 @@ from mat_dist.errors import MatError, NonFinite, PeerFailed
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.models.modes import batch_stats_only
 from mat_dist.step import train_step
-from tests.cohorts import BATCH, batch, build, cohort_config, nets, train
+from tests.cohorts import BATCH, batch, build, cohort_config, failed_step, nets, train
 
 Run = Callable[..., list[Any]]
 
@@ -254,14 +254,7 @@ def test_replicas_survive_a_failure_between_backward_and_average(run_ranks: Run)
     models = nets(2)
     def one(mesh: Mesh) -> str:
         cohort = build(cohort_config("mat", 2), mesh, models)
-        if mesh.placement.rank == 3:
-            def broken(*args: Any) -> Any:
-                raise RuntimeError("no gradient today")
-            cohort.peers[0].loss = broken  # type: ignore[method-assign]
-        x, y = batch(0)
-        with pytest.raises(MatError) as caught:
-            train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
-        return str(caught.value)
+        return failed_step(cohort, "loss", "no gradient today", here=mesh.placement.rank == 3)
     texts = run_ranks(one, 2, 4)
     assert len(set(texts)) == 1 and "no gradient today" in texts[0]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mat_dist.cohort import DTYPES, Cohort
 from mat_dist.crafter import free_memory
 from mat_dist.losses import accuracy
+from mat_dist.models.modes import synchronised
 from mat_dist.opinions import Opinions
 from mat_dist.peer import Peer
 
@@ -33,10 +34,11 @@ def forward(cohort: Cohort, peer: Peer, inputs_S: list[Tensor], step: int, first
 def _fall_back(cohort: Cohort, peer: Peer) -> None:
     """After the first lack of memory a peer goes on with memory: recompute, which gives the same weights.
 
-    Not in the middle of micro-batches, whose gradients would be lost, nor with bn: joint. Call it in the handler of
-    the error, which it raises again where it cannot help.
+    Not in the middle of micro-batches, whose gradients would be lost, nor with bn: joint, nor with batch norm that
+    replicas synchronise: forwards that one of them repeats would meet other forwards of the others. Call it in the
+    handler of the error, which it raises again where it cannot help.
     """
-    if cohort.step.microbatches > 1 or cohort.step.bn == "joint" or peer.recomputes:
+    if cohort.step.microbatches > 1 or cohort.step.bn == "joint" or peer.recomputes or synchronised(peer.model):
         raise
     peer.recomputes = True
     peer.notes.append(f"warning: memory ran out in the forwards of {peer.name}: it goes on with memory: recompute, "

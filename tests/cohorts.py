@@ -128,3 +128,21 @@ def failed_step(cohort: Cohort, method: str, text: str, *, here: bool) -> str:
     with pytest.raises(MatError) as caught:
         train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
     return str(caught.value)
+
+
+def hashes(cohorts: list[Cohort]) -> dict[int, str]:
+    """State hash of every peer; replicas must agree."""
+    found: dict[int, set[str]] = {}
+    for cohort in cohorts:
+        for peer in cohort.peers:
+            found.setdefault(peer.index, set()).add(state_hash(peer.state()))
+    assert all(len(h) == 1 for h in found.values())
+    return {i: h.pop() for i, h in sorted(found.items())}
+
+
+def largest_difference(one: list[Cohort], other: list[Cohort]) -> float:
+    """Over all weights and buffers of all peers."""
+    def states(cohorts: list[Cohort]) -> dict[int, dict[str, torch.Tensor]]:
+        return {p.index: p.model.state_dict() for c in cohorts for p in c.peers}
+    a, b = states(one), states(other)
+    return max((a[i][k].double() - b[i][k].double()).abs().max().item() for i in a for k in a[i])

@@ -16,6 +16,11 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
+def synchronised(model: nn.Module) -> bool:
+    """Whether forwards in train mode are collective calls: with SyncBatchNorm, on replicas on GPUs."""
+    return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
 @contextmanager
 def _modes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module its own training flag back at the end."""

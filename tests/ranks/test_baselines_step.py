@@ -13,9 +13,8 @@ from mat_dist.config.schema import Config
 from mat_dist.errors import MatError
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.step import train_step
-from tests.cohorts import batch, build, failed_step, nets, train
+from tests.cohorts import batch, build, failed_step, hashes, largest_difference, nets, train
 from tests.ranks.test_baselines import CASES, Case, alone, at, cohort, mixed_images
-from tests.ranks.test_step import hashes, largest_difference
 
 Run = Callable[..., list[Any]]
 EAT = {**alone("eat", "linf:0.1,l1:2")[0], "optim": {"ema_decay": 0.9}}

@@ -13,27 +13,9 @@ from mat_dist.errors import MatError, NonFinite, PeerFailed
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.models.modes import batch_stats_only
 from mat_dist.step import train_step
-from tests.cohorts import BATCH, batch, build, cohort_config, failed_step, nets, train
+from tests.cohorts import BATCH, batch, build, cohort_config, failed_step, hashes, largest_difference, nets, train
 
 Run = Callable[..., list[Any]]
-
-
-def hashes(cohorts: list[Cohort]) -> dict[int, str]:
-    """State hash of every peer; replicas must agree."""
-    found: dict[int, set[str]] = {}
-    for cohort in cohorts:
-        for peer in cohort.peers:
-            found.setdefault(peer.index, set()).add(state_hash(peer.state()))
-    assert all(len(h) == 1 for h in found.values())
-    return {i: h.pop() for i, h in sorted(found.items())}
-
-
-def largest_difference(one: list[Cohort], other: list[Cohort]) -> float:
-    """Over all weights and buffers of all peers."""
-    def states(cohorts: list[Cohort]) -> dict[int, dict[str, torch.Tensor]]:
-        return {p.index: p.model.state_dict() for c in cohorts for p in c.peers}
-    a, b = states(one), states(other)
-    return max((a[i][k].double() - b[i][k].double()).abs().max().item() for i in a for k in a[i])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -263,56 +245,6 @@ def test_a_batch_is_split_over_replicas_in_order(run_ranks: Run) -> None:
     models = nets(2)
     rows = run_ranks(lambda mesh: build(cohort_config("at", 2), mesh, models).rows, 2, 4)
     assert rows == [slice(0, BATCH // 2)] * 2 + [slice(BATCH // 2, BATCH)] * 2
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-
-@pytest.mark.parametrize("where", ["attack", "forward", "backward"])
-@pytest.mark.parametrize("preset,world", [("mat", 2), ("at", 2), ("at", 1)])
-def test_lack_of_memory_is_met_once_with_equal_weights_and_then_stops_all(
-        where: str, preset: str, world: int, run_ranks: Run) -> None:
-    models = nets(2, dtype=torch.float64)
-    config = cohort_config(preset, 2, step={"precision": "fp64"})
-    plain = run_ranks(lambda mesh: train(config, mesh, models, 3, dtype=torch.float64), 2, world)
-
-    def short_of_memory(peer: Any, always: bool) -> None:
-        def failing(f: Callable[..., Any], fails: Callable[[Any], bool]) -> Callable[..., Any]:
-            calls = []
-            def once(*args: Any) -> Any:
-                if fails(args) and (always or not calls):
-                    calls.append(1)
-                    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-                return f(*args)
-            return once
-        if where == "attack":
-            peer.crafter.craft = failing(peer.crafter.craft, lambda args: always or len(args[1]) == BATCH)
-        if where == "forward":
-            peer.learn = failing(peer.learn, lambda args: True)
-        if where == "backward":  # the graph ends in a node that fails
-            def learn(x: torch.Tensor, draw: Any, f: Any = peer.learn, state: list[int] = []) -> torch.Tensor:  # noqa: B006
-                z = f(x, draw)
-                def hook(g: torch.Tensor) -> None:
-                    if always or not state:
-                        state.append(1)
-                        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-                z.register_hook(hook)
-                return z
-            peer.learn = learn
-
-    def one(mesh: Mesh, always: bool) -> Cohort:
-        cohort = build(config, mesh, models)
-        for peer in cohort.peers:
-            if peer.index == 1:
-                short_of_memory(peer, always)
-        for step in range(3):
-            x, y = batch(step, dtype=torch.float64)
-            train_step(cohort, x, y, step)
-        return cohort
-
-    assert largest_difference(plain, run_ranks(lambda mesh: one(mesh, False), 2, world)) < 1e-11
-    errors = run_ranks(lambda mesh: one(mesh, True), 2, world, errors="return")
-    assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
 
 
 def test_turns_go_on_after_everybody_was_muted(run_ranks: Run) -> None:

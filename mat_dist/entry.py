@@ -13,6 +13,12 @@ from mat_dist.mesh.launch import Launch
 LOGGED = "the traceback is in the rank's log"
 
 
+def tell(text: str) -> None:
+    """A line for people, whole also where several threads tell something: `print` writes its end apart."""
+    sys.stdout.write(f"mat_dist: {text}\n")
+    sys.stdout.flush()
+
+
 def run_entry(body: Callable[[], None]) -> int:
     """Run a command's body -> exit code. No traceback reaches the screen for errors that a user can cause.
 

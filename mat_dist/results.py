@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -69,5 +70,5 @@ def _rows(results: Sequence[Result], threats: Sequence[str]) -> str:
 
 
 def _free(folder: Path, name: str) -> Path:
-    numbered = [folder / f"{name}.json", *(folder / f"{name}-{k}.json" for k in range(2, 1000))]
-    return next(p for p in numbered if not p.exists())
+    numbered = itertools.chain([f"{name}.json"], (f"{name}-{k}.json" for k in itertools.count(2)))
+    return next(folder / one for one in numbered if not (folder / one).exists())

@@ -38,6 +38,7 @@ from mat_dist.bench.study.tables import Entry, table_document
 from mat_dist.bench.study.why import explain
 from mat_dist.bench.study.why_page import write_charts
 from mat_dist.dryrun import training_passes
+from mat_dist.entry import tell
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
 from mat_dist.runfolder.environment import git_revision
 from mat_dist.stopping import watching
@@ -59,14 +60,14 @@ def main(words: Sequence[str]) -> None:
     entries = plan_entries(suite, options)
     for entry in entries:
         if entry.error:
-            print(f"mat_dist: warning: row {entry.name} cannot be trained: {entry.error}", flush=True)
+            tell(f"warning: row {entry.name} cannot be trained: {entry.error}")
     if options.dry_run:
         show_plan(suite, entries)
         return
     wanted = set(chosen(options.only, [entry.name for entry in entries], "row"))
     seeds = [int(seed) for seed in chosen([str(s) for s in options.seeds], [str(s) for s in suite.seeds], "seed")]
     with watching() as stop:
-        runner = Runner(stop, options.budget, lambda text: print(f"mat_dist: {text}", flush=True))
+        runner = Runner(stop, options.budget, tell)
         take_up(suite, entries)
         try:
             execute(suite, entries, wanted, seeds, options.jobs, runner, lambda: write(options, suite, entries))

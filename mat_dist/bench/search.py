@@ -35,6 +35,7 @@ from mat_dist.bench.study.plan import SearchSuite, Words, read_search
 from mat_dist.bench.study.runs import Enough, Job, Runner, machines, side_by_side, train
 from mat_dist.bench.study.tables import summary
 from mat_dist.dryrun import training_passes
+from mat_dist.entry import tell
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
 from mat_dist.evaluator import EMA, ENSEMBLE, RAW
 from mat_dist.runfolder.environment import git_revision
@@ -91,7 +92,7 @@ def main(words: Sequence[str]) -> None:
     wanted = set(chosen(options.only, list(suite.families), "family"))
     seeds = [int(seed) for seed in chosen([str(s) for s in options.seeds], [str(s) for s in suite.seeds], "seed")]
     with watching() as stop:
-        runner = Runner(stop, options.budget, lambda text: print(f"mat_dist: {text}", flush=True))
+        runner = Runner(stop, options.budget, tell)
         try:
             execute([one for one in found if one.family in wanted], seeds, options.jobs, runner,
                     lambda: write(options, suite, found))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from mat_dist.entry import tell
 from mat_dist.errors import BUG, ConfigError, MatError, error_line
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class Report:
         else:
             for one in self.findings:
                 print(f"{one.status:<8} {one.check:<14} {one.found}" + (f": {one.how}" if one.how else ""))
-        print(f"mat_dist: check: {self.summary()}", flush=True)
+        tell(f"check: {self.summary()}")
 
     def complain(self) -> None:
         """The deciding error as every command prints it."""

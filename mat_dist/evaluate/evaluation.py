@@ -18,7 +18,7 @@ from mat_dist.cohort import Images
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.device import device_name, ranks_per_device
-from mat_dist.entry import LOGGED
+from mat_dist.entry import LOGGED, tell
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluate import autoattack, outcome
 from mat_dist.evaluate.chunks import Work, run_chunks
@@ -81,7 +81,7 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
         # Nodes may differ in what `about` tells of them: rank 0's counts.
         name, digest = mesh.from_lead([work.folder.name, work.digest])
         work = replace(work, folder=folder.eval / name, digest=digest)
-        chunks = run_chunks(work, mesh, stop, lambda text: print(f"mat_dist: {text}", flush=True))
+        chunks = run_chunks(work, mesh, stop, tell)
         failed = agree.run("results", _finish, work, about, chunks) if mesh.placement.is_lead else None
         agree.settle("results")
         failed = mesh.from_lead(failed)
@@ -191,8 +191,8 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
     if len(candidates(work.config)) > 1:
         chosen = about["chosen_on_validation"] or "none chosen"
-        print(f"mat_dist: peer to deploy, chosen on the validation split: {chosen}")
-    print(f"mat_dist: {path}", flush=True)
+        tell(f"peer to deploy, chosen on the validation split: {chosen}")
+    tell(str(path))
     return [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"
             for one in outcomes for v in one.failed]
 

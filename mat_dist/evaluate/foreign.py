@@ -22,6 +22,7 @@ from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
 from mat_dist.device import device_name
+from mat_dist.entry import tell
 from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluate.importing import Importing
 from mat_dist.evaluator import correct, pixels
@@ -94,11 +95,6 @@ def _import_file(file: Path, config: Config, importing: Importing, data: DataSet
                        importing.options.out if file == importing.subject else None, command, device)
     tell(f"{file.name}: run folder {folder.path}")
     return folder
-
-
-def tell(text: str) -> None:
-    """A line for the person at the console."""
-    print(f"mat_dist: {text}", flush=True)
 
 
 def read(file: Path, config: Config, importing: Importing, data: DataSets) -> Imported:

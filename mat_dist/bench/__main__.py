@@ -23,20 +23,24 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mat_dist.atomic import write_text
 from mat_dist.config import Arguments, load_config, load_plugins, parse_command_line
+from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
+from mat_dist.config.words import split, whole_number
 from mat_dist.entry import run_entry
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.launch import Launch
 
 COMMANDS = ("step", "naive", "scale", "memory")
 STUDIES = ("evidence", "search", "reasons")  # of trained runs, in one process; with options of their own
+_COUNTS = ("--rounds", "--classes")
 DEFAULT_CONFIG = "bench_small"
 
 
@@ -142,27 +146,22 @@ def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown benchmark {words[0]!r}", "command line",
                           f"use one of {', '.join((*COMMANDS, *STUDIES))}")
-    found: dict[str, Any] = {}
-    rest: list[str] = []
-    queue = iter(words[1:])
-    for word in queue:
-        option, equals, value = word.partition("=")
-        if option not in ("--rounds", "--image", "--classes", "--json"):
-            rest.append(word)
-            continue
-        value = value if equals else next(queue, "")
-        found[option[2:]] = value if option == "--json" else _numbers(option, value)
-    return Options(words[0], **found), rest
+    found = split(words[1:], {"--rounds": "N", "--image": "CxHxW", "--classes": "K", "--json": "FILE"})
+    for problem in found.problems:
+        raise problem
+    read: dict[str, Callable[[str], Any]] = {
+        "--image": _shape, "--json": str, **{option: partial(whole_number, option) for option in _COUNTS}}
+    return Options(words[0], **{option[2:]: read[option](values[-1]) for option, values in found.values.items()}
+                   ), list(found.rest)
 
 
-def _numbers(option: str, value: str) -> Any:
-    """A whole number from 1, or three of them for --image. Raises ConfigError."""
+def _shape(value: str) -> tuple[int, ...]:
+    """CxHxW. Raises ConfigError."""
     parts = value.split("x")
-    right = all(part.isascii() and part.isdigit() and 0 < int(part[:6]) < 100_000 for part in parts)
-    if not right or len(parts) != (3 if option == "--image" else 1):
-        form = "three whole numbers such as 3x32x32" if option == "--image" else "a whole number from 1"
-        raise ConfigError(f"{option} {value!r}", "command line", f"write {option} and {form}")
-    return tuple(map(int, parts)) if option == "--image" else int(parts[0])
+    if len(parts) != 3:
+        raise ConfigError(f"--image {value[:40]!r}", COMMAND_LINE,
+                          "write --image and three whole numbers such as 3x32x32")
+    return tuple(whole_number("--image", part) for part in parts)
 
 
 if __name__ == "__main__":

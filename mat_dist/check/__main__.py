@@ -23,6 +23,7 @@ from mat_dist.check import network, versions
 from mat_dist.check.findings import Answer, Report
 from mat_dist.config import Arguments, config_name, config_warnings, load_config, load_plugins, parse_command_line
 from mat_dist.config.schema import Config
+from mat_dist.config.words import split, whole_number
 from mat_dist.entry import run_entry
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.mesh.endpoint import Endpoint
@@ -78,22 +79,11 @@ def check(words: list[str], report: Report) -> None:
 
 def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
     """This command's own options, and the other words. Raises ConfigError for a number that is none."""
-    numbers = {"--ranks": 1, "--nodes": 1}
-    rest: list[str] = []
-    as_json = False
-    queue = iter(words)
-    for word in queue:
-        option, equals, value = word.partition("=")
-        if word == "--json":
-            as_json = True
-        elif option in numbers:
-            value = value if equals else next(queue, "")
-            if not (value.isascii() and value.isdigit() and 0 < int(value[:9]) < 100_000):
-                raise ConfigError(f"{option} {value!r}", "command line", f"write {option} and a whole number from 1")
-            numbers[option] = int(value)
-        else:
-            rest.append(word)
-    return Options(numbers["--ranks"], numbers["--nodes"], as_json), rest
+    found = split(words, {"--ranks": "N", "--nodes": "M"}, ("--json",))
+    for problem in found.problems:
+        raise problem
+    ranks, nodes = (whole_number(option, found.last(option) or "1") for option in ("--ranks", "--nodes"))
+    return Options(ranks, nodes, bool(found.flags)), list(found.rest)
 
 
 def _load(arguments: Arguments) -> Answer[Config]:

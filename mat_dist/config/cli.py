@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mat_dist.config.describe import Setting, nearest, settings
 from mat_dist.config.nodes import COMMAND_LINE, SHARED, joined
 from mat_dist.config.schema import MAX_PEERS, Config
+from mat_dist.config.words import split
 from mat_dist.errors import ConfigError
 
 WIDTH = 100
@@ -51,31 +52,17 @@ def parse_command_line(argv: Sequence[str], *, prog: str, description: str) -> A
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(prog, description))
         raise SystemExit(0)
-    configs: list[str] = []
-    plugins: list[str] = []
-    overrides: list[str] = []
-    problems: list[ConfigError] = []
-    dry_run = False
-    words = iter(argv)
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in ("-c", "--config", "--plugin"):
-            value = value if equals else next(words, "")
-            (plugins if option == "--plugin" else configs).append(value)
-            if not value or value.startswith("-"):
-                problems.append(ConfigError(f"{option} without a file", COMMAND_LINE, f"write {option} FILE"))
-        elif word == "--dry-run":
-            dry_run = True
-        elif equals and not word.startswith("-"):
-            overrides.append(word)
-        else:
-            problems.append(_unknown(word))
+    words = split(argv, {"-c": "FILE", "--config": "FILE", "--plugin": "FILE.py"}, ("--dry-run",))
+    overrides = [word for word in words.rest if "=" in word and not word.startswith("-")]
+    problems = [*words.problems, *(_unknown(word) for word in words.rest if word not in overrides)]
+    configs = (*words.values.get("-c", ()), *words.values.get("--config", ()))
     if len(configs) > 1:
         problems.append(ConfigError(f"--config is given {len(configs)} times", COMMAND_LINE,
                                     "give it once; a file builds on others with `defaults: [FILE]`"))
     if problems:
         raise joined(problems, COMMAND_LINE)
-    return Arguments(configs[0] if configs else None, tuple(overrides), tuple(plugins), dry_run)
+    return Arguments(configs[0] if configs else None, tuple(overrides), words.values.get("--plugin", ()),
+                     bool(words.flags))
 
 
 def _unknown(word: str) -> ConfigError:

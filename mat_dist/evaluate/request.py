@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from mat_dist.config.describe import nearest
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.nodes import COMMAND_LINE, joined
+from mat_dist.config.words import split
 from mat_dist.errors import ConfigError
 from mat_dist.evaluate.menu import AUTOATTACK, MENU, PARTS
 from mat_dist.evaluate.radii import UNIONS
@@ -103,20 +104,12 @@ def parse(words: Sequence[str]) -> Arguments:
     runs: list[str] = []
     own: dict[str, str] = {}
     settings: list[str] = []
-    plugins: list[str] = []
-    problems: list[ConfigError] = []
-    compare = False
-    queue = iter(words)
-    for word in queue:
+    parts = split(words, {"--plugin": "FILE.py"}, ("--compare",))
+    problems = list(parts.problems)
+    compare = bool(parts.flags)
+    for word in parts.rest:
         key, equals, value = word.partition("=")
-        if word == "--compare":
-            compare = True
-        elif key == "--plugin":
-            value = value if equals else next(queue, "")
-            plugins.append(value)
-            if not value or value.startswith("-"):
-                problems.append(ConfigError("--plugin without a file", COMMAND_LINE, "write --plugin FILE.py"))
-        elif word.startswith("-"):
+        if word.startswith("-"):
             problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
                                         "options are --compare, --plugin, --help; settings are written key=value"))
         elif not equals or "/" in key or not key:
@@ -138,7 +131,7 @@ def parse(words: Sequence[str]) -> Arguments:
         problems.append(ConfigError(f"{len(runs)} runs", COMMAND_LINE, "give the folder of one run, e.g. runs/NAME"))
     if problems:
         raise joined(problems, COMMAND_LINE)
-    return Arguments(tuple(runs), request, tuple(settings), tuple(plugins), compare)
+    return Arguments(tuple(runs), request, tuple(settings), parts.values.get("--plugin", ()), compare)
 
 
 def _unknown(key: str) -> ConfigError:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mat_dist.config import load_plugins
+from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config.words import split, whole_number
 from mat_dist.entry import run_entry
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
@@ -101,33 +103,18 @@ def choose(name: str) -> torch.device:
 
 def parse(words: Sequence[str]) -> Options:
     """Raises ConfigError for an unknown option, a missing value, or no run."""
-    runs: list[str] = []
-    plugins: list[str] = []
-    images, device, attack = 128, "auto", True
-    queue = iter(words)
-    for word in queue:
-        option, equals, value = word.partition("=")
-        if option in ("--images", "--device", "--plugin"):
-            value = value if equals else next(queue, "")
-        if option == "--images":
-            if not (value.isascii() and value.isdigit() and 0 < int(value[:9]) < 10_000_000):
-                raise ConfigError(f"--images {value!r}", "command line", "write --images and a whole number from 1")
-            images = int(value)
-        elif option == "--device":
-            if value not in ("cpu", "cuda", "auto"):
-                raise ConfigError(f"--device {value!r}", "command line", "use cpu or cuda")
-            device = value
-        elif option == "--plugin":
-            plugins.append(value)
-        elif word == "--no-attack":
-            attack = False
-        elif word.startswith("-"):
-            raise ConfigError(f"unknown option {word!r}", "command line", "see python -m mat_dist.report --help")
-        else:
-            runs.append(word)
-    if not runs:
-        raise ConfigError("no run is given", "command line", "give the folder of a run, e.g. runs/NAME")
-    return Options(tuple(runs), images, device, attack, tuple(plugins))
+    found = split(words, {"--images": "N", "--device": "cpu", "--plugin": "FILE.py"}, ("--no-attack",))
+    for problem in found.problems:
+        raise problem
+    for word in found.rest:
+        if word.startswith("-"):
+            raise ConfigError(f"unknown option {word!r}", COMMAND_LINE, "see python -m mat_dist.report --help")
+    if not found.rest:
+        raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
+    images, device = whole_number("--images", found.last("--images") or "128"), found.last("--device") or "auto"
+    if device not in ("cpu", "cuda", "auto"):
+        raise ConfigError(f"--device {device!r}", COMMAND_LINE, "use cpu or cuda")
+    return Options(found.rest, images, device, not found.flags, found.values.get("--plugin", ()))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "message"), [
     (["fast"], "use one of step, naive, scale, memory"), (["step", "--rounds", "0"], "a whole number from 1"),
-    (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"), (["step", "--rounds"], "a whole number"),
+    (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"), (["step", "--rounds"], "write --rounds N"),
     (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
 ])
 def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, capsys: Any) -> None:

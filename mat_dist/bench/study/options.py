@@ -11,9 +11,11 @@ from typing import Any
 import mat_dist
 from mat_dist.config.describe import nearest
 from mat_dist.config.nodes import COMMAND_LINE, joined
+from mat_dist.config.words import split
 from mat_dist.errors import ConfigError
 
-VALUED = ("--suite", "--only", "--seeds", "--jobs", "--budget", "--root", "--file", "--space", "--out")
+VALUED = {"--suite": "NAME", "--only": "NAME,NAME", "--seeds": "0,1", "--jobs": "N", "--budget": "SECONDS",
+          "--root": "FOLDER", "--file": "FILE", "--space": "FILE", "--out": "FOLDER"}
 RESULTS = "benchmarks/results"
 
 
@@ -48,23 +50,13 @@ class Options:
     @classmethod
     def read(cls, words: Sequence[str], command: str, default_file: str) -> Options:
         """From the words after the command's name. Raises ConfigError; `problems` has all of them."""
-        problems: list[ConfigError] = []
-        found: dict[str, str] = {}
-        settings: list[str] = []
-        dry_run = False
-        queue = iter(words)
-        for word in queue:
-            option, equals, value = word.partition("=")
-            if word == "--dry-run":
-                dry_run = True
-            elif option in VALUED:
-                found[option] = value if equals else next(queue, "")
-                if not found[option] or found[option].startswith("-"):
-                    problems.append(ConfigError(f"{option} without a value", COMMAND_LINE, f"write {option} VALUE"))
-            elif equals and not word.startswith("-"):
-                settings.append(word)
-            else:
-                near = nearest(option, VALUED)
+        parts = split(words, VALUED, ("--dry-run",))
+        found = {option: values[-1] for option, values in parts.values.items()}
+        settings = tuple(word for word in parts.rest if "=" in word and not word.startswith("-"))
+        problems = list(parts.problems)
+        for word in parts.rest:
+            if word not in settings:
+                near = nearest(word.partition("=")[0], VALUED)
                 problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
                                             f"did you mean {near}?" if near else f"see bench {command} --help"))
         seeds = _parsed(found, "--seeds", lambda text: tuple(int(n) for n in text.split(",")), "0,1", problems)
@@ -76,7 +68,7 @@ class Options:
         file = found.get("--file") or found.get("--space") or default_file
         return cls(suite, _existing(file), tuple(filter(None, found.get("--only", "").split(","))), seeds or (),
                    jobs or 1, budget, Path(found.get("--root", f"runs/{command}_{suite}")),
-                   Path(found.get("--out", RESULTS)), dry_run, tuple(settings))
+                   Path(found.get("--out", RESULTS)), bool(parts.flags), settings)
 
 
 def _parsed(found: dict[str, str], option: str, read: Any, example: str, problems: list[ConfigError]) -> Any:

@@ -204,6 +204,6 @@ def test_a_paired_comparison_by_hand(tmp_path: Path) -> None:
             "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
     found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
     assert found == {"peer0": [-1, 0, 0, 0]}
-    assert seed_interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.71 * 15))
+    assert seed_interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.706 * 15))
     with pytest.raises(SystemExit, match="no test results"):
         paired.robust(tmp_path / "absent")

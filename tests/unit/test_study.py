@@ -22,7 +22,8 @@ from mat_dist.bench.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
 from mat_dist.dryrun import training_passes
 from mat_dist.errors import ConfigError
-from mat_dist.intervals import image_interval, paired_difference, seed_interval
+from mat_dist.evaluate.compare import Paired
+from mat_dist.intervals import paired_difference, seed_interval
 from mat_dist.runfolder import RunFolder
 from mat_dist.stopping import StopFlag
 
@@ -59,35 +60,59 @@ def plan_file(folder: Path, text: str = PLAN) -> Path:
 # ------------------------------------------------------------------------------------------------ statistics
 
 
+def images(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def half_width(count: int, total: float, squares: float) -> float:
+    """Of one seed, from the published formula of Agresti and Min: two images more, which add 1 to the squares."""
+    return 1.959964 * math.sqrt(squares + 1 - total**2 / (count + 2)) / (count + 2)
+
+
 def test_one_seed_counts_images_alone() -> None:
-    """Three gained and one lost of ten: mean 0.2, variance 0.4 - 0.04."""
-    found = paired_difference([[1, 1, 1, -1, 0, 0, 0, 0, 0, 0]])
-    half = 1.959964 * math.sqrt(0.36 / 10)
+    """Three gained and one lost of ten; the interval of `evaluate --compare` is as wide."""
+    found = paired_difference([images(1, 1, 1, -1, 0, 0, 0, 0, 0, 0)])
+    half = half_width(10, 2, 4)
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
     assert found.verdict == "noise" and found.images == 10
+    low, high = Paired(10, 3, 1).interval
+    assert high - low == pytest.approx(2 * half)
 
 
 def test_the_wider_interval_of_images_and_seeds_counts() -> None:
-    """Means .1 and .3: error .1, t = 12.71. Equal means: the images' variances remain, .75 / 4 each over 2 seeds."""
-    apart = paired_difference([[0.1] * 5, [0.3] * 5])
-    assert (apart.mean, apart.high - apart.mean) == pytest.approx((0.2, 1.271)) and apart.verdict == "noise"
-    same = paired_difference([[1, 0, 0, 1], [1, 1, 0, 0]])
-    assert same.high - same.mean == pytest.approx(1.959964 * math.sqrt(2 * 0.25 / 4) / 2)
+    """Means .1 and .3: error .1, t = 12.706. Equal means: what is left are the images, here others for each seed."""
+    apart = paired_difference([images(*[0.1] * 500), images(*[0.3] * 500)])
+    assert (apart.mean, apart.high - apart.mean) == pytest.approx((0.2, 1.2706)) and apart.verdict == "noise"
+    same = paired_difference([images(1, 0, 0, 1), {10: 1, 11: 1, 12: 0, 13: 0}])
+    assert same.high - same.mean == pytest.approx(half_width(4, 2, 2) / math.sqrt(2))
     assert same.by_seed == (0.5, 0.5)
 
 
+def test_seeds_that_share_their_images_do_not_narrow_the_interval_over_images() -> None:
+    """1,000 seeds with the same differences know as much of other images as one."""
+    values = images(*[1.0] * 40, *[0.0] * 60)
+    one, many = (paired_difference([values] * seeds) for seeds in (1, 1000))
+    assert many.high - many.low == pytest.approx(one.high - one.low, rel=0.03)
+
+
+@pytest.mark.parametrize("gained,verdict", [(4, "noise"), (7, "above (one seed)")])
+def test_few_images_are_no_gain_that_the_sign_test_denies(gained: int, verdict: str) -> None:
+    """Exact sign test: 4 against 0 has p = .125, 7 against 0 p = .016."""
+    assert paired_difference([images(*[1.0] * gained, *[0.0] * (100 - gained))]).verdict == verdict
+
+
 def test_an_interval_without_zero_is_called_by_its_side() -> None:
-    assert paired_difference([[1.0] * 4]).verdict == "above (one seed)"
-    assert paired_difference([[-0.5] * 4, [-0.5] * 4, [-0.5] * 4]).verdict == "below"
+    assert paired_difference([images(*[1.0] * 9)]).verdict == "above (one seed)"
+    assert paired_difference([images(*[-0.5] * 9)] * 3).verdict == "below"
     with pytest.raises(ValueError, match="a seed and an image"):
-        paired_difference([[]])
+        paired_difference([{}])
 
 
 def test_intervals_by_hand() -> None:
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
     assert seed_interval([1.0])[1] == math.inf
-    assert image_interval([1.0, 0.0]) == pytest.approx((0.5, 1.959964 * 0.5 / math.sqrt(2)))
-    assert seed_interval(list(range(20)))[1] == pytest.approx(1.959964 * statistics.stdev(range(20)) / math.sqrt(20))
+    deviation = statistics.stdev(range(20)) / math.sqrt(20)
+    assert seed_interval(list(range(20)))[1] == pytest.approx(2.093 * deviation)  # t of 19 degrees of freedom
 
 
 def test_the_mean_over_seeds_is_of_means_over_images() -> None:
@@ -97,10 +122,11 @@ def test_the_mean_over_seeds_is_of_means_over_images() -> None:
 
 
 def test_rows_are_paired_on_the_same_seeds_and_images() -> None:
-    """Seed 2 is missing in the control, seed 3 has other images: neither counts. One peer is its own ensemble."""
+    """Seed 2 is missing in the control, seed 3 has other images: neither counts, nor does image 9 of seed 0, which only
+    the control has. One peer is its own ensemble."""
     row = Entry("main", "mat", Row(says="x", peers=2))
     mine = {0: {5: 1.0, 6: 0.5}, 2: {5: 1.0, 6: 1.0}, 3: {5: 0.0}}
-    theirs = {0: {5: 0.0, 6: 0.5}, 3: {7: 1.0}}
+    theirs = {0: {5: 0.0, 6: 0.5, 9: 1.0}, 3: {7: 1.0}}
     cells: Any = {"mat": {("last", "mean", "pgd"): mine, ("last", "ensemble", "pgd"): mine},
                   "at": {("last", "mean", "pgd"): theirs}}
     found = differences(row, "at", cells)

@@ -70,15 +70,16 @@ def _accuracies(table: Mapping[str, Any], label: str) -> list[str]:
             found = row["accuracy"].get(label, {}).get(kind)
             if found is None:
                 continue
+            seeds = max(len(one["by_seed"]) for one in found.values())
             failed = any(seed["failed_checks"] for seed in row["seeds"].values())
             lines.append([f"`{row['row']}`{' †' if failed else ''}", "peer" if row["peers"] == 1 else KINDS[kind],
-                          *(_share(found.get(name)) for name in table["columns"]),
-                          str(max(len(one["by_seed"]) for one in found.values())), str(row["tried"]),
+                          *(_share(found.get(name), seeds) for name in table["columns"]),
+                          str(seeds), str(row["tried"]),
                           f"{row['cost'] / base:.2f}" if base and row["cost"] else "-",
                           f"{row['train_seconds']:.0f}" if row["train_seconds"] is not None else "-"])
     notes = ["", f"*Cost*: forward and backward passes of the training against `{_first(table)}`; *train s*: seconds "
                  "in training steps, on a machine that may have done other work; *tried*: settings that were tried to "
-                 "choose the row's."]
+                 "choose the row's; *seeds*: of the column that has most, others say theirs in brackets."]
     if any(seed["failed_checks"] for row in table["rows"] for seed in row["seeds"].values()):
         notes += ["", "† A soundness check failed, see the last table: not reportable."]
     return [*markdown(columns, lines, text_columns=2), *notes]
@@ -88,10 +89,13 @@ def _first(table: Mapping[str, Any]) -> str:
     return next((row["row"] for row in table["rows"] if row["cost"]), "-")
 
 
-def _share(cell: Mapping[str, Any] | None) -> str:
+def _share(cell: Mapping[str, Any] | None, seeds: int) -> str:
+    """Mean and deviation in per cent; how many seeds it has, where that is fewer than `seeds`."""
     if cell is None:
         return "-"
-    return f"{100 * cell['mean']:.2f}" + ("" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.2f}")
+    fewer = f" ({len(cell['by_seed'])})" if len(cell["by_seed"]) < seeds else ""
+    spread = "" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.2f}"
+    return f"{100 * cell['mean']:.2f}{spread}{fewer}"
 
 
 def _differences(table: Mapping[str, Any]) -> list[str]:
@@ -128,8 +132,8 @@ def search_page(document: Mapping[str, Any]) -> str:
              f"Robust accuracy on the validation split after the last epoch, in per cent ({document['weights']} "
              "weights; PGD as the configuration says), never on the test set. Sorted by the mean peer. The best of "
              "many settings is flattered by the choice: how many were tried stands below.", ""]
-    rows = [[f"`{one['family']}`", f"`{' '.join(one['point']) or '-'}`", *(_share(one["scores"].get(name)) for name in
-             ("mean", "ensemble", "clean")), str(len(one["scores"]["mean"]["by_seed"])), f"{one['cost']:.2f}"
+    rows = [[f"`{one['family']}`", f"`{' '.join(one['point']) or '-'}`", *(_share(one["scores"].get(name), 0)
+             for name in ("mean", "ensemble", "clean")), str(len(one["scores"]["mean"]["by_seed"])), f"{one['cost']:.2f}"
              if one["cost"] else "-"] for one in document["settings_tried"] if one["scores"]]
     columns = ["family", "setting", "mean peer %", "ensemble %", "clean %", "seeds", "cost"]
     lines += markdown(columns, rows, text_columns=2)
@@ -139,7 +143,7 @@ def search_page(document: Mapping[str, Any]) -> str:
               f"mat_dist.train --config {document['config']} peers={document['peers']} "
               f"{' '.join(document['base_settings'])} COMMON SETTING run.seed=S eval.test=false`.", "",
               "## Families", "",
-              *markdown(["family", "what is varied", "settings", "finished", "common"], families, text_columns=2)]
+              *markdown(["family", "what is varied", "settings", "finished runs", "common"], families, text_columns=2)]
     missing = [f"- `{one['name']}` (`{' '.join(one['point'])}`): {one['state']}" for one in document["settings_tried"]
                if one["state"] != "done"]
     return "\n".join([*lines, *(["", "## Missing", "", *missing] if missing else []), ""])

@@ -132,7 +132,8 @@ def summary(by_seed: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
 
 
 def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[dict[str, Any]]:
-    """A row against a control, for all that both have: the same seeds, the same images.
+    """A row against a control, for all that both have: the same seeds, and of each the images of both, since what is
+    counted without an attack may have more of them in a row with a larger evaluation.
 
     A control of one peer is its own ensemble and its own best peer.
     """
@@ -142,10 +143,10 @@ def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[
         theirs = other.get((label, kind, column)) or other.get((label, "mean", column), {})
         if (label, kind, column) not in other and any(k != "mean" for _, k, _ in other):
             continue  # a cohort whose best peer or ensemble is not reported
-        pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())
-                 if mine[seed].keys() == theirs[seed].keys()]
-        if pairs:
-            one = paired_difference([[a[image] - b[image] for image in a] for a, b in pairs])
+        pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+        shared = [{image: a[image] - b[image] for image in a if image in b} for a, b in pairs]
+        if any(shared):
+            one = paired_difference([values for values in shared if values])
             found.append({"row": entry.name, "control": control, "checkpoint": label, "kind": kind, "column": column,
                           "mean": one.mean, "low": one.low, "high": one.high, "by_seed": list(one.by_seed),
                           "images": one.images, "verdict": one.verdict})

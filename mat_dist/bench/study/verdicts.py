@@ -37,8 +37,9 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
 
     Returns:
         `made`: the comparisons, with `verdict` beats, loses or noise and `cost_ratio`, the row's cost by the control's;
-        `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of them
-        have more than one seed; `by_chance`: how many of those would not be called noise were there no difference.
+        `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of those
+        made have more than one seed; `by_chance`: how many of all would not be called noise were there no difference,
+        at least.
     """
     known = {row["row"]: row for row in rows}
     made: list[dict[str, Any]] = []
@@ -59,7 +60,7 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
     made.sort(key=lambda one: (order.index(one["row"]), order.index(one["control"]), list(KINDS).index(one["kind"])))
     several = sum(one["seeds"] > 1 for one in made)
     return {"column": primary, "made": made, "left_out": [list(pair) for pair in left_out], "several": several,
-            "by_chance": CHANCE * several}
+            "by_chance": CHANCE * len(made)}
 
 
 def verdict_lines(found: Mapping[str, Any]) -> list[str]:
@@ -70,8 +71,9 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"Rows in which peers learn from each other, against every control that costs as much or less: "
              f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
              f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
-             f"difference anywhere, about {found['by_chance']:.1f} of these would still not be called noise (5 %). "
-             "With one seed the interval knows nothing of what another seed would give, and is too narrow. The "
+             f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %), and "
+             "more where there is one seed: that interval knows nothing of what another seed would give, and is too "
+             "narrow. Noise means that the difference cannot be told, not that there is none: see the intervals. The "
              "comparisons share rows, seeds, images: they do not err one by one. Cost is that of training; an ensemble "
              "also costs as many predictions as it has members.", ""]
     if found["left_out"]:

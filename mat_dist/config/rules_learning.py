@@ -46,7 +46,8 @@ def somebody_is_there_to_learn_from(config: Config) -> list[ConfigError]:
         loss, heard = peer.loss, heard_by(config, index)
         if peer.frozen:
             continue
-        if peer.role == "generalist" and not heard and not peer.union.threats:
+        makers = [i for i in heard if config.peers[i].role == "specialist" or config.peers[i].frozen]
+        if peer.role == "generalist" and not makers and not peer.union.threats:
             found.append(ConfigError("a generalist without specialists", f"{key}.role",
                                      "give other peers role: specialist, or the generalist union.threats of its own"))
         elif not heard and (loss.kd_weight or loss.kd_clean):

@@ -96,6 +96,9 @@ def sharing_warnings(config: Config) -> list[str]:
         found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (4 % "
                      "on the union where one with them had 56 %, docs/evidence.md); write union.strategy: msd and "
                      "union.threats, with attack.method: pgd")
+    roles = {peer.role for peer in config.peers}
+    if "specialist" in roles and roles <= {"specialist"} and not any(peer.frozen for peer in config.peers):
+        found.append("specialists alone: nobody learns from them; role: generalist is the peer that does")
     fixed = [(_start(peer), peer.model_copy(update={"name": "", "stream": 0, "init_stream": 0}))
              for peer in config.peers if peer.attack.start == "zero" and not peer.frozen]
     if any(one in fixed[:n] for n, one in enumerate(fixed)):

@@ -137,25 +137,32 @@ CASES = [
      f"{UNION} union.strategy=msd data.augment.cutmix=0.5"),
     ("projection_belongs_to_ramp", f"{UNION} union.strategy=max union.projection_beta=0.5", "with strategy max",
      f"{UNION} union.strategy=ramp union.projection_beta=0.5"),
-    ("unions_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
-    ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
+    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
+    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
      f"{UNION} union.strategy=avg"),
-    ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1,lol:1", "'lol:1' is not a threat",
+    ("unions_can_be_read", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1,lol:1", "'lol:1' is not a threat",
      f"{UNION} union.strategy=ramp"),
-    ("unions_fit", f"{COHORT} peers.2.union.strategy=msd", "AEs of other peers are finished",
+    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=msd", "AEs of other peers are finished",
      f"{COHORT} peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1"),
-    ("unions_fit", f"{COHORT} peers.2.union.strategy=random peers.1.threat=linf", "the specialists have 1 norms",
+    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=random peers.1.threat=linf",
+     "the specialists have 1 norms",
      f"{COHORT} peers.2.union.strategy=random"),
-    ("unions_fit", f"{COHORT} peers.2.union.strategy=eat peers.2.loss=at", "strategy eat with 0 threats",
+    ("unions_of_own_aes_fit", f"{COHORT} peers.2.union.strategy=eat peers.2.loss=at", "strategy eat with 0 threats",
      f"{COHORT} peers.2.union.strategy=eat"),
-    ("unions_fit", UNION, "without a strategy", f"{UNION} union.strategy=random"),
-    ("unions_fit", f"{UNION},l2:1 union.strategy=msd", "one norm twice", f"{UNION} union.strategy=msd"),
-    ("unions_fit", "peers=1 loss=at union.strategy=eat union.threats=linf:0.1,l2:1", "without linf and l1",
+    ("unions_can_be_read", UNION, "without a strategy", f"{UNION} union.strategy=random"),
+    ("unions_can_be_read", f"{UNION},l2:1 union.strategy=msd", "one norm twice", f"{UNION} union.strategy=msd"),
+    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=eat union.threats=linf:0.1,l2:1", "without linf and l1",
      f"{UNION} union.strategy=eat"),
-    ("unions_fit", f"{COHORT} peers.2.union.strategy=max peers.1.threat=linf", "the specialists have 1 norms",
+    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=max peers.1.threat=linf",
+     "the specialists have 1 norms",
      f"{COHORT} peers.2.union.strategy=max"),
-    ("unions_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1,l1:9",
-     "no specialist for l1", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1"),
+    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=avg peers.1.threat=linf",
+     "the specialists have 1 norms", f"{COHORT} peers.2.union.strategy=avg"),
+    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1",
+     "from the AEs of others alone", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1 "
+                                     "peers.2.loss.hard_own=0.5"),
+    ("somebody_is_there_to_learn_from", "peers=3 peers.2.role=generalist", "a generalist without specialists",
+     "peers=3 peers.2.role=generalist peers.0.role=specialist"),
     ("idbh_crops_and_erases_itself", "data.augment.idbh=weak data.augment.pad=4", "write pad: 0",
      "data.augment.idbh=weak data.augment.pad=0 data.augment.flip=true"),
     ("data_fill_a_batch", "data.generated=x.npz", "images in data.generated, 0 of them",
@@ -341,6 +348,13 @@ def test_ordinary_settings_are_not_warned_about() -> None:
                       ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
                       ["peers.all.init_stream=3"]):
         assert config_warnings(load_config("digits", overrides)) == []
+
+
+def test_specialists_that_nobody_learns_from_are_warned_of() -> None:
+    alone = ["peers=2", "peers.all.role=specialist"]
+    assert any("specialists alone" in text for text in config_warnings(load_config("digits", alone)))
+    taught = ["peers=2", "peers.0.role=specialist", "peers.1.role=generalist"]
+    assert not any("specialists alone" in text for text in config_warnings(load_config("digits", taught)))
 
 
 def test_a_generalist_without_aes_of_its_own_is_warned_of() -> None:

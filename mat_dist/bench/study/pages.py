@@ -133,8 +133,8 @@ def search_page(document: Mapping[str, Any]) -> str:
              "weights; PGD as the configuration says), never on the test set. Sorted by the mean peer. The best of "
              "many settings is flattered by the choice: how many were tried stands below.", ""]
     rows = [[f"`{one['family']}`", f"`{' '.join(one['point']) or '-'}`", *(_share(one["scores"].get(name), 0)
-             for name in ("mean", "ensemble", "clean")), str(len(one["scores"]["mean"]["by_seed"])), f"{one['cost']:.2f}"
-             if one["cost"] else "-"] for one in document["settings_tried"] if one["scores"]]
+             for name in ("mean", "ensemble", "clean")), str(len(one["scores"]["mean"]["by_seed"])),
+             f"{one['cost']:.2f}" if one["cost"] else "-"] for one in document["settings_tried"] if one["scores"]]
     columns = ["family", "setting", "mean peer %", "ensemble %", "clean %", "seeds", "cost"]
     lines += markdown(columns, rows, text_columns=2)
     families = [[f"`{name}`", one["says"], str(one["tried"]), str(one["done"]), f"`{' '.join(one['settings'])}`"]

@@ -122,9 +122,10 @@ def _validation(folder: RunFolder, step: int) -> Path:
 
 
 def candidates(config: Config) -> list[str]:
-    """The peers that may be the best one: the generalists, or where there are none all that train."""
+    """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
     training = [p for p in config.peers if not p.frozen]
-    return [str(p.name) for p in [p for p in training if p.role == "generalist"] or training]
+    generalists = [p for p in training if p.role == "generalist"]
+    return [str(p.name) for p in generalists or [p for p in training if p.loss.learns_aes] or training]
 
 
 def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:

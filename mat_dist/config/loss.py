@@ -56,3 +56,8 @@ class LossConfig(Section):
                                                                          "AEs and clean images")
     warmup_epochs: Number | None = Field(None, ge=0, description="epochs in which the peer learns alone: no "
                                                                  "distillation, hard labels on own AEs")
+
+    @property
+    def learns_aes(self) -> bool:
+        """Whether a complete loss has a term on AEs; LBGAT's net of clean images has none."""
+        return bool(self.hard_weight or self.kd_weight or self.trades_beta or self.mart_beta or self.pair_weight)

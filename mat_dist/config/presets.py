@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mat_kd": {**_KD, "kd_own": 1.0},
     # As mat_kd, but each peer's opinion on its own AE.
     "dml_at": {**_KD, "kd_own": 1.0, "teacher_input": "own_ae"},
-    # Hard labels on own AEs, distillation spread evenly over all AEs. Provisional until searched; even hard
-    # weights lost 7 points of PGD-100 in a small trial (docs/method.md).
+    # Hard labels on own AEs, distillation spread evenly over all AEs: from a small trial, where even hard weights lost
+    # 7 points of PGD-100 (docs/method.md). The search found nothing that beats independent peers (docs/evidence.md).
     "mat": {**_KD},
     "trades": _TRADES,
     "mat_trades": {**_TRADES, **_KD},
@@ -60,8 +60,9 @@ _CAT = ({**_CAT_BASE, **_TRADES}, {**_CAT_BASE, "hard_weight": 0.5, "clean_weigh
 # difference has its own copy of it, which gives the same gradients.
 _LBGAT = ({"hard_weight": 0.0, "clean_weight": 1.0, "kd_clean": 1.0, "kd_loss": "mse", "teacher_input": "own_ae"},
           {"hard_weight": 0.0, "kd_weight": 1.0, "kd_own": 1.0, "kd_loss": "mse", "teacher_input": "clean"})
-# PeerAiD (Jung et al., CVPR 2024), its code for CIFAR-10: a peer that learns the student's AEs, and the student that
-# learns from the peer, T 5; KL is averaged over the 10 classes there, hence a tenth of 0.1, 1 and 1.
+# PeerAiD (Jung et al., CVPR 2024), the weights of its code for CIFAR-10: a peer that learns the student's AEs, and the
+# student that learns from the peer, T 5; KL is averaged over the 10 classes there, hence a tenth of 0.1, 1 and 1. Two
+# things differ: there the peer guides the attack in eval mode, and its KL also moves the student.
 _PEERAID = ({"hard_weight": 1.0, "hard_own": 0.0, "kd_weight": 0.01, "kd_own": 0.0},
             {"hard_weight": 0.0, "kd_weight": 0.1, "kd_own": 1.0, "temperature": 5.0, "trades_beta": 0.1,
              "trades_temperature": 5.0})
@@ -77,6 +78,7 @@ DRAWS_OR_MSD = ("random", "eat", "msd")  # strategies that make one batch of AEs
 EMA_DECAY = {"at_wa": 0.9995}  # of presets that average weights; the FastAT benchmark's
 
 _TRADES_ATTACK = {"loss": "kl_clean", "start": "gaussian"}
+_MART_ATTACK = {"loss": "ce", "start": "gaussian"}  # its code
 _TEACHER_ATTACK = {"loss": "kl_teacher", "start": "gaussian"}
 _FREE_ATTACK = {"loss": "ce", "start": "zero"}
 _PLAIN_ATTACK = {"loss": "ce", "start": "uniform"}
@@ -130,8 +132,9 @@ def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
 
 
 def fill_optim(optim: OptimConfig, preset: str) -> OptimConfig:
-    """`optim` with the averaged weights that belong to a preset."""
-    if not optim.averages and preset in EMA_DECAY:
+    """`optim` with the averaged weights that belong to a preset, where nothing is said of them; null says: none."""
+    said = optim.averages or "ema_decay" in optim.model_fields_set
+    if preset in EMA_DECAY and not said:
         return optim.model_copy(update={"ema_decay": EMA_DECAY[preset]})
     return optim
 
@@ -139,8 +142,10 @@ def fill_optim(optim: OptimConfig, preset: str) -> OptimConfig:
 def fill_attack(attack: AttackConfig, preset: str, index: int, threat: ThreatConfig) -> AttackConfig:
     """`attack` with the start and loss that the preset's method uses, and the step length of `step_size`."""
     default = _PLAIN_ATTACK
-    if preset in ("trades", "mat_trades") or (preset == "cat" and index % 2 == 0):
+    if preset in ("trades", "mat_trades", "lbgat") or (preset == "cat" and index % 2 == 0):
         default = _TRADES_ATTACK
+    if preset == "mart":
+        default = _MART_ATTACK
     if preset == "rslad" or (preset == "peeraid" and index % 2 == 1):
         default = _TEACHER_ATTACK
     if attack.method == "free":

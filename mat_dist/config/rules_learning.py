@@ -13,6 +13,15 @@ def _alone(c: LossConfig) -> bool:
     return bool((c.hard_weight and c.hard_own) or c.clean_weight or c.trades_beta or c.mart_beta or c.pair_weight)
 
 
+@rule("loss")
+def smoothing_has_a_cross_entropy(config: Config) -> list[ConfigError]:
+    """MART's boosted cross-entropy has no smoothed form: smoothing would do nothing where no other term takes it."""
+    return [ConfigError(f"label_smoothing {peer.loss.label_smoothing:g} with hard_loss bce, which takes none",
+                        f"{key}.loss.label_smoothing", "write label_smoothing: 0, hard_loss: ce or a clean_weight")
+            for key, peer in entries(config) if peer.loss.label_smoothing and peer.loss.hard_loss == "bce"
+            and not peer.loss.clean_weight]
+
+
 @rule("loss", "peers")
 def some_term_counts(config: Config) -> list[ConfigError]:
     """A loss without terms, and a cohort without labels and teachers, learn nothing."""

@@ -63,8 +63,9 @@ def unions_of_received_aes_fit(config: Config) -> list[ConfigError]:
                                      "loss.hard_own a share"))
         elif union.strategy == "msd":
             found.append(ConfigError("strategy msd goes through the steps of an attack, and AEs of other peers are "
-                                     "finished", f"{key}.union.threats", "name the threats for AEs of its own, or write "
-                                                                         "strategy: avg, max, random, eat or ramp"))
+                                     "finished", f"{key}.union.threats",
+                                     "name the threats for AEs of its own, or write strategy: avg, max, random, eat or "
+                                     "ramp"))
         elif len(norms) < 2:
             found.append(ConfigError(f"strategy {union.strategy}, and the specialists have {len(norms)} norms",
                                      f"{key}.union.strategy", "add a specialist for each norm"))

@@ -311,7 +311,7 @@ def max_of(z: Z, y: Tensor) -> Tensor:
 
 
 def ramp_of(z: Z, y: Tensor) -> Tensor:
-    return max_of(z, y) + 10 * ramp_pair(z(3, 0), z(3, 2), y)  # half of it counts, as generalist() has it
+    return max_of(z, y) + 5 * ramp_pair(z(3, 0), z(3, 2), y)
 
 
 class Drawn:
@@ -351,6 +351,31 @@ def union_slots(k: int, step: int) -> list[Slot]:
     return OWN
 
 
+def with_own(strategy: str) -> list[dict[str, Any]]:
+    """Three specialists and a generalist that makes AEs of its own beside theirs."""
+    entries = cohort(strategy)
+    entries[3]["union"]["threats"] = THREE
+    return entries
+
+
+def half_own(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
+    """Hard labels count half, on its own AEs as much as on the specialists' together; the rest is their opinion."""
+    return generalist(lambda z, y: 0.5 * ce(z(3, 3), y) + 0.5 * mean_of(z, y))(k, z, t, y, step)
+
+
+def by_generalist(own: Callable[[Reference, int, int, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The generalist's AEs by `own`, those of the specialists by PGD on their threats."""
+    specs = Case(with_own("msd"), half_own, from_all).config().peers
+
+    def made(peer: Reference, k: int, step: int, x: Tensor, y: Tensor) -> Tensor:
+        return own(peer, k, step, x, y) if k == 3 else craft(peer, specs[k], (LINF, L2, L1)[k], 0, k, step, x, y)
+    return made
+
+
+def own_too(k: int, step: int) -> list[Slot]:
+    return [0, 1, 2, 3] if k == 3 else [k]
+
+
 CASES |= {
     "avg": Case(alone("avg"), average_of, union_slots),
     "max": Case(alone("max"), maximum, union_slots),
@@ -363,6 +388,8 @@ CASES |= {
     "generalist avg": Case(cohort("avg"), generalist(mean_of), from_all),
     "generalist max": Case(cohort("max"), generalist(max_of), from_all),
     "generalist ramp": Case(cohort("ramp"), generalist(ramp_of), from_all),
+    "generalist with msd of its own": Case(with_own("msd"), half_own, own_too, craft=by_generalist(steepest)),
+    "generalist with a norm of its own": Case(with_own("random"), half_own, own_too, craft=by_generalist(Drawn(False))),
     "generalist that feeds back": Case(cohort(None, kd_weight=0.5), generalist(mean_of, feedback=True), from_all),
 }
 
@@ -415,7 +442,8 @@ def agree(case: Case, run_ranks: Callable[..., list[Any]], steps: int = STEPS) -
         assert moved == 0 if peer.spec.frozen else moved > 1e-4
 
 
-SLOW = ("gate", "teacher_right", "generalist avg")  # "student_wrong" and "generalist" cover them in the fast part
+# "student_wrong", "generalist" and "generalist with msd of its own" cover them in the fast part.
+SLOW = ("gate", "teacher_right", "generalist avg", "generalist with a norm of its own")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

@@ -97,6 +97,8 @@ CASES = [
         "loss=at loss.hard_weight=0 loss.clean_weight=1",
     ),
     ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
+    ("smoothing_has_a_cross_entropy", "peers=1 loss=mart loss.label_smoothing=0.2", "which takes none",
+     "peers=1 loss=mart loss.label_smoothing=0.2 loss.clean_weight=0.5"),
     ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
     (
         "owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=1", "no teacher on own examples, kd_own is 1",
@@ -137,7 +139,8 @@ CASES = [
      f"{UNION} union.strategy=msd data.augment.cutmix=0.5"),
     ("projection_belongs_to_ramp", f"{UNION} union.strategy=max union.projection_beta=0.5", "with strategy max",
      f"{UNION} union.strategy=ramp union.projection_beta=0.5"),
-    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
+    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats",
+     f"{UNION} union.strategy=max"),
     ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
      f"{UNION} union.strategy=avg"),
     ("unions_can_be_read", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1,lol:1", "'lol:1' is not a threat",
@@ -348,6 +351,23 @@ def test_ordinary_settings_are_not_warned_about() -> None:
                       ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
                       ["peers.all.init_stream=3"]):
         assert config_warnings(load_config("digits", overrides)) == []
+
+
+@pytest.mark.parametrize("preset,index,loss,start", [
+    ("at", 0, "ce", "uniform"), ("trades", 0, "kl_clean", "gaussian"), ("mart", 0, "ce", "gaussian"),
+    ("lbgat", 1, "kl_clean", "gaussian"), ("cat", 0, "kl_clean", "gaussian"), ("cat", 1, "ce", "uniform"),
+])
+def test_a_preset_attacks_as_its_authors_code_does(preset: str, index: int, loss: str, start: str) -> None:
+    """mart.py and lbgat.py of the authors start at 0.001 normal noise; LBGAT raises KL to its own clean prediction."""
+    attack = load_config(None, [f"loss={preset}", "peers=2"]).peers[index].attack
+    assert (attack.loss, attack.start) == (loss, start)
+
+
+def test_the_average_of_a_preset_can_be_switched_off() -> None:
+    words = ["peers=1", "loss=at_wa"]
+    assert load_config("base", words).peers[0].optim.ema_decay == 0.9995
+    config = load_config("base", [*words, "optim.ema_decay=null"])
+    assert not config.peers[0].optim.averages
 
 
 def test_specialists_that_nobody_learns_from_are_warned_of() -> None:

@@ -15,6 +15,7 @@ from mat_dist.check.findings import Answer
 from mat_dist.cohort import make_model
 from mat_dist.config.schema import Config
 from mat_dist.errors import NonFinite, PeerFailed
+from mat_dist.loading import initialise
 from mat_dist.models.registry import parameter_count
 from mat_dist.peer import Peer
 
@@ -55,15 +56,17 @@ def alike(config: Config) -> list[tuple[int, ...]]:
 
 
 def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: torch.device) -> Answer[Measured]:
-    """Try the model of the first of `peers`.
+    """Try the model of the first of `peers`, with the weights of `init_from` where it has one.
 
-    Raises ConfigError for a model that does not fit, NonFinite, and PeerFailed for whatever else the model raises.
+    Raises ConfigError for a model that does not fit, CheckpointError for weights that do not, such as those of a
+    teacher with other classes, NonFinite, and PeerFailed for whatever else the model raises.
     """
     spec = config.peers[peers[0]]
     where = f"peer {peers[0]}, model.name={spec.model.name}"
     model = make_model(spec, sample.images, seed=config.run.seed, step=config.step, device=device)
     once = spec.model_copy(update={"attack": spec.attack.model_copy(update={"steps": 1}), "frozen": False})
     peer = Peer(peers[0], once, model, seed=config.run.seed, step=config.step)
+    initialise([peer], sample.images)
     x_BCHW, y_B = sample.x_BCHW[:IMAGES].to(device), sample.y_B[:IMAGES].to(device)
     few = max(1, len(x_BCHW) // 2), max(2, len(x_BCHW) // 2)  # batch norm needs two
     try:

@@ -249,6 +249,16 @@ def test_a_model_is_tried_in_train_mode_with_its_gradient(capsys, tmp_path, numb
     assert text in checked.row("model peers 0-1")["found"]
 
 
+def test_a_teacher_for_other_data_is_named_beside_what_else_is_wrong(capsys, tmp_path):
+    teacher = run_small(tmp_path, "teacher", "peers=1", "loss=at").folder
+    student = ("peers.1.frozen=true", f"peers.1.init_from={teacher.path}:peer0")
+    assert Checked(capsys, *student, "data.name=digits").code == 0
+    found = Checked(capsys, *student, "data.name=cifar100", "data.root=.", "--ranks=3")
+    assert set(found.errors()) >= {"ranks", "model peer 1"}
+    teaching = found.row("model peer 1")
+    assert "its models are for" in teaching["found"] and "init_from" in teaching["how"]
+
+
 def test_peers_that_differ_are_tried_one_by_one(capsys):
     checked = Checked(capsys, "peers=3", "peers.1.threat=l2", "peers.1.attack.eps=1")
     assert [one["check"] for one in checked.rows if one["check"].startswith("model")] == ["model peers 0, 2",

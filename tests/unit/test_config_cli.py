@@ -221,6 +221,10 @@ def test_the_recipes_are_what_their_sources_say() -> None:
     free = load_config("cifar10_free")
     assert {(p.attack.method, p.attack.start, p.attack.step_size) for p in free.peers} == {("free", "zero", 8 / 255)}
     assert free.train.replays * free.train.epochs == 112
+    fast = load_config("cifar10_fast")
+    assert {(p.attack.method, p.attack.steps, p.attack.start, p.attack.step_size) for p in fast.peers} == {
+        ("pgd", 1, "uniform", 10 / 255)}
+    assert {p.optim.schedule for p in fast.peers} == {"onecycle"} and fast.eval.every == 1
     assert {p.loss.trades_beta for p in load_config("cifar10_trades").peers} == {6}
     imagenet = load_config("imagenet_folder")
     assert (

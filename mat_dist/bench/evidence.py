@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mat_dist.atomic import reported, write_json, write_text
+from mat_dist.bench.study.jobs import run_all
 from mat_dist.bench.study.options import Options, chosen
 from mat_dist.bench.study.pages import evidence_page
 from mat_dist.bench.study.plan import Suite, TablePlan, read_evidence
-from mat_dist.bench.study.runs import PLACES, Enough, Job, Runner, machines, side_by_side, train
+from mat_dist.bench.study.runs import PLACES, Enough, Job, Runner, machines, train
 from mat_dist.bench.study.scores import evaluate, find, labels
 from mat_dist.bench.study.tables import Entry, table_document
 from mat_dist.bench.study.why import explain
@@ -114,22 +114,14 @@ def execute(suite: Suite, entries: Sequence[Entry], rows: set[str], seeds: Seque
             and entry.missing(suite.tables[entry.table], seed)]
     tasks = [(entry.jobs[seed], partial(complete, suite.tables[entry.table], entry, seed, runner))
              for entry, seed in left]
-    over = False
-    with closing(side_by_side(tasks, jobs)) as ended, runner.ending():
-        for number, future in ended:
-            entry, seed = left[number]
-            try:
-                future.result()
-            except Enough:
-                over = True
-            except MatError as error:
-                entry.failures[seed] = str(error)
-                runner.tell(f"warning: {entry.name}, seed {seed}: {error}")
-            take_up(suite, [entry])
-            if not over:
-                write()
-    if over:
-        raise Enough
+
+    def ended(number: int, error: MatError | None) -> None:
+        entry, seed = left[number]
+        if error is not None:
+            entry.failures[seed] = str(error)
+        take_up(suite, [entry])
+
+    run_all(tasks, jobs, runner, ended, write)
 
 
 def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -29,10 +28,11 @@ from typing import Any
 from mat_dist import checkpoint
 from mat_dist.atomic import parse_json, reported, write_json, write_text
 from mat_dist.bench.evidence import file_digest, hidden
+from mat_dist.bench.study.jobs import run_all
 from mat_dist.bench.study.options import Options, chosen
 from mat_dist.bench.study.pages import search_page
 from mat_dist.bench.study.plan import SearchSuite, Words, read_search
-from mat_dist.bench.study.runs import Enough, Job, Runner, machines, side_by_side, train
+from mat_dist.bench.study.runs import Enough, Job, Runner, machines, train
 from mat_dist.bench.study.tables import summary
 from mat_dist.dryrun import training_passes
 from mat_dist.entry import tell
@@ -131,21 +131,13 @@ def execute(found: Sequence[Candidate], seeds: Sequence[int], jobs: int, runner:
     """Train all with the first seed, then with the next. Raises Enough."""
     left = [(one, seed) for seed in seeds for one in found if seed in one.jobs and not one.jobs[seed].done]
     tasks = [(one.jobs[seed], partial(train, one.jobs[seed], runner)) for one, seed in left]
-    over = False
-    with closing(side_by_side(tasks, jobs)) as ended, runner.ending():
-        for number, future in ended:
-            one, seed = left[number]
-            try:
-                future.result()
-            except Enough:
-                over = True
-            except MatError as error:
-                one.failures[seed] = str(error)
-                runner.tell(f"warning: {one.name}, seed {seed}: {error}")
-            if not over:
-                write()
-    if over:
-        raise Enough
+
+    def ended(number: int, error: MatError | None) -> None:
+        one, seed = left[number]
+        if error is not None:
+            one.failures[seed] = str(error)
+
+    run_all(tasks, jobs, runner, ended, write)
 
 
 def scores(job: Job, weights: str) -> dict[str, float]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mat_dist.bench.study.jobs import side_by_side
 from mat_dist.bench.study.options import Options
-from mat_dist.bench.study.runs import Job, Runner, machines, side_by_side
+from mat_dist.bench.study.runs import Job, Runner, machines
 from mat_dist.errors import ConfigError
 from mat_dist.stopping import StopFlag
 

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,41 +191,6 @@ class Runner:
                 process.kill()
                 process.wait()
         return process.returncode
-
-
-def side_by_side(tasks: Sequence[tuple[Job, Callable[[], Any]]], jobs: int
-                 ) -> Generator[tuple[int, Future[Any]]]:
-    """Run tasks, `jobs` at a time, begun in their order; one whose job needs the run of another waits for that.
-
-    Returns:
-        (number of the task, its ended future), as they end. Close it (`contextlib.closing`) to begin no more.
-    """
-    futures: list[Future[Any]] = []
-
-    def after(needed: Sequence[Future[Any]], task: Callable[[], Any]) -> Any:
-        wait(needed)  # begun before this one, so it ends without it
-        return task()
-
-    if jobs == 1:  # in the caller's thread
-        for number, (_, task) in enumerate(tasks):
-            ended: Future[Any] = Future()
-            try:
-                ended.set_result(task())
-            except (Enough, MatError) as error:
-                ended.set_exception(error)
-            yield number, ended
-        return
-    with ThreadPoolExecutor(jobs) as pool:
-        for job, task in tasks:
-            needed = [future for (other, _), future in zip(tasks, futures, strict=False)
-                      if other.seed == job.seed and other.row in job.needs]
-            futures.append(pool.submit(after, needed, task))
-        numbers = {future: number for number, future in enumerate(futures)}
-        try:
-            for future in as_completed(futures):
-                yield numbers[future], future
-        finally:  # where the caller fails, what has not begun never does
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def machines(jobs: Iterable[Job]) -> list[dict[str, Any]]:

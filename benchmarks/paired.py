@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.intervals import image_interval, seed_interval
+from mat_dist.intervals import paired_difference, seed_interval
 
 Key = tuple[str, str, str, str]
 
@@ -51,9 +51,9 @@ def main() -> int:
     for target in found[0]:
         cells, means = [], []
         for one in found:
-            mean, half = image_interval([100.0 * v for v in one[target]])
-            cells.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
-            means.append(mean)
+            of_images = paired_difference([dict(enumerate(one[target]))])
+            cells.append(f"{100 * of_images.mean:+.2f} ({100 * of_images.low:+.2f} to {100 * of_images.high:+.2f})")
+            means.append(100 * of_images.mean)
         mean, half = seed_interval(means)
         table.add_row(target, *cells, f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
     Console(width=140).print(table)

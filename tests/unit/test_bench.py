@@ -194,7 +194,7 @@ def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys:
     assert summary.main() == 2
 
 
-def test_a_paired_comparison_by_hand(tmp_path: Path) -> None:
+def test_a_paired_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Of four images one was lost: -25 points. Two runs with -25 and +5 points: t = 12.71, error 15."""
     for name, bits in (("a", "1101"), ("b", "0101")):
         folder = tmp_path / name / "eval"
@@ -205,5 +205,7 @@ def test_a_paired_comparison_by_hand(tmp_path: Path) -> None:
     found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
     assert found == {"peer0": [-1, 0, 0, 0]}
     assert seed_interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.706 * 15))
+    monkeypatch.setattr("sys.argv", ["paired", str(tmp_path / "a"), "--", str(tmp_path / "b")])
+    assert paired.main() == 0 and "-25.00 (" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no test results"):
         paired.robust(tmp_path / "absent")

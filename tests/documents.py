@@ -19,9 +19,18 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
             yield f"{document.relative_to(ROOT)}:{text.count(chr(10), 0, found.start()) + 1}", found[1]
 
 
-def table(document: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, without its two head lines."""
+def _rows(document: str, heading: str) -> list[list[str]]:
     text = (ROOT / document).read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1]
     rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert rows, f"no table below {heading}"
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[0].splitlines()[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[0].splitlines()]
+
+
+def heads(document: str, heading: str) -> list[str]:
+    """The heads of the first table below a heading."""
+    return _rows(document, heading)[0]
+
+
+def table(document: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its two head lines."""
+    return _rows(document, heading)[2:]

@@ -21,7 +21,8 @@ def evidence_page(document: Mapping[str, Any]) -> str:
         lines += ["", "### Against the controls", "", *verdict_lines(table["comparisons"]),
                   *why_lines(table, document["suite"])]
         if table["differences"]:
-            lines += ["", "### Differences", "", *_differences(table)]
+            lines += ["", "### Differences", "", "<details><summary>Every row against every control, attacked and "
+                      "clean</summary>", "", *_differences(table), "", "</details>"]
         common = " ".join([*document["base_settings"], *table["settings"]])
         lines += ["", "### Rows", "", f"Each run: `python -m mat_dist.train --config {document['config']} peers=P "
                   f"{common} SETTINGS run.seed=S`, with the row's settings; *config* is a digest of what results.", "",

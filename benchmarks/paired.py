@@ -1,8 +1,8 @@
 """Paired comparison of test results: python -m benchmarks.paired RUN ... -- RUN ...
 
-The runs before `--` and after it belong together in order (the same seed each). For every pair and peer the difference
-of robust accuracy is taken image by image. The interval counts both the images and the runs: a run-to-run deviation
-cannot be seen from images.
+The runs before `--` and after it belong together in order (the same seed each). For every pair, peer and kind of
+weights the difference of robust accuracy, over all attacks, is taken image by image. The last column joins all pairs;
+its interval is the wider one of images and runs, as in `mat_dist.bench evidence`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,36 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.intervals import paired_difference, seed_interval
+from mat_dist.intervals import Difference, paired_difference
 
-Key = tuple[str, str, str, str]
+Target = tuple[str, str]  # name, weights
 
 
-def robust(run: Path) -> dict[Key, int]:
-    """Whether each image withstood, by sample, attack, target and weights, of the run's newest `last` test."""
+def robust(run: Path) -> dict[Target, dict[int, bool]]:
+    """Which images withstood all attacks, of the run's newest `last` test."""
     files = sorted((run / "eval").glob("test_last_*.csv"))
     if not files:
         raise SystemExit(f"mat_dist: error: no test results in {run} (eval/test_last_*.csv): let the run end first")
+    found: dict[Target, dict[int, bool]] = {}
     with files[-1].open(newline="") as file:
-        return {(r["sample"], r["attack"], r["target"], r["weights"]): int(r["robust"]) for r in csv.DictReader(file)}
-
-
-def differences(before: dict[Key, int], after: dict[Key, int]) -> dict[str, list[int]]:
-    """Robust after minus before of every image, by target. Raises SystemExit where the images are not the same."""
-    if before.keys() != after.keys():
-        raise SystemExit("mat_dist: error: two runs attacked other images or targets (eval/*.csv): compare equal ones")
-    found: dict[str, list[int]] = {}
-    for key, value in before.items():
-        found.setdefault(key[2], []).append(after[key] - value)
+        for row in csv.DictReader(file):
+            images, sample = found.setdefault((row["target"], row["weights"]), {}), int(row["sample"])
+            images[sample] = images.get(sample, True) and row["robust"] == "1"
     return found
+
+
+def differences(before: dict[Target, dict[int, bool]], after: dict[Target, dict[int, bool]]
+                ) -> dict[Target, dict[int, float]]:
+    """Robust after minus before of every image. Raises SystemExit where images or targets are not the same."""
+    if {key: images.keys() for key, images in before.items()} != {key: images.keys() for key, images in after.items()}:
+        raise SystemExit("mat_dist: error: two runs attacked other images or targets (eval/*.csv): compare equal ones")
+    return {key: {image: float(after[key][image]) - was for image, was in images.items()}
+            for key, images in before.items()}
+
+
+def shown(found: Difference) -> str:
+    """In points, with its interval."""
+    return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
 
 
 def main() -> int:
@@ -46,16 +54,11 @@ def main() -> int:
     middle = sys.argv.index("--")
     pairs = list(zip(map(Path, sys.argv[1:middle]), map(Path, sys.argv[middle + 1:]), strict=True))
     found = [differences(robust(a), robust(b)) for a, b in pairs]
-    table = Table("target", *(f"{a.name} -> {b.name}" for a, b in pairs), "all runs", title="robust accuracy, points",
-                  title_justify="left")
-    for target in found[0]:
-        cells, means = [], []
-        for one in found:
-            of_images = paired_difference([dict(enumerate(one[target]))])
-            cells.append(f"{100 * of_images.mean:+.2f} ({100 * of_images.low:+.2f} to {100 * of_images.high:+.2f})")
-            means.append(100 * of_images.mean)
-        mean, half = seed_interval(means)
-        table.add_row(target, *cells, f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+    table = Table("target", "weights", *(f"{a.name} -> {b.name}" for a, b in pairs), "all runs",
+                  title="robust accuracy, points", title_justify="left")
+    for name, weights in found[0]:
+        each = [one[name, weights] for one in found]
+        table.add_row(name, weights, *(shown(paired_difference([one])) for one in each), shown(paired_difference(each)))
     Console(width=140).print(table)
     return 0
 

@@ -184,8 +184,8 @@ def _weights(row: PeerPlan) -> dict[str, float]:
             "KD other": max((row.distilled.get(j, 0.0) for j in others), default=0.0),
             "KD clean": row.distilled.get(row.clean, 0.0),
             "TRADES": c.base_scale * c.trades_beta, "MART": c.base_scale * c.mart_beta,
-            "logit pairing": c.base_scale * c.pair_weight, 
-            "RAMP": c.base_scale * c.hard_weight * row.me.ramp_weight if row.ramp else 0.0}
+            "logit pairing": c.base_scale * c.pair_weight,
+            "RAMP": c.base_scale * row.me.ramp_weight * sum(row.hard[s] for s in row.rivals) if row.ramp else 0.0}
 
 
 def _mean(weights: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -245,11 +245,17 @@ def strict_arithmetic() -> Iterator[None]:
         backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
+def candidates(specs: Sequence[PeerConfig]) -> list[str]:
+    """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
+    training = [spec for spec in specs if not spec.frozen]
+    generalists = [spec for spec in training if spec.role == "generalist"]
+    return [str(spec.name) for spec in generalists or [s for s in training if s.loss.learns_aes] or training]
+
+
 def selection_score(results: Sequence[Result], specs: Sequence[PeerConfig]) -> float:
-    """What `best` maximises on the validation split: mean robust accuracy of the generalists, or where there are none
-    of all peers that train, with averaged weights where they are kept."""
-    training = {str(spec.name): spec.role for spec in specs if not spec.frozen}
-    generalists = {name for name, role in training.items() if role == "generalist"}
-    peers = [r for r in results if r.target in (generalists or training)]
+    """What `best` maximises on the validation split: mean robust accuracy of the `candidates`, with averaged weights
+    where they are kept."""
+    names = candidates(specs)
+    peers = [r for r in results if r.target in names]
     chosen = [r for r in peers if r.weights == EMA] or peers
     return sum(r.robust for r in chosen) / len(chosen)

@@ -14,7 +14,7 @@ from mat_dist.cohort import Images
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW, ensemble_of, load_models
+from mat_dist.evaluator import EMA, ENSEMBLE, RAW, candidates, ensemble_of, load_models
 from mat_dist.models import soup
 from mat_dist.models.ensemble import WEIGHTS
 from mat_dist.peer import Peer
@@ -103,7 +103,7 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
     """Position of the peer that is asked for."""
     names = [str(p.name) for p in config.peers]
     if peer == "best":
-        some = candidates(config)
+        some = candidates(config.peers)
         found = some[0] if len(some) == 1 else best_peer(some, folder, manifest.step, weights)
         if found is None:
             raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
@@ -119,13 +119,6 @@ def _index(config: Config, folder: RunFolder, manifest: checkpoint.Manifest, pee
 
 def _validation(folder: RunFolder, step: int) -> Path:
     return folder.eval / f"validation_{checkpoint.step_name(step)}.json"
-
-
-def candidates(config: Config) -> list[str]:
-    """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
-    training = [p for p in config.peers if not p.frozen]
-    generalists = [p for p in training if p.role == "generalist"]
-    return [str(p.name) for p in generalists or [p for p in training if p.loss.learns_aes] or training]
 
 
 def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:

@@ -84,10 +84,10 @@ def _paired(plan: PeerPlan, clean_BK: Tensor, own_BK: Tensor, y_B: Tensor) -> Te
 
 def _union(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor, right: Tensor | None) -> Tensor:
     """The worst threat of each image, and RAMP's pairing."""
-    weight, c = sum(plan.hard[slot] for slot in plan.rivals), plan.loss
-    total = weight * losses.worst_cross_entropy([logits[slot] for slot in plan.rivals], y_B, c.label_smoothing)
+    weight = sum(plan.hard[slot] for slot in plan.rivals)
+    total = weight * losses.worst_cross_entropy([logits[slot] for slot in plan.rivals], y_B, plan.loss.label_smoothing)
     if plan.ramp is not None:
         first, second = plan.ramp
-        pairing = losses.ramp_term(logits[first], logits[second], y_B, right)
-        total = total + c.hard_weight * plan.me.ramp_weight * pairing  # the paper's ratio to the hard labels
+        # Times the weight of the worst cross-entropy: the paper's ratio between the two.
+        total = total + weight * plan.me.ramp_weight * losses.ramp_term(logits[first], logits[second], y_B, right)
     return total

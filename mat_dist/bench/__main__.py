@@ -157,11 +157,12 @@ def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
 
 def _shape(value: str) -> tuple[int, ...]:
     """CxHxW. Raises ConfigError."""
-    parts = value.split("x")
-    if len(parts) != 3:
+    try:
+        channels, height, width = (whole_number("--image", part) for part in value.split("x"))
+    except (ConfigError, ValueError):
         raise ConfigError(f"--image {value[:40]!r}", COMMAND_LINE,
-                          "write --image and three whole numbers such as 3x32x32")
-    return tuple(whole_number("--image", part) for part in parts)
+                          "write --image and three whole numbers such as 3x32x32") from None
+    return channels, height, width
 
 
 if __name__ == "__main__":

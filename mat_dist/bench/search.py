@@ -183,7 +183,8 @@ def write(options: Options, suite: SearchSuite, found: Sequence[Candidate]) -> N
         "runs": {"done": sum(job.done for job in runs), "all": len(found) * len(suite.seeds)},
         "families": {name: {"says": family.says, "settings": list(family.settings),
                             "tried": sum(one.family == name for one in found),
-                            "done": sum(job.done for one in found if one.family == name for job in one.jobs.values())}
+                            "done_runs": sum(job.done for one in found if one.family == name
+                                             for job in one.jobs.values())}
                      for name, family in suite.families.items()},
         "settings_tried": tried}
     with reported(options.out):

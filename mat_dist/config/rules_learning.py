@@ -13,13 +13,14 @@ def _alone(c: LossConfig) -> bool:
     return bool((c.hard_weight and c.hard_own) or c.clean_weight or c.trades_beta or c.mart_beta or c.pair_weight)
 
 
-@rule("loss")
+@rule("loss", "peers")
 def smoothing_has_a_cross_entropy(config: Config) -> list[ConfigError]:
-    """MART's boosted cross-entropy has no smoothed form: smoothing would do nothing where no other term takes it."""
-    return [ConfigError(f"label_smoothing {peer.loss.label_smoothing:g} with hard_loss bce, which takes none",
-                        f"{key}.loss.label_smoothing", "write label_smoothing: 0, hard_loss: ce or a clean_weight")
-            for key, peer in entries(config) if peer.loss.label_smoothing and peer.loss.hard_loss == "bce"
-            and not peer.loss.clean_weight]
+    """Smoothing does nothing without hard labels in a plain cross-entropy: MART's boosted one has no smoothed form."""
+    return [ConfigError(f"label_smoothing {c.label_smoothing:g} of preset {c.preset}, which has no cross-entropy that "
+                        "takes it", f"{key}.loss.label_smoothing", "write label_smoothing: 0, or give clean_weight or "
+                                                                   "hard_weight (with hard_loss: ce) a weight")
+            for key, peer in entries(config) for c in [peer.loss] if c.label_smoothing and not peer.frozen
+            and not c.clean_weight and (c.hard_loss == "bce" or not c.hard_weight)]
 
 
 @rule("loss", "peers")

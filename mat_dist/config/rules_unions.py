@@ -57,10 +57,10 @@ def unions_of_received_aes_fit(config: Config) -> list[ConfigError]:
             continue
         norms = {config.peers[i].threat.norm for i in heard}
         if union.threats:
-            found.append(ConfigError(f"union.threats, and with strategy {union.strategy} this peer learns from the AEs "
-                                     "of others alone", f"{key}.union.threats",
-                                     "leave them out, write strategy: msd, random or eat for AEs of its own, or give "
-                                     "loss.hard_own a share"))
+            found.append(ConfigError("union.threats, and this peer learns from the AEs of others alone",
+                                     f"{key}.union.threats",
+                                     "leave them out: the threats of those peers count; or give loss.hard_own a share, "
+                                     "for AEs of its own"))
         elif union.strategy == "msd":
             found.append(ConfigError("strategy msd goes through the steps of an attack, and AEs of other peers are "
                                      "finished", f"{key}.union.threats",

@@ -20,8 +20,8 @@ class UnionConfig(Section):
                           "threats of its own), else from AEs of its own")
     threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
                                                   "own; the first one is the peer's threat")
-    ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing (Jiang and Singh, NeurIPS 2024: 5 "
-                                                       "from scratch)")
+    ramp_weight: Number = Field(5.0, ge=0, description="weight of RAMP's pairing against the hard labels on AEs "
+                                                       "(Jiang and Singh, NeurIPS 2024: 5 from scratch)")
     projection_beta: Number = Field(0.0, ge=0, lt=1, description="weight of RAMP's other half, the gradient on clean "
                                                                  "images as far as each layer's own points the same "
                                                                  "way (published: 0.5); 0 is off")

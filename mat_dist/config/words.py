@@ -17,7 +17,7 @@ class Words:
         values: of the options that take one, in their order, by option.
         flags: the options without value that were given.
         rest: all other words in their order, unknown options too.
-        problems: options whose value is missing.
+        problems: options whose value is missing or begins with a dash.
     """
 
     values: Mapping[str, tuple[str, ...]]
@@ -50,8 +50,8 @@ def split(words: Sequence[str], valued: Mapping[str, str], flags: Collection[str
             if value and not value.startswith("-"):
                 values.setdefault(option, []).append(value)
             else:
-                problems.append(ConfigError(f"{option} without a value", COMMAND_LINE,
-                                            f"write {option} {valued[option]}"))
+                problems.append(ConfigError(f"{option} {value[:40]!r}" if value else f"{option} without a value",
+                                            COMMAND_LINE, f"write {option} {valued[option]}"))
         elif word in flags:
             found.add(word)
         else:
@@ -62,6 +62,6 @@ def split(words: Sequence[str], valued: Mapping[str, str], flags: Collection[str
 
 def whole_number(option: str, value: str) -> int:
     """The value of an option that counts something, 1 to 9,999,999. Raises ConfigError."""
-    if not (value.isascii() and value.isdigit() and 0 < int(value[:9]) < 10_000_000):
+    if not (value.isascii() and value.isdigit() and len(value) <= 7 and int(value) > 0):
         raise ConfigError(f"{option} {value[:40]!r}", COMMAND_LINE, f"write {option} and a whole number from 1")
     return int(value)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from mat_dist.atomic import parse_json
+from mat_dist.entry import tell
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluate.outcome import CLEAN, UNION, show
 from mat_dist.intervals import Z_95
@@ -83,8 +84,8 @@ def compare(folders: Sequence[RunFolder]) -> None:
                               f"{', '.join(other.flags)}")
         show(as_table(first, other, shared))
         if first.about.get("transfer") and set(first.flags) != set(other.flags):
-            print("mat_dist: AEs of other targets count too, and these runs were evaluated with other targets: "
-                  "transfer=false gives both the same attacks")
+            tell("AEs of other targets count too, and these runs were evaluated with other targets: transfer=false "
+                 "gives both the same attacks")
 
 
 def read(folder: RunFolder) -> Evaluated:

@@ -27,8 +27,8 @@ from mat_dist.evaluate.menu import AUTOATTACK, made_by
 from mat_dist.evaluate.request import Request
 from mat_dist.evaluate.sources import load_sources
 from mat_dist.evaluate.targets import attack_plans, make_targets, target_names, threats_asked
-from mat_dist.evaluator import EMA, RAW, chosen_images, load_models, threats_of
-from mat_dist.loading import best_peer, candidates
+from mat_dist.evaluator import EMA, RAW, candidates, chosen_images, load_models, threats_of
+from mat_dist.loading import best_peer
 from mat_dist.mesh.launch import Launch
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.runfolder import RunFolder, versions
@@ -155,7 +155,7 @@ def describe(subject: Subject, request: Request, job: Job, names: list[str], dat
         "run": subject.folder.path.resolve().name, "checkpoint": subject.label, "step": subject.manifest.step,
         "files": {entry.name: entry.sha256 for entry in subject.manifest.files},
         "n": count, "data_digest": data_digest, "weights": subject.weights,
-        "chosen_on_validation": best_peer(candidates(subject.config), subject.folder,
+        "chosen_on_validation": best_peer(candidates(subject.config.peers), subject.folder,
                                           subject.manifest.step, subject.weights),
         **asked(request, subject.config, job, names), "subset_seed": subject.config.run.seed,
         "precision": subject.config.step.precision, "threads": subject.config.run.threads,
@@ -189,7 +189,7 @@ def _finish(work: Work, about: dict[str, Any], chunks: list[dict[str, Any]]) -> 
     if about.get("sources"):
         outcome.show(outcome.sources_table(outcomes))
     outcome.show(outcome.as_table(title.replace("[", r"\["), outcomes, about["weights"]))
-    if len(candidates(work.config)) > 1:
+    if len(candidates(work.config.peers)) > 1:
         chosen = about["chosen_on_validation"] or "none chosen"
         tell(f"peer to deploy, chosen on the validation split: {chosen}")
     tell(str(path))

@@ -18,6 +18,7 @@ from mat_dist.evaluator import (
     ENSEMBLE,
     RAW,
     AttackPlan,
+    candidates,
     chosen_images,
     ensemble_of,
     load_models,
@@ -25,7 +26,6 @@ from mat_dist.evaluator import (
     restarts,
     threats_of,
 )
-from mat_dist.loading import candidates
 from mat_dist.report.files import RunFiles
 from mat_dist.threats import Threat
 
@@ -112,7 +112,7 @@ def load_subject(run: RunFiles, manifest: checkpoint.Manifest, images: int, devi
 def best_peer(run: RunFiles, step: int, weights: str) -> str:
     """The peer with the highest robust accuracy on the validation split at `step`, as `mat_dist.load` chooses; the
     first one where there is no such evaluation."""
-    names = candidates(run.config)
+    names = candidates(run.config.peers)
     for one in run.evaluations:
         if one.step == step and one.file.startswith("validation"):
             robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in names}

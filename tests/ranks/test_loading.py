@@ -12,7 +12,7 @@ import mat_dist
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import CheckpointError
-from mat_dist.loading import candidates
+from mat_dist.evaluator import candidates
 from mat_dist.train import main
 
 
@@ -62,7 +62,7 @@ def test_a_folder_that_is_no_run_is_a_checkpoint_error(tmp_path: Path) -> None:
 def test_the_best_peer_is_a_generalist_or_else_one_that_learns_adversarial_examples() -> None:
     """The first net of LBGAT learns clean images alone."""
     def names(*words: str) -> list[str]:
-        return candidates(load_config("digits", words))
+        return candidates(load_config("digits", words).peers)
 
     assert names("peers=2", "loss=lbgat") == ["peer1"] and names("peers=2") == ["peer0", "peer1"]
     assert names("peers=2", "peers.0.role=specialist", "peers.1.role=generalist") == ["peer1"]

@@ -20,7 +20,6 @@ from mat_dist.bench.timing import PhaseClock, Spread, Timing, interleaved, ratio
 from mat_dist.cohort import state_hash
 from mat_dist.config import load_config
 from mat_dist.errors import ConfigError, PeerFailed
-from mat_dist.intervals import seed_interval
 from mat_dist.mesh.mesh import Mesh
 from mat_dist.mesh.placement import Placement
 
@@ -195,17 +194,17 @@ def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys:
 
 
 def test_a_paired_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Of four images one was lost: -25 points. Two runs with -25 and +5 points: t = 12.71, error 15."""
+    """Of four images one was lost, under the second of two attacks: -25 points, for both kinds of weights."""
     for name, bits in (("a", "1101"), ("b", "0101")):
         folder = tmp_path / name / "eval"
         folder.mkdir(parents=True)
-        rows = [f"{n},0,linf 1/10,peer0,raw,1,{bit},1" for n, bit in enumerate(bits)]
+        rows = [f"{n},0,{attack},peer0,{weights},1,{bit},1" for weights in ("raw", "ema")
+                for attack, known in (("linf 1/10", "1101"), ("l2 1", bits)) for n, bit in enumerate(known)]
         (folder / "test_last_step_00000002.csv").write_text(
             "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
     found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
-    assert found == {"peer0": [-1, 0, 0, 0]}
-    assert seed_interval([-25.0, 5.0]) == pytest.approx((-10.0, 12.706 * 15))
+    assert found == {("peer0", weights): {0: -1.0, 1: 0.0, 2: 0.0, 3: 0.0} for weights in ("raw", "ema")}
     monkeypatch.setattr("sys.argv", ["paired", str(tmp_path / "a"), "--", str(tmp_path / "b")])
-    assert paired.main() == 0 and "-25.00 (" in capsys.readouterr().out
+    assert paired.main() == 0 and capsys.readouterr().out.count("-25.00 (") == 4
     with pytest.raises(SystemExit, match="no test results"):
         paired.robust(tmp_path / "absent")

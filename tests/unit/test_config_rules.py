@@ -97,7 +97,10 @@ CASES = [
         "loss=at loss.hard_weight=0 loss.clean_weight=1",
     ),
     ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
-    ("smoothing_has_a_cross_entropy", "peers=1 loss=mart loss.label_smoothing=0.2", "which takes none",
+    ("smoothing_has_a_cross_entropy", "peers=2 loss=lbgat loss.label_smoothing=0.2", "no cross-entropy that takes it",
+     "peers=2 loss=lbgat peers.0.loss.label_smoothing=0.2"),
+    ("smoothing_has_a_cross_entropy", "peers=1 loss=mart loss.label_smoothing=0.2",
+     "no cross-entropy that takes it",
      "peers=1 loss=mart loss.label_smoothing=0.2 loss.clean_weight=0.5"),
     ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
     (

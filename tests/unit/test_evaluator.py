@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoint, streams
 from mat_dist.cohort import Cohort, Images
-from mat_dist.config.schema import Config, DataConfig, PeerConfig
+from mat_dist.config.schema import Config, DataConfig, LossConfig, PeerConfig
 from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, chosen_images, correct, evaluate, selection_score
 from mat_dist.mesh.mesh import Mesh
@@ -240,6 +240,9 @@ def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -
     generalist = [PeerConfig(name="peer0", role="specialist"), PeerConfig(name="peer1", role="generalist")]
     assert selection_score(raw, generalist) == pytest.approx(0.25)
     assert selection_score(raw, [peers[0], PeerConfig(name="peer1", frozen=True)]) == pytest.approx(1.0)
+    of_clean_images = LossConfig(hard_weight=0, kd_weight=0, trades_beta=0, mart_beta=0, pair_weight=0, clean_weight=1)
+    lbgat = [PeerConfig(name="peer0", loss=of_clean_images), PeerConfig(name="peer1", loss=LossConfig(kd_weight=1))]
+    assert selection_score(raw, lbgat) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("hits,count,low,high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),

@@ -15,13 +15,16 @@ def test_options_are_split_from_the_words_around_them_which_keep_their_order() -
     assert found.last("--file") == "y" and found.last("--none") is None
 
 
-@pytest.mark.parametrize("words", [["--file"], ["--file="], ["--file", "--quick"], ["--file=-x"]])
-def test_an_option_without_its_value_is_told_with_what_to_write(words: list[str]) -> None:
+@pytest.mark.parametrize("words,told", [
+    (["--file"], "--file without a value"), (["--file="], "--file without a value"),
+    (["--file", "--quick"], "--file '--quick'"), (["--file=-1"], "--file '-1'"),
+])
+def test_an_option_without_its_value_is_told_with_what_to_write(words: list[str], told: str) -> None:
     (problem,) = split(words, {"--file": "FILE"}, ("--quick",)).problems
-    assert "--file without a value" in str(problem) and "write --file FILE" in str(problem)
+    assert told in str(problem) and "write --file FILE" in str(problem)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "²", "10000000"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "²", "10000000", "00000001"])
 def test_what_is_no_count_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="--ranks"):
         whole_number("--ranks", value)

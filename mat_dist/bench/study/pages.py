@@ -138,7 +138,7 @@ def search_page(document: Mapping[str, Any]) -> str:
              f"{one['cost']:.2f}" if one["cost"] else "-"] for one in document["settings_tried"] if one["scores"]]
     columns = ["family", "setting", "mean peer %", "ensemble %", "clean %", "seeds", "cost"]
     lines += markdown(columns, rows, text_columns=2)
-    families = [[f"`{name}`", one["says"], str(one["tried"]), str(one["done"]), f"`{' '.join(one['settings'])}`"]
+    families = [[f"`{name}`", one["says"], str(one["tried"]), str(one["done_runs"]), f"`{' '.join(one['settings'])}`"]
                 for name, one in document["families"].items()]
     lines += ["", "*Cost*: forward and backward passes against the cheapest setting. Each run: `python -m "
               f"mat_dist.train --config {document['config']} peers={document['peers']} "

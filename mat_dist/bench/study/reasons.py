@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet
-from mat_dist.evaluator import AttackPlan, chosen_images, pixels, restarts, strict_arithmetic
-from mat_dist.loading import candidates
+from mat_dist.evaluator import AttackPlan, candidates, chosen_images, pixels, restarts, strict_arithmetic
 from mat_dist.losses import kl_per_image
 from mat_dist.threats import Threat
 
@@ -113,7 +112,7 @@ def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, 
     """All that `mat_dist.bench reasons` finds out, as JSON values; at most `size` images of each split."""
     cohort = Cohort.of(models, config, device)
     names = [str(spec.name) for spec in config.peers]
-    return {"peers": names, "students": [names.index(name) for name in candidates(config)],
+    return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
             "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
                        for threat, plan in zip(cohort.threats, cohort.plans, strict=True)],
             "validation": cohort.measure(validation, size),

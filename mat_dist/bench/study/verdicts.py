@@ -38,8 +38,8 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
     Returns:
         `made`: the comparisons, with `verdict` beats, loses or noise and `cost_ratio`, the row's cost by the control's;
         `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of those
-        made have more than one seed; `by_chance`: how many of all would not be called noise were there no difference,
-        at least.
+        made have more than one seed; `by_chance`: how many of all would not be called noise were there no difference
+        and every interval right.
     """
     known = {row["row"]: row for row in rows}
     made: list[dict[str, Any]] = []
@@ -71,11 +71,11 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"Rows in which peers learn from each other, against every control that costs as much or less: "
              f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
              f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
-             f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %), and "
-             "more where there is one seed: that interval knows nothing of what another seed would give, and is too "
-             "narrow. Noise means that the difference cannot be told, not that there is none: see the intervals. The "
-             "comparisons share rows, seeds, images: they do not err one by one. Cost is that of training; an ensemble "
-             "also costs as many predictions as it has members.", ""]
+             f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %); fewer "
+             "where the wider of two intervals counts, more where there is one seed, whose interval knows nothing of "
+             "what another seed would give and is too narrow. Noise means that the difference cannot be told, not that "
+             "there is none: see the intervals. The comparisons share rows, seeds, images: they do not err one by one. "
+             "Cost is that of training; an ensemble also costs as many predictions as it has members.", ""]
     if found["left_out"]:
         lines += [f"Left out, since the control costs more or its cost is not known: "
                   f"{', '.join(f'`{row}` against `{control}`' for row, control in found['left_out'])}.", ""]

@@ -10,7 +10,7 @@ from mat_dist.bench import reasons
 from mat_dist.bench.study.runs import Job, Runner, failure
 from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
-from mat_dist.loading import candidates
+from mat_dist.evaluator import candidates
 from mat_dist.report.files import read_records
 from mat_dist.runfolder import RunFolder
 
@@ -51,7 +51,7 @@ def curves(config: Config, folders: Sequence[RunFolder]) -> dict[str, Curve]:
     On the validation split, with averaged weights where they are kept: `clean`, `robust`, `ensemble_clean` and
     `ensemble_robust`; in batches of the training: `own_aes` and `peers_aes`, accuracy on own AEs and on the others'.
     """
-    students = [[str(peer.name) for peer in config.peers].index(name) for name in candidates(config)]
+    students = [[str(peer.name) for peer in config.peers].index(name) for name in candidates(config.peers)]
     prefix = "ema_" if any(peer.optim.averages for peer in config.peers) else ""
     runs = [_of_run(read_records(folder.metrics, []), students, prefix) for folder in folders]
     found: dict[str, Curve] = {}

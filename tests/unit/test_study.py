@@ -28,7 +28,7 @@ from mat_dist.runfolder import RunFolder
 from mat_dist.stopping import StopFlag
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("cpu", "cpu_cifar10", "gpu", "gpu_union")
+SUITES = ("cpu", "cpu_cifar10", "gpu", "gpu_overfit", "gpu_union")
 PLAN = """
 suites:
   cpu:

@@ -15,12 +15,10 @@ def unions_can_be_read(config: Config) -> list[ConfigError]:
     found = []
     for key, peer in entries(config):
         union, where = peer.union, f"{key}.union.threats"
-        norms = _norms(union)
-        if norms is None:
-            try:
-                parse_threats(union.threats or "")
-            except ValueError as error:
-                found.append(ConfigError(str(error), where, "write norm:eps, such as linf:8/255,l2:0.5"))
+        try:
+            norms = [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
+        except ValueError as error:
+            found.append(ConfigError(str(error), where, "write norm:eps, such as linf:8/255,l2:0.5"))
             continue
         if norms and union.strategy is None:
             found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",

@@ -40,7 +40,6 @@ from mat_dist.mesh.launch import Launch
 
 COMMANDS = ("step", "naive", "scale", "memory")
 STUDIES = ("evidence", "search", "reasons")  # of trained runs, in one process; with options of their own
-_COUNTS = ("--rounds", "--classes")
 DEFAULT_CONFIG = "bench_small"
 
 
@@ -147,10 +146,9 @@ def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
         raise ConfigError(f"unknown benchmark {words[0]!r}", "command line",
                           f"use one of {', '.join((*COMMANDS, *STUDIES))}")
     found = split(words[1:], {"--rounds": "N", "--image": "CxHxW", "--classes": "K", "--json": "FILE"})
-    for problem in found.problems:
-        raise problem
-    read: dict[str, Callable[[str], Any]] = {
-        "--image": _shape, "--json": str, **{option: partial(whole_number, option) for option in _COUNTS}}
+    found.complain()
+    read: dict[str, Callable[[str], Any]] = {"--rounds": partial(whole_number, "--rounds"), "--image": _shape,
+                                             "--classes": partial(whole_number, "--classes"), "--json": str}
     return Options(words[0], **{option[2:]: read[option](values[-1]) for option, values in found.values.items()}
                    ), list(found.rest)
 

@@ -80,8 +80,7 @@ def check(words: list[str], report: Report) -> None:
 def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
     """This command's own options, and the other words. Raises ConfigError for a number that is none."""
     found = split(words, {"--ranks": "N", "--nodes": "M"}, ("--json",))
-    for problem in found.problems:
-        raise problem
+    found.complain()
     ranks, nodes = (whole_number(option, found.last(option) or "1") for option in ("--ranks", "--nodes"))
     return Options(ranks, nodes, bool(found.flags)), list(found.rest)
 

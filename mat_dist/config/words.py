@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError
 
 
@@ -28,6 +28,11 @@ class Words:
     def last(self, option: str) -> str | None:
         """The value of an option, the last one where it was given several times; None where it was not."""
         return next(reversed(self.values.get(option, ())), None)
+
+    def complain(self) -> None:
+        """Raise the problems as one ConfigError, where there are some."""
+        if self.problems:
+            raise joined(self.problems, COMMAND_LINE)
 
 
 def split(words: Sequence[str], valued: Mapping[str, str], flags: Collection[str] = ()) -> Words:

@@ -104,8 +104,7 @@ def choose(name: str) -> torch.device:
 def parse(words: Sequence[str]) -> Options:
     """Raises ConfigError for an unknown option, a missing value, or no run."""
     found = split(words, {"--images": "N", "--device": "cpu", "--plugin": "FILE.py"}, ("--no-attack",))
-    for problem in found.problems:
-        raise problem
+    found.complain()
     for word in found.rest:
         if word.startswith("-"):
             raise ConfigError(f"unknown option {word!r}", COMMAND_LINE, "see python -m mat_dist.report --help")

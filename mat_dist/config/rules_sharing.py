@@ -93,8 +93,8 @@ def sharing_warnings(config: Config) -> list[str]:
     deaf = [str(peer.name) for peer in config.peers
             if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
     if deaf:
-        found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (4 % "
-                     "on the union where one with them had 56 %, docs/evidence.md); write union.strategy: msd and "
+        found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % "
+                     "on the union where one with them had 54 %, docs/evidence.md); write union.strategy: msd and "
                      "union.threats, with attack.method: pgd")
     roles = {peer.role for peer in config.peers}
     if "specialist" in roles and roles <= {"specialist"} and not any(peer.frozen for peer in config.peers):

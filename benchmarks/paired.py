@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.intervals import Difference, paired_difference
+from mat_dist.evaluation.statistics import Difference, paired_difference
 
 Target = tuple[str, str]  # name, weights
 

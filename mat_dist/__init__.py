@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(run: str | Path, peer: str | int = "best", **choices: Any) -> nn.Module:
-    """A trained classifier of a run, images in [0, 1] -> logits. Arguments: `mat_dist.loading.load`."""
-    from mat_dist.loading import load as load_model  # torch is imported only where a model is wanted
+    """A trained classifier of a run, images in [0, 1] -> logits. Arguments: `mat_dist.checkpoints.load.load`."""
+    from mat_dist.checkpoints.load import load as load_model  # torch is imported only where a model is wanted
 
     return load_model(run, peer, **choices)

@@ -1,51 +1,8 @@
-"""Print the SHA-256 of every peer's state in a checkpoint, to compare runs bit by bit.
-
-python -m mat_dist.hashes RUN_FOLDER [RUN_FOLDER ...]   the newest checkpoint of each run, one line per peer
-"""
-
-from __future__ import annotations
+"""The command `python -m mat_dist.hashes`; see `mat_dist.tools.hashes`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mat_dist.entry import run_entry
-from mat_dist.errors import ConfigError
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code: 0, or 4 when runs differ or a checkpoint cannot be read."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: print_hashes(words))
-
-
-def print_hashes(words: Sequence[str]) -> None:
-    """A line per run and peer; with several runs, whether they are equal."""
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    for word in words:
-        if not Path(word).is_dir():
-            raise ConfigError(f"there is no run folder {word!r}", "command line",
-                              "give the folder of a run, e.g. runs/NAME")
-
-    from mat_dist import checkpoint
-    from mat_dist.cohort import state_hash
-    from mat_dist.errors import CheckpointError
-    from mat_dist.runfolder import RunFolder
-
-    found = []
-    for word in words:
-        manifest = checkpoint.load_manifest(RunFolder(Path(word)))
-        hashes = [state_hash(checkpoint.load_peer(manifest, i)) for i in range(len(manifest.meta.peers))]
-        found.append(hashes)
-        for name, value in zip(manifest.meta.peers, hashes, strict=True):
-            print(f"{word}  step {manifest.step}  {name}  {value}")
-    if len(found) > 1:
-        if any(hashes != found[0] for hashes in found):
-            raise CheckpointError("the runs differ", ", ".join(words), "compare the lines above")
-        print(f"all {len(found)} runs are bitwise equal")
-
+from mat_dist.tools.hashes import main
 
 if __name__ == "__main__":
     sys.exit(main())

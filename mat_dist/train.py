@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mat_dist.cli import run_entry
 from mat_dist.config import config_name, config_warnings, load_config, load_plugins, parse_command_line
-from mat_dist.entry import run_entry
-from mat_dist.mesh.launch import Launch
+from mat_dist.distributed.launch import Launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,14 +27,14 @@ def train(words: list[str]) -> None:
     plugins = load_plugins(arguments.plugins)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
+    from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
-    from mat_dist.device import choose_device, prepare_torch, ranks_per_device
-    from mat_dist.dryrun import describe_run
-    from mat_dist.mesh.mesh import open_mesh
-    from mat_dist.run import open_run
-    from mat_dist.stopping import watching
-    from mat_dist.telemetry import require_trackers
-    from mat_dist.trainer import Trainer
+    from mat_dist.distributed.device import choose_device, prepare_torch, ranks_per_device
+    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.stopping import watching
+    from mat_dist.runs.session import open_run
+    from mat_dist.runs.trackers import require_trackers
+    from mat_dist.tools.dryrun import describe_run
 
     require_trackers(config.log)
     launch = Launch.from_environment()

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mat_dist import streams
-from mat_dist.cohort import Cohort, state_hash
+from mat_dist import rng
 from mat_dist.config.presets import fill_attack, fill_loss, fill_threat
 from mat_dist.config.schema import Config
+from mat_dist.core.cohort import Cohort, state_hash
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, NonFinite
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
 
 SHAPE, CLASSES, BATCH = (2, 6, 6), 5, 8
 
@@ -65,15 +65,15 @@ def nets(count: int, norm: str = "batch", dtype: torch.dtype = torch.float32) ->
     """`count` nets with different keyed weights."""
     made = []
     for i in range(count):
-        with streams.keyed_rng(streams.key(1, "test-net", i)):
+        with rng.keyed_rng(rng.key(1, "test-net", i)):
             made.append(Net(norm).to(dtype))
     return made
 
 
 def batch(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Random images in [0, 1] and labels, a function of the step."""
-    x = streams.uniform(streams.key(2, "test-x", step), (rows, *SHAPE), dtype=dtype)
-    y = streams.uniform(streams.key(2, "test-y", step), (rows,), dtype=torch.float64) * CLASSES
+    x = rng.uniform(rng.key(2, "test-x", step), (rows, *SHAPE), dtype=dtype)
+    y = rng.uniform(rng.key(2, "test-y", step), (rows,), dtype=torch.float64) * CLASSES
     return x, y.long()
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import streams
-from mat_dist.threats import Threat
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 Stats = list[tuple[Tensor, Tensor]]
@@ -125,13 +125,13 @@ def step_along(g: Tensor, adv: Tensor, x: Tensor, threat: Threat, size: float) -
 def start_noise(key: int, kind: str, threat: Threat, x: Tensor) -> Tensor:
     """The start noise as a tensor, from the published keys of the streams."""
     if kind == "gaussian":
-        return 0.001 * streams.normal(key, x.shape, dtype=torch.float64)
+        return 0.001 * rng.normal(key, x.shape, dtype=torch.float64)
     if threat.norm == "linf":
-        return threat.eps * (2 * streams.uniform(key, x.shape, dtype=torch.float64) - 1)
-    direction = streams.normal(key, x.shape, dtype=torch.float64)
+        return threat.eps * (2 * rng.uniform(key, x.shape, dtype=torch.float64) - 1)
+    direction = rng.normal(key, x.shape, dtype=torch.float64)
     if threat.norm == "l1":  # projected by the attack; of the length that the package's own start has
         return threat.start("uniform", threat.region(x), x, stream=key) - x
-    radius = threat.eps * streams.uniform(streams.key(key, "radius"), (len(x),),
+    radius = threat.eps * rng.uniform(rng.key(key, "radius"), (len(x),),
                                           dtype=torch.float64) ** (1 / x[0].numel())
     return direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius.view(-1, 1, 1, 1)
 

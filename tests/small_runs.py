@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mat_dist import checkpoint, train
-from mat_dist.cohort import state_hash
-from mat_dist.runfolder import RunFolder
+from mat_dist import checkpoints, train
+from mat_dist.core.cohort import state_hash
+from mat_dist.runs.folder import RunFolder
 
 # 4 steps per epoch; PGD-1 everywhere.
 SMALL = (
@@ -29,8 +29,8 @@ class Finished:
 
     def peers(self, which: str | int = "latest") -> list[dict[str, Any]]:
         """What a checkpoint holds, by peer."""
-        manifest = checkpoint.load_manifest(self.folder, which)
-        return [checkpoint.load_peer(manifest, i) for i in range(len(manifest.meta.peers))]
+        manifest = checkpoints.load_manifest(self.folder, which)
+        return [checkpoints.load_peer(manifest, i) for i in range(len(manifest.meta.peers))]
 
     def hashes(self, which: str | int = "latest", key: str | None = None) -> list[str]:
         """SHA-256 of each peer's state, or of one part of it."""

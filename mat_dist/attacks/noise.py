@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from mat_dist import streams
-from mat_dist.threats import Threat
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 
 
 def noisy(kind: str, x_BCHW: Tensor, threat: Threat, *, stream: int) -> Tensor:
@@ -24,5 +24,5 @@ def noisy(kind: str, x_BCHW: Tensor, threat: Threat, *, stream: int) -> Tensor:
     values = x_BCHW[0].numel()
     # E|N(0, 1)| = sqrt(2 / pi)
     std = threat.eps * {"linf": 0.5, "l2": 1 / math.sqrt(values), "l1": math.sqrt(math.pi / 2) / values}[threat.norm]
-    noise = streams.normal(stream, x_BCHW.shape, device=x_BCHW.device, dtype=x_BCHW.dtype)
+    noise = rng.normal(stream, x_BCHW.shape, device=x_BCHW.device, dtype=x_BCHW.dtype)
     return region.settle(region.project(x_BCHW + std * noise))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist.losses import likeliest
-from mat_dist.threats import Region, per_image
+from mat_dist.attacks.norms import Region, per_image
+from mat_dist.core.losses import likeliest
 
 Model = Callable[[Tensor], Tensor]
 # (logits of the adversarial batch, logits of the clean batch or None, labels) -> (B,), to be raised

@@ -29,14 +29,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mat_dist.atomic import write_text
+from mat_dist.cli import run_entry
 from mat_dist.config import Arguments, load_config, load_plugins, parse_command_line
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
 from mat_dist.config.words import split, whole_number
-from mat_dist.entry import run_entry
+from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.mesh.launch import Launch
+from mat_dist.runs.files import write_text
 
 COMMANDS = ("step", "naive", "scale", "memory")
 STUDIES = ("evidence", "search", "reasons")  # of trained runs, in one process; with options of their own
@@ -73,10 +73,10 @@ def bench(words: list[str]) -> None:
     config = load_config(arguments.config_path or DEFAULT_CONFIG, arguments.overrides)
     load_plugins(arguments.plugins)
 
-    from mat_dist.device import choose_device, device_name, prepare_torch
-    from mat_dist.mesh.mesh import open_mesh
-    from mat_dist.runfolder.environment import git_revision, versions
-    from mat_dist.stopping import watching
+    from mat_dist.distributed.device import choose_device, device_name, prepare_torch
+    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.stopping import watching
+    from mat_dist.runs.environment import git_revision, versions
 
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)

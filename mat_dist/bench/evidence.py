@@ -27,7 +27,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.atomic import reported, write_json, write_text
 from mat_dist.bench.study.jobs import run_all
 from mat_dist.bench.study.options import Options, chosen
 from mat_dist.bench.study.pages import evidence_page
@@ -37,11 +36,12 @@ from mat_dist.bench.study.scores import evaluate, find, labels
 from mat_dist.bench.study.tables import Entry, table_document
 from mat_dist.bench.study.why import explain
 from mat_dist.bench.study.why_page import write_charts
-from mat_dist.dryrun import training_passes
-from mat_dist.entry import tell
+from mat_dist.cli import tell
+from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
-from mat_dist.runfolder.environment import git_revision
-from mat_dist.stopping import watching
+from mat_dist.runs.environment import git_revision
+from mat_dist.runs.files import reported, write_json, write_text
+from mat_dist.tools.dryrun import training_passes
 
 PLAN = "benchmarks/evidence.yaml"
 

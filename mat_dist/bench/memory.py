@@ -16,10 +16,10 @@ import torch
 from mat_dist.bench.references import recipe_of, reference_trainers
 from mat_dist.bench.subject import Subject
 from mat_dist.config.schema import Config
-from mat_dist.device import prepare_torch
+from mat_dist.distributed.device import prepare_torch
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
 
 CONTESTANTS = ("keep", "recompute", "naive")
 STEPS = 2  # the second one has momentum buffers from its start

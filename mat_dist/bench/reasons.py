@@ -19,16 +19,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist import checkpoint
-from mat_dist.atomic import parse_json, reported, write_json
+from mat_dist import checkpoints
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate.request import Request, parse
-from mat_dist.evaluate.runs import find_run, refuse_unfinished
-from mat_dist.evaluator import EMA, RAW
-from mat_dist.runfolder import RunFolder
+from mat_dist.evaluation.during_training import EMA, RAW
+from mat_dist.evaluation.request import Request, parse
+from mat_dist.evaluation.runs import find_run, refuse_unfinished
+from mat_dist.runs.files import parse_json, reported, write_json
+from mat_dist.runs.folder import RunFolder
 
 IMAGES = 500
 OWN = ("images", "checkpoint", "weights")
@@ -57,10 +57,10 @@ def make(folder: RunFolder, config: Config, request: Request) -> dict[str, Any]:
     """Measure, and write the file."""
     from mat_dist.bench.study.reasons import measured
     from mat_dist.data import load_data, place
-    from mat_dist.device import choose_device, prepare_torch
-    from mat_dist.evaluate.evaluation import Subject, check_images
-    from mat_dist.evaluator import load_models
-    from mat_dist.stopping import watching
+    from mat_dist.distributed.device import choose_device, prepare_torch
+    from mat_dist.distributed.stopping import watching
+    from mat_dist.evaluation.during_training import load_models
+    from mat_dist.evaluation.evaluation import Subject, check_images
 
     device = choose_device(config, local_rank=0, local_world=1)
     prepare_torch(config)
@@ -81,20 +81,20 @@ def make(folder: RunFolder, config: Config, request: Request) -> dict[str, Any]:
     return document
 
 
-def identity(manifest: checkpoint.Manifest, weights: str, images: int) -> dict[str, Any]:
+def identity(manifest: checkpoints.Manifest, weights: str, images: int) -> dict[str, Any]:
     """What a file of this command belongs to: weights of a checkpoint, and how many images were asked for."""
     return {"asked": images, "weights": weights, "files": {entry.name: entry.sha256 for entry in manifest.files}}
 
 
 def place_of(folder: RunFolder, about: dict[str, Any]) -> Path:
     """The file that belongs to an `identity`."""
-    return folder.eval / "reasons" / f"{checkpoint.json_digest(about)[:12]}.json"
+    return folder.eval / "reasons" / f"{checkpoints.json_digest(about)[:12]}.json"
 
 
 def find(folder: RunFolder, config: Config, images: int) -> dict[str, Any] | None:
     """What was measured of the last checkpoint of a run, None where it was not."""
     weights = EMA if any(peer.optim.averages for peer in config.peers) else RAW
-    file = place_of(folder, identity(checkpoint.load_manifest(folder), weights, images))
+    file = place_of(folder, identity(checkpoints.load_manifest(folder), weights, images))
     if not file.is_file():
         return None
     document: dict[str, Any] = parse_json(file.read_bytes())

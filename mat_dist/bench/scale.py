@@ -21,8 +21,8 @@ import torch
 from mat_dist.bench.subject import Subject
 from mat_dist.bench.timing import interleaved, timed
 from mat_dist.config.schema import Config
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 
 BATCHES, SIDES, STEPS, PEERS = (16, 32, 64), (16, 32), (2, 10), (1, 2, 4)
 MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)  # bytes per rank

@@ -25,8 +25,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from mat_dist import checkpoint
-from mat_dist.atomic import parse_json, reported, write_json, write_text
+from mat_dist import checkpoints
 from mat_dist.bench.evidence import file_digest, hidden
 from mat_dist.bench.study.jobs import run_all
 from mat_dist.bench.study.options import Options, chosen
@@ -34,12 +33,13 @@ from mat_dist.bench.study.pages import search_page
 from mat_dist.bench.study.plan import SearchSuite, Words, read_search
 from mat_dist.bench.study.runs import Enough, Job, Runner, machines, train
 from mat_dist.bench.study.tables import summary
-from mat_dist.dryrun import training_passes
-from mat_dist.entry import tell
+from mat_dist.cli import tell
+from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW
-from mat_dist.runfolder.environment import git_revision
-from mat_dist.stopping import watching
+from mat_dist.evaluation.during_training import EMA, ENSEMBLE, RAW
+from mat_dist.runs.environment import git_revision
+from mat_dist.runs.files import parse_json, reported, write_json, write_text
+from mat_dist.tools.dryrun import training_passes
 
 SPACE = "benchmarks/search.yaml"
 NEVER_TESTED = "eval.test=false"
@@ -66,7 +66,7 @@ class Candidate:
     def passes(self) -> int | None:
         """Forward and backward passes of its training."""
         first = next(iter(self.jobs.values()), None)
-        steps = next((checkpoint.load_manifest(job.folder).step for job in self.jobs.values() if job.done), None)
+        steps = next((checkpoints.load_manifest(job.folder).step for job in self.jobs.values() if job.done), None)
         found = training_passes(first.config, steps) if first is not None else None
         return found[1] + found[2] if found else None
 
@@ -142,8 +142,8 @@ def execute(found: Sequence[Candidate], seeds: Sequence[int], jobs: int, runner:
 
 def scores(job: Job, weights: str) -> dict[str, float]:
     """Validation accuracies of the last epoch: of the mean peer and the ensemble under PGD, and clean."""
-    step = checkpoint.load_manifest(job.folder).step
-    file = job.folder.eval / f"validation_{checkpoint.step_name(step)}.json"
+    step = checkpoints.load_manifest(job.folder).step
+    file = job.folder.eval / f"validation_{checkpoints.step_name(step)}.json"
     try:
         rows = parse_json(file.read_bytes())["targets"]
     except (OSError, ValueError, KeyError) as error:

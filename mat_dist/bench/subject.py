@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.bench.timing import PhaseClock
-from mat_dist.cohort import DTYPES, Cohort, Images
 from mat_dist.config.schema import Config
+from mat_dist.core.cohort import DTYPES, Cohort, Images
+from mat_dist.core.opinions import AllLogits
+from mat_dist.core.step import train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
+from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import ConfigError
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
-from mat_dist.opinions import AllLogits
-from mat_dist.step import train_step
-from mat_dist.streams import key, keyed_rng
+from mat_dist.rng import key, keyed_rng
 
 BATCHES = 4  # made-up batches; an epoch is as long
 

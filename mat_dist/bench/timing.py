@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import Clock
+from mat_dist.core.step import Clock
+from mat_dist.distributed.groups import Mesh
 
 Contestant = Callable[[], object]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data.idbh import idbh
 
@@ -50,8 +50,8 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
 def draws(count: int, *, seed: int, step: int, first_row: int, device: torch.device) -> Draw:
     """(operation, n) -> n tensors (B,) of uniform float64 numbers in [0, 1), for `count` rows from `first_row` on."""
     def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
-        stream = streams.key(seed, f"augment-{operation}", step)
-        return streams.uniform(stream, (count, numbers), first_row=first_row, device=device,
+        stream = rng.key(seed, f"augment-{operation}", step)
+        return rng.uniform(stream, (count, numbers), first_row=first_row, device=device,
                                dtype=torch.float64).unbind(1)
     return draw
 

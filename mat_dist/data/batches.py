@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import AugmentConfig, Config
 from mat_dist.data.augment import augment_batch
@@ -82,7 +82,7 @@ class Batches:
         """Which training images (int64, on their device) are this process's real rows of the batch at `step`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            order = streams.permutation(streams.key(self.seed, "order", epoch), len(self.train))
+            order = rng.permutation(rng.key(self.seed, "order", epoch), len(self.train))
             # Moved once an epoch: a copy per step from pageable memory would stall a GPU's queue.
             self._epoch, self._order = epoch, order.to(self.train.device)
         start = position * self.real
@@ -92,7 +92,7 @@ class Batches:
         """Which generated images (int64) are the other rows of this process at `step`."""
         assert self.generated is not None
         before, count = self.first - self._real[0], self.last - self.first - (self._real[1] - self._real[0])
-        u_B = streams.uniform(streams.key(self.seed, "generated", step), (count,), first_row=before,
+        u_B = rng.uniform(rng.key(self.seed, "generated", step), (count,), first_row=before,
                               dtype=torch.float64)
         return (u_B * len(self.generated)).long()
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mat_dist.data.chunks import Chunk, Partial
 from mat_dist.data.once import MakerLock
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, OutputError, StopRequested
-from mat_dist.stopping import StopFlag
 
 FORMAT = 1
 DEFAULT_FOLDER = "~/.cache/mat_dist"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mat_dist.stopping import StopFlag, leave_if
+from mat_dist.distributed.stopping import StopFlag, leave_if
 
 _READ = 64 << 20  # bytes hashed between two looks at the stop request
 

@@ -21,8 +21,8 @@ from mat_dist.config.schema import DataConfig
 from mat_dist.data.download import fetch_once
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError
-from mat_dist.stopping import StopFlag
 
 MOST_MEMBER_BYTES = 200 << 20  # the largest member, CIFAR-100's train, has 155 MB
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist import streams
+from mat_dist import rng
 
 
 def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, seed: int, step: int
@@ -29,9 +29,9 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, see
         classes: number of classes (K).
     """
     count, (height, width) = len(x_BCHW), x_BCHW.shape[2:]
-    u_B, kept_B, row_B, column_B = streams.uniform(
-        streams.key(seed, "augment-cutmix", step), (count, 4), device=x_BCHW.device, dtype=torch.float64).unbind(1)
-    other_B = streams.permutation(streams.key(seed, "augment-cutmix-order", step), count, device=x_BCHW.device)
+    u_B, kept_B, row_B, column_B = rng.uniform(
+        rng.key(seed, "augment-cutmix", step), (count, 4), device=x_BCHW.device, dtype=torch.float64).unbind(1)
+    other_B = rng.permutation(rng.key(seed, "augment-cutmix-order", step), count, device=x_BCHW.device)
     side_B = (1 - kept_B).sqrt()
     window_BHW = (_covered(row_B, side_B, height)[:, :, None] & _covered(column_B, side_B, width)[:, None, :]
                   & (u_B < probability)[:, None, None])

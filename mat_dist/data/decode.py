@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mat_dist.data.chunks import Chunk
+from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError
-from mat_dist.stopping import StopFlag, leave_if
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
@@ -30,7 +30,7 @@ def load_digits(config: DataConfig) -> RawData:
     """1437 training and 360 test images (N, 1, 8, 8), a stratified split that is the same for every seed."""
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
         images, labels = scale_levels(stored["images"])[:, None], stored["labels"].astype(np.int64)
-    test = stratified(torch.from_numpy(labels), TEST_SIZE, streams.key(0, "digits-test"))
+    test = stratified(torch.from_numpy(labels), TEST_SIZE, rng.key(0, "digits-test"))
     train = complement(test, len(labels)).numpy()
     test_rows = test.numpy()
     return RawData(images[train], labels[train], images[test_rows], labels[test_rows],

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mat_dist.data.once import MakerLock, once
+from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError
-from mat_dist.stopping import StopFlag, leave_if
 
 T = TypeVar("T")
 MOST_BYTES = 1 << 30  # of one file; the largest real one has 182 MB

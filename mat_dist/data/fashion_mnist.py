@@ -14,8 +14,8 @@ from mat_dist.config.schema import DataConfig
 from mat_dist.data.download import fetch_once
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError
-from mat_dist.stopping import StopFlag
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

@@ -17,8 +17,8 @@ from mat_dist.data.images import MappedFile, RawData
 from mat_dist.data.memory import check_memory
 from mat_dist.data.once import MakerLock, once
 from mat_dist.data.registry import register_dataset
+from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError
-from mat_dist.stopping import StopFlag, leave_if
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Above either, residency auto maps a cache: every rank would fill its own memory, and decode all files at each start

@@ -16,8 +16,8 @@ from mat_dist.data.images import DataSets, ImageSet, RawData
 from mat_dist.data.registry import find_dataset
 from mat_dist.data.split import split_train, subset_test
 from mat_dist.data.stats import sampled_rows
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError
-from mat_dist.stopping import StopFlag
 
 DEVICE_SHARE = 0.25  # of the free device memory may be filled with images by residency auto
 _BUILT_IN = ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "npz")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError, OutputError
-from mat_dist.stopping import StopFlag, leave_if
 
 T = TypeVar("T")
 PATIENCE = 120.0  # seconds without a sign of life; 1024 images from a slow network disk take some 20 s

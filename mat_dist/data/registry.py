@@ -8,8 +8,8 @@ from typing import Protocol
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.images import RawData
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
-from mat_dist.stopping import StopFlag
 
 
 class Loader(Protocol):
@@ -29,8 +29,8 @@ def register_dataset(name: str, *, shared: bool = False,
         name: the name, which no other data set has.
         shared: the function takes a second argument `build` (bool) and writes files that ranks share (a download, a
             cache): a call with build=True may write them, a call with build=False waits until they are there.
-        stoppable: the function also takes `stop` (a StopFlag or None) and calls `mat_dist.stopping.leave_if` now and
-            then; without it a stop request is noticed when the data are there.
+        stoppable: the function also takes `stop` (a StopFlag or None) and calls `leave_if`
+            (distributed.stopping) now and then; without it a stop request is noticed when the data are there.
     """
 
     def add(function: Callable[..., RawData]) -> Callable[..., RawData]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.errors import DataError
 
 VAL_SHARE = 0.02  # of the training images,
@@ -43,7 +43,7 @@ def stratified(labels: Tensor, count: int, stream: int, *, leave_one: bool = Fal
     caps = [size - int(leave_one) for size in sizes.tolist()]
     if count > sum(caps):
         raise ValueError(f"cannot take {count} of {len(labels)} images")
-    order = streams.permutation(stream, len(labels))
+    order = rng.permutation(stream, len(labels))
     shuffled = labels[order]
     parts = allot(sizes.tolist(), caps, count)
     while one_each and 0 in parts:
@@ -78,7 +78,7 @@ def split_train(labels: Tensor, *, seed: int, val_size: int | None, train_size: 
     if not 1 <= size <= total - classes:
         raise DataError(f"cannot hold {size} validation images out of {total} training images of {classes} classes",
                         "data.val_size", f"choose 1 to {total - classes}, each class keeps a training image")
-    val = stratified(labels, size, streams.key(seed, "val-split"), leave_one=True)
+    val = stratified(labels, size, rng.key(seed, "val-split"), leave_one=True)
     train = complement(val, total)
     if train_size is None:
         return train, val
@@ -86,7 +86,7 @@ def split_train(labels: Tensor, *, seed: int, val_size: int | None, train_size: 
         raise DataError(f"{train_size} training images asked for, {len(train)} of {classes} classes are there "
                         f"({size} more are held out for validation)", "data.train_size",
                         f"choose {classes} to {len(train)}")
-    subset = stratified(labels[train], train_size, streams.key(seed, "train-subset"), one_each=True)
+    subset = stratified(labels[train], train_size, rng.key(seed, "train-subset"), one_each=True)
     return train[subset], val
 
 
@@ -97,4 +97,4 @@ def subset_test(labels: Tensor, test_size: int | None) -> Tensor | None:
     if test_size > len(labels):
         raise DataError(f"{test_size} test images asked for, {len(labels)} are there", "data.test_size",
                         f"choose 1 to {len(labels)}")
-    return stratified(labels, test_size, streams.key(0, "test-subset"))
+    return stratified(labels, test_size, rng.key(0, "test-subset"))

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.data.images import ImageSet
 
 MAPPED_IMAGES = 50_000  # of a mapped set are looked at: all of ImageNet would be read from disk
@@ -31,7 +31,7 @@ def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]
     count = sampled_rows(train)
     rows = torch.arange(count)
     if count < len(train):
-        rows = streams.permutation(streams.key(0, "channel-stats"), len(train))[:count].sort().values
+        rows = rng.permutation(rng.key(0, "channel-stats"), len(train))[:count].sort().values
     channels = train.shape[0]
     sums, squares = [0] * channels, [0] * channels
     for part in rows.split(_CHUNK):

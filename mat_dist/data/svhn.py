@@ -17,8 +17,8 @@ from mat_dist.config.schema import DataConfig
 from mat_dist.data.download import MOST_BYTES, fetch_once
 from mat_dist.data.images import RawData
 from mat_dist.data.registry import register_dataset
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, EnvironmentFault
-from mat_dist.stopping import StopFlag
 
 FILES = ("train_32x32.mat", "test_32x32.mat")
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mat_dist.cli import run_entry
 from mat_dist.config import load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.words import split, whole_number
-from mat_dist.entry import run_entry
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
 if TYPE_CHECKING:

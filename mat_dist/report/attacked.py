@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mat_dist.attacks.norms import Threat, eps_text
+from mat_dist.evaluation.results import wilson_interval
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, line_chart, surface
 from mat_dist.report.evaluations import ENSEMBLE
@@ -13,8 +15,6 @@ from mat_dist.report.pixels import data_uri, png, scaled
 from mat_dist.report.results import percent
 from mat_dist.report.subject import Subject
 from mat_dist.report.training import MOST_PEERS, transfer_chart
-from mat_dist.results import wilson_interval
-from mat_dist.threats import Threat, eps_text
 
 MOST_ANSWERS = 12  # rows of predictions below a picture
 

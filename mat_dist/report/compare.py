@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import config_differences
+from mat_dist.evaluation.results import wilson_interval
 from mat_dist.report.about import notices, status
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, interval_chart, line_chart
@@ -16,7 +17,6 @@ from mat_dist.report.html import Child, Markup, folded, join, section, table, ta
 from mat_dist.report.page import document
 from mat_dist.report.results import accuracy_table, chosen, percent, with_interval
 from mat_dist.report.training import entry, number, thinned
-from mat_dist.results import wilson_interval
 
 # Settings that change neither what is trained nor how it is evaluated.
 _FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "comm.", "log.", "checkpoint.", "data.root",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mat_dist.atomic import parse_json
+from mat_dist.runs.files import parse_json
 
 ENSEMBLE, UNCHECKED = "ensemble", "no checks were made"
 _NAME = re.compile(r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12}))?")

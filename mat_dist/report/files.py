@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mat_dist.atomic import parse_json
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError, OutputError
 from mat_dist.report.evaluations import Evaluation, read_evaluations
-from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.runs.files import parse_json
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 
 
 @dataclass(frozen=True)

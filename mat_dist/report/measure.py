@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import streams
-from mat_dist.evaluator import AttackPlan, correct, strict_arithmetic
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat, per_image
+from mat_dist.evaluation.during_training import AttackPlan, correct, strict_arithmetic
 from mat_dist.report.evaluations import Outcome
 from mat_dist.report.subject import Subject
-from mat_dist.telemetry.rates import duration
-from mat_dist.threats import Threat, per_image
+from mat_dist.runs.rates import duration
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEPS = (1, 2, 5, 10, 20, 50)
@@ -147,7 +147,7 @@ def _by_steps(subject: Subject, threat: Threat) -> dict[str, list[tuple[float, f
 
 def _random_direction(threat: Threat, x_BCHW: Tensor, seed: int) -> Tensor:
     """A random perturbation of length eps: signs for linf, a normal direction for l2 and l1."""
-    noise = streams.normal(streams.key(seed, "report-direction"), x_BCHW.shape, device=x_BCHW.device,
+    noise = rng.normal(rng.key(seed, "report-direction"), x_BCHW.shape, device=x_BCHW.device,
                            dtype=x_BCHW.dtype)
     if threat.norm == "linf":
         return noise.sign() * threat.eps

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import mat_dist
-from mat_dist.atomic import reported, write_bytes, write_text
 from mat_dist.report.about import facts, notices, settings_section
 from mat_dist.report.attacked import gallery_section, loss_section, strength_section, transfer_section
 from mat_dist.report.book import Book
@@ -19,6 +18,7 @@ from mat_dist.report.results import class_section, result_section
 from mat_dist.report.style import PAGE, policy
 from mat_dist.report.subject import Subject
 from mat_dist.report.training import last_transfer, time_section, training_section
+from mat_dist.runs.files import reported, write_bytes, write_text
 
 
 def document(title: str, lead: Child, parts: Sequence[tuple[str, Markup]]) -> str:

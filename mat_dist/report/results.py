@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mat_dist.evaluation.results import wilson_interval
 from mat_dist.report.book import Book, pair
 from mat_dist.report.charts import heat_map, interval_chart
 from mat_dist.report.evaluations import ENSEMBLE, Evaluation, Outcome, Target, is_peer
 from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Child, Markup, folded, join, section, table, tag
-from mat_dist.results import wilson_interval
 
 MOST_CLASSES = 20  # rows of the chart of classes; with more classes the worst ones are shown
 MOST_TARGETS = 33  # columns of the chart of classes: the last peers and the ensemble

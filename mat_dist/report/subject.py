@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mat_dist import checkpoint
-from mat_dist.cohort import Images
+from mat_dist import checkpoints
+from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
+from mat_dist.core.cohort import Images
 from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
-from mat_dist.evaluator import (
+from mat_dist.evaluation.during_training import (
     EMA,
     ENSEMBLE,
     RAW,
@@ -27,7 +28,6 @@ from mat_dist.evaluator import (
     threats_of,
 )
 from mat_dist.report.files import RunFiles
-from mat_dist.threats import Threat
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Subject:
         return next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
 
 
-def find_checkpoint(run: RunFiles) -> checkpoint.Manifest:
+def find_checkpoint(run: RunFiles) -> checkpoints.Manifest:
     """The best checkpoint, the latest where no evaluation chose one. Raises CheckpointError."""
-    return checkpoint.load_manifest(run.folder, "latest" if checkpoint.read_best(run.folder) is None else "best")
+    return checkpoints.load_manifest(run.folder, "latest" if checkpoints.read_best(run.folder) is None else "best")
 
 
-def load_subject(run: RunFiles, manifest: checkpoint.Manifest, images: int, device: torch.device) -> Subject:
+def load_subject(run: RunFiles, manifest: checkpoints.Manifest, images: int, device: torch.device) -> Subject:
     """Load models and `images` test images (a keyed random subset, or all).
 
     Raises CheckpointError for a damaged checkpoint, DataError for images that are missing or others than those of the

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.cluster.hosts import TwoHosts
 from tests.cluster.runs import ROOT, start_reference
 from tests.cluster.slurm import LAB, LACKS, Slurm

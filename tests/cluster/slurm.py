@@ -9,7 +9,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.cluster.runs import ROOT, SETTINGS, environment, steps_done, wait_until
 from tests.small_runs import Finished
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mat_dist.table import main as print_table
+from mat_dist.tools.table import main as print_table
 from tests.cluster.runs import ROOT, SETTINGS, STEPS, wait_until
 from tests.cluster.slurm import Job
 

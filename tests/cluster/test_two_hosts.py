@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.cluster.hosts import TwoHosts
 from tests.cluster.runs import SETTINGS, TIMEOUT, environment, failed_at, steps_done, wait_until
 from tests.small_runs import Finished

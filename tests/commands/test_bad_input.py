@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mat_dist import train, trainer
+from mat_dist import train
+from mat_dist.core import trainer
 from mat_dist.errors import OutputError
-from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 from tests.small_runs import SMALL, Finished, interrupted, run_small, tree_hash
 
 LINE = re.compile(r"mat_dist: error: [^\n]+ \([^\n]+\): [^\n]+\n")

@@ -16,9 +16,9 @@ import json, os, re, sys
 from pathlib import Path
 import torch
 from mat_dist.config.schema import CommConfig
-from mat_dist.mesh.launch import Launch
-from mat_dist.mesh.mesh import open_mesh
-from mat_dist.stopping import StopFlag
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.groups import open_mesh
+from mat_dist.distributed.stopping import StopFlag
 
 def listening(pid):
     sockets, found = set(), []

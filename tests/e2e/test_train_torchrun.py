@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mat_dist
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.small_runs import SMALL, Finished
 
 STEPS = 20

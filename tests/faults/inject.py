@@ -28,17 +28,17 @@ from typing import Any
 PHASES = {
     "load": ("mat_dist.data", "", "load_data", ""),
     "batch": ("mat_dist.data", "Batches", "at", "step"),
-    "attack": ("mat_dist.peer", "Peer", "attack", "step"),
-    "craft": ("mat_dist.crafter", "Crafter", "craft", "step"),
-    "forward": ("mat_dist.peer", "Peer", "learn", "draw"),
-    "loss": ("mat_dist.peer", "Peer", "loss", ""),
-    "backward": ("mat_dist.peer", "Peer", "clip", ""),
-    "update": ("mat_dist.peer", "Peer", "update", "step"),
-    "save": ("mat_dist.checkpoint", "", "write_peer", ""),
-    "commit": ("mat_dist.checkpoint", "", "commit", ""),
-    "models": ("mat_dist.evaluator", "", "load_models", ""),
-    "eval": ("mat_dist.evaluator", "", "_attack_chunk", ""),
-    "write": ("mat_dist.atomic", "", "write_all", ""),
+    "attack": ("mat_dist.core.peer", "Peer", "attack", "step"),
+    "craft": ("mat_dist.attacks.crafter", "Crafter", "craft", "step"),
+    "forward": ("mat_dist.core.peer", "Peer", "learn", "draw"),
+    "loss": ("mat_dist.core.peer", "Peer", "loss", ""),
+    "backward": ("mat_dist.core.peer", "Peer", "clip", ""),
+    "update": ("mat_dist.core.peer", "Peer", "update", "step"),
+    "save": ("mat_dist.checkpoints", "", "write_peer", ""),
+    "commit": ("mat_dist.checkpoints", "", "commit", ""),
+    "models": ("mat_dist.evaluation.during_training", "", "load_models", ""),
+    "eval": ("mat_dist.evaluation.during_training", "", "_attack_chunk", ""),
+    "write": ("mat_dist.runs.files", "", "write_all", ""),
 }
 
 
@@ -214,8 +214,8 @@ def _limit_files(fault: Fault) -> None:
 
 def _watch(fault: Fault) -> None:
     """Write down, after a refused step, which local peers are bit-equal to before it."""
-    from mat_dist import trainer
-    from mat_dist.cohort import state_hash
+    from mat_dist.core import trainer
+    from mat_dist.core.cohort import state_hash
 
     real = trainer.train_step
 
@@ -235,7 +235,7 @@ def _migrate(fault: Fault) -> None:
     """A package whose format is one newer than that of the checkpoints on the disk."""
     from types import MappingProxyType
 
-    from mat_dist.checkpoint import manifest
+    from mat_dist.checkpoints import manifest
 
     manifest.FORMAT = 2
     manifest.MIGRATIONS = MappingProxyType({1: manifest.Migration(

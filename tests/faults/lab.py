@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mat_dist import checkpoint
-from mat_dist.cohort import state_hash
+from mat_dist import checkpoints
+from mat_dist.core.cohort import state_hash
 from mat_dist.errors import MatError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.faults import victim
 from tests.faults.inject import Fault, marked
 from tests.faults.launching import POLL, Group, fork_one, fork_ranks, start_torchrun
@@ -189,7 +189,7 @@ class Lab:
     def expect_lost(self, end: End, most: int = INTERVAL) -> None:
         """At most `most` steps are lost, and the newest checkpoint is whole."""
         try:
-            newest = checkpoint.find_newest(RunFolder(end.folder))
+            newest = checkpoints.find_newest(RunFolder(end.folder))
         except MatError as error:
             self.problems.append(f"checkpoints: {error}")
             return
@@ -211,8 +211,8 @@ class Lab:
 
     def hashes(self, name: str = "run") -> list[str]:
         """SHA-256 of each peer's state in the newest checkpoint."""
-        manifest = checkpoint.load_manifest(RunFolder(self.folder / name))
-        return [state_hash(checkpoint.load_peer(manifest, i)) for i in range(len(manifest.meta.peers))]
+        manifest = checkpoints.load_manifest(RunFolder(self.folder / name))
+        return [state_hash(checkpoints.load_peer(manifest, i)) for i in range(len(manifest.meta.peers))]
 
     def reference(self, *more: str) -> list[str]:
         """Hashes of the undisturbed run with these settings, on one rank."""

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist.agreement import Agreement, batch_checksum
-from mat_dist.cohort import Cohort, state_hash
+from mat_dist.core.cohort import Cohort, state_hash
+from mat_dist.core.step import train_step
+from mat_dist.distributed.agreement import Agreement, batch_checksum
+from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, NonFinite, PeerFailed
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
 from tests.cohorts import batch, build, cohort_config, nets
 from tests.ranks.conftest import run_ranks  # noqa: F401  a fixture
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from mat_dist import checkpoint, train
-from mat_dist.checkpoint import Meta, save_peer
+from mat_dist import checkpoints, train
+from mat_dist.checkpoints import Meta, save_peer
 from mat_dist.config import load_config
 from mat_dist.errors import CheckpointError, ConfigError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.faults.cases.checkpoints import count_silent
 from tests.unit.test_config_hostile import mutated
 
@@ -21,11 +21,11 @@ from tests.unit.test_config_hostile import mutated
 def saved(path: Path) -> Path:
     """A checkpoint of two peers with some kilobytes each -> its folder."""
     folder = RunFolder(path)
-    directory = checkpoint.begin(folder, 10, 1)
+    directory = checkpoints.begin(folder, 10, 1)
     draw = torch.Generator().manual_seed(0)
     entries = [save_peer(directory, index, {"model": {"w": torch.randn(40, 30, generator=draw)}, "step": 10})
                for index in range(2)]
-    return checkpoint.commit(folder, 10, 1, entries, Meta(1, ("a", "b"), "c", "d", {"muted": {}})).directory
+    return checkpoints.commit(folder, 10, 1, entries, Meta(1, ("a", "b"), "c", "d", {"muted": {}})).directory
 
 
 def test_300_flipped_bits_and_100_truncations_are_all_found(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_each_bit_of_the_manifest_is_protected(tmp_path: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
         manifest.write_bytes(data)
         try:
-            checkpoint.verify(checkpoint.load_manifest(RunFolder(tmp_path), 10))
+            checkpoints.verify(checkpoints.load_manifest(RunFolder(tmp_path), 10))
             passed.append(bit)
         except CheckpointError:
             pass

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
-from mat_dist import checkpoint, evaluator
+from mat_dist import checkpoints
+from mat_dist.core.peer import Peer
 from mat_dist.data import Batches
-from mat_dist.peer import Peer
+from mat_dist.evaluation import during_training
 from tests.small_runs import Finished, run_small
 
 # 12 steps in 3 epochs, an evaluation after each: some 40 places where a signal can come.
 RUN = ("train.epochs=3", "eval.every=1", "eval.size=40", "log.every=1", "optim.ema_decay=0.9")
 PLACES: dict[str, tuple[Any, str]] = {
     "batch": (Batches, "at"), "attack": (Peer, "attack"), "forward": (Peer, "learn"),
-    "update": (Peer, "update"), "evaluation": (evaluator, "_attack_chunk"), "save": (checkpoint, "write_peer"),
-    "commit": (checkpoint, "commit")}
+    "update": (Peer, "update"), "evaluation": (during_training, "_attack_chunk"), "save": (checkpoints, "write_peer"),
+    "commit": (checkpoints, "commit")}
 CALLS = {"batch": 12, "attack": 24, "forward": 48, "update": 24, "evaluation": 12, "save": 6, "commit": 3}
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 
 TIMEOUT = timedelta(seconds=30)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist import streams
-from mat_dist.attacks.union import msd
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
-from mat_dist.threats import Threat
+from mat_dist.methods.unions import msd
 from tests import cohorts
 from tests.cohorts import BATCH, CLASSES, complete, nets, train
 from tests.reference_mat import Reference, Slot, Table, ce, ce_per_image, kl, kl_per_image, start_noise
@@ -76,7 +76,7 @@ class Case:
 def craft(peer: Reference, spec: Any, threat: Threat, number: int, k: int, step: int, x: Tensor, y: Tensor,
           guide: Tensor | None = None, held: list[Tensor] | None = None) -> Tensor:
     """PGD AEs of peer k for the `number`-th of its threats."""
-    key = streams.key(0, "attack", step, *((number,) if number else ()), k)
+    key = rng.key(0, "attack", step, *((number,) if number else ()), k)
     noise = start_noise(key, spec.attack.start, threat, x)
     return peer.attack(x, y, noise, threat, steps=ATTACK_STEPS, loss=spec.attack.loss, guide=guide,
                        held=held)
@@ -323,10 +323,10 @@ class Drawn:
         self.eat, self.held, self.seen, self.path = eat, [0, 0], [0, 0], []
 
     def __call__(self, peer: Reference, k: int, step: int, x: Tensor, y: Tensor) -> Tensor:
-        n = streams.key(0, "norm", step, k) % 3
+        n = rng.key(0, "norm", step, k) % 3
         if self.eat:
             chances = [1 - h / s for h, s in zip(self.held, self.seen, strict=True)] if all(self.seen) else [1, 1]
-            u = streams.uniform(streams.key(0, "eat", step, k), (1,), dtype=torch.float64).item()
+            u = rng.uniform(rng.key(0, "eat", step, k), (1,), dtype=torch.float64).item()
             n = 2 * int(u >= chances[0] / sum(chances))
         points: list[Tensor] = []
         adv = craft(peer, self.spec, self.threats[n], n, k, step, x, y, held=points)
@@ -340,7 +340,7 @@ class Drawn:
 
 def steepest(peer: Reference, k: int, step: int, x: Tensor, y: Tensor) -> Tensor:
     """MSD; its own reference is in tests/unit/test_union.py."""
-    threats, key = (LINF, L2, L1), streams.key(0, "attack", step, k)
+    threats, key = (LINF, L2, L1), rng.key(0, "attack", step, k)
     start = (x + start_noise(key, "uniform", LINF, x)).clamp(0, 1)
     return msd(lambda images: peer.logits(images, None), x, y, regions=[t.region(x) for t in threats],
                step_sizes=[2.5 * t.eps / ATTACK_STEPS for t in threats], start_BCHW=start, loss="ce",
@@ -405,10 +405,10 @@ class Received:
 
     def drawn(self, step: int) -> int:
         if len(self.path) <= step:
-            n = streams.key(0, "norm", step, self.stream) % 3
+            n = rng.key(0, "norm", step, self.stream) % 3
             if self.eat:
                 chances = [1 - h / s for h, s in zip(self.held, self.seen, strict=True)] if all(self.seen) else [1] * 3
-                u = streams.uniform(streams.key(0, "eat", step, self.stream), (1,), dtype=torch.float64).item()
+                u = rng.uniform(rng.key(0, "eat", step, self.stream), (1,), dtype=torch.float64).item()
                 u *= sum(chances)
                 n = int(u >= chances[0]) + int(u >= chances[0] + chances[1])
             self.path.append(n)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist.cohort import Cohort, state_hash
 from mat_dist.config.schema import Config
+from mat_dist.core.cohort import Cohort, state_hash
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
 from tests.cohorts import batch, build, failed_step, hashes, largest_difference, nets, train
 from tests.ranks.test_baselines import CASES, Case, alone, at, cohort, mixed_images
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist import streams
-from mat_dist.cohort import Cohort
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import AugmentConfig, Config
+from mat_dist.core.cohort import Cohort
+from mat_dist.core.step import train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
-from mat_dist.threats import Threat
+from mat_dist.distributed.groups import Mesh
 from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, nets, resumed_and_refused
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, ce, project, start_noise, step_along
@@ -30,8 +30,8 @@ PAD = AugmentConfig(pad=2, flip=True)
 
 def image_set() -> ImageSet:
     """Grey images, so that no value is cut at 0 or 1 but those of the padding."""
-    noise = streams.uniform(streams.key(5, "carried-x"), (N, *SHAPE))
-    labels = (streams.uniform(streams.key(5, "carried-y"), (N,)) * CLASSES).long()
+    noise = rng.uniform(rng.key(5, "carried-x"), (N, *SHAPE))
+    labels = (rng.uniform(rng.key(5, "carried-y"), (N,)) * CLASSES).long()
     return ImageSet(((0.3 + 0.4 * noise) * 255).to(torch.uint8), labels.to(torch.uint8))
 
 
@@ -71,9 +71,9 @@ class Remembering:
 
     def views(self, step: int) -> list[tuple[int, int, int, bool]]:
         epoch, place = divmod(step, PER_EPOCH)
-        order = streams.permutation(streams.key(0, "order", epoch), N)[place * BATCH:(place + 1) * BATCH]
-        u = streams.uniform(streams.key(0, "augment-crop", step), (BATCH, 2), dtype=torch.float64)
-        v = streams.uniform(streams.key(0, "augment-flip", step), (BATCH, 1), dtype=torch.float64)
+        order = rng.permutation(rng.key(0, "order", epoch), N)[place * BATCH:(place + 1) * BATCH]
+        u = rng.uniform(rng.key(0, "augment-crop", step), (BATCH, 2), dtype=torch.float64)
+        v = rng.uniform(rng.key(0, "augment-flip", step), (BATCH, 1), dtype=torch.float64)
         places = 2 * self.pad + 1
         return [(int(order[b]), int(u[b, 0] * places), int(u[b, 1] * places), bool(self.pad and v[b, 0] < 0.5))
                 for b in range(BATCH)]
@@ -89,7 +89,7 @@ class Remembering:
         images = [F.pad(self.data.images[n].double() / 255, (self.pad,) * 4) for n, *_ in views]
         x = torch.stack([self.look(one, *view[1:]) for one, view in zip(images, views, strict=True)])
         y = torch.tensor([int(self.data.labels[n]) for n, *_ in views])
-        noise = start_noise(streams.key(0, "attack", step, self.index), "uniform", self.threat, x)
+        noise = start_noise(rng.key(0, "attack", step, self.index), "uniform", self.threat, x)
         start = [x[b] + (self.look(self.frames[n], *view) if n in self.frames else noise[b])
                  for b, (n, *view) in enumerate(views)]
         adv = project(torch.stack(start), x, self.threat)

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from mat_dist.config import load_config
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.placement import Placement
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError
-from mat_dist.evaluate import chunks, soundness
-from mat_dist.evaluate.chunks import Work, run_chunks
-from mat_dist.evaluate.evaluation import prepare
-from mat_dist.evaluate.request import Request
-from mat_dist.mesh.launch import Launch
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
-from mat_dist.runfolder import RunFolder
-from mat_dist.stopping import StopFlag
+from mat_dist.evaluation import chunks, soundness
+from mat_dist.evaluation.chunks import Work, run_chunks
+from mat_dist.evaluation.evaluation import prepare
+from mat_dist.evaluation.request import Request
+from mat_dist.runs.folder import RunFolder
 from tests.small_runs import run_small
 
 pytestmark = pytest.mark.slow  # small trainings and attacks

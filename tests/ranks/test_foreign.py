@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluate import foreign
-from mat_dist.evaluate.foreign import import_files
-from mat_dist.evaluate.importing import Importing, Options
-from mat_dist.mesh.launch import Launch
-from mat_dist.stopping import StopFlag
-from mat_dist.threats import Threat
+from mat_dist.evaluation import foreign
+from mat_dist.evaluation.foreign import import_files
+from mat_dist.evaluation.importing import Importing, Options
 
 WORDS = ("model=linear_for_ranks", "data.name=digits")
 

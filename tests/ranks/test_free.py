@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist.cohort import Cohort
+from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
-from mat_dist.threats import Threat
+from mat_dist.core.cohort import Cohort
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
 from tests.cohorts import BATCH, batch, build, complete, nets, resumed_and_refused
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, Stats, ce, kl, project, step_along

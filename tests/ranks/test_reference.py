@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist import streams
-from mat_dist.threats import Threat
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 from tests.cohorts import BATCH, CLASSES, SHAPE, batch, cohort_config, nets, train
 from tests.reference_mat import Reference, Table, ce, kl, start_noise
 
@@ -64,7 +64,7 @@ def reference_step(peers: list[Reference], preset: str, step: int, threat: Threa
     aes = []
     for k, peer in enumerate(peers):
         start, loss = ("gaussian", "kl_clean") if trades_attack(preset, k) else ("uniform", "ce")
-        noise = start_noise(streams.key(0, "attack", step, k), start, threat, x)
+        noise = start_noise(rng.key(0, "attack", step, k), start, threat, x)
         aes.append(peer.attack(x, y, noise, threat, steps=ATTACK_STEPS, loss=loss))
     table = Table(peers, lambda k, slot: x if slot == "clean" else aes[slot], set())
     losses = [formula(preset, k, table.z, table.t, y) for k in range(P)]

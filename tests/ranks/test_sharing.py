@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist import trainer
-from mat_dist.cohort import Cohort, Images, state_hash
 from mat_dist.config import load_config
+from mat_dist.core import trainer
+from mat_dist.core.cohort import Cohort, Images, state_hash
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 from mat_dist.errors import NonFinite
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
-from mat_dist.step import train_step
 from tests.cohorts import batch, build, nets, train
 from tests.ranks.test_baselines import TEACHER, Case, Slot, Z, agree, at, images, mat, mine, reference_step, ring
 from tests.ranks.test_baselines_step import configured

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist import streams
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.dryrun import training_passes
+from mat_dist.core.graph import CohortPlan
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import EnvironmentFault
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.passes import step_passes
-from mat_dist.plan import CohortPlan
-from mat_dist.step import train_step
-from mat_dist.threats import Threat
+from mat_dist.tools.cost import step_passes
+from mat_dist.tools.dryrun import training_passes
 from tests.cohorts import BATCH, batch, build, cohort_config, nets, train
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, Stats, ce, kl, start_noise
@@ -41,7 +41,7 @@ def made_together(peers: list[Reference], preset: str, step: int, labels: Tensor
     trades = preset == "trades"
     for j, peer in enumerate(peers):
         rows = [r for r in range(BATCH) if (r + step) % len(peers) == j]
-        noise = start_noise(streams.key(0, "attack", step, j), "gaussian" if trades else "uniform", LINF, x[rows])
+        noise = start_noise(rng.key(0, "attack", step, j), "gaussian" if trades else "uniform", LINF, x[rows])
         mixed[rows] = peer.attack(x[rows], y[rows], noise, LINF, steps=ATTACK_STEPS,
                                   loss="kl_clean" if trades else "ce")
     return x, y, mixed

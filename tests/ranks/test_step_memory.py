@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mat_dist.cohort import Cohort
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.step import train_step
+from mat_dist.core.cohort import Cohort
+from mat_dist.core.step import train_step
+from mat_dist.distributed.groups import Mesh
 from tests.cohorts import BATCH, batch, build, cohort_config, largest_difference, nets, train
 
 Run = Callable[..., list[Any]]

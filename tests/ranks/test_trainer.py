@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mat_dist import loading, streams, trainer
-from mat_dist.checkpoint import load_manifest, read_best
+from mat_dist import rng
+from mat_dist.checkpoints import load, load_manifest, read_best
 from mat_dist.config import load_config
+from mat_dist.core import trainer
+from mat_dist.core.trainer import Trainer
 from mat_dist.data import load_data
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, OutputError, StopRequested
-from mat_dist.evaluator import AttackPlan, evaluate
-from mat_dist.mesh.launch import Launch
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.run import open_run
-from mat_dist.runfolder import RunFolder
-from mat_dist.stopping import StopFlag
-from mat_dist.trainer import Trainer
+from mat_dist.evaluation.during_training import AttackPlan, evaluate
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.session import open_run
 from tests.small_runs import SMALL, Finished, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings
@@ -40,14 +41,14 @@ EVALUATED = ("eval.every=1", "train.max_steps=null", "eval.chunk=20", "eval.size
 @pytest.fixture(autouse=True)
 def one_thread_at_a_time_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks in one process share torch's global generator, which builds the models: let them take turns."""
-    lock, keyed = threading.RLock(), streams.keyed_rng
+    lock, keyed = threading.RLock(), rng.keyed_rng
 
     @contextmanager
     def locked(stream: int) -> Iterator[None]:
         with lock, keyed(stream):
             yield
 
-    monkeypatch.setattr(streams, "keyed_rng", locked)
+    monkeypatch.setattr(rng, "keyed_rng", locked)
 
 
 @pytest.fixture
@@ -335,7 +336,7 @@ def test_a_frozen_peer_keeps_its_weights_and_is_not_in_the_ensemble(teacher: Fin
     run = uninterrupted(*baselines(teacher), "eval.every=1", "train.max_steps=null")
     source = teacher.peers()[1]["model"]
     assert all((v == source[k]).all() for k, v in run.peers()[2]["model"].items())
-    model = loading.load(run.folder.path, "ensemble", which="latest")
+    model = load.load(run.folder.path, "ensemble", which="latest")
     assert len(next(iter(model.children()))) == 3  # type: ignore[arg-type]
 
 

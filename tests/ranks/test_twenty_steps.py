@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from mat_dist import load
-from mat_dist.cohort import state_hash
 from mat_dist.config import load_config
 from mat_dist.config.fields import Section
 from mat_dist.config.schema import (
@@ -31,6 +30,7 @@ from mat_dist.config.schema import (
     ThreatConfig,
     UnionConfig,
 )
+from mat_dist.core.cohort import state_hash
 from tests.small_runs import SMALL, Finished, run_small
 
 PARTS, STEPS = 10, 20

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.attacks import APGD_L1_SHARE, apgd, pgd
+from mat_dist.attacks.norms import L1Region, Threat
 from mat_dist.config import load_config
 from mat_dist.config.schema import DataConfig
+from mat_dist.core.peer import Peer
 from mat_dist.data import as_float, load_data
-from mat_dist.evaluator import AttackPlan, withstands
+from mat_dist.evaluation.during_training import AttackPlan, withstands
 from mat_dist.models.modes import frozen
-from mat_dist.peer import Peer
-from mat_dist.threats import L1Region, Threat
 from tests.cohorts import CLASSES, batch, cohort_config, nets
 
 THREATS = [Threat("linf", 0.06), Threat("l2", 0.2), Threat("l1", 0.3)]
@@ -26,12 +26,12 @@ NORMS = pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
 
 def smooth_model(images: Tensor) -> Tensor:
     """Two layers with tanh over 16 values, 4 classes, float64."""
-    one, two = streams.normal(1, (16, 12), dtype=torch.float64), streams.normal(2, (12, 4), dtype=torch.float64)
+    one, two = rng.normal(1, (16, 12), dtype=torch.float64), rng.normal(2, (12, 4), dtype=torch.float64)
     return 3 * torch.tanh(images.flatten(1) @ one.to(images.device)) @ two.to(images.device)
 
 
 def some_images(count: int = 3) -> tuple[Tensor, Tensor]:
-    x = streams.uniform(3, (count, 1, 4, 4), dtype=torch.float64)
+    x = rng.uniform(3, (count, 1, 4, 4), dtype=torch.float64)
     return x, smooth_model(x).argmax(1)
 
 
@@ -135,8 +135,8 @@ def test_no_decision_is_taken_on_the_host(threat: Threat) -> None:
 
 def test_apgd_fills_the_pixels_of_a_linear_model_in_the_order_of_its_weights() -> None:
     """The optimum over ball and box is known: the largest weights first, each to the wall."""
-    w = streams.normal(8, (16,), dtype=torch.float64)
-    x = streams.uniform(9, (5, 1, 4, 4), dtype=torch.float64)
+    w = rng.normal(8, (16,), dtype=torch.float64)
+    x = rng.uniform(9, (5, 1, 4, 4), dtype=torch.float64)
     eps, gain = 2.5, []
     for row in x.flatten(1):
         left, total = eps, 0.0
@@ -161,12 +161,12 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     data = load_data(DataConfig(), seed=0, batch_size=64)
     x, y = data.train.batch(torch.arange(1000))
     x = as_float(x)
-    with streams.keyed_rng(1):
+    with rng.keyed_rng(1):
         model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                               nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for epoch in range(8):
-        for rows in streams.permutation(epoch, len(x)).split(50):
+        for rows in rng.permutation(epoch, len(x)).split(50):
             images = x[rows].clone().requires_grad_(True)
             (g,) = torch.autograd.grad(F.cross_entropy(model(images), y[rows]), images)
             optimizer.zero_grad()

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import ModelConfig
+from mat_dist.core.peer import Peer
 from mat_dist.models import build_model
-from mat_dist.models.attack_copy import AttackCopy
 from mat_dist.models.modes import frozen
-from mat_dist.peer import Peer
 from tests.cohorts import cohort_config
 
 SHAPE = (3, 16, 16)

@@ -11,25 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE
 from mat_dist.attacks.noise import noisy
+from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.search import patch_change
+from mat_dist.attacks.random_search import patch_change
 from mat_dist.config.fields import NORMS
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate import craft
-from mat_dist.evaluate.attack import TRANSFER, attack_one, attack_targets, predict, strongest
-from mat_dist.evaluate.autoattack import Found, chunk_seed
-from mat_dist.evaluate.craft import Job, crafted, made
-from mat_dist.evaluate.menu import MENU, stand_in
-from mat_dist.evaluate.radii import DATA_SETS, UNIONS
-from mat_dist.evaluate.request import Request, parse
-from mat_dist.evaluate.soundness import examine
-from mat_dist.evaluate.targets import attack_plans, make_targets, threats_asked
-from mat_dist.evaluator import AttackPlan
-from mat_dist.threats import Threat
+from mat_dist.evaluation import craft
+from mat_dist.evaluation.attack import TRANSFER, attack_one, attack_targets, predict, strongest
+from mat_dist.evaluation.autoattack import Found, chunk_seed
+from mat_dist.evaluation.craft import Job, crafted, made
+from mat_dist.evaluation.during_training import AttackPlan
+from mat_dist.evaluation.menu import MENU, stand_in
+from mat_dist.evaluation.radii import DATA_SETS, UNIONS
+from mat_dist.evaluation.request import Request, parse
+from mat_dist.evaluation.soundness import examine
+from mat_dist.evaluation.targets import attack_plans, make_targets, threats_asked
 from tests.documents import table
 
 LINF, L2 = Threat("linf", 0.1), Threat("l2", 0.4)
@@ -38,7 +38,7 @@ CLASSES = 5
 
 def network(seed: int, scale: float = 1.0) -> nn.Module:
     """A small frozen network in fp64, so that rounding decides nothing."""
-    with streams.keyed_rng(seed), torch.no_grad():
+    with rng.keyed_rng(seed), torch.no_grad():
         layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
         layers[3].weight.mul_(8 * scale)
     return layers.eval().requires_grad_(False)
@@ -46,7 +46,7 @@ def network(seed: int, scale: float = 1.0) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def x() -> Tensor:
-    return streams.uniform(1, (24, 1, 4, 4), dtype=torch.float64)
+    return rng.uniform(1, (24, 1, 4, 4), dtype=torch.float64)
 
 
 def plan(name: str, *words: str) -> AttackPlan:
@@ -118,7 +118,7 @@ def test_targeted_pgd_leads_to_each_likely_wrong_class_and_the_worst_counts(thre
     batches = list(crafted(model, x, y, threat, asked, seed=3, chunk=2))
     assert len(batches) == 3
     for rank, found in enumerate(batches):
-        start = threat.start("uniform", threat.region(x), x, stream=streams.key(3, f"eval-{threat.norm}", rank, 2))
+        start = threat.start("uniform", threat.region(x), x, stream=rng.key(3, f"eval-{threat.norm}", rank, 2))
         for image, label, mine, adv in zip(x[:12], y.tolist(), start, found, strict=False):
             order = model(image[None])[0].argsort(descending=True).tolist()
             order.remove(label)
@@ -182,7 +182,7 @@ def test_patches_change_a_pixel_by_the_width_of_the_ball() -> None:
 @pytest.mark.parametrize("name", [name for name, kind in MENU.items() if kind.maker != "package"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_each_of_our_attacks_stays_in_the_ball_and_is_reproducible(name: str, norm: str) -> None:
-    x = streams.uniform(1, (6, 1, 4, 4))
+    x = rng.uniform(1, (6, 1, 4, 4))
     model, threat = network(1).float(), Threat(norm, 0.3)
     y = model(x).argmax(1)
     plans = attack_plans(Request(attacks=(name,), steps=3), Config())

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.norms import Threat
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.evaluate.autoattack import autoattack, check_classes, chunk_seed
-from mat_dist.threats import Threat
+from mat_dist.evaluation.autoattack import autoattack, check_classes, chunk_seed
 
 pytestmark = pytest.mark.slow  # 20 s and more of AutoAttack
 

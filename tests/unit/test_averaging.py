@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mat_dist import averaging, checkpoint
-from mat_dist.cohort import Images, make_model
+from mat_dist import checkpoints
 from mat_dist.config import load_config
+from mat_dist.core import averaging
+from mat_dist.core.cohort import Images, make_model
+from mat_dist.core.schedules import swa_count, swa_decay_at
 from mat_dist.data import as_float, load_data, training_batches
-from mat_dist.schedules import swa_count, swa_decay_at
 from tests.small_runs import SMALL, Finished, run_small
 
 SWA = ("train.epochs=4", "optim.swa_start=0.5")  # 4 epochs of 4 steps: the averages of steps 8, 12 and 16
@@ -62,7 +63,7 @@ def test_a_run_averages_the_weights_at_the_end_of_each_epoch(averaged: Finished)
 def test_norm_statistics_are_the_mean_over_the_training_batches(averaged: Finished) -> None:
     config = load_config(None, [*SMALL, *SWA])
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
-    manifest = checkpoint.load_manifest(averaged.folder)
+    manifest = checkpoints.load_manifest(averaged.folder)
     images = Images.of(manifest.meta.extra["images"])
     state = averaged.peers()[1]["ema"]
     model = make_model(config.peers[1], images, seed=0, step=config.step, device=torch.device("cpu"))

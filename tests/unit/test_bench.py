@@ -17,11 +17,11 @@ from mat_dist.bench.references import check_equal
 from mat_dist.bench.scale import IMAGENET, NETWORKS, Costs, Point, predictions
 from mat_dist.bench.subject import Limit, Subject
 from mat_dist.bench.timing import PhaseClock, Spread, Timing, interleaved, ratio
-from mat_dist.cohort import state_hash
 from mat_dist.config import load_config
+from mat_dist.core.cohort import state_hash
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, PeerFailed
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
 
 CPU = torch.device("cpu")
 SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from mat_dist.check import data as data_check
-from mat_dist.check import memory, network, storage
-from mat_dist.check.__main__ import main
-from mat_dist.check.data import check_data, known_sample
-from mat_dist.check.models import Graph, Measured, _held, check_model
-from mat_dist.check.storage import file_system
-from mat_dist.cohort import make_model
 from mat_dist.config import load_config
+from mat_dist.core.cohort import make_model
+from mat_dist.core.peer import Peer
 from mat_dist.data import Batches
-from mat_dist.mesh.launch import Launch
-from mat_dist.peer import Peer
-from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.distributed.launch import Launch
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
+from mat_dist.tools.check import data as data_check
+from mat_dist.tools.check import memory, network, storage
+from mat_dist.tools.check.__main__ import main
+from mat_dist.tools.check.data import check_data, known_sample
+from mat_dist.tools.check.models import Graph, Measured, _held, check_model
+from mat_dist.tools.check.storage import file_system
 from tests.small_runs import SMALL, run_small, tree_hash
 from tests.unit.data_files import random_images, write_folder
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from mat_dist import checkpoint
-from mat_dist.checkpoint import Meta, find_newest, load_manifest, load_peer, mark_best, prune, read_best, save_peer
-from mat_dist.checkpoint.manifest import MANIFEST
+from mat_dist import checkpoints
+from mat_dist.checkpoints import Meta, find_newest, load_manifest, load_peer, mark_best, prune, read_best, save_peer
+from mat_dist.checkpoints.manifest import MANIFEST
 from mat_dist.errors import CheckpointError, NonFinite, OutputError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 
 META = Meta(epoch=2, peers=("ann", "bob"), config_digest="c" * 64, data_digest="d" * 64, extra={"best": 0.5})
 
@@ -26,9 +26,9 @@ def state(step: int, index: int) -> dict:
 
 
 def save(folder: RunFolder, step: int, attempt: int = 1):
-    directory = checkpoint.begin(folder, step, attempt)
+    directory = checkpoints.begin(folder, step, attempt)
     entries = [save_peer(directory, index, state(step, index)) for index in range(2)]
-    return checkpoint.commit(folder, step, attempt, entries, META)
+    return checkpoints.commit(folder, step, attempt, entries, META)
 
 
 def steps(folder: RunFolder) -> list[int]:
@@ -86,8 +86,8 @@ def test_every_type_survives_bitwise(folder):
     rich |= {"empty": torch.empty(0, 3), "scalar": torch.tensor([-0.0]), "int": -(2**60), "float": 0.1, "none": None,
              "text": "ä", "flag": True, "list": [1, [2.5, "x"]], "pair": (0.9, 0.999),
              "ints": {3: {"a": torch.ones(1)}}}
-    directory = checkpoint.begin(folder, 1, 1)
-    manifest = checkpoint.commit(folder, 1, 1, [save_peer(directory, 0, rich)], Meta(0, ("a",), "", ""))
+    directory = checkpoints.begin(folder, 1, 1)
+    manifest = checkpoints.commit(folder, 1, 1, [save_peer(directory, 0, rich)], Meta(0, ("a",), "", ""))
     back = load_peer(manifest, 0)
     assert list(back) == list(rich)
     for key, value in rich.items():
@@ -113,9 +113,9 @@ def test_a_model_and_its_optimizer_resume_bitwise(folder):
 
     model, optimizer = fresh()
     train(model, optimizer, 3)
-    directory = checkpoint.begin(folder, 3, 1)
+    directory = checkpoints.begin(folder, 3, 1)
     entry = save_peer(directory, 0, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    manifest = checkpoint.commit(folder, 3, 1, [entry], Meta(0, ("a",), "", ""))
+    manifest = checkpoints.commit(folder, 3, 1, [entry], Meta(0, ("a",), "", ""))
     train(model, optimizer, 3)
     resumed, its_optimizer = fresh()
     content = load_peer(manifest, 0)
@@ -129,7 +129,7 @@ def test_a_model_and_its_optimizer_resume_bitwise(folder):
 def test_a_snapshot_is_a_dense_copy(folder):
     big = torch.zeros(1000, 1000)
     weight = nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))
-    copy = checkpoint.snapshot({"row": big[3], "column": big[:, 3], "wide": torch.ones(1).expand(8), "weight": weight})
+    copy = checkpoints.snapshot({"row": big[3], "column": big[:, 3], "wide": torch.ones(1).expand(8), "weight": weight})
     big.fill_(7)
     with torch.no_grad():
         weight.fill_(7)
@@ -204,7 +204,7 @@ def test_500_flipped_bits_of_a_manifest_are_all_found(folder):
         data[bit // 8] ^= 1 << bit % 8
         file.write_bytes(data)
         with pytest.raises(CheckpointError):
-            checkpoint.read_manifest(manifest.directory)
+            checkpoints.read_manifest(manifest.directory)
 
 
 @pytest.mark.parametrize("name", ["peer_0.pt", "peer_1.pt", MANIFEST])
@@ -251,22 +251,22 @@ def test_fallback_goes_as_far_as_needed_and_stops_when_nothing_is_left(three):
 
 
 def test_partial_folders_do_not_exist(folder):
-    directory = checkpoint.begin(folder, 10, 1)
+    directory = checkpoints.begin(folder, 10, 1)
     save_peer(directory, 0, state(10, 0))
     assert find_newest(folder) is None
-    assert checkpoint.begin(folder, 10, 2).is_dir() and not directory.exists()
+    assert checkpoints.begin(folder, 10, 2).is_dir() and not directory.exists()
 
 
 def test_adopting_a_fallback_moves_damaged_ones_out_of_the_way(three):
     flip(three.checkpoints / "step_00000030" / "peer_0.pt", 99)
     manifest, _ = find_newest(three)
-    notes = checkpoint.adopt(three, manifest)
+    notes = checkpoints.adopt(three, manifest)
     assert len(notes) == 1 and (three.checkpoints / "step_00000030.damaged").is_dir()
     assert load_manifest(three).step == 20 and steps(three) == [10, 20]
     save(three, 25, attempt=2)
     assert find_newest(three)[0].step == 25
     with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
-        checkpoint.adopt(RunFolder(three.path / "other"), manifest)
+        checkpoints.adopt(RunFolder(three.path / "other"), manifest)
 
 
 def test_the_same_checkpoint_again_is_kept_and_another_one_of_that_step_replaces_it(folder):
@@ -274,8 +274,8 @@ def test_the_same_checkpoint_again_is_kept_and_another_one_of_that_step_replaces
     inode = (first.directory / "peer_0.pt").stat().st_ino
     again = save(folder, 10, attempt=2)
     assert (again.directory / "peer_0.pt").stat().st_ino == inode and again.attempt == 1
-    directory = checkpoint.begin(folder, 10, 3)
-    other = checkpoint.commit(folder, 10, 3, [save_peer(directory, i, state(11, i)) for i in range(2)], META)
+    directory = checkpoints.begin(folder, 10, 3)
+    other = checkpoints.commit(folder, 10, 3, [save_peer(directory, i, state(11, i)) for i in range(2)], META)
     assert other.attempt == 3 and load_peer(other, 0)["step"] == 11
     assert sorted(os.listdir(folder.checkpoints)) == ["latest", "step_00000010"]
 
@@ -288,13 +288,13 @@ def test_a_damaged_checkpoint_of_the_same_step_is_kept_aside(folder):
 
 
 def test_commit_needs_the_files_of_all_peers(folder):
-    directory = checkpoint.begin(folder, 10, 1)
+    directory = checkpoints.begin(folder, 10, 1)
     entries = [save_peer(directory, index, state(10, index)) for index in range(2)]
     with pytest.raises(ValueError, match="peer"):
-        checkpoint.commit(folder, 10, 1, entries[:1], META)
+        checkpoints.commit(folder, 10, 1, entries[:1], META)
     (directory / "peer_1.pt").unlink()
     with pytest.raises(OutputError, match=r"peer_1\.pt is not there.*share"):
-        checkpoint.commit(folder, 10, 1, entries, META)
+        checkpoints.commit(folder, 10, 1, entries, META)
     assert find_newest(folder) is None and os.listdir(folder.checkpoints) == []
 
 
@@ -368,13 +368,13 @@ def test_prune_survives_a_failed_delete(three, monkeypatch, operation):
     assert removed == [20] and len(notes) == 1 and "step_00000010: Permission denied" in notes[0]
     save(three, 40)  # what cannot be removed does not stop the next save
     monkeypatch.undo()
-    checkpoint.begin(three, 50, 1)
+    checkpoints.begin(three, 50, 1)
     assert [name for name in os.listdir(three.checkpoints) if name.endswith(".deleted")] == []
 
 
 def test_a_file_size_limit_is_reported_and_leaves_nothing(folder):
     save(folder, 10)
-    directory = checkpoint.begin(folder, 20, 1)
+    directory = checkpoints.begin(folder, 20, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -384,17 +384,17 @@ def test_a_file_size_limit_is_reported_and_leaves_nothing(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in caught.value.what and "bytes needed" in caught.value.what
     assert "bytes free" in caught.value.what and os.listdir(directory) == []
-    checkpoint.abandon(folder, 20, 1)
+    checkpoints.abandon(folder, 20, 1)
     assert find_newest(folder)[0].step == 10
     assert sorted(os.listdir(folder.checkpoints)) == ["latest", "step_00000010"]
 
 
 def test_a_run_folder_that_vanishes_is_an_output_error(folder):
     save(folder, 10)
-    directory = checkpoint.begin(folder, 20, 1)
+    directory = checkpoints.begin(folder, 20, 1)
     shutil.rmtree(folder.path)
     with pytest.raises(OutputError, match="the folder is gone"):
         save_peer(directory, 0, state(20, 0))
-    checkpoint.abandon(folder, 20, 1)
+    checkpoints.abandon(folder, 20, 1)
     with pytest.raises(OutputError, match="the folder is gone"):
-        checkpoint.begin(folder, 30, 1)
+        checkpoints.begin(folder, 30, 1)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist import checkpoint
-from mat_dist.checkpoint import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, manifest, save_peer
-from mat_dist.checkpoint.manifest import MANIFEST, Migration
+from mat_dist import checkpoints
+from mat_dist.checkpoints import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, manifest, save_peer
+from mat_dist.checkpoints.manifest import MANIFEST, Migration
 from mat_dist.errors import CheckpointError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 
 
 class Touch:
@@ -37,9 +37,9 @@ class Touch:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path)
-    directory = checkpoint.begin(folder, 10, 1)
+    directory = checkpoints.begin(folder, 10, 1)
     entry = save_peer(directory, 0, {"w": torch.ones(3), "step": 10})
-    checkpoint.commit(folder, 10, 1, [entry], Meta(1, ("a",), "c", "d"))
+    checkpoints.commit(folder, 10, 1, [entry], Meta(1, ("a",), "c", "d"))
     return folder
 
 
@@ -202,8 +202,8 @@ def test_a_huge_manifest_is_not_read_whole(folder):
 
 
 def test_a_later_format_is_named_and_never_passed_over(folder):
-    directory = checkpoint.begin(folder, 5, 1)
-    checkpoint.commit(folder, 5, 1, [save_peer(directory, 0, {})], Meta(0, ("a",), "", ""))
+    directory = checkpoints.begin(folder, 5, 1)
+    checkpoints.commit(folder, 5, 1, [save_peer(directory, 0, {})], Meta(0, ("a",), "", ""))
     rewrite(folder, format=2, versions={"mat_dist": "7.1"}, files="in a form nobody knows yet")
     for look in (lambda: find_newest(folder), lambda: load_manifest(folder, 10)):
         with pytest.raises(TooNew, match=r"needs mat_dist >= 7\.1") as caught:
@@ -250,7 +250,7 @@ def test_a_damaged_pointer_leads_nowhere(folder):
 
 
 def test_the_package_never_unpickles_freely():
-    package = Path(sys.modules["mat_dist"].__file__).parent / "checkpoint"
+    package = Path(sys.modules["mat_dist"].__file__).parent / "checkpoints"
     text = "".join(file.read_text() for file in package.glob("*.py"))
     assert "weights_only=False" not in text and "pickle.load" not in text and "pickle.Unpickler" not in text
     assert text.count("torch.load(io") == text.count("weights_only=True, map_location") == 2

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mat_dist import checkpoint
-from mat_dist.checkpoint import Meta, find_newest, load_peer, mark_best, prune, save_peer
+from mat_dist import checkpoints
+from mat_dist.checkpoints import Meta, find_newest, load_peer, mark_best, prune, save_peer
 from mat_dist.errors import OutputError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 
 META = Meta(epoch=0, peers=("a", "b"), config_digest="", data_digest="")
 OPERATIONS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "link")
@@ -50,13 +50,13 @@ class Fault:
 
 def save(folder: RunFolder, step: int, salt: int, attempt: int) -> None:
     try:
-        directory = checkpoint.begin(folder, step, attempt)
+        directory = checkpoints.begin(folder, step, attempt)
         entries = [save_peer(directory, index, {"salt": salt, "w": torch.full((300,), salt + index)})
                    for index in range(2)]
     except OutputError:
-        checkpoint.abandon(folder, step, attempt)
+        checkpoints.abandon(folder, step, attempt)
         raise
-    checkpoint.commit(folder, step, attempt, entries, META)
+    checkpoints.commit(folder, step, attempt, entries, META)
     mark_best(folder, step, float(step), {})
     prune(folder, 2)
 
@@ -73,7 +73,7 @@ def found(folder: RunFolder) -> tuple[int, int] | None:
 
 
 def damage(folder: RunFolder, step: int) -> None:
-    file = folder.checkpoints / checkpoint.step_name(step) / "peer_0.pt"
+    file = folder.checkpoints / checkpoints.step_name(step) / "peer_0.pt"
     file.write_bytes(file.read_bytes()[::-1])
 
 
@@ -140,11 +140,11 @@ def test_a_fault_at_any_file_operation_leaves_an_intact_checkpoint(tmp_path, mon
         if end == "error":
             assert not [file for file in folder.checkpoints.glob(".*") if file.suffix in (".tmp", ".partial")]
         if newest := find_newest(folder):
-            checkpoint.adopt(folder, newest[0])
-            assert checkpoint.load_manifest(folder).step == newest[0].step
+            checkpoints.adopt(folder, newest[0])
+            assert checkpoints.load_manifest(folder).step == newest[0].step
         save(folder, *wanted, attempt=3)
         assert found(folder) == wanted
-        assert checkpoint.load_manifest(folder).step == wanted[0] == checkpoint.load_manifest(folder, "best").step
+        assert checkpoints.load_manifest(folder).step == wanted[0] == checkpoints.load_manifest(folder, "best").step
         assert not [file for file in folder.checkpoints.iterdir()
                     if file.name.startswith(".") or file.suffix == ".replaced"], fault.trace[-3:]
 

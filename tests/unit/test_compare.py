@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mat_dist.evaluate.__main__ import main
-from mat_dist.evaluate.compare import Paired
+from mat_dist.evaluation.__main__ import main
+from mat_dist.evaluation.compare import Paired
 
 
 def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportable: bool = True, time: str = "1",

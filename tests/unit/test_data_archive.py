@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mat_dist import streams
-from mat_dist.check.data import check_data
+from mat_dist import rng
 from mat_dist.config import load_config
 from mat_dist.config.schema import AugmentConfig, DataConfig
 from mat_dist.data import Batches, ImageSet, load_data, place, steps_per_epoch
 from mat_dist.data.archive import open_archive
-from mat_dist.dryrun import describe_run
+from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DataError
-from mat_dist.mesh.launch import Launch
+from mat_dist.tools.check.data import check_data
+from mat_dist.tools.dryrun import describe_run
 from tests.small_runs import SMALL, run_small
 from tests.unit.data_files import random_images
 
@@ -61,7 +61,7 @@ def test_each_batch_has_its_share_of_generated_images_and_an_epoch_shows_each_re
     assert batches.steps_per_epoch == steps_per_epoch(31, 20, 0.7) == 5
     labels = torch.stack([batches.at(step)[1] for step in range(10)])
     for number, epoch in enumerate(labels.split(5)):
-        assert torch.equal(epoch[epoch < 100], streams.permutation(streams.key(2, "order", number), 31)[:30])
+        assert torch.equal(epoch[epoch < 100], rng.permutation(rng.key(2, "order", number), 31)[:30])
     assert ((labels >= 100).sum(1) == 14).all()
     assert len(labels[labels >= 100].unique()) > 50  # of 60, in 140 draws
     assert torch.equal(labels[0] < 100, labels[7] < 100)  # the same places in each batch

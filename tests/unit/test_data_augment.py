@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data.augment import augment_batch, crop_boxes, cutout, flip, pad_crop, resized_crop
 
@@ -20,7 +20,7 @@ def images(count: int = 16, channels: int = 3, height: int = 12, width: int = 10
 
 
 def uniform(count: int, number: int) -> tuple[torch.Tensor, ...]:
-    return streams.uniform(number, (number, count), dtype=torch.float64).unbind(0)
+    return rng.uniform(number, (number, count), dtype=torch.float64).unbind(0)
 
 
 def test_pad_crop_equals_torchvision_pad_and_crop_of_each_image():
@@ -60,7 +60,7 @@ def test_resized_crop_of_the_whole_image_changes_nothing():
 
 
 def test_crop_boxes_lie_in_the_image_and_have_the_stated_distribution():
-    draws = streams.uniform(1, (4, 20_000), dtype=torch.float64).unbind(0)
+    draws = rng.uniform(1, (4, 20_000), dtype=torch.float64).unbind(0)
     top, left, tall, wide = crop_boxes(*draws, size=(64, 64), smallest=0.08).unbind(1)
     for first, length in ((top, tall), (left, wide)):
         assert (first >= 0).all()

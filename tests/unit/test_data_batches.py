@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data import Batches, ImageSet, as_float, steps_per_epoch
 from tests.unit.data_files import random_images
@@ -22,7 +22,7 @@ def test_an_epoch_shows_each_image_once_in_the_keyed_order_and_drops_the_rest():
     batches = Batches(train, seed=3, batch_size=8, augment=AugmentConfig())
     assert batches.steps_per_epoch == steps_per_epoch(37, 8) == 4
     for epoch in (0, 1):
-        order = streams.permutation(streams.key(3, "order", epoch), 37)
+        order = rng.permutation(rng.key(3, "order", epoch), 37)
         seen = torch.cat([batches.indices(4 * epoch + step) for step in range(4)])
         assert torch.equal(seen, order[:32])
         assert len(seen.unique()) == 32

@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from mat_dist import streams
-from mat_dist.agreement import batch_checksum, weighted_checksum
+from mat_dist import rng
 from mat_dist.attacks.apgd import apgd
+from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import pgd
 from mat_dist.config.schema import AugmentConfig
+from mat_dist.core.losses import accuracy, cross_entropy, likeliest
 from mat_dist.data.batches import Batches
 from mat_dist.data.cutmix import cutmix
 from mat_dist.data.images import ImageSet
-from mat_dist.losses import accuracy, cross_entropy, likeliest
-from mat_dist.threats import Threat
+from mat_dist.distributed.agreement import batch_checksum, weighted_checksum
 
 CLASSES, AUGMENT = 5, AugmentConfig(pad=1, flip=True, cutmix=0.7)
 
@@ -36,8 +36,8 @@ def by_hand(x: torch.Tensor, y: torch.Tensor, probability: float, seed: int, ste
             ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Images, labels and the pixels of each window, with plain numbers."""
     count, _, height, width = x.shape
-    draws = streams.uniform(streams.key(seed, "augment-cutmix", step), (count, 4), dtype=torch.float64).tolist()
-    order = streams.permutation(streams.key(seed, "augment-cutmix-order", step), count).tolist()
+    draws = rng.uniform(rng.key(seed, "augment-cutmix", step), (count, 4), dtype=torch.float64).tolist()
+    order = rng.permutation(rng.key(seed, "augment-cutmix-order", step), count).tolist()
     mixed, labels, windows = x.clone(), torch.zeros(count, CLASSES), []
     for b, (u, kept, row, column) in enumerate(draws):
         tall, wide = int(height * math.sqrt(1 - kept)), int(width * math.sqrt(1 - kept))

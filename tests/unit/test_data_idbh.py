@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data import idbh
 from mat_dist.data.augment import augment_batch
@@ -28,7 +28,7 @@ def images(channels: int = 3, height: int = 32, width: int = 30, count: int = CO
 
 
 def draws(numbers: int, key: int = 1, count: int = COUNT) -> tuple[Tensor, ...]:
-    return streams.uniform(key, (count, numbers), dtype=torch.float64).unbind(1)
+    return rng.uniform(key, (count, numbers), dtype=torch.float64).unbind(1)
 
 
 def constant(value: float, count: int = COUNT) -> Tensor:
@@ -122,7 +122,7 @@ def test_erased_rectangles_are_those_of_torchvision_one_by_one():
 
 
 def test_each_operation_is_drawn_for_an_eighth_of_the_images():
-    kind = (streams.uniform(3, (8000,), dtype=torch.float64) * len(idbh.OPERATIONS)).long()
+    kind = (rng.uniform(3, (8000,), dtype=torch.float64) * len(idbh.OPERATIONS)).long()
     assert torch.bincount(kind).sub(1000).abs().max() < 120
     assert len(idbh.OPERATIONS) == 8
 

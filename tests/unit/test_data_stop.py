@@ -17,8 +17,8 @@ from mat_dist.data import decode, load_data
 from mat_dist.data.download import fetch_once
 from mat_dist.data.folder import list_images, load_folder
 from mat_dist.data.once import once, take_lock
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, StopRequested
-from mat_dist.stopping import StopFlag
 from tests.unit.data_files import write_folder
 
 

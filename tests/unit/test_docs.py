@@ -16,7 +16,7 @@ from mat_dist.config.nodes import ALIASES, SHARED
 from mat_dist.config.presets import fill_loss
 from mat_dist.config.schema import Config, DataConfig, LossConfig, ModelConfig
 from mat_dist.data import load_data
-from mat_dist.mesh.placement import Placement
+from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model
 from tests.documents import DATA, DOCUMENTS, MODEL, ROOT, blocks, table
 

@@ -17,20 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mat_dist
-from mat_dist import streams
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
-from mat_dist.evaluate import chunks, evaluation, outcome, soundness
-from mat_dist.evaluate.__main__ import main
-from mat_dist.evaluate.autoattack import chunk_seed
-from mat_dist.evaluate.craft import crafted
-from mat_dist.evaluate.menu import MENU
-from mat_dist.evaluate.soundness import Verdict
-from mat_dist.evaluator import AttackPlan
-from mat_dist.results import wilson_interval
-from mat_dist.runfolder import RunFolder, RunLock
-from mat_dist.threats import Threat
+from mat_dist.evaluation import chunks, evaluation, outcome, soundness
+from mat_dist.evaluation.__main__ import main
+from mat_dist.evaluation.autoattack import chunk_seed
+from mat_dist.evaluation.craft import crafted
+from mat_dist.evaluation.during_training import AttackPlan
+from mat_dist.evaluation.menu import MENU
+from mat_dist.evaluation.results import wilson_interval
+from mat_dist.evaluation.soundness import Verdict
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 from tests.small_runs import interrupted, run_small, tree_hash
 from tests.unit.test_evaluator import SEED, noise
 
@@ -348,9 +349,9 @@ class Hungry(nn.Module):
 
 @pytest.mark.parametrize("threat", [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.0)], ids=lambda t: t.norm)
 def test_attacks_in_parts_find_the_same_when_memory_runs_out(threat: Threat) -> None:
-    with streams.keyed_rng(1):
+    with rng.keyed_rng(1):
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).double()
-    x = streams.uniform(2, (11, 1, 4, 4), dtype=torch.float64)
+    x = rng.uniform(2, (11, 1, 4, 4), dtype=torch.float64)
     y = model(x).argmax(1)
     plan = AttackPlan(3, restarts=2)
     whole, parts = (list(crafted(Hungry(model, most), x, y, threat, plan, seed=4, chunk=1)) for most in (11, 3))

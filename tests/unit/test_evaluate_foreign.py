@@ -14,18 +14,19 @@ import pytest
 import torch
 
 import mat_dist
-from mat_dist import checkpoint, train
+from mat_dist import checkpoints, train
+from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import OutputError
-from mat_dist.evaluate import foreign, soundness
-from mat_dist.evaluate.__main__ import main
-from mat_dist.evaluate.importing import split_words
-from mat_dist.evaluate.sources import FROM
-from mat_dist.evaluator import AttackPlan, restarts
+from mat_dist.evaluation import foreign, soundness
+from mat_dist.evaluation.__main__ import main
+from mat_dist.evaluation.during_training import AttackPlan, restarts
+from mat_dist.evaluation.importing import split_words
+from mat_dist.evaluation.sources import FROM
 from mat_dist.report.__main__ import main as report
-from mat_dist.runfolder import RunFolder, RunLock
-from mat_dist.threats import Threat
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 from tests.small_runs import run_small, tree_hash
 
 pytestmark = pytest.mark.slow  # small trainings and attacks
@@ -89,7 +90,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
 
 def weights(run: Path, peer: int = 0) -> dict[str, torch.Tensor]:
     """A peer's network as somebody else would save it: without our normalisation."""
-    state = checkpoint.load_peer(checkpoint.load_manifest(RunFolder(run), "latest"), peer)["model"]
+    state = checkpoints.load_peer(checkpoints.load_manifest(RunFolder(run), "latest"), peer)["model"]
     return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
 
 
@@ -115,7 +116,7 @@ def test_the_weights_of_a_run_give_the_same_results_as_the_run(form: str, run: P
                     "old names": {f"layer{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(plain.items())},
                     }.get(form)
     if form in ("whole model", "peer file"):
-        peer = checkpoint.load_peer(checkpoint.load_manifest(RunFolder(run), "latest"), 0)
+        peer = checkpoints.load_peer(checkpoints.load_manifest(RunFolder(run), "latest"), 0)
         content, told = (peer["model"] if form == "whole model" else peer), ()
     file = saved(content)
     found = evaluate(file, *FAST, *DATA, *MODEL, *told, "threats=linf:0.1")
@@ -156,7 +157,7 @@ def test_the_same_command_again_uses_the_folder_and_the_chunks_that_are_there(ru
     assert more["folder"] == first["folder"] and more["file"] != first["file"]
     other = evaluate(file, *KNOWN[:-1], "mean=0.5", "std=0.5")
     assert other["folder"] != first["folder"]
-    images = checkpoint.load_manifest(RunFolder(other["folder"]), "latest").meta.extra["images"]
+    images = checkpoints.load_manifest(RunFolder(other["folder"]), "latest").meta.extra["images"]
     assert (images["mean"], images["std"]) == ([0.5], [0.5])
 
 

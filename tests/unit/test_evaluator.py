@@ -12,18 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import checkpoint, streams
-from mat_dist.cohort import Cohort, Images
+from mat_dist import checkpoints, rng
+from mat_dist.attacks.norms import eps_text
 from mat_dist.config.schema import Config, DataConfig, LossConfig, PeerConfig
+from mat_dist.core.cohort import Cohort, Images
+from mat_dist.core.step import train_step
 from mat_dist.data import DataSets, channel_stats, load_data
-from mat_dist.evaluator import EMA, ENSEMBLE, RAW, AttackPlan, Result, chosen_images, correct, evaluate, selection_score
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
+from mat_dist.evaluation.during_training import (
+    EMA,
+    ENSEMBLE,
+    RAW,
+    AttackPlan,
+    Result,
+    chosen_images,
+    correct,
+    evaluate,
+    selection_score,
+)
+from mat_dist.evaluation.results import wilson_interval, write_results
 from mat_dist.models import Ensemble, build_model
-from mat_dist.results import wilson_interval, write_results
-from mat_dist.runfolder import RunFolder
-from mat_dist.step import train_step
-from mat_dist.threats import eps_text
+from mat_dist.runs.folder import RunFolder
 from tests.cohorts import complete
 from tests.small_runs import robust_of
 
@@ -54,9 +64,9 @@ class Trained:
             train_step(cohort, images.double() / 255, y, step)
         self.states = [peer.state() for peer in cohort.peers]
         folder = RunFolder(root)
-        directory = checkpoint.begin(folder, 25, 1)
-        entries = [checkpoint.save_peer(directory, i, state) for i, state in enumerate(self.states)]
-        self.manifest = checkpoint.commit(folder, 25, 1, entries, checkpoint.Meta(1, ("peer0", "peer1"), "", ""))
+        directory = checkpoints.begin(folder, 25, 1)
+        entries = [checkpoints.save_peer(directory, i, state) for i, state in enumerate(self.states)]
+        self.manifest = checkpoints.commit(folder, 25, 1, entries, checkpoints.Meta(1, ("peer0", "peer1"), "", ""))
 
     def evaluate(self, attack: AttackPlan, size: int | None = None,
                  config: Config | None = None) -> dict[tuple[str, str], Result]:
@@ -86,11 +96,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def noise(norm: str, eps: float, shape: torch.Size, restart: int, chunk: int) -> Tensor:
     """The start noise of a chunk, from the published keys."""
-    key = streams.key(SEED, f"eval-{norm}", restart, chunk)
+    key = rng.key(SEED, f"eval-{norm}", restart, chunk)
     if norm == "linf":
-        return eps * (2 * streams.uniform(key, shape, dtype=torch.float64) - 1)
-    direction = streams.normal(key, shape, dtype=torch.float64)
-    radius = eps * streams.uniform(streams.key(key, "radius"), (shape[0],), dtype=torch.float64) ** (1 / 64)
+        return eps * (2 * rng.uniform(key, shape, dtype=torch.float64) - 1)
+    direction = rng.normal(key, shape, dtype=torch.float64)
+    radius = eps * rng.uniform(rng.key(key, "radius"), (shape[0],), dtype=torch.float64) ** (1 / 64)
     return direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius.view(-1, 1, 1, 1)
 
 

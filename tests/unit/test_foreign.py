@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist.checkpoint.foreign import StateDict, fitted, read_state_dict
+from mat_dist.checkpoints.foreign import StateDict, fitted, read_state_dict
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import CheckpointError, EnvironmentFault
 from mat_dist.models import build_model

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from mat_dist.distributed import heartbeat
+from mat_dist.distributed.heartbeat import Heartbeat
+from mat_dist.distributed.processes import ProcessIdentity
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.distributed.store_thread import StoreThread
 from mat_dist.errors import PeerSilent
-from mat_dist.mesh import heartbeat
-from mat_dist.mesh.heartbeat import Heartbeat
-from mat_dist.mesh.store_thread import StoreThread
-from mat_dist.processes import ProcessIdentity
-from mat_dist.stopping import StopFlag
 
 
 class Store:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist import losses
-from mat_dist.cohort import state_hash
-from mat_dist.mesh.mesh import Mesh
-from mat_dist.mesh.placement import Placement
-from mat_dist.opinions import softened
+from mat_dist.core import losses
+from mat_dist.core.cohort import state_hash
+from mat_dist.core.opinions import softened
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 from tests.cohorts import cohort_config, nets, train
 
 LN2 = log(2)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError
 from mat_dist.models import Normalize, build_model, model_names, parameter_count, register_model, registry
@@ -27,12 +27,12 @@ ONE_OF_EACH = [n for n in BUILT_IN if n != "wrn_34_10"]  # which is wrn_28_10 wi
 def build(name: str = "tiny_cnn", shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, seed: int = 0,
           **settings: Any) -> nn.Module:
     mean, std = [0.5, 0.4, 0.3, 0.2][:shape[0]], [0.25, 0.2, 0.3, 0.1][:shape[0]]
-    with streams.keyed_rng(seed):
+    with rng.keyed_rng(seed):
         return build_model(ModelConfig(name=name, **settings), shape=shape, classes=classes, mean=mean, std=std)
 
 
 def images(count: int, shape: tuple[int, int, int], seed: int = 1) -> Tensor:
-    return streams.uniform(seed, (count, *shape))
+    return rng.uniform(seed, (count, *shape))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_form_for_large_images_computes_what_torchvision_computes(name: str)
 def test_a_pre_activation_block_follows_the_paper(inputs: int, outputs: int, stride: int) -> None:
     functional = nn.functional
     block = PreActBlock(inputs, outputs, stride, ModelConfig())
-    x = streams.normal(3, (2, inputs, 6, 6))
+    x = rng.normal(3, (2, inputs, 6, 6))
     first = functional.relu(functional.batch_norm(x, None, None, training=True))
     second = functional.conv2d(first, block.conv1.weight, stride=stride, padding=1)
     residual = functional.conv2d(functional.relu(functional.batch_norm(second, None, None, training=True)),
@@ -175,7 +175,7 @@ def test_weights_depend_on_the_callers_seed_only() -> None:
 
 
 def build_twice() -> list[Tensor]:
-    with streams.keyed_rng(0):
+    with rng.keyed_rng(0):
         made = [build_model(ModelConfig(), shape=(1, 8, 8), classes=3, mean=[0.5], std=[0.5]) for _ in range(2)]
     return [m.get_parameter("net.0.0.weight") for m in made]
 
@@ -210,7 +210,7 @@ def test_layout_and_precision_change_logits_by_rounding_only(name: str) -> None:
 def test_the_input_gradient_is_the_finite_difference_in_fp64(activation: str, norm: str) -> None:
     model = build("tiny_cnn", (2, 8, 8), activation=activation, norm=norm).double().eval()
     x = images(2, (2, 8, 8)).double().requires_grad_(True)
-    weights = streams.normal(9, (2, 10), dtype=torch.float64)
+    weights = rng.normal(9, (2, 10), dtype=torch.float64)
 
     def loss(at: Tensor) -> Tensor:
         return (model(at) * weights).sum()
@@ -219,7 +219,7 @@ def test_the_input_gradient_is_the_finite_difference_in_fp64(activation: str, no
     with torch.no_grad():
         for n in range(5):
             # 1e-6: small enough that no ReLU of these images changes sides, rounding stays near 1e-9.
-            direction = streams.normal(100 + n, x.shape, dtype=torch.float64)
+            direction = rng.normal(100 + n, x.shape, dtype=torch.float64)
             difference = (loss(x + 1e-6 * direction) - loss(x - 1e-6 * direction)) / 2e-6
             assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6, abs=1e-7)
 

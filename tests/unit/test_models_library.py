@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.models import build_model, parameter_count
@@ -19,7 +19,7 @@ from mat_dist.models.rewrite import replace_relus
 
 
 def build(name: str, shape: tuple[int, int, int] = (3, 64, 64), classes: int = 5, **settings: Any) -> nn.Module:
-    with streams.keyed_rng(0):
+    with rng.keyed_rng(0):
         return build_model(ModelConfig(name=name, **settings), shape=shape, classes=classes, mean=[0.5] * shape[0],
                            std=[0.25] * shape[0])
 
@@ -46,7 +46,7 @@ def test_a_torchvision_network_has_its_own_weights_and_function() -> None:
     model = build("torchvision/squeezenet1_1", (3, 64, 64)).eval()
     reference = torchvision.models.squeezenet1_1(num_classes=5).eval()
     reference.load_state_dict(model.get_submodule("net").state_dict())
-    x = streams.uniform(1, (2, 3, 64, 64))
+    x = rng.uniform(1, (2, 3, 64, 64))
     torch.testing.assert_close(model(x), reference((x - 0.5) / 0.25))
 
 
@@ -54,7 +54,7 @@ def test_grey_images_are_shown_in_three_equal_channels() -> None:
     model = build("torchvision/squeezenet1_1", (1, 64, 64)).eval()
     reference = torchvision.models.squeezenet1_1(num_classes=5).eval()
     reference.load_state_dict(model.get_submodule("net.1").state_dict())
-    x = streams.uniform(1, (2, 1, 64, 64)).requires_grad_(True)
+    x = rng.uniform(1, (2, 1, 64, 64)).requires_grad_(True)
     logits = model(x)
     torch.testing.assert_close(logits, reference(((x - 0.5) / 0.25).repeat(1, 3, 1, 1)))
     assert torch.autograd.grad(logits.sum(), x)[0].shape == x.shape

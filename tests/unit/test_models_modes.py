@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
 from mat_dist.models import build_model
 from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("scope", [frozen, batch_stats_only])
 
 def model_with_mixed_flags() -> nn.Module:
     """Train mode, but one norm layer in eval mode and two parameters without gradient."""
-    with streams.keyed_rng(0):
+    with rng.keyed_rng(0):
         model = build_model(ModelConfig(name="tiny_cnn"), shape=(1, 8, 8), classes=4, mean=[0.5], std=[0.5])
     model.train()
     model.get_submodule("net.1.1").eval()
@@ -36,7 +36,7 @@ def flags(model: nn.Module) -> tuple[list[object], ...]:
 
 
 def x_BCHW(rows: int = 6) -> Tensor:
-    return streams.uniform(5, (rows, 1, 8, 8))
+    return rng.uniform(5, (rows, 1, 8, 8))
 
 
 def snapshot(model: nn.Module) -> list[Tensor]:
@@ -112,7 +112,7 @@ def test_batch_stats_only_gives_train_mode_logits_and_leaves_the_buffers() -> No
 def test_several_forwards_on_constant_statistics_weigh_as_one(count: int) -> None:
     once, several = nn.BatchNorm2d(3, momentum=0.1).double(), nn.BatchNorm2d(3, momentum=0.1).double()
     set_bn_forwards(several, count)
-    x = streams.normal(1, (4, 3, 5, 5), dtype=torch.float64) * 3 + 2
+    x = rng.normal(1, (4, 3, 5, 5), dtype=torch.float64) * 3 + 2
     once(x)
     for _ in range(count):
         several(x)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mat_dist import checkpoint, streams
-from mat_dist.cohort import state_hash
-from mat_dist.peer import Peer
-from mat_dist.plan import CohortPlan
-from mat_dist.schedules import ema_decay_at
-from mat_dist.sgd import average
+from mat_dist import checkpoints, rng
+from mat_dist.core.cohort import state_hash
+from mat_dist.core.graph import CohortPlan
+from mat_dist.core.peer import Peer
+from mat_dist.core.schedules import ema_decay_at
+from mat_dist.core.sgd import average
 from tests.cohorts import Net, batch, cohort_config, nets
 
 
@@ -177,7 +177,7 @@ class Dropping(Net):
 
 
 def dropping() -> nn.Module:
-    with streams.keyed_rng(5):
+    with rng.keyed_rng(5):
         return Dropping()
 
 
@@ -232,7 +232,7 @@ def test_a_loaded_peer_continues_bit_by_bit(tmp_path: Path) -> None:
     for step in range(3):
         learn(peer, step)
     file = tmp_path / "peer.pt"
-    torch.save(checkpoint.snapshot(peer.state()), file)
+    torch.save(checkpoints.snapshot(peer.state()), file)
     fresh.load(torch.load(file, weights_only=True))
     assert state_hash(fresh.state()) == state_hash(peer.state())
     for step in range(3, 6):

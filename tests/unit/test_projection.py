@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mat_dist.projection import project
+from mat_dist.methods.ramp import project
 
 
 def test_a_layer_keeps_of_the_natural_gradient_what_points_its_way() -> None:

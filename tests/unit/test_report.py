@@ -35,7 +35,8 @@ from mat_dist.report.pixels import png, scaled
 from mat_dist.report.results import class_section, class_shares
 from mat_dist.report.subject import Subject, best_peer, find_checkpoint, load_subject
 from mat_dist.report.training import phase_means, thinned
-from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 from tests.browser import CHROMIUM, Browser
 from tests.small_runs import Finished, run_small, tree_hash
 from tests.unit.data_files import write_folder

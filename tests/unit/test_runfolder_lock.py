@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from mat_dist.distributed.processes import process_start
 from mat_dist.errors import OutputError
-from mat_dist.processes import process_start
-from mat_dist.runfolder import STALE_SECONDS, RunFolder, RunLock, lock
+from mat_dist.runs import lock
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import STALE_SECONDS, RunLock
 
 RACE = """
 import os, sys
 from pathlib import Path
 from mat_dist.errors import OutputError
-from mat_dist.runfolder import RunFolder, RunLock
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
 
 def child(folder):
     try:

@@ -21,15 +21,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mat_dist import checkpoint, train, trainer
+from mat_dist import checkpoints, train
 from mat_dist.config import schema
 from mat_dist.config.fields import Section
 from mat_dist.config.schema import Config
+from mat_dist.core import trainer
+from mat_dist.core.peer import Peer
+from mat_dist.distributed import groups
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault
-from mat_dist.mesh import mesh
-from mat_dist.mesh.launch import Launch
-from mat_dist.peer import Peer
-from mat_dist.stopping import StopFlag
 from tests.small_runs import SMALL, Finished, run_small
 
 pytestmark = pytest.mark.slow  # 50 small trainings
@@ -90,7 +91,7 @@ def leaves() -> set[tuple[str, str]]:
 def meet_nobody(config: Config) -> None:
     """Try to form a process group of two ranks, where there is no second one."""
     device = torch.device("cpu")
-    with pytest.raises(EnvironmentFault), mesh.open_mesh(2, config.comm, device, Launch(0, 2), stop=StopFlag()):
+    with pytest.raises(EnvironmentFault), groups.open_mesh(2, config.comm, device, Launch(0, 2), stop=StopFlag()):
         pass
 
 
@@ -175,7 +176,7 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
 @pytest.mark.parametrize("settings", [
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.restarts=2 eval.size=20 eval.step_size=0.1",
     "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
-    "checkpoint.every_steps=1 checkpoint.keep=2", "checkpoint.background=false", "data.residency=host",
+    "checkpoint.every_steps=1 checkpoints.keep=2", "checkpoint.background=false", "data.residency=host",
     "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "optim.swa_start=0.5",
     "step.on_nonfinite=quarantine"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
@@ -219,7 +220,7 @@ def test_checkpoints_are_made_and_kept_as_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_training_waits_for_a_slow_disk_only_without_background_saves(background: str, tmp_path: Path,
                                                                       monkeypatch: Patch) -> None:
-    slow, write, step = threading.Event(), checkpoint.write_peer, trainer.train_step
+    slow, write, step = threading.Event(), checkpoints.write_peer, trainer.train_step
     began: list[bool] = []
 
     def waiting(*args: Any) -> Any:
@@ -232,7 +233,7 @@ def test_training_waits_for_a_slow_disk_only_without_background_saves(background
             slow.set()
         return step(cohort, x, y, number, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "write_peer", waiting)
+    monkeypatch.setattr(checkpoints, "write_peer", waiting)
     monkeypatch.setattr(trainer, "train_step", noting)
     run = run_small(tmp_path, "run", "checkpoint.every_steps=2", f"checkpoint.background={background}")
     assert run.steps() == [2, 4]
@@ -301,7 +302,7 @@ def test_the_timeout_is_that_of_the_process_group(monkeypatch: Patch) -> None:
         seen.update(kwargs, backend=backend)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(mesh.dist, "init_process_group", refuse)
+    monkeypatch.setattr(groups.dist, "init_process_group", refuse)
     meet_nobody(Config.model_validate({"comm": {"timeout": 17}}))
     assert seen["timeout"].total_seconds() == 17 and seen["backend"] == "gloo"
 
@@ -348,7 +349,7 @@ def test_the_rate_follows_the_schedule(cached: Run) -> None:
 def test_images_come_from_the_folder_in_the_size_asked_for(folder: Path, tmp_path: Path) -> None:
     data = ("data.name=folder", f"data.root={folder}", f"data.cache={tmp_path / 'cache'}", *SHORT)
     run = run_small(tmp_path, "run", *data, "data.image_size=8", "data.residency=mmap")
-    extra = checkpoint.load_manifest(run.folder).meta.extra
+    extra = checkpoints.load_manifest(run.folder).meta.extra
     assert extra["images"]["shape"] == [3, 8, 8] and extra["classes"] == ["class0", "class1"]
     assert any((tmp_path / "cache").iterdir())
 

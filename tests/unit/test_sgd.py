@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mat_dist.sgd import SGD
+from mat_dist.core.sgd import SGD
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
@@ -68,7 +68,7 @@ def test_a_state_of_other_groups_is_refused():
 
 
 def test_the_compiler_is_not_imported():
-    code = ("import sys; from mat_dist.sgd import SGD; import torch; p = torch.nn.Parameter(torch.ones(2));"
+    code = ("import sys; from mat_dist.core.sgd import SGD; import torch; p = torch.nn.Parameter(torch.ones(2));"
             "o = SGD([{'params': [p]}], lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=False);"
             "p.sum().backward(); o.step(); print('torch._dynamo' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_dist import streams
-from mat_dist.attacks.search import random_search
+from mat_dist import rng
+from mat_dist.attacks.norms import Threat
+from mat_dist.attacks.random_search import random_search
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import NotReportable
-from mat_dist.evaluate.attack import attack_one, predict
-from mat_dist.evaluate.craft import Job
-from mat_dist.evaluate.soundness import CHECKS, examine, judge, total
-from mat_dist.evaluate.targets import Target
-from mat_dist.evaluator import AttackPlan
-from mat_dist.threats import Threat
+from mat_dist.evaluation.attack import attack_one, predict
+from mat_dist.evaluation.craft import Job
+from mat_dist.evaluation.during_training import AttackPlan
+from mat_dist.evaluation.soundness import CHECKS, examine, judge, total
+from mat_dist.evaluation.targets import Target
 from tests.documents import table
 
 pytestmark = pytest.mark.slow  # 40 s of attacks
@@ -43,7 +43,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, eps: float, epochs: int = 8) -> 
     """Train with FGSM examples of radius eps (0: clean images)."""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for epoch in range(epochs):
-        order = streams.permutation(epoch, len(x))
+        order = rng.permutation(epoch, len(x))
         for rows in order.split(50):
             images = x[rows].clone().requires_grad_(True)
             if eps:
@@ -58,7 +58,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, eps: float, epochs: int = 8) -> 
 @pytest.fixture(scope="module")
 def honest(digits: tuple[Tensor, ...]) -> dict[str, nn.Module]:
     x, y = digits[:2]
-    with streams.keyed_rng(1):
+    with rng.keyed_rng(1):
         return {
             "linear": fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, y, 0.0),
             "mlp": fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), x, y, 0.1),

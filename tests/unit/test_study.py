@@ -20,12 +20,12 @@ from mat_dist.bench.study.plan import Evaluation, Family, Row, read_evidence, re
 from mat_dist.bench.study.runs import Enough, Job, Runner, training_seconds
 from mat_dist.bench.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
-from mat_dist.dryrun import training_passes
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
-from mat_dist.evaluate.compare import Paired
-from mat_dist.intervals import paired_difference, seed_interval
-from mat_dist.runfolder import RunFolder
-from mat_dist.stopping import StopFlag
+from mat_dist.evaluation.compare import Paired
+from mat_dist.evaluation.statistics import paired_difference, seed_interval
+from mat_dist.runs.folder import RunFolder
+from mat_dist.tools.dryrun import training_passes
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("cpu", "cpu_cifar10", "gpu", "gpu_overfit", "gpu_union")

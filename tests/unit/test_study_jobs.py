@@ -13,8 +13,8 @@ import pytest
 from mat_dist.bench.study.jobs import side_by_side
 from mat_dist.bench.study.options import Options
 from mat_dist.bench.study.runs import Job, Runner, machines
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
-from mat_dist.stopping import StopFlag
 
 
 def run_of(folder: Path, row: str, *settings: str, seed: int = 0) -> Job:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mat_dist.table import main
+from mat_dist.tools.table import main
 
 
 def write(root: Path, run: str, seed: int, shares: dict[str, tuple[float, float]], *, label: str = "last",

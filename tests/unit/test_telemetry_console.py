@@ -10,9 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from mat_dist.telemetry import JsonlReporter, Result, device_memory, eta_seconds, images_per_second, rates
-from mat_dist.telemetry.results import results_table
-from mat_dist.telemetry.screen import LiveScreen, NoScreen, PlainScreen, choose_screen
+from mat_dist.runs import rates
+from mat_dist.runs.console import LiveScreen, NoScreen, PlainScreen, choose_screen
+from mat_dist.runs.device_memory import device_memory
+from mat_dist.runs.rates import eta_seconds, images_per_second
+from mat_dist.runs.reporter import JsonlReporter
+from mat_dist.runs.result_table import Result, results_table
 
 STEP = {"step": 150, "epoch": 5.0, "loss": [1.2341, 1.1979, 1.3], "images_per_s": 3210.4}
 

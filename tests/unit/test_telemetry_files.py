@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mat_dist.errors import OutputError
-from mat_dist.telemetry import JsonlReporter, NullReporter, close_logger, rank_logger, records
+from mat_dist.runs import metrics
+from mat_dist.runs.logs import close_logger, rank_logger
+from mat_dist.runs.reporter import JsonlReporter, NullReporter
 
 EPOCH = {"epoch": 1, "step": 12, "loss": [1.5, math.nan], "clean_acc": [0.5, 0.25], "robust_acc": [0.4, None],
          "images_per_s": 100.0, "lr": 0.1}
@@ -47,7 +49,7 @@ def test_a_record_is_on_disk_when_log_returns(tmp_path):
 
 
 def test_non_finite_numbers_become_null_and_are_named():
-    line = records.json_line({"loss": [1.0, math.nan], "deep": {"worst": -math.inf}, "ok": 2})
+    line = metrics.json_line({"loss": [1.0, math.nan], "deep": {"worst": -math.inf}, "ok": 2})
     assert json.loads(line, parse_constant=pytest.fail) == {
         "loss": [1.0, None], "deep": {"worst": None}, "ok": 2,
         "non_finite": {"loss.1": "nan", "deep.worst": "-inf"}}
@@ -55,7 +57,7 @@ def test_non_finite_numbers_become_null_and_are_named():
 
 def test_a_value_that_json_cannot_hold_is_refused():
     with pytest.raises(TypeError):
-        records.json_line({"step": object()})
+        metrics.json_line({"step": object()})
 
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.none() | st.booleans()
@@ -65,7 +67,7 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.
 @given(st.dictionaries(st.text(max_size=5), NUMBERS | st.text(max_size=5) | st.lists(st.lists(NUMBERS, max_size=2),
                                                                                       max_size=2), max_size=3))
 def test_finite_records_survive_the_round_trip(record):
-    line = records.json_line(record)
+    line = metrics.json_line(record)
     assert line.count("\n") == 1
     assert json.loads(line) == record
 
@@ -97,7 +99,7 @@ def test_a_resumed_run_appends_below_one_header(tmp_path):
     reporter(tmp_path).epoch(EPOCH)
     reporter(tmp_path, attempt=2).epoch({**EPOCH, "epoch": 2})
     rows = list(csv.reader((tmp_path / "summary.csv").open()))
-    assert rows[0] == list(records.SUMMARY_COLUMNS)
+    assert rows[0] == list(metrics.SUMMARY_COLUMNS)
     assert [row[0] for row in rows[1:]] == ["1", "1", "2", "2"]
     assert [line["attempt"] for line in lines(tmp_path)] == [1, 2]
 
@@ -114,7 +116,7 @@ def test_a_half_written_record_is_cut_off_on_resume(tmp_path, tail):
 def test_only_the_text_after_the_last_line_end_is_cut(tmp_path, before, after):
     path = tmp_path / "file"
     path.write_text(before)
-    records.drop_partial_line(path)
+    metrics.drop_partial_line(path)
     assert path.read_text() == after
 
 
@@ -144,7 +146,7 @@ def test_a_missing_folder_is_an_output_error(tmp_path):
 
 def test_a_wrong_number_of_peers_is_refused():
     with pytest.raises(ValueError, match="3 values for 2 peers"):
-        records.per_peer([1, 2, 3], 2)
+        metrics.per_peer([1, 2, 3], 2)
 
 
 def test_the_null_reporter_has_every_verb_of_the_other_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mat_dist import streams
+from mat_dist import rng
 from mat_dist.attacks import margin, pgd
+from mat_dist.attacks.norms import Threat
 from mat_dist.errors import ConfigError
-from mat_dist.threats import Threat
 
 CASES = [("linf", 8 / 255), ("linf", 0.1), ("linf", 0.031), ("linf", 1e-4),
          ("l2", 0.5), ("l2", 128 / 255), ("l2", 3.0), ("l2", 1e-3),
@@ -20,7 +20,7 @@ CASES = [("linf", 8 / 255), ("linf", 0.1), ("linf", 0.031), ("linf", 1e-4),
 
 
 def images(key: int, shape: tuple[int, ...] = (6, 3, 8, 8), dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    x = streams.uniform(key, shape, dtype=dtype)
+    x = rng.uniform(key, shape, dtype=dtype)
     x[:1], x[1:2] = 0.0, 1.0  # the corners of the box
     x[2:3] = (x[2:3] * 255).round() / 255  # pixels as data sets have them
     return x
@@ -34,7 +34,7 @@ def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, dtype
                                                     spread: float) -> None:
     threat, x = Threat(norm, eps), images(key, dtype=dtype)
     region = threat.region(x)
-    noises = streams.normal(key ^ 1, x.shape, dtype=dtype), torch.ones_like(x)
+    noises = rng.normal(key ^ 1, x.shape, dtype=dtype), torch.ones_like(x)
     points = [region.settle(region.project(x + spread * noise)) for noise in noises]
     points += [threat.start(kind, region, x, stream=key) for kind in ("uniform", "gaussian", "zero")]
     for adv in points:
@@ -46,7 +46,7 @@ def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, dtype
 def test_projection_leaves_points_of_the_region_where_they_are(norm: str, eps: float) -> None:
     x = images(3)
     region = Threat(norm, eps).region(x)
-    inside = region.project(x + 0.3 * streams.normal(9, x.shape))
+    inside = region.project(x + 0.3 * rng.normal(9, x.shape))
     again = region.project(inside)
     assert (again - inside).abs().max() <= 2e-7  # a norm that rounds to just above eps is scaled by a few ulps
     settled = region.settle(inside)
@@ -69,12 +69,12 @@ def test_the_step_is_the_steepest_of_its_length(norm: str) -> None:
     def lengths(moves: torch.Tensor) -> torch.Tensor:
         return moves.flatten(1).norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 
-    x, g = images(4, (2, 1, 2, 2), torch.float64), streams.normal(5, (2, 1, 2, 2), dtype=torch.float64)
+    x, g = images(4, (2, 1, 2, 2), torch.float64), rng.normal(5, (2, 1, 2, 2), dtype=torch.float64)
     move = Threat(norm, 0.5).region(x).step(x, g, 0.25) - x
     assert torch.allclose(lengths(move), torch.full((2,), 0.25, dtype=torch.float64))
     gain = (move * g).flatten(1).sum(1)
     for trial in range(300):
-        other = streams.normal(100 + trial, g.shape, dtype=torch.float64).flatten(1)
+        other = rng.normal(100 + trial, g.shape, dtype=torch.float64).flatten(1)
         other /= lengths(other)[:, None]
         assert ((0.25 * other * g.flatten(1)).sum(1) <= gain + 1e-12).all()
 
@@ -89,8 +89,8 @@ def test_a_zero_gradient_gives_a_zero_step(norm: str) -> None:
 @pytest.mark.parametrize("norm,eps", [("linf", 0.05), ("l2", 0.3)])
 def test_pgd_reaches_the_known_optimum_of_a_linear_model(norm: str, eps: float) -> None:
     """Logits (w x, 0), label 1: the margin is raised by eps |w|_1 (linf) or eps |w|_2 (l2) away from the box."""
-    w = streams.normal(8, (12,), dtype=torch.float64)
-    x = 0.5 + 0.02 * streams.normal(9, (4, 3, 2, 2), dtype=torch.float64)
+    w = rng.normal(8, (12,), dtype=torch.float64)
+    x = 0.5 + 0.02 * rng.normal(9, (4, 3, 2, 2), dtype=torch.float64)
     y = torch.ones(4, dtype=torch.long)
     def model(images: torch.Tensor) -> torch.Tensor:
         return torch.stack([images.flatten(1) @ w, torch.zeros(len(images), dtype=torch.float64)], 1)
@@ -110,7 +110,7 @@ def test_margin_is_the_best_wrong_logit_minus_the_true_one() -> None:
 def test_single_step_with_uniform_start_is_fgsm_rs() -> None:
     """One step of the loop equals the published two lines (Wong et al., 2020), written out."""
     x, y = images(11, (5, 1, 4, 4), torch.float64), torch.tensor([0, 1, 2, 0, 1])
-    w = streams.normal(12, (16, 3), dtype=torch.float64)
+    w = rng.normal(12, (16, 3), dtype=torch.float64)
     def model(z: torch.Tensor) -> torch.Tensor:
         return torch.tanh(z.flatten(1) @ w)
     eps, alpha = 0.1, 0.125
@@ -137,7 +137,7 @@ def test_starts_are_spread_over_the_ball() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_a_length_for_each_image_steps_as_one_length_for_each(norm: str) -> None:
-    x, g = 0.5 * images(31), streams.normal(32, (6, 3, 8, 8))
+    x, g = 0.5 * images(31), rng.normal(32, (6, 3, 8, 8))
     region, sizes = Threat(norm, 0.5).region(x), [0.1, 0.2, 0.05, 0.3, 0.4, 0.1]
     together = region.step(x, g, torch.tensor(sizes))
     for row, size in enumerate(sizes):

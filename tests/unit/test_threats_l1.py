@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mat_dist import streams
-from mat_dist.threats import L1Region, Threat
+from mat_dist import rng
+from mat_dist.attacks.norms import L1Region, Threat
 
 Array = NDArray[np.float64]
 KEYS = st.integers(-(2**63), 2**63 - 1)
@@ -42,8 +42,8 @@ def best_gain(x: Array, direction: Array, eps: float) -> float:
 
 def case(key: int, spread: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Images with values on the walls and points with values that stay, 40 values each."""
-    x = (1.5 * streams.uniform(key, (5, 1, 4, 10), dtype=dtype) - 0.25).clamp(0, 1)
-    move = spread * streams.normal(key ^ 1, x.shape, dtype=dtype)
+    x = (1.5 * rng.uniform(key, (5, 1, 4, 10), dtype=dtype) - 0.25).clamp(0, 1)
+    move = spread * rng.normal(key ^ 1, x.shape, dtype=dtype)
     move[:, :, 0] = move[:, :, 1]  # ties
     move[:, :, 3, ::2] = 0
     return x, x + move
@@ -100,7 +100,7 @@ def test_the_linf_projection_is_the_nearest_point(key: int, eps: float, spread: 
 def test_an_l1_step_moves_the_largest_entries_that_can_move(own: bool, key: int) -> None:
     """Against a loop over images; each of the chosen moves by an equal part of the length."""
     x, _ = case(key, 0.1, torch.float64)
-    gradient = streams.normal(key ^ 2, x.shape, dtype=torch.float64)
+    gradient = rng.normal(key ^ 2, x.shape, dtype=torch.float64)
     tops = [1, 3, 8, 20, 40] if own else [6] * 5  # 15 % of 40 values
     region = L1Region(x, 1.0, share=0.15)
     moved = region.step(x, gradient, 0.5, torch.tensor(tops) if own else None) - x

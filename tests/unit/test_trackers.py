@@ -13,17 +13,19 @@ import pytest
 import torch
 
 import mat_dist
-from mat_dist import checkpoint, train, trainer
-from mat_dist.check.__main__ import main as check
-from mat_dist.cohort import Images
+from mat_dist import checkpoints, train
 from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
+from mat_dist.core import trainer
+from mat_dist.core.cohort import Images
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import EnvironmentFault, OutputError
-from mat_dist.evaluator import AttackPlan, Result
-from mat_dist.gallery import gallery, show_gallery
-from mat_dist.telemetry import JsonlReporter, Picture, TrackedReporter, require_trackers
-from mat_dist.telemetry.trackers import series
+from mat_dist.evaluation.during_training import AttackPlan, Result
+from mat_dist.evaluation.gallery import gallery, show_gallery
+from mat_dist.runs.reporter import JsonlReporter
+from mat_dist.runs.tracked import TrackedReporter
+from mat_dist.runs.trackers import Picture, require_trackers, series
+from mat_dist.tools.check.__main__ import main as check
 from tests.small_runs import SMALL, interrupted, run_small
 
 PEERS = ("a", "b")
@@ -240,7 +242,7 @@ def test_trackers_do_not_change_a_bit_of_the_weights(tmp_path: Path) -> None:
 def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path) -> None:
     run = run_small(tmp_path, "run", "data.train_size=300", "train.epochs=3", "optim.lr=0.05", "threat.eps=0.2",
                     "peers.1.optim.ema_decay=0.5")
-    manifest = checkpoint.load_manifest(run.folder)
+    manifest = checkpoints.load_manifest(run.folder)
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=0, batch_size=16)
     images = Images(data.train.shape, 10, (0.0,), (1.0,))  # the checkpoint's own normalisation is loaded

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mat_dist import streams
-from mat_dist.attacks.nfgsm import n_fgsm
+from mat_dist import rng
+from mat_dist.attacks.fgsm import n_fgsm
 from mat_dist.attacks.pgd import attack_loss
-from mat_dist.peer import Peer
-from mat_dist.plan import CohortPlan
-from mat_dist.schedules import attack_steps_at
+from mat_dist.core.graph import CohortPlan
+from mat_dist.core.peer import Peer
+from mat_dist.core.schedules import attack_steps_at
 from tests.cohorts import batch, cohort_config, nets
 
 EPS = 0.05
@@ -22,7 +22,7 @@ def test_the_step_is_taken_from_noise_of_twice_the_radius_and_not_cut_to_the_bal
     model.eval().requires_grad_(False)
     x, y = batch(0, dtype=torch.float64)
     found = n_fgsm(model, x, y, eps=EPS, step_size=EPS, loss="ce", stream=7, first_row=0)
-    noise = (4 * streams.uniform(7, x.shape, dtype=torch.float64) - 2) * EPS
+    noise = (4 * rng.uniform(7, x.shape, dtype=torch.float64) - 2) * EPS
     start = (x + noise).clamp(0, 1).requires_grad_()
     F.cross_entropy(model(start), y).backward()
     assert start.grad is not None

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist import streams
-from mat_dist.attacks.union import EatChoice, msd, random_norm
-from mat_dist.peer import Peer
-from mat_dist.threats import L1Region, Threat
+from mat_dist import rng
+from mat_dist.attacks.norms import L1Region, Threat
+from mat_dist.core.peer import Peer
+from mat_dist.methods.unions import EatChoice, msd, random_norm
 from tests.cohorts import batch, cohort_config, nets
 
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
@@ -21,12 +21,12 @@ SIZES = [0.03, 0.15, 0.5]
 
 def model(images: Tensor) -> Tensor:
     """Two layers with tanh over 36 values, 4 classes, float64 inside."""
-    one, two = streams.normal(1, (36, 12), dtype=torch.float64), streams.normal(2, (12, 4), dtype=torch.float64)
+    one, two = rng.normal(1, (36, 12), dtype=torch.float64), rng.normal(2, (12, 4), dtype=torch.float64)
     return (3 * torch.tanh(images.double().flatten(1) @ one) @ two).to(images.dtype)
 
 
 def some_images(count: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    x = streams.uniform(3, (count, 1, 6, 6), dtype=dtype)
+    x = rng.uniform(3, (count, 1, 6, 6), dtype=dtype)
     return x, model(x).argmax(1)
 
 
@@ -55,7 +55,7 @@ def one_image(x: Tensor, y: Tensor, steps: int, tops: list[int]) -> tuple[Tensor
 
 def test_msd_goes_on_from_the_norm_that_raises_the_loss_most() -> None:
     x, y = some_images()
-    tops = [5 + streams.key(9, "msd-top", number) % 16 for number in range(8)]
+    tops = [5 + rng.key(9, "msd-top", number) % 16 for number in range(8)]
     assert min(tops) >= 5 and max(tops) <= 20 and len(set(tops)) > 3
     found = msd(model, x, y, regions=[t.region(x) for t in THREATS], step_sizes=SIZES, start_BCHW=x, loss="ce",
                 steps=8, stream=9)
@@ -77,9 +77,9 @@ def test_an_msd_example_lies_in_one_of_the_regions() -> None:
 
 
 def test_a_random_norm_is_keyed_and_even() -> None:
-    drawn = [random_norm(3, stream=streams.key(1, step)) for step in range(3000)]
-    assert drawn == [random_norm(3, stream=streams.key(1, step)) for step in range(3000)]
-    assert drawn != [random_norm(3, stream=streams.key(2, step)) for step in range(3000)]
+    drawn = [random_norm(3, stream=rng.key(1, step)) for step in range(3000)]
+    assert drawn == [random_norm(3, stream=rng.key(1, step)) for step in range(3000)]
+    assert drawn != [random_norm(3, stream=rng.key(2, step)) for step in range(3000)]
     assert all(abs(drawn.count(i) - 1000) < 100 for i in range(3))  # 4 standard deviations
 
 
@@ -92,7 +92,7 @@ def test_eat_prefers_the_norm_with_the_lower_running_robust_accuracy() -> None:
     choice.update(1, held=20, seen=50)
     choice.update(1, held=10, seen=50)
     assert choice.weights() == pytest.approx([0.1 / 0.8, 0.7 / 0.8])
-    drawn = [choice.choose(stream=streams.key(3, step)) for step in range(4000)]
+    drawn = [choice.choose(stream=rng.key(3, step)) for step in range(4000)]
     theirs = random.Random(0).choices([0, 1], weights=[0.1, 0.7], k=4000)
     assert abs(drawn.count(0) - theirs.count(0)) < 120  # 4 standard deviations of the difference
 
@@ -136,5 +136,5 @@ def test_eat_goes_on_from_its_state() -> None:
     other.load(one.state())
     one.update(0, 1, 10)
     assert other.weights() == pytest.approx([0.7 / 1.3, 0.6 / 1.3])
-    assert [other.choose(stream=streams.key(1, s)) for s in range(50)] == [
-        EatChoice([3, 4], [10, 10]).choose(stream=streams.key(1, s)) for s in range(50)]
+    assert [other.choose(stream=rng.key(1, s)) for s in range(50)] == [
+        EatChoice([3, 4], [10, 10]).choose(stream=rng.key(1, s)) for s in range(50)]

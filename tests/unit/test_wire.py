@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist.threats import Threat
-from mat_dist.wire import decode, encode
+from mat_dist.attacks.compression import decode, encode
+from mat_dist.attacks.norms import Threat
 
 SHAPE = (6, 3, 8, 8)
 THREATS = [Threat("linf", 8 / 255), Threat("l2", 0.5), Threat("l1", 12.0)]

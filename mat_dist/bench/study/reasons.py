@@ -13,11 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
+from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet
-from mat_dist.evaluator import AttackPlan, candidates, chosen_images, pixels, restarts, strict_arithmetic
-from mat_dist.losses import kl_per_image
-from mat_dist.threats import Threat
+from mat_dist.evaluation.during_training import (
+    AttackPlan,
+    candidates,
+    chosen_images,
+    pixels,
+    restarts,
+    strict_arithmetic,
+)
 
 MEASURES = ("right", "confidence", "teacher_confidence", "agreement", "teacher_right", "some_teacher_right", "kl")
 

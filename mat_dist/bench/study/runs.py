@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import mat_dist
-from mat_dist.atomic import reported
-from mat_dist.checkpoint import json_digest
+from mat_dist.checkpoints import json_digest
 from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
+from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
-from mat_dist.runfolder import RunFolder, finished
-from mat_dist.runfolder.exits import read_environment
-from mat_dist.stopping import StopFlag
+from mat_dist.runs.exits import finished, read_environment
+from mat_dist.runs.files import reported
+from mat_dist.runs.folder import RunFolder
 
 PLACES = ("data.root", "data.cache", "run.root")  # of this machine: not part of a result
 # Seconds after the end of the budget: a second request, which does not wait for the end of a step, then SIGKILL.

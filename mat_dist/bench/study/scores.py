@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mat_dist import checkpoint
-from mat_dist.atomic import parse_json
+from mat_dist import checkpoints
 from mat_dist.bench.study.plan import Evaluation, Kind, Label
 from mat_dist.bench.study.runs import Job, Runner, failure
 from mat_dist.config import load_config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluate.compare import read_flags
-from mat_dist.evaluate.evaluation import asked, make_job
-from mat_dist.evaluate.outcome import CLEAN, UNION
-from mat_dist.evaluate.targets import target_names
+from mat_dist.evaluation.compare import read_flags
+from mat_dist.evaluation.evaluation import asked, make_job
+from mat_dist.evaluation.outcome import CLEAN, UNION
+from mat_dist.evaluation.targets import target_names
+from mat_dist.runs.files import parse_json
 
 Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of the targets that are right
 
@@ -58,7 +58,7 @@ class Evaluated:
 
 def labels(job: Job, evaluation: Evaluation) -> dict[Label, Label]:
     """Label of the table -> the one that is evaluated: `last` also stands for a best checkpoint that is the last."""
-    best, newest = checkpoint.read_best(job.folder), checkpoint.load_manifest(job.folder)
+    best, newest = checkpoints.read_best(job.folder), checkpoints.load_manifest(job.folder)
     same = best is None or best.step == newest.step
     return {label: "last" if same else label for label in evaluation.checkpoints}
 
@@ -90,7 +90,7 @@ def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:
     """The newest result that answers this evaluation."""
-    from mat_dist.evaluate.request import parse
+    from mat_dist.evaluation.request import parse
 
     arguments = parse((str(job.folder.path), *words(job, evaluation, label)))
     request = arguments.request
@@ -110,8 +110,8 @@ def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated
 
 
 def _step(job: Job, label: Label) -> int:
-    best = checkpoint.read_best(job.folder)
-    return best.step if label == "best" and best is not None else checkpoint.load_manifest(job.folder).step
+    best = checkpoints.read_best(job.folder)
+    return best.step if label == "best" and best is not None else checkpoints.load_manifest(job.folder).step
 
 
 def gathered(found: Mapping[tuple[str, Label], Evaluated]) -> Iterator[tuple[Label, Kind, str, Mapping[int, float]]]:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mat_dist import checkpoint
+from mat_dist import checkpoints
 from mat_dist.bench import reasons
 from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
 from mat_dist.bench.study.runs import Job, training_seconds
 from mat_dist.bench.study.scores import Evaluated, gathered
 from mat_dist.bench.study.verdicts import comparisons, is_mutual
 from mat_dist.bench.study.why import why_document
-from mat_dist.dryrun import training_passes
-from mat_dist.evaluate.outcome import CLEAN
-from mat_dist.intervals import paired_difference
+from mat_dist.evaluation.outcome import CLEAN
+from mat_dist.evaluation.statistics import paired_difference
+from mat_dist.tools.dryrun import training_passes
 
 Cell = tuple[Label, Kind, str]  # checkpoint, who, column
 Cells = Mapping[Cell, Mapping[int, Mapping[int, float]]]  # -> seed -> image -> accuracy
@@ -95,7 +95,7 @@ def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple
 def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
     """One row: what it is, what it cost, what it scored, what is missing."""
     row, first = entry.row, next(iter(entry.jobs.values()), None)
-    trained = next((checkpoint.load_manifest(job.folder).step for job in entry.jobs.values() if job.done), None)
+    trained = next((checkpoints.load_manifest(job.folder).step for job in entry.jobs.values() if job.done), None)
     passes = training_passes(first.config, trained) if first is not None else None
     seconds = {seed: found for seed, job in entry.jobs.items() if job.done
                for found in [training_seconds(job.folder)] if found is not None}

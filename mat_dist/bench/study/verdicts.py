@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mat_dist.config.schema import Config
-from mat_dist.plan import CohortPlan
+from mat_dist.core.graph import CohortPlan
 
 EQUAL_COST = 1.05  # a control may cost so many times a row's passes and still count as one of equal cost
 CHANCE = 0.05  # of a 95 % interval without 0 where there is no difference

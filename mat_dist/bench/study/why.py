@@ -10,9 +10,9 @@ from mat_dist.bench import reasons
 from mat_dist.bench.study.runs import Job, Runner, failure
 from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluator import candidates
+from mat_dist.evaluation.during_training import candidates
 from mat_dist.report.files import read_records
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 
 Curve = list[tuple[float, float]]  # (epoch, value)
 

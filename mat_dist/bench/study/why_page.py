@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mat_dist.atomic import reported, write_bytes
 from mat_dist.bench.study.markdown import markdown
 from mat_dist.bench.study.verdicts import KINDS
 from mat_dist.report.book import Book
 from mat_dist.report.charts import Series, line_chart
+from mat_dist.runs.files import reported, write_bytes
 
 COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs %",
            "training_aes": "own AEs, training %", "gap": "gap", "confidence": "student's confidence %",

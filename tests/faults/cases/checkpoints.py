@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mat_dist import checkpoint
-from mat_dist.checkpoint import Meta, find_newest, json_digest, save_peer
+from mat_dist import checkpoints
+from mat_dist.checkpoints import Meta, find_newest, json_digest, save_peer
 from mat_dist.errors import CheckpointError
-from mat_dist.runfolder import RunFolder
+from mat_dist.runs.folder import RunFolder
 from tests.faults.inject import Fault
 from tests.faults.lab import INTERVAL, TOTAL, End, Lab
 from tests.faults.launching import fork
@@ -123,10 +123,10 @@ def count_silent(directory: Path, *, flips: int, cuts: int, seed: int) -> list[s
 def _reads(folder: RunFolder, step: int) -> bool:
     """Whether the checkpoint of `step` counts as intact, for the search and for the reader of a peer."""
     try:
-        manifest = checkpoint.load_manifest(folder, step)
-        checkpoint.verify(manifest)
+        manifest = checkpoints.load_manifest(folder, step)
+        checkpoints.verify(manifest)
         for index in range(len(manifest.meta.peers)):
-            checkpoint.load_peer(manifest, index)
+            checkpoints.load_peer(manifest, index)
     except CheckpointError:
         return False
     return True
@@ -151,7 +151,7 @@ def killed_in_save(lab: Lab, code: int) -> None:
         newest = find_newest(folder)
         lab.expect(newest is not None and newest[0].step in (20, 30), f"operation {number}: nothing found")
         if newest is not None:
-            values = {float(checkpoint.load_peer(newest[0], index)["w"][0]) - index for index in range(2)}
+            values = {float(checkpoints.load_peer(newest[0], index)["w"][0]) - index for index in range(2)}
             lab.expect(values == {newest[0].step}, f"operation {number}: peers of different steps {values}")
         _save(folder, 30)  # the restart can save again
         newest = find_newest(folder)
@@ -164,11 +164,11 @@ def killed_in_save(lab: Lab, code: int) -> None:
 
 
 def _save(folder: RunFolder, step: int) -> None:
-    directory = checkpoint.begin(folder, step, 1)
+    directory = checkpoints.begin(folder, step, 1)
     entries = [save_peer(directory, index, {"w": torch.full((300,), float(step + index))}) for index in range(2)]
-    checkpoint.commit(folder, step, 1, entries, Meta(0, ("a", "b"), "", ""))
-    checkpoint.mark_best(folder, step, 0.5, {})
-    checkpoint.prune(folder, 2)
+    checkpoints.commit(folder, step, 1, entries, Meta(0, ("a", "b"), "", ""))
+    checkpoints.mark_best(folder, step, 0.5, {})
+    checkpoints.prune(folder, 2)
 
 
 def _save_until(folder: RunFolder, number: int) -> int:
@@ -216,9 +216,9 @@ def foreign(lab: Lab, code: int) -> None:
     for kind, make in HOSTILE.items():
         (found / NEWEST / "peer_1.pt").write_bytes(make(Touch(sentinel)))
         vouch(found / NEWEST)
-        manifest = checkpoint.load_manifest(RunFolder(found.parent), STOP_AT)
+        manifest = checkpoints.load_manifest(RunFolder(found.parent), STOP_AT)
         try:
-            checkpoint.load_peer(manifest, 1)
+            checkpoints.load_peer(manifest, 1)
             lab.problems.append(f"{kind} was read")
         except CheckpointError:
             pass

@@ -68,8 +68,8 @@ def full_tmpfs(lab: Lab, code: int) -> None:
 
 
 def _newest(lab: Lab, run: Path) -> None:
-    from mat_dist.checkpoint import find_newest
-    from mat_dist.runfolder import RunFolder
+    from mat_dist.checkpoints import find_newest
+    from mat_dist.runs.folder import RunFolder
 
     newest = find_newest(RunFolder(run))
     lab.expect(newest is not None and newest[0].step >= INTERVAL and not newest[1], f"newest checkpoint: {newest}")
@@ -127,7 +127,7 @@ def stale(lab: Lab, code: int) -> None:
 @case(40, "second run in the same folder", "20 at once", code=OUTPUT)
 def race(lab: Lab, code: int) -> None:
     """Exactly one of 20 wins the lock; the processes do not import torch."""
-    from mat_dist.runfolder import RunFolder
+    from mat_dist.runs.folder import RunFolder
     from tests.unit.test_runfolder_lock import race as run_race
 
     for turn in range(3):

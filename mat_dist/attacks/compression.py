@@ -1,0 +1,51 @@
+"""Adversarial examples as they travel: all bits, or the perturbation in fewer of them.
+
+The perturbation is sent, not the image: bf16 of an image errs by half a grey level (0.5/255), int8 of a perturbation
+within 8/255 by 0.0039 eps. Everybody trains on what is received, the sender too, so all peers see the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mat_dist.attacks.norms import Threat
+
+LEVELS = 127  # of int8, on each side of zero
+
+
+def encode(form: str, aes_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """What travels of a batch of AEs: bytes (B, n) for `fp16` and `int8`, the AEs themselves for `full`.
+
+    int8 has one scale per image, the largest change of a pixel.
+    """
+    if form == "full":
+        return aes_BCHW
+    delta = (aes_BCHW - x_BCHW).flatten(1)
+    if form == "fp16":
+        return delta.half().view(torch.uint8)
+    scale_B1 = delta.abs().amax(1, keepdim=True).float() / LEVELS
+    levels = (delta / scale_B1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+    return torch.cat([levels.view(torch.uint8), scale_B1.view(torch.uint8)], dim=1)
+
+
+def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
+    """The AEs that everybody trains on, from `encode`'s result; again inside the sender's threat region and [0, 1]."""
+    if form == "full":
+        return sent
+    if form == "fp16":
+        delta = sent.view(torch.float16).to(x_BCHW.dtype)
+    else:
+        scale_B1 = sent[:, -4:].contiguous().view(torch.float32)
+        delta = sent[:, :-4].contiguous().view(torch.int8) * scale_B1.to(x_BCHW.dtype)
+    region = threat.region(x_BCHW)
+    return region.settle(region.project(x_BCHW + delta.view_as(x_BCHW)))
+
+
+def encode_all(form: str, aes_LBCHW: Tensor, clean: Sequence[Tensor]) -> Tensor:
+    """`encode` for the AEs of each local peer, of the `clean` images (B, C, H, W) of each -> (L, B, ...)."""
+    if form == "full":
+        return aes_LBCHW
+    return torch.stack([encode(form, aes, x_BCHW) for aes, x_BCHW in zip(aes_LBCHW, clean, strict=True)])

@@ -1,0 +1,142 @@
+"""Saving the cohort: owners write their peers in the background, rank 0 adds the manifest last.
+
+Training waits only for the copy of the weights. The checkpoint appears when all ranks have said, with the vote of
+a later step, that their files are on the disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass
+
+from mat_dist import checkpoints
+from mat_dist.core.cohort import Cohort
+from mat_dist.distributed.agreement import Agreement
+from mat_dist.errors import OutputError
+from mat_dist.runs.session import Run
+
+LAST_MOMENT = 1.0  # seconds that a rank which leaves waits for a write
+MAX_FAILURES = 3  # saves in a row that may fail (disk full) before the run stops
+
+
+@dataclass
+class _Pending:
+    """A save under way."""
+
+    done: int
+    meta: checkpoints.Meta
+    writing: Future[list[checkpoints.FileEntry]]
+
+
+def _in_background(write: Callable[[], list[checkpoints.FileEntry]]) -> Future[list[checkpoints.FileEntry]]:
+    """Run `write` in a thread that does not keep the process alive: a hung disk must not hold a rank that leaves."""
+    future: Future[list[checkpoints.FileEntry]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(write())
+        except BaseException as error:  # raised again where the result is asked for; SystemExit would end this thread
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+class Saver:
+    """Writes the checkpoints of a run. All verbs but `ready` are called by all ranks together.
+
+    Args:
+        run: the open run.
+        keep: newest checkpoints to keep.
+        note: tells the user.
+        prepare: called by all ranks with the cohort and the steps done before its state is copied.
+    """
+
+    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None],
+                 prepare: Callable[[Cohort, int], None] = lambda cohort, done: None) -> None:
+        self.run, self.keep, self.note, self.prepare = run, keep, note, prepare
+        self.newest: checkpoints.Manifest | None = None
+        self._pending: _Pending | None = None
+        self._failures = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._pending is None or self._pending.writing.done()
+
+    def save(self, cohort: Cohort, done: int, meta: checkpoints.Meta) -> bool:
+        """Save now and wait -> whether there is a checkpoint of step `done`."""
+        return self.start(cohort, done, meta) and self.finish()
+
+    def start(self, cohort: Cohort, done: int, meta: checkpoints.Meta) -> bool:
+        """Copy the local peers and begin to write them -> False if the disk refused already."""
+        if self.pending:
+            self.finish()
+        mesh = self.run.mesh
+        agree = Agreement(mesh, f"checkpoint after step {done}", done)
+        if mesh.placement.is_lead:
+            agree.run("begin", checkpoints.begin, self.run.folder, done, self.run.attempt)
+        if not self._passes(agree, "begin", done):
+            return False
+        agree.run("averaged weights", self.prepare, cohort, done)
+        owned = cohort.peers if mesh.placement.owns_files else []
+        copies = {p.index: agree.run(f"copy of {p.name}", checkpoints.snapshot, p.state()) for p in owned}
+        agree.header("copies")
+        directory = checkpoints.partial_directory(self.run.folder, done, self.run.attempt)
+        self._pending = _Pending(done, meta, _in_background(
+            lambda: [checkpoints.write_peer(directory, i, copy) for i, copy in copies.items()]))
+        return True
+
+    def finish(self) -> bool:
+        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there.
+
+        Raises OutputError after three failed saves in a row, and whatever else a rank met.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return False
+        mesh = self.run.mesh
+        agree = Agreement(mesh, f"checkpoint after step {pending.done}", pending.done)
+        entries = agree.run("writing", pending.writing.result)
+        if not self._passes(agree, "files", pending.done):
+            return False
+        told = mesh.gather_json([asdict(e) for e in entries])
+        if mesh.placement.is_lead:
+            listed = [checkpoints.FileEntry(**e) for rank in told for e in rank]
+            agree.run("manifest", checkpoints.commit, self.run.folder, pending.done, self.run.attempt, listed,
+                      pending.meta)
+            for problem in (agree.run("retention", checkpoints.prune, self.run.folder, self.keep) or ((), ()))[1]:
+                self.note(problem)
+        if not self._passes(agree, "manifest", pending.done):
+            return False
+        self._failures = 0
+        self.newest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, pending.done)
+        agree.header("saved")
+        return True
+
+    def close(self) -> None:
+        """Give a write under way a moment to end; without a manifest it never becomes a checkpoint."""
+        if self._pending is not None:
+            wait([self._pending.writing], timeout=LAST_MOMENT)
+
+    def _passes(self, agree: Agreement, point: str, done: int) -> bool:
+        """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""
+        try:
+            agree.settle(point)
+        except OutputError as error:
+            self._failures += 1
+            if self.run.mesh.placement.is_lead:
+                checkpoints.abandon(self.run.folder, done, self.run.attempt)
+            if self._failures >= MAX_FAILURES:
+                raise
+            self.note(f"warning: no checkpoint after step {done}: {error}; the run goes on, "
+                      f"try {self._failures} of {MAX_FAILURES}")
+            return False
+        return True

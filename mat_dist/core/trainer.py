@@ -1,0 +1,299 @@
+"""Training from the first step, or the newest checkpoint, to the final table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from mat_dist import checkpoints
+from mat_dist.checkpoints.load import initialise
+from mat_dist.checkpoints.saver import Saver
+from mat_dist.config.schema import Config
+from mat_dist.core.averaging import norm_renewal
+from mat_dist.core.cohort import DTYPES, Cohort, Images
+from mat_dist.core.containment import Containment
+from mat_dist.core.monitor import Watch, wait_shares
+from mat_dist.core.records import Meter, peers_robust, step_record, table_rows, validation_record
+from mat_dist.core.step import Outcome, train_step
+from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
+from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
+from mat_dist.evaluation.during_training import AttackPlan, Result, evaluate, selection_score
+from mat_dist.evaluation.gallery import show_gallery
+from mat_dist.evaluation.results import write_results
+from mat_dist.runs.device_memory import device_memory
+from mat_dist.runs.reporter import NullReporter, Reporter
+from mat_dist.runs.result_table import Result as TableRow
+from mat_dist.runs.session import Run
+from mat_dist.runs.tracked import open_reporter
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        config: resolved settings.
+        mesh: the other ranks.
+        run: the open run folder.
+        data: the splits.
+        stop: set by a signal.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag) -> None:
+        self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
+        mean, std = channel_stats(data.train)
+        self.images = Images(data.train.shape, len(data.classes), mean, std)
+        steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share,
+                                config.train.replays)
+        self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
+        self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
+        self.reporter: Reporter = (open_reporter(run.folder.path, config, attempt=run.attempt)
+                                   if mesh.placement.is_lead else NullReporter())
+        renew = norm_renewal(config, data, self.images)
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, prepare=renew)
+        self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
+        self.watch = Watch(len(config.peers))
+        self.best_score = -1.0
+
+    # ---------------------------------------------------------------- the run
+
+    def fit(self) -> None:
+        """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
+        first = self.resume()
+        self.reporter.start(self.cohort.total_steps, [str(p.name) for p in self.config.peers], first_step=first)
+        try:
+            for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
+                self.note(note)
+            if self.lacks_evaluation(first):
+                self.validate(first)
+            self.train(first)
+            self.finish()
+        except (NonFinite, PeerFailed):
+            self.saver.finish()  # all ranks are here with one text: what is written becomes a checkpoint
+            raise
+        finally:
+            self.saver.close()
+            self.reporter.close()
+
+    def train(self, first: int) -> None:
+        """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
+        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
+        meter = Meter()
+        for step in range(first, total):
+            began = perf_counter()
+            x_BCHW, y_B = self.fetch(step)
+            fetched = perf_counter()
+            done = step + 1
+            outcome = self.step(x_BCHW, y_B, step, log=done % self.config.log.every == 0 or done == total)
+            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
+            self.tell()
+            if outcome.loss_P is not None:
+                self.log(done, outcome, meter)
+                meter = Meter()
+            if self.saver.pending and outcome.ready:
+                self.saver.finish()
+            evaluates = self.evaluates_at(done, per_epoch, total)
+            if self.saves_at(done, outcome.stop):
+                needed = outcome.stop or done == total
+                self.save(done, needed=needed, wait=needed or evaluates or not self.config.checkpoint.background)
+            if outcome.stop and done < total:
+                raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
+                                    "start the same command again to continue")
+            if evaluates:
+                self.validate(done)
+
+    def fetch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of a batch; an error on any rank reaches all."""
+        agree = Agreement(self.mesh, f"step {step}", step)
+        batch = agree.run("batch", self.batches.at, step // self.config.train.replays)
+        if agree.failure is not None:
+            agree.header("AEs")  # where the other ranks are; raises
+        return batch
+
+    def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
+        """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""
+        self.cohort.begin(step, self.batches.shown)
+        try:
+            return train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
+        except NonFinite as error:
+            self.containment.handle(error, step)
+            return Outcome(ready=False)
+
+    def finish(self) -> None:
+        """Attack the best (if there were evaluations) and the newest checkpoint on the test set.
+
+        A damaged one does not keep the other from its result; its error comes last.
+        """
+        if not self.config.eval.test or self.saver.newest is None:
+            return
+        plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
+        best = self.best()
+        chosen = {**({"best": best} if best else {}), "last": self.saver.newest}
+        rows: list[TableRow] = []
+        done: dict[int, list[Result]] = {}
+        damaged: CheckpointError | None = None
+        for label, manifest in chosen.items():
+            try:
+                if manifest.step not in done:
+                    self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
+                    done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
+                                                   size=self.config.eval.test_size, purpose="test", stop=self.stop)
+            except CheckpointError as error:
+                damaged = error
+                continue
+            results = done[manifest.step]
+            if self.mesh.placement.is_lead:
+                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
+                              config=self.config, attack=plan, step=manifest.step, split="test",
+                              attempt=self.run.attempt, per_sample=True)
+                show_gallery(self.reporter, f"test_{label}", self.config, manifest, self.images, self.data.test, plan,
+                             results, self.mesh.device)
+            rows += table_rows(label, results, plan)
+        if rows:
+            self.reporter.table(rows)
+        if damaged is not None:
+            raise damaged
+
+    # ---------------------------------------------------------------- records
+
+    def note(self, text: str) -> None:
+        """Tell the person at the console, and the log."""
+        self.run.log.info("%s", text)
+        self.reporter.note(text)
+
+    def tell(self) -> None:
+        """Tell what the local peers noted."""
+        for peer in self.cohort.peers:
+            while peer.notes:
+                self.note(peer.notes.pop(0))
+
+    def log(self, done: int, outcome: Outcome, meter: Meter) -> None:
+        """Report a log step, and what is unusual about it."""
+        phases = self.mesh.gather_json(meter.means())
+        record = step_record(outcome, meter, self.config.train.batch_size)
+        try:
+            self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
+                               **device_memory(self.mesh.device)})
+        except OutputError as error:  # a full disk stops a run only where it cannot save
+            self.note(f"warning: no record of step {done}: {error}")
+        for line in self.watch.lines(done, record, phases):
+            self.note(line)
+
+    def progress(self, done: int) -> dict[str, Any]:
+        """What all records share: how far the training is, and each peer's learning rate."""
+        return {"step": done, "epoch": done / self.cohort.steps_per_epoch,
+                "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers]}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def saves_at(self, done: int, stopping: bool) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        per_epoch, total, when = self.cohort.steps_per_epoch, self.cohort.total_steps, self.config.checkpoint
+        by_epoch = done % (per_epoch * when.every) == 0
+        by_step = when.every_steps is not None and done % when.every_steps == 0
+        return by_epoch or by_step or stopping or done == total or self.evaluates_at(done, per_epoch, total)
+
+    def evaluates_at(self, done: int, per_epoch: int, total: int) -> bool:
+        """Whether an evaluation is due after `done` steps; it reads the checkpoint of that step."""
+        every = self.config.eval.every
+        return every > 0 and (done % (per_epoch * every) == 0 or done == total)
+
+    def lacks_evaluation(self, done: int) -> bool:
+        """Whether an earlier attempt ended between the checkpoint of step `done` and its evaluation."""
+        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
+        file = self.run.folder.eval / f"validation_{checkpoints.step_name(done)}.json"
+        missing = self.mesh.from_lead(not file.exists())
+        return done > 0 and missing and self.evaluates_at(done, per_epoch, total)
+
+    def best(self) -> checkpoints.Manifest | None:
+        """The checkpoint that the validation split chose; None if there was no evaluation."""
+        agree = Agreement(self.mesh, "test")
+        marked = checkpoints.read_best(self.run.folder) if self.mesh.placement.is_lead else None
+        step = self.mesh.from_lead(marked.step if marked else None)
+        manifest = None if step is None else agree.run("best", checkpoints.load_manifest, self.run.folder, step)
+        agree.settle("best checkpoint")
+        return manifest
+
+    def save(self, done: int, *, needed: bool, wait: bool) -> None:
+        """All peers into `checkpoints/step_<done>`. `needed`: the run ends here, so that a full disk is an error."""
+        settings = self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})
+        meta = checkpoints.Meta(
+            epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
+            config_digest=checkpoints.json_digest(settings), data_digest=self.data.digest, extra={
+                "classes": list(self.data.classes), "images": asdict(self.images), **self.cohort.state()})
+        if not wait:
+            self.saver.start(self.cohort, done, meta)
+        elif not self.saver.save(self.cohort, done, meta) and needed:
+            raise OutputError(f"the state after step {done} could not be saved", str(self.run.folder.checkpoints),
+                              "free space, then start again to continue from the newest checkpoint")
+
+    def resume(self) -> int:
+        """Load the newest complete checkpoint if there is one -> the number of steps already done."""
+        agree = Agreement(self.mesh, "resume")
+        found = None
+        if self.mesh.placement.is_lead:
+            newest = agree.run("search", checkpoints.find_newest, self.run.folder)
+            agree.run("settings", self._check_resume, newest[0] if newest else None)
+            if newest is not None:
+                adopted = agree.run("search", checkpoints.adopt, self.run.folder, newest[0])
+                best = agree.run("search", checkpoints.read_best, self.run.folder)
+                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])],
+                         "best": best.score if best else -1.0}
+        agree.settle("search")
+        found = self.mesh.from_lead(found)
+        if found is None:
+            self.run.together("initial weights", initialise, self.cohort.peers, self.images)
+            return 0
+        manifest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, found["step"])
+        for peer in self.cohort.peers:
+            agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoints.load_peer(manifest, p.index)))
+        agree.settle("loading")
+        self.saver.newest, self.best_score = manifest, float(found["best"])
+        self.cohort.load(manifest.meta.extra)
+        self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
+        return int(found["step"])
+
+    def _check_resume(self, manifest: checkpoints.Manifest | None) -> None:
+        if manifest is None:
+            if self.config.run.resume == "must":
+                raise CheckpointError("there is no checkpoint to continue", str(self.run.folder.path),
+                                      "check run.name, or set run.resume=auto")
+            return
+        if manifest.meta.data_digest != self.data.digest:
+            raise CheckpointError("the images are not those that the run was trained on", str(manifest.directory),
+                                  "use the same data.root and data settings, or choose another run.name")
+
+    # ---------------------------------------------------------------- validation
+
+    def validate(self, done: int) -> None:
+        """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
+        if self.saver.newest is None or self.saver.newest.step != done:
+            return self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
+        began = perf_counter()
+        plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
+        results = evaluate(self.config, self.mesh, self.saver.newest, self.images, self.data.val, plan,
+                           size=self.config.eval.size, purpose="validation", stop=self.stop)
+        score = selection_score(results, self.config.peers)
+        for line in self.watch.overfitting(peers_robust(results, self.config.peers)):
+            self.note(line)
+        agree = Agreement(self.mesh, f"validation after step {done}", done)
+        if self.mesh.placement.is_lead:
+            agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)
+            show_gallery(self.reporter, "validation", self.config, self.saver.newest, self.images, self.data.val, plan,
+                         results, self.mesh.device)
+        agree.settle("records")
+        self.best_score = max(self.best_score, score)
+
+    def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan,
+                           seconds: float) -> None:
+        """The result file comes last: where it is missing, a resumed run evaluates again."""
+        if score > self.best_score:
+            checkpoints.mark_best(self.run.folder, done, score, {"split": "validation"})
+        self.reporter.epoch({**self.progress(done), "eval_s": seconds, **validation_record(results)})
+        write_results(self.run.folder.eval, f"validation_{checkpoints.step_name(done)}", results, config=self.config,
+                      attack=plan, step=done, split="validation", attempt=self.run.attempt)

@@ -1,0 +1,221 @@
+"""Heartbeats: which rank is gone, silent or late, decided once and read by all.
+
+A thread of each rank writes a beat into the rendezvous store twice a second, over a store client of its own (a
+client blocks while another thread waits in it). A failed or timed-out collective tells nobody whose fault it is
+(gloo blames the waiting rank); the beats do. The first survivor to find out writes the verdict into the store and
+the others print the same one. Under torchrun the store lives in the agent, so it survives the death of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mat_dist.distributed.processes import ProcessIdentity
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.distributed.store_thread import StoreThread
+from mat_dist.errors import MatError, PeerSilent, error_class
+
+INTERVAL = 0.5  # seconds between beats
+STALE = 4.0  # seconds without a beat after which a rank counts as stopped (8 beats)
+VERDICT, STOP = "verdict", "stop"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's state: number of the beat, exchanges entered, the one it is at, its process."""
+
+    count: int
+    arrived: int
+    where: str
+    process: ProcessIdentity
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: bytes) -> Beat:
+        values = json.loads(text)
+        return cls(values["count"], values["arrived"], values["where"], ProcessIdentity(**values["process"]))
+
+
+class Heartbeat:
+    """The heartbeat of one rank.
+
+    Args:
+        store: a store client that nobody else uses, with keys of this launch only.
+        rank, world: of this process.
+        node: the ranks on this node.
+        peers_of: rank -> peers that live there, for messages.
+        stop: the stop request of this rank, passed on to all ranks and set by theirs.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
+                 stop: StopFlag) -> None:
+        self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
+        self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
+        self._process, self._told_stop = ProcessIdentity.own(), False
+        self._beat(store)
+        self._store = StoreThread(store, self._beat, INTERVAL)
+
+    # ---------------------------------------------------------------- while all is well
+
+    def arrive(self, where: str) -> None:
+        """Note that this rank enters an exchange; travels with the next beat."""
+        self._arrived += 1
+        self._before, self._where = self._where, where
+
+    def meet(self, point: str, timeout: float) -> None:
+        """Wait for all ranks for as long as they beat; a rank without a beat for `timeout` s is silent.
+
+        For phases whose length nobody can foresee (loading, evaluation, saving): a collective would time out.
+        """
+        self.arrive(point)
+        try:
+            self._meet(point, timeout)
+        except RuntimeError as error:
+            raise self._cut_off(f"waiting at {point}", str(error)) from error
+
+    def _meet(self, point: str, timeout: float) -> None:
+        keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
+        self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
+        waited: dict[int, float] = {}  # rank -> when its latest beat was first seen
+        seen: dict[int, int] = {}
+        pause = 0.002
+        while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
+            verdict = self._verdict(timeout)
+            if verdict is not None:
+                raise self._as_error(verdict)
+            now, beats = time.monotonic(), self._beats(timeout)
+            for rank in missing:
+                beat = beats.get(rank)
+                if seen.get(rank) != (beat.count if beat else 0):
+                    seen[rank], waited[rank] = (beat.count if beat else 0), now
+            gone = [r for r in missing if self._is_gone(beats.get(r))]
+            stale = [r for r in missing if now - waited.get(r, now) > timeout]
+            if gone or stale:
+                raise self.blame(f"waiting at {point}")
+            time.sleep(pause)
+            pause = min(0.2, pause * 1.5)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._store.close()
+
+    # ---------------------------------------------------------------- when something is wrong
+
+    def blame(self, what: str, symptom: str = "") -> MatError:
+        """Find the guilty rank after a failed exchange, stop it if it hangs on this machine -> the error to raise.
+
+        Takes up to STALE seconds, since a stopped process can only be told from a slow one by its missing beats.
+
+        Args:
+            what: the exchange, for the message.
+            symptom: how it failed; told where the guilty rank cannot be found, since the store is gone.
+        """
+        try:
+            return self._as_error(self._judge(what))
+        except RuntimeError as error:
+            return self._cut_off(what, symptom or str(error))
+
+    def _judge(self, what: str) -> dict[str, Any]:
+        first, began = {r: b.count for r, b in self._beats().items()}, time.monotonic()
+        while True:
+            found = self._verdict()
+            if found is not None:
+                return found
+            beats, elapsed = self._beats(), time.monotonic() - began
+            gone = [r for r in self._others() if self._is_gone(beats.get(r))]
+            if gone or elapsed > STALE:
+                break
+            time.sleep(0.1)
+        there = [r for r in self._others() if r not in gone]
+        stopped = [r for r in there if r not in beats or beats[r].count == first.get(r)]
+        late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
+        causes = (gone, "ended"), (stopped, "stopped answering"), (late, "is late")
+        guilty, how = next((cause for cause in causes if cause[0]), ([], ""))
+        verdict = self._publish({"ranks": guilty, "how": how, "what": what, "at": self._where,
+                                 "steps": {str(r): self._last_seen(beats.get(r)) for r in guilty}})
+        for rank in verdict["ranks"]:
+            beat = beats.get(rank)
+            if rank != self._rank and beat is not None and beat.process.shares_pids_with(self._process):
+                beat.process.kill()
+        return verdict
+
+    def report(self, error: dict[str, Any]) -> None:
+        """Publish why this rank leaves (code, what, where, how): the others leave with the same error."""
+        self._publish({"error": error, "ranks": [self._rank]})
+
+    def _cut_off(self, what: str, symptom: str) -> PeerSilent:
+        """The store is gone, and with it the way to agree: each node speaks for itself, so all other ranks are out."""
+        found = PeerSilent(f"the rendezvous store is gone: the node of rank 0 ended or cannot be reached ({symptom})",
+                           what, "check that node and the network, then start again to continue from the newest "
+                                 "checkpoint")
+        found.guilty = tuple(rank for rank in range(self._world) if rank not in self._node)
+        return found
+
+    # ---------------------------------------------------------------- inside
+
+    def _others(self) -> list[int]:
+        return [r for r in range(self._world) if r != self._rank]
+
+    def _last_seen(self, beat: Beat | None) -> str:
+        """Where that rank was: its beat, or the exchange that it last completed with us, if that is newer."""
+        return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
+
+    def _as_error(self, verdict: dict[str, Any]) -> MatError:
+        guilty = list(verdict["ranks"])
+        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in guilty)
+        if "error" in verdict:
+            told = verdict["error"]
+            return error_class(told["code"])(told["what"], told["where"], told["how"])
+        if guilty:
+            last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
+            found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}",
+                               "start again to continue from the newest checkpoint; see its rank_<r>.log; raise "
+                               "comm.timeout if it was only slow")
+        else:
+            found = PeerSilent("an exchange failed though all ranks answer", verdict["what"],
+                               "check the network between the nodes, then start again to continue from the newest "
+                               "checkpoint")
+        found.guilty = tuple(guilty)
+        return found
+
+    def _is_gone(self, beat: Beat | None) -> bool:
+        return beat is not None and beat.process.shares_pids_with(self._process) and not beat.process.runs()
+
+    def _beats(self, patience: float = STALE) -> dict[int, Beat]:
+        def read(store: Any) -> dict[int, Beat]:
+            texts = {rank: _get(store, f"beat/{rank}") for rank in range(self._world)}
+            return {rank: Beat.parse(text) for rank, text in texts.items() if text is not None}
+
+        return self._store.ask(read, patience)
+
+    def _verdict(self, patience: float = STALE) -> dict[str, Any] | None:
+        text = self._store.ask(lambda store: _get(store, VERDICT), patience)
+        return None if text is None else json.loads(text)
+
+    def _publish(self, verdict: dict[str, Any]) -> dict[str, Any]:
+        """Make `verdict` the one of all ranks unless there is one -> the one that counts."""
+        text = json.dumps(verdict)
+        found = self._store.ask(lambda store: store.compare_set(VERDICT, "", text), STALE)
+        kept: dict[str, Any] = json.loads(found or text)
+        return kept
+
+    def _beat(self, store: Any) -> None:
+        """Sign of life; passes a stop request on, to the others or from them. In the store's thread."""
+        self._count += 1
+        store.set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
+        if not self._told_stop and self._stop.requested:
+            self._told_stop = True
+            store.set(STOP, "1")
+        if not self._told_stop and store.check([STOP]):
+            self._told_stop = True
+            self._stop.pass_on()
+
+
+def _get(store: Any, key: str) -> bytes | None:
+    return store.get(key) if store.check([key]) else None

@@ -1,0 +1,109 @@
+"""Attack a trained run: each peer and the ensemble, chunk by chunk on all ranks, with soundness checks.
+
+python -m mat_dist.evaluate RUN [--plugin FILE.py] [key=value ...]
+torchrun --standalone --nproc_per_node=N -m mat_dist.evaluate RUN [key=value ...]
+python -m mat_dist.evaluate FILE.pt model=NAME data.name=NAME mean=M,M,M std=S,S,S threats=NORM:EPS [key=value ...]
+python -m mat_dist.evaluate --compare RUN_A RUN_B ...
+
+Results: eval/<id>.json and eval/<id>.csv in the run's folder; a state dict that is not ours gets a run folder first. A
+killed evaluation goes on where it was when the same command is started again. Exit code 16: a check failed, the numbers
+must not be reported. See docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mat_dist.cli import run_entry
+from mat_dist.config import load_config, load_plugins
+from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.distributed.launch import Launch
+from mat_dist.errors import ConfigError
+from mat_dist.evaluation.importing import Importing, Options, is_file, split_words
+from mat_dist.evaluation.menu import MENU
+from mat_dist.evaluation.request import FREE_SETTINGS, Arguments, Request, parse
+from mat_dist.evaluation.runs import find_run, refuse_unfinished
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command -> exit code of this rank."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_entry(lambda: evaluate(words))
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Settings, ranks, then the evaluation or the comparison."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(help_text())
+        return
+    importing, rest = split_words(words)
+    arguments = parse(rest)
+    if arguments.compare:
+        from mat_dist.evaluation.compare import compare
+
+        compare([find_run(run) for run in arguments.runs])
+        return
+    run(arguments, importing, list(words))
+
+
+def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> None:
+    """Evaluate one run, or one file, on the ranks of this launch."""
+    subject = arguments.runs[0]
+    for word in (subject, *arguments.request.sources):
+        if is_file(word) and not Path(word).is_file():
+            raise ConfigError(f"there is no file {word[:200]!r}", COMMAND_LINE, "give a state dict, or a run's folder")
+    folder = None if importing is not None and importing.subject is not None else find_run(subject)
+    if folder is not None:
+        refuse_unfinished(folder)
+        config = load_config(str(folder.config), arguments.settings)
+        new = importing.config(arguments.settings, config, folder.path) if importing is not None else config
+    else:
+        assert importing is not None
+        if not arguments.request.threats:
+            raise ConfigError("a state dict does not tell which threats it was trained for", "threats",
+                              "write threats=linf:8/255, or others")
+        config = new = importing.config(arguments.settings)
+    load_plugins(arguments.plugins)
+
+    # torch is imported from here on: --help and mistakes in the settings answer at once.
+    from mat_dist.distributed.device import choose_device, prepare_torch
+    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.stopping import watching
+    from mat_dist.evaluation.evaluation import evaluate_run, make_job
+    from mat_dist.evaluation.foreign import import_files
+
+    launch = Launch.from_environment()
+    device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
+    prepare_torch(config)
+    request = arguments.request
+    # Chunks, not peers, are shared: any number of ranks fits.
+    with watching() as stop, open_mesh(launch.world, config.comm, device, launch, stop=stop) as mesh:
+        if importing is not None:
+            files = [word for word in ([subject] if folder is None else []) + list(request.sources) if is_file(word)]
+            made = dict(zip(files, import_files(
+                [Path(word) for word in files], new, importing, make_job(request, config).threats, request.split, words,
+                mesh, launch, stop), strict=True))
+            request = request.model_copy(update={"sources": tuple(
+                str(made[word].path) if word in made else word for word in request.sources)})
+            if folder is None:
+                folder = made[subject]
+                config = load_config(str(folder.config), arguments.settings)
+        assert folder is not None
+        evaluate_run(folder, config, request, mesh, launch, stop)
+
+
+def help_text() -> str:
+    """The docstring, then every setting with its default and meaning, and every attack."""
+    lines = [__doc__ or "", "Settings: key=default, meaning"]
+    for name, field in [*Request.model_fields.items(), *Options.model_fields.items()]:
+        default = field.default
+        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
+        lines.append(f"  {f'{name}={shown}':<30} {field.description}")
+    lines.append(f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}")
+    return "\n".join([*lines, "Attacks:", *(f"  {name:<12} {kind.meaning}" for name, kind in MENU.items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The unit of work: a chunk of images, attacked, checked and saved as one file; ranks share the missing chunks.
+
+A chunk's file depends on the request, the checkpoint, the data and the chunk's number alone, so that a killed or
+repeated evaluation takes up the files that are there. No rank waits in a collective while another one attacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mat_dist.config.schema import Config
+from mat_dist.data import ImageSet, as_float
+from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
+from mat_dist.evaluation.attack import (
+    Tried,
+    attack_targets,
+    predict,
+    rounded,
+    strongest,
+    table,
+    transfer_counts,
+)
+from mat_dist.evaluation.craft import Job
+from mat_dist.evaluation.during_training import pixels, strict_arithmetic
+from mat_dist.evaluation.soundness import examine
+from mat_dist.evaluation.sources import replay_sources
+from mat_dist.evaluation.targets import Target
+from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """An evaluation, cut into chunks.
+
+    Attributes:
+        config: of the run.
+        job: attacks.
+        targets: whom.
+        data: the split.
+        samples_N: positions of the images in it, ascending.
+        checked: chunks, from the first, that the soundness checks look at.
+        folder: of the chunks' files.
+        digest: identifies all that the result depends on; stands in every file.
+        save: write the AEs too.
+        sources: other checkpoints whose AEs join the candidates.
+    """
+
+    config: Config
+    job: Job
+    targets: Sequence[Target]
+    data: ImageSet
+    samples_N: Tensor
+    checked: int
+    folder: Path
+    digest: str
+    save: bool = False
+    sources: Sequence[Target] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of chunks."""
+        return -(-len(self.samples_N) // self.config.eval.chunk)
+
+    def rows(self, chunk: int) -> Tensor:
+        """Positions in the split of a chunk's images."""
+        size = self.config.eval.chunk
+        return self.samples_N[chunk * size:(chunk + 1) * size]
+
+    def file(self, chunk: int) -> Path:
+        return self.folder / f"chunk_{chunk:05d}.json"
+
+    def read(self, chunk: int) -> dict[str, Any] | None:
+        """What is saved of a chunk; None where there is nothing, or nothing that belongs to this evaluation."""
+        try:
+            found = parse_json(self.file(chunk).read_bytes())
+        except (OSError, ValueError):  # absent, or damaged: attacked again and replaced
+            return None
+        expected = {"format": FORMAT, "digest": self.digest, "chunk": chunk, "samples": self.rows(chunk).tolist()}
+        return found if isinstance(found, dict) and expected.items() <= found.items() else None
+
+
+def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
+    """All attacks and checks on one chunk, as it is saved."""
+    x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
+    with strict_arithmetic():
+        clean, tried = attack_targets(work.targets, x_BCHW, y_B, work.job, chunk)
+        replay_sources(work.sources, work.targets, x_BCHW, y_B, clean, tried, work.job, chunk)
+        counts = {}
+        for target in work.targets if chunk < work.checked else ():
+            mine = {label: one for (name, label), one in tried.items() if name == target.name}
+            counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk)
+        fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
+    warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
+    return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
+            "labels": y_B.tolist(), "images": images_digest(x_BCHW, y_B), "predictions": table(clean, tried),
+            "transfer": transfer_counts(tried, y_B), "rounded": fooled, "checks": counts, "warnings": warnings}
+
+
+def images_digest(x_BCHW: Tensor, y_B: Tensor) -> str:
+    """SHA-256 of images, as bytes, and labels."""
+    return hashlib.sha256(rounded(x_BCHW).cpu().numpy().tobytes() + y_B.long().cpu().numpy().tobytes()).hexdigest()
+
+
+def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
+              tried: Mapping[tuple[str, str], Tried]) -> dict[str, dict[str, list[int]]]:
+    """Write the chunk's AEs -> predictions on them after rounding to bytes: target -> threat -> classes."""
+    models = {target.name: target.model for target in work.targets}
+    saved: dict[str, dict[str, dict[str, Tensor]]] = {}
+    predictions: dict[str, dict[str, list[int]]] = {}
+    for (name, label), one in tried.items():
+        adv_BCHW = strongest(one, y_B)
+        bytes_BCHW = rounded(adv_BCHW)
+        saved.setdefault(name, {})[label] = {"float32": adv_BCHW.float().cpu(), "uint8": bytes_BCHW.cpu()}
+        found = predict(models[name], as_float(bytes_BCHW, x_BCHW.dtype))
+        predictions.setdefault(name, {})[label] = found.tolist()
+    buffer = io.BytesIO()
+    torch.save({"samples": work.rows(chunk), "labels": y_B.cpu(), "aes": saved}, buffer)
+    write_bytes(work.file(chunk).with_suffix(".pt"), buffer.getbuffer())
+    return predictions
+
+
+def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Attack what is missing, on all ranks -> the content of every chunk, in order (rank 0; empty on the others).
+
+    Args:
+        tell: called on rank 0 with lines for people.
+
+    Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
+    """
+    agree = Agreement(mesh, "evaluation")
+    lead = mesh.placement.is_lead
+    missing = agree.run("looking for finished chunks", _missing, work) if lead else None
+    agree.settle("finished chunks")
+    missing = mesh.from_lead(missing)
+    if lead and len(missing) < work.count:
+        tell(f"{work.count - len(missing)} of {work.count} chunks are there already")
+    mine = missing[mesh.placement.rank::mesh.placement.world]
+    began = monotonic()
+    for done, chunk in enumerate(mine, 1):
+        if stop.requested or agree.failure is not None:
+            break
+        agree.run(f"chunk {chunk}", _attack_and_save, work, chunk, mesh.device)
+        if lead and agree.failure is None:
+            each = (monotonic() - began) / done
+            left = f"about {each * (len(mine) - done) / 60:.1f} min left" if done < len(mine) else "done on this rank"
+            tell(f"chunk {done} of {len(mine)} on this rank, {each:.1f} s each, {left}")
+    agree.settle("chunks")
+    if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
+        raise StopRequested("stopped by a signal during the evaluation", str(work.folder),
+                            "start the same command again: finished chunks are not repeated")
+    found = agree.run("collecting the chunks", _collect, work) if lead else []
+    agree.settle("collected chunks")
+    return found
+
+
+def _missing(work: Work) -> list[int]:
+    with reported(work.folder):
+        work.folder.mkdir(parents=True, exist_ok=True)
+    return [chunk for chunk in range(work.count) if work.read(chunk) is None]
+
+
+def _attack_and_save(work: Work, chunk: int, device: torch.device) -> None:
+    try:
+        write_json(work.file(chunk), attack_chunk(work, chunk, device))
+    except torch.OutOfMemoryError as error:  # PGD has tried parts; AutoAttack's result depends on its batch
+        raise EnvironmentFault(f"not enough device memory: {error}", f"chunk {chunk}",
+                               "use a smaller eval.chunk; chunks of another size have other noise") from error
+
+
+def _collect(work: Work) -> list[dict[str, Any]]:
+    found = [work.read(chunk) for chunk in range(work.count)]
+    absent = [str(chunk) for chunk, content in enumerate(found) if content is None]
+    if absent:
+        raise OutputError(f"chunks {', '.join(absent[:8])} cannot be read back", str(work.folder),
+                          "the run folder must be on a file system that all nodes share; start the command again")
+    return [content for content in found if content is not None]

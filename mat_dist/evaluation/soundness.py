@@ -1,0 +1,241 @@
+"""Soundness checks: is an accuracy under attack worth reporting? Sources and thresholds: docs/evaluation.md.
+
+`examine` counts on one chunk, so that ranks share the work and a result does not depend on them; `judge` compares
+the sums over chunks with the thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mat_dist import rng
+from mat_dist.attacks.noise import noisy
+from mat_dist.attacks.norms import Threat
+from mat_dist.attacks.random_search import patch_change, random_search
+from mat_dist.evaluation.attack import TRANSFER, WHITE_BOX, Tried, predict
+from mat_dist.evaluation.craft import NOISE_DRAWS, Job, crafted
+from mat_dist.evaluation.during_training import AttackPlan
+from mat_dist.evaluation.targets import FGSM, Target
+from mat_dist.models.modes import frozen
+
+OWN_STEPS = 20  # of our attacks where the request has no PGD
+SEARCH_QUERIES = 300
+SAME_LOGITS = 1e-4  # largest distance of normalised logits that count as equal; AutoAttack's own figure
+BATCHES = (1, 7, 64)
+MOST_ZERO = 0.01  # share of images whose gradient may vanish
+BEATEN, MORE = 0.002, 0.01  # shares that another attack may break beyond ours: any; ours with twice the steps
+LARGE = 0.5  # change of every pixel that should reach chance
+
+CHECKS = {
+    "images": "pixels lie in [0, 1]",
+    "eval mode": "no module is in training mode",
+    "logits": "the output is logits, not probabilities",
+    "deterministic": "equal images give equal logits",
+    "batch size": f"logits do not depend on the batch size ({', '.join(map(str, BATCHES))})",
+    "zero gradients": "the attacked loss has a gradient",
+    "inside ball and box": "AEs lie in the ball and in [0, 1]",
+    "noise": f"{NOISE_DRAWS} draws of uniform and of Gaussian noise break no more than the attacks",
+    "one step": "FGSM breaks no more than the attacks",
+    "gradient-free": f"{SEARCH_QUERIES} queries of random search, and AutoAttack's Square, break no more than the rest",
+    "transfer": "AEs of other targets break no more than the attacks",
+    "more steps": "twice the steps and one more start change little",
+    "monotone": "accuracy falls from eps / 2 over eps to 2 eps",
+    "large eps": "a large eps reaches chance",
+    "autoattack": "AutoAttack's own checks of the model are silent",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One check of a target: threat (empty for checks of the model), and what was found, in words."""
+
+    check: str
+    threat: str
+    passed: bool
+    found: str
+
+
+def examine(target: Target, x_BCHW: Tensor, y_B: Tensor, tried: Mapping[str, Tried], job: Job,
+            chunk: int) -> dict[str, dict[str, int]]:
+    """Counts on one chunk: {"": of the model, label of a threat: of the attacks on it}.
+
+    Args:
+        tried: what the evaluation's attacks found on the chunk, by label of the threat.
+    """
+    counts = {"": _examine_model(target, x_BCHW, y_B)}
+    for threat in job.threats:
+        one = tried[threat.label]
+        counts[threat.label] = _examine_attacks(target, x_BCHW, y_B, threat, one, job, chunk)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def _examine_model(target: Target, x_BCHW: Tensor, y_B: Tensor) -> dict[str, int]:
+    """Numbers of images for which something about the model is wrong."""
+    with torch.no_grad():
+        logits = [target.model(x_BCHW) for _ in range(5)]
+        parts = [torch.cat([target.model(part) for part in x_BCHW.split(size)]) for size in BATCHES]
+    first = logits[0]
+    sums_to_one = ((first >= -1e-5) & (first <= 1 + 1e-5)).all(-1) & ((first.sum(-1) - 1).abs() < 1e-5)
+    wrong = {
+        "images": ((x_BCHW < 0) | (x_BCHW > 1) | ~x_BCHW.isfinite()).flatten(1).any(1),
+        "logits": sums_to_one,
+        "deterministic": torch.stack([_differs(first, other) for other in logits[1:]]).any(0),
+        "batch size": torch.stack([_differs(first, other) for other in parts]).any(0),
+        "zero gradients": torch.stack([_no_gradient(m, x_BCHW, y_B) for m in target.attacked]).any(0),
+    }
+    training = sum(module.training for module in target.model.modules())
+    return {"n": len(y_B), "classes": first.shape[-1], "eval mode": training,
+            **{name: int(rows.sum()) for name, rows in wrong.items()}}
+
+
+def _differs(one_BK: Tensor, other_BK: Tensor) -> Tensor:
+    """Whether two outputs for the same images differ by more than rounding -> bool (B,)."""
+    distance_B = (F.normalize(one_BK, dim=-1) - F.normalize(other_BK, dim=-1)).norm(dim=-1)
+    return (distance_B > SAME_LOGITS) | (one_BK.argmax(-1) != other_BK.argmax(-1))
+
+
+def _no_gradient(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """Images whose cross-entropy has an all-zero or non-finite gradient -> bool (B,)."""
+    x = x_BCHW.detach().clone().requires_grad_(True)
+    with frozen(model), torch.enable_grad():
+        loss = F.cross_entropy(model(x), y_B, reduction="sum")
+        if not loss.requires_grad:
+            return torch.ones_like(y_B, dtype=torch.bool)
+        (gradient,) = torch.autograd.grad(loss, x)
+    size_B = gradient.flatten(1).abs().amax(1)
+    return (size_B == 0) | ~size_B.isfinite()
+
+
+# ------------------------------------------------------------------------------------------------ the attacks
+
+
+def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat, tried: Tried, job: Job,
+                     chunk: int) -> dict[str, int]:
+    """Numbers of images that other attacks break beyond those of the evaluation, and accuracies at other radii."""
+    # A target without gradient has no white-box attack to compare with: all that was found counts.
+    held_B = tried.held(predict(target.model, x_BCHW), y_B, tried.predictions if target.surrogates else WHITE_BOX)
+    theirs = [] if tried.theirs is None else [tried.theirs]
+    outside = torch.stack([_outside(adv, x_BCHW, threat) for adv in (*tried.advs.values(), *theirs)]).any(0)
+    counts = {"n": len(y_B), "inside ball and box": int(outside.sum()), "square": tried.square_broke,
+              "autoattack": len(tried.warnings)}
+    if TRANSFER in tried.predictions and not target.surrogates:
+        counts["transfer"] = int((held_B & (tried.predictions[TRANSFER] != y_B)).sum())
+
+    def held_under(radius: Threat, plan: AttackPlan, first: int = 0) -> Tensor:
+        held = torch.ones_like(held_B)
+        for model in target.attacked:
+            for adv in crafted(model, x_BCHW, y_B, radius, plan, seed=job.seed, chunk=chunk, first=first):
+                held &= predict(target.model, adv) == y_B
+        return held
+
+    plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
+    one = AttackPlan(plan.steps)
+    values = x_BCHW[0].numel()
+    large = Threat(threat.norm, LARGE * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm])
+    more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
+    held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
+        ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
+    return counts | {
+        "noise": int((held_B & ~_withstands_noise(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
+        "one step": int((held_B & ~held_under(threat, FGSM)).sum()),
+        "gradient-free": int((held_B & ~_withstands_search(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
+        "more steps": int((held_B & ~held_under(threat, more, first=plan.restarts)).sum()),
+        **{name: int(held.sum()) for name, held in held_at.items()},
+        "large eps": int(held_under(large, AttackPlan(max(OWN_STEPS, plan.steps))).sum()),
+    }
+
+
+def _outside(adv_BCHW: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
+    """Images whose AE leaves the ball or the box -> bool (B,).
+
+    The norm may exceed eps by 1e-6 of it, and by what float32 rounding of x + d adds: 2^-25 for each pixel near 1.
+    pyautoattack does not round inward, and its results are not altered here.
+    """
+    values = x_BCHW[0].numel()
+    rounding = 2.0**-24 * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm]
+    in_box = ((adv_BCHW >= 0) & (adv_BCHW <= 1)).flatten(1).all(1)
+    return ~(in_box & (threat.distance(adv_BCHW, x_BCHW) <= threat.eps * (1 + 1e-6) + rounding))
+
+
+def _withstands_noise(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
+    held_B = torch.ones_like(y_B, dtype=torch.bool)
+    for kind, purpose in (("uniform", "eval-noise"), ("gaussian", "eval-gaussian-noise")):
+        for draw in range(NOISE_DRAWS):
+            stream = rng.key(seed, f"{purpose}-{threat.norm}", draw, chunk)
+            held_B &= predict(model, noisy(kind, x_BCHW, threat, stream=stream)) == y_B
+    return held_B
+
+
+def _withstands_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
+    adv = random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=patch_change(threat, x_BCHW),
+                        queries=SEARCH_QUERIES, stream=rng.key(seed, f"eval-search-{threat.norm}", chunk))
+    return predict(model, adv) == y_B
+
+
+# ------------------------------------------------------------------------------------------------ judgement
+
+
+def total(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Sums over chunks (at least one); `classes` is the same in all."""
+    sums: dict[str, Counter[str]] = {}
+    for chunk in counts:
+        for threat, found in chunk.items():
+            sums.setdefault(threat, Counter()).update(found)
+    sums[""]["classes"] = counts[0][""]["classes"]
+    return {threat: dict(found) for threat, found in sums.items()}
+
+
+def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
+    """The verdicts on one target, in the order of CHECKS."""
+    verdicts = [Verdict(check, "", *_of_model(check, sums[""])) for check in CHECKS if check in sums[""]]
+    classes = sums[""]["classes"]
+    for threat, found in sums.items():
+        if threat:
+            verdicts += [Verdict(check, threat, *_of_attacks(check, found, classes)) for check in CHECKS
+                         if check in found or (check == "monotone" and "half" in found)]
+    order = list(CHECKS)
+    return sorted(verdicts, key=lambda v: (v.threat, order.index(v.check)))
+
+
+def _of_model(check: str, found: Mapping[str, int]) -> tuple[bool, str]:
+    number, n = found[check], found["n"]
+    if check == "eval mode":
+        return number == 0, f"{number} modules in training mode"
+    if check == "logits":  # one image whose logits look like probabilities by chance is none
+        return number < n, f"{number} of {n} outputs are probabilities"
+    if check == "zero gradients":
+        return number <= MOST_ZERO * n, f"{number} of {n} images have no gradient"
+    return number == 0, f"{number} of {n} images"
+
+
+def _of_attacks(check: str, found: Mapping[str, int], classes: int) -> tuple[bool, str]:
+    n = found["n"]
+    if check == "inside ball and box":
+        return found[check] == 0, f"{found[check]} of {n} AEs outside"
+    if check == "autoattack":
+        return found[check] == 0, f"{found[check]} warnings"
+    if check == "monotone":
+        half, whole, double = found["half"], found["whole"], found["double"]
+        good = all(_beaten(after - before, n, BEATEN)[0] for before, after in ((half, whole), (whole, double)))
+        return good, f"{half}, {whole}, {double} of {n} withstand eps / 2, eps, 2 eps"
+    if check == "large eps":
+        chance = 1 / classes
+        most = n * chance + 2 * math.sqrt(n * chance * (1 - chance))
+        return found[check] <= most, f"{found[check]} of {n} withstand; chance is {n * chance:.1f}"
+    number = found[check] if check != "gradient-free" else max(found[check], found["square"])
+    return _beaten(number, n, MORE if check == "more steps" else BEATEN)
+
+
+def _beaten(number: int, n: int, share: float) -> tuple[bool, str]:
+    """Whether `number` more broken images of `n` are within max(share, 2 standard errors of a count)."""
+    return number <= max(share * n, 2 * math.sqrt(max(number, 0))), f"{number} of {n} images more"

@@ -1,0 +1,174 @@
+"""Where a run writes: the paths of its folder, and how the folder gets its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from mat_dist.runs.files import reported
+from mat_dist.errors import CheckpointError, ConfigError, OutputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LONGEST_STEM = 32  # leaves room for "-job" with a long id, or for a time and a suffix, within 64 characters
+_PROOFS = frozenset({"environment.json", "exit.json", "lock"})
+_KNOWN = re.compile(r"config\.yaml|metrics\.jsonl|summary\.csv|checkpoints|eval|report|rank_\d+\.log|\..*\.tmp|"
+                    r"exit\.json\.damaged.*")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths inside `<run.root>/<run.name>/`. Reads and writes nothing itself."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices, git revision, command line, attempts."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per log step and per epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """A CSV row per epoch and peer."""
+        return self.path / "summary.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step_<n>/`, `latest` and `best`."""
+        return self.path / "checkpoints"
+
+    @property
+    def eval(self) -> Path:
+        """Folder of evaluation results."""
+        return self.path / "eval"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the HTML report."""
+        return self.path / "report"
+
+    @property
+    def exit(self) -> Path:
+        """How each attempt ended."""
+        return self.path / "exit.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes into this folder now."""
+        return self.path / "lock"
+
+    def rank_log(self, rank: int) -> Path:
+        """Log of one rank, with tracebacks."""
+        return self.path / f"rank_{rank}.log"
+
+
+def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_name: str,
+                   resume: Literal["auto", "must", "never"], job_id: str | None, now: datetime) -> RunFolder:
+    """Make or find the folder of a run; call it in one process only.
+
+    Without `name` the folder is `<config_name>-job<job_id>`, or without a job `<config_name>-<YYYYmmddTHHMMSSZ>`
+    (with -2, -3, ... if that exists: two launches in one second get two folders). The folder lies directly below
+    `root` and is never a symbolic link.
+
+    Raises:
+        ConfigError: `name` cannot be a folder name, or resume="must" cannot know which run is meant.
+        CheckpointError: resume="must" and there is no such run.
+        OutputError: the folder cannot be written, is not a run folder, or exists with resume="never".
+    """
+    if name is not None:
+        _check_name(name)
+    base = _make_root(root)
+    if name is None and job_id is None:
+        if resume == "must":
+            raise ConfigError("the run to continue has no name", "run.resume=must", "set run.name")
+        return _make_timed(base, f"{_plain(config_name, _LONGEST_STEM)}-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}")
+    path = base / (name or f"{_plain(config_name, _LONGEST_STEM)}-job{_plain(str(job_id), 28)}")
+    if path.is_symlink():
+        raise OutputError("the run folder is a symbolic link", str(path), "set run.root to where it points, or "
+                                                                          "choose another run.name")
+    if resume == "must" and not path.exists():
+        raise CheckpointError("there is no run to continue", str(path), "check run.root and run.name, or set "
+                                                                        "run.resume=auto")
+    with reported(path):
+        path.mkdir(exist_ok=True)
+        _check_existing(path, resume)
+        _check_writable(path)
+    return RunFolder(path)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name[:80]!r} cannot be the name of a run", "run.name",
+                          "use 1 to 64 letters, digits, '.', '_' and '-', the first one a letter or a digit")
+
+
+def _plain(text: str, longest: int) -> str:
+    """`text` as part of a folder name; a changed or cut text gets 8 hex digits so that it stays distinct."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-") or "run"
+    if plain == text and len(text) <= longest:
+        return text
+    return f"{plain[: longest - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _make_root(root: str | os.PathLike[str]) -> Path:
+    text = os.fspath(root)
+    if not text or "\0" in text:
+        raise ConfigError(f"{text[:80]!r} cannot be a folder", "run.root", "give the path of a folder")
+    try:
+        base = Path(text).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # no such user, a loop of links
+        raise ConfigError(f"{text[:80]!r} leads nowhere: {error}", "run.root", "give the path of a folder") from None
+    with reported(base):
+        base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def _make_timed(base: Path, stem: str) -> RunFolder:
+    number = 1
+    while True:
+        path = base / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            with reported(path):
+                path.mkdir()
+        except OutputError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            number += 1
+            continue
+        return RunFolder(path)
+
+
+def _check_existing(path: Path, resume: str) -> None:
+    names = set(os.listdir(path))
+    if not names:
+        return
+    if not names & _PROOFS and not all(_KNOWN.fullmatch(name) for name in names):
+        raise OutputError("the folder is not empty and is not a run folder", str(path), "choose another run.name")
+    if resume == "never":
+        raise OutputError("the run exists already", str(path), "choose another run.name, or set run.resume=auto to "
+                                                               "continue it")
+
+
+def _check_writable(path: Path) -> None:
+    probe = path / f".probe.{secrets.token_hex(4)}.tmp"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    os.unlink(probe)

@@ -1,0 +1,211 @@
+"""A run from opening to its end: the folder, the lock, the rank's log, and `exit.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mat_dist.distributed.agreement import Agreement, described
+from mat_dist.runs.files import write_text
+from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
+from mat_dist.config.schema import Config
+from mat_dist.distributed.device import device_name
+from mat_dist.cli import LOGGED
+from mat_dist.errors import (
+    FINAL_CODES,
+    CheckpointError,
+    ConfigError,
+    MatError,
+    OutputError,
+    PeerSilent,
+    StopRequested,
+    error_class,
+)
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.groups import Mesh
+from mat_dist.runs.folder import RunFolder, create_or_open
+from mat_dist.runs.lock import RunLock
+from mat_dist.runs.exits import finished, next_attempt, read_exit, write_exit
+from mat_dist.runs.environment import write_environment
+from mat_dist.runs.logs import close_logger, rank_logger
+
+T = TypeVar("T")
+BEAT_SECONDS = 30  # a lock is stale after 120 s
+
+
+@dataclass
+class Run:
+    """An open run on one rank."""
+
+    folder: RunFolder
+    attempt: int
+    log: logging.Logger
+    notes: list[str]
+    mesh: Mesh
+
+    def together(self, what: str, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of local work; if it fails on any rank, all ranks raise that error."""
+        agree = Agreement(self.mesh, what)
+        result = agree.run(what, work, *args, **kwargs)
+        agree.settle(what)
+        return result
+
+
+@contextmanager
+def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, argv: Sequence[str],
+             plugins: dict[str, str]) -> Iterator[Run]:
+    """Open or continue the run's folder; record how it ended.
+
+    Rank 0 creates, locks and writes; the others learn the path. Raises, on all ranks with one text: ConfigError,
+    OutputError, or CheckpointError when the folder holds a run with other settings.
+    """
+    agree = Agreement(mesh, "opening the run")
+    _same_settings(mesh, config)
+    lead = mesh.placement.is_lead
+    opened = agree.run("run folder", _open_folder, config, launch, config_name) if lead else None
+    agree.settle("run folder")
+    with contextlib.ExitStack() as stack:
+        if opened is not None:
+            stack.enter_context(_held(opened[1]))
+        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3]}
+                              if opened else None)
+        folder, attempt = RunFolder(Path(told["path"])), told["attempt"]
+        log = rank_logger(folder.path, mesh.placement.rank)
+        stack.callback(close_logger, log)
+        names = mesh.gather_json(device_name(mesh.device))
+        if lead:
+            agree.run("environment", write_environment, folder, attempt=attempt, argv=argv, devices=names,
+                      seed=config.run.seed, placement={"peers": mesh.placement.peers, "ranks": mesh.placement.world,
+                                                       "plugins": plugins}, job_id=launch.job_id)
+            agree.run("config", _record_config, folder, config, attempt)
+        agree.settle("environment")
+        log.info("attempt %d, %s, device %s", attempt, mesh.placement.describe(), device_name(mesh.device))
+        try:
+            yield Run(folder, attempt, log, told["notes"], mesh)
+        except BaseException as error:
+            known = _tell_others(error, mesh)
+            _record_failure(known, folder, attempt, log, launch)
+            raise known from known.__cause__
+        if lead:
+            write_exit(folder, attempt, None, "done")
+
+
+def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, launch: Launch) -> None:
+    """Traceback into this rank's log; how the run ended into `exit.json`, by the lowest rank that is still sound."""
+    log.error("%s", "".join(traceback.format_exception(error)))
+    error.add_note(LOGGED)
+    if launch.speaks_for(getattr(error, "guilty", ())):
+        state = "stopped" if isinstance(error, (StopRequested, KeyboardInterrupt)) else "failed"
+        with contextlib.suppress(OutputError):  # the disk may be what failed; the first error counts
+            write_exit(folder, attempt, error, state)
+
+
+def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
+    """Publish the error, which the other ranks may not know -> the one that all ranks leave with.
+
+    Where all have raised it together, nobody reads it.
+    """
+    if mesh.beat is None:
+        return error
+    if isinstance(error, Exception):
+        told = described(error, mesh, mesh.where)
+    else:  # sys.exit in somebody's code
+        rank, peers = mesh.placement.rank, ", ".join(map(str, mesh.placement.local_peers))
+        told = {"code": PeerSilent.code, "what": f"rank {rank} (peer {peers}) left: {type(error).__name__}: {error}",
+                "where": mesh.where, "how": f"see the traceback in rank_{rank}.log"}
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        mesh.beat.report(told)
+    if isinstance(error, MatError):
+        return error
+    known = error_class(told["code"])(told["what"], told["where"], told["how"])
+    known.__cause__ = error
+    return known
+
+
+def _same_settings(mesh: Mesh, config: Config) -> None:
+    """Raise ConfigError on all ranks when their settings differ, with the keys."""
+    mine = json.loads(config.model_dump_json())
+    everyone = mesh.gather_json(mine)
+    for rank, other in enumerate(everyone):
+        lines = config_differences(everyone[0], other)
+        if lines:
+            raise ConfigError(f"rank {rank} has other settings than rank 0: {'; '.join(lines[:5])}", "config",
+                              "start all ranks with the same command line and files")
+
+
+def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunFolder, RunLock, int, list[str]]:
+    """Rank 0: find or make the folder, take the lock, count the attempt."""
+    folder = create_or_open(config.run.root, config.run.name, config_name=config_name, resume=config.run.resume,
+                            job_id=launch.job_id, now=datetime.now(UTC))
+    lock = RunLock(folder, launch.job_id)
+    note = lock.acquire()
+    try:
+        _check_restart(folder, launch)
+        check_continues(folder, config)
+        return folder, lock, next_attempt(folder), [note] if note else []
+    except MatError:
+        lock.release()
+        raise
+
+
+def _check_restart(folder: RunFolder, launch: Launch) -> None:
+    """A torchrun restart leaves at once when the attempt before it ended for a reason that a restart cannot mend."""
+    ended = read_exit(folder) if launch.restart > 0 else None
+    last: dict[str, Any] = ended["attempts"][-1] if ended else {"attempt": 0, "code": 0}
+    if last["code"] in FINAL_CODES and last["attempt"] == next_attempt(folder) - 1:  # not of an earlier launch
+        raise error_class(last["code"])(last["what"], last["where"], last["how"])
+
+
+def check_continues(folder: RunFolder, config: Config) -> None:
+    """Refuse a folder whose run is finished or has other settings."""
+    if not folder.config.exists():
+        return
+    old = load_config(str(folder.config))
+    if finished(folder) and not trains_longer(old, config):
+        cut = "" if config.train.max_steps is None else " and train.max_steps"
+        raise OutputError("the run is finished", str(folder.path),
+                          f"choose another run.name, or raise train.epochs{cut} to go on")
+    conflicts = resume_conflicts(old.model_dump(mode="json"), config)
+    if conflicts:
+        raise CheckpointError(f"the folder holds a run with other settings: {'; '.join(conflicts[:8])}",
+                              str(folder.path), "use the same settings, or choose another run.name")
+
+
+def _record_config(folder: RunFolder, config: Config, attempt: int) -> None:
+    """Write `config.yaml`; one with other values (a raised train.epochs) is kept beside it."""
+    text = dump_config(config)
+    if folder.config.exists():
+        old = folder.config.read_text()
+        if old != text:
+            write_text(folder.path / f"config_before_attempt_{attempt}.yaml", old)
+    write_text(folder.config, text)
+
+
+@contextmanager
+def _held(lock: RunLock) -> Iterator[None]:
+    """Keep the lock fresh from a thread, give it up at the end."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OutputError):  # reported by the next write into the folder
+                lock.beat()
+
+    thread = threading.Thread(target=beat, name="lock-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OutputError):
+            lock.release()

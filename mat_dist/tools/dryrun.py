@@ -1,0 +1,300 @@
+"""`--dry-run`: what a run would do, without data, run folder or process group."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mat_dist.attacks.norms import Threat
+from mat_dist.config import dump_config
+from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
+from mat_dist.core.cohort import DTYPES, Images, replica_rows
+from mat_dist.core.graph import CohortPlan, PeerPlan
+from mat_dist.core.schedules import lr_at
+from mat_dist.data import steps_per_epoch
+from mat_dist.data.split import default_val_size
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.placement import Placement
+from mat_dist.methods.warm_start import kept_bytes
+from mat_dist.models import build_model, parameter_count
+from mat_dist.tools.cost import step_passes, total_passes
+
+KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
+    "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
+    "cifar100": ((3, 32, 32), 100, 50000), "svhn": ((3, 32, 32), 10, 73257),
+}
+MIB = 1 << 20
+WIDTH = 100
+
+
+def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
+    """The resolved settings, placement, plan of each peer, passes, memory and schedule as text.
+
+    Raises EnvironmentFault for a rank count or micro-batches that do not fit.
+    """
+    place = Placement.place(len(config.peers), launch.world, launch.rank)
+    plan = CohortPlan.of(config.peers)
+    rows = replica_rows(place, config.train.batch_size, config.step.microbatches, plan.makers)
+    run = _Run(config, place, plan, rows.stop - rows.start)
+    others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
+              if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
+    lines = [dump_config(config, with_name=True).rstrip(), "",
+             f"placement   {place.describe()}, device {device.type}",
+             *(f"  or        {other.describe()}" for other in others),
+             f"images      {run.describe_images()}"]
+    return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
+                      *_schedule(run)])
+
+
+def training_passes(config: Config, steps: int | None = None) -> tuple[int, int, int] | None:
+    """Steps of a training, and the forward and backward passes of a batch through a network in all of them.
+
+    Evaluations and the transfer table of log steps do not count.
+
+    Args:
+        steps: of the training, where they are known; default by the settings, None where that needs the data set.
+    """
+    plan = CohortPlan.of(config.peers)
+    run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
+    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
+    if per_epoch < 1 and steps is None:
+        return None
+    total = steps or _total(config, per_epoch)
+    return total, *total_passes(config, plan, total, per_epoch or max(1, total // config.train.epochs))
+
+
+def _total(config: Config, per_epoch: int) -> int:
+    """Steps of the whole training."""
+    whole = config.train.epochs * per_epoch
+    return min(whole, config.train.max_steps or whole)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of the description share; `rows` are the images of a replica's batch."""
+
+    config: Config
+    place: Placement
+    plan: CohortPlan
+    rows: int
+
+    @property
+    def known(self) -> bool:
+        """Whether shape and classes are known without reading the data set."""
+        return self.config.data.name in KNOWN_IMAGES
+
+    @property
+    def images(self) -> Images:
+        side = self.config.data.image_size or 32
+        shape, classes, _ = KNOWN_IMAGES.get(self.config.data.name, ((3, side, side), 10, 0))
+        return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
+
+    @property
+    def count(self) -> int | None:
+        """Training images; None where the data set must be read to know."""
+        data = self.config.data
+        if data.train_size is not None:
+            return data.train_size
+        if not self.known:
+            return None
+        whole = KNOWN_IMAGES[data.name][2]
+        return whole - (default_val_size(whole) if data.val_size is None else data.val_size)
+
+    def per_epoch(self, count: int) -> int:
+        """Steps of an epoch of `count` training images."""
+        train = self.config.train
+        return steps_per_epoch(count, train.batch_size, self.config.data.generated_share, train.replays)
+
+    def describe_images(self) -> str:
+        name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes
+        if self.known:
+            return f"{name}: {self.count:,} for training, {size}, {classes} classes{self._more()}"
+        return f"{name}: not read; parameters and memory below are for {size} and {classes} classes"
+
+    def _more(self) -> str:
+        """What else the training takes its images from."""
+        data = self.config.data
+        poison = f"; poisoned by {data.poison}" if data.poison else ""
+        return poison + (f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else "")
+
+    @cached_property
+    def models(self) -> dict[ModelConfig, tuple[int, int]]:
+        """Number of parameters, and bytes of weights and buffers, of each distinct model."""
+        return {model: self._measure(model) for model in {spec.model for spec in self.config.peers}}
+
+    def _measure(self, model: ModelConfig) -> tuple[int, int]:
+        shown, width = self.images, DTYPES[self.config.step.precision].itemsize
+        with torch.device("meta"):
+            made = build_model(model, shape=shown.shape, classes=shown.classes, mean=shown.mean, std=shown.std)
+        held = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in made.state_dict().values())
+        return parameter_count(made), held
+
+    def state(self, spec: PeerConfig) -> int:
+        """Bytes of a peer's weights and buffers, their average, and the gradient and momentum of its parameters."""
+        parameters, held = self.models[spec.model]
+        if spec.frozen:
+            return held
+        trained = parameters * DTYPES[self.config.step.precision].itemsize
+        return held * (1 + spec.optim.averages) + trained * (1 + (spec.optim.momentum > 0))
+
+    def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
+        """Name, settings and plan of each peer."""
+        return [(str(spec.name), spec, row) for spec, row in zip(self.config.peers, self.plan.peers, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _peers(run: _Run) -> list[str]:
+    """What each peer is, and what it defends against."""
+    table = _table(["peer", "model"], ["parameters"], ["threat", "attack", "loss"])
+    for name, spec, _ in run.named():
+        threat = Threat(spec.threat.norm, spec.threat.eps)
+        table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", threat.label,
+                      f"{spec.attack.method.upper()}-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
+    return ["peers", *_lines(table)]
+
+
+def _terms(run: _Run) -> list[str]:
+    """The weights of the loss that are not 0 everywhere."""
+    turns = run.plan.turns
+    weights = {name: _mean([_weights(turn.peers[row.index]) for turn in turns]) for name, _, row in run.named()}
+    used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
+    table = _table(["peer"], used)
+    for name, row in weights.items():
+        table.add_row(name, *(f"{row[term]:.3g}" for term in used))
+    return ["loss: weights of cross-entropy (CE) and distillation (KD) on own AEs, on those of each other peer",
+            *_lines(table)]
+
+
+def _weights(row: PeerPlan) -> dict[str, float]:
+    c, others = row.loss, [j for j in range(row.peers) if j != row.index]
+    return {"CE own": c.base_scale * sum(row.hard.get(slot, 0.0) for slot in row.own),
+            "CE other": c.base_scale * max((row.hard.get(j, 0.0) for j in others), default=0.0),
+            "CE clean": c.base_scale * row.hard.get(row.clean, 0.0),
+            "KD own": row.distilled.get(row.index, 0.0) if row.teachers(row.index) else 0.0,
+            "KD other": max((row.distilled.get(j, 0.0) for j in others), default=0.0),
+            "KD clean": row.distilled.get(row.clean, 0.0),
+            "TRADES": c.base_scale * c.trades_beta, "MART": c.base_scale * c.mart_beta,
+            "logit pairing": c.base_scale * c.pair_weight,
+            "RAMP": c.base_scale * row.me.ramp_weight * sum(row.hard[s] for s in row.rivals) if row.ramp else 0.0}
+
+
+def _mean(weights: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {term: sum(one[term] for one in weights) / len(weights) for term in weights[0]}
+
+
+def _passes(run: _Run) -> list[str]:
+    """Passes of a replica's batch through each network in one step."""
+    table = _table(["peer"], ["attack", "learning", "teaching", "forward", "backward"])
+    counts = step_passes(run.config, run.plan)
+    for (name, *_), row in zip(run.named(), counts, strict=True):
+        table.add_row(name, *map(_number, row))
+    table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
+    growing = max(spec.attack.steps_warmup_epochs for spec in run.config.peers)
+    grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
+    over = "" if run.plan.period == 1 else f", in the mean over {run.plan.period} steps"
+    return [f"passes per step, of {run.rows} images each{over}", *_lines(table), *grown,
+            "  Not counted: evaluations, and forwards for the transfer table of log steps.",
+            "  Counted in full: epochs before the mutual terms or weight perturbation begin."]
+
+
+def _memory(run: _Run) -> list[str]:
+    """What arithmetic knows of the fullest rank's memory."""
+    width = DTYPES[run.config.step.precision].itemsize
+    states = [run.state(spec) for spec in run.config.peers]
+    ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
+    state = max(sum(states[peer] for peer in local) for local in ranks)
+    rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
+    sources = 2 if run.plan.split else run.place.peers if run.plan.shares_aes else local  # split: parts, and the whole
+    aes = sources * rows * math.prod(shape) * width
+    logits = run.place.peers * max(plan.most_taught for plan in run.plan.turns) * rows * run.images.classes * width
+    table = _table([""], ["MiB"], [""])
+    table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
+    table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")
+    table.add_row("logits", _mib(logits), "that peers teach")
+    held = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
+    kept = max(sum(held[peer] for peer in local) for local in ranks)
+    if kept:
+        table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (attack.start: previous)")
+    table.add_row("sum", _mib(state + aes + logits + kept), "")
+    return ["memory of the fullest rank", *_lines(table),
+            "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
+
+
+def _schedule(run: _Run) -> list[str]:
+    """Steps, and the learning rates where they change or at tenths of the training."""
+    config, batch = run.config, run.config.train.batch_size
+    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
+    if per_epoch < 1:
+        return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
+                "the data are read"]
+    total = _total(config, per_epoch)
+    forward, backward = total_passes(config, run.plan, total, per_epoch)
+    optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
+    for name, spec, _ in run.named():
+        optims.setdefault(spec.optim, name)
+    marks = sorted({step for optim in optims for step in _marks(total, per_epoch, optim)})
+    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims.items())])
+    before: list[str] = []
+    for step in marks:
+        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim in optims]
+        if rates != before or step == total - 1:
+            table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
+        before = rates
+    return [f"schedule: {total:,} steps, {per_epoch:,} per epoch, {batch} images each; "
+            f"{forward:,} forward, {backward:,} backward passes", *_lines(table)]
+
+
+def _marks(total: int, per_epoch: int, optim: OptimConfig) -> set[int]:
+    """Steps at which the learning rate is shown: tenths of the training, the end of a warm-up, milestones."""
+    marks = {min(total - 1, total * k // 10) for k in range(11)} | {round(optim.warmup_epochs * per_epoch)}
+    if optim.schedule == "piecewise":
+        for share in optim.milestones:
+            step = math.ceil(share * total)
+            marks.add(step - ((step - 1) / total >= share))  # rounding, as in `lr_at`
+    return {step for step in marks if 0 <= step < total}
+
+
+# ------------------------------------------------------------------------------------------------ layout
+
+
+def _table(words: Sequence[str], numbers: Sequence[str], remarks: Sequence[str] = ()) -> Table:
+    """A table with columns of words, of numbers (to the right) and of remarks."""
+    table = Table(header_style="", box=None, pad_edge=False)
+    for name in words:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for name in remarks:
+        table.add_column(name)
+    return table
+
+
+def _lines(table: Table) -> list[str]:
+    """The table as text without colours, its rows indented."""
+    screen = Console(file=io.StringIO(), width=WIDTH - 2, color_system=None, force_terminal=False,
+                     force_interactive=False)
+    with screen.capture() as text:
+        screen.print(table)
+    return [f"  {row.rstrip()}" for row in text.get().rstrip().splitlines()]
+
+
+def _mib(count: float) -> str:
+    return f"{count / MIB:,.2f}"
+
+
+def _number(count: Fraction | int) -> str:
+    return f"{float(count):,.2f}" if count % 1 else f"{int(count):,}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,200 @@
+"""Mean and sample standard deviation of final accuracies over seeds.
+
+python -m mat_dist.table RUN_FOLDER [RUN_FOLDER ...]   runs that differ only in run.seed share their rows
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mat_dist.cli import run_entry
+from mat_dist.errors import ConfigError, NotReportable
+from mat_dist.runs.files import parse_json
+
+_FILE = re.compile(r"test_(best|last)_step_(\d+)(?:-(\d+))?\.json")
+_SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
+# Sections that do not change what is trained or how it is evaluated; run holds the seed.
+_FREE = ("run", "comm", "log", "checkpoint")
+LEAD = ("runs", "target", "weights", "checkpoint", "attack")
+REPAIR = "remove it, or run the evaluation again"
+PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
+
+
+@dataclass(frozen=True)
+class Value:
+    """The accuracies of one target in one run.
+
+    Attributes:
+        group: what the runs of a row share: all settings but the seed, and those that do not matter.
+        run, seed: which run.
+        target, weights, checkpoint: a peer or `ensemble`; `raw` or `ema`; `best` or `last`.
+        attack: name, steps and restarts.
+        accuracy: name of the accuracy -> share in [0, 1]: clean, each threat, union.
+    """
+
+    group: str
+    run: str
+    seed: int
+    target: str
+    weights: str
+    checkpoint: str
+    attack: str
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Mean and sample standard deviation (n - 1; None for one seed) over `seeds` runs, by name of the accuracy."""
+
+    lead: tuple[str, ...]
+    seeds: int
+    mean: dict[str, float]
+    deviation: dict[str, float | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command -> exit code: 0, 2 for runs that cannot be compared, 16 where there are no results."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_entry(lambda: print_table(words))
+
+
+def print_table(words: Sequence[str]) -> None:
+    """The table for people, then the same in Markdown."""
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    values: list[Value] = []
+    for word in words:
+        found = read_run(Path(word))
+        if not found:
+            print(f"mat_dist: warning: {word} has no test results yet and is left out", file=sys.stderr)
+        values += found
+    if not values:
+        raise NotReportable("none of the runs has test results", ", ".join(words[:5]),
+                            "wait until they are finished, with eval.test=true")
+    rows = summarise(values)
+    screen = Console()
+    if not screen.is_terminal:
+        screen = Console(width=PLAIN_WIDTH, color_system=None)
+    screen.print(as_table(rows))
+    print(as_markdown(rows))
+
+
+def read_run(folder: Path) -> list[Value]:
+    """The test results of a run, of the newest evaluation of each checkpoint (best, last).
+
+    Raises ConfigError for something that is not a run folder, NotReportable for a damaged result file.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{str(folder)!r} is not a run folder", "command line", "give folders like runs/NAME")
+    newest: dict[str, tuple[tuple[str, int, int], Path, dict[str, Any]]] = {}
+    for file in sorted((folder / "eval").glob("test_*.json")):
+        name = _FILE.fullmatch(file.name)
+        if name is None:
+            continue
+        try:
+            document = parse_json(file.read_bytes())
+            age = (document["time"], int(name[2]), int(name[3] or 1))
+        except (ValueError, KeyError, TypeError) as error:
+            raise NotReportable(f"not a result file: {error}", str(file), REPAIR) from error
+        if name[1] not in newest or age > newest[name[1]][0]:
+            newest[name[1]] = (age, file, document)
+    values = []
+    for label, (_, file, document) in newest.items():
+        try:
+            values += _values(folder, label, document)
+        except (ValueError, KeyError, TypeError) as error:
+            raise NotReportable(f"not a result file: {error}", str(file), REPAIR) from error
+    return values
+
+
+def _values(folder: Path, label: str, document: dict[str, Any]) -> list[Value]:
+    settings = {key: value for key, value in document["config"].items() if key not in _FREE}
+    plan = document["attack"]
+    group = json.dumps([settings, plan], sort_keys=True)
+    attack = f"{plan['name']}-{plan['steps']}" + (f" x {plan['restarts']}" if plan["restarts"] > 1 else "")
+    return [Value(group, folder.resolve().name, int(document["seed"]), one["target"], one["weights"], label, attack,
+                  {key: float(share) for key, share in one["accuracy"].items()}) for one in document["targets"]]
+
+
+def summarise(values: Sequence[Value]) -> list[Row]:
+    """A row per group, target, weights and checkpoint, in the order of the runs.
+
+    Raises ConfigError when two runs of a group have one seed: they are one observation, not two.
+    """
+    cells: dict[tuple[str, ...], list[Value]] = {}
+    for value in values:
+        cells.setdefault((value.group, value.target, value.weights, value.checkpoint), []).append(value)
+    names = _names(values)
+    rows = []
+    for (group, *lead), same in cells.items():
+        for one, other in combinations(same, 2):
+            if one.seed == other.seed:
+                raise ConfigError(f"{one.run} and {other.run} have the same settings and seed {one.seed}",
+                                  "command line", "give one run per seed")
+        shares = {key: [value.accuracy[key] for value in same] for key in same[0].accuracy}
+        rows.append(Row((names[group], *lead, same[0].attack), len(same),
+                        {key: statistics.fmean(found) for key, found in shares.items()},
+                        {key: statistics.stdev(found) if len(found) > 1 else None for key, found in shares.items()}))
+    return rows
+
+
+def _names(values: Sequence[Value]) -> dict[str, str]:
+    """A name per group: that of its first run without the seed, numbered where two groups would share one."""
+    names: dict[str, str] = {}
+    for value in values:
+        if value.group not in names:
+            stem = _SEED.sub("", value.run) or value.run
+            taken = set(names.values())
+            numbered = [stem, *(f"{stem} ({k})" for k in range(2, len(values) + 2))]
+            names[value.group] = next(name for name in numbered if name not in taken)
+    return names
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Column names and texts: per cent, mean +- deviation. `union` only where there is more than one threat."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.mean))
+    threats = [key for key in keys if key not in ("clean", "union")]
+    shown = [key for key in ("clean", *threats, *(("union",) if len(threats) > 1 else ())) if key in keys]
+
+    def text(row: Row, key: str) -> str:
+        if key not in row.mean:
+            return "-"
+        deviation = row.deviation[key]
+        return f"{100 * row.mean[key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+    columns = [*LEAD, *(f"{key} %" for key in shown), "seeds"]
+    return columns, [[*row.lead, *(text(row, key) for key in shown), str(row.seeds)] for row in rows]
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """The table for a terminal."""
+    columns, texts = _cells(rows)
+    table = Table(title="Accuracy on the test set: mean ± sample standard deviation over seeds")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < len(LEAD) else "right", no_wrap=True)
+    for row in texts:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    columns, texts = _cells(rows)
+    rule = ["---" if number < len(LEAD) else "---:" for number in range(len(columns))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *texts])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

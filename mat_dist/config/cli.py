@@ -24,8 +24,9 @@ _OPTION_TEXTS = (
     ("KEY=VALUE", "a setting below; the value is YAML: 3, 8/255, 1e-3, true, null, [0.5, 0.75]"),
 )
 _NOTES = (
-    "The sections model, threat, attack, loss and optim hold for every peer. One peer: peers.2.model=wrn_28_10; every "
-    "peer, also where a file gives each its own: peers.all.optim.lr=0.05. peers=4 is a number of equal peers.",
+    "The sections model, threat, union, attack, loss, optim and methods hold for every peer. One peer: "
+    "peers.2.model=wrn_28_10; every peer, also where a file gives each its own: peers.all.optim.lr=0.05. peers=4 is a "
+    "number of equal peers.",
     "Short forms: model=resnet18 is model.name, threat=l2 is threat.norm, loss=at is loss.preset; attack.eps and "
     "attack.norm are other names for threat.eps and threat.norm.",
     "A file begins with `defaults: [base]` to build on another one; the command line comes last. A file, a peer or a "
@@ -123,12 +124,15 @@ def help_text(prog: str, description: str) -> str:
     for note in _NOTES:
         lines += textwrap.wrap(note, WIDTH - 2, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     for section, field in Config.model_fields.items():
+        rows = [row for key, row in settings().items() if key.split(".")[0] == section]
+        if not rows:
+            continue  # methods, where none has settings
         each = " (of every peer)" if section in SHARED else ""
         lines += ["", f"{section}: {field.description}{'' if 'of the peers' in (field.description or '') else each}"]
         if section == "peers":
             lines += _entry(f"peers={len(field.default)}", "number of peers, or a list with an entry per peer "
                                                             f"[1 to {MAX_PEERS}]; N is an index from 0")
-        lines += _rows([row for key, row in settings().items() if key.split(".")[0] == section])
+        lines += _rows(rows)
     return "\n".join([*lines, "", "Examples", *_examples(prog)])
 
 

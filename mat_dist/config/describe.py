@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from mat_dist.config.fields import Section
+from mat_dist.config.fields import Section, methods_model
 from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.errors import ConfigError
@@ -112,9 +112,14 @@ def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> No
             found[f"{prefix}{name}"] = _setting(f"{prefix}{name}", field)
 
 
-@cache
 def settings() -> dict[str, Setting]:
     """Every setting by its dotted key, in the order of the schema; a peer's own ones as `peers.N.name`."""
+    return _settings(methods_model())
+
+
+@cache
+def _settings(_: type[Section]) -> dict[str, Setting]:
+    """`settings` for the registered sections of methods."""
     found: dict[str, Setting] = {}
     _collect(Config, "", found)
     for name in (name for name in PeerConfig.model_fields if name not in SHARED):
@@ -158,12 +163,12 @@ def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) ->
     *section, name = path
     names = _section_names(tuple(section))
     prefix = "".join(f"{part}." for part in section)
-    how = f"known here: {', '.join(names)}"
+    how = f"known here: {', '.join(names) or 'none'}"
     if search:
         word = str(name)
         near = nearest(word, names)
         elsewhere = [key for key in settings() if key.endswith(f".{word}") and key.split(".")[0] not in path[:1]]
-        if near is None and not elsewhere:
+        if near is None and not elsewhere and section[-1:] != ["methods"]:
             leaves = {key.rpartition(".")[2]: key for key in reversed(settings())}
             close = nearest(word, [*leaves, *settings()])
             elsewhere = [leaves.get(close, close)] if close else []

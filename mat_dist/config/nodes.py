@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mat_dist.config.fields import Section
+from mat_dist.config.fields import Section, methods_model
 from mat_dist.config.schema import Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -21,7 +21,7 @@ SHORTHANDS = {"model": "name", "threat": "norm", "loss": "preset", "union": "str
 # These settings of `attack` are other names for settings of `threat`.
 ALIASES = ("eps", "norm")
 # Sections at the top level that are the defaults of every peer.
-SHARED = ("model", "threat", "union", "attack", "loss", "optim")
+SHARED = ("model", "threat", "union", "attack", "loss", "optim", "methods")
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def cut(tree: Node, path: Sequence[str | int]) -> Node:
 
 
 def leaves(tree: Node, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Node]]:
-    """Every value below the mappings of `tree`, with its path."""
-    if not isinstance(tree.value, dict):
+    """Every value below the mappings of `tree`, with its path; an empty mapping is a value."""
+    if not isinstance(tree.value, dict) or not tree.value:
         yield path, tree
         return
     for name, child in tree.value.items():
@@ -140,6 +140,8 @@ def _without_empty_sections(tree: Node, model: type[Section]) -> Node:
 
 def section_class(model: type[Section], name: str) -> type[Section] | None:
     """The class of the section `name` inside `model`, None if it is not a section."""
+    if name == "methods" and name in model.model_fields:
+        return methods_model()
     annotation = model.model_fields[name].annotation if name in model.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 

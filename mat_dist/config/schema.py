@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from mat_dist.config.attack import AttackConfig
-from mat_dist.config.fields import Integer, Number, Section
+from mat_dist.config.fields import Integer, Methods, Number, Section
 from mat_dist.config.loss import LossConfig
 from mat_dist.config.union import UnionConfig
 
@@ -159,6 +159,7 @@ class PeerConfig(Section):
     attack: AttackConfig = Field(default_factory=AttackConfig, description="training attack")
     loss: LossConfig = Field(default_factory=LossConfig, description="mutual loss (a preset name alone is enough)")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
+    methods: Methods = Field(default_factory=dict, description="methods that are added to the training, a section each")
 
 
 class StepConfig(Section):
@@ -246,7 +247,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """A whole run. The sections model, threat, union, attack, loss and optim are the defaults of every peer."""
+    """A whole run. Sections that a peer has too are the defaults of every peer."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="run folder, seed, device")
     comm: CommConfig = Field(default_factory=CommConfig, description="communication between ranks")
@@ -257,6 +258,7 @@ class Config(Section):
     attack: AttackConfig = Field(default_factory=AttackConfig, description="default training attack of the peers")
     loss: LossConfig = Field(default_factory=LossConfig, description="default mutual loss of the peers")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="default optimizer of the peers")
+    methods: Methods = Field(default_factory=dict, description="default methods of the peers, a section each")
     peers: tuple[PeerConfig, ...] = Field(
         (PeerConfig(), PeerConfig(), PeerConfig(), PeerConfig()), min_length=1, max_length=MAX_PEERS,
         description="the cohort: a number of equal peers, or a list with an entry per peer")

@@ -75,9 +75,9 @@ def test_help_lists_every_setting_with_type_default_and_meaning(capsys: pytest.C
     text = capsys.readouterr().out
     flat = " ".join(text.split())
     count = 0
-    for model in (section for section in _sections(Config)):
+    for model in _sections(Config):
         for name, field in model.model_fields.items():
-            if field.description and not _is_section(field.annotation) and name != "peers":
+            if field.description and not _is_section(field.annotation) and name not in ("peers", "methods"):
                 assert field.description.replace("  ", " ") in flat, name
                 count += 1
     assert count == len(settings()) > 80

@@ -1,0 +1,90 @@
+"""Sections of settings that methods register."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+
+import pytest
+from pydantic import Field
+
+from mat_dist.config import config_differences, dump_config, help_text, load_config, register_section, schema_json
+from mat_dist.config import fields as fields_module
+from mat_dist.config.fields import Number, Section
+from mat_dist.config.schema import Config
+from mat_dist.errors import ConfigError
+
+
+class Shake(Section):
+    """Settings of a method that there is not."""
+
+    gamma: Number = Field(0.5, gt=0, le=1, description="how much it shakes")
+    often: bool = Field(False, description="shake in every step")
+
+
+@pytest.fixture(autouse=True)
+def shake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(fields_module, "_METHODS", {})
+    register_section("shake", Shake, "a method that shakes")
+    yield
+
+
+def test_a_registered_section_holds_for_all_peers_and_each_may_say_otherwise(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("methods:\n  shake:\n    gamma: 1/4\npeers:\n- methods:\n    shake: {often: true}\n- {}\n-\n")
+    config = load_config(str(file), ["peers.1.methods.shake.gamma=0.75"])
+    assert [peer.methods for peer in config.peers] == [
+        {"shake": Shake(gamma=0.25, often=True)}, {"shake": Shake(gamma=0.75)}, {"shake": Shake(gamma=0.25)}]
+    assert config.methods == {} and pickle.loads(pickle.dumps(config)) == config
+
+
+def test_it_survives_a_dump(tmp_path):
+    config = load_config("digits", ["peers.1.methods.shake.gamma=0.1"])
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "dumped.yaml")) == config
+    assert config.model_dump(mode="json")["peers"][1]["methods"] == {"shake": {"gamma": 0.1, "often": False}}
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert config_differences(load_config("digits"), config)[0] == "peers.1.methods.shake.gamma: null -> 0.1"
+
+
+@pytest.mark.parametrize("item", ["methods=null", "methods.shake=null", "methods={}", "methods={shake: null}"])
+def test_an_empty_section_is_absent(item):
+    assert all(peer.methods == {} for peer in load_config("digits", [item]).peers)
+
+
+def test_a_section_without_settings_is_there_with_its_defaults():
+    assert load_config("digits", ["methods.shake={}"]).peers[2].methods == {"shake": Shake()}
+
+
+@pytest.mark.parametrize("item,what,how", [
+    ("methods.shaek.gamma=1", "there is no setting methods.shaek", "did you mean methods.shake?"),
+    ("methods.other={}", "there is no setting methods.other", "known here: shake"),
+    ("peers.0.methods.other.x=1", "there is no setting peers.0.methods.other", "known here: shake"),
+    ("peers.2.methods.shake.gama=1", "there is no setting peers.2.methods.shake.gama", "methods.shake.gamma?"),
+    ("peers.2.methods.shake.gamma=-1", "-1 cannot be used for peers.2.methods.shake.gamma", "> 0"),
+    ("methods.shake=3", "3 cannot be used for the section methods.shake", "gamma, often"),
+    ("methods=3", "3 cannot be used for the section methods", "below it: shake"),
+])
+def test_what_is_wrong_is_told_with_key_and_way_out(item, what, how):
+    with pytest.raises(ConfigError) as caught:
+        load_config("digits", [item])
+    assert caught.value.problems[0].what.startswith(what) and how in str(caught.value.problems[0])
+
+
+def test_help_and_json_schema_list_it_as_soon_as_it_is_registered():
+    text = " ".join(help_text("x", "y").split())
+    assert "methods.shake.gamma=0.5 how much it shakes [number > 0, <= 1]" in text and "methods.shake.often=" in text
+    schema = json.loads(schema_json())
+    for properties in (schema["properties"], schema["$defs"]["PeerConfig"]["properties"]):
+        section, empty = properties["methods"]["anyOf"]
+        assert empty == {"type": "null"} and not section["additionalProperties"]
+        assert section["properties"]["shake"]["anyOf"] == [{"$ref": "#/$defs/Shake"}, {"type": "null"}]
+
+
+def test_a_name_is_one_word_and_registered_once():
+    register_section("shake", Shake, "again: a plug-in may be loaded twice")
+    with pytest.raises(ConfigError, match="registered twice"):
+        register_section("shake", type("Other", (Section,), {}), "another one")
+    with pytest.raises(ConfigError, match="cannot name a section"):
+        register_section("sh.ake", Shake, "a dot")

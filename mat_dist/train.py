@@ -32,7 +32,9 @@ def train(words: list[str]) -> None:
     from mat_dist.distributed.device import choose_device, prepare_torch, ranks_per_device
     from mat_dist.distributed.groups import open_mesh
     from mat_dist.distributed.stopping import watching
+    from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
+    from mat_dist.runs.tracked import open_reporter
     from mat_dist.runs.trackers import require_trackers
     from mat_dist.tools.dryrun import describe_run
 
@@ -53,7 +55,8 @@ def train(words: list[str]) -> None:
                             build_cache=launch.local_rank == 0, stop=stop)
         data = run.together("placing the data", place, data, config.data.residency, device,
                             sharing=ranks_per_device(device, launch.local_world))
-        Trainer(config, mesh, run, data, stop).fit()
+        evaluations = Evaluations(config, mesh, run, data, stop, open_reporter(run, config))
+        Trainer(config, mesh, run, data, stop, evaluations).fit()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.during_training import EMA, RAW
+from mat_dist.evaluation.attacks import EMA, RAW
 from mat_dist.evaluation.request import Request, parse
 from mat_dist.evaluation.runs import find_run, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
@@ -59,7 +59,7 @@ def make(folder: RunFolder, config: Config, request: Request) -> dict[str, Any]:
     from mat_dist.data import load_data, place
     from mat_dist.distributed.device import choose_device, prepare_torch
     from mat_dist.distributed.stopping import watching
-    from mat_dist.evaluation.during_training import load_models
+    from mat_dist.evaluation.attacks import load_models
     from mat_dist.evaluation.evaluation import Subject, check_images
 
     device = choose_device(config, local_rank=0, local_world=1)

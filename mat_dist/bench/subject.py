@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.bench.timing import PhaseClock
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import DTYPES, Cohort, Images
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.opinions import AllLogits
 from mat_dist.core.step import train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import ConfigError
+from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.models.modes import frozen
 from mat_dist.rng import key, keyed_rng
 

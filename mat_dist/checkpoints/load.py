@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mat_dist import checkpoints
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Images
 from mat_dist.core.peer import Peer
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.during_training import EMA, ENSEMBLE, RAW, candidates, ensemble_of, load_models
+from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW, candidates, ensemble_of, load_models
 from mat_dist.models import soup
+from mat_dist.models.classifier import Images
 from mat_dist.models.ensemble import WEIGHTS
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder

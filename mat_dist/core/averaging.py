@@ -10,9 +10,10 @@ from torch.optim.swa_utils import update_bn
 
 from mat_dist import rng
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import DTYPES, Cohort, Images, make_model
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.peer import Peer
 from mat_dist.data import DataSets, training_batches
+from mat_dist.models.classifier import DTYPES, Images, make_model
 
 NORM_IMAGES = 10_000  # training images behind the statistics: a fifth of CIFAR; fewer where an epoch has fewer
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config, PeerConfig, StepConfig
 from mat_dist.core.drawing import Drawing
@@ -23,24 +22,7 @@ from mat_dist.data.shown import Shown
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.models import build_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of images, AEs and losses
-
-
-@dataclass(frozen=True)
-class Images:
-    """What the models must fit: image shape (C, H, W), number of classes, channel mean and deviation."""
-
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Images:
-        """From what a checkpoint's manifest tells."""
-        return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
+from mat_dist.models.classifier import Images, make_model
 
 
 def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: int = 1) -> slice:
@@ -56,15 +38,6 @@ def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: i
                                "micro-batch evenly", "attack.split_batch", "use another train.batch_size, fewer ranks "
                                "or fewer step.microbatches")
     return rows
-
-
-def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
-    """A peer's model with its keyed initial weights, in the precision and layout of the run."""
-    start = spec.stream if spec.init_stream is None else spec.init_stream
-    with rng.keyed_rng(rng.key(seed, "init", start or 0)):
-        model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
-    model = model.to(device=device, dtype=DTYPES[step.precision])
-    return model.to(memory_format=torch.channels_last) if step.channels_last else model
 
 
 @dataclass

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.crafter import free_memory
-from mat_dist.core.cohort import DTYPES, Cohort
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.losses import accuracy
 from mat_dist.core.opinions import Opinions
 from mat_dist.core.peer import Peer
+from mat_dist.models.classifier import DTYPES
 from mat_dist.models.modes import synchronised
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,24 +14,36 @@ from mat_dist.checkpoints.load import initialise
 from mat_dist.checkpoints.saver import Saver
 from mat_dist.config.schema import Config
 from mat_dist.core.averaging import norm_renewal
-from mat_dist.core.cohort import DTYPES, Cohort, Images
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.containment import Containment
 from mat_dist.core.monitor import Watch, wait_shares
-from mat_dist.core.records import Meter, peers_robust, step_record, table_rows, validation_record
+from mat_dist.core.records import Meter, step_record
 from mat_dist.core.step import Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
-from mat_dist.evaluation.during_training import AttackPlan, Result, evaluate, selection_score
-from mat_dist.evaluation.gallery import show_gallery
-from mat_dist.evaluation.results import write_results
+from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.runs.device_memory import device_memory
-from mat_dist.runs.reporter import NullReporter, Reporter
-from mat_dist.runs.result_table import Result as TableRow
+from mat_dist.runs.reporter import Reporter
 from mat_dist.runs.session import Run
-from mat_dist.runs.tracked import open_reporter
+
+
+class Evaluations(Protocol):
+    """What the training needs of the evaluator (mat_dist/evaluation/during_training.py); called on every rank."""
+
+    reporter: Reporter
+
+    def lacks(self, done: int) -> bool:
+        """Whether the checkpoint of step `done` has not been evaluated."""
+
+    def validate(self, done: int, manifest: checkpoints.Manifest,
+                 progress: Mapping[str, Any]) -> list[float | None]:
+        """Attack a checkpoint on the validation split, mark the best -> each peer's robust accuracy, own threat."""
+
+    def finish(self, best: checkpoints.Manifest | None, newest: checkpoints.Manifest) -> None:
+        """Attack the best and the newest checkpoint on the test set, and show the table."""
 
 
 class Trainer:
@@ -42,9 +55,11 @@ class Trainer:
         run: the open run folder.
         data: the splits.
         stop: set by a signal.
+        evaluations: what attacks checkpoints; its reporter is told of the steps too.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag) -> None:
+    def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag,
+                 evaluations: Evaluations) -> None:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         mean, std = channel_stats(data.train)
         self.images = Images(data.train.shape, len(data.classes), mean, std)
@@ -52,13 +67,11 @@ class Trainer:
                                 config.train.replays)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
-        self.reporter: Reporter = (open_reporter(run.folder.path, config, attempt=run.attempt)
-                                   if mesh.placement.is_lead else NullReporter())
+        self.evaluations, self.reporter = evaluations, evaluations.reporter
         renew = norm_renewal(config, data, self.images)
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, prepare=renew)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.watch = Watch(len(config.peers))
-        self.best_score = -1.0
 
     # ---------------------------------------------------------------- the run
 
@@ -125,39 +138,9 @@ class Trainer:
             return Outcome(ready=False)
 
     def finish(self) -> None:
-        """Attack the best (if there were evaluations) and the newest checkpoint on the test set.
-
-        A damaged one does not keep the other from its result; its error comes last.
-        """
-        if not self.config.eval.test or self.saver.newest is None:
-            return
-        plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
-        best = self.best()
-        chosen = {**({"best": best} if best else {}), "last": self.saver.newest}
-        rows: list[TableRow] = []
-        done: dict[int, list[Result]] = {}
-        damaged: CheckpointError | None = None
-        for label, manifest in chosen.items():
-            try:
-                if manifest.step not in done:
-                    self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
-                    done[manifest.step] = evaluate(self.config, self.mesh, manifest, self.images, self.data.test, plan,
-                                                   size=self.config.eval.test_size, purpose="test", stop=self.stop)
-            except CheckpointError as error:
-                damaged = error
-                continue
-            results = done[manifest.step]
-            if self.mesh.placement.is_lead:
-                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
-                              config=self.config, attack=plan, step=manifest.step, split="test",
-                              attempt=self.run.attempt, per_sample=True)
-                show_gallery(self.reporter, f"test_{label}", self.config, manifest, self.images, self.data.test, plan,
-                             results, self.mesh.device)
-            rows += table_rows(label, results, plan)
-        if rows:
-            self.reporter.table(rows)
-        if damaged is not None:
-            raise damaged
+        """The test of the best and of the newest checkpoint."""
+        if self.config.eval.test and self.saver.newest is not None:
+            self.evaluations.finish(self.best(), self.saver.newest)
 
     # ---------------------------------------------------------------- records
 
@@ -206,9 +189,7 @@ class Trainer:
     def lacks_evaluation(self, done: int) -> bool:
         """Whether an earlier attempt ended between the checkpoint of step `done` and its evaluation."""
         per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
-        file = self.run.folder.eval / f"validation_{checkpoints.step_name(done)}.json"
-        missing = self.mesh.from_lead(not file.exists())
-        return done > 0 and missing and self.evaluates_at(done, per_epoch, total)
+        return done > 0 and self.evaluates_at(done, per_epoch, total) and self.evaluations.lacks(done)
 
     def best(self) -> checkpoints.Manifest | None:
         """The checkpoint that the validation split chose; None if there was no evaluation."""
@@ -241,9 +222,7 @@ class Trainer:
             agree.run("settings", self._check_resume, newest[0] if newest else None)
             if newest is not None:
                 adopted = agree.run("search", checkpoints.adopt, self.run.folder, newest[0])
-                best = agree.run("search", checkpoints.read_best, self.run.folder)
-                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])],
-                         "best": best.score if best else -1.0}
+                found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])]}
         agree.settle("search")
         found = self.mesh.from_lead(found)
         if found is None:
@@ -253,7 +232,7 @@ class Trainer:
         for peer in self.cohort.peers:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoints.load_peer(manifest, p.index)))
         agree.settle("loading")
-        self.saver.newest, self.best_score = manifest, float(found["best"])
+        self.saver.newest = manifest
         self.cohort.load(manifest.meta.extra)
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
@@ -274,26 +253,6 @@ class Trainer:
         """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
         if self.saver.newest is None or self.saver.newest.step != done:
             return self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
-        began = perf_counter()
-        plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
-        results = evaluate(self.config, self.mesh, self.saver.newest, self.images, self.data.val, plan,
-                           size=self.config.eval.size, purpose="validation", stop=self.stop)
-        score = selection_score(results, self.config.peers)
-        for line in self.watch.overfitting(peers_robust(results, self.config.peers)):
+        robust = self.evaluations.validate(done, self.saver.newest, self.progress(done))
+        for line in self.watch.overfitting(robust):
             self.note(line)
-        agree = Agreement(self.mesh, f"validation after step {done}", done)
-        if self.mesh.placement.is_lead:
-            agree.run("records", self._record_validation, done, results, score, plan, perf_counter() - began)
-            show_gallery(self.reporter, "validation", self.config, self.saver.newest, self.images, self.data.val, plan,
-                         results, self.mesh.device)
-        agree.settle("records")
-        self.best_score = max(self.best_score, score)
-
-    def _record_validation(self, done: int, results: list[Result], score: float, plan: AttackPlan,
-                           seconds: float) -> None:
-        """The result file comes last: where it is missing, a resumed run evaluates again."""
-        if score > self.best_score:
-            checkpoints.mark_best(self.run.folder, done, score, {"split": "validation"})
-        self.reporter.epoch({**self.progress(done), "eval_s": seconds, **validation_record(results)})
-        write_results(self.run.folder.eval, f"validation_{checkpoints.step_name(done)}", results, config=self.config,
-                      attack=plan, step=done, split="validation", attempt=self.run.attempt)

@@ -32,8 +32,8 @@ from mat_dist.evaluation.attack import (
     table,
     transfer_counts,
 )
+from mat_dist.evaluation.attacks import pixels, strict_arithmetic
 from mat_dist.evaluation.craft import Job
-from mat_dist.evaluation.during_training import pixels, strict_arithmetic
 from mat_dist.evaluation.soundness import examine
 from mat_dist.evaluation.sources import replay_sources
 from mat_dist.evaluation.targets import Target

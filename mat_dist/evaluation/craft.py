@@ -13,8 +13,8 @@ from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong
 from mat_dist.attacks.random_search import patch_change, random_search
+from mat_dist.evaluation.attacks import AttackPlan, restarts
 from mat_dist.evaluation.autoattack import Found, autoattack, chunk_seed
-from mat_dist.evaluation.during_training import AttackPlan, restarts
 from mat_dist.evaluation.menu import AUTOATTACK, MENU
 from mat_dist.models.modes import frozen
 

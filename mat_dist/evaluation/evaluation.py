@@ -17,7 +17,6 @@ from mat_dist.attacks.norms import eps_text
 from mat_dist.checkpoints.load import best_peer
 from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Images
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.device import device_name, ranks_per_device
@@ -26,13 +25,14 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluation import autoattack, outcome
+from mat_dist.evaluation.attacks import EMA, RAW, candidates, chosen_images, load_models, threats_of
 from mat_dist.evaluation.chunks import Work, run_chunks
 from mat_dist.evaluation.craft import Job
-from mat_dist.evaluation.during_training import EMA, RAW, candidates, chosen_images, load_models, threats_of
 from mat_dist.evaluation.menu import AUTOATTACK, made_by
 from mat_dist.evaluation.request import Request
 from mat_dist.evaluation.sources import load_sources
 from mat_dist.evaluation.targets import attack_plans, make_targets, target_names, threats_asked
+from mat_dist.models.classifier import Images
 from mat_dist.runs.environment import versions
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.logs import close_logger, rank_logger

@@ -19,7 +19,6 @@ from mat_dist.cli import tell
 from mat_dist.config import dump_config
 from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
-from mat_dist.core.cohort import Images, make_model
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.device import device_name
@@ -27,8 +26,9 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
-from mat_dist.evaluation.during_training import correct, pixels
+from mat_dist.evaluation.attacks import correct, pixels
 from mat_dist.evaluation.importing import Importing
+from mat_dist.models.classifier import Images, make_model
 from mat_dist.runs.environment import write_environment
 from mat_dist.runs.exits import write_exit
 from mat_dist.runs.files import write_text

@@ -20,8 +20,8 @@ from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.random_search import patch_change, random_search
 from mat_dist.evaluation.attack import TRANSFER, WHITE_BOX, Tried, predict
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.craft import NOISE_DRAWS, Job, crafted
-from mat_dist.evaluation.during_training import AttackPlan
 from mat_dist.evaluation.targets import FGSM, Target
 from mat_dist.models.modes import frozen
 

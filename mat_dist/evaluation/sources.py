@@ -12,13 +12,13 @@ from torch import Tensor
 from mat_dist import checkpoints
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Images
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attack import TRANSFER, Tried, attack_one
+from mat_dist.evaluation.attacks import EMA, RAW, load_models
 from mat_dist.evaluation.craft import Job
-from mat_dist.evaluation.during_training import EMA, RAW, load_models
 from mat_dist.evaluation.runs import find_run, refuse_unfinished
 from mat_dist.evaluation.targets import Target
+from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
 
 FROM = f"{TRANSFER} from "

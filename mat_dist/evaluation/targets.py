@@ -13,7 +13,7 @@ from mat_dist.config.fields import NORMS, parse_threats
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import radii
-from mat_dist.evaluation.during_training import AttackPlan
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.menu import MENU, TARGETED, made_by
 from mat_dist.evaluation.request import ENSEMBLE, PEERS, Request
 from mat_dist.models import Ensemble, soup

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Images
 from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
-from mat_dist.evaluation.during_training import (
+from mat_dist.evaluation.attacks import (
     EMA,
     ENSEMBLE,
     RAW,
@@ -27,6 +26,7 @@ from mat_dist.evaluation.during_training import (
     restarts,
     threats_of,
 )
+from mat_dist.models.classifier import Images
 from mat_dist.report.files import RunFiles
 
 

@@ -1,20 +1,23 @@
-"""A reporter that also tells trackers, and the choice of rank 0's reporter."""
+"""A reporter that also tells trackers, and the choice of a rank's reporter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mat_dist.config.schema import Config
-from mat_dist.runs.reporter import JsonlReporter, Reporter
+from mat_dist.runs.reporter import JsonlReporter, NullReporter, Reporter
 from mat_dist.runs.result_table import Result
+from mat_dist.runs.session import Run
 from mat_dist.runs.trackers import Picture, Tracker, choose_trackers, series
 
 
-def open_reporter(folder: Path, config: Config, *, attempt: int) -> Reporter:
-    """The reporter of rank 0: files and console, and the trackers of the section `log`."""
-    files = JsonlReporter(folder, console=config.log.console, attempt=attempt)
+def open_reporter(run: Run, config: Config) -> Reporter:
+    """The reporter of a rank. Rank 0: files and console, and the trackers of the section `log`; others: none."""
+    if not run.mesh.placement.is_lead:
+        return NullReporter()
+    folder = run.folder.path
+    files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
     trackers = choose_trackers(folder, config.log, config.model_dump(mode="json"))
     return TrackedReporter(files, trackers) if trackers else files
 

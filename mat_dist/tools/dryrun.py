@@ -16,7 +16,7 @@ from rich.table import Table
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
-from mat_dist.core.cohort import DTYPES, Images, replica_rows
+from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CohortPlan, PeerPlan
 from mat_dist.core.schedules import lr_at
 from mat_dist.data import steps_per_epoch
@@ -25,6 +25,7 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.methods.warm_start import kept_bytes
 from mat_dist.models import build_model, parameter_count
+from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.tools.cost import step_passes, total_passes
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)

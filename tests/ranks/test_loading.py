@@ -12,7 +12,7 @@ import mat_dist
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.during_training import candidates
+from mat_dist.evaluation.attacks import candidates
 from mat_dist.train import main
 
 

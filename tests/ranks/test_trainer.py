@@ -16,16 +16,19 @@ import pytest
 from mat_dist import rng
 from mat_dist.checkpoints import load, load_manifest, read_best
 from mat_dist.config import load_config
-from mat_dist.core import trainer
 from mat_dist.core.trainer import Trainer
 from mat_dist.data import load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, OutputError, StopRequested
-from mat_dist.evaluation.during_training import AttackPlan, evaluate
+from mat_dist.evaluation import during_training
+from mat_dist.evaluation.attacks import AttackPlan, evaluate
+from mat_dist.evaluation.during_training import Evaluations
+from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import open_run
+from mat_dist.runs.tracked import open_reporter
 from tests.small_runs import SMALL, Finished, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings
@@ -65,7 +68,8 @@ def cohort_run(tmp_path: Path, run_ranks: Ranks) -> Run:
             launch = Launch(mesh.placement.rank, world)
             with open_run(config, mesh, launch, config_name="test", argv=[], plugins={}) as opened:
                 flag = StopFlag()
-                member = Trainer(config, mesh, opened, data, flag)
+                evaluations = Evaluations(config, mesh, opened, data, flag, open_reporter(opened, config))
+                member = Trainer(config, mesh, opened, data, flag, evaluations)
                 if launch.rank == world - 1 and stop_after is not None:
                     member.batches.at = asking(member.batches.at, flag, stop_after)  # type: ignore[method-assign]
                 member.fit()
@@ -179,7 +183,7 @@ def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
     manifest = load_manifest(run.folder)
-    images = trainer.Images(**{**manifest.meta.extra["images"], "shape": data.train.shape})
+    images = Images(**{**manifest.meta.extra["images"], "shape": data.train.shape})
 
     def rank(mesh: Mesh) -> list[Any]:
         return [(r.target, r.weights, *(t.tolist() for t in (r.clean_N, r.robust_TN, r.samples_N, r.labels_N)))
@@ -210,7 +214,7 @@ def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: in
     """Between a checkpoint and the end of its evaluation; for call 2 nothing else is left to do."""
     whole = uninterrupted(*EVALUATED)
     calls: list[str] = []
-    original = getattr(trainer, broken)
+    original = getattr(during_training, broken)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(broken)
@@ -218,7 +222,7 @@ def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: in
             raise OutputError("disk full", "eval", "free some space")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, broken, failing)
+    monkeypatch.setattr(during_training, broken, failing)
     with pytest.raises(OutputError):
         cohort_run("failed", 1, *EVALUATED)
     again = cohort_run("failed", 1, *EVALUATED)
@@ -240,17 +244,17 @@ def test_an_evaluation_that_was_done_is_not_repeated(cohort_run: Run) -> None:
 
 def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*EVALUATED, "eval.test=true")
-    original = trainer.evaluate
+    original = during_training.evaluate
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if kwargs["purpose"] == "test":
             raise OutputError("disk full", "eval", "free some space")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", failing)
+    monkeypatch.setattr(during_training, "evaluate", failing)
     with pytest.raises(OutputError):
         cohort_run("tested", 1, *settings)
-    monkeypatch.setattr(trainer, "evaluate", original)
+    monkeypatch.setattr(during_training, "evaluate", original)
     again = cohort_run("tested", 1, *settings)
     assert [r["attempt"] for r in again.records("epoch")] == [1, 1]  # nothing was trained or validated again
     best = read_best(again.folder)
@@ -261,7 +265,7 @@ def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monke
 
 def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(cohort_run: Run, tmp_path: Path,
                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    original, last = trainer.evaluate, []
+    original, last = during_training.evaluate, []
 
     def damaged(config: Any, mesh: Any, manifest: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs["purpose"] == "test" and not last:
@@ -269,7 +273,7 @@ def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(coho
             raise CheckpointError("peer_0.pt is damaged", "step_00000004", "restore it")
         return original(config, mesh, manifest, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", damaged)
+    monkeypatch.setattr(during_training, "evaluate", damaged)
     monkeypatch.setattr(Trainer, "best", lambda self: load_manifest(self.run.folder, 4))
     with pytest.raises(CheckpointError, match="peer_0"):
         cohort_run("half", 1, *EVALUATED, "eval.test=true")

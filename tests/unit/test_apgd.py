@@ -16,7 +16,7 @@ from mat_dist.config import load_config
 from mat_dist.config.schema import DataConfig
 from mat_dist.core.peer import Peer
 from mat_dist.data import as_float, load_data
-from mat_dist.evaluation.during_training import AttackPlan, withstands
+from mat_dist.evaluation.attacks import AttackPlan, withstands
 from mat_dist.models.modes import frozen
 from tests.cohorts import CLASSES, batch, cohort_config, nets
 

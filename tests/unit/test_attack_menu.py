@@ -22,9 +22,9 @@ from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import craft
 from mat_dist.evaluation.attack import TRANSFER, attack_one, attack_targets, predict, strongest
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.autoattack import Found, chunk_seed
 from mat_dist.evaluation.craft import Job, crafted, made
-from mat_dist.evaluation.during_training import AttackPlan
 from mat_dist.evaluation.menu import MENU, stand_in
 from mat_dist.evaluation.radii import DATA_SETS, UNIONS
 from mat_dist.evaluation.request import Request, parse

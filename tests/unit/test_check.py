@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from mat_dist.config import load_config
-from mat_dist.core.cohort import make_model
 from mat_dist.core.peer import Peer
 from mat_dist.data import Batches
 from mat_dist.distributed.launch import Launch
+from mat_dist.models.classifier import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from mat_dist.tools.check import data as data_check

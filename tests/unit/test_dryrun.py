@@ -10,13 +10,14 @@ import torch
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Cohort, Images
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.step import train_step
 from mat_dist.data import load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
+from mat_dist.models.classifier import Images
 from mat_dist.tools.dryrun import KNOWN_IMAGES, describe_run, training_passes
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))

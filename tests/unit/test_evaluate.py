@@ -24,9 +24,9 @@ from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
 from mat_dist.evaluation import chunks, evaluation, outcome, soundness
 from mat_dist.evaluation.__main__ import main
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.autoattack import chunk_seed
 from mat_dist.evaluation.craft import crafted
-from mat_dist.evaluation.during_training import AttackPlan
 from mat_dist.evaluation.menu import MENU
 from mat_dist.evaluation.results import wilson_interval
 from mat_dist.evaluation.soundness import Verdict

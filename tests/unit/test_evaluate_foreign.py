@@ -21,7 +21,7 @@ from mat_dist.data import as_float, load_data
 from mat_dist.errors import OutputError
 from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
-from mat_dist.evaluation.during_training import AttackPlan, restarts
+from mat_dist.evaluation.attacks import AttackPlan, restarts
 from mat_dist.evaluation.importing import split_words
 from mat_dist.evaluation.sources import FROM
 from mat_dist.report.__main__ import main as report

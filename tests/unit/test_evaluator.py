@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from mat_dist import checkpoints, rng
 from mat_dist.attacks.norms import eps_text
 from mat_dist.config.schema import Config, DataConfig, LossConfig, PeerConfig
-from mat_dist.core.cohort import Cohort, Images
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.step import train_step
 from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.evaluation.during_training import (
+from mat_dist.evaluation.attacks import (
     EMA,
     ENSEMBLE,
     RAW,
@@ -33,6 +33,7 @@ from mat_dist.evaluation.during_training import (
 )
 from mat_dist.evaluation.results import wilson_interval, write_results
 from mat_dist.models import Ensemble, build_model
+from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
 from tests.cohorts import complete
 from tests.small_runs import robust_of

@@ -18,8 +18,8 @@ from mat_dist.config.schema import DataConfig
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.attack import attack_one, predict
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.craft import Job
-from mat_dist.evaluation.during_training import AttackPlan
 from mat_dist.evaluation.soundness import CHECKS, examine, judge, total
 from mat_dist.evaluation.targets import Target
 from tests.documents import table

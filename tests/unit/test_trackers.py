@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,11 @@ from mat_dist import checkpoints, train
 from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
 from mat_dist.core import trainer
-from mat_dist.core.cohort import Images
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import EnvironmentFault, OutputError
-from mat_dist.evaluation.during_training import AttackPlan, Result
-from mat_dist.evaluation.gallery import gallery, show_gallery
+from mat_dist.evaluation.attacks import AttackPlan, Result
+from mat_dist.evaluation.during_training import Evaluations, gallery
+from mat_dist.models.classifier import Images
 from mat_dist.runs.reporter import JsonlReporter
 from mat_dist.runs.tracked import TrackedReporter
 from mat_dist.runs.trackers import Picture, require_trackers, series
@@ -271,8 +272,9 @@ def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
     notes: list[str] = []
     reporter = TrackedReporter(JsonlReporter(tmp_path, console="off"), [Heard()])
     reporter.note = notes.append  # type: ignore[method-assign]
-    nothing: Any = types.SimpleNamespace(step=3)
-    show_gallery(reporter, "test", nothing, nothing, nothing, nothing, AttackPlan(1), [], torch.device("cpu"))
+    nothing: Any = types.SimpleNamespace(step=3, log=logging.getLogger("nowhere"))
+    Evaluations(nothing, nothing, nothing, nothing, nothing, reporter).show_gallery("test", nothing, nothing,
+                                                                                   AttackPlan(1), [])
     assert len(notes) == 1 and notes[0].startswith("warning: no pictures of step 3: ")
 
 

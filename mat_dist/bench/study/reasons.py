@@ -17,7 +17,7 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet
-from mat_dist.evaluation.during_training import (
+from mat_dist.evaluation.attacks import (
     AttackPlan,
     candidates,
     chosen_images,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mat_dist.checkpoints.load import initialise
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import make_model
 from mat_dist.core.peer import Peer
 from mat_dist.errors import NonFinite, PeerFailed
+from mat_dist.models.classifier import make_model
 from mat_dist.models.registry import parameter_count
 from mat_dist.tools.check.data import Sample
 from mat_dist.tools.check.findings import Answer

@@ -7,18 +7,19 @@ a later step, that their files are on the disk.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mat_dist import checkpoints
-from mat_dist.core.cohort import Cohort
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.errors import OutputError
 from mat_dist.runs.session import Run
 
 LAST_MOMENT = 1.0  # seconds that a rank which leaves waits for a write
 MAX_FAILURES = 3  # saves in a row that may fail (disk full) before the run stops
+PeerStates = Mapping[int, Callable[[], dict[str, Any]]]
 
 
 @dataclass
@@ -51,12 +52,10 @@ class Saver:
         run: the open run.
         keep: newest checkpoints to keep.
         note: tells the user.
-        prepare: called by all ranks with the cohort and the steps done before its state is copied.
     """
 
-    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None],
-                 prepare: Callable[[Cohort, int], None] = lambda cohort, done: None) -> None:
-        self.run, self.keep, self.note, self.prepare = run, keep, note, prepare
+    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
+        self.run, self.keep, self.note = run, keep, note
         self.newest: checkpoints.Manifest | None = None
         self._pending: _Pending | None = None
         self._failures = 0
@@ -71,12 +70,19 @@ class Saver:
         """Whether this rank has nothing left to write."""
         return self._pending is None or self._pending.writing.done()
 
-    def save(self, cohort: Cohort, done: int, meta: checkpoints.Meta) -> bool:
-        """Save now and wait -> whether there is a checkpoint of step `done`."""
-        return self.start(cohort, done, meta) and self.finish()
+    def save(self, done: int, meta: checkpoints.Meta, states: PeerStates) -> bool:
+        """Save now and wait -> whether there is a checkpoint of step `done`. Arguments as those of `start`."""
+        return self.start(done, meta, states) and self.finish()
 
-    def start(self, cohort: Cohort, done: int, meta: checkpoints.Meta) -> bool:
-        """Copy the local peers and begin to write them -> False if the disk refused already."""
+    def start(self, done: int, meta: checkpoints.Meta, states: PeerStates) -> bool:
+        """Copy the local peers and begin to write them -> False if the disk refused already.
+
+        Args:
+            done: steps that the peers have done.
+            meta: for the manifest.
+            states: for each local peer (by index) a function that makes its state, a nested dictionary. Called on all
+                ranks that host the peer, though only one of them writes it.
+        """
         if self.pending:
             self.finish()
         mesh = self.run.mesh
@@ -85,9 +91,11 @@ class Saver:
             agree.run("begin", checkpoints.begin, self.run.folder, done, self.run.attempt)
         if not self._passes(agree, "begin", done):
             return False
-        agree.run("averaged weights", self.prepare, cohort, done)
-        owned = cohort.peers if mesh.placement.owns_files else []
-        copies = {p.index: agree.run(f"copy of {p.name}", checkpoints.snapshot, p.state()) for p in owned}
+        copies = {}
+        for index, state in states.items():
+            made = agree.run(f"state of {meta.peers[index]}", state)
+            if mesh.placement.owns_files:
+                copies[index] = agree.run(f"copy of {meta.peers[index]}", checkpoints.snapshot, made)
         agree.header("copies")
         directory = checkpoints.partial_directory(self.run.folder, done, self.run.attempt)
         self._pending = _Pending(done, meta, _in_background(

@@ -68,8 +68,8 @@ class Trainer:
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
-        renew = norm_renewal(config, data, self.images)
-        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, prepare=renew)
+        self.renew_norms = norm_renewal(config, data, self.images)
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
         self.watch = Watch(len(config.peers))
 
@@ -207,9 +207,11 @@ class Trainer:
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoints.json_digest(settings), data_digest=self.data.digest, extra={
                 "classes": list(self.data.classes), "images": asdict(self.images), **self.cohort.state()})
+        self.run.together("averaged weights", self.renew_norms, self.cohort, done)
+        states = {peer.index: peer.state for peer in self.cohort.peers}
         if not wait:
-            self.saver.start(self.cohort, done, meta)
-        elif not self.saver.save(self.cohort, done, meta) and needed:
+            self.saver.start(done, meta, states)
+        elif not self.saver.save(done, meta, states) and needed:
             raise OutputError(f"the state after step {done} could not be saved", str(self.run.folder.checkpoints),
                               "free space, then start again to continue from the newest checkpoint")
 

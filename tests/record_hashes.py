@@ -25,7 +25,7 @@ UNION = "peers.all.union.threats=linf:0.1,l2:0.5,l1:4"
 RUNS: dict[str, list[str]] = {
     "default": [],
     "union_max": ["peers=2", "loss=at", "peers.all.union.strategy=max", UNION],
-    "awp_mat_trades": ["loss=mat_trades", "optim.awp_gamma=0.005"],
+    "awp_mat_trades": ["loss=mat_trades", "methods.awp.gamma=0.005"],
     "ema_smoothing": ["optim.ema_decay=0.99", "loss.label_smoothing=0.1"],
 }
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.norms import L1Region, Region, per_image
-from mat_dist.attacks.pgd import Model, attack_loss
-from mat_dist.core.losses import likeliest
+from mat_dist.attacks.pgd import Model, attack_loss, likeliest
 
 MOMENTUM = 0.75  # weight of the new step; the rest repeats the last move (2020, eq. 3)
 RISES = 0.75  # share of the steps since the last check that must raise the loss (2020, rho)

@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
-from mat_dist.core.losses import likeliest
 
 Model = Callable[[Tensor], Tensor]
 # (logits of the adversarial batch, logits of the clean batch or None, labels) -> (B,), to be raised
 AttackLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+def likeliest(y_B: Tensor) -> Tensor:
+    """One class of each image (B,): its label, or the one with the largest share of mixed labels (B, K)."""
+    return y_B if y_B.ndim == 1 else y_B.argmax(-1)
 
 
 def _ce(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mat_dist.attacks.apgd import apgd
+from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.attacks.fgsm import n_fgsm
 from mat_dist.attacks.graphed import GraphedAttack
@@ -18,12 +19,40 @@ from mat_dist.attacks.norms import Region, Threat
 from mat_dist.attacks.pgd import Model, pgd
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
-from mat_dist.methods.unions import msd
-from mat_dist.methods.warm_start import Prior
 from mat_dist.models.modes import frozen
 
 # (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
 Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class Found(NamedTuple):
+    """AEs (B, C, H, W) in [0, 1], detached, and, where it is asked for, whether each image was classified correctly at
+    every point of its attack, the start and the result included (bool (B,))."""
+
+    adv_BCHW: Tensor
+    held_B: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """One batch's attack.
+
+    Attributes:
+        threat: position of the threat.
+        start: (first point, its region, row of the global batch) -> the point to begin at; the first is the settings'.
+        stream: key of the start noise.
+        first_row: row of the global batch at which the batch starts.
+        guide_BK: a teacher's logits on the clean images, for losses that need them; such an attack runs eagerly.
+        scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
+        steps: number of steps, where it is not that of the settings; such an attack runs eagerly.
+    """
+
+    threat: int
+    stream: int
+    first_row: int
+    start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
+    guide_BK: Tensor | None = None
+    scale: float = 1.0
+    steps: int | None = None
 
 
 class TrainingAttack:
@@ -33,81 +62,39 @@ class TrainingAttack:
         model: the peer's live model; an attack leaves it as it was.
         threats: what to attack with; the first is the peer's own, to which the step length belongs.
         settings: complete settings.
-        step: precision, copy and engine.
-        tell: gets one line where a copy or an engine cannot be used.
-        counts: also tell which images held.
+        step: precision and engine.
+        tell: gets one line where memory runs out, or a copy or an engine cannot be used.
 
     Attributes:
-        held_B: whether each image of the newest batch was classified correctly at every point of its attack, the start
-            and the result included (bool); None where that is not counted.
+        counts: also tell which images held.
+        sizes: length of a (first) step for each threat.
     """
 
     def __init__(self, model: nn.Module, threats: Sequence[Threat], settings: AttackConfig, step: StepConfig,
-                 tell: Callable[[str], None], *, counts: bool = False) -> None:
-        self._model, self._threats, self._settings, self._step, self._tell = model, threats, settings, step, tell
+                 tell: Callable[[str], None]) -> None:
+        self._model, self.threats, self.settings, self._step, self._tell = model, threats, settings, step, tell
         self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
         self._called: Model = model
-        self._counts = counts
-        self.held_B: Tensor | None = None
         self._engines: list[Engine] = []  # one per threat
-        self._sizes = [settings.step_size or 0.0] + [
+        self._halves = False  # the attack ran out of memory once
+        self.counts = False
+        self.sizes = [settings.step_size or 0.0] + [
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
-    def __call__(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, threat: int = 0,
-                 teacher_BK: Tensor | None = None, scale: float = 1.0, steps: int | None = None,
-                 prior: Prior | None = None) -> Tensor:
-        """AEs of a clean batch -> (B, C, H, W) in [0, 1].
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, plan: Plan) -> Found:
+        """AEs of a clean batch in the layout of the run. Raises torch.OutOfMemoryError if not even halves fit."""
+        return self.fitting(lambda rows: self._found(x_BCHW[rows], y_B[rows], plan._replace(
+            first_row=plan.first_row + rows.start, guide_BK=None if plan.guide_BK is None else plan.guide_BK[rows])),
+            len(x_BCHW))
 
-        Args:
-            x_BCHW: in the layout of the run.
-            stream: key of the start noise.
-            first_row: row of the global batch at which x_BCHW starts.
-            threat: position of the threat.
-            teacher_BK: logits of a teacher on x_BCHW, for the loss `kl_teacher`; such an attack runs eagerly.
-            scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
-            steps: number of steps, where it is not yet that of the settings; such an attack runs eagerly.
-            prior: perturbations to start from, where there are some.
-        """
-        chosen = self._threats[threat].scaled(scale)
-        settings = self._settings
-        assert settings.start is not None and settings.loss is not None
-        if settings.method == "n_fgsm":
-            with self._ready(x_BCHW):
-                return n_fgsm(self._called, x_BCHW, y_B, eps=chosen.eps, step_size=scale * self._sizes[threat],
-                              loss=settings.loss, stream=stream, first_row=first_row)
-        region = chosen.region(x_BCHW, settings.l1_share)
-        kind = "uniform" if settings.start == "previous" else settings.start
-        start = chosen.start(kind, region, x_BCHW, stream=stream, first_row=first_row)
-        if prior is not None:
-            start = prior.start(start, region)
-        with self._ready(x_BCHW):
-            if self._step.attack_engine == "eager" or teacher_BK is not None or scale < 1 or steps is not None:
-                return self._keep(*self._attack(x_BCHW, y_B, start, threat, region, teacher_BK, scale, steps))
-            try:
-                return self._keep(*self._engines[threat](x_BCHW, y_B, start))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
-                self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                return self._keep(*self._attack(x_BCHW, y_B, start, threat))
-
-    def steepest(self, x_BCHW: Tensor, y_B: Tensor, *, stream: int, first_row: int, scale: float = 1.0,
-                 steps: int | None = None) -> Tensor:
-        """AEs of the steepest of all threats in each step (MSD), from a start for the first threat; runs eagerly."""
-        settings = self._settings
-        assert settings.start is not None and settings.loss is not None
-        threats = [threat.scaled(scale) for threat in self._threats]
-        regions = [threat.region(x_BCHW, settings.l1_share) for threat in threats]
-        start = threats[0].start(settings.start, regions[0], x_BCHW, stream=stream, first_row=first_row)
-        with self._ready(x_BCHW):
-            return msd(self._called, x_BCHW, y_B, regions=regions, step_sizes=[scale * size for size in self._sizes],
-                       start_BCHW=start, loss=settings.loss, steps=steps or settings.steps, stream=stream)
-
-    # ---------------------------------------------------------------- inside
+    def region(self, x_BCHW: Tensor, threat: int = 0, scale: float = 1.0) -> Region:
+        """The feasible set of a batch for a threat of `scale` times the radius."""
+        share = APGD_L1_SHARE if self.settings.method == "apgd" else None
+        return self.threats[threat].scaled(scale).region(x_BCHW, share)
 
     @contextmanager
-    def _ready(self, x_BCHW: Tensor) -> Iterator[None]:
-        """The model frozen in eval mode, its copy up to date.
+    def ready(self, x_BCHW: Tensor) -> Iterator[Model]:
+        """What an attack calls: the model's copy, up to date; the model is frozen in eval mode meanwhile.
 
         Train-mode BN would absorb one attack forward per step, and weakens the attack (CE 2.77 against 3.17 on a
         small CNN). No cache of cast weights: frozen ones do not change, and a CUDA graph may not hold it.
@@ -117,40 +104,80 @@ class TrainingAttack:
                 self._prepare(x_BCHW)
             if self._copy is not None:
                 self._copy.refresh()
-            yield
+            yield self._called
 
-    def _keep(self, found_BCHW: Tensor, held_B: Tensor | None = None) -> Tensor:
-        self.held_B = held_B
-        return found_BCHW
+    def fitting(self, make: Callable[[slice], Found], rows: int) -> Found:
+        """`make` for all rows; a batch that does not fit into memory is attacked in halves, from then on.
 
-    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, threat: int, region: Region | None = None,
-                teacher_BK: Tensor | None = None, scale: float = 1.0,
-                steps: int | None = None) -> tuple[Tensor, ...]:
+        No image's AE depends on the others (the loss is a sum, BN in eval mode), so halves give the same AEs but for
+        rounding.
+        """
+        if not self._halves:
+            try:
+                return make(slice(0, rows))
+            except torch.OutOfMemoryError:
+                if rows < 2:
+                    raise
+                self._halves = True
+                self._tell("memory ran out in the attack: batches are attacked in halves from now on; more "
+                           "step.microbatches avoid this")
+        gc.collect()  # the failed attempt's graph
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        parts = [make(slice(0, rows // 2)), make(slice(rows // 2, rows))]
+        return Found(*(None if one[0] is None else torch.cat(one) for one in zip(*parts, strict=True)))
+
+    # ---------------------------------------------------------------- inside
+
+    def _found(self, x_BCHW: Tensor, y_B: Tensor, plan: Plan) -> Found:
+        chosen, settings = self.threats[plan.threat].scaled(plan.scale), self.settings
+        assert settings.start is not None and settings.loss is not None
+        if settings.method == "n_fgsm":
+            with self.ready(x_BCHW) as model:
+                return Found(n_fgsm(model, x_BCHW, y_B, eps=chosen.eps, step_size=plan.scale * self.sizes[plan.threat],
+                                    loss=settings.loss, stream=plan.stream, first_row=plan.first_row))
+        region = self.region(x_BCHW, plan.threat, plan.scale)
+        start = chosen.start(settings.start, region, x_BCHW, stream=plan.stream, first_row=plan.first_row)
+        start = plan.start(start, region, plan.first_row)
+        eager = self._step.attack_engine in ("eager", "model") or plan.guide_BK is not None
+        with self.ready(x_BCHW):
+            if eager or plan.scale < 1 or plan.steps is not None:
+                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
+            try:
+                return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
+                self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
+                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
+
+    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,
+                region: Region | None = None) -> tuple[Tensor, ...]:
         """What an engine gives; a graph, whose images change in place, leaves the region to be formed inside."""
-        settings = self._settings
+        settings = self.settings
         assert settings.loss is not None
-        region, size = region or self._threats[threat].region(x_BCHW, settings.l1_share), scale * self._sizes[threat]
+        region, size = region or self.region(x_BCHW, plan.threat), plan.scale * self.sizes[plan.threat]
         if settings.method == "apgd":
-            found = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                         steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK)
-            return (found.best_BCHW, found.held_B) if self._counts else (found.best_BCHW,)
-        right: list[Tensor] | None = [] if self._counts else None
+            best = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+                        steps=plan.steps or settings.steps, step_size=size, teacher_BK=plan.guide_BK)
+            return (best.best_BCHW, best.held_B) if self.counts else (best.best_BCHW,)
+        right: list[Tensor] | None = [] if self.counts else None
         adv = pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                  steps=steps or settings.steps, step_size=size, teacher_BK=teacher_BK, right=right)
+                  steps=plan.steps or settings.steps, step_size=size, teacher_BK=plan.guide_BK, right=right)
         return (adv, torch.stack(right).all(0)) if right else (adv,)
 
     def _eager(self) -> list[Engine]:
-        return [partial(self._attack, threat=number) for number in range(len(self._threats))]
+        return [partial(self._attack, plan=Plan(number, 0, 0)) for number in range(len(self.threats))]
 
     def _prepare(self, x_BCHW: Tensor) -> None:
         """Make the copy and the engine; the images tell shape and device."""
         step = self._step
-        if step.attack_copy:
+        if step.attack_engine != "model":
             self._copy = AttackCopy(self._model, x_BCHW[:2], torch.bfloat16 if step.precision == "bf16" else None)
             self._called = self._copy
             if self._copy.reason:
                 self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
-                           "step.attack_copy=false silences this")
+                           "step.attack_engine=model silences this")
         self._engines = self._eager()
         if step.attack_engine == "compile":
             self._called = torch.compile(self._called, dynamic=False)

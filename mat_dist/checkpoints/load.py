@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mat_dist import checkpoints
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.core.peer import Peer
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW, candidates, ensemble_of, load_models
 from mat_dist.models import soup
@@ -44,19 +43,6 @@ def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weig
     if peer == f"{ENSEMBLE}:{WEIGHTS}":
         return soup([model for model, spec in zip(models, config.peers, strict=True) if not spec.frozen])
     return models[_index(config, folder, manifest, peer, weights)]
-
-
-def initialise(peers: Sequence[Peer], images: Images) -> None:
-    """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
-    for peer in peers:
-        if peer.spec.init_from is None:
-            continue
-        try:
-            peer.start_from(trained_state(peer.spec.init_from, images))
-        except RuntimeError as error:
-            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
-                                  f"{str(error).splitlines()[-1].strip()[:200]}", peer.spec.init_from,
-                                  f"give {peer.name} the model of that run") from error
 
 
 def trained_state(source: str, images: Images) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from mat_dist.config.fields import Section, methods_model
+from mat_dist.config.fields import Section
+from mat_dist.config.methods import methods_model
 from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.errors import ConfigError

@@ -18,19 +18,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mat_dist.config import (  # noqa: F401  they register their rules
-    rules,
-    rules_attack,
-    rules_learning,
-    rules_sharing,
-    rules_unions,
-)
+from mat_dist.config import rules  # noqa: F401  it registers its rules
 from mat_dist.config.describe import canonical, nearest, problem, settings
 from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, normalise, plain, without
 from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect
-from mat_dist.config.presets import fill_attack, fill_loss, fill_optim, fill_threat
+from mat_dist.config.presets import fill_peer
 from mat_dist.config.registry import check
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
@@ -147,19 +141,10 @@ def _under_peers(tree: Node) -> Node:
     return replace(tree, value={**top, "peers": replace(tree.value["peers"], value=tuple(entries))})
 
 
-def _filled(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    loss = fill_loss(peer.loss, index, peers, peer.role, peer.union)
-    threat = fill_threat(peer.threat, peer.union)
-    attack = fill_attack(peer.attack, loss.preset, index, threat)
-    return peer.model_copy(update={"name": peer.name or f"peer{index}", "loss": loss, "threat": threat,
-                                   "attack": attack, "optim": fill_optim(peer.optim, loss.preset),
-                                   "stream": index if peer.stream is None else peer.stream})
-
-
 def resolve(tree: Node) -> Config:
     """The configuration of a checked tree whose peers are complete; presets and defaults filled in."""
     config = Config.model_validate(plain(tree))
-    peers = tuple(_filled(peer, index, len(config.peers)) for index, peer in enumerate(config.peers))
+    peers = tuple(fill_peer(peer, index, len(config.peers)) for index, peer in enumerate(config.peers))
     return config.model_copy(update={"peers": peers})
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mat_dist.config.fields import Section, methods_model
+from mat_dist.config.fields import Section
+from mat_dist.config.methods import methods_model
 from mat_dist.config.schema import Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 

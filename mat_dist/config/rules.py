@@ -1,15 +1,14 @@
-"""Rules between settings but those of the mutual loss. Data and model names are not checked here: a plug-in may
-register more.
+"""Rules between settings but those that a method brings with it (`mat_dist/methods/`). Data and model names are not
+checked here: a plug-in may register more.
 """
 
 from __future__ import annotations
 
-import operator
 import re
 
-from mat_dist.config.fields import real_images
-from mat_dist.config.registry import entries, rule
-from mat_dist.config.rules_sharing import sharing_warnings
+from mat_dist.config.fields import parse_threats, real_images
+from mat_dist.config.methods import presets, strategies
+from mat_dist.config.registry import asks_for_one_label, entries, heard_by, learns_alone, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
@@ -76,18 +75,7 @@ def schedule_fits_training(config: Config) -> list[ConfigError]:
             shown = ", ".join(f"{m:g}" for m in o.milestones)
             found.append(ConfigError(f"milestones [{shown}] are not increasing shares between 0 and 1",
                                      f"{key}.optim.milestones", "write shares of the training: [100/110, 105/110]"))
-        if o.nesterov and o.momentum == 0:
-            found.append(ConfigError("nesterov without momentum", f"{key}.optim.nesterov",
-                                     "give optim.momentum a value such as 0.9, or nesterov: false"))
     return found
-
-
-@rule("optim")
-def one_average(config: Config) -> list[ConfigError]:
-    """A peer keeps one average of its weights."""
-    return [ConfigError("two averages of the weights, ema_decay and swa_start", f"{key}.optim.swa_start",
-                        "write ema_decay: null, or leave swa_start out")
-            for key, peer in entries(config) if peer.optim.ema_decay is not None and peer.optim.swa_start is not None]
 
 
 @rule("train", "step")
@@ -102,15 +90,6 @@ def batch_can_be_split(config: Config) -> list[ConfigError]:
     if batch // parts < 2:
         return [ConfigError("microbatches of one image have no batch statistics", "step.microbatches",
                             f"write at most {batch // 2}")]
-    return []
-
-
-@rule("step")
-def joint_norms_need_all_graphs(config: Config) -> list[ConfigError]:
-    """One concatenated forward cannot be recomputed a source at a time."""
-    if config.step.bn == "joint" and config.step.memory == "recompute":
-        return [ConfigError("bn joint forwards all sources at once, memory recompute one by one", "step.bn",
-                            "write bn: separate, or memory: keep with more microbatches")]
     return []
 
 
@@ -141,23 +120,12 @@ def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
                         f"data.augment.{both[0]}", f"write {both[0]}: 0, or idbh: off")]
 
 
-@rule("data", "loss", "attack", "union")
+@rule("data", "loss", "attack")
 def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
     """CutMix gives an image two labels: what asks whether a prediction is right has no answer."""
-    found = []
-    for key, peer in entries(config) if config.data.augment.cutmix else ():
-        loss = peer.loss
-        asks = (("loss.hard_loss", loss.hard_loss == "bce", "ce"), ("loss.mart_beta", bool(loss.mart_beta), "0"),
-                ("loss.gate", bool(loss.gate), "0"), ("loss.kd_where", loss.kd_where != "all", "all"),
-                ("attack.loss", peer.attack.loss == "margin", "ce"),
-                ("union.strategy", peer.union.strategy in ("eat", "ramp"), "max"))
-        unfit = [(name, use) for name, bad, use in asks if bad and not (peer.frozen and name != "attack.loss")]
-        if unfit:
-            listed = ", ".join(f"{name} {operator.attrgetter(name)(peer)}" for name, _ in unfit)
-            instead = ", ".join(f"{name}: {use}" for name, use in unfit)
-            found.append(ConfigError(f"{listed} (preset {loss.preset}) asks for one label per image, and cutmix mixes "
-                                     "two", f"{key}.{unfit[0][0]}", f"write data.augment.cutmix: 0, or {instead}"))
-    return found
+    return [*asks_for_one_label(config, lambda peer: not peer.frozen and peer.loss.kd_where != "all", "loss.kd_where",
+                                "kd_where: all"),
+            *asks_for_one_label(config, lambda peer: peer.attack.loss == "margin", "attack.loss", "attack.loss: ce")]
 
 
 @rule("data")
@@ -179,7 +147,7 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
 def paths_are_plain(config: Config) -> list[ConfigError]:
     """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
     paths = {"run.root": config.run.root, **{f"data.{name}": getattr(config.data, name)
-                                             for name in ("root", "cache", "generated", "poison")}}
+                                             for name in ("root", "cache", "generated")}}
     return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
             for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path)]
 
@@ -190,6 +158,196 @@ def backend_fits_device(config: Config) -> list[ConfigError]:
     if config.run.device == "cpu" and config.comm.backend == "nccl":
         return [ConfigError("nccl needs GPUs, and run.device is cpu", "comm.backend", "write backend: auto or gloo")]
     return []
+
+
+@rule("attack", "loss")
+def attack_can_start(config: Config) -> list[ConfigError]:
+    """KL to the clean prediction has gradient 0 at the clean image."""
+    return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
+                        "write start: gaussian (TRADES) or uniform")
+            for key, peer in entries(config) if peer.attack.loss == "kl_clean" and peer.attack.start == "zero"]
+
+
+@rule("attack", "threat", "step", "union")
+def n_fgsm_fits(config: Config) -> list[ConfigError]:
+    """N-FGSM is one step in linf, and its AEs leave the ball, to which shorter forms on the wire would cut them."""
+    found = []
+    for key, peer in entries(config):
+        if peer.attack.method != "n_fgsm":
+            continue
+        for bad, where, how in ((peer.attack.steps != 1, "attack.steps", "attack.steps: 1"),
+                                (peer.threat.norm != "linf", "threat.norm", "threat.norm: linf"),
+                                (peer.union.strategy is not None, "union.strategy", "attack.method: pgd")):
+            if bad:
+                what = f"n_fgsm with {where} {_value(peer, where)}"
+                found.append(ConfigError(what, f"{key}.{where}", f"write {how}"))
+        if config.step.wire != "full":
+            found.append(ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
+                                     "write wire: full, or attack.method: pgd"))
+    return found
+
+
+def _value(peer: PeerConfig, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(peer, section), name)
+
+
+@rule("loss", "peers")
+def smoothing_has_a_cross_entropy(config: Config) -> list[ConfigError]:
+    """Smoothing does nothing without hard labels in a plain cross-entropy"""
+    return [ConfigError(f"label_smoothing {c.label_smoothing:g} of preset {c.preset}, which has no cross-entropy that "
+                        "takes it", f"{key}.loss.label_smoothing", "write label_smoothing: 0, or give clean_weight or "
+                                                                   "hard_weight a weight")
+            for key, peer in entries(config) for c in [peer.loss] if c.label_smoothing and not peer.frozen
+            and not c.clean_weight and not c.hard_weight]
+
+
+@rule("loss", "peers")
+def some_term_counts(config: Config) -> list[ConfigError]:
+    """A loss without terms, and a cohort without labels and teachers, learn nothing."""
+    found = []
+    training = [(key, peer) for key, peer in entries(config) if not peer.frozen]
+    for key, peer in training:
+        c = peer.loss
+        if not (learns_alone(peer) or c.hard_weight or c.kd_weight or c.kd_clean):
+            found.append(ConfigError("all terms of the loss have weight 0", f"{key}.loss",
+                                     "give hard_weight, clean_weight or kd_weight a weight"))
+    labelled = any(peer.loss.hard_weight or peer.loss.clean_weight or peer.methods for _, peer in training)
+    if not found and not labelled and not any(peer.frozen for peer in config.peers):
+        found.append(ConfigError("no peer learns from labels", "peers.0.loss.hard_weight",
+                                 "give hard_weight or clean_weight a weight in at least one peer"))
+    return found
+
+
+def _nobody(config: Config, index: int) -> str:
+    """Why a peer has nobody to learn from."""
+    if len(config.peers) == 1:
+        return "there is one peer"
+    return f"there is no peer that a {config.peers[index].role} learns from"
+
+
+@rule("peers", "loss")
+def somebody_is_there_to_learn_from(config: Config) -> list[ConfigError]:
+    """Shares for other peers need other peers, shares for frozen teachers a frozen one."""
+    found = []
+    how = "write loss.preset: at (or trades), or more peers"
+    for index, (key, peer) in enumerate(entries(config)):
+        loss, heard = peer.loss, heard_by(config, index)
+        if peer.frozen:
+            continue
+        makers = [i for i in heard if config.peers[i].role == "specialist" or config.peers[i].frozen]
+        if peer.role == "generalist" and not makers and not peer.union.threats:
+            found.append(ConfigError("a generalist without specialists", f"{key}.role",
+                                     "give other peers role: specialist, or the generalist union.threats of its own"))
+        elif not heard and (loss.kd_weight or loss.kd_clean):
+            found.append(ConfigError(f"preset {loss.preset} distils from other peers, and {_nobody(config, index)}",
+                                     f"{key}.loss.preset", how))
+        elif not heard and loss.hard_weight and loss.hard_own != 1:
+            found.append(ConfigError(f"preset {loss.preset} trains on other peers' examples, and "
+                                     f"{_nobody(config, index)}", f"{key}.loss.preset", how))
+        teachers = [i for i in heard if config.peers[i].frozen]
+        if loss.teacher_set == "frozen" and (loss.kd_weight or loss.kd_clean) and not teachers:
+            found.append(ConfigError(f"preset {loss.preset} learns from a frozen teacher, and there is none",
+                                     f"{key}.loss.teacher_set", "add a peer with frozen: true and init_from: RUN"))
+    return found
+
+
+@rule("peers")
+def frozen_peers_have_weights(config: Config) -> list[ConfigError]:
+    """A peer that does not train starts from trained weights; some peer trains."""
+    found = [ConfigError("a frozen peer without trained weights", f"{key}.frozen", "give it init_from: RUN or a file")
+             for key, peer in entries(config) if peer.frozen and peer.init_from is None]
+    if all(peer.frozen for peer in config.peers):
+        found.append(ConfigError("all peers are frozen", "peers.0.frozen", "let at least one train"))
+    return found
+
+
+@rule("loss", "peers")
+def presets_for_two(config: Config) -> list[ConfigError]:
+    """Presets whose two nets have different parts."""
+    return [ConfigError(f"preset {peer.loss.preset} is for 2 peers, here are {len(config.peers)}", f"{key}.loss.preset",
+                        "write peers: 2")
+            for key, peer in entries(config) if presets()[peer.loss.preset].pair and len(config.peers) != 2]
+
+
+@rule("loss")
+def shares_add_up(config: Config) -> list[ConfigError]:
+    """`mat`, `mat_kd` and `dml_at` divide one loss between labels and teachers: (1 - alpha) and alpha."""
+    return [ConfigError(f"hard_weight {c.hard_weight:g} and kd_weight {c.kd_weight:g} of preset {c.preset} do not add "
+                        "up to 1", f"{key}.loss.hard_weight", "leave hard_weight out, or write preset: at with weights")
+            for key, peer in entries(config) if (c := peer.loss).preset in ("mat", "mat_kd", "dml_at")
+            and c.hard_weight is not None and c.kd_weight is not None and abs(c.hard_weight + c.kd_weight - 1) > 1e-6]
+
+
+@rule("loss")
+def single_images_have_a_divergence(config: Config) -> list[ConfigError]:
+    """Which images a teacher is listened to on is asked of the divergence alone."""
+    return [ConfigError(f"kd_where {peer.loss.kd_where} with kd_loss {peer.loss.kd_loss}", f"{key}.loss.kd_loss",
+                        "write kd_loss: kl")
+            for key, peer in entries(config) if peer.loss.kd_where != "all" and peer.loss.kd_loss != "kl"]
+
+
+@rule("loss", "train")
+def warm_up_ends(config: Config) -> list[ConfigError]:
+    """Mutual terms that never begin, and peers that have nothing to learn before they do."""
+    found = []
+    for key, peer in entries(config):
+        loss, where = peer.loss, f"{key}.loss.warmup_epochs"
+        if (loss.warmup_epochs or 0) >= config.train.epochs:
+            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {config.train.epochs} "
+                                     "epochs", where, "make it shorter than train.epochs, or write preset: at"))
+        elif loss.warmup_epochs and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
+            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
+                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
+    return found
+
+
+@rule("step", "optim", "loss")
+def averages_are_kept(config: Config) -> list[ConfigError]:
+    """Teachers with averaged weights keep them."""
+    return [ConfigError("teachers with averaged weights, and the peer keeps none", f"{key}.optim.ema_decay",
+                        "write a decay such as 0.999, or step.teachers: raw")
+            for key, peer in entries(config)
+            if config.step.teachers == "ema" and peer.optim.ema_decay is None and not peer.frozen]
+
+
+@rule("loss", "peers", "union")
+def teachers_know_the_view(config: Config) -> list[ConfigError]:
+    """With `teacher_set: owner` nobody teaches on own examples (their owner is the student), with `owner` and `expert`
+    nobody on clean images, and experts defend the norm of every view that is distilled."""
+    found = []
+    for index, (key, peer) in enumerate(entries(config)):
+        kind, loss, where = peer.loss.teacher_set, peer.loss, f"{key}.loss.teacher_set"
+        if kind not in ("owner", "expert") or len(config.peers) == 1 or peer.frozen:
+            continue
+        for name, what in (("kd_own", "own examples"), ("kd_clean", "clean images")):
+            if getattr(loss, name) and ((name == "kd_clean") or (kind == "owner" and loss.kd_weight)):
+                found.append(ConfigError(f"teacher_set {kind} leaves no teacher on {what}, {name} is "
+                                         f"{getattr(loss, name):g}", where, f"write {name}: 0, or teacher_set: all"))
+        experts = {config.peers[i].threat.norm for i in heard_by(config, index)}
+        if kind == "expert" and loss.kd_weight and (missing := _distilled_norms(config, index) - experts):
+            found.append(ConfigError(f"teacher_set expert, and no peer that this one learns from defends "
+                                     f"{', '.join(sorted(missing))}", where, "add a specialist for each norm"))
+    return found
+
+
+def _distilled_norms(config: Config, index: int) -> set[str]:
+    """Norms of the views on which a peer distils: own ones, and, unless kd_own is 1, those of the others."""
+    peer = config.peers[index]
+    makers = [peer] * bool(peer.loss.kd_own)
+    if peer.loss.kd_own != 1:
+        makers += [config.peers[i] for i in heard_by(config, index)]
+    return {norm for maker in makers for norm in _view_norms(maker)}
+
+
+def _view_norms(peer: PeerConfig) -> set[str]:
+    """Norms that a peer makes views for; of its own threat where its union cannot be read."""
+    strategy = strategies().get(peer.union.strategy or "")
+    try:
+        union = parse_threats(peer.union.threats) if peer.union.threats and strategy and strategy.each else []
+    except ValueError:
+        union = []
+    return {norm for norm, _ in union} or {peer.threat.norm}
 
 
 def _grouped(config: Config, texts: dict[str, list[str]]) -> list[str]:
@@ -209,19 +367,39 @@ def config_warnings(config: Config) -> list[str]:
         meant = as_fraction(size) if size is not None else None
         if size is not None and size > 2 * eps:
             note(f"attack.step_size {size:g} is more than 2 eps = {2 * eps:g}" + (f"; {meant}?" if meant else ""), peer)
-        if config.eval.step_size is not None and config.eval.step_size > 2 * eps:
-            note(f"eval.step_size {config.eval.step_size:g} is more than 2 eps = {2 * eps:g}", peer)
     found = _grouped(config, texts)
-    cat = [peer for peer in config.peers if peer.loss.preset == "cat"]
-    if cat and len(cat) != len(config.peers):
-        found.append("loss.preset cat is meant for all peers: they alternate between TRADES and ALP type by index")
-    elif cat and len(cat) != 2:
-        found.append("loss.preset cat was published for 2 peers; here types alternate and distillation is the mean")
-    if config.data.augment.cutmix and not any(peer.optim.averages for peer in config.peers):
+    for name in {peer.loss.preset for peer in config.peers}:
+        preset, users = presets()[name], sum(peer.loss.preset == name for peer in config.peers)
+        if len(preset.parts) > 1 and users != len(config.peers):
+            found.append(f"loss.preset {name} is meant for all peers: they alternate between its kinds by index")
+        elif len(preset.parts) > 1 and users != len(preset.parts):
+            found.append(f"loss.preset {name} was published for {len(preset.parts)} peers; here kinds alternate and "
+                         "distillation is the mean")
+    if config.data.augment.cutmix and not any(peer.averages for peer in config.peers):
         found.append("data.augment.cutmix helps adversarial training with averaged weights (Rebuffi et al., NeurIPS "
-                     "2021), and no peer has optim.ema_decay or swa_start")
+                     "2021), and no peer has optim.ema_decay or methods.swa")
     if config.data.name == "folder" and config.data.image_size is None:
         found.append("data.image_size is not set: all images of the folder must have one size")
     if config.data.name in ("digits", "svhn") and config.data.augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
-    return found + sharing_warnings(config)
+    return found + _role_warnings(config)
+
+
+def _role_warnings(config: Config) -> list[str]:
+    """What is unusual in who learns from whom."""
+    found = []
+    deaf = [str(peer.name) for peer in config.peers
+            if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
+    if deaf:
+        found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % "
+                     "on the union where one with them had 54 %, docs/evidence.md); write union.strategy: msd and "
+                     "union.threats, with attack.method: pgd")
+    roles = {peer.role for peer in config.peers}
+    if "specialist" in roles and roles <= {"specialist"} and not any(peer.frozen for peer in config.peers):
+        found.append("specialists alone: nobody learns from them; role: generalist is the peer that does")
+    fixed = [(peer.init_from or peer.stream, peer.model_copy(update={"name": "", "stream": 0}))
+             for peer in config.peers if peer.attack.start == "zero" and not peer.frozen]
+    if any(one in fixed[:n] for n, one in enumerate(fixed)):
+        found.append("peers with equal settings and initial weights attack from the clean image: without dropout they "
+                     "stay equal; write attack.start: uniform")
+    return found

@@ -6,14 +6,14 @@ stand beside the section; rules between sections in `rules.py`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from mat_dist.config.attack import AttackConfig
-from mat_dist.config.fields import Integer, Methods, Number, Section
+from mat_dist.config.attack import AttackConfig, UnionConfig
+from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.loss import LossConfig
-from mat_dist.config.union import UnionConfig
+from mat_dist.config.methods import Methods
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
 
@@ -108,34 +108,25 @@ class ThreatConfig(Section):
 
 
 class OptimConfig(Section):
-    """SGD with momentum and a schedule that is a pure function of the step."""
+    """An optimizer of torch.optim and a schedule that is a pure function of the step."""
 
+    name: str = Field("sgd", pattern=r"^[A-Za-z]\w{0,31}$", description="sgd, adamw, or the name of a class of "
+                                                                        "torch.optim, such as RMSprop")
     lr: Number = Field(0.1, gt=0, le=100, description="peak learning rate")
-    momentum: Number = Field(0.9, ge=0, lt=1, description="momentum")
-    nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: Number = Field(5e-4, ge=0, le=1, description="L2 penalty in the gradient")
+    weight_decay: Number = Field(5e-4, ge=0, le=1, description="weight decay")
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the class, such as {nesterov: "
+                                                                   "true} or {betas: [0.9, 0.95]}; sgd has momentum "
+                                                                   "0.9 where they say nothing else")
     decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
     schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field(
         "piecewise", description="learning-rate schedule")
     milestones: tuple[Number, ...] = Field((0.5, 0.75), description="piecewise: shares of the training after which the "
-                                                                    "rate is multiplied by gamma")
-    gamma: Number = Field(0.1, gt=0, le=1, description="piecewise: factor at a milestone")
+                                                                    "rate is divided by 10")
     warmup_epochs: Number = Field(0.0, ge=0, description="linear warm-up from 0; onecycle: length of the rise "
                                                          "(0: 30 % of the training)")
     clip_norm: Number | None = Field(None, gt=0, description="clip each peer's gradient to this L2 norm")
-    awp_gamma: Number = Field(0.0, ge=0, le=1, description="adversarial weight perturbation relative to the weights' "
-                                                           "norm (AWP: 0.01, with TRADES 0.005); 0 is off")
-    awp_warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (AWP with TRADES: 10)")
     ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
                                                                    "kept")
-    swa_start: Number | None = Field(None, ge=0, lt=1, description="average the weights at the end of each epoch "
-                                                                   "evenly, from this share of the training on (SWA), "
-                                                                   "in place of ema_decay")
-
-    @property
-    def averages(self) -> bool:
-        """Whether averaged weights are kept."""
-        return self.ema_decay is not None or self.swa_start is not None
 
 
 class PeerConfig(Section):
@@ -144,9 +135,6 @@ class PeerConfig(Section):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$", description="default: peer<index>")
     stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys this peer's random streams; "
                                                                      "default: its index")
-    init_stream: Integer | None = Field(None, ge=0, lt=2**63, description="number that keys its initial weights, equal "
-                                                                          "for peers that shall start alike; default: "
-                                                                          "stream")
     role: Literal["peer", "specialist", "generalist"] = Field(
         "peer", description="a peer learns from all others, a generalist from all but generalists, a specialist from "
                             "all but specialists")
@@ -161,9 +149,14 @@ class PeerConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
     methods: Methods = Field(default_factory=dict, description="methods that are added to the training, a section each")
 
+    @property
+    def averages(self) -> bool:
+        """Whether averaged weights are kept."""
+        return self.optim.ema_decay is not None or "swa" in self.methods
+
 
 class StepConfig(Section):
-    """How a step is computed; of these `bn`, `teachers` and `pull` change the algorithm."""
+    """How a step is computed; of these `teachers` changes the algorithm."""
 
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="arithmetic of the models; AEs and losses "
                                                                            "are fp32 (fp64 with fp64)")
@@ -172,30 +165,18 @@ class StepConfig(Section):
                             "source at a time (ImageNet size, many peers)")
     microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after "
                                                                 "another")
-    bn: Literal["separate", "joint"] = Field("separate", description="batch statistics per source, or of one "
-                                                                     "concatenated forward")
-    channels_last: bool = Field(True, description="memory layout of images and convolutions")
-    attack_copy: bool = Field(True, description="attack a copy of the model whose batch norms are folded into its "
-                                                "convolutions, with bf16 cast once; equal but for rounding")
-    attack_engine: Literal["eager", "compile", "cuda_graph"] = Field(
-        "eager", description="how the attack's passes run: one by one, compiled (torch.compile, a minute at start), "
-                             "or the whole attack as one CUDA graph; one that fails falls back to eager with a note")
+    attack_engine: Literal["eager", "compile", "cuda_graph", "model"] = Field(
+        "eager", description="how the attack's passes run, on a copy of the model whose batch norms are folded: one by "
+                             "one, compiled (torch.compile, a minute at start), or the whole attack as one CUDA graph; "
+                             "one that fails falls back to eager with a note; model: one by one, on the model itself")
     wire: Literal["full", "fp16", "int8"] = Field(
         "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
                             "trains on the shortened ones too")
-    opinions: Literal["all", "summed"] = Field(
-        "all", description="what travels for distillation: every peer's logits, or the sum of their probabilities, "
-                           "P times less, for many peers with many classes; other rank counts then round differently")
     teachers: Literal["raw", "ema"] = Field("raw", description="peers teach with their weights of this step, or with "
                                                                "their averaged ones in eval mode")
-    pull: Number = Field(0.0, ge=0, le=1, description="share of the way to the peers' mean weights that each peer goes "
-                                                      "at a pull (elastic averaging; 1: all go on from the mean); 0 is "
-                                                      "off")
-    pull_every: Integer = Field(10, ge=1, description="steps between two pulls")
-    on_nonfinite: Literal["abort", "skip", "quarantine"] = Field(
-        "abort", description="after NaN or infinity in a peer, no peer is updated and: the run stops; or the step is "
-                             "left out (at most 3 of 100); or that peer also goes back to its newest checkpoint and "
-                             "teaches nobody for 20 steps")
+    on_nonfinite: Literal["abort", "skip"] = Field(
+        "abort", description="after NaN or infinity in a peer, no peer is updated and the run stops, or the step is "
+                             "left out (at most 3 of 100)")
 
 
 class TrainConfig(Section):
@@ -216,7 +197,6 @@ class EvalConfig(Section):
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
     test_steps: Integer = Field(20, ge=1, le=10000, description="PGD steps on the test set at the end")
-    step_size: Number | None = Field(None, gt=0, description="length of a PGD step; default 2.5 eps / steps")
     restarts: Integer = Field(1, ge=1, le=1000, description="random starts, the worst one counts per image")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")
     test_size: Integer | None = Field(None, ge=1, description="evaluate on this many test images; default all")
@@ -230,8 +210,6 @@ class CheckpointConfig(Section):
 
     every: Integer = Field(1, ge=1, description="epochs between checkpoints")
     every_steps: Integer | None = Field(None, ge=1, description="also save after every so many steps")
-    background: bool = Field(True, description="write while training goes on; a checkpoint that is evaluated next is "
-                                               "waited for")
     keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
 
 

@@ -1,89 +1,69 @@
-"""The cohort: the peers that live on this rank, the plan of all peers, and the mesh that joins them."""
+"""The cohort: the peers that live on this rank, the graph of all peers, and the mesh that joins them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mat_dist.attacks.norms import Threat
-from mat_dist.config.schema import Config, PeerConfig, StepConfig
-from mat_dist.core.drawing import Drawing
-from mat_dist.core.graph import CohortPlan
+from mat_dist.attacks import compression
+from mat_dist.config.methods import methods
+from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.core.graph import CLEAN, CohortGraph, View
+from mat_dist.core.guard import Guard
+from mat_dist.core.hooks import Views
+from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
-from mat_dist.core.pulling import pull_together
-from mat_dist.core.schedules import lr_at
 from mat_dist.data.shown import Shown
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.models.classifier import Images, make_model
 
+if TYPE_CHECKING:
+    from mat_dist.core.step import Batch
 
-def replica_rows(place: Placement, batch_size: int, microbatches: int, makers: int = 1) -> slice:
-    """This replica's rows of a batch. Raises EnvironmentFault unless replicas, micro-batches and the peers that split
-    it (`makers`) divide it evenly."""
+def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
+    """This replica's rows of a batch. Raises EnvironmentFault unless replicas and micro-batches divide it evenly."""
     rows = place.shard(batch_size)
     local = rows.stop - rows.start
     if local % microbatches:
         raise EnvironmentFault(f"{local} images per replica cannot be split into {microbatches} micro-batches",
                                "step.microbatches", "use a divisor of train.batch_size / replicas")
-    if local // microbatches % makers:
-        raise EnvironmentFault(f"{makers} peers cannot split {local // microbatches} images per replica and "
-                               "micro-batch evenly", "attack.split_batch", "use another train.batch_size, fewer ranks "
-                               "or fewer step.microbatches")
     return rows
 
 
-@dataclass
 class Cohort:
     """This rank's share of the cohort.
 
-    Attributes:
+    Args:
+        config: resolved settings.
         peers: local peers, in peer order.
-        plan: losses and exchanges of all peers.
         mesh: the other ranks.
-        step: precision, memory, micro-batches.
-        threats: of all peers, in peer order.
-        batch_size: images of the global batch.
-        total_steps, steps_per_epoch: for the schedules.
-        perturbs: some peer of the cohort trains with AWP.
-        draws: from whose AEs peers with the strategies `random` and `eat` learn.
+
+    Attributes:
+        graph: losses and exchanges of all peers at this step.
+        rows: this replica's rows of a batch.
+        climbs, counts: some peer of the cohort has a method with such an exchange between replicas.
     """
 
-    peers: list[Peer]
-    plan: CohortPlan
-    mesh: Mesh
-    step: StepConfig
-    threats: tuple[Threat, ...]
-    batch_size: int
-    total_steps: int
-    steps_per_epoch: int
-    perturbs: bool
-    draws: Drawing
-    rows: slice = field(init=False)
-    muted: dict[int, int] = field(default_factory=dict)  # peer -> first step at which others listen to it again
-    alone: set[int] = field(default_factory=set)  # peers that still warm up
-    turn: int = 0  # the step, where whose AEs are learnt changes with it
-    listening: tuple[set[int], set[int], int] = field(default_factory=lambda: (set(), set(), 0))  # of the plan
-    period: int = field(init=False)  # of the sources, when nobody is muted
-    _before: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rows = replica_rows(self.mesh.placement, self.batch_size, self.step.microbatches, self.plan.makers)
-        self.period = self.plan.period
-        self._tell_peers()
-
-    def _tell_peers(self) -> None:
-        for peer in self.peers:
-            learned = len(self.plan.peers[peer.index].learned)
-            peer.follow(self.plan.peers[peer.index], steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps,
-                        forwards=(1 if self.step.bn == "joint" else learned) * self.step.microbatches)
+    def __init__(self, config: Config, peers: list[Peer], mesh: Mesh, graph: CohortGraph, *, total_steps: int,
+                 steps_per_epoch: int) -> None:
+        self.peers, self.mesh, self.graph, self.step = peers, mesh, graph, config.step
+        self.specs, self.total_steps, self.steps_per_epoch = config.peers, total_steps, steps_per_epoch
+        self.rows = replica_rows(mesh.placement, config.train.batch_size, config.step.microbatches)
+        used = [method for method in methods().values() for spec in config.peers if method.uses(spec)]
+        self.climbs = any(method.climbs for method in used)
+        self.counts = mesh.placement.replicas > 1 and any(method.counts for method in used)
+        self._warming_up: frozenset[int] = frozenset()
+        for peer in peers:
+            peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
+            peer.rows, peer.batch_size = self.rows, config.train.batch_size
 
     @classmethod
     def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int,
@@ -92,140 +72,135 @@ class Cohort:
 
         Args:
             models: ready models of the local peers instead of fresh ones (tests, fine-tuning).
+
+        Raises ConfigError for a training without a step, or an optimizer that refuses its settings.
         """
-        plan = CohortPlan.of(config.peers)
-        peers = []
-        for n, index in enumerate(mesh.placement.local_peers):
-            spec = config.peers[index]
-            model = models[n] if models is not None else make_model(
-                spec, images, seed=config.run.seed, step=config.step, device=mesh.device)
-            peers.append(Peer(index, spec, mesh.synchronise_norms(model), seed=config.run.seed, step=config.step))
         total = config.train.epochs * steps_per_epoch
         if config.train.max_steps is not None:
             total = min(total, config.train.max_steps)
         if total < 1:
             raise ConfigError("the training has no step", "train.epochs, train.max_steps", "allow at least one")
-        threats = tuple(Threat(spec.threat.norm, spec.threat.eps) for spec in config.peers)
-        return cls(peers, plan, mesh, config.step, threats, config.train.batch_size, total, steps_per_epoch,
-                   any(spec.optim.awp_gamma for spec in config.peers), Drawing(config.peers, plan, config.run.seed))
+        graph, peers = CohortGraph.of(config.peers), []
+        for n, index in enumerate(mesh.placement.local_peers):
+            spec = config.peers[index]
+            model = models[n] if models is not None else make_model(
+                spec, images, seed=config.run.seed, step=config.step, device=mesh.device)
+            peers.append(Peer(index, spec, mesh.synchronise_norms(model), graph.peers[index], seed=config.run.seed,
+                              step=config.step))
+            peers[-1].fresh_model = partial(make_model, spec, images, seed=config.run.seed, step=config.step,
+                                            device=mesh.device)
+        return cls(config, peers, mesh, graph, total_steps=total, steps_per_epoch=steps_per_epoch)
 
     def lr(self, spec: PeerConfig, step: int) -> float:
         """A peer's learning rate at a step."""
         return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=spec.optim)
 
-    @contextmanager
-    def kept_if_refused(self) -> Iterator[None]:
-        """Undo what a step does before its vote, should it be refused: BN buffers, gradients, weights, counts."""
-        self._before = {peer.index: [b.clone() for b in peer.buffers()] for peer in self.peers}
-        try:
-            yield
-        except Exception:
-            for peer in self.peers:
-                self.give_back(peer)
-                peer.forget()
-            raise
-        finally:
-            self._before = {}
-
-    @torch.no_grad()
-    def give_back(self, peer: Peer) -> None:
-        """Put a peer where it was before it began to learn in the step that is under way: BN buffers, no gradient."""
-        for buffer, value in zip(peer.buffers(), self._before[peer.index], strict=True):
-            buffer.copy_(value)
-        peer.optimizer.zero_grad(set_to_none=True)
-
-    def mute(self, peers: Sequence[int], until: int) -> None:
-        """Let nobody learn from `peers` before step `until`."""
-        self.muted.update(dict.fromkeys(peers, until))
-        self._replan()
-
     def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
-        """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources
-        change, recall perturbations.
+        """Before each step: let warm-ups end, and hooks recall what they know of the images.
 
         Args:
             shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
         """
-        self._recall(step, shown)
-        self.muted = {peer: until for peer, until in self.muted.items() if until > step}
-        alone = {row.index for row in self.plan.peers if step < row.loss.warmup_epochs * self.steps_per_epoch}
-        turn = step if self.period > 1 else 0
-        if self.listening != (set(self.muted), alone, turn):
-            self.alone, self.turn = alone, turn
-            self._replan()
-        drawn = self.draws.at(self.plan, step)
-        if drawn != {row.index: row.drawn for row in self.plan.peers if row.drawn is not None}:
-            self.plan = self.plan.drawing(drawn)
-            self._tell_peers()
+        warming_up = frozenset(row.index for row in self.graph.peers
+                               if step < row.weights.warmup_epochs * self.steps_per_epoch)
+        if warming_up != self._warming_up:
+            self._warming_up, self.graph = warming_up, CohortGraph.of(self.specs, warming_up)
+            for peer in self.peers:
+                peer.follow(self.graph.peers[peer.index])
+        for peer in self.peers:
+            for hook in peer.hooks:
+                hook.begin(step, shown)
 
-    def state(self) -> dict[str, Any]:
-        """What all ranks know alike and a resumed run needs: plain numbers."""
-        return {"muted": {str(peer): until for peer, until in self.muted.items()}, "drawn": self.draws.state()}
+    # ---------------------------------------------------------------- what travels
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of this cohort."""
-        for peer, until in state.get("muted", {}).items():
-            self.mute([int(peer)], int(until))
-        self.draws.load(state.get("drawn", {}))
+    def guides(self, guard: Guard, part: Batch) -> list[Tensor | None]:
+        """For each local peer the log of its guides' mean probability on the clean images, (B, K); None where unused.
 
-    def _recall(self, step: int, shown: Callable[[int], Shown] | None) -> None:
-        """Tell the attacks that carry perturbations on whose these are: of images, or (free: all peers) of rows."""
-        carrying = [peer.crafter for peer in self.peers if peer.crafter.carried is not None]
-        if not carrying or (shown is None and not carrying[0].free):
-            return
-        if carrying[0].free:
-            rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
-            told = Shown.plain(rows, self.batch_size)
-        else:
-            assert shown is not None
-            told = shown(step)
-        for crafter in carrying:
-            crafter.begin(step, told, self.rows.start)
+        Where some attack asks for it, an exchange of all peers' logits.
+        """
+        guides = self.graph.guides
+        if not any(guides):
+            return [None] * len(self.peers)
+        told_LBK = guard.each("guidance", lambda peer: peer.teach(
+            part.x_BCHW, part.draw(peer.row.number(CLEAN))), self.peers)
+        log_PBK = guard.all_gather("guidance", lambda: torch.stack(told_LBK)).log_softmax(-1)
+        return [torch.stack([log_PBK[i] for i in guides[peer.index]]).logsumexp(0) if guides[peer.index] else None
+                for peer in self.peers]
 
-    def _replan(self) -> None:
-        self.listening = set(self.muted), self.alone, self.turn
-        self.plan = self.plan.listening(*self.listening)
-        self._tell_peers()
+    def makes(self, peer: Peer, log: bool) -> tuple[View, ...]:
+        """The views that a local peer makes in this step; at log steps its first one in any case."""
+        made, first = self.graph.crafted(peer.index), View(peer.index)
+        return (first, *made) if log and first not in made else made
+
+    def packed(self, made: Sequence[Mapping[View, Tensor]], part: Batch, log: bool) -> Tensor:
+        """What this rank sends of its peers' AEs -> (W, B, ...), zeros where others send more views."""
+        own = {view: adv for one in made for view, adv in one.items()}
+        sent = [compression.encode(self.step.wire, own[view], part.x_BCHW)
+                for view in self.graph.sent(self.mesh.placement.local_peers, log)]
+        width = self.graph.width(self.mesh.placement.peers_by_rank(), log)
+        if width == 0:
+            return part.x_BCHW.new_empty(0)
+        like = sent[0] if sent else compression.encode(self.step.wire, part.x_BCHW, part.x_BCHW)
+        return torch.stack([*sent, *[torch.zeros_like(like)] * (width - len(sent))])
+
+    def unpacked(self, sent: Tensor, made: Sequence[Mapping[View, Tensor]], part: Batch,
+                 log: bool) -> dict[View, Tensor]:
+        """The images of every view that this rank has: own ones, those that have travelled, the clean ones."""
+        views = {CLEAN: part.x_BCHW} | {view: adv for one in made for view, adv in one.items()}
+        ranks = self.mesh.placement.peers_by_rank()
+        width = self.graph.width(ranks, log)
+        for rank, peers in enumerate(ranks):
+            for place, view in enumerate(self.graph.sent(peers, log)):
+                # A view that travels for the transfer table alone is learnt as it was made.
+                if view not in views or view in self.graph.travelling:
+                    views[view] = compression.decode(self.step.wire, sent[rank * width + place], part.x_BCHW,
+                                                     self.graph.peers[view.maker].threat_of(view))
+        return views
+
+    def told(self, opinions: Sequence[Sequence[Tensor]], known: Sequence[Views], part: Batch) -> Tensor:
+        """What the local peers teach -> (L, T, B, K), zeros where a peer teaches on less than T views; empty where
+        nobody teaches."""
+        most = self.graph.most_taught
+        if most == 0:
+            return part.x_BCHW.new_empty(0)
+        some = next((logits for one in (*opinions, *(views.values() for views in known)) for logits in one), None)
+        like = (self.peers[0].teach_averaged(part.x_BCHW) if some is None else some).detach()
+        return torch.stack([torch.stack([*one, *[torch.zeros_like(like)] * (most - len(one))]) for one in opinions])
+
+    def transfer(self, part: Batch, views: Views, known: Sequence[Views]) -> Tensor:
+        """Accuracy of the local peers on the first view of each peer and the clean images -> (L, P + 1)."""
+        columns = [*(View(j) for j in range(len(self.specs))), CLEAN]
+        return torch.stack([peer.transfer(part, views, one, columns)
+                            for peer, one in zip(self.peers, known, strict=True)])
+
+    # ---------------------------------------------------------------- before and after the vote
+
+    @contextmanager
+    def rollback(self) -> Iterator[None]:
+        """Undo what a step does before its vote, should it be refused: BN buffers, gradients, what hooks changed."""
+        before = [(buffer, buffer.clone()) for peer in self.peers for buffer in peer.buffers()]
+        try:
+            yield
+        except Exception:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+            for peer in self.peers:
+                peer.forget()
+            raise
+
+    def gradients(self) -> list[Tensor]:
+        """All that replicas average after the backward pass."""
+        return [g for peer in self.peers for g in (*peer.gradients(), *(e for h in peer.hooks for e in h.gradients()))]
 
     def update(self, step: int) -> None:
-        """Apply the gradients of a committed step; pull the peers together where that is due; average their weights."""
-        self._count()
+        """Apply the gradients of a committed step; average the weights."""
         for peer in self.peers:
-            if self.mesh.placement.replicas > 1 and peer.crafter.carried is not None:
-                peer.crafter.carried.share(self.mesh.gather_replicas)
-            peer.update(step, self.lr(peer.spec, step))
+            peer.update(step, self.lr(peer.spec, step), self.mesh.gather_replicas)
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
             self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
-        if self.step.pull and (step + 1) % self.step.pull_every == 0:
-            self.mesh.where = f"step {step}, pull"
-            pull_together([peer.model for peer in self.peers], self.mesh, self.step.pull, self.muted)
         for peer in self.peers:
             peer.average(step)
-
-    def _count(self) -> None:
-        """Share what E-AT counted in this step, so that all choose alike: on own AEs over replicas, else over ranks."""
-        rows = self.plan.peers
-        if self.draws.counts:
-            held = self.mesh.sum_world(self._held())
-            for row in rows:
-                if row.drawn in row.learned:
-                    self.draws.update(row.index, row.drawn, int(held[row.index]), self.batch_size)
-        if self.mesh.placement.replicas == 1 or not any(row.me.strategy == "eat" for row in rows):
-            return
-        counted = torch.zeros(len(rows), max(len(row.me.union) for row in rows), 2, dtype=torch.int64)
-        for peer in self.peers:
-            for place, counts in enumerate(peer.crafter.counted):
-                counted[peer.index, place] = torch.tensor(counts)
-        counted = self.mesh.sum_world(counted)
-        for peer in self.peers:
-            peer.crafter.counted = counted[peer.index, :len(peer.crafter.counted)].tolist()
-
-    def _held(self) -> Tensor:
-        """On how many of the AEs that it received each local peer was right in this step -> (P,), on the CPU."""
-        held = torch.zeros(len(self.plan.peers), dtype=torch.int64)
-        for peer in self.peers:
-            held[peer.index] = sum(map(int, peer.right))
-        return held
 
 
 def state_hash(state: Any) -> str:

@@ -1,4 +1,7 @@
-"""What a run warns of while it goes on: a slow rank, a loss that jumps, catastrophic overfitting."""
+"""What a run notes of its steps, and what it warns of: a slow rank, a loss that jumps, catastrophic overfitting.
+
+Losses and accuracies are lists with an entry per peer; seconds are wall time.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,44 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from mat_dist.core.step import Outcome
+from mat_dist.runs.rates import images_per_second
+
 SLOW = 0.7  # fastest / slowest working time below which a rank counts as slow (the threshold of NVIDIA's NVRx guide)
 SPIKE = 10.0  # times the median of a peer's last losses
 # Catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020): right on the own weak training AEs, wrong under PGD. It
 # is there within a few hundred steps, so that a probe per epoch finds it.
 FOOLED, SURE = 0.1, 0.4
 REMEMBERED, LEAST = 20, 3  # log records that the median is taken over, and how many it needs
+
+
+class Meter:
+    """Seconds of the steps since the last log record, by phase; saving and evaluating do not count."""
+
+    def __init__(self) -> None:
+        self.steps, self.elapsed = 0, 0.0
+        self.seconds: dict[str, float] = {}
+
+    def add(self, seconds: dict[str, float], elapsed: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.elapsed += elapsed
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def means(self) -> dict[str, float]:
+        """Mean seconds per step of each phase."""
+        return {phase: round(spent / self.steps, 6) for phase, spent in self.seconds.items()}
+
+
+def step_record(outcome: Outcome, meter: Meter, batch_size: int) -> dict[str, Any]:
+    """Losses, accuracies and speed of a log step; the only place where metrics are read back from the device."""
+    assert outcome.loss_P is not None and outcome.transfer_PS is not None
+    transfer = outcome.transfer_PS.tolist()
+    return {"loss": outcome.loss_P.tolist(), "train_clean_acc": [row[-1] for row in transfer],
+            "train_ae_acc": [row[i] for i, row in enumerate(transfer)], "transfer": transfer,
+            "images_per_s": images_per_second(meter.steps * batch_size, meter.elapsed),
+            "step_s": meter.elapsed / meter.steps}
 
 
 def wait_shares(phases: Sequence[dict[str, float]]) -> list[float]:

@@ -1,93 +1,81 @@
-"""The mutual loss of one peer: its plan's weights times the terms of `losses`. Formula: docs/method.md."""
+"""The mutual loss of one peer: its graph's weights times the terms of `losses`, and of its hooks. Formula:
+docs/method.md."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mat_dist.core import losses
-from mat_dist.core.graph import PeerPlan
-from mat_dist.core.opinions import Opinions, Terms
+from mat_dist.core.graph import CLEAN, PeerGraph, View
+from mat_dist.core.hooks import Hook
+
+Teaching = Callable[[int, View], Tensor]  # (teacher, what it looks at) -> its logits (B, K), constant
+Extra = tuple[Hook, Tensor | None]  # a hook with a loss, and what replicas have counted for it
 
 
-def partial_loss(plan: PeerPlan, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions,
-                 y_B: Tensor, right: Tensor | None = None) -> Tensor:
-    """The terms of the loss that belong to `slots`, a union of the plan's groups -> scalar.
+def partial_loss(row: PeerGraph, views: Sequence[View], logits: Mapping[View, Tensor], teaching: Teaching, y_B: Tensor,
+                 extras: Sequence[Extra] = ()) -> Tensor:
+    """The terms of the loss that belong to `views`, a union of the graph's groups -> scalar.
 
     Args:
-        logits: this peer's logits_BK on each of `slots`, with graph.
-        opinions: of all peers.
+        logits: this peer's logits_BK on each of `views`, with graph.
         y_B: labels.
-        right: how many images RAMP's pairing averages over, mean over replicas; default: counted in this batch.
     """
     total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
-    for slot in slots:
-        if plan.hard.get(slot) and slot not in plan.rivals:
-            total = total + plan.loss.base_scale * plan.hard[slot] * _hard(plan, slot, logits[slot], y_B)
-        total = total + _distilled(plan, slot, logits[slot], opinions, y_B)
-    if plan.paired and plan.source in slots:
-        total = total + plan.loss.base_scale * _paired(plan, logits[plan.clean], logits[plan.source], y_B)
-    if plan.rivals and plan.rivals[0] in slots:
-        total = total + plan.loss.base_scale * _union(plan, logits, y_B, right)
+    for view in views:
+        if row.hard.get(view) and view not in row.rivals:
+            total = total + row.hard[view] * losses.cross_entropy(logits[view], y_B, row.weights.label_smoothing)
+        if teachers := row.teachers(view):
+            told = [teaching(i, row.teacher_view(i, view)) for i in teachers]
+            total = total + row.distilled[view] * _distillation(row, logits[view], told, y_B)
+    if row.paired and row.mine[0] in views:
+        total = total + _paired(row, logits[CLEAN], logits[row.mine[0]])
+    if row.rivals and row.rivals[0] in views:
+        weight = sum(row.hard[view] for view in row.rivals)
+        total = total + weight * losses.worst_cross_entropy([logits[view] for view in row.rivals], y_B,
+                                                            row.weights.label_smoothing)
+    for hook, count in extras:
+        if (coupled := hook.couples(row)) and coupled[0] in views:
+            total = total + hook.loss(row, logits, y_B, count)
     return total
 
 
-def own_loss(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor) -> Tensor:
+def own_loss(row: PeerGraph, logits: Mapping[View, Tensor], y_B: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
     """What the peer would lose if it were alone: hard labels on its own AEs and the clean images, and their pairing.
 
     Args:
-        logits: on the slots `own_slots`.
+        logits: on the views `row.alone`.
     """
     total = torch.zeros((), dtype=next(iter(logits.values())).dtype, device=y_B.device)
-    for slot, logits_BK in logits.items():
-        if plan.hard.get(slot):
-            total = total + plan.hard[slot] * _hard(plan, slot, logits_BK, y_B)
-    if plan.paired:
-        total = total + _paired(plan, logits[plan.clean], logits[plan.index], y_B)
+    for view, logits_BK in logits.items():
+        if row.hard.get(view):
+            total = total + row.hard[view] * losses.cross_entropy(logits_BK, y_B, row.weights.label_smoothing)
+    if row.paired:
+        total = total + _paired(row, logits[CLEAN], logits[row.mine[0]])
+    for hook in hooks:
+        if (coupled := hook.couples(row)) and set(coupled) <= set(logits):
+            total = total + hook.loss(row, logits, y_B, None)
     return total
 
 
-def own_slots(plan: PeerPlan) -> tuple[int, ...]:
-    """The slots of `own_loss`; none where the peer has nothing to lose alone."""
-    own = (plan.index, plan.clean)
-    return tuple(slot for slot in plan.learned if slot in own and (plan.paired or plan.hard.get(slot)))
+def _distillation(row: PeerGraph, student_BK: Tensor, teachers_BK: Sequence[Tensor], y_B: Tensor) -> Tensor:
+    c = row.weights
+    if c.kd_loss == "mse":
+        return losses.logit_distillation(student_BK, teachers_BK)
+    where_B = None
+    if c.kd_where != "all":
+        where_B = [losses.listened(t, student_BK, y_B, c.kd_where) for t in teachers_BK]
+    return losses.distillation(student_BK, teachers_BK, temperature=c.temperature, where_B=where_B)
 
 
-def _hard(plan: PeerPlan, slot: int, logits_BK: Tensor, y_B: Tensor) -> Tensor:
-    if plan.loss.hard_loss == "bce" and slot != plan.clean:
-        return losses.boosted_cross_entropy(logits_BK, y_B)
-    return losses.cross_entropy(logits_BK, y_B, plan.loss.label_smoothing)
-
-
-def _distilled(plan: PeerPlan, slot: int, logits_BK: Tensor, opinions: Opinions, y_B: Tensor) -> Tensor | float:
-    teachers, c = plan.teachers(slot), plan.loss
-    if not teachers:
-        return 0.0
-    lessons = [(i, plan.teacher_slot(i, slot)) for i in teachers]
-    terms = Terms(c.temperature, c.t2_scale, c.teacher_agg, c.kd_loss, c.gate, c.kd_where)
-    return plan.distilled[slot] * opinions.distillation(logits_BK, lessons, terms, y_B)
-
-
-def _paired(plan: PeerPlan, clean_BK: Tensor, own_BK: Tensor, y_B: Tensor) -> Tensor:
-    c = plan.loss
+def _paired(row: PeerGraph, clean_BK: Tensor, own_BK: Tensor) -> Tensor:
+    c = row.weights
     total = torch.zeros((), dtype=own_BK.dtype, device=own_BK.device)
-    if c.trades_beta:
-        total = total + c.trades_beta * losses.trades_term(clean_BK, own_BK, c.trades_temperature)
-    if c.mart_beta:
-        total = total + c.mart_beta * losses.mart_term(clean_BK, own_BK, y_B)
-    if c.pair_weight:
-        total = total + c.pair_weight * losses.logit_pairing(clean_BK, own_BK)
-    return total
-
-
-def _union(plan: PeerPlan, logits: Mapping[int, Tensor], y_B: Tensor, right: Tensor | None) -> Tensor:
-    """The worst threat of each image, and RAMP's pairing."""
-    weight = sum(plan.hard[slot] for slot in plan.rivals)
-    total = weight * losses.worst_cross_entropy([logits[slot] for slot in plan.rivals], y_B, plan.loss.label_smoothing)
-    if plan.ramp is not None:
-        first, second = plan.ramp
-        # Times the weight of the worst cross-entropy: the paper's ratio between the two.
-        total = total + weight * plan.me.ramp_weight * losses.ramp_term(logits[first], logits[second], y_B, right)
+    if c.pair_kl:
+        total = total + c.pair_kl * losses.softened_kl(clean_BK, own_BK, c.temperature)
+    if c.pair_mse:
+        total = total + c.pair_mse * losses.logit_distance(clean_BK, own_BK)
     return total

@@ -1,28 +1,29 @@
-"""A peer: one classifier with its own weights, optimizer, threat, attack and random streams."""
+"""A peer: one classifier with its own weights, optimizer, threat, attack, hooks and random streams."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.crafter import Crafter
-from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.training_attack import autocast
+from mat_dist.attacks.norms import Region
+from mat_dist.attacks.training_attack import Found, Plan, TrainingAttack, autocast
+from mat_dist.config.methods import methods
 from mat_dist.config.schema import PeerConfig, StepConfig
-from mat_dist.core.graph import PeerPlan
-from mat_dist.core.losses import cross_entropy
-from mat_dist.core.objective import own_loss, own_slots, partial_loss
-from mat_dist.core.opinions import Opinions
-from mat_dist.core.schedules import ema_decay_at, swa_count, swa_decay_at
-from mat_dist.core.sgd import SGD, average
-from mat_dist.methods.awp import WeightPerturbation
-from mat_dist.methods.ramp import NaturalGradient
-from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
+from mat_dist.core.graph import PeerGraph, View
+from mat_dist.core.losses import accuracy
+from mat_dist.core.objective import Teaching, own_loss, partial_loss
+from mat_dist.core.optim import average, build_optimizer, ema_decay_at
+from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards
+
+if TYPE_CHECKING:
+    from mat_dist.core.hooks import Hook, Views
+    from mat_dist.core.step import Batch
 
 
 class Peer:
@@ -32,100 +33,88 @@ class Peer:
         index: position in the cohort.
         spec: complete settings (`config.load_config` fills them).
         model: images in [0, 1] -> logits, on its device, in its precision.
+        row: what it learns from.
         seed: the run's seed; with `spec.stream` it keys every draw of this peer.
-        step: precision and layout.
+        step: precision and memory.
 
     Attributes:
+        hooks: of its methods, in the order of their names.
+        steps_per_epoch, total_steps, batch_size: of the training; rows: of the batch that live on this rank.
+        fresh_model: makes another model of its architecture, without norm layers that wait for replicas.
         notes: what the run should tell its user, e.g. that memory ran out once; who tells it empties the list.
     """
 
-    def __init__(self, index: int, spec: PeerConfig, model: nn.Module, *, seed: int, step: StepConfig) -> None:
+    def __init__(self, index: int, spec: PeerConfig, model: nn.Module, row: PeerGraph, *, seed: int,
+                 step: StepConfig) -> None:
         assert spec.stream is not None
-        self.index, self.spec, self.model, self.seed = index, spec, model, seed
+        self.index, self.spec, self.model, self.seed, self.step = index, spec, model, seed, step
         self.name = spec.name or f"peer{index}"
-        self.threat = Threat(spec.threat.norm, spec.threat.eps)
+        self.threats, self.threat = row.me.threats, row.me.threats[0]
         model.requires_grad_(not spec.frozen)
-        self.optimizer = build_optimizer(model, spec)
+        self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
         self.ema: dict[str, Tensor] | None = None
-        if spec.optim.averages and not spec.frozen:
+        if spec.averages and not spec.frozen:
             self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._precision = step.precision
-        self._layout = torch.channels_last if step.channels_last else torch.contiguous_format
-        self.recomputes = step.memory == "recompute"  # also set when `keep` ran out of memory once
         self.notes: list[str] = []
-        self.plan: PeerPlan | None = None
-        self._steps_per_epoch = self._total_steps = 1
-        self._weights = WeightPerturbation(model, spec.optim.awp_gamma)
-        self.right: list[Tensor] = []  # on how many of the AEs that it drew it was right, by micro-batch
-        self.natural = NaturalGradient(model, spec.union.projection_beta)
-        self.crafter = Crafter(self.name, spec, model, step, self.stream, self.notes)
+        self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step,
+                                                 lambda text: self.notes.append(f"{self.name}: {text}"))
         self._stochastic = any(_draws(m) for m in model.modules())
+        self.steps_per_epoch = self.total_steps = self.batch_size = 1
+        self.rows = slice(0, 1)
+        self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
+        self.row = row
+        self.hooks: list[Hook] = [method.hook(self) for _, method in sorted(methods().items())
+                                  if method.uses(spec) and method.hook is not None]
+        self.follow(row)
+
+    def follow(self, row: PeerGraph) -> None:
+        """Learn by this graph from now on; running statistics of norm layers keep their pace."""
+        self.row = row
+        set_bn_forwards(self.model, max(1, len(row.learned) * self.step.microbatches))
 
     # ---------------------------------------------------------------- making adversarial examples
 
-    def attack(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0,
-               teacher_BK: Tensor | None = None) -> Tensor:
-        """This peer's AEs of a clean batch -> (B, C, H, W) in [0, 1].
+    def attack(self, part: Batch, views: Sequence[View], guide_BK: Tensor | None = None) -> dict[View, Tensor]:
+        """This peer's AEs of a clean batch for each of `views`, each (B, C, H, W) in [0, 1].
 
         The model is left as it was. Raises torch.OutOfMemoryError if half a batch does not fit into memory.
 
         Args:
-            step: training step, keys the start noise.
-            first_row: row of the global batch at which x_BCHW starts.
-            teacher_BK: logits of a teacher on x_BCHW, for `attack.loss: kl_teacher`.
+            guide_BK: log-probabilities of teachers on the clean images, where its attack asks for them.
         """
-        return self.crafter(self.arrange(x_BCHW), y_B, step, first_row, teacher_BK)
+        part = part.of(self.arrange(part.x_BCHW))
+        return {view: self._first(part, guide_BK) if view.threat == 0 else
+                self._found(part, view.threat, None).adv_BCHW for view in views}
 
-    def attack_others(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
-        """AEs for the other threats of a union that is learnt as a whole, in order; none for other peers."""
-        assert self.plan is not None
-        return self.crafter.others(self.arrange(x_BCHW), y_B, step, first_row) if len(self.plan.own) > 1 else []
+    def _first(self, part: Batch, guide_BK: Tensor | None) -> Tensor:
+        """The first view, which hooks may choose the threat of, make, or begin."""
+        for hook in self.hooks:
+            if (crafted := hook.craft(self.attack_of_training, part)) is not None:
+                return crafted
+        threat = sum(hook.choose(part.step) for hook in self.hooks)  # at most one chooses
+        found = self._found(part, threat, guide_BK)
+        for hook in self.hooks:
+            hook.attacked(part, threat, found)
+        return found.adv_BCHW
 
-    def sees(self, inputs_S: list[Tensor]) -> list[Tensor]:
-        """The images of each slot for this peer: with attack.method free its own AEs as a leaf, whose gradient `climb`
-        reads."""
-        if not self.crafter.free:
-            return inputs_S
-        own = inputs_S[self.index].detach().requires_grad_()
-        return [*inputs_S[:self.index], own, *inputs_S[self.index + 1:]]
+    def _found(self, part: Batch, threat: int, guide_BK: Tensor | None) -> Found:
+        def start(point: Tensor, region: Region, first_row: int) -> Tensor:
+            for hook in self.hooks:
+                point = hook.start(point, region, first_row)
+            return point
 
-    def climb(self, inputs_S: list[Tensor], step: int, first_row: int) -> None:
-        """After the backward pass, with attack.method free: where the next AEs begin."""
-        own = inputs_S[self.index]
-        if self.crafter.free and own.grad is not None:
-            assert self.plan is not None
-            self.crafter.climb(own, own.grad, inputs_S[self.plan.clean], step, first_row)
+        scale, steps = self.strength(part.step)
+        stream = self.stream("attack", part.step, *([threat] if threat else []))
+        return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK,
+                                                                   scale, steps))
 
-    def uphill(self, adv_BCHW: Tensor, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0) -> list[Tensor]:
-        """AWP's gradients of the peer's own loss; batch-norm statistics stay.
-
-        None without `optim.awp_gamma`, before its warm-up has ended, and where the peer learns from others alone:
-        alike on all replicas.
-        """
-        assert self.plan is not None
-        optim, slots = self.spec.optim, own_slots(self.plan)
-        if not (optim.awp_gamma and slots) or step < optim.awp_warmup_epochs * self._steps_per_epoch:
-            return []
-        inputs = {self.plan.index: adv_BCHW, self.plan.clean: x_BCHW}
-        with torch.enable_grad(), self.precision(), self._drawing((step, -2, first_row)), batch_stats_only(self.model):
-            loss = own_loss(self.plan, {slot: self._logits(inputs[slot]) for slot in slots}, y_B)
-        return self._weights.gradients(loss)
-
-    def perturb(self, gradients: Sequence[Tensor]) -> None:
-        """AWP: move the weights along what `uphill` gave, averaged over replicas, until `restore`."""
-        if gradients:
-            self._weights.perturb(gradients)
-
-    def restore(self) -> None:
-        """Undo `perturb`, bit by bit."""
-        self._weights.restore()
-
-    def forget(self) -> None:
-        """After a refused step: weights, gradients and counts as before it."""
-        self._weights.restore()
-        self.crafter.forget()
-        self.natural.parts, self.right = [], []
-        self.optimizer.zero_grad(set_to_none=True)
+    def strength(self, step: int) -> tuple[float, int | None]:
+        """The share of the radius that an attack has by now, and its number of steps (None: that of the settings)."""
+        scale, steps = 1.0, None
+        for hook in self.hooks:
+            share, fewer = hook.strength(step)
+            scale, steps = scale * share, steps if fewer is None else fewer
+        return scale, steps
 
     # ---------------------------------------------------------------- forwards
 
@@ -133,17 +122,17 @@ class Peer:
         """Train-mode logits (B, K) with a graph; running BN statistics move.
 
         Args:
-            draw: indices that key dropout and the like: step, slot, first row.
+            draw: indices that key dropout and the like: step, number of the view, first row.
         """
-        with torch.enable_grad(), self.precision(), self._drawing(draw):
-            return self._logits(x_BCHW)
+        with torch.enable_grad(), self.precision(), self.drawing(draw):
+            return self.logits(x_BCHW)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits as `learn`, without a graph and without a trace in the BN buffers; of a frozen peer in eval
         mode."""
         mode = frozen if self.spec.frozen else batch_stats_only
-        with torch.no_grad(), self.precision(), self._drawing(draw), mode(self.model):
-            return self._logits(x_BCHW)
+        with torch.no_grad(), self.precision(), self.drawing(draw), mode(self.model):
+            return self.logits(x_BCHW)
 
     def teach_averaged(self, x_BCHW: Tensor) -> Tensor:
         """Eval-mode logits of the averaged weights (B, K), without a graph; of a frozen peer those of its weights."""
@@ -152,25 +141,82 @@ class Peer:
             logits: Tensor = torch.func.functional_call(self.model, state, (self.arrange(x_BCHW),))
         return logits.to(x_BCHW.dtype)
 
-    def _logits(self, x_BCHW: Tensor) -> Tensor:
+    def logits(self, x_BCHW: Tensor) -> Tensor:
+        """Of the model as it is, in x's type."""
         logits: Tensor = self.model(self.arrange(x_BCHW))
         return logits.to(x_BCHW.dtype)
 
+    def forward(self, part: Batch, views: Views, taught: Sequence[View]) -> dict[View, Tensor]:
+        """Logits by view: with graph where the peer learns (memory: keep), without where it only teaches."""
+        known: dict[View, Tensor] = {}
+        if self.step.memory == "keep":
+            known = self._learned(part, views, self.row.learned)
+        if self.step.teachers == "raw":
+            known.update((view, self._told(part, views, view)) for view in taught if view not in known)
+        return known
+
+    def _learned(self, part: Batch, views: Views, wanted: Sequence[View]) -> dict[View, Tensor]:
+        return {view: self.learn(views[view], part.draw(self.row.number(view))) for view in wanted}
+
+    def _told(self, part: Batch, views: Views, view: View) -> Tensor:
+        return self.teach(views[view], part.draw(self.row.number(view)))
+
+    def opinions(self, views: Views, known: Views, taught: Sequence[View]) -> list[Tensor]:
+        """What the peer teaches: its logits (B, K) on each of `taught`, detached."""
+        if self.step.teachers == "ema":
+            return [self.teach_averaged(views[view]) for view in taught]
+        return [known[view].detach() for view in taught]
+
+    def counts(self, part: Batch, views: Views, known: Views) -> list[Tensor | None]:
+        """What each hook counts on this replica's rows; what is not forwarded yet is, without a trace."""
+        def logits(view: View) -> Tensor:
+            return known[view].detach() if view in known else self._told(part, views, view)
+
+        return [hook.count(self.row, logits, part.y_B) for hook in self.hooks]
+
+    def transfer(self, part: Batch, views: Views, known: Views, columns: Sequence[View]) -> Tensor:
+        """Accuracy on each of `columns` -> (S,); views that were not forwarded are, without a trace."""
+        logits = (known[view].detach() if view in known else self._told(part, views, view) for view in columns)
+        return torch.stack([accuracy(one, part.y_B) for one in logits])
+
     # ---------------------------------------------------------------- learning
 
-    def loss(self, slots: Sequence[int], logits: Mapping[int, Tensor], opinions: Opinions, y_B: Tensor,
-             right: Tensor | None = None) -> Tensor:
-        """The terms of the mutual loss that belong to `slots`; see `objective.partial_loss`."""
-        assert self.plan is not None
-        return partial_loss(self.plan, slots, logits, opinions, y_B, right)
+    def climb(self, part: Batch, views: Views) -> list[Sequence[Tensor]]:
+        """What replicas average before the forwards, by hook."""
+        return [hook.climb(part, views) for hook in self.hooks]
 
-    def learn_naturally(self, x_BCHW: Tensor, y_B: Tensor, step: int, first_row: int = 0, share: float = 1.0) -> None:
-        """RAMP's projection: add `share` of the gradient on clean images to `natural`; batch-norm statistics stay."""
-        if not self.spec.union.projection_beta or self.spec.frozen:
-            return
-        with torch.enable_grad(), self.precision(), self._drawing((step, -3, first_row)), batch_stats_only(self.model):
-            loss = share * cross_entropy(self._logits(x_BCHW), y_B, self.spec.loss.label_smoothing or 0.0)
-        self.natural.add(loss)
+    def begin_learning(self, climbs: Sequence[Sequence[Tensor]], views: Views) -> Views:
+        """After that: the views as this peer's model gets them."""
+        for hook, climb in zip(self.hooks, climbs, strict=True):
+            hook.before_forward(climb)
+            views = hook.inputs(views)
+        return views
+
+    def alone(self, part: Batch, views: Views, draw: int) -> Tensor:
+        """The loss that the peer would have without the others, with graph; batch-norm statistics stay.
+
+        Args:
+            draw: negative number that keys what these forwards draw.
+        """
+        with torch.enable_grad(), self.precision(), self.drawing(part.draw(draw)), batch_stats_only(self.model):
+            return own_loss(self.row, {view: self.logits(views[view]) for view in self.row.alone}, part.y_B, self.hooks)
+
+    def backward(self, part: Batch, views: Views, known: Mapping[View, Tensor], teaching: Teaching,
+                 counts: Sequence[Tensor | None]) -> Tensor:
+        """Add the gradient of the loss, its share of `part.parts` micro-batches -> the loss, detached."""
+        total = torch.zeros((), dtype=part.x_BCHW.dtype, device=part.y_B.device)
+        recomputes = self.step.memory == "recompute"
+        for group in self.row.groups() if recomputes else [self.row.learned]:
+            if not group:
+                continue
+            logits = self._learned(part, views, group) if recomputes else known
+            loss = partial_loss(self.row, group, logits, teaching, part.y_B,
+                                list(zip(self.hooks, counts, strict=True)))
+            (loss / part.parts).backward()
+            total += loss.detach()
+        for hook in self.hooks:
+            hook.after_backward(part, views)
+        return total
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the trainable parameters, in order; zeros where a parameter took no part."""
@@ -180,58 +226,44 @@ class Peer:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in parameters if p.grad is not None]
 
-    def clip(self) -> Tensor:
-        """Clip the gradient if the settings say so -> its norm before that (scalar, not finite if a part is not)."""
+    def reduced(self) -> Tensor:
+        """Let hooks change the averaged gradient, clip it if the settings say so -> its norm before the clipping
+        (scalar, not finite if a part is not)."""
+        for hook in self.hooks:
+            hook.after_reduce()
         gradients = self.gradients()
         if not gradients:  # a frozen peer
             return torch.zeros((), device=next(self.model.parameters()).device)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
         if self.spec.optim.clip_norm is not None:
-            torch._foreach_mul_(gradients, (self.spec.optim.clip_norm / (norm + 1e-6)).clamp(max=1))
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.spec.optim.clip_norm, norm)
         return norm
 
-    def update(self, step: int, lr: float) -> None:
+    def update(self, step: int, lr: float, gather: Callable[[Tensor], Tensor]) -> None:
         """One optimizer step at rate `lr`; gradients are dropped. The averaged weights follow in `average`."""
-        self._weights.restore()
-        self.crafter.commit()
-        self.right = []
+        for hook in self.hooks:
+            hook.commit(step, gather)
         if self.spec.frozen:
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def average(self, step: int) -> None:
         """Let the averaged weights follow those after the update of `step`."""
-        if self.ema is not None and (decay := self._kept_share(step)) < 1:
-            average(self.ema, self.model.state_dict(), decay)
+        if self.ema is None:
+            return
+        decay = self.spec.optim.ema_decay
+        kept = next((hook.kept_share(step) for hook in self.hooks if hook.averages), 1.0)
+        if (share := kept if decay is None else ema_decay_at(step, decay)) < 1:
+            average(self.ema, self.model.state_dict(), share)
 
-    def _kept_share(self, step: int) -> float:
-        """How much of the averaged weights stays at this update."""
-        optim = self.spec.optim
-        if optim.ema_decay is not None:
-            return ema_decay_at(step, optim.ema_decay)
-        assert optim.swa_start is not None
-        return swa_decay_at(step, optim.swa_start, total_steps=self._total_steps, steps_per_epoch=self._steps_per_epoch)
-
-    def averaged_epochs(self, done: int) -> int:
-        """How many epochs the SWA weights average after `done` steps; 0 without SWA."""
-        start = self.spec.optim.swa_start
-        if self.ema is None or start is None:
-            return 0
-        return swa_count(done, start, total_steps=self._total_steps, steps_per_epoch=self._steps_per_epoch)
-
-    def follow(self, plan: PeerPlan, *, forwards: int, steps_per_epoch: int, total_steps: int = 1) -> None:
-        """Learn by this plan from now on.
-
-        Args:
-            forwards: learning forwards that make one step; running statistics of norm layers keep their pace.
-            total_steps: of the training; a share of them starts SWA.
-        """
-        self.plan, self._steps_per_epoch, self._total_steps = plan, steps_per_epoch, total_steps
-        self.crafter.steps_per_epoch = steps_per_epoch
-        set_bn_forwards(self.model, max(1, forwards))
+    def forget(self) -> None:
+        """After a refused step: weights, gradients and counts as before it."""
+        for hook in self.hooks:
+            hook.abort()
+        self.optimizer.zero_grad()
 
     def buffers(self) -> list[Tensor]:
         """The running statistics of the norm layers, live."""
@@ -241,8 +273,9 @@ class Peer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs of this peer: tensors and plain numbers."""
+        told = {hook.name: state for hook in self.hooks if (state := hook.state_dict())}
         return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema,
-                "optimizer": self.optimizer.state_dict(), **self.crafter.state()}
+                "optimizer": self.optimizer.state_dict(), "methods": told}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take over the weights of another model of this architecture. Raises RuntimeError if they do not fit."""
@@ -250,11 +283,12 @@ class Peer:
         if self.ema is not None:
             self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state of the same architecture and optimizer."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of the same architecture, optimizer and methods."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.crafter.load(state)
+        for hook in self.hooks:
+            hook.load_state_dict(state["methods"].get(hook.name, {}))
         if self.ema is not None:
             torch._foreach_copy_(list(self.ema.values()), [state["ema"][k].to(v.device) for k, v in self.ema.items()])
 
@@ -265,15 +299,15 @@ class Peer:
         return rng.key(self.seed, purpose, *indices, self.spec.stream or 0)
 
     def arrange(self, x_BCHW: Tensor) -> Tensor:
-        """Images in the memory layout of this run; the same on every path, since layout changes rounding."""
-        return x_BCHW.contiguous(memory_format=self._layout)
+        """Images in the layout of a run, channels last; the same on every path, since layout changes rounding."""
+        return x_BCHW.contiguous(memory_format=torch.channels_last)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The scope in which this run calls models: autocast with bf16."""
-        return autocast(self._precision, next(self.model.parameters()).device)
+        return autocast(self.step.precision, next(self.model.parameters()).device)
 
     @contextmanager
-    def _drawing(self, draw: Sequence[int]) -> Iterator[None]:
+    def drawing(self, draw: Sequence[int]) -> Iterator[None]:
         """Key the global generator for models that draw from it; others do not pay for it."""
         with rng.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext():
             yield
@@ -283,15 +317,3 @@ def _draws(module: nn.Module) -> bool:
     """Whether a module uses the global generator in training: dropout, stochastic depth, drop path."""
     kind = type(module).__name__.lower()
     return isinstance(module, nn.modules.dropout._DropoutNd) or "stochasticdepth" in kind or "droppath" in kind
-
-
-def build_optimizer(model: nn.Module, spec: PeerConfig) -> SGD:
-    """SGD over the trainable parameters; norm layers and biases are spared weight decay when the settings say so."""
-    optim = spec.optim
-    if optim.decay_norm_bias:
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    else:
-        decayed, spared = split_norm_bias(model)
-        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return SGD([g for g in groups if g["params"]], lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov,
-               weight_decay=optim.weight_decay)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from mat_dist import checkpoints
-from mat_dist.checkpoints.load import initialise
+from mat_dist.checkpoints.load import trained_state
 from mat_dist.checkpoints.saver import Saver
 from mat_dist.config.schema import Config
-from mat_dist.core.averaging import norm_renewal
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.containment import Containment
-from mat_dist.core.monitor import Watch, wait_shares
-from mat_dist.core.records import Meter, step_record
-from mat_dist.core.step import Outcome, train_step
+from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
+from mat_dist.core.peer import Peer
+from mat_dist.core.step import Ask, Batch, Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
@@ -28,6 +24,8 @@ from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.runs.device_memory import device_memory
 from mat_dist.runs.reporter import Reporter
 from mat_dist.runs.session import Run
+
+MOST_REFUSED, WINDOW = 3, 100  # refused steps that are borne within so many steps
 
 
 class Evaluations(Protocol):
@@ -68,9 +66,8 @@ class Trainer:
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
-        self.renew_norms = norm_renewal(config, data, self.images)
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
-        self.containment = Containment(config.step.on_nonfinite, self.cohort, self.saver, self.note)
+        self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
 
     # ---------------------------------------------------------------- the run
@@ -99,10 +96,10 @@ class Trainer:
         meter = Meter()
         for step in range(first, total):
             began = perf_counter()
-            x_BCHW, y_B = self.fetch(step)
+            batch = self.fetch(step)
             fetched = perf_counter()
             done = step + 1
-            outcome = self.step(x_BCHW, y_B, step, log=done % self.config.log.every == 0 or done == total)
+            outcome = self.step(batch, log=done % self.config.log.every == 0 or done == total)
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             self.tell()
             if outcome.loss_P is not None:
@@ -113,28 +110,32 @@ class Trainer:
             evaluates = self.evaluates_at(done, per_epoch, total)
             if self.saves_at(done, outcome.stop):
                 needed = outcome.stop or done == total
-                self.save(done, needed=needed, wait=needed or evaluates or not self.config.checkpoint.background)
+                self.save(done, needed=needed, wait=needed or evaluates)
             if outcome.stop and done < total:
                 raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
                                     "start the same command again to continue")
             if evaluates:
                 self.validate(done)
 
-    def fetch(self, step: int) -> tuple[Tensor, Tensor]:
+    def fetch(self, step: int) -> Batch:
         """This rank's rows of a batch; an error on any rank reaches all."""
         agree = Agreement(self.mesh, f"step {step}", step)
         batch = agree.run("batch", self.batches.at, step // self.config.train.replays)
         if agree.failure is not None:
             agree.header("AEs")  # where the other ranks are; raises
-        return batch
+        return Batch(*batch, step, self.cohort.rows.start)
 
-    def step(self, x_BCHW: Tensor, y_B: Tensor, step: int, *, log: bool) -> Outcome:
-        """One step of the cohort; a non-finite one ends the run or is left out, as the settings say."""
-        self.cohort.begin(step, self.batches.shown)
+    def step(self, batch: Batch, *, log: bool) -> Outcome:
+        """One step of the cohort; a non-finite one ends the run or, a few times, is left out, as the settings say."""
+        self.cohort.begin(batch.step, self.batches.shown)
         try:
-            return train_step(self.cohort, x_BCHW, y_B, step, log=log, stop=self.stop.requested, ready=self.saver.ready)
+            return train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready))
         except NonFinite as error:
-            self.containment.handle(error, step)
+            self.refused = [s for s in self.refused if s > batch.step - WINDOW] + [batch.step]
+            if self.config.step.on_nonfinite == "abort" or len(self.refused) > MOST_REFUSED:
+                raise
+            count = f"{len(self.refused)} of at most {MOST_REFUSED} in {WINDOW}"
+            self.note(f"warning: step {batch.step} left out ({count}): {error.what}")
             return Outcome(ready=False)
 
     def finish(self) -> None:
@@ -206,14 +207,21 @@ class Trainer:
         meta = checkpoints.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
             config_digest=checkpoints.json_digest(settings), data_digest=self.data.digest, extra={
-                "classes": list(self.data.classes), "images": asdict(self.images), **self.cohort.state()})
-        self.run.together("averaged weights", self.renew_norms, self.cohort, done)
+                "classes": list(self.data.classes), "images": asdict(self.images)})
+        self.run.together("averaged weights", self.prepare, done)
         states = {peer.index: peer.state for peer in self.cohort.peers}
         if not wait:
             self.saver.start(done, meta, states)
         elif not self.saver.save(done, meta, states) and needed:
             raise OutputError(f"the state after step {done} could not be saved", str(self.run.folder.checkpoints),
                               "free space, then start again to continue from the newest checkpoint")
+
+    def prepare(self, done: int) -> None:
+        """Before a save: hooks may want to see training images."""
+        batches = training_batches(self.config, self.data, self.mesh.device, DTYPES[self.config.step.precision])
+        for peer in self.cohort.peers:
+            for hook in peer.hooks:
+                hook.before_save(done, lambda step: batches.at(step)[0])
 
     def resume(self) -> int:
         """Load the newest complete checkpoint if there is one -> the number of steps already done."""
@@ -235,7 +243,6 @@ class Trainer:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoints.load_peer(manifest, p.index)))
         agree.settle("loading")
         self.saver.newest = manifest
-        self.cohort.load(manifest.meta.extra)
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
 
@@ -258,3 +265,16 @@ class Trainer:
         robust = self.evaluations.validate(done, self.saver.newest, self.progress(done))
         for line in self.watch.overfitting(robust):
             self.note(line)
+
+
+def initialise(peers: Sequence[Peer], images: Images) -> None:
+    """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
+    for peer in peers:
+        if peer.spec.init_from is None:
+            continue
+        try:
+            peer.start_from(trained_state(peer.spec.init_from, images))
+        except RuntimeError as error:
+            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
+                                  f"{str(error).splitlines()[-1].strip()[:200]}", peer.spec.init_from,
+                                  f"give {peer.name} the model of that run") from error

@@ -54,6 +54,11 @@ class Placement:
         first = self.rank % self.peer_ranks * self.peers_per_rank
         return range(first, first + self.peers_per_rank)
 
+    def peers_by_rank(self) -> list[range]:
+        """The peers of each rank along the peer axis."""
+        local = self.peers_per_rank
+        return [range(rank * local, (rank + 1) * local) for rank in range(self.peer_ranks)]
+
     @property
     def is_lead(self) -> bool:
         """Rank 0 writes records and manifests."""

@@ -1,45 +1,94 @@
-"""Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020)."""
+"""Adversarial weight perturbation (AWP; Wu, Xia and Wang, NeurIPS 2020): learn at weights that one step up the own loss
+has moved, and move them back bit by bit.
+
+Each weight tensor of more than one dimension moves by gamma times its norm along its gradient, as the authors' code
+does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
+
+from mat_dist.config.fields import Number, Section
+from mat_dist.config.methods import Method, register_method
+from mat_dist.config.registry import entries, learns_alone
+from mat_dist.config.schema import Config
+from mat_dist.core.hooks import Hook, Views
+from mat_dist.errors import ConfigError
+from mat_dist.methods import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mat_dist.core.peer import Peer
+    from mat_dist.core.step import Batch
+else:
+    torch = lazy("torch")
+
+DRAW = -2  # keys what the forwards of the step up draw
 
 
-class WeightPerturbation:
-    """One step up a loss in the space of weights, and back bit by bit.
+class AwpConfig(Section):
+    """Adversarial weight perturbation."""
 
-    Each weight tensor of more than one dimension moves by gamma times its norm along its gradient, as the authors'
-    code does.
+    gamma: Number = Field(0.005, gt=0, le=1, description="length of the step relative to the weights' norm (published: "
+                                                         "0.01, with TRADES 0.005)")
+    warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (with TRADES: 10)")
 
-    Args:
-        gamma: length of the step relative to the weights' norm, >= 0.
-    """
 
-    def __init__(self, model: nn.Module, gamma: float) -> None:
-        self._model, self._gamma = model, gamma
+class WeightPerturbation(Hook):
+    """One step up the peer's own loss in the space of weights, and back."""
+
+    name = "awp"
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
+        self.settings: AwpConfig = peer.spec.methods["awp"]  # type: ignore[assignment]
         self._before: list[tuple[nn.Parameter, Tensor]] = []
 
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Those of `loss`, a scalar whose graph reaches the weights; replicas average them before `perturb`."""
-        return list(torch.autograd.grad(loss, self._moved()))
+    def climb(self, part: Batch, views: Views) -> Sequence[Tensor]:
+        """Gradients of the own loss; none before the warm-up has ended, and where the peer learns from others alone."""
+        peer = self.peer
+        if not peer.row.alone or part.step < self.settings.warmup_epochs * peer.steps_per_epoch:
+            return ()
+        return list(torch.autograd.grad(peer.alone(part, views, DRAW), self._moved()))
 
-    @torch.no_grad()
-    def perturb(self, gradients: Sequence[Tensor]) -> None:
-        """Move the weights along what `gradients` gave."""
+    def before_forward(self, averaged: Sequence[Tensor]) -> None:
+        """Move the weights along the averaged gradients."""
+        if not averaged:
+            return
         moved = self._moved()
         self._before = [(p, p.detach().clone()) for p in moved]
-        for p, g in zip(moved, gradients, strict=True):
-            p.add_(g * (self._gamma * p.norm() / (g.norm() + torch.finfo(g.dtype).tiny)))
+        with torch.no_grad():
+            for p, g in zip(moved, averaged, strict=True):
+                p.add_(g * (self.settings.gamma * p.norm() / (g.norm() + torch.finfo(g.dtype).tiny)))
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give the weights back that `perturb` has moved."""
-        for parameter, before in self._before:
-            parameter.copy_(before)
+    def after_backward(self, part: Batch, views: Views) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """Give the weights back."""
+        with torch.no_grad():
+            for parameter, before in self._before:
+                parameter.copy_(before)
         self._before = []
 
     def _moved(self) -> list[nn.Parameter]:
-        return [p for p in self._model.parameters() if p.requires_grad and p.ndim > 1]
+        return [p for p in self.peer.model.parameters() if p.requires_grad and p.ndim > 1]
+
+
+def weights_climb_an_own_loss(config: Config) -> list[ConfigError]:
+    """The weights are moved before anything arrives from other peers."""
+    return [ConfigError(f"adversarial weight perturbation climbs the loss on own AEs and clean images, and that of "
+                        f"preset {peer.loss.preset} has none here", f"{key}.methods.awp.gamma",
+                        "leave methods.awp out, or give hard_weight (with hard_own) or clean_weight a weight")
+            for key, peer in entries(config) if "awp" in peer.methods and not peer.frozen and not learns_alone(peer)]
+
+
+register_method(Method("awp", "adversarial weight perturbation (AWP)", section=AwpConfig, hook=WeightPerturbation,
+                       climbs=True, learning=lambda spec, row: len(row.alone),
+                       rules=((weights_climb_an_own_loss, frozenset({"methods", "loss"})),)))

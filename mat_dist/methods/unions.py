@@ -1,28 +1,44 @@
 """Several norms for one peer: which of its threats it trains against, batch by batch, image by image, step by step.
 
+    avg, max      the mean over norms, the worst of each image (Tramer and Boneh, "Adversarial training and robustness for
+                  multiple perturbations", NeurIPS 2019): views for each threat, which the loss combines
     msd           in every step the norm whose step raises the loss most, per image (Maini, Wong and Kolter,
                   "Adversarial robustness against the union of multiple perturbation models", ICML 2020)
-    random_norm   one norm per batch, at random (SAT: Madaan, Shin and Hwang, "Learning to generate noise for
+    random        one norm per batch, at random (SAT: Madaan, Shin and Hwang, "Learning to generate noise for
                   multi-attack robustness", ICML 2021)
-    EatChoice     one norm per batch, the less robust one more often (E-AT: Croce and Hein, "Adversarial robustness
+    eat           one norm per batch, the less robust one more often (E-AT: Croce and Hein, "Adversarial robustness
                   against multiple and single l_p-threat models via quick fine-tuning of robust classifiers", ICML 2022)
-
-The mean over norms and the worst of each image (`avg`, `max`: Tramer and Boneh, "Adversarial training and robustness
-for multiple perturbations", NeurIPS 2019) need nothing of this: they combine losses (`objective.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from mat_dist.config.fields import parse_threats
+from mat_dist.config.methods import Method, Strategy, register_method
+from mat_dist.config.registry import asks_for_one_label, entries, heard_by
+from mat_dist.config.schema import Config, PeerConfig, UnionConfig
+from mat_dist.core.hooks import Hook
+from mat_dist.errors import ConfigError
+from mat_dist.methods import lazy
 
-from mat_dist import rng
-from mat_dist.attacks.norms import L1Region, Region, per_image
-from mat_dist.attacks.pgd import Model, attack_loss
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mat_dist import rng
+    from mat_dist.attacks import norms, pgd, training_attack
+    from mat_dist.attacks.norms import Region
+    from mat_dist.attacks.pgd import Model
+    from mat_dist.attacks.training_attack import Found, TrainingAttack
+    from mat_dist.core.peer import Peer
+    from mat_dist.core.step import Batch
+else:
+    torch, rng = lazy("torch"), lazy("mat_dist.rng")
+    norms, pgd, training_attack = (lazy(f"mat_dist.attacks.{name}") for name in ("norms", "pgd", "training_attack"))
 
 MSD_TOPS = (5, 20)  # an l1 step of MSD moves so many values, drawn anew in each step (its code, locuslab/robust_union)
 EAT_UNSEEN = 0.5  # weight of every norm until all were used (its code, fra31/robust-finetuning)
@@ -45,7 +61,7 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
         steps: number of steps, >= 1.
         stream: key of the draws: k of the l1 steps, uniform in 5..20.
     """
-    objective = attack_loss(model, x_BCHW, y_B, loss)
+    objective = pgd.attack_loss(model, x_BCHW, y_B, loss)
     adv = best = start_BCHW.detach()
     best_B = torch.full_like(x_BCHW.flatten(1)[:, 0], -torch.inf)
     owner_B = torch.zeros_like(best_B, dtype=torch.int64)
@@ -62,13 +78,13 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
         value_B, which_B = values_NB.max(0)
         adv = _pick(tried, which_B)
         better_B = value_B > best_B
-        best = torch.where(per_image(better_B, adv), adv, best)
+        best = torch.where(norms.per_image(better_B, adv), adv, best)
         best_B, owner_B = torch.where(better_B, value_B, best_B), torch.where(better_B, which_B, owner_B)
     return _pick([region.settle(best) for region in regions], owner_B)
 
 
 def _step(region: Region, adv_BCHW: Tensor, grad_BCHW: Tensor, size: float, top: int) -> Tensor:
-    if isinstance(region, L1Region):
+    if isinstance(region, norms.L1Region):
         return region.step(adv_BCHW, grad_BCHW, size, min(top, region.values))
     return region.step(adv_BCHW, grad_BCHW, size)
 
@@ -83,17 +99,8 @@ def _pick(batches: Sequence[Tensor], which_B: Tensor) -> Tensor:
     """Image b of batch which_B[b] -> (B, C, H, W)."""
     picked = batches[0]
     for index, batch in enumerate(batches[1:], 1):
-        picked = torch.where(per_image(which_B == index, batch), batch, picked)
+        picked = torch.where(norms.per_image(which_B == index, batch), batch, picked)
     return picked
-
-
-def random_norm(count: int, *, stream: int) -> int:
-    """Index of the norm that a peer trains against in a step, each of `count` as likely.
-
-    Args:
-        stream: key of the step's draw.
-    """
-    return stream % count
 
 
 @dataclass
@@ -147,3 +154,179 @@ class EatChoice:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state of as many norms."""
         self.held, self.seen = list(state["held"]), list(state["seen"])
+
+
+class Drawn(Hook):
+    """One threat per batch, each as likely; the draw is the same on all replicas."""
+
+    name = "unions"
+
+    def choose(self, step: int) -> int:
+        return self.peer.stream("norm", step) % len(self.peer.threats)
+
+
+class LessRobust(Hook):
+    """E-AT: linf or l1 (l2 follows from them), drawn by the robust accuracy so far."""
+
+    name = "unions"
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
+        self.drawn = [n for n, threat in enumerate(peer.threats) if threat.norm != "l2"]
+        self.choice = EatChoice.of(len(self.drawn))
+        self._counts = self._nothing()
+        peer.attack_of_training.counts = True
+
+    def choose(self, step: int) -> int:
+        return self.drawn[self.choice.choose(stream=self.peer.stream("eat", step))]
+
+    def attacked(self, part: Batch, threat: int, found: Found) -> None:
+        assert found.held_B is not None
+        self._counts[0, self.drawn.index(threat)] += torch.tensor([int(found.held_B.sum()), len(part.y_B)])
+
+    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """Counts are those of the whole batch, over replicas, so that all ranks choose alike."""
+        for place, (held, seen) in enumerate(gather(self._counts.to(_device(self.peer))).sum(0).tolist()):
+            self.choice.update(place, held, seen)
+        self.abort()
+
+    def abort(self) -> None:
+        self._counts = self._nothing()
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(1, len(self.drawn), 2, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"eat": self.choice.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.choice.load(state["eat"])
+
+
+class Steepest(Hook):
+    """MSD: the first view is made by all threats together; the attack runs eagerly."""
+
+    name = "unions"
+
+    def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
+        (scale, steps), settings = self.peer.strength(part.step), attack.settings
+        assert settings.start is not None and settings.loss is not None
+        stream = self.peer.stream("attack", part.step)
+
+        def make(rows: slice) -> Found:
+            x_BCHW, first_row = part.x_BCHW[rows], part.first_row + rows.start
+            regions = [attack.region(x_BCHW, number, scale) for number in range(len(attack.threats))]
+            start = attack.threats[0].scaled(scale).start(settings.start or "", regions[0], x_BCHW, stream=stream,
+                                                          first_row=first_row)
+            with attack.ready(x_BCHW) as model:
+                return training_attack.Found(msd(
+                    model, x_BCHW, part.y_B[rows], regions=regions, step_sizes=[scale * size for size in attack.sizes],
+                    start_BCHW=start, loss=settings.loss or "", steps=steps or settings.steps, stream=stream))
+
+        return attack.fitting(make, len(part.x_BCHW)).adv_BCHW
+
+
+def _device(peer: Peer) -> torch.device:
+    return next(peer.model.parameters()).device
+
+
+HOOKS = {"random": Drawn, "eat": LessRobust, "msd": Steepest}
+
+
+def _hook(peer: Peer) -> Hook:
+    return HOOKS[peer.spec.union.strategy or ""](peer)
+
+
+def _draws(spec: PeerConfig) -> bool:
+    """Whether a peer makes one batch of AEs against several threats."""
+    return spec.union.strategy in HOOKS and bool(spec.union.threats)
+
+
+def _attack_passes(spec: PeerConfig, steps: Fraction) -> tuple[Fraction, Fraction]:
+    """E-AT looks at PGD's last point, MSD at each step of each norm."""
+    looks = spec.union.strategy == "eat" and spec.attack.method == "pgd"
+    tried = len(parse_threats(spec.union.threats or "")) if spec.union.strategy == "msd" else 0
+    return steps, looks + steps * tried
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _norms(union: UnionConfig) -> list[str] | None:
+    """Norms of the threats in their order; None where they cannot be read."""
+    try:
+        return [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
+    except ValueError:
+        return None
+
+
+def unions_can_be_read(config: Config) -> list[ConfigError]:
+    """Threats are norms with radii, each norm once, two or more, and come with a strategy."""
+    found = []
+    for key, peer in entries(config):
+        union, where = peer.union, f"{key}.union.threats"
+        try:
+            given = [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
+        except ValueError as error:
+            found.append(ConfigError(str(error), where, "write norm:eps, such as linf:8/255,l2:0.5"))
+            continue
+        if given and union.strategy is None:
+            found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
+                                     "write avg, max, random, eat, msd or ramp"))
+        if len(set(given)) < len(given):
+            found.append(ConfigError("a union with one norm twice", where, "write each norm once"))
+        elif union.strategy and peer.loss.hard_own and len(given) < 2:
+            found.append(ConfigError(f"strategy {union.strategy} with {len(given)} threats", where,
+                                     "write two or more, such as linf:8/255,l2:1/2,l1:12"))
+        elif union.strategy == "eat" and peer.loss.hard_own and not {"linf", "l1"} <= set(given):
+            found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
+    return found
+
+
+def unions_of_received_aes_fit(config: Config) -> list[ConfigError]:
+    """A peer that learns a union from others' AEs hears several norms, and names none that nobody makes."""
+    found = []
+    for index, (key, peer) in enumerate(entries(config)):
+        union, heard = peer.union, heard_by(config, index)
+        if not union.strategy or peer.loss.hard_own or not heard:
+            continue
+        if union.threats:
+            found.append(ConfigError("union.threats, and this peer learns from the AEs of others alone",
+                                     f"{key}.union.threats",
+                                     "leave them out: the threats of those peers count; or give loss.hard_own a share, "
+                                     "for AEs of its own"))
+        elif union.strategy in HOOKS:
+            found.append(ConfigError(f"strategy {union.strategy} makes AEs, and those of other peers are finished",
+                                     f"{key}.union.threats",
+                                     "name the threats for AEs of its own, or write strategy: avg, max or ramp"))
+        elif len({config.peers[i].threat.norm for i in heard}) < 2:
+            found.append(ConfigError(f"strategy {union.strategy}, and the specialists have one norm",
+                                     f"{key}.union.strategy", "add a specialist for each norm"))
+    return found
+
+
+def unions_have_hard_labels(config: Config) -> list[ConfigError]:
+    """The worst or the mean over several norms is that of plain cross-entropies on AEs."""
+    return [ConfigError(f"strategy {peer.union.strategy} with preset {peer.loss.preset}, which has no hard labels on "
+                        "AEs", f"{key}.union.strategy", "write loss.preset: at, or strategy random, eat or msd")
+            for key, peer in entries(config) if peer.union.strategy and peer.union.strategy not in HOOKS
+            and not peer.loss.hard_weight and not peer.frozen]
+
+
+def one_label(config: Config) -> list[ConfigError]:
+    """It asks which images are classified correctly."""
+    return asks_for_one_label(config, lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max")
+
+
+register_method(Method(
+    "unions", "several threats at once", strategies={
+        "avg": Strategy("learn from all threats evenly", each=True),
+        "max": Strategy("learn from each image's worst one", each=True, worst=True),
+        "random": Strategy("from one drawn per step (SAT)"),
+        "eat": Strategy("from linf or l1, the less robust one more often (E-AT)"),
+        "msd": Strategy("from the steepest over the threats in each attack step (MSD)")},
+    hook=_hook, when=_draws, attack_passes=_attack_passes,
+    rules=((unions_can_be_read, frozenset({"union", "loss"})),
+           (unions_of_received_aes_fit, frozenset({"union", "peers", "loss"})),
+           (unions_have_hard_labels, frozenset({"union", "loss"})), (one_label, frozenset({"union", "data"})))))

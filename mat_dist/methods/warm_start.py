@@ -1,134 +1,105 @@
-"""Perturbations that outlive a step: of every training image for the next epoch, or of every row for the next batch."""
+"""Attacks that start from the image's perturbation of the epoch before (ATTA; Zheng et al., "Efficient adversarial
+training with transferable adversarial examples", CVPR 2020)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from mat_dist.attacks.norms import Region, per_image
+from mat_dist.config.fields import Integer, Section
+from mat_dist.config.methods import Method, register_method
+from mat_dist.config.registry import entries
 from mat_dist.config.schema import Config, PeerConfig
-from mat_dist.data.shown import Shown
+from mat_dist.core.hooks import Hook
+from mat_dist.errors import ConfigError
+from mat_dist.methods import lazy
 
-STORED = torch.float16  # an error of 2^-12 of a perturbation, which is a start and is projected again
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mat_dist.attacks import perturbation_buffer
+    from mat_dist.attacks.norms import Region
+    from mat_dist.attacks.training_attack import Found
+    from mat_dist.core.peer import Peer
+    from mat_dist.core.step import Batch
+    from mat_dist.data.shown import Shown
+else:
+    perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 
 
-@dataclass(frozen=True)
-class Prior:
-    """What is known of the rows of a batch.
+class WarmStartConfig(Section):
+    """Start from the perturbation of the epoch before; kept in memory, 2 bytes a value."""
 
-    Attributes:
-        delta_BCHW: perturbations.
-        known_B: whether there is one.
-    """
+    reset_epochs: Integer = Field(0, ge=0, description="forget all perturbations every so many epochs (ATTA: 10); 0: "
+                                                       "never")
 
-    delta_BCHW: Tensor
-    known_B: Tensor
 
-    def start(self, start_BCHW: Tensor, region: Region) -> Tensor:
-        """The perturbed images, brought into the region; `start_BCHW` for those of which nothing is known."""
-        x_BCHW = region.x
-        again_BCHW = region.settle(region.project(x_BCHW + self.delta_BCHW.to(x_BCHW.dtype)))
-        return torch.where(per_image(self.known_B, x_BCHW), again_BCHW, start_BCHW)
+class WarmStart(Hook):
+    """Remembers the perturbation of every training image."""
+
+    name = "warm_start"
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
+        self.buffer = perturbation_buffer.PerturbationBuffer(next(peer.model.parameters()).device)
+
+    def begin(self, step: int, shown: Callable[[int], Shown] | None) -> None:
+        settings: WarmStartConfig = self.peer.spec.methods["warm_start"]  # type: ignore[assignment]
+        if shown is not None:
+            every = settings.reset_epochs * self.peer.steps_per_epoch
+            self.buffer.begin(shown(step), self.peer.rows.start, forget=every > 0 and step % every == 0)
+
+    def start(self, start_BCHW: Tensor, region: Region, first_row: int) -> Tensor:
+        known = self.buffer.at(first_row, start_BCHW)
+        return start_BCHW if known is None else known.start(start_BCHW, region)
+
+    def attacked(self, part: Batch, threat: int, found: Found) -> None:
+        self.buffer.propose(part.first_row, found.adv_BCHW - part.x_BCHW)
+
+    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        self.buffer.commit(gather)
+
+    def abort(self) -> None:
+        self.buffer.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.buffer.load_state_dict(state)
 
 
 def kept_bytes(config: Config, spec: PeerConfig, images: int, shape: tuple[int, ...]) -> int:
     """What the perturbations of `images` training images of `shape` (C, H, W) take in one peer."""
     channels, height, width = shape
     pad = 2 * config.data.augment.pad
-    kept = images if spec.attack.start == "previous" else 0
-    return kept * channels * (height + pad) * (width + pad) * STORED.itemsize
+    return images * channels * (height + pad) * (width + pad) * perturbation_buffer.STORED.itemsize
 
 
-class Carried:
-    """A perturbation for each of a number of images (or rows of a batch), in memory of one device.
+def perturbations_can_be_kept(config: Config) -> list[ConfigError]:
+    """A perturbation is kept per real image and threat, in a frame that crops by padding and mirroring can be undone
+    in."""
+    augment, found = config.data.augment, []
+    lost = [f"data.augment.{name}" for name, on in (
+        ("random_resized_crop", augment.random_resized_crop), ("cutout", augment.cutout),
+        ("idbh", augment.idbh != "off"), ("cutmix", augment.cutmix)) if on] + ["data.generated"] * bool(config.data.generated)
+    for key, peer in entries(config):
+        if "warm_start" not in peer.methods:
+            continue
+        where = f"{key}.methods.warm_start"
+        if peer.attack.method not in ("pgd", "apgd") or peer.union.strategy is not None:
+            found.append(ConfigError(f"perturbations are kept for one threat and start PGD or APGD, and the peer has "
+                                     f"attack.method {peer.attack.method} and union.strategy {peer.union.strategy}",
+                                     where, "leave methods.warm_start out"))
+        if lost:
+            found.append(ConfigError(f"a perturbation cannot be carried through {lost[0]}", where,
+                                     f"switch {', '.join(lost)} off (pad and flip can stay)"))
+    return found
 
-    A step reads with `at`, proposes with `propose`, and ends with `commit` or `forget`. The content is a function of
-    the committed steps alone: with replicas, `share` gives every one of them what all have proposed.
 
-    Args:
-        device: where they lie.
-        dtype: how they are stored; None: as they come.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None = STORED) -> None:
-        self._device, self._dtype = device, dtype
-        self._shown: Shown | None = None
-        self._first_row = 0
-        self._frames: Tensor | None = None  # (N, C, H + 2 pad, W + 2 pad)
-        self._known = torch.zeros(0, dtype=torch.bool, device=device)
-        self._proposed: list[tuple[Tensor, Tensor]] = []  # image numbers, frames
-
-    def begin(self, shown: Shown, first_row: int, *, forget: bool) -> None:
-        """Before each step.
-
-        Args:
-            shown: the images of this process's rows of the batch.
-            first_row: where in the whole batch these begin.
-            forget: drop all perturbations.
-        """
-        self._shown, self._first_row = shown, first_row
-        if forget:
-            self._known.zero_()
-
-    def at(self, first_row: int, x_BCHW: Tensor) -> Prior | None:
-        """What is known of these rows of the batch; None before the first commit, and of images that `begin` was not
-        told of, as in a benchmark."""
-        if self._shown is None or self._frames is None:
-            return None
-        shown = self._rows(first_row, len(x_BCHW))
-        return Prior(shown.view(self._frames[shown.images_B]), self._known[shown.images_B])
-
-    def propose(self, first_row: int, delta_BCHW: Tensor) -> None:
-        """What these rows of the batch are to start from when their images come again."""
-        if self._shown is None:
-            return
-        shown, views_BCHW = self._rows(first_row, len(delta_BCHW)), delta_BCHW.detach().to(self._dtype)
-        if self._frames is None:
-            count, channels, height, width = views_BCHW.shape
-            before = views_BCHW.new_zeros(count, channels, height + 2 * shown.pad, width + 2 * shown.pad)
-        else:
-            before = self._frames[shown.images_B] * per_image(self._known[shown.images_B], self._frames)
-        self._proposed.append((shown.images_B, shown.put(before, views_BCHW)))
-
-    def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Take over what the other replicas propose.
-
-        Args:
-            gather: (B, ...) here -> the rows of all replicas.
-        """
-        self._proposed = [(gather(images_B), gather(frames_BCHW)) for images_B, frames_BCHW in self._proposed]
-
-    def commit(self) -> None:
-        """Keep what was proposed."""
-        for images_B, frames_BCHW in self._proposed:
-            if self._frames is None:
-                assert self._shown is not None
-                self._frames = frames_BCHW.new_zeros(self._shown.count, *frames_BCHW.shape[1:])
-                self._known = torch.zeros(self._shown.count, dtype=torch.bool, device=self._device)
-            self._frames[images_B] = frames_BCHW
-            self._known[images_B] = True
-        self._proposed = []
-
-    def forget(self) -> None:
-        """Drop what was proposed."""
-        self._proposed = []
-
-    def state(self) -> dict[str, Any]:
-        """Tensors, for a checkpoint; empty where nothing is known yet."""
-        return {} if self._frames is None else {"frames": self._frames, "known": self._known}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
-        self._frames, self._known = None, torch.zeros(0, dtype=torch.bool, device=self._device)
-        if state:
-            self._frames = state["frames"].to(self._device, copy=True)
-            self._known = state["known"].to(self._device, copy=True)
-
-    def _rows(self, first_row: int, count: int) -> Shown:
-        assert self._shown is not None
-        first = first_row - self._first_row
-        return self._shown.rows(first, first + count)
+register_method(Method(
+    "warm_start", "attacks that start from the perturbation of the epoch before (ATTA)", section=WarmStartConfig,
+    hook=WarmStart, kept_bytes=kept_bytes,
+    rules=((perturbations_can_be_kept, frozenset({"methods", "attack", "union", "data"})),)))

@@ -33,8 +33,6 @@ class Images:
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
     """A peer's model with its keyed initial weights, in the precision and layout of the run."""
-    start = spec.stream if spec.init_stream is None else spec.init_stream
-    with rng.keyed_rng(rng.key(seed, "init", start or 0)):
+    with rng.keyed_rng(rng.key(seed, "init", spec.stream or 0)):
         model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
-    model = model.to(device=device, dtype=DTYPES[step.precision])
-    return model.to(memory_format=torch.channels_last) if step.channels_last else model
+    return model.to(device=device, dtype=DTYPES[step.precision]).to(memory_format=torch.channels_last)

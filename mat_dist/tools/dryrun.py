@@ -15,15 +15,15 @@ from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
+from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
-from mat_dist.core.graph import CohortPlan, PeerPlan
-from mat_dist.core.schedules import lr_at
+from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
+from mat_dist.core.optim import lr_at, optimizer_class
 from mat_dist.data import steps_per_epoch
 from mat_dist.data.split import default_val_size
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
-from mat_dist.methods.warm_start import kept_bytes
 from mat_dist.models import build_model, parameter_count
 from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.tools.cost import step_passes, total_passes
@@ -42,9 +42,9 @@ def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
     Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
-    plan = CohortPlan.of(config.peers)
-    rows = replica_rows(place, config.train.batch_size, config.step.microbatches, plan.makers)
-    run = _Run(config, place, plan, rows.stop - rows.start)
+    graph = CohortGraph.of(config.peers)
+    rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
+    run = _Run(config, place, graph, rows.stop - rows.start)
     others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
               if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
@@ -63,13 +63,13 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     Args:
         steps: of the training, where they are known; default by the settings, None where that needs the data set.
     """
-    plan = CohortPlan.of(config.peers)
-    run = _Run(config, Placement.place(len(config.peers), 1, 0), plan, config.train.batch_size)
+    graph = CohortGraph.of(config.peers)
+    run = _Run(config, Placement.place(len(config.peers), 1, 0), graph, config.train.batch_size)
     per_epoch = 0 if run.count is None else run.per_epoch(run.count)
     if per_epoch < 1 and steps is None:
         return None
     total = steps or _total(config, per_epoch)
-    return total, *total_passes(config, plan, total, per_epoch or max(1, total // config.train.epochs))
+    return total, *total_passes(config, graph, total, per_epoch or max(1, total // config.train.epochs))
 
 
 def _total(config: Config, per_epoch: int) -> int:
@@ -84,7 +84,7 @@ class _Run:
 
     config: Config
     place: Placement
-    plan: CohortPlan
+    graph: CohortGraph
     rows: int
 
     @property
@@ -123,8 +123,7 @@ class _Run:
     def _more(self) -> str:
         """What else the training takes its images from."""
         data = self.config.data
-        poison = f"; poisoned by {data.poison}" if data.poison else ""
-        return poison + (f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else "")
+        return f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else ""
 
     @cached_property
     def models(self) -> dict[ModelConfig, tuple[int, int]]:
@@ -144,14 +143,20 @@ class _Run:
         if spec.frozen:
             return held
         trained = parameters * DTYPES[self.config.step.precision].itemsize
-        return held * (1 + spec.optim.averages) + trained * (1 + (spec.optim.momentum > 0))
+        return held * (1 + spec.averages) + trained * (1 + optimizer_state(spec))
 
-    def named(self) -> list[tuple[str, PeerConfig, PeerPlan]]:
+    def named(self) -> list[tuple[str, PeerConfig, PeerGraph]]:
         """Name, settings and plan of each peer."""
-        return [(str(spec.name), spec, row) for spec, row in zip(self.config.peers, self.plan.peers, strict=True)]
+        return [(str(spec.name), spec, row) for spec, row in zip(self.config.peers, self.graph.peers, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def optimizer_state(spec: PeerConfig) -> int:
+    """Tensors of a parameter's size that the optimizer keeps: one for momentum, two for Adam's kind."""
+    name = optimizer_class(spec.optim, "peers").__name__
+    return int(spec.optim.args.get("momentum", 0.9) > 0) if name == "SGD" else 2
 
 
 def _peers(run: _Run) -> list[str]:
@@ -166,8 +171,7 @@ def _peers(run: _Run) -> list[str]:
 
 def _terms(run: _Run) -> list[str]:
     """The weights of the loss that are not 0 everywhere."""
-    turns = run.plan.turns
-    weights = {name: _mean([_weights(turn.peers[row.index]) for turn in turns]) for name, _, row in run.named()}
+    weights = {name: _weights(row) for name, _, row in run.named()}
     used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
     table = _table(["peer"], used)
     for name, row in weights.items():
@@ -176,36 +180,27 @@ def _terms(run: _Run) -> list[str]:
             *_lines(table)]
 
 
-def _weights(row: PeerPlan) -> dict[str, float]:
-    c, others = row.loss, [j for j in range(row.peers) if j != row.index]
-    return {"CE own": c.base_scale * sum(row.hard.get(slot, 0.0) for slot in row.own),
-            "CE other": c.base_scale * max((row.hard.get(j, 0.0) for j in others), default=0.0),
-            "CE clean": c.base_scale * row.hard.get(row.clean, 0.0),
-            "KD own": row.distilled.get(row.index, 0.0) if row.teachers(row.index) else 0.0,
-            "KD other": max((row.distilled.get(j, 0.0) for j in others), default=0.0),
-            "KD clean": row.distilled.get(row.clean, 0.0),
-            "TRADES": c.base_scale * c.trades_beta, "MART": c.base_scale * c.mart_beta,
-            "logit pairing": c.base_scale * c.pair_weight,
-            "RAMP": c.base_scale * row.me.ramp_weight * sum(row.hard[s] for s in row.rivals) if row.ramp else 0.0}
-
-
-def _mean(weights: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {term: sum(one[term] for one in weights) / len(weights) for term in weights[0]}
+def _weights(row: PeerGraph) -> dict[str, float]:
+    others = [view for view in (*row.hard, *row.distilled) if view != CLEAN and view.maker != row.index]
+    return {"CE own": sum(row.hard.get(view, 0.0) for view in row.mine),
+            "CE other": max((row.hard.get(view, 0.0) for view in others), default=0.0),
+            "CE clean": row.hard.get(CLEAN, 0.0),
+            "KD own": sum(row.distilled.get(view, 0.0) for view in row.mine if row.teachers(view)),
+            "KD other": max((row.distilled.get(view, 0.0) for view in others), default=0.0),
+            "KD clean": row.distilled.get(CLEAN, 0.0),
+            "pair KL": row.weights.pair_kl, "pair MSE": row.weights.pair_mse}
 
 
 def _passes(run: _Run) -> list[str]:
     """Passes of a replica's batch through each network in one step."""
     table = _table(["peer"], ["attack", "learning", "teaching", "forward", "backward"])
-    counts = step_passes(run.config, run.plan)
+    counts = step_passes(run.config, run.graph)
     for (name, *_), row in zip(run.named(), counts, strict=True):
         table.add_row(name, *map(_number, row))
     table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
-    growing = max(spec.attack.steps_warmup_epochs for spec in run.config.peers)
-    grown = [f"  Attacks have fewer steps in the first {growing:g} epochs."] if growing else []
-    over = "" if run.plan.period == 1 else f", in the mean over {run.plan.period} steps"
-    return [f"passes per step, of {run.rows} images each{over}", *_lines(table), *grown,
+    return [f"passes per step, of {run.rows} images each", *_lines(table),
             "  Not counted: evaluations, and forwards for the transfer table of log steps.",
-            "  Counted in full: epochs before the mutual terms or weight perturbation begin."]
+            "  Counted in full: epochs in which peers still learn alone, or attacks still grow."]
 
 
 def _memory(run: _Run) -> list[str]:
@@ -215,20 +210,35 @@ def _memory(run: _Run) -> list[str]:
     ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
     state = max(sum(states[peer] for peer in local) for local in ranks)
     rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
-    sources = 2 if run.plan.split else run.place.peers if run.plan.shares_aes else local  # split: parts, and the whole
-    aes = sources * rows * math.prod(shape) * width
-    logits = run.place.peers * max(plan.most_taught for plan in run.plan.turns) * rows * run.images.classes * width
+    graph = run.graph
+    held = len(graph.travelling | {view for peer in range(run.place.peers) for view in graph.crafted(peer)
+                                   if peer in run.place.local_peers})
+    aes = held * rows * math.prod(shape) * width
+    logits = run.place.peers * graph.most_taught * rows * run.images.classes * width
     table = _table([""], ["MiB"], [""])
     table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
-    table.add_row("AEs", _mib(aes), f"of {_count(sources, 'peer')}, {rows} images")
+    table.add_row("AEs", _mib(aes), f"{_count(held, 'view')} of {rows} images")
     table.add_row("logits", _mib(logits), "that peers teach")
-    held = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
-    kept = max(sum(held[peer] for peer in local) for local in ranks)
+    remembered = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
+    kept = max(sum(remembered[peer] for peer in peers) for peers in ranks)
     if kept:
-        table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (attack.start: previous)")
+        table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (methods.warm_start)")
     table.add_row("sum", _mib(state + aes + logits + kept), "")
-    return ["memory of the fullest rank", *_lines(table),
+    return [*_travel(run, rows), "", "memory of the fullest rank", *_lines(table),
             "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
+
+
+def _travel(run: _Run, rows: int) -> list[str]:
+    """What each rank sends along the peer axis in a step."""
+    graph, place = run.graph, run.place
+    sent, parts = graph.width(place.peers_by_rank()), run.config.step.microbatches
+    width = {"full": DTYPES[run.config.step.precision].itemsize, "fp16": 2, "int8": 1}[run.config.step.wire]
+    aes = parts * sent * rows * math.prod(run.images.shape) * width
+    logits = (parts * place.peers_per_rank * graph.most_taught * rows * run.images.classes
+              * DTYPES[run.config.step.precision].itemsize)
+    home = sum(len(graph.crafted(peer)) for peer in range(place.peers)) - len(graph.travelling)
+    return [f"travels per step: each rank sends {aes / MIB:,.2f} MiB of AEs ({_count(parts * sent, 'view')}) and "
+            f"{logits / MIB:,.2f} MiB of logits; {_count(home, 'view')} stay with their makers"]
 
 
 def _schedule(run: _Run) -> list[str]:
@@ -239,7 +249,7 @@ def _schedule(run: _Run) -> list[str]:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
     total = _total(config, per_epoch)
-    forward, backward = total_passes(config, run.plan, total, per_epoch)
+    forward, backward = total_passes(config, run.graph, total, per_epoch)
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
         optims.setdefault(spec.optim, name)

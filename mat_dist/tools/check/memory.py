@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
+from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
-from mat_dist.core.graph import CohortPlan
+from mat_dist.core.graph import CohortGraph
 from mat_dist.data.load import DEVICE_SHARE
 from mat_dist.data.memory import available_bytes
 from mat_dist.distributed.device import ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
-from mat_dist.methods.warm_start import kept_bytes
 from mat_dist.tools.check.data import Sample
 from mat_dist.tools.check.findings import Answer
 from mat_dist.tools.check.models import Measured
@@ -85,23 +85,23 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
               images: int) -> Need:
     """The estimate for one rank; see `Need`."""
     place = Placement.place(len(config.peers), launch.world, rank)
-    plan = CohortPlan.of(config.peers)
+    graph = CohortGraph.of(config.peers)
     local = [measured[index] for index in place.local_peers]
     batch = config.train.batch_size // place.replicas // config.step.microbatches
     pixels = sample.x_BCHW[0].numel() * sample.x_BCHW.element_size()
     numbers = sample.images.classes * sample.x_BCHW.element_size()
-    graphs = [len(plan.peers[index].learned) for index in place.local_peers]
+    graphs = [len(graph.peers[index].learned) for index in place.local_peers]
     if config.step.memory == "keep":
         learning = sum(count * one.learn.at(batch) for count, one in zip(graphs, local, strict=True))
     else:
-        groups = (max((len(group) for group in plan.peers[index].groups()), default=0) for index in place.local_peers)
+        groups = (max((len(group) for group in graph.peers[index].groups()), default=0) for index in place.local_peers)
         learning = max(count * one.learn.at(batch) for count, one in zip(groups, local, strict=True))
     # In a backward pass the gradients of two activations stand beside the graph.
     learning += 2 * max(one.largest.at(batch) for one in local)
     attacking = max(one.attack.at(batch) for one in local) + ATTACK_IMAGES * pixels * batch
-    adversarial = (2 * len(local) + (place.peers if plan.shares_aes else 0)) * pixels * batch
+    adversarial = (2 * len(local) + len(graph.travelling)) * pixels * batch
     clean = config.train.batch_size // place.replicas * pixels
-    logits = (place.peers * plan.most_taught + sum(graphs)) * numbers * batch
+    logits = (place.peers * graph.most_taught + sum(graphs)) * numbers * batch
     gradients = sum(one.gradients for one in local)
     reduced = 2 * gradients if place.replicas > 1 else max(one.gradients for one in local)  # flat copy; weight decay
     step = max(learning, attacking, reduced) + adversarial + clean + logits + gradients

@@ -137,7 +137,7 @@ def _check_logits(logits_BK: Tensor, rows: int, classes: int, where: str) -> Non
 def _check_region(peer: Peer, x_BCHW: Tensor, adv_BCHW: Tensor, where: str) -> None:
     """Each AE lies in the box and in the region of one of the peer's threats; N-FGSM's only in the box."""
     inside = torch.stack([threat.distance(adv_BCHW, x_BCHW) <= threat.eps * (1 + 1e-6)
-                          for threat in peer.crafter.threats]).any(0)
+                          for threat in peer.threats]).any(0)
     in_ball = bool(inside.all()) or peer.spec.attack.method == "n_fgsm"
     if not bool(adv_BCHW.isfinite().all()) or float(adv_BCHW.min()) < 0 or float(adv_BCHW.max()) > 1 or not in_ball:
         far = float(peer.threat.distance(adv_BCHW, x_BCHW).max())

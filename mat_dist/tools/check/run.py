@@ -9,7 +9,6 @@ import torch
 
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
-from mat_dist.core.graph import CohortPlan
 from mat_dist.distributed.device import choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -57,8 +56,7 @@ def _listed(peers: tuple[int, ...]) -> str:
 def check_ranks(config: Config, ranks: int, nodes: int) -> Answer[Launch]:
     """Rank 0 of the launch. Raises EnvironmentFault for a number of ranks that fits neither peers, batch nor nodes."""
     place = Placement.place(len(config.peers), ranks, 0)
-    makers = CohortPlan.of(config.peers).makers
-    replica_rows(place, config.train.batch_size, config.step.microbatches, makers)
+    replica_rows(place, config.train.batch_size, config.step.microbatches)
     if ranks % nodes:
         raise EnvironmentFault(f"{ranks} ranks on {nodes} nodes", "--ranks, --nodes",
                                "torchrun starts the same number of ranks on every node: use a multiple of --nodes")

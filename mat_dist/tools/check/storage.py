@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.errors import CheckpointError, ConfigError, OutputError
-from mat_dist.methods.warm_start import kept_bytes
 from mat_dist.runs.files import free_bytes, output_error
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock

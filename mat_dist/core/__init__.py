@@ -1,0 +1,1 @@
+"""The training: trainer, step, guard, cohort, peer, graph, objective, losses, optimizer, hooks, monitor."""

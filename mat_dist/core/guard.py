@@ -1,0 +1,78 @@
+"""The guard of a step: no local statement and no exchange stands outside it.
+
+Local work runs through `run` and `each`: the first failure is kept, nothing runs after it, and the next exchange tells
+it to all ranks. Every exchange is a header, the collective, and two laps of the clock in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.groups import Mesh
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Host seconds by phase; `wait` is what headers cost, most of it waiting for the slowest rank."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Charge the time since the last lap to `phase`."""
+        now = perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+class Guard(Agreement):
+    """An agreement that also keeps the time.
+
+    Args:
+        clock: takes the times of the phases; the benchmark hands in one that waits for the device.
+    """
+
+    def __init__(self, mesh: Mesh, where: str, step: int, clock: Clock | None = None) -> None:
+        super().__init__(mesh, where, step)
+        self.clock = clock or Clock()
+
+    def each(self, phase: str, work: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
+        """`work` for each peer of the first column, with its entries of the others; messages name the peer."""
+        found = [self.run(f"{phase} of {row[0].name}", work, *row) for row in zip(*columns, strict=True)]
+        self.clock.lap(phase)
+        return found
+
+    def all_gather(self, point: str, make: Callable[[], Tensor], checksum: Callable[[], int] = int) -> Tensor:
+        """What `make` gives here (W, ...) -> that of all ranks of the peer axis (ranks * W, ...), without gradient.
+
+        Where W is 0, alike on all ranks, nothing travels but the header.
+        """
+        local, number = self.run(point, make), self.run("checksum", checksum)
+        self._header(point, local, number or 0)
+        gathered = self.mesh.gather_peers(local) if len(local) else local
+        self.clock.lap("exchange")
+        return gathered
+
+    def average(self, point: str, make: Callable[[], Sequence[Tensor]], needed: bool = True) -> None:
+        """Replace the tensors that `make` gives by their mean over the replicas, in place.
+
+        Args:
+            needed: alike on all ranks; where it is False, or there is one replica, nothing happens.
+        """
+        if not needed or self.mesh.placement.replicas == 1:
+            return
+        tensors = self.run(point, make)
+        self._header(point)  # a replica that failed must not be missing in the all-reduce
+        self.mesh.average_replicas(tensors)
+        self.clock.lap("exchange")
+
+    def _header(self, point: str, payload: Tensor | None = None, checksum: int = 0) -> None:
+        self.header(point, payload, checksum)
+        self.clock.lap("wait")

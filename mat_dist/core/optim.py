@@ -1,0 +1,110 @@
+"""The optimizer of a peer, its learning rate, and its averaged weights: pure functions of settings and step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mat_dist.config.schema import OptimConfig
+from mat_dist.errors import ConfigError
+from mat_dist.models.modes import split_norm_bias
+
+SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
+OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
+DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
+ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
+DECAY_FACTOR = 0.1  # of `piecewise` at each milestone
+
+
+def optimizer_class(optim: OptimConfig, where: str) -> type[torch.optim.Optimizer]:
+    """The class that settings name, all of whose arguments are known.
+
+    Raises:
+        ConfigError: there is no such class, it needs a closure, or it does not take an argument.
+    """
+    name = SHORT_NAMES.get(optim.name, optim.name)
+    known = sorted(key for key, value in vars(torch.optim).items() if inspect.isclass(value)
+                   and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+                   and key not in ("LBFGS", "SparseAdam"))  # they need a closure, or sparse gradients
+    if name not in known:
+        raise ConfigError(f"there is no optimizer {optim.name}", f"{where}.optim.name",
+                          f"use sgd, adamw, or a class of torch.optim: {', '.join(known)}")
+    kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+    takes = set(inspect.signature(kind).parameters) - OWN
+    if unknown := sorted(set(optim.args) - takes):
+        raise ConfigError(f"{name} has no argument {', '.join(unknown)}", f"{where}.optim.args",
+                          f"it takes {', '.join(sorted(takes))}")
+    return kind
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0") -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; norm layers and biases are spared weight decay when the settings say
+    so. Raises ConfigError for a name, an argument or a value that its class refuses."""
+    kind = optimizer_class(optim, where)
+    if optim.decay_norm_bias:
+        groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    else:
+        decayed, spared = split_norm_bias(model)
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    given = {**DEFAULTS.get(kind.__name__, {}), **optim.args}
+    if "foreach" in inspect.signature(kind).parameters and not {"foreach", "fused"} & set(given):
+        given["foreach"] = True  # one call for all parameters, on CPUs too
+    if "weight_decay" in inspect.signature(kind).parameters:
+        given["weight_decay"] = optim.weight_decay
+    try:
+        # YAML has no tuples, and classes ask for them (betas).
+        return kind([g for g in groups if g["params"]], lr=optim.lr,  # type: ignore[call-arg]
+                    **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    except (ValueError, TypeError) as refused:
+        raise ConfigError(f"{kind.__name__} refuses its settings: {refused}", f"{where}.optim",
+                          "see the class in the documentation of torch.optim") from refused
+
+
+def lr_at(step: int, *, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:
+    """Learning rate of step `step` (0-based) of `total_steps`.
+
+    constant and piecewise hold the rate (piecewise divides it by 10 at each milestone's share of the training);
+    cosine falls to 0 along half a cosine (Loshchilov and Hutter, ICLR 2017); onecycle rises linearly to the peak and
+    falls linearly to 0 (Smith and Topin, 2018; linear as in fast_adversarial). A warm-up rises linearly from
+    lr / warm-up steps; the other schedules then run over the remaining steps.
+    """
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    if optim.schedule == "onecycle":
+        rise = warmup or max(1, round(ONECYCLE_RISE * total_steps))
+        if step < rise:
+            return optim.lr * (step + 1) / rise
+        return optim.lr * (total_steps - step) / max(1, total_steps - rise)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, total_steps - warmup)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * share))
+    if optim.schedule == "piecewise":
+        return optim.lr * DECAY_FACTOR ** sum(step / total_steps >= m for m in optim.milestones)
+    return optim.lr
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """Decay of the averaged weights after update number `step` (0-based): min(decay, (1 + t) / (10 + t)).
+
+    The warm-up of TensorFlow's ExponentialMovingAverage, so that a short run does not average its random start.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
+    """ema <- decay ema + (1 - decay) state for floating tensors (BN statistics too); integers are copied.
+
+    torch's AveragedModel would copy the model (and the process groups of its norm layers), start from its first update
+    and refuse counters.
+    """
+    floating = [k for k, v in ema.items() if v.is_floating_point()]
+    torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
+    for k, v in ema.items():
+        if not v.is_floating_point():
+            v.copy_(state[k])

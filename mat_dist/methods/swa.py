@@ -1,0 +1,93 @@
+"""Stochastic weight averaging (SWA; Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
+Generalization", UAI 2018): an even average of the weights at the ends of the later epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mat_dist.config.fields import Number, Section
+from mat_dist.config.methods import Method, register_method
+from mat_dist.config.registry import entries
+from mat_dist.config.schema import Config
+from mat_dist.core.hooks import Hook
+from mat_dist.errors import ConfigError
+from mat_dist.methods import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim import swa_utils
+
+    from mat_dist import rng
+else:
+    torch, swa_utils, rng = map(lazy, ("torch", "torch.optim.swa_utils", "mat_dist.rng"))
+
+NORM_IMAGES = 10_000  # training images behind the statistics: a fifth of CIFAR; fewer where an epoch has fewer
+
+
+class SwaConfig(Section):
+    """Even average of the weights at the end of each epoch, in place of optim.ema_decay."""
+
+    start: Number = Field(0.5, ge=0, lt=1, description="share of the training from which on the weights are averaged")
+
+
+def averaged_epochs(done: int, start: float, *, total_steps: int, steps_per_epoch: int) -> int:
+    """How many epochs' last weights the even average holds after `done` steps, when it begins at a share of the
+    training."""
+    first = max(1, math.ceil(start * total_steps / steps_per_epoch - 1e-9))  # 0.55 * 100 is a little above 55
+    return max(0, done // steps_per_epoch - first + 1)
+
+
+class WeightAverage(Hook):
+    """Says how the averaged weights follow, and renews their batch-norm statistics before they are stored."""
+
+    name = "swa"
+    averages = True
+
+    def epochs(self, done: int) -> int:
+        """How many epochs' weights are averaged after `done` steps."""
+        settings: SwaConfig = self.peer.spec.methods["swa"]  # type: ignore[assignment]
+        return averaged_epochs(done, settings.start, total_steps=self.peer.total_steps,
+                               steps_per_epoch=self.peer.steps_per_epoch)
+
+    def kept_share(self, step: int) -> float:
+        """0 before there is an average, so that the averaged weights are the weights themselves; then 1 - 1/n at the
+        end of the n-th epoch of it, and 1 within epochs."""
+        count = self.epochs(step + 1)
+        if count == 0:
+            return 0.0
+        return 1 - 1 / count if (step + 1) % self.peer.steps_per_epoch == 0 else 1.0
+
+    def before_save(self, done: int, batches: Callable[[int], Tensor]) -> None:
+        """The averaged weights never saw the activations that the averaged statistics belong to (section 3.2), so one
+        pass over the first `NORM_IMAGES` training images in the order of the first epoch, augmented as there and clean
+        (Chen et al., ICLR 2021, do so), sets them to the mean over its batches. Each rank passes whole batches through
+        each of its peers alone: the result is a function of the weights and the run's seed, whatever the placement."""
+        peer = self.peer
+        if peer.ema is None or not self.epochs(done):
+            return
+        first = batches(0)
+        count = min(peer.steps_per_epoch, -(-NORM_IMAGES // len(first)))
+        model = peer.fresh_model()
+        model.load_state_dict(peer.ema)
+        with rng.keyed_rng(peer.stream("swa-norms")), peer.precision():  # dropout draws from the global generator
+            swa_utils.update_bn((peer.arrange(batches(step)) for step in range(count)), model)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in peer.ema:
+                    peer.ema[name].copy_(buffer)
+
+
+def one_average(config: Config) -> list[ConfigError]:
+    """A peer keeps one average of its weights."""
+    return [ConfigError("two averages of the weights, optim.ema_decay and methods.swa", f"{key}.methods.swa",
+                        "write ema_decay: null, or leave methods.swa out")
+            for key, peer in entries(config) if peer.optim.ema_decay is not None and "swa" in peer.methods]
+
+
+register_method(Method("swa", "even average of the weights of later epochs (SWA)", section=SwaConfig,
+                       hook=WeightAverage, rules=((one_average, frozenset({"methods", "optim"})),)))

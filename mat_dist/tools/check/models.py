@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mat_dist.checkpoints.load import initialise
 from mat_dist.config.schema import Config
+from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
+from mat_dist.core.step import Batch
+from mat_dist.core.trainer import initialise
 from mat_dist.errors import NonFinite, PeerFailed
 from mat_dist.models.classifier import make_model
 from mat_dist.models.registry import parameter_count
@@ -50,7 +52,7 @@ def alike(config: Config) -> list[tuple[int, ...]]:
     """The peers in groups that differ in nothing that is tried here."""
     groups: dict[str, list[int]] = {}
     for index, spec in enumerate(config.peers):
-        key = spec.model_dump_json(exclude={"name", "stream", "init_stream", "loss"}) + str(spec.attack.loss)
+        key = spec.model_dump_json(exclude={"name", "stream", "loss"}) + str(spec.attack.loss)
         groups.setdefault(key, []).append(index)
     return [tuple(members) for members in groups.values()]
 
@@ -65,20 +67,21 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
     where = f"peer {peers[0]}, model.name={spec.model.name}"
     model = make_model(spec, sample.images, seed=config.run.seed, step=config.step, device=device)
     once = spec.model_copy(update={"attack": spec.attack.model_copy(update={"steps": 1}), "frozen": False})
-    peer = Peer(peers[0], once, model, seed=config.run.seed, step=config.step)
+    row, view = CohortGraph.of(config.peers).peers[peers[0]], View(peers[0])
+    peer = Peer(peers[0], once, model, row, seed=config.run.seed, step=config.step)
     initialise([peer], sample.images)
     x_BCHW, y_B = sample.x_BCHW[:IMAGES].to(device), sample.y_B[:IMAGES].to(device)
     few = max(1, len(x_BCHW) // 2), max(2, len(x_BCHW) // 2)  # batch norm needs two
     try:
-        attacks = [_held(peer, peer.attack, x_BCHW[:n], y_B[:n], 0) for n in (few[0], len(x_BCHW))]
+        attacks = [_held(peer, lambda n: peer.attack(Batch(x_BCHW[:n], y_B[:n], 0), (view,))[view], n) for n in (few[0], len(x_BCHW))]
         learns = [_held(peer, peer.learn, x_BCHW[:n], (0, 0, 0)) for n in (few[1], len(x_BCHW))]
         logits_BK = learns[-1].result
         _check_logits(logits_BK, len(x_BCHW), sample.images.classes, where)
         F.cross_entropy(logits_BK, y_B).backward()
-        if not bool(peer.clip().isfinite()):
+        if not bool(peer.reduced().isfinite()):
             raise NonFinite("the gradient is not finite", where, "check the model's loss of precision and its data")
         gradients = sum(_bytes(g) for g in peer.gradients())
-        peer.update(0, spec.optim.lr)
+        peer.update(0, spec.optim.lr, lambda tensor: tensor)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise PeerFailed(f"{type(error).__name__}: {error}", where,
                          "the model must take (B, C, H, W) in train and eval mode, and be differentiable") from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
+from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.attacks.fgsm import n_fgsm
 from mat_dist.attacks.graphed import GraphedAttack
@@ -21,6 +21,7 @@ from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.modes import frozen
 
+APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
 # (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
 Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -89,7 +90,7 @@ class TrainingAttack:
 
     def region(self, x_BCHW: Tensor, threat: int = 0, scale: float = 1.0) -> Region:
         """The feasible set of a batch for a threat of `scale` times the radius."""
-        share = APGD_L1_SHARE if self.settings.method == "apgd" else None
+        share = APGD_SHARE if self.settings.method == "apgd" else None
         return self.threats[threat].scaled(scale).region(x_BCHW, share)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Several norms for one peer: which of its threats it trains against, batch by batch, image by image, step by step.
 
-    avg, max      the mean over norms, the worst of each image (Tramer and Boneh, "Adversarial training and robustness for
-                  multiple perturbations", NeurIPS 2019): views for each threat, which the loss combines
+    avg, max      the mean over norms, the worst of each image (Tramer and Boneh, "Adversarial training and robustness
+                  for multiple perturbations", NeurIPS 2019): views for each threat, which the loss combines
     msd           in every step the norm whose step raises the loss most, per image (Maini, Wong and Kolter,
                   "Adversarial robustness against the union of multiple perturbation models", ICML 2020)
     random        one norm per batch, at random (SAT: Madaan, Shin and Hwang, "Learning to generate noise for

@@ -84,7 +84,8 @@ def perturbations_can_be_kept(config: Config) -> list[ConfigError]:
     augment, found = config.data.augment, []
     lost = [f"data.augment.{name}" for name, on in (
         ("random_resized_crop", augment.random_resized_crop), ("cutout", augment.cutout),
-        ("idbh", augment.idbh != "off"), ("cutmix", augment.cutmix)) if on] + ["data.generated"] * bool(config.data.generated)
+        ("idbh", augment.idbh != "off"), ("cutmix", augment.cutmix)) if on]
+    lost += ["data.generated"] * bool(config.data.generated)
     for key, peer in entries(config):
         if "warm_start" not in peer.methods:
             continue

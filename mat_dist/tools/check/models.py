@@ -73,7 +73,8 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
     x_BCHW, y_B = sample.x_BCHW[:IMAGES].to(device), sample.y_B[:IMAGES].to(device)
     few = max(1, len(x_BCHW) // 2), max(2, len(x_BCHW) // 2)  # batch norm needs two
     try:
-        attacks = [_held(peer, lambda n: peer.attack(Batch(x_BCHW[:n], y_B[:n], 0), (view,))[view], n) for n in (few[0], len(x_BCHW))]
+        attacks = [_held(peer, lambda n: peer.attack(Batch(x_BCHW[:n], y_B[:n], 0), (view,))[view], n)
+                   for n in (few[0], len(x_BCHW))]
         learns = [_held(peer, peer.learn, x_BCHW[:n], (0, 0, 0)) for n in (few[1], len(x_BCHW))]
         logits_BK = learns[-1].result
         _check_logits(logits_BK, len(x_BCHW), sample.images.classes, where)

@@ -45,9 +45,10 @@ _STYLE: dict[Any, Any] = {
     "font.sans-serif": ["DejaVu Sans"], "font.size": 10.5, "figure.titlesize": 12, "figure.titleweight": "bold",
     "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10, "axes.titlesize": 10,
     "text.color": INK, "axes.labelcolor": DIM, "xtick.color": DIM, "ytick.color": DIM, "axes.edgecolor": GRID,
-    "figure.facecolor": GROUND, "axes.facecolor": "none", "xtick.major.size": 0, "xtick.major.pad": 6, "ytick.major.size": 0,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": GRID,
-    "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 4.5, "axes.axisbelow": True}
+    "figure.facecolor": GROUND, "axes.facecolor": "none", "ytick.major.size": 0, "xtick.major.size": 0,
+    "xtick.major.pad": 6, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "grid.color": GRID, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8,
+    "lines.markersize": 4.5}
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _colour(index: int) -> str:
 
 def cut(text: str, letters: int) -> str:
     """`text` on one line, or its beginning with an ellipsis."""
-    text = " ".join(text.split())
+    text = " ".join(fit(text).split())
     return text if len(text) <= letters else text[:max(letters - 1, 1)] + "…"
 
 
@@ -286,12 +287,12 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
     return Chart(title, description, 75 + upright + tall * len(rows), draw)
 
 
-def _rows(axes: Axes, names: Sequence[str], label: str) -> None:
-    """One named row per bar or interval, the first at the top; shares or lengths on the x axis."""
+def _rows(axes: Axes, names: Sequence[str], x: Axis) -> None:
+    """One named row per bar or interval, the first at the top, over a common x."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x")
-    axes.set_xlabel(label)
+    _ticks(axes, "x", x)
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], kinds: Sequence[str],
@@ -305,8 +306,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[float, f
             axes.hlines(at, lows, highs, _colour(number), linewidth=1.8)
             dots += axes.plot(shares, at, "o", color=_colour(number), markersize=6,
                               markerfacecolor=_colour(number) if number == 0 else GROUND)
-        _rows(axes, [cut(name, 18) for name, _ in rows], "accuracy, %")
-        _ticks(axes, "x", Axis("accuracy, %", percent=True))
+        _rows(axes, [cut(name, 18) for name, _ in rows], Axis("accuracy, %", percent=True))
         _legend(axes, dots, kinds)
 
     return Chart(title, description, 85 + (9 * len(kinds) + 9) * len(rows), draw)
@@ -321,7 +321,7 @@ def stacked_bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], parts:
             width = [values[number] for _, values in rows]
             bars.append(axes.barh(range(len(rows)), width, 0.7, begin, color=_colour(number)))
             begin = [a + b for a, b in zip(begin, width, strict=True)]
-        _rows(axes, [cut(name, 14) for name, _ in rows], label)
+        _rows(axes, [cut(name, 14) for name, _ in rows], Axis(label))
         _legend(axes, bars, parts)
 
     return Chart(title, description, 75 + _legend_height(parts) + 24 * len(rows), draw)

@@ -12,9 +12,6 @@ from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned
 from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.files import RunFiles
 from mat_dist.report.page import (
-    RESULT,
-    SETTINGS,
-    TRAINING,
     Page,
     Table,
     accuracy_table,
@@ -35,9 +32,9 @@ MOST_SETTINGS = 30  # rows of the table of settings; more of them are folded
 def comparison_page(runs: Sequence[RunFiles]) -> Page:
     """The page for two or more runs, in their order."""
     names = _names(runs)
-    sections = {RESULT[0]: _results(runs, names), TRAINING[0]: {"figures": _training(runs, names)},
-                SETTINGS[0]: _settings(runs, names)}
-    return render("comparison.html", f"{len(runs)} runs compared", sections, (RESULT, TRAINING, SETTINGS),
+    sections = {"result": _results(runs, names), "training": {"figures": _training(runs, names)},
+                "settings": _settings(runs, names)}
+    return render("comparison.html", f"{len(runs)} runs compared", sections,
                   states=[(name, status(run)) for name, run in zip(names, runs, strict=True)],
                   notices=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes])
 

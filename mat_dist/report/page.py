@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 MOST_CLASSES = 20  # rows of the chart of classes; with more classes the worst ones are shown
 MOST_TARGETS = 33  # columns of the chart of classes: the last peers and the ensemble
 MOST_ANSWERS = 12  # rows of predictions below a picture
-RESULT, SETTINGS, TRAINING = ("result", "Result"), ("settings", "Settings"), ("training", "Training")
-_SECTIONS = (RESULT, ("gallery", "Gallery"), ("strength", "Attack strength"), ("transfer", "Transfer"),
-             ("classes", "Classes"), TRAINING, ("surface", "Loss surface"), ("time", "Time"), SETTINGS)
+# Sections in their order, and what the links at the top call them.
+_SECTIONS = {"result": "Result", "gallery": "Gallery", "strength": "Attack strength", "transfer": "Transfer",
+             "classes": "Classes", "training": "Training", "surface": "Loss surface", "time": "Time",
+             "settings": "Settings"}
 # Files of an earlier report, which a new one without them removes; a user's own files beside them stay.
 _OURS = re.compile(r"(accuracy|classes|(eps|steps|transfer|validation|gallery)_\w+|train_ae|learning_rate|phases|wait|"
                    r"exchange|loss\w*)\.(svg|pdf|png)")
@@ -66,9 +67,8 @@ class Page:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def render(template: str, title: str, sections: Mapping[str, Any], links: Sequence[tuple[str, str]], **values: Any
-           ) -> Page:
-    """A whole page of the `sections` that there are. Their figures come along."""
+def render(template: str, title: str, sections: Mapping[str, Any], **values: Any) -> Page:
+    """A whole page of those `sections` that are not None. Their figures come along."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -79,24 +79,23 @@ def render(template: str, title: str, sections: Mapping[str, Any], links: Sequen
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     html = templates.get_template(template).render(
         values, title=title, style=Markup(style), digest=digest, version=mat_dist.__version__, sections=sections,
-        links=[(name, text) for name, text in links if sections[name] is not None], now=datetime.now(UTC))
-    figures = [figure for section in sections.values() if section is not None for figure in section.get("figures", ())]
-    return Page(fit(html), figures)
+        links=[(name, text) for name, text in _SECTIONS.items() if sections.get(name)], now=datetime.now(UTC))
+    return Page(fit(html), [figure for one in sections.values() if one for figure in one.get("figures", ())])
 
 
 def run_page(run: RunFiles, victims: Victims | None, measured: Measured | None, notes: Sequence[str]) -> Page:
     """The report of one run; without `measured` only what its files tell, `notes` say why."""
     sections: dict[str, Any] = {
-        RESULT[0]: result_section(run), "gallery": None, "strength": None, "surface": None,
+        "result": result_section(run), "gallery": None, "strength": None, "surface": None,
         "transfer": _transfer_section(run, victims, measured), "classes": _classes(run, victims, measured),
-        TRAINING[0]: {"figures": training_figures(run)}, "time": time_section(run), SETTINGS[0]: _settings(run)}
+        "training": {"figures": training_figures(run)}, "time": time_section(run), "settings": _settings(run)}
     files: dict[str, bytes] = {}
     if victims is not None and measured is not None:
         sections |= {"gallery": _gallery_section(victims, measured), "strength": _strength_section(victims, measured),
                      "surface": _surface_section(victims, measured)}
         files = {f"gallery_{one['sample']}_{kind}.png": png for one in sections["gallery"]["cards"]
                  for kind, png in one["images"].items()}
-    page = render("run.html", f"Run {run.name}", sections, _SECTIONS, facts=_facts(run), notices=[*run.notes, *notes])
+    page = render("run.html", f"Run {run.name}", sections, facts=_facts(run), notices=[*run.notes, *notes])
     return Page(page.html, page.figures, files)
 
 

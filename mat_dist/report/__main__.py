@@ -1,48 +1,32 @@
-"""Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at.
-
-python -m mat_dist.report RUN [RUN ...] [--images N] [--device D] [--no-attack] [--plugin FILE.py]
-
-  RUN           folder of a run, e.g. runs/NAME. Several: their comparison, report/comparison.html in the first one
-  --images N    test images that are attacked for the page (default 128)
-  --device D    cpu or cuda (default: a GPU where there is one)
-  --no-attack   only what the run's files tell: no pictures, no curves against radius and steps, no loss surface
-  --plugin      the file that registers the run's model or data; may be given several times
-
-The charts lie beside the page as SVG, the pictures as PNG. The run's own files are only read. Exit codes: 2 no such
-run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the run is being written, or its folder cannot be.
-"""
+"""Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mat_dist.cli import run_entry
 from mat_dist.config import load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
-from mat_dist.config.words import split, whole_number
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
 if TYPE_CHECKING:
     import torch
 
     from mat_dist.report.files import RunFiles
-    from mat_dist.report.measure import Measured
-    from mat_dist.report.subject import Subject
+    from mat_dist.report.measure import Measured, Victims
+
+_END = """The figures lie beside the page as files, the pictures as PNG. The run's own files are only read. Exit codes:
+2 no such run; 4 no checkpoint, or a damaged one (--no-attack needs none); 5 the run is being written, or its folder
+cannot be."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
-
-    runs: tuple[str, ...]
-    images: int = 128
-    device: str = "auto"
-    attack: bool = True
-    plugins: tuple[str, ...] = ()
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, COMMAND_LINE, "see python -m mat_dist.report --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,42 +37,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(words: Sequence[str]) -> None:
     """Write the report of one run, or the comparison of several."""
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(__doc__)
+    parser = _options()
+    if not words or "-h" in words or "--help" in words:
+        print(parser.format_help())
         return
-    options = parse(words)
+    options = parser.parse_intermixed_args(words)
 
     from mat_dist.report.compare import comparison_page
     from mat_dist.report.files import read_run
     from mat_dist.report.page import run_page, write_report
 
     runs = [read_run(Path(word)) for word in options.runs]
+    folder = runs[0].folder.report
     if len(runs) > 1:
-        page, book = comparison_page(runs)
-        print(write_report(runs[0].folder.report, page, book, "comparison.html"))
+        print(write_report(folder, comparison_page(runs), "comparison.html", options.figures))
         return
     load_plugins(options.plugins)
-    subject, measured, notes = attacked(runs[0], options)
-    page, book = run_page(runs[0], subject, measured, notes)
-    print(write_report(runs[0].folder.report, page, book))
+    print(write_report(folder, run_page(runs[0], *attacked(runs[0], options)), kind=options.figures))
 
 
-def attacked(run: RunFiles, options: Options) -> tuple[Subject | None, Measured | None, list[str]]:
+def attacked(run: RunFiles, options: argparse.Namespace
+             ) -> tuple[Victims | None, Measured | None, list[str]]:
     """What the checkpoint does under attack; without it, why not. Raises CheckpointError."""
     if not options.attack:
         return None, None, ["--no-attack was given: no pictures, radius, steps and loss surface"]
-    from mat_dist.report.measure import measure
-    from mat_dist.report.subject import find_checkpoint, load_subject
+    from mat_dist.report.measure import find_checkpoint, load_victims, measure
 
     manifest = find_checkpoint(run)
     try:
-        subject = load_subject(run, manifest, options.images, choose(options.device))
+        victims = load_victims(run, manifest, options.images, choose(options.device))
     except (CheckpointError, EnvironmentFault):
         raise
     except MatError as error:  # images that are elsewhere, a plug-in that was not given: the files still tell a lot
         return None, None, [f"no pictures, radius, steps and loss surface: {error}"]
-    print(f"attacking {len(subject.samples_N)} test images on {subject.device}", file=sys.stderr)
-    return subject, measure(subject, lambda what: print(f"  {what}", file=sys.stderr)), []
+    print(f"attacking {len(victims.samples_N)} test images on {victims.device}", file=sys.stderr)
+    return victims, measure(victims, lambda what: print(f"  {what}", file=sys.stderr)), []
 
 
 def choose(name: str) -> torch.device:
@@ -101,19 +84,25 @@ def choose(name: str) -> torch.device:
     return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
-def parse(words: Sequence[str]) -> Options:
-    """Raises ConfigError for an unknown option, a missing value, or no run."""
-    found = split(words, {"--images": "N", "--device": "cpu", "--plugin": "FILE.py"}, ("--no-attack",))
-    found.complain()
-    for word in found.rest:
-        if word.startswith("-"):
-            raise ConfigError(f"unknown option {word!r}", COMMAND_LINE, "see python -m mat_dist.report --help")
-    if not found.rest:
-        raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
-    images, device = whole_number("--images", found.last("--images") or "128"), found.last("--device") or "auto"
-    if device not in ("cpu", "cuda", "auto"):
-        raise ConfigError(f"--device {device!r}", COMMAND_LINE, "use cpu or cuda")
-    return Options(found.rest, images, device, not found.flags, found.values.get("--plugin", ()))
+def _options() -> argparse.ArgumentParser:
+    parser = _Parser("python -m mat_dist.report", description=__doc__, epilog=_END, add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN",
+        help="folder of a run, e.g. runs/NAME; several: their comparison, report/comparison.html in the first one")
+    add("--images", type=_positive, default=128, metavar="N", help="test images that are attacked (default: 128)")
+    add("--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: a GPU where there is one")
+    add("--no-attack", dest="attack", action="store_false",
+        help="only what the run's files tell: no pictures, no curves against radius and steps, no loss surface")
+    add("--figures", choices=("svg", "pdf", "png"), default="svg", help="format of the figures' files (default: svg)")
+    add("--plugin", dest="plugins", action="append", default=[], metavar="FILE.py",
+        help="the file that registers the run's model or data; may be given several times")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

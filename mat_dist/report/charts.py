@@ -1,24 +1,54 @@
-"""Charts as SVG: lines, a table of coloured cells, intervals, stacked bars. No script, no library.
+"""Charts by matplotlib: lines, a table of coloured cells, intervals, stacked bars, a surface.
 
-Every chart is a whole SVG with a title and a description for screen readers. Colours are classes of `style.CHART`;
-series differ in dashes too, so that a chart can be read without colours.
+A chart is drawn when it is rendered, so matplotlib is imported only then. Equal values give equal bytes. An SVG keeps
+its texts as text, has a title and a description for screen readers, and turns dark where the page does: it is drawn for
+a light ground, and a style sheet inside it replaces each colour by its counterpart on a dark one.
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mat_dist.report.axes import Axis, short
-from mat_dist.report.html import Child, Markup, tag
-from mat_dist.report.style import COLOURS
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-WIDTH = 400
-_LETTER = 7.0  # pixels that a letter of the 12-pixel font takes, on average
-_DASHES = (None, "6 3", "2 3", "8 3 2 3")
-_HEAT = ((0.0, (247, 250, 252)), (0.35, (163, 205, 232)), (0.7, (49, 122, 181)), (1.0, (10, 48, 97)))
+KINDS = ("svg", "pdf", "png")
+WIDTH = 400  # points; a pixel of the SVG is a point
+INK, DIM, GROUND, GRID = "#1b2026", "#5a6570", "#ffffff", "#dde2e7"
+# Colours of the peers: blue, orange, green, magenta, brown, cyan, red, grey; contrast with the ground at least 3:1.
+PEERS = ("#1f6fb5", "#c45a00", "#1f8a4c", "#a8379b", "#7d6608", "#0b7f8c", "#c0392b", "#5f6b76")
+NIGHT = dict(zip((INK, DIM, GROUND, GRID, *PEERS), (
+    "#e8ebee", "#9aa5b0", "#14181c", "#323a42",
+    "#6db3f2", "#f0a04b", "#5fce8a", "#e08ad6", "#d6bd4f", "#4fc9d6", "#f08a7d", "#aab4bd"), strict=True))
+_ON_CELLS = "#1b2027", "#fefefe"  # texts on coloured cells, which are the same by day and by night
+_DASHES = ("-", (0, (4, 2)), (0, (1.2, 2)), (0, (5, 2, 1.2, 2)))  # series differ in dashes too: read without colours
+_LETTER = 6.5  # points that a letter takes, on average
+_LEGEND_MOST = 24
+# Not allowed in XML: control characters, lone surrogates, two non-characters.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_SCREEN = (':root{color-scheme:light dark}text{font-family:system-ui,-apple-system,"Segoe UI","Liberation Sans",'
+           "sans-serif!important}")
+# No formulas in texts: a `$` in a name is a `$`.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "mat_dist", "pdf.fonttype": 42, "text.parse_math": False,
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 10.5, "figure.titlesize": 12, "figure.titleweight": "bold",
+    "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10, "axes.titlesize": 10,
+    "text.color": INK, "axes.labelcolor": DIM, "xtick.color": DIM, "ytick.color": DIM, "axes.edgecolor": GRID,
+    "figure.facecolor": GROUND, "axes.facecolor": "none", "ytick.major.size": 0, "xtick.major.size": 0,
+    "xtick.major.pad": 6, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "grid.color": GRID, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8,
+    "lines.markersize": 4.5}
 
 
 @dataclass(frozen=True)
@@ -34,229 +64,279 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
 
     @property
-    def colour(self) -> str:
-        return "sx" if self.index < 0 else f"s{self.index % COLOURS}"
-
-    @property
-    def dashes(self) -> str | None:
-        return None if self.index < 0 else _DASHES[self.index % len(_DASHES)]
+    def look(self) -> dict[str, Any]:
+        return {"color": INK if self.index < 0 else _colour(self.index),
+                "linestyle": _DASHES[max(self.index, 0) % len(_DASHES)]}
 
     def known(self) -> list[tuple[float, float]]:
         """The points without gaps."""
         return [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What an axis shows.
+
+    Attributes:
+        label: its text.
+        limits: just these; else what the values need, and 0 where `zero` says so.
+        marks: ticks at just these values.
+        log: powers; for values above 0.
+        percent: shares are written in per cent.
+    """
+
+    label: str
+    limits: tuple[float, float] | None = None
+    marks: Sequence[float] = ()
+    log: bool = False
+    zero: bool = False
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart that is drawn when it is asked for; `height` in points. Title and description tell it without eyes."""
+
+    title: str
+    description: str
+    height: float
+    draw: Callable[[Axes], None]
+
+    def render(self, kind: str) -> bytes:
+        """The chart as a file: svg, pdf or png."""
+        return self.svg.encode() if kind == "svg" else self._drawn(kind)
+
+    @cached_property
+    def svg(self) -> str:
+        """The chart as SVG with its texts for screen readers, the fonts of the screen, and its colours in the dark."""
+        svg = self._drawn("svg").decode()
+        night = "".join(f'[style*="{what}: {day}"]{{{what}:{dark}!important}}' for day, dark in NIGHT.items()
+                        for what in ("fill", "stroke") if f"{what}: {day}" in svg)
+        texts = "".join(f"<{name}>{html.escape(fit(text))}</{name}>"
+                        for name, text in (("title", self.title), ("desc", self.description)))
+        style = f"<style>{_SCREEN}@media screen and (prefers-color-scheme:dark){{{night}}}</style>"
+        return svg.replace(" <defs>\n", f" {texts}{style}\n <defs>\n", 1)
+
+    @property
+    def uri(self) -> str:
+        """The SVG as the source of an <img>, in which nothing of it can run."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode()
+
+    def _drawn(self, kind: str) -> bytes:
+        from matplotlib import figure as drawing
+        from matplotlib.text import Text
+
+        # A file must not tell when and by what it was made, or no two were equal.
+        silent = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer"),
+                  "png": ("Software",)}[kind]
+        stream = io.BytesIO()
+        with _own_style():
+            figure = drawing.Figure(figsize=(WIDTH / 72, self.height / 72), layout="constrained")
+            figure.suptitle(cut(self.title, 54), x=0.005, ha="left")
+            self.draw(figure.add_subplot())
+            for text in figure.findobj(Text):
+                text.set_text(fit(text.get_text()))
+            figure.savefig(stream, format=kind, dpi=200, metadata=dict.fromkeys(silent))
+        return stream.getvalue()
+
+
+class Figure(NamedTuple):
+    """A chart of the page, and the name of its file."""
+
+    name: str
+    chart: Chart
+    caption: str = ""
+
+
+def fit(text: str) -> str:
+    """`text` without what XML does not allow."""
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever the user's matplotlibrc says; no words about missing glyphs."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _colour(index: int) -> str:
+    return PEERS[index % len(PEERS)]
+
+
 def cut(text: str, letters: int) -> str:
-    """`text`, or its beginning with an ellipsis."""
+    """`text` on one line, or its beginning with an ellipsis."""
+    text = " ".join(fit(text).split())
     return text if len(text) <= letters else text[:max(letters - 1, 1)] + "…"
 
 
-def canvas(title: str, description: str, height: float, *parts: Child) -> Markup:
-    """A whole SVG with its title line at the top."""
-    return tag("svg", tag("title", title), tag("desc", description),
-               tag("text", cut(title, 58), x=2, y=14, class_="title"), *parts,
-               viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=f"{title}. {description}",
-               xmlns="http://www.w3.org/2000/svg")
+def _legend(axes: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """The names above the axes, in as many columns as fit; none for a single name."""
+    if len(names) > 1:
+        axes.legend(handles[:_LEGEND_MOST], [cut(name, 26) for name in names[:_LEGEND_MOST]], ncols=_columns(names),
+                    loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0.2, columnspacing=1.2,
+                    handlelength=2.4)
 
 
-def percent_text(share: float) -> str:
-    """A share as the text of a tick: 90, 12.5."""
-    return short(100 * share)
+def _columns(names: Sequence[str]) -> int:
+    """How many names of a legend stand side by side."""
+    return max(int((WIDTH - 40) / (44 + _LETTER * min(max(map(len, names)), 26))), 1)
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str, description: str = "",
-               limits: tuple[float, float] | None = None, percent: bool = False, log_x: bool = False,
-               zero: bool = False, x_marks: Sequence[float] = (), guide: tuple[float, str] | None = None) -> Markup:
-    """Lines over a common x; shares as per cent with `percent`. `zero`: the y axis holds 0. `guide` is a vertical line
-    with its text."""
-    legend, top = _legend(series, 34)
-    bottom = top + 190
-    values = [y for s in series for _, y in s.known()] + [y for s in series for _, *ends in s.band for y in ends]
-    y_axis = Axis.around([*values, 0.0] if zero else values, bottom, top, limits=limits)
-    xs = [x for s in series for x, _ in s.known()] or [0.0, 1.0]
-    x_axis = Axis.around(xs, 46, WIDTH - 12, log=log_x, marks=x_marks)
-    if not log_x and x_axis.low < max(xs):  # no empty space on the right
-        x_axis = Axis.around(xs, 46, WIDTH - 12, limits=(x_axis.low, max(xs)))
-    parts: list[Child] = [tag("text", y_label, x=2, y=30, class_="axis"), legend]
-    for value in y_axis.marks:
-        y = y_axis.place(value)
-        text = percent_text(value) if percent else short(value)
-        parts += [tag("line", x1=46, x2=WIDTH - 12, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"),
-                  tag("text", text, x=40, y=f"{y + 4:.1f}", class_="axis end")]
-    parts += [tag("text", short(value), x=f"{x_axis.place(value):.1f}", y=bottom + 16, class_="axis middle")
-              for value in x_axis.marks]
-    parts.append(tag("text", x_label, x=(46 + WIDTH - 12) / 2, y=bottom + 33, class_="axis middle"))
-    if guide is not None:
-        at = f"{x_axis.place(guide[0]):.1f}"
-        parts += [tag("line", x1=at, x2=at, y1=top, y2=bottom, class_="guide"),
-                  tag("text", guide[1], x=float(at) + 4, y=top + 10, class_="axis")]
-    parts += [_line(one, x_axis, y_axis) for one in series]
-    told = description or f"{y_label} over {x_label} of {', '.join(s.name for s in series[:8])}"
-    return canvas(title, told, bottom + 40, parts)
+def _legend_height(names: Sequence[str]) -> float:
+    return 15 * math.ceil(min(len(names), _LEGEND_MOST) / _columns(names)) if len(names) > 1 else 0
 
 
-def _line(one: Series, x_axis: Axis, y_axis: Axis) -> Markup:
-    runs: list[list[str]] = [[]]
-    for x, y in one.points:
-        if y is None or not math.isfinite(y):
-            runs.append([])
-        else:
-            runs[-1].append(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}")
-    band = [f"{x_axis.place(x):.1f},{y_axis.place(high):.1f}" for x, _, high in one.band]
-    band += [f"{x_axis.place(x):.1f},{y_axis.place(low):.1f}" for x, low, _ in reversed(one.band)]
-    lines = [tag("polyline", points=" ".join(run), class_="line", stroke_dasharray=one.dashes)
-             for run in runs if len(run) > 1]
-    dots = [point.split(",") for run in runs for point in run if len(run) == 1 or len(one.points) <= 12]
-    return tag("g", tag("title", one.name), tag("polygon", points=" ".join(band), class_="band") if band else None,
-               lines, [tag("circle", cx=x, cy=y, r=2.4, class_="dot") for x, y in dots], class_=one.colour)
+def _ticks(axes: Axes, which: Literal["x", "y"], axis: Axis) -> None:
+    """Label, limits and ticks of the x or y axis."""
+    from matplotlib.ticker import NullLocator
+
+    one = axes.xaxis if which == "x" else axes.yaxis
+    one.set_label_text(axis.label)
+    if axis.log:
+        axes.set(**{f"{which}scale": "log"})
+    if axis.percent:
+        one.set_major_formatter(lambda share, _: f"{100 * share:.4g}")
+    if not axis.log:
+        axes.locator_params(axis=which, nbins=6)
+    if axis.marks:
+        one.set_ticks(list(axis.marks), labels=[f"{mark:.4g}" for mark in axis.marks])
+        one.set_minor_locator(NullLocator())
+    if axis.limits:
+        axes.set(**{f"{which}lim": axis.limits})
+    elif axis.zero:
+        low, high = one.get_view_interval()
+        axes.set(**{f"{which}lim": (min(low, 0), max(high, 0))})
 
 
-def _legend(series: Sequence[Series], y: float, *, blocks: bool = False) -> tuple[Markup | None, float]:
-    """Names with a piece of their line (or a block of their colour), wrapped -> legend, and where the plot begins."""
-    if len(series) < 2:
-        return None, y + 12
-    x, parts = 46.0, []
-    y += 12
-    for one in series[:24]:
-        name = cut(one.name, 26)
-        width = 26 + _LETTER * len(name) + 10
-        if x + width > WIDTH and x > 46:
-            x, y = 46.0, y + 16
-        mark = (tag("rect", x=x + 8, y=y - 10, width=12, height=11, class_="bar") if blocks else
-                tag("line", x1=x, x2=x + 20, y1=y - 4, y2=y - 4, class_="line", stroke_dasharray=one.dashes))
-        parts.append(tag("g", mark, tag("text", name, x=x + 25, y=y), class_=one.colour))
-        x += width
-    return tag("g", parts), y + 14
+def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, guide: tuple[float, str] | None = None
+               ) -> Chart:
+    """Lines over a common x. `guide` is a vertical line with its text."""
+    names = [one.name for one in series]
+
+    def draw(axes: Axes) -> None:
+        axes.grid(axis="y")
+        lines = [_line(axes, one) for one in series]
+        xs = [x for one in series for x, _ in one.known()]
+        if xs and min(xs) < max(xs) and not x.log:
+            axes.set_xlim(min(xs), max(xs))
+        _ticks(axes, "x", x)
+        _ticks(axes, "y", y)
+        if guide is not None:
+            axes.axvline(guide[0], color=DIM, linewidth=1, linestyle=(0, (3, 3)))
+            axes.annotate(guide[1], (guide[0], 0.98), (4, 0), xycoords=axes.get_xaxis_transform(),
+                          textcoords="offset points", va="top", color=DIM)
+        _legend(axes, lines, names)
+
+    return Chart(title, f"{y.label} over {x.label} of {', '.join(names[:8])}", 248 + _legend_height(names), draw)
 
 
-def heat(share: float) -> tuple[int, int, int]:
-    """The colour of a value in [0, 1]: white over blue to dark blue."""
-    share = min(max(share, 0.0), 1.0)
-    for (low, before), (high, after) in pairwise(_HEAT):
-        if share <= high:
-            part = (share - low) / (high - low)
-            red, green, blue = (round(a + part * (b - a)) for a, b in zip(before, after, strict=True))
-            return red, green, blue
-    return _HEAT[-1][1]
+def _line(axes: Axes, one: Series) -> Any:
+    """Draw a line -> its entry for the legend. Dots stand where a line has few points, or a point no neighbour."""
+    values = [math.nan if y is None else y for _, y in one.points]
+    known = [False, *map(math.isfinite, values), False]
+    dots = [k for k in range(len(values)) if known[k + 1] and (len(values) <= 12 or not (known[k] or known[k + 2]))]
+    (line,) = axes.plot([x for x, _ in one.points], values, marker="o", markevery=dots, **one.look)
+    if one.band:
+        xs, lows, highs = zip(*one.band, strict=True)
+        axes.fill_between(xs, lows, highs, color=one.look["color"], alpha=0.13, linewidth=0)
+    return line
 
 
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], *,
-             column_label: str, description: str, gap: int | None = None) -> Markup:
+             label: str, description: str, gap: int | None = None) -> Chart:
     """Shares in [0, 1] as coloured cells, written in per cent where there is room. `gap`: a column set apart.
 
     Colours go from white for the smallest value, rounded down to tens of per cent, to dark blue for 100 %.
     """
     known = [value for row in values for value in row if value is not None] or [0.0]
     lowest = min(math.floor(10 * min(known)) / 10, 0.9)
-    left = 18 + _LETTER * max(min(max(len(name) for name in rows), 14), 3)
-    wide = (WIDTH - left - (8 if gap is not None else 0)) / len(columns)
+    wide = (WIDTH - 18 - _LETTER * min(max(map(len, rows)), 14)) / len(columns)
     tall = min(max(wide * 0.6, 12), 30)
-    letters = int(wide / _LETTER) if wide >= 40 else 12
-    names = [cut(name, letters) for name in columns]
-    top = 54.0 if wide >= 40 else 44 + _LETTER * max(map(len, names))
-    parts: list[Child] = [tag("text", column_label, x=f"{left:.1f}", y=32, class_="axis")]
-    xs = [left + wide * n + (8 if gap is not None and n >= gap else 0) for n in range(len(columns))]
-    for x, name in zip(xs, names, strict=True):
-        middle = x + wide / 2
-        if wide >= 40:
-            parts.append(tag("text", name, x=f"{middle:.1f}", y=48, class_="axis middle"))
-        elif wide >= 9:  # room for upright names only
-            parts.append(tag("text", name, transform=f"translate({middle + 4:.1f} {top - 5:.1f}) rotate(-90)",
-                             class_="axis"))
-    for r, (name, row) in enumerate(zip(rows, values, strict=True)):
-        y = top + r * tall
-        parts.append(tag("text", cut(name, 14), x=f"{left - 6:.1f}", y=f"{y + tall / 2 + 4:.1f}", class_="axis end"))
-        for x, column, value in zip(xs, columns, row, strict=True):
-            red, green, blue = heat(((value or 0.0) - lowest) / (1 - lowest))
-            colour = "none" if value is None else f"rgb({red},{green},{blue})"
-            text = "-" if value is None else f"{100 * value:.1f}"
-            ink = "high" if 0.3 * red + 0.59 * green + 0.11 * blue < 140 else "low"
-            parts.append(tag("g", tag("title", f"{name}, {column}: {text}"), tag(
-                "rect", x=f"{x:.1f}", y=f"{y:.1f}", width=f"{wide - 1.5:.1f}", height=f"{tall - 1.5:.1f}", fill=colour),
-                tag("text", text, x=f"{x + wide / 2:.1f}", y=f"{y + tall / 2 + 4:.1f}", class_=f"{ink} middle")
-                if wide >= 34 else None))
-    bottom = top + len(rows) * tall
-    parts.append(tag("text", f"colours from {percent_text(lowest)} % (white) to 100 %", x=f"{left:.1f}",
-                     y=f"{bottom + 14:.1f}", class_="axis"))
-    return canvas(title, description, bottom + 22, parts)
+    level = wide >= 40  # names of the columns side by side, else upright, where there is room
+    names = [cut(name, int(wide / _LETTER) if level else 12) for name in columns] if wide >= 9 else []
+
+    def draw(axes: Axes) -> None:
+        import numpy as np
+
+        cells = [[math.nan if value is None else value for value in row] for row in values]
+        image = axes.imshow(cells, cmap="Blues", vmin=lowest, vmax=1, aspect="auto", interpolation="none")
+        axes.set_xticks(range(len(names)), names, rotation=0 if level else 90)
+        axes.set_yticks(range(len(rows)), [cut(name, 14) for name in rows])
+        axes.xaxis.tick_top()
+        axes.set_title(label, loc="left", color=DIM)
+        axes.set_xlabel(f"colours from {100 * lowest:.4g} % (white) to 100 %", loc="left")
+        axes.spines.bottom.set_visible(False)
+        axes.vlines([k - 0.5 for k in range(1, len(columns))], -0.5, len(rows) - 0.5, GROUND, linewidth=1.5)
+        axes.hlines([k - 0.5 for k in range(1, len(rows))], -0.5, len(columns) - 0.5, GROUND, linewidth=1.5)
+        if gap is not None:
+            axes.axvline(gap - 0.5, color=GROUND, linewidth=8)
+        colours = image.to_rgba(np.array(cells))
+        for r, c in product(range(len(rows)), range(len(columns))) if wide >= 34 else ():
+            value, (red, green, blue, _) = values[r][c], colours[r, c]
+            ink = _ON_CELLS[int(0.3 * red + 0.59 * green + 0.11 * blue < 0.55)]
+            axes.text(c, r, "-" if value is None else f"{100 * value:.1f}", ha="center", va="center",
+                      color=DIM if value is None else ink)
+
+    upright = 0 if level or not names else _LETTER * max(map(len, names))
+    return Chart(title, description, 75 + upright + tall * len(rows), draw)
+
+
+def _rows(axes: Axes, names: Sequence[str], x: Axis) -> None:
+    """One named row per bar or interval, the first at the top, over a common x."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x")
+    _ticks(axes, "x", x)
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], kinds: Sequence[str],
-                   *, description: str) -> Markup:
+                   *, description: str) -> Chart:
     """Shares with their intervals (share, low, high), per row one of each kind, over a common axis in per cent."""
-    left = 14 + _LETTER * min(max(len(name) for name, _ in rows), 18)
-    step = 9 * len(kinds) + 9
-    legend, top = _legend([Series(kind, (), number) for number, kind in enumerate(kinds)], 22, blocks=True)
-    bottom = top + step * len(rows)
-    ends = [end for _, values in rows for value in values for end in value]
-    axis = Axis.around(ends, left, WIDTH - 14)
-    parts: list[Child] = [legend]
-    for mark in axis.marks:
-        x = f"{axis.place(mark):.1f}"
-        parts += [tag("line", x1=x, x2=x, y1=top, y2=f"{bottom:.1f}", class_="grid"),
-                  tag("text", percent_text(mark), x=x, y=f"{bottom + 15:.1f}", class_="axis middle")]
-    parts.append(tag("text", "accuracy, %", x=(left + WIDTH - 14) / 2, y=f"{bottom + 31:.1f}", class_="axis middle"))
-    for row, (name, values) in enumerate(rows):
-        y = top + step * row
-        parts.append(tag("text", cut(name, 18), x=f"{left - 8:.1f}", y=f"{y + step / 2 + 4:.1f}", class_="end"))
-        for number, (share, low, high) in enumerate(values):
-            at = f"{y + 9 + 9 * number:.1f}"
-            parts.append(tag("g", tag("title", f"{name}, {kinds[number]}: {100 * share:.2f} %"), tag(
-                "line", x1=f"{axis.place(low):.1f}", x2=f"{axis.place(high):.1f}", y1=at, y2=at, class_="line"), tag(
-                "circle", cx=f"{axis.place(share):.1f}", cy=at, r=3.4, class_="dot" if number == 0 else "ring"),
-                class_=f"s{number % COLOURS}"))
-    return canvas(title, description, bottom + 38, parts)
+    def draw(axes: Axes) -> None:
+        dots = []
+        for number in range(len(kinds)):
+            shares, lows, highs = zip(*(values[number] for _, values in rows), strict=True)
+            at = [row + (number - (len(kinds) - 1) / 2) / (len(kinds) + 1) for row in range(len(rows))]
+            axes.hlines(at, lows, highs, _colour(number), linewidth=1.8)
+            dots += axes.plot(shares, at, "o", color=_colour(number), markersize=6,
+                              markerfacecolor=_colour(number) if number == 0 else GROUND)
+        _rows(axes, [cut(name, 18) for name, _ in rows], Axis("accuracy, %", percent=True))
+        _legend(axes, dots, kinds)
+
+    return Chart(title, description, 85 + (9 * len(kinds) + 9) * len(rows), draw)
 
 
-def stacked_bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, x_label: str,
-                 description: str) -> Markup:
+def stacked_bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, label: str,
+                 description: str) -> Chart:
     """A bar per row, made of parts that add up."""
-    left = 14 + _LETTER * min(max(len(name) for name, _ in rows), 14)
-    legend, top = _legend([Series(name, (), number) for number, name in enumerate(parts)], 22, blocks=True)
-    tall = 24
-    bottom = top + tall * len(rows)
-    axis = Axis.around([0.0, *(sum(values) for _, values in rows)], left, WIDTH - 14)
-    drawn: list[Child] = [legend]
-    for mark in axis.marks:
-        x = f"{axis.place(mark):.1f}"
-        drawn += [tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid"),
-                  tag("text", short(mark), x=x, y=bottom + 15, class_="axis middle")]
-    for row, (name, values) in enumerate(rows):
-        y, begin = top + tall * row + 3, 0.0
-        drawn.append(tag("text", cut(name, 14), x=f"{left - 8:.1f}", y=y + 13, class_="end"))
-        for number, value in enumerate(values):
-            place, end = axis.place(begin), axis.place(begin + value)
-            drawn.append(tag("g", tag("title", f"{name}, {parts[number]}: {short(value)}"), tag(
-                "rect", x=f"{place:.1f}", y=y, width=f"{max(end - place, 0):.1f}", height=tall - 6, class_="bar"),
-                class_=f"s{number % COLOURS}"))
-            begin += value
-    drawn.append(tag("text", x_label, x=(left + WIDTH - 14) / 2, y=bottom + 31, class_="axis middle"))
-    return canvas(title, description, bottom + 38, drawn)
+    def draw(axes: Axes) -> None:
+        bars, begin = [], [0.0] * len(rows)
+        for number in range(len(parts)):
+            width = [values[number] for _, values in rows]
+            bars.append(axes.barh(range(len(rows)), width, 0.7, begin, color=_colour(number)))
+            begin = [a + b for a, b in zip(begin, width, strict=True)]
+        _rows(axes, [cut(name, 14) for name, _ in rows], Axis(label))
+        _legend(axes, bars, parts)
+
+    return Chart(title, description, 75 + _legend_height(parts) + 24 * len(rows), draw)
 
 
-def surface(title: str, places: Sequence[float], values: Sequence[Sequence[float]], *, x_label: str, y_label: str,
-            value_label: str, description: str) -> Markup:
-    """A square of values [y][x] over the same places on both axes, as colours with their scale beside it."""
-    left, top, side = 46.0, 42.0, 262.0
-    low, high = min(map(min, values)), max(map(max, values))
-    span = (high - low) or 1.0
-    cell = side / len(places)
-    axis = Axis.around(places, left + cell / 2, left + side - cell / 2, limits=(places[0], places[-1]))
-    parts: list[Child] = [tag("text", y_label, x=2, y=32, class_="axis")]
-    for row, line in enumerate(values):
-        y = top + side - (row + 1) * cell
-        for column, value in enumerate(line):
-            parts.append(tag("rect", x=f"{left + column * cell:.1f}", y=f"{y:.1f}", width=f"{cell + 0.3:.1f}",
-                             height=f"{cell + 0.3:.1f}", fill="rgb({},{},{})".format(*heat((value - low) / span))))
-    for mark in axis.marks:
-        at = axis.place(mark)
-        parts += [tag("text", short(mark), x=f"{at:.1f}", y=top + side + 16, class_="axis middle"),
-                  tag("text", short(mark), x=40, y=f"{top + side - (at - left) + 4:.1f}", class_="axis end")]
-    parts.append(tag("text", x_label, x=left + side / 2, y=top + side + 33, class_="axis middle"))
-    scale = Axis.around((low, low + span), top + side, top, limits=(low, low + span))
-    for number in range(32):
-        parts.append(tag("rect", x=330, y=f"{top + side - (number + 1) * side / 32:.1f}", width=14,
-                         height=f"{side / 32 + 0.3:.1f}", fill="rgb({},{},{})".format(*heat(number / 31))))
-    parts += [tag("text", short(mark), x=350, y=f"{scale.place(mark) + 4:.1f}", class_="axis") for mark in scale.marks]
-    parts.append(tag("text", value_label, x=WIDTH - 4, y=32, class_="axis end"))
-    return canvas(title, description, top + side + 40, parts)
+def surface(title: str, places: Sequence[float], values: Sequence[Sequence[float]], *, labels: tuple[str, str, str],
+            description: str) -> Chart:
+    """Values [y][x] over the same places on both axes as colours; `labels` of x, y and values."""
+    def draw(axes: Axes) -> None:
+        half = (places[-1] - places[0]) / (len(places) - 1) / 2
+        ends = places[0] - half, places[-1] + half
+        image = axes.imshow(values, cmap="Blues", origin="lower", extent=(*ends, *ends), interpolation="none")
+        _ticks(axes, "x", Axis(labels[0]))
+        _ticks(axes, "y", Axis(labels[1]))
+        bar = axes.figure.colorbar(image, label=labels[2])
+        bar.outline.set_visible(False)
+
+    return Chart(title, description, 320, draw)

@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import config_differences
-from mat_dist.evaluation.results import wilson_interval
-from mat_dist.report.about import notices, status
-from mat_dist.report.book import Book, charts
-from mat_dist.report.charts import Series, interval_chart, line_chart
+from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
+from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned
 from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.files import RunFiles
-from mat_dist.report.html import Child, Markup, folded, join, section, table, tag
-from mat_dist.report.page import document
-from mat_dist.report.results import accuracy_table, chosen, percent, with_interval
-from mat_dist.report.training import entry, number, thinned
+from mat_dist.report.page import (
+    Page,
+    Table,
+    accuracy_table,
+    chosen,
+    interval_row,
+    percent,
+    render,
+    status,
+    with_interval,
+)
 
 # Settings that change neither what is trained nor how it is evaluated.
 _FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "comm.", "log.", "checkpoint.", "data.root",
@@ -24,16 +29,14 @@ _FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "com
 MOST_SETTINGS = 30  # rows of the table of settings; more of them are folded
 
 
-def comparison_page(runs: Sequence[RunFiles]) -> tuple[str, Book]:
+def comparison_page(runs: Sequence[RunFiles]) -> Page:
     """The page for two or more runs, in their order."""
-    book = Book()
     names = _names(runs)
-    notes = [f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes]
-    parts = [("Result", _results(runs, names, book)), ("Training", _training(runs, names, book)),
-             ("Settings", _settings(runs, names))]
-    lead = join(tag("p", ", ".join(f"{name} ({status(run)})" for name, run in zip(names, runs, strict=True))),
-                notices(notes))
-    return document(f"{len(runs)} runs compared", lead, parts), book
+    sections = {"result": _results(runs, names), "training": {"figures": _training(runs, names)},
+                "settings": _settings(runs, names)}
+    return render("comparison.html", f"{len(runs)} runs compared", sections,
+                  states=[(name, status(run)) for name, run in zip(names, runs, strict=True)],
+                  notices=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes])
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
@@ -56,9 +59,9 @@ def unlike(runs: Sequence[RunFiles]) -> list[str]:
     return [f"{key}: {' | '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
 
 
-def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Markup:
-    rows: list[list[Child]] = []
-    drawn: list[tuple[str, list[tuple[float, float, float]]]] = []
+def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
+    rows: list[list[object]] = []
+    drawn, each = [], []
     for name, run in zip(names, runs, strict=True):
         one = run.headline
         if one is None:
@@ -67,53 +70,40 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Mark
         targets = chosen(run, one)
         peers = [t for t in targets if t.is_peer]
         ensemble = next((t for t in targets if t.name == ENSEMBLE), None)
-        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers)) if peers else "-"
-                 for key in ("union", "clean")]
-        shown: list[Child] = ["-", "-"]
+        label = f"{name} (not reportable)" if ensemble and any(t.failed for t in targets) else name
+        shown: list[object] = ["-", "-"]
         if ensemble is not None:
             shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("union", "clean")]
-            if any(t.failed for t in targets):
-                name += " (not reportable)"
-            drawn.append((name, [(ensemble.accuracy[key], *wilson_interval(ensemble.accuracy[key], ensemble.n))
-                                 for key in ("clean", "union")]))
-        rows.append([name, *shown, *means, targets[0].n, run.config.run.seed,
+            drawn.append((label, interval_row(ensemble)))
+        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers) if peers else None)
+                 for key in ("union", "clean")]
+        rows.append([label, *shown, *means, targets[0].n, run.config.run.seed,
                      f"{one.attacks}; {', '.join(one.threats)}", f"{one.images}, {targets[0].weights}"])
+        each.append(accuracy_table(f"{name}: {one.images}, step {one.step}", one, targets))
     head = ["run", "ensemble robust %", "ensemble clean %", "peers robust %", "peers clean %", "n", "seed", "attack",
             "images, weights"]
-    warning = unlike(runs)
-    figures = [book.figure("comparison_accuracy", interval_chart(
+    figures = [Figure("comparison_accuracy", interval_chart(
         "Ensembles with 95 % intervals", drawn, ["clean", "robust"],
         description="Clean and robust accuracy of each run's ensemble"))] if drawn else []
-    each = [accuracy_table(f"{name}: {e.images}, step {e.step}", e, chosen(run, e))
-            for name, run in zip(names, runs, strict=True) if (e := run.headline) is not None]
-    return section(
-        "result", "Result",
-        tag("div", tag("strong", "These numbers do not compare like with like. "), "; ".join(warning), class_="notice",
-            role="note") if warning else None,
-        table("peers: mean of the peers; small print: 95 % Wilson interval", head, rows, texts=(0, 7, 8)),
-        charts(*figures),
-        tag("p", "Where the intervals of two runs overlap on the same images, a paired test may still tell them apart. "
-                 "One run each cannot tell what other seeds give: python -m mat_dist.table has means over seeds.",
-            class_="dim"), folded("Every target", each))
+    return {"unlike": unlike(runs), "each": each, "figures": figures, "table": Table(
+        "peers: mean of the peers; small print: 95 % Wilson interval", head, rows, texts=(0, 7, 8))}
 
 
-def _training(runs: Sequence[RunFiles], names: Sequence[str], book: Book) -> Markup:
-    figures: list[Child] = []
-    for key, records, title in (("loss", "steps", "Training loss"),
-                                ("robust_acc", "epochs", "Robust accuracy, validation"),
-                                ("clean_acc", "epochs", "Clean accuracy, validation")):
+def _training(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
+    figures = []
+    for key, records, title, axis in (("loss", "steps", "Training loss", Axis("loss")),
+                                      ("robust_acc", "epochs", "Robust accuracy, validation", PER_CENT),
+                                      ("clean_acc", "epochs", "Clean accuracy, validation", PER_CENT)):
         series = []
         for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-            prefix = "ema_" if run.averaged and key != "loss" else ""
-            points = [(float(r.get("epoch", 0)), _mean(r.get(prefix + key), len(run.peers)))
-                      for r in getattr(run, records) if isinstance(r.get(prefix + key), list)]
-            series.append(Series(name, thinned(points), index))
-        series = [one for one in series if one.known()]
-        if series:
-            figures.append(book.figure(f"comparison_{key}", line_chart(
-                title, series, x_label="epoch", y_label="loss" if key == "loss" else "%", percent=key != "loss"),
-                "Mean of the peers" + ("." if key == "loss" else ", averaged weights where they are kept.")))
-    return section("training", "Training", charts(*figures))
+            field = f"ema_{key}" if run.averaged and key != "loss" else key
+            series.append(Series(name, thinned([
+                (float(r.get("epoch", 0)), _mean(r.get(field), len(run.peers)))
+                for r in getattr(run, records) if isinstance(r.get(field), list)]), index))
+        if series := [one for one in series if one.known()]:
+            figures.append(Figure(f"comparison_{key}", line_chart(title, series, EPOCH, axis), "Mean of the peers" + (
+                "." if key == "loss" else ", averaged weights where they are kept.")))
+    return figures
 
 
 def _mean(values: Any, peers: int) -> float | None:
@@ -121,18 +111,14 @@ def _mean(values: Any, peers: int) -> float | None:
     return sum(known) / peers if len(known) == peers else None
 
 
-def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> Markup:
+def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
     """A row per setting in which any run differs from the first one."""
     flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
     changed = {line.split(": ", 1)[0] for run in runs[1:] for line in config_differences(runs[0].config, run.config)}
-    keys = sorted(key for key in changed if not key.startswith(_FREE))
-    rows = [[key, *(_text(values.get(key)) for values in flat)] for key in keys]
-    if not rows:
-        return section("settings", "Settings", tag("p", "All settings that matter are the same."))
-    found = table("settings that change nothing in the result are left out", ["setting", *names], rows,
-                  texts=range(1 + len(names)))
-    return section("settings", "Settings that differ",
-                   found if len(rows) <= MOST_SETTINGS else folded(f"{len(rows)} settings", found))
+    rows = [[key, *(_text(values.get(key)) for values in flat)] for key in sorted(changed) if not key.startswith(_FREE)]
+    return {"folded": len(rows) > MOST_SETTINGS, "table": Table(
+        "settings that change nothing in the result are left out", ["setting", *names], rows,
+        texts=range(1 + len(names)))}
 
 
 def _text(value: Any) -> str:

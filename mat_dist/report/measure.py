@@ -1,33 +1,144 @@
-"""What the report measures itself, on few images: transfer, accuracy against radius and steps, the loss around images,
-pictures. The evaluator's attack with one start; the numbers of record are those of the evaluation."""
+"""What the report attacks (the models of one checkpoint, on few test images) and what it measures there: transfer,
+accuracy against radius and steps, the loss around images, pictures. It is the evaluator's attack with one start; the
+numbers of record are those of the evaluation."""
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from mat_dist import rng
+from mat_dist import checkpoints, rng
 from mat_dist.attacks.norms import Threat, per_image
-from mat_dist.evaluation.attacks import AttackPlan, correct, strict_arithmetic
+from mat_dist.config.schema import Config
+from mat_dist.data import ImageSet, load_data
+from mat_dist.errors import DataError
+from mat_dist.evaluation.attacks import (
+    EMA,
+    ENSEMBLE,
+    RAW,
+    AttackPlan,
+    candidates,
+    chosen_images,
+    correct,
+    ensemble_of,
+    load_models,
+    pixels,
+    restarts,
+    strict_arithmetic,
+    threats_of,
+)
+from mat_dist.models.classifier import Images
 from mat_dist.report.evaluations import Outcome
-from mat_dist.report.subject import Subject
+from mat_dist.report.files import RunFiles
 from mat_dist.runs.rates import duration
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEPS = (1, 2, 5, 10, 20, 50)
-PICTURES = 6
+EXAMPLES = 6
+PICTURE_SIDE = 96  # smaller images are enlarged by a whole factor to about this many pixels
 SURFACE_IMAGES = 16
 SURFACE_PLACES = 21
 Say = Callable[[str], None]
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Victims:
+    """Models and images of one run, to be attacked.
+
+    Attributes:
+        targets: the peers in their order, then the ensemble; eval mode.
+        source: the peer that the gallery attacks, the best one of the newest evaluation of this checkpoint.
+        data, samples_N: the test set, and the positions of the images that are attacked.
+        classes: their names.
+    """
+
+    config: Config
+    targets: dict[str, nn.Module]
+    source: str
+    data: ImageSet
+    samples_N: Tensor
+    classes: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def peers(self) -> dict[str, nn.Module]:
+        return {name: model for name, model in self.targets.items() if name != ENSEMBLE}
+
+    @property
+    def threats(self) -> list[Threat]:
+        """The distinct threats of the cohort."""
+        return threats_of(self.config.peers)
+
+    @property
+    def source_threat(self) -> Threat:
+        """The threat that the source was trained with."""
+        spec = self.config.peers[list(self.targets).index(self.source)].threat
+        return Threat(spec.norm, spec.eps)
+
+    def plan(self, factor: float = 1.0) -> AttackPlan:
+        """The attack of the test set with one start; a given step length grows with `factor`, as eps does."""
+        given = self.config.eval.step_size
+        return AttackPlan(self.config.eval.test_steps, 1, None if given is None else given * factor)
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number of the chunk, images, labels) in the evaluator's chunks, whose number keys the attack's noise."""
+        for chunk, rows in enumerate(self.samples_N.split(self.config.eval.chunk)):
+            yield chunk, *pixels(self.data, rows, self.device, self.config)
+
+    def craft(self, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan,
+              chunk: int) -> Tensor:
+        """The evaluator's AEs of its first start -> (B, C, H, W)."""
+        return next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
+
+
+def find_checkpoint(run: RunFiles) -> checkpoints.Manifest:
+    """The best checkpoint, the latest where no evaluation chose one. Raises CheckpointError."""
+    return checkpoints.load_manifest(run.folder, "latest" if checkpoints.read_best(run.folder) is None else "best")
+
+
+def load_victims(run: RunFiles, manifest: checkpoints.Manifest, images: int, device: torch.device) -> Victims:
+    """Load models and `images` test images (a keyed random subset, or all).
+
+    Raises CheckpointError for a damaged checkpoint, DataError for images that are missing or others than those of the
+    training, ConfigError for a model or data set of a plug-in that is not given.
+    """
+    config = run.config
+    shape = Images.of(manifest.meta.extra["images"])
+    weights = EMA if run.averaged else RAW
+    models = load_models(config, manifest, shape, weights, device)
+    data = load_data(config.data.model_copy(update={"download": False}), seed=config.run.seed,
+                     batch_size=config.train.batch_size)
+    if data.digest != manifest.meta.data_digest:
+        raise DataError("the images are not those of the training", f"data.name={config.data.name}",
+                        "give the report the same data, in the place that config.yaml names")
+    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: ensemble_of(config, models)}
+    samples_N = chosen_images(len(data.test), images, config.run.seed)
+    source = best_peer(run, manifest.step, weights)
+    return Victims(config, targets, source, data.test, samples_N, data.classes, device)
+
+
+def best_peer(run: RunFiles, step: int, weights: str) -> str:
+    """The peer with the highest robust accuracy on the validation split at `step`, as `mat_dist.load` chooses; the
+    first one where there is no such evaluation."""
+    names = candidates(run.config.peers)
+    for one in run.evaluations:
+        if one.step == step and one.file.startswith("validation"):
+            robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in names}
+            if robust:
+                return max(robust, key=lambda name: (robust[name], -names.index(name)))
+    return names[0]
+
+
+@dataclass(frozen=True)
+class Example:
     """One test image and its AE against `source`; images (C, H, W) in [0, 1] on the CPU.
 
     `answers` are (target, class and probability when clean, class and probability of the AE).
@@ -58,91 +169,96 @@ class Measured:
         by_eps, by_steps: by threat and target, (radius or steps, robust accuracy).
         outcomes: by target, what each image met.
         places, surface, slices: the loss around images, over multiples of the radius; surface is [random][adversarial].
-        pictures: the gallery.
+        examples: the gallery.
     """
 
     n: int
     transfer: dict[str, list[list[float]]]
-    by_eps: dict[str, dict[str, list[tuple[float, float]]]]
-    by_steps: dict[str, dict[str, list[tuple[float, float]]]]
+    by_eps: dict[str, dict[str, Points]]
+    by_steps: dict[str, dict[str, Points]]
     outcomes: dict[str, list[Outcome]]
     places: list[float]
     surface: list[list[float]]
     slices: list[Slices]
-    pictures: list[Picture]
+    examples: list[Example]
+
+    @property
+    def surface_n(self) -> int:
+        """The number of images that the loss surface is a mean of."""
+        return min(SURFACE_IMAGES, self.n)
 
 
-def measure(subject: Subject, say: Say) -> Measured:
-    """Attack the subject's images in all the ways that the report shows."""
+def measure(victims: Victims, say: Say) -> Measured:
+    """Attack the victims's images in all the ways that the report shows."""
     with strict_arithmetic():
         say("transfer and classes")
         began = time.monotonic()
-        transfer, outcomes = _transfer(subject)
+        transfer, outcomes = _transfer(victims)
         # That was one attack on every target for each threat; these are the others, by their gradient steps.
-        steps = subject.plan().steps
+        steps = victims.plan().steps
         others = len(EPS_FACTORS) - 1 + sum({*STEPS, steps}) / steps
         say(f"about {duration((time.monotonic() - began) * others)} more")
         by_eps, by_steps = {}, {}
-        for threat in subject.threats:
+        for threat in victims.threats:
             say(f"accuracy against the radius, {threat.norm}")
-            by_eps[threat.label] = _by_eps(subject, threat)
+            by_eps[threat.label] = _by_eps(victims, threat)
             say(f"accuracy against attack steps, {threat.norm}")
-            by_steps[threat.label] = _by_steps(subject, threat)
+            by_steps[threat.label] = _by_steps(victims, threat)
         say("loss surface and pictures")
         places = torch.linspace(-1, 1, SURFACE_PLACES).tolist()
-        surface, slices = _around(subject, places)
-        return Measured(len(subject.samples_N), transfer, by_eps, by_steps, outcomes, places, surface, slices,
-                        _pictures(subject))
+        surface, slices = _around(victims, places)
+        return Measured(len(victims.samples_N), transfer, by_eps, by_steps, outcomes, places, surface, slices,
+                        _examples(victims))
 
 
-def _transfer(subject: Subject) -> tuple[dict[str, list[list[float]]], dict[str, list[Outcome]]]:
+def _transfer(victims: Victims) -> tuple[dict[str, list[list[float]]], dict[str, list[Outcome]]]:
     """Accuracy of every target on the AEs of every peer, last column clean; and each target under its own AEs."""
-    shape = len(subject.targets), len(subject.peers) + 1
-    right = {threat.label: torch.zeros(shape, dtype=torch.float64) for threat in subject.threats}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in subject.targets}
-    for chunk, x_BCHW, y_B in subject.batches():
-        held = {name: correct(model, x_BCHW, y_B) for name, model in subject.targets.items()}
+    shape = len(victims.targets), len(victims.peers) + 1
+    right = {threat.label: torch.zeros(shape, dtype=torch.float64) for threat in victims.threats}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in victims.targets}
+    for chunk, x_BCHW, y_B in victims.batches():
+        held = {name: correct(model, x_BCHW, y_B) for name, model in victims.targets.items()}
         clean = dict(held)
-        for threat in subject.threats:
-            for source, attacked in enumerate(subject.targets.items()):
+        for threat in victims.threats:
+            for source, attacked in enumerate(victims.targets.items()):
                 name, model = attacked
-                adv = subject.craft(model, x_BCHW, y_B, threat, subject.plan(), chunk)
+                adv = victims.craft(model, x_BCHW, y_B, threat, victims.plan(), chunk)
                 held[name] = held[name] & correct(model, adv, y_B)
-                if name in subject.peers:
-                    for row, target in enumerate(subject.targets.values()):
+                if name in victims.peers:
+                    for row, target in enumerate(victims.targets.values()):
                         right[threat.label][row, source] += correct(target, adv, y_B).sum().cpu()
-            for row, name in enumerate(subject.targets):
+            for row, name in enumerate(victims.targets):
                 right[threat.label][row, -1] += clean[name].sum().cpu()
-        for name in subject.targets:
+        for name in victims.targets:
             outcomes[name] += [Outcome(*one) for one in zip(y_B.tolist(), clean[name].tolist(), held[name].tolist(),
                                                             strict=True)]
-    return {label: (table / len(subject.samples_N)).tolist() for label, table in right.items()}, outcomes
+    return {label: (table / len(victims.samples_N)).tolist() for label, table in right.items()}, outcomes
 
 
-def robust_share(subject: Subject, model: nn.Module, threat: Threat | None, plan: AttackPlan) -> float:
+def robust_share(victims: Victims, model: nn.Module, threat: Threat | None, plan: AttackPlan) -> float:
     """Share of the images that are right when clean and under the attack; without a threat the clean share."""
     held = 0
-    for chunk, x_BCHW, y_B in subject.batches():
+    for chunk, x_BCHW, y_B in victims.batches():
         right_B = correct(model, x_BCHW, y_B)
         if threat is not None:
-            right_B = right_B & correct(model, subject.craft(model, x_BCHW, y_B, threat, plan, chunk), y_B)
+            right_B = right_B & correct(model, victims.craft(model, x_BCHW, y_B, threat, plan, chunk), y_B)
         held += int(right_B.sum())
-    return held / len(subject.samples_N)
+    return held / len(victims.samples_N)
 
 
-def _by_eps(subject: Subject, threat: Threat) -> dict[str, list[tuple[float, float]]]:
+def _by_eps(victims: Victims, threat: Threat) -> dict[str, Points]:
     found = {}
-    for name, model in subject.targets.items():
+    for name, model in victims.targets.items():
         found[name] = [(threat.eps * factor,
-                        robust_share(subject, model, Threat(threat.norm, threat.eps * factor) if factor else None,
-                                     subject.plan(factor))) for factor in EPS_FACTORS]
+                        robust_share(victims, model, Threat(threat.norm, threat.eps * factor) if factor else None,
+                                     victims.plan(factor))) for factor in EPS_FACTORS]
     return found
 
 
-def _by_steps(subject: Subject, threat: Threat) -> dict[str, list[tuple[float, float]]]:
+def _by_steps(victims: Victims, threat: Threat) -> dict[str, Points]:
     """With steps of 2.5 eps / steps."""
-    return {name: [(steps, robust_share(subject, model, threat, AttackPlan(steps)))
-                   for steps in sorted({*STEPS, subject.plan().steps})] for name, model in subject.targets.items()}
+    return {name: [(steps, robust_share(victims, model, threat, AttackPlan(steps)))
+                   for steps in sorted({*STEPS, victims.plan().steps})] for name, model in victims.targets.items()}
 
 
 def _random_direction(threat: Threat, x_BCHW: Tensor, seed: int) -> Tensor:
@@ -159,40 +275,60 @@ def _loss(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> float:
         return F.cross_entropy(model(x_BCHW.clamp(0, 1)), y_B).item()
 
 
-def _around(subject: Subject, places: Sequence[float]) -> tuple[list[list[float]], list[Slices]]:
+def _around(victims: Victims, places: Sequence[float]) -> tuple[list[list[float]], list[Slices]]:
     """Mean cross-entropy at x + a d + b r, cut to [0, 1]: d is the AE's perturbation, r a random one."""
-    _, x_BCHW, y_B = next(subject.batches())
+    _, x_BCHW, y_B = next(victims.batches())
     x_BCHW, y_B = x_BCHW[:SURFACE_IMAGES], y_B[:SURFACE_IMAGES]
     surface: list[list[float]] = []
     slices = []
-    for index, (name, model) in enumerate(subject.peers.items()):
-        spec = subject.config.peers[index].threat
+    for index, (name, model) in enumerate(victims.peers.items()):
+        spec = victims.config.peers[index].threat
         threat = Threat(spec.norm, spec.eps)
-        d = subject.craft(model, x_BCHW, y_B, threat, subject.plan(), 0) - x_BCHW
-        r = _random_direction(threat, x_BCHW, subject.config.run.seed)
+        d = victims.craft(model, x_BCHW, y_B, threat, victims.plan(), 0) - x_BCHW
+        r = _random_direction(threat, x_BCHW, victims.config.run.seed)
         slices.append(Slices(name, [_loss(model, x_BCHW + a * d, y_B) for a in places],
                              [_loss(model, x_BCHW + b * r, y_B) for b in places]))
-        if name == subject.source:
+        if name == victims.source:
             surface = [[_loss(model, x_BCHW + a * d + b * r, y_B) for a in places] for b in places]
     return surface, slices
 
 
-def _pictures(subject: Subject) -> list[Picture]:
+def _examples(victims: Victims) -> list[Example]:
     """Of the first images: up to half that fool the source, then ones that do not, in their order."""
-    _, x_BCHW, y_B = next(subject.batches())
-    model = subject.targets[subject.source]
-    adv = subject.craft(model, x_BCHW, y_B, subject.source_threat, subject.plan(), 0)
+    _, x_BCHW, y_B = next(victims.batches())
+    model = victims.targets[victims.source]
+    adv = victims.craft(model, x_BCHW, y_B, victims.source_threat, victims.plan(), 0)
     clean_B = correct(model, x_BCHW, y_B)
-    fooled = (clean_B & ~correct(model, adv, y_B)).nonzero()[:, 0].tolist()[:PICTURES // 2]
-    rest = [row for row in range(len(y_B)) if row not in fooled][:PICTURES - len(fooled)]
+    fooled = (clean_B & ~correct(model, adv, y_B)).nonzero()[:, 0].tolist()[:EXAMPLES // 2]
+    rest = [row for row in range(len(y_B)) if row not in fooled][:EXAMPLES - len(fooled)]
     rows = torch.tensor([*fooled, *rest], device=x_BCHW.device)
     answers: list[list[tuple[str, int, float, int, float]]] = [[] for _ in rows]
-    for name, target in subject.targets.items():
+    for name, target in victims.targets.items():
         with torch.no_grad():
             before = target(x_BCHW[rows]).softmax(-1).max(-1)
             after = target(adv[rows]).softmax(-1).max(-1)
         columns = (before.indices, before.values, after.indices, after.values)
         for found, one in zip(answers, zip(*(column.tolist() for column in columns), strict=True), strict=True):
             found.append((name, *one))
-    return [Picture(int(subject.samples_N[row]), int(y_B[row]), x_BCHW[row].cpu(), adv[row].cpu(), tuple(found))
+    return [Example(int(victims.samples_N[row]), int(y_B[row]), x_BCHW[row].cpu(), adv[row].cpu(), tuple(found))
             for row, found in zip(rows.tolist(), answers, strict=True)]
+
+
+def png(image_CHW: Tensor) -> bytes:
+    """A PNG of an image in [0, 1]: grey for one channel, colours for three, the mean of any other number."""
+    levels = (image_CHW.detach().to("cpu", torch.float32).clamp(0, 1) * 255).round().to(torch.uint8)
+    if len(levels) == 3:
+        picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    else:
+        picture = Image.fromarray(levels.float().mean(0).round().to(torch.uint8).numpy())
+    factor = max(round(PICTURE_SIDE / max(picture.size)), 1)
+    stream = io.BytesIO()
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(
+        stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def scaled(perturbation_CHW: Tensor) -> Tensor:
+    """A perturbation as an image: 0 is grey, its largest pixel white or black."""
+    largest = float(perturbation_CHW.abs().amax()) or 1.0
+    return 0.5 + perturbation_CHW / (2 * largest)

@@ -71,6 +71,7 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first --figures pdf": "tests/unit/test_report.py",
            "bash benchmarks/startup.sh": "a measurement; the trainer's own tests start it",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
            **{f"python -m mat_dist.bench {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (

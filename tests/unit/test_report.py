@@ -10,6 +10,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import replace
@@ -21,20 +23,23 @@ import torch
 from PIL import Image
 
 from mat_dist.report import measure as measuring
-from mat_dist.report.__main__ import main, parse
-from mat_dist.report.axes import Axis, ticks
-from mat_dist.report.book import Book
-from mat_dist.report.charts import Series, heat_map, line_chart
+from mat_dist.report.__main__ import main
+from mat_dist.report.charts import Axis, Series, heat_map, interval_chart, line_chart, stacked_bars, surface
 from mat_dist.report.compare import unlike
+from mat_dist.report.curves import phase_means, thinned
 from mat_dist.report.evaluations import Evaluation, Outcome, Target
 from mat_dist.report.files import read_run
-from mat_dist.report.html import table, tag
-from mat_dist.report.measure import Measured, measure
-from mat_dist.report.page import run_page
-from mat_dist.report.pixels import png, scaled
-from mat_dist.report.results import class_section, class_shares
-from mat_dist.report.subject import Subject, best_peer, find_checkpoint, load_subject
-from mat_dist.report.training import phase_means, thinned
+from mat_dist.report.measure import (
+    Measured,
+    Victims,
+    best_peer,
+    find_checkpoint,
+    load_victims,
+    measure,
+    png,
+    scaled,
+)
+from mat_dist.report.page import class_shares, run_page
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from tests.browser import CHROMIUM, Browser
@@ -102,14 +107,14 @@ def copy(run, tmp_path) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def subject(run) -> Subject:
+def victims(run) -> Victims:
     files = read_run(run.folder.path)
-    return load_subject(files, find_checkpoint(files), 40, CPU)
+    return load_victims(files, find_checkpoint(files), 40, CPU)
 
 
 @pytest.fixture(scope="module")
-def measured(subject) -> Measured:
-    return measure(subject, lambda _: None)
+def measured(victims) -> Measured:
+    return measure(victims, lambda _: None)
 
 
 def page_of(folder: RunFolder, name: str = "index.html") -> str:
@@ -171,11 +176,11 @@ def test_attacks_for_the_page_are_those_of_the_evaluation(run, measured):
     assert [table[i][i] for i in (0, 1)] == [dict(measured.by_eps["linf 1/10"][f"peer{i}"])[0.1] for i in (0, 1)]
 
 
-def test_the_surface_holds_the_clean_loss_and_that_of_the_aes(subject, measured):
-    model = subject.targets[subject.source]
-    _, x, y = next(subject.batches())
+def test_the_surface_holds_the_clean_loss_and_that_of_the_aes(victims, measured):
+    model = victims.targets[victims.source]
+    _, x, y = next(victims.batches())
     x, y = x[:16], y[:16]
-    adv = subject.craft(model, x, y, subject.threats[0], subject.plan(), 0)
+    adv = victims.craft(model, x, y, victims.threats[0], victims.plan(), 0)
     middle = measured.places.index(min(measured.places, key=abs))
     for place, images in ((middle, x), (-1, adv)):
         logits = model(images).double()
@@ -183,16 +188,16 @@ def test_the_surface_holds_the_clean_loss_and_that_of_the_aes(subject, measured)
         assert measured.surface[middle][place] == pytest.approx(expected, rel=1e-5)
 
 
-def test_pictures_are_the_images_and_their_answers(subject, measured):
-    pictures = measured.pictures
+def test_pictures_are_the_images_and_their_answers(victims, measured):
+    pictures = measured.examples
     assert len(pictures) == len({one.sample for one in pictures}) == 6
     for one in pictures:
-        x, y = subject.data.batch(torch.tensor([one.sample]))
+        x, y = victims.data.batch(torch.tensor([one.sample]))
         assert torch.equal(one.clean, x[0].float() / 255) and one.label == int(y)
         assert 0 < (one.adversarial - one.clean).abs().max() <= 0.1 * (1 + 1e-6)
         for name, clean, sure, attacked, surely in one.answers:
             for image, answer, probability in ((one.clean, clean, sure), (one.adversarial, attacked, surely)):
-                found = subject.targets[name](image[None]).exp()[0]
+                found = victims.targets[name](image[None]).exp()[0]
                 assert int(found.argmax()) == answer
                 assert float(found[answer] / found.sum()) == pytest.approx(probability, rel=1e-4)
 
@@ -227,34 +232,62 @@ def test_of_records_with_the_same_step_the_newest_attempt_counts(copy):
 # ------------------------------------------------------------------ charts and pictures
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (3, 17, [5, 10, 15]),
-                                                       (-1, 1, [-1, -0.5, 0, 0.5, 1]), (0.02, 0.03, None)])
-def test_ticks_are_round_numbers_inside(low, high, expected):
-    found = ticks(low, high)
-    assert 3 <= len(found) <= 6 and low <= min(found) + 1e-12 and max(found) <= high + 1e-12
-    if expected is not None:
-        assert found == pytest.approx(expected)
+def lines_of(svg: str, colour: str = "#1f6fb5") -> list[list[int]]:
+    """Of every line of a colour: how many points its unbroken parts have."""
+    paths = re.findall(rf'<path d="([^"]*)"[^>]*style="fill: none; stroke: {colour}', svg)
+    return [[1 + part.count("L") for part in path.split("M")[1:]] for path in paths]
 
 
-def test_points_lie_where_their_values_say_and_gaps_stay_open():
-    axis = Axis.around([1, 100], 0, 200, log=True)
-    assert [axis.place(value) for value in (1, 10, 100)] == pytest.approx([0, 100, 200])
-    svg = line_chart("t", [Series("a", [(0, 0.0), (1, 1.0), (2, None), (3, math.nan), (4, 0.5), (8, 0.25)], 0)],
-                     x_label="x", y_label="y", limits=(0, 1))
-    lines = re.findall(r'<polyline points="([^"]*)"', svg)
-    assert lines == ["46.0,236.0 88.8,46.0", "217.0,141.0 388.0,188.5"]
+def test_a_gap_stays_open_and_a_point_without_neighbours_is_a_dot():
+    points = [(0, 0.0), (1, 1.0), (2, None), (3, math.nan), (4, 0.5), (5, None), (6, 0.5), (8, 0.25), (9, 0.7)]
+    few = line_chart("t", [Series("a", points, 0)], Axis("x"), Axis("y", limits=(0, 1))).svg
+    assert lines_of(few)[0] == [2, 1, 3]
+    assert few.count("<use") == 6
+    many = line_chart("t", [Series("a", [*points, *((x, 0.5 + x % 2) for x in range(10, 20))], 0)], Axis("x"),
+                      Axis("y")).svg
+    assert many.count("<use") == 1
 
 
 def test_cells_are_written_in_per_cent_and_unknown_ones_are_empty():
-    svg = heat_map("t", ["a"], ["b", "c"], [[0.5, None]], column_label="", description="")
-    assert ">50.0</text>" in svg and ">-</text>" in svg and 'fill="none"' in svg
+    svg = heat_map("t", ["a"], ["b", "c"], [[0.5, None]], label="", description="").svg
+    assert ">50.0</text>" in svg and ">-</text>" in svg
 
 
 def test_constant_missing_and_huge_values_give_a_chart():
     for values in ([1.0, 1.0], [None, None], [1e300, -1e300], [0.0], [1e-12, 2e-12]):
-        svg = line_chart("t", [Series("a", list(enumerate(values)), 0)], x_label="x", y_label="y")
+        svg = line_chart("t", [Series("a", list(enumerate(values)), 0)], Axis("x"), Axis("y")).svg
         ElementTree.fromstring(svg)
         assert "nan" not in svg and "inf" not in svg
+
+
+def charts_of(text: str):
+    """One chart of each kind, with `text` wherever a text goes."""
+    line = Series(text, [(1, 0.5), (2, 0.7)], 0, [(1, 0.4, 0.6), (2, 0.6, 0.8)])
+    x, y = Axis(text, log=True, marks=(1, 2)), Axis(text, percent=True)
+    return [line_chart(text, [line, line], x, y, guide=(1, text)),
+            heat_map(text, [text], [text], [[0.5]], label=text, description=text, gap=0),
+            interval_chart(text, [(text, [(0.5, 0.4, 0.6)] * 2)], [text, text], description=text),
+            stacked_bars(text, [(text, [1.0, 2.0])], [text, text], label=text, description=text),
+            surface(text, [-1, 0, 1], [[0.0, 1.0, 2.0]] * 3, labels=(text, text, text), description=text)]
+
+
+def test_equal_charts_are_equal_files_of_their_kind():
+    for kind, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
+        files = [[chart.render(kind) for chart in charts_of("name")] for _ in range(2)]
+        assert files[0] == files[1] and all(file.startswith(start) for file in files[0])
+
+
+def test_a_chart_has_texts_for_screen_readers_and_colours_for_the_dark():
+    for chart in charts_of("a name"):
+        root = ElementTree.fromstring(chart.svg)
+        assert [part.text for part in root[:2]] == ["a name", chart.description] and chart.description
+        assert "prefers-color-scheme:dark" in chart.svg
+        assert '[style*="fill: #ffffff"]{fill:#14181c!important}' in chart.svg
+
+
+def test_matplotlib_is_imported_when_a_chart_is_drawn_not_before():
+    program = "import sys; from mat_dist.report import charts; assert not {'matplotlib', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_pictures_keep_their_pixels():
@@ -271,14 +304,19 @@ def test_pictures_keep_their_pixels():
 # ------------------------------------------------------------------ security
 
 
-def test_markup_of_others_is_text():
-    for made in (tag("p", EVIL, title=EVIL), table(EVIL, [EVIL], [[EVIL]]),
-                 heat_map(EVIL, [EVIL], [EVIL], [[0.5]], column_label=EVIL, description=EVIL),
-                 line_chart(EVIL, [Series(EVIL, [(0, 1.0)], k) for k in (0, 1)], x_label=EVIL, y_label=EVIL),
-                 class_section({EVIL: [Outcome(0, True, False)]}, [EVIL, EVIL], EVIL, Book())):
-        assert not {name for name, _ in Page(made).tags} & {"script", "img"}
-        assert not [key for _, attributes in Page(made).tags for key in attributes if key.startswith("on")]
-        ElementTree.fromstring(made)
+@pytest.mark.parametrize("text", [EVIL, "$x^2_{$", "_hidden", "\ud800\uffff\x1b", "a\n" * 50, "名字", ""])
+def test_any_name_gives_charts_that_are_well_formed_and_run_nothing(text):
+    for chart in charts_of(text):
+        ElementTree.fromstring(chart.svg)
+        assert not {name for name, _ in Page(chart.svg).tags} & {"script", "img", "foreignobject"}
+        assert not [key for _, attributes in Page(chart.svg).tags for key in attributes if key.startswith("on")]
+        assert chart.render("pdf") and chart.render("png")
+
+
+def test_names_are_drawn_as_they_are():
+    svg = line_chart("a $", [Series("_a$b$", [(0, 1.0)], 0), Series("b" * 40, [(0, 2.0)], 1)], Axis("x"), Axis("y")).svg
+    texts = [one.text for one in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"_a$b$", "b" * 25 + "…", "a $"} <= set(texts)
 
 
 def test_hostile_files_of_a_run_add_no_markup(copy):
@@ -295,7 +333,8 @@ def test_hostile_files_of_a_run_add_no_markup(copy):
             [EVIL] * 3] * 2, "phases_s": [{EVIL: EVIL}, EVIL]}) + "\n")
     assert main(["--no-attack", str(copy.path)]) == 0
     found = Page(page_of(copy))
-    assert EVIL[:8] not in page_of(copy)
+    assert EVIL[:8] not in page_of(copy) and "\x00" not in page_of(copy)
+    assert all(a["src"].startswith("data:image/svg+xml;base64,") for name, a in found.tags if name == "img")
     assert not {name for name, _ in found.tags} & {"script", "iframe", "object", "embed", "link", "base", "form"}
     assert not [key for _, attributes in found.tags for key in attributes if key.startswith("on")]
 
@@ -322,8 +361,13 @@ def test_the_policy_allows_this_style_sheet_and_images_inside_the_page_only(run)
     digest = base64.b64encode(hashlib.sha256(found.style.encode()).digest()).decode()
     assert policy == (f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
                       "form-action 'none'")
-    sources = [a["src"] for _, a in found.tags if "src" in a]
-    assert len(sources) == 18 and all(source.startswith("data:image/png;base64,") for source in sources)
+    images = [a for _, a in found.tags if "src" in a]
+    pictures = [a for a in images if a["src"].startswith("data:image/png;base64,")]
+    charts = [a for a in images if a["src"].startswith("data:image/svg+xml;base64,")]
+    assert len(pictures) == 18 and len(charts) >= 12 and len(images) == len(pictures) + len(charts)
+    assert all(len(a["alt"]) > 10 for a in images)  # for screen readers
+    for chart in charts:
+        ElementTree.fromstring(base64.b64decode(chart["src"].split(",")[1]))
     assert all(a["href"].startswith("#") for _, a in found.tags if "href" in a)
     assert not [a for _, a in found.tags if "style" in a]  # the policy would refuse it
     ids = [a["id"] for _, a in found.tags if "id" in a]
@@ -338,8 +382,12 @@ def test_the_report_changes_nothing_else_in_the_run_folder(copy):
     for name in files:
         if name.endswith(".svg"):
             ElementTree.parse(copy.report / name)
-    assert main(["--no-attack", str(copy.path)]) == 0
+    (copy.report / "mine.svg").write_text("a user's")
+    assert main(["--no-attack", "--figures", "pdf", str(copy.path)]) == 0
     assert not list(copy.report.glob("gallery_*"))  # those of the report before
+    assert [path.name for path in copy.report.glob("*.svg")] == ["mine.svg"]
+    assert all(path.read_bytes().startswith(b"%PDF") for path in copy.report.glob("*.pdf"))
+    assert {"accuracy.pdf", "loss.pdf"} <= {path.name for path in copy.report.iterdir()}
     shutil.rmtree(copy.report)
     assert tree_hash(copy.path) == before
 
@@ -466,16 +514,22 @@ def test_images_that_are_gone_leave_a_report_of_the_files(copy):
 
 
 @pytest.mark.parametrize("words", [["--images", "0", "x"], ["--images"], ["--device", "tpu", "x"], ["--fast", "x"],
-                                   ["--no-attack"]])
+                                   ["--no-attack"], ["--figures", "gif", "x"], ["--image", "5", "x"]])
 def test_a_wrong_command_line_is_refused(words, capsys):
     assert main(words) == 2
     complaint(capsys)
 
 
-def test_help_and_options(capsys):
-    assert main(["--help"]) == 0 and "--images" in capsys.readouterr().out
-    options = parse(["a", "--images=7", "--device", "cpu", "b", "--plugin=p.py"])
-    assert (options.runs, options.images, options.device, options.plugins) == (("a", "b"), 7, "cpu", ("p.py",))
+def test_the_options_are_named_in_the_help(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in ("--images", "--device", "--no-attack", "--figures", "--plugin"))
+
+
+def test_options_may_stand_anywhere(copy, capsys):
+    assert main(["--images=7", str(copy.path), "--device", "cpu", "--figures=png"]) == 0
+    assert "attacking 7 test images on cpu" in capsys.readouterr().err
+    assert (copy.report / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------ several runs
@@ -516,26 +570,31 @@ def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path
     assert main([str(copy.path), str(copy.path)]) == 0
     with Browser(tmp_path / "profile") as browser:
         for name, images in (("index.html", 18), ("comparison.html", 0)):
+            images += len(re.findall("data:image/svg", page_of(copy, name)))
             for width, dark in ((1280, False), (390, True), (360, False)):
                 browser.open((copy.report / name).as_uri(), width=width, dark=dark)
                 assert browser.value("document.documentElement.scrollWidth") == width  # nothing sticks out
                 assert browser.value("[...document.images].filter(i => i.complete && i.naturalWidth).length") == images
                 assert browser.value("document.querySelectorAll('table').length") >= 3
-                assert browser.value("Math.min(...[...document.querySelectorAll('figure svg')].map("
+                assert browser.value("Math.min(...[...document.querySelectorAll('figure img')].map("
                                      "s => s.getBoundingClientRect().height))") > 80
                 style = "getComputedStyle(document.body).backgroundColor"
                 assert browser.value(style) == ("rgb(20, 24, 28)" if dark else "rgb(255, 255, 255)")
                 browser.screenshot(tmp_path / f"{name}_{width}.png")
                 assert Image.open(tmp_path / f"{name}_{width}.png").width == width
         browser.pdf(tmp_path / "print.pdf")
+        for dark, ground in ((False, (255, 255, 255)), (True, (20, 24, 28))):
+            browser.open((copy.report / "loss.svg").as_uri(), width=400, dark=dark)
+            browser.screenshot(tmp_path / "loss.png", whole=False)
+            assert Image.open(tmp_path / "loss.png").convert("RGB").getpixel((398, 100)) == ground
         assert browser.complaints == []
-        assert all(url.startswith(("data:image/png", "file:")) for url in browser.requests)
+        assert all(url.startswith(("data:image/", "file:")) for url in browser.requests)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_the_policy_stops_scripts_and_requests_that_got_in(run, tmp_path):
     """Should escaping ever fail: the page with a script, a handler and a picture of another server in it."""
-    text, _ = run_page(read_run(run.folder.path), None, None, [])
+    text = run_page(read_run(run.folder.path), None, None, []).html
     inside = ("<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
               "<img src='http://127.0.0.1:9/spy.png'>")
     (tmp_path / "evil.html").write_text(text.replace("<main>", f"<main>{inside}"))

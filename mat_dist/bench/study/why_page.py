@@ -8,8 +8,7 @@ from typing import Any
 
 from mat_dist.bench.study.markdown import markdown
 from mat_dist.bench.study.verdicts import KINDS
-from mat_dist.report.book import Book
-from mat_dist.report.charts import Series, line_chart
+from mat_dist.report.charts import Axis, Chart, Series, line_chart
 from mat_dist.runs.files import reported, write_bytes
 
 COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs %",
@@ -104,22 +103,19 @@ def _shortfall(row: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
 
 def charts(document: Mapping[str, Any]) -> dict[str, bytes]:
     """Name of the file -> SVG, for every trained cohort of a suite."""
-    book = Book()
-    for table in document["tables"].values():
-        for row in table["rows"]:
-            if row["peers"] > 1 and row["why"]["curves"]:
-                book.figure(row["row"], _chart(row, reference(row, table)))
-    return book.files
+    return {f"{row['row']}.svg": _chart(row, reference(row, table)).render("svg")
+            for table in document["tables"].values() for row in table["rows"]
+            if row["peers"] > 1 and row["why"]["curves"]}
 
 
-def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Any:
+def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Chart:
     found = row["why"]["curves"]
     series = [Series(title, [tuple(point) for point in found[name]], number)
               for number, (name, title) in enumerate(LINES.items()) if name in found]
     if other is not None and "robust" in other["why"]["curves"]:
         theirs = [tuple(point) for point in other["why"]["curves"]["robust"]]
         series.append(Series(f"robust, {other['row']}", theirs, -1))
-    return line_chart(row["row"], series, x_label="epoch", y_label="accuracy, %", percent=True)
+    return line_chart(row["row"], series, Axis("epoch"), Axis("accuracy, %", percent=True))
 
 
 def write_charts(out: Path, document: Mapping[str, Any]) -> None:

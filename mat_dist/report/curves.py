@@ -1,20 +1,19 @@
-"""Sections made from metrics.jsonl: curves of the training, and where its time went."""
+"""What metrics.jsonl tells: curves of the training, the transfer in its last log step, and where its time went."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mat_dist.report.book import Book, charts
-from mat_dist.report.charts import Series, heat_map, line_chart, stacked_bars
+from mat_dist.report.charts import Axis, Chart, Figure, Series, heat_map, line_chart, stacked_bars
 from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.files import RunFiles
-from mat_dist.report.html import Child, Markup, section, tag
 
 MOST_RANKS = 32  # bars of the chart of phases
 MOST_POINTS = 500  # of a curve; it is 340 pixels wide
 MOST_PEERS = 64  # of a transfer chart: 4160 cells
 _WORK = ("data", "attack", "forward", "backward", "optimizer", "exchange", "wait")
+EPOCH, PER_CENT = Axis("epoch"), Axis("%", percent=True)
 
 
 def number(value: Any) -> float | None:
@@ -61,59 +60,52 @@ def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[
     return [one for one in found if one.known()]
 
 
-def training_section(run: RunFiles, book: Book) -> Markup:
+def training_figures(run: RunFiles) -> list[Figure]:
     """Loss, accuracy on the validation split and learning rate per peer over epochs."""
-    figures: list[Child] = []
-    loss = _curves(run, run.steps, "loss")
-    if loss:
-        figures.append(book.figure("loss", line_chart("Training loss", loss, x_label="epoch", y_label="loss",
-                                                      zero=True),
-                                   f"The mutual loss{_grouped(run.steps)}; peers with other losses differ in scale."))
     prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
     evaluated = [r for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
-    told = "averaged weights" if prefix else "raw weights"
+    grouped = _grouped(run.steps)
+    found = []
+    if loss := _curves(run, run.steps, "loss"):
+        found.append(Figure("loss", line_chart("Training loss", loss, EPOCH, Axis("loss", zero=True)),
+                            f"The mutual loss{grouped}; peers with other losses differ in scale."))
     for key, title in (("robust_acc", f"Robust accuracy, validation, PGD-{run.config.eval.steps}"),
                        ("clean_acc", "Clean accuracy, validation")):
-        series = _curves(run, evaluated, prefix + key)
-        ensemble = [(float(r.get("epoch", 0)), member(r.get(prefix + ENSEMBLE), key)) for r in evaluated]
-        if series:
-            chart = line_chart(title, [*series, Series(ENSEMBLE, ensemble, -1)], x_label="epoch", y_label="%",
-                               percent=True)
-            figures.append(book.figure(f"validation_{key}", chart, f"From checkpoints, {told}."))
-    own = _curves(run, run.steps, "train_ae_acc")
-    if own:
-        figures.append(book.figure("train_ae", line_chart(
-            "Accuracy on own AEs in training", own, x_label="epoch", y_label="%", percent=True),
-            f"Batches of the training{_grouped(run.steps)}, batch norm in train mode: a diagnostic."))
-    rate = _curves(run, run.steps, "lr")
-    if rate:
+        if series := _curves(run, evaluated, prefix + key):
+            ensemble = [(float(r.get("epoch", 0)), member(r.get(prefix + ENSEMBLE), key)) for r in evaluated]
+            chart = line_chart(title, [*series, Series(ENSEMBLE, ensemble, -1)], EPOCH, PER_CENT)
+            found.append(Figure(f"validation_{key}", chart,
+                                f"From checkpoints, {'averaged' if prefix else 'raw'} weights."))
+    if own := _curves(run, run.steps, "train_ae_acc"):
+        found.append(Figure("train_ae", line_chart("Accuracy on own AEs in training", own, EPOCH, PER_CENT),
+                            f"Batches of the training{grouped}, batch norm in train mode: a diagnostic."))
+    if rate := _curves(run, run.steps, "lr"):
         same = all(one.points == rate[0].points for one in rate)
         shown = [Series("all peers", rate[0].points, -1)] if same else rate
-        chart = line_chart("Learning rate", shown, x_label="epoch", y_label="rate", zero=True)
-        figures.append(book.figure("learning_rate", chart, "The same for all peers." if same else None))
-    return section("training", "Training", charts(*figures) if figures else tag("p", "No records of the training."))
+        found.append(Figure("learning_rate", line_chart("Learning rate", shown, EPOCH, Axis("rate", zero=True)),
+                            "The same for all peers." if same else ""))
+    return found
 
 
 def transfer_chart(title: str, peers: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float | None]]
-                   ) -> Markup:
+                   ) -> Chart:
     """Accuracy of each row on the AEs of each peer, last column clean."""
-    return heat_map(title, rows, [*peers, "clean"], values, column_label="AEs crafted against", gap=len(peers),
+    return heat_map(title, rows, [*peers, "clean"], values, label="AEs crafted against", gap=len(peers),
                     description="One row per target, one column per source of the AEs, last column clean images")
 
 
-def last_transfer(run: RunFiles) -> tuple[Markup, float] | None:
-    """The chart of the last log step's transfer table, and its epoch; None where there is no whole table."""
+def last_transfer(run: RunFiles) -> list[Figure]:
+    """The transfer table of the last log step that has a whole one; empty where none has."""
     count = len(run.peers)
-    if count > MOST_PEERS:
-        return None
-    for record in reversed(run.steps):
+    for record in reversed(run.steps if count <= MOST_PEERS else ()):
         rows = record.get("transfer")
         if isinstance(rows, list) and len(rows) == count and all(
                 isinstance(row, list) and len(row) == count + 1 for row in rows):
             values = [[number(value) for value in row] for row in rows]
-            return transfer_chart("Transfer in the last log step, %", run.peers, run.peers, values), float(
-                record.get("epoch", 0))
-    return None
+            chart = transfer_chart("Transfer in the last log step, %", run.peers, run.peers, values)
+            return [Figure("transfer_training", chart, f"Epoch {float(record.get('epoch', 0)):.4g}, a batch of the "
+                                                       "training, train mode: a diagnostic.")]
+    return []
 
 
 def phase_means(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -130,7 +122,7 @@ def phase_means(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return means
 
 
-def time_section(run: RunFiles, book: Book) -> Markup | None:
+def time_section(run: RunFiles) -> dict[str, Any] | None:
     """Seconds per step by phase and rank; wait and exchange over the training. None where nothing was timed."""
     means = phase_means(run.steps)
     if not means:
@@ -138,22 +130,17 @@ def time_section(run: RunFiles, book: Book) -> Markup | None:
     found = dict.fromkeys(name for rank in means for name in rank)
     phases = [name for name in _WORK if name in found] + [name for name in found if name not in _WORK]
     shown = [name for name in phases if any(rank.get(name, 0) >= 1e-3 * sum(rank.values()) for rank in means)]
+    left_out = ", ".join(name for name in phases if name not in shown)
     bars = stacked_bars("Time of a step by phase", [
         (f"rank {r}", [1e3 * rank.get(name, 0.0) for name in shown]) for r, rank in enumerate(means[:MOST_RANKS])],
-        shown, x_label="milliseconds, mean over the log steps", description="One bar per rank, one part per phase")
-    left_out = [name for name in phases if name not in shown]
-    figures = [book.figure("phases", bars, f"Below 0.1 % and not drawn: {', '.join(left_out)}." if left_out else None)]
+        shown, label="milliseconds, mean over the log steps", description="One bar per rank, one part per phase")
+    figures = [Figure("phases", bars, f"Below 0.1 % and not drawn: {left_out}." if left_out else "")]
     for phase, title in (("wait", "Waiting for other ranks"), ("exchange", "Exchange between ranks")):
         series = [Series(f"rank {r}", thinned([
             (float(one.get("epoch", 0)), 1e3 * value) for one in run.steps
             if (value := member(entry(one.get("phases_s"), r), phase)) is not None]), r)
             for r in range(min(len(means), MOST_RANKS))]
-        series = [one for one in series if one.known()]
-        if series:
-            chart = line_chart(title, series, x_label="epoch", y_label="ms per step", zero=True)
-            figures.append(book.figure(phase, chart))
+        if series := [one for one in series if one.known()]:
+            figures.append(Figure(phase, line_chart(title, series, EPOCH, Axis("ms per step", zero=True))))
     speeds = [value for r in run.steps if (value := number(r.get("images_per_s"))) is not None]
-    told = f"{len(means)} rank{'s' if len(means) > 1 else ''}."
-    if speeds:
-        told += f" {sum(speeds) / len(speeds):,.0f} clean images/s on average."
-    return section("time", "Time", tag("p", told), charts(*figures))
+    return {"ranks": len(means), "speed": sum(speeds) / len(speeds) if speeds else None, "figures": figures}

@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError."""
         raise ConfigError(message, COMMAND_LINE, f"see {self.prog} --help")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None  # type: ignore[override]
+                         ) -> tuple[argparse.Namespace, list[str]]:
         """Namespace and settings. Raises ConfigError for an unknown option."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:

@@ -10,17 +10,18 @@ Finished runs and evaluations are not repeated. Results are written after every 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.command import Parser, whole_number
-from benchmarks.study.runs import ROOT, Options
 from mat_dist.cli import run_entry
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
 
+HERE = Path(__file__).resolve().parents[1]  # benchmarks/
 EVIDENCE = """Trains and attacks all rows of a suite of benchmarks/evidence.yaml, and writes its tables with paired
 differences. key=value: settings of every run, laid over those of the plan."""
 SEARCH = """Searches settings of the mutual loss on the validation split, by benchmarks/search.yaml, and writes its
@@ -55,9 +56,9 @@ def parser() -> Parser:
         one.add_argument("--budget", type=_seconds, metavar="SECONDS",
                          help="after these, save and stop with exit code 75; the same command goes on")
         one.add_argument("--root", type=Path, metavar="FOLDER", help=f"of the runs (default runs/{name}_<suite>)")
-        one.add_argument(alias, dest="file", type=Path, default=ROOT / "benchmarks" / f"{name}.yaml", metavar="FILE",
+        one.add_argument(alias, dest="file", type=Path, default=HERE / f"{name}.yaml", metavar="FILE",
                          help=f"another plan (default benchmarks/{name}.yaml)")
-        one.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER",
+        one.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER",
                          help="of the results (default benchmarks/results)")
         one.add_argument("--dry-run", action="store_true", help="print runs and passes, and what cannot be trained")
     reasons = commands.add_parser("reasons", help=REASONS.partition(":")[0], description=REASONS)
@@ -67,13 +68,13 @@ def parser() -> Parser:
     return top
 
 
-def read_options(words: Sequence[str]) -> Options:
-    """Of `evidence` and `search`. Raises ConfigError."""
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options, with the words key=value as `settings`. Raises ConfigError."""
     found, settings = parser().parse_known_args(list(words))
-    values = vars(found)
-    command = values.pop("command")
-    return Options(**{**values, "root": found.root or Path("runs", f"{command}_{found.suite}")},
-                   settings=tuple(settings))
+    found.settings = tuple(settings)
+    if found.command != "reasons":
+        found.root = found.root or Path("runs", f"{found.command}_{found.suite}")
+    return found
 
 
 def run(words: list[str]) -> None:
@@ -81,19 +82,11 @@ def run(words: list[str]) -> None:
     if not words:
         parser().print_help()
         return
-    found, settings = parser().parse_known_args(words)
+    options = read_options(words)
     if Launch.from_environment().world > 1:
-        raise EnvironmentFault("several ranks", found.command, "start it without torchrun: it starts its own runs")
-    if found.command == "reasons":
-        from benchmarks.study.reasons import main as measure
-
-        plugins = [word for file in found.plugin for word in ("--plugin", file)]
-        measure([found.run, *settings, *plugins], found.dry_run)
-    else:
-        from benchmarks.study import evidence, search
-
-        study: Callable[[Options], None] = {"evidence": evidence.main, "search": search.main}[found.command]
-        study(read_options(words))
+        raise EnvironmentFault("several ranks", options.command, "start it without torchrun: it starts its own runs")
+    study: Callable[[argparse.Namespace], None] = importlib.import_module(f"benchmarks.study.{options.command}").main
+    study(options)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from benchmarks.command import chosen
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Suite, TablePlan, read_evidence
-from benchmarks.study.runs import Options, Runner, carry_out, head_document, train
+from benchmarks.study.runs import Runner, carry_out, head_document, train
 from benchmarks.study.scores import evaluate, find, labels
 from benchmarks.study.tables import Entry, table_document
 from benchmarks.study.why import explain, write_charts
@@ -21,8 +22,8 @@ from mat_dist.runs.files import reported, write_json, write_text
 from mat_dist.tools.dryrun import training_passes
 
 
-def main(options: Options) -> None:
-    """The study.
+def main(options: Namespace) -> None:
+    """The study, by the options of `__main__.py`.
 
     Raises:
         ConfigError: the plan; at the end, rows that this version cannot train.
@@ -47,7 +48,7 @@ def main(options: Options) -> None:
     judge([entry for entry in entries if entry.name in rows])
 
 
-def plan_entries(suite: Suite, options: Options) -> list[Entry]:
+def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
     """Every row with its runs; a row whose settings this version refuses has none, and the reason."""
     entries = []
     for title, table in suite.tables.items():
@@ -82,7 +83,7 @@ def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
     explain(job, entry.reasons, runner)
 
 
-def write(options: Options, suite: Suite, entries: Sequence[Entry]) -> None:
+def write(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
     """`<suite>.json` and `<suite>.md`, each whole or as before."""
     pairs = [(entry, seed) for entry in entries for seed in suite.seeds]
     done = [entry for entry, seed in pairs if entry.jobs and not entry.missing(suite.tables[entry.table], seed)]

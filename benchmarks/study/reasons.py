@@ -6,6 +6,7 @@ cross-entropy with as many steps as in training; never on the test split.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,13 @@ SHOWN = {"right": "right", "confidence": "confidence", "teacher_confidence": "of
          "teacher_right": "teacher right, student wrong", "some_teacher_right": "some teacher right, student wrong"}
 
 
-def main(words: Sequence[str], dry_run: bool = False) -> None:
-    """The command: the run, its settings as of `mat_dist.evaluate`, --plugin.
+def main(options: Namespace) -> None:
+    """The command, by the options of `__main__.py`; its settings are those of `mat_dist.evaluate`.
 
     Raises ConfigError, CheckpointError, DataError, OutputError.
     """
-    arguments = parse(words)
+    plugins = [word for file in options.plugin for word in ("--plugin", file)]
+    arguments = parse([options.run, *options.settings, *plugins])
     if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
         raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
     label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "last"
@@ -69,7 +71,7 @@ def main(words: Sequence[str], dry_run: bool = False) -> None:
         raise ConfigError("a run of one peer, which has nobody to learn from", str(folder.path), "give a cohort's")
     subject = Subject.find(folder, config, arguments.request.model_copy(update={"images": images, "checkpoint": label}))
     file = place_of(folder, identity(subject.manifest, subject.weights, images))
-    if dry_run:
+    if options.dry_run:
         steps = sum(spec.attack.steps for spec in config.peers)
         print(f"{folder.name}, step {subject.manifest.step}: at most {images} validation and {images} training images, "
               f"{2 * steps * images} passes of one image in the attacks; "

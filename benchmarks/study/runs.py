@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.study.plan import SearchSuite, Suite
 from mat_dist import checkpoints
@@ -45,33 +46,6 @@ OTHER_RUN = re.compile(r"\bRUN\((\w+)\)")  # in a setting: the run of another ro
 
 class Enough(Exception):
     """The time is over, or a stop was asked for: nothing more is begun."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a study is asked for.
-
-    Attributes:
-        suite, file: of that YAML file.
-        only: names of rows (families, in a search); empty: all.
-        seeds: empty: those of the file.
-        jobs: runs at a time.
-        budget: seconds; None: no end.
-        root, out: folders of the runs and of the results.
-        dry_run: print the plan, start nothing.
-        settings: key=value for every run, laid over those of the file.
-    """
-
-    suite: str
-    file: Path
-    only: tuple[str, ...]
-    seeds: tuple[int, ...]
-    jobs: int
-    budget: float | None
-    root: Path
-    out: Path
-    dry_run: bool
-    settings: tuple[str, ...]
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -237,7 +211,10 @@ class Trained:
         return training_passes(self.first.config, steps)
 
 
-def head_document(options: Options, suite: Suite | SearchSuite, units: Sequence[Trained]) -> dict[str, Any]:
+T = TypeVar("T", bound=Trained)
+
+
+def head_document(options: Namespace, suite: Suite | SearchSuite, units: Sequence[Trained]) -> dict[str, Any]:
     """What the results of every study begin with, as JSON values."""
     return {"suite": options.suite, "file": options.file.name,
             "file_digest": hashlib.sha256(options.file.read_bytes()).hexdigest(),
@@ -353,11 +330,12 @@ def last_line(log: Path) -> str:
     return " ".join(lines[-1].split())[:100]
 
 
-def carry_out(options: Options, work: Sequence[tuple[Trained, int, Callable[[Runner], Any]]],
-              ended: Callable[[Trained], None], write: Callable[[], None]) -> None:
+def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner], Any]]],
+              ended: Callable[[T], None], write: Callable[[], None]) -> None:
     """Run the work of a study within its budget; one part that fails stops no other.
 
     Args:
+        options: `jobs` runs at a time, `budget` in seconds or None, name of the `suite`.
         work: unit, seed, and what is to be done with its run.
         ended: called with the unit of each part that has ended.
         write: writes the results; called after each part, and at the end.

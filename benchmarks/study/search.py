@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from benchmarks.command import chosen
 from benchmarks.study.pages import search_page
 from benchmarks.study.plan import SearchSuite, Words, read_search
-from benchmarks.study.runs import Job, Options, Trained, carry_out, head_document, train
+from benchmarks.study.runs import Job, Trained, carry_out, head_document, train
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
 from mat_dist.errors import NotReportable
@@ -40,8 +41,11 @@ class Candidate(Trained):
         return self.error or failed or (f"missing: seeds {', '.join(map(str, left))}" if left else "done")
 
 
-def main(options: Options) -> None:
-    """The study. Raises ConfigError, StopRequested when the time is over, NotReportable where runs failed."""
+def main(options: Namespace) -> None:
+    """The study, by the options of `__main__.py`.
+
+    Raises ConfigError, StopRequested when the time is over, NotReportable where runs failed.
+    """
     study = read_search(str(options.file))
     suite = study.suites[chosen([options.suite], list(study.suites), "suite")[0]]
     found = candidates(suite, options)
@@ -62,7 +66,7 @@ def main(options: Options) -> None:
                             "mend that and start the same command again: finished runs are not repeated")
 
 
-def candidates(suite: SearchSuite, options: Options) -> list[Candidate]:
+def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
     """Every setting with its runs. Names come from the settings: a changed file keeps the runs of the others."""
     found = []
     for title, family in suite.families.items():
@@ -104,7 +108,7 @@ def candidate_document(one: Candidate, cheapest: int | None, weights: str) -> di
                        for key in ("mean", "ensemble", "clean")} if by_seed else {}}
 
 
-def write(options: Options, suite: SearchSuite, found: Sequence[Candidate]) -> None:
+def write(options: Namespace, suite: SearchSuite, found: Sequence[Candidate]) -> None:
     """`search_<suite>.json` and `.md`, each whole or as before."""
     cheapest = min((one.cost for one in found if one.cost), default=None)
     tried = [candidate_document(one, cheapest, suite.weights) for one in found]

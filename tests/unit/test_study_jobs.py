@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.study import runs
 from benchmarks.study.__main__ import read_options
-from benchmarks.study.runs import Job, Runner, machines, side_by_side
+from benchmarks.study.runs import Job, Runner, last_line, machines, side_by_side
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
 

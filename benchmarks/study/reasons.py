@@ -29,7 +29,7 @@ from mat_dist.data import ImageSet, load_data, place
 from mat_dist.distributed.device import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.during_training import (
+from mat_dist.evaluation.attacks import (
     EMA,
     RAW,
     AttackPlan,

@@ -15,7 +15,7 @@ from benchmarks.study.runs import Job, Trained, carry_out, head_document, train
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.during_training import EMA, ENSEMBLE, RAW
+from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW
 from mat_dist.runs.files import parse_json, reported, write_json, write_text
 
 NEVER_TESTED = "eval.test=false"

@@ -181,6 +181,8 @@ def _peaks(config: Config, shape: tuple[int, int, int], classes: int, device: to
            watch: Watch) -> Iterator[tuple[str, float]]:
     spawn = multiprocessing.get_context("spawn")
     for number, name in enumerate(PEAKS):
+        if watch.stopped:
+            return
         watch.say(f"memory of {name} ({number + 1} of {len(PEAKS)})")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             try:

@@ -123,11 +123,12 @@ def _measured(config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: 
     points: list[Point] = []
     seconds: list[float] = []
     grid = _grid(config, mesh, shape)
+    watch.say(f"{len(grid)} points, the largest first")
     began, work = time.monotonic(), [_work(*one) for one in grid]
     for number, (changed, (channels, height, width)) in enumerate(grid):
-        left = sum(work[number:]) * (time.monotonic() - began) / sum(work[:number]) if number else None
-        watch.say(f"point {number + 1} of {len(grid)}: {len(changed.peers)} peers, {height} x {width}, batch "
-                  f"{changed.train.batch_size}, {changed.peers[0].attack.steps} attack steps; {duration(left)} left")
+        if number:
+            left = sum(work[number:]) * (time.monotonic() - began) / sum(work[:number])
+            watch.now(f"point {number + 1} of {len(grid)}, about {duration(left)} left")
         subject = Subject.make(changed, _mesh_of(changed, mesh), (channels, height, width), classes)
         try:
             times = of_all_ranks(mesh, interleaved({"step": subject.step}, rounds, mesh, watch))["step"]

@@ -344,11 +344,11 @@ def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner]
     """
     left = [f"{unit.name}_{seed}" for unit, seed, _ in work]
 
-    def one_ended(number: int, error: MatError | None) -> None:
+    def one_ended(number: int, error: Exception | None) -> None:
         unit, seed, _ = work[number]
-        if error is not None:
+        if isinstance(error, MatError):
             unit.failures[seed] = str(error)
-        else:
+        elif error is None:
             left.remove(f"{unit.name}_{seed}")
         ended(unit)
 
@@ -368,12 +368,12 @@ def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner]
 Task = tuple[Job, Callable[[], Any]]
 
 
-def run_all(tasks: Sequence[Task], jobs: int, runner: Runner, ended: Callable[[int, MatError | None], None],
+def run_all(tasks: Sequence[Task], jobs: int, runner: Runner, ended: Callable[[int, Exception | None], None],
             write: Callable[[], None]) -> None:
     """Run tasks, `jobs` at a time; one that fails stops no other.
 
     Args:
-        ended: called with the number of each task that has ended, and the error of one that failed.
+        ended: called with the number of each task that has ended, and its MatError or Enough, where it has one.
         write: called after that, as long as the time is not over.
 
     Raises:
@@ -382,15 +382,14 @@ def run_all(tasks: Sequence[Task], jobs: int, runner: Runner, ended: Callable[[i
     over, count, began = False, 0, time.monotonic()
     with closing(side_by_side(tasks, jobs)) as finished, runner.ending():
         for number, future in finished:
-            failed, job = None, tasks[number][0]
+            error, job = None, tasks[number][0]
             try:
                 future.result()
-            except Enough:
-                over = True
-            except MatError as error:
-                failed = error
-                runner.tell(f"warning: {job.row}, seed {job.seed}: {error}")
-            ended(number, failed)
+            except (Enough, MatError) as raised:
+                error, over = raised, over or isinstance(raised, Enough)
+                if not isinstance(raised, Enough):
+                    runner.tell(f"warning: {job.row}, seed {job.seed}: {raised}")
+            ended(number, error)
             if not over:
                 write()
                 count += 1

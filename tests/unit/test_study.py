@@ -312,7 +312,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         begun.append((module, *words))
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        name = module if module == "mat_dist.train" else f"{module}.__main__"
+        name = f"{module}.__main__" if module == "benchmarks.study" else module
         start: Callable[[list[str]], int] = importlib.import_module(name).main
         return start(list(words))
 
@@ -366,7 +366,7 @@ def test_a_budget_leaves_a_partial_table_and_code_75(tmp_path: Path, in_process:
     monkeypatch.setattr(Runner, "over", property(lambda self: len(in_process) >= 2))
     words = ["evidence", "--file", str(plan_file(tmp_path)), "--root", str(tmp_path / "runs"), "--out", str(tmp_path)]
     assert main(words) == 75
-    assert "runs are left: at_1, mat_0, mat_1" in capsys.readouterr().err
+    assert "3 runs are left: mat_0, at_1, mat_1" in capsys.readouterr().err
     rows = json.loads((tmp_path / "cpu.json").read_text())["tables"]["main"]["rows"]
     assert [row["seeds"]["0"]["status"] for row in rows] == ["done", "missing: training"]
 

@@ -310,7 +310,7 @@ def test_a_study_asks_every_cohort_once_for_its_reasons(tmp_path: Path, monkeypa
     def run(self: Runner, module: str, words: Sequence[str], log: Path) -> int:
         asked.extend(Path(words[1]).name for _ in [0] if module == "benchmarks.study")
         log.touch()
-        name = module if module == "mat_dist.train" else f"{module}.__main__"
+        name = f"{module}.__main__" if module == "benchmarks.study" else module
         return int(importlib.import_module(name).main(list(words)))
 
     monkeypatch.setattr(Runner, "run", run)

@@ -6,7 +6,6 @@ import copy
 import multiprocessing
 import resource
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +35,6 @@ TOLERANCE = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 5e-2}
 ATTACKS = {"naive": naive_attack, "careful": careful_attack}
 PEAKS = ("keep", "recompute", "naive")  # the step with both settings of `step.memory`, and a reference
 STEPS = 2  # of a peak; the second one has momentum buffers from its start
-_MIB = 1 << 20
 
 
 def measure_step(subject: Subject, rounds: int, watch: Watch) -> dict[str, Any]:
@@ -205,15 +203,8 @@ def peak_of(name: str, config: Config, shape: tuple[int, int, int], classes: int
     before = _held(device)
     for _ in range(STEPS):
         step()
-    return round(_peak(device) - before, 1)
-
-
-def _peak(device: torch.device) -> float:
-    """Largest resident set so far, or the most that tensors took on the GPU, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+    after = device_memory(device)
+    return round(after.get("device_peak_mib", after["host_peak_mib"]) - before, 1)
 
 
 def _held(device: torch.device) -> float:
@@ -221,4 +212,4 @@ def _held(device: torch.device) -> float:
     if device.type == "cuda":
         return 0.0
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / _MIB
+    return pages * resource.getpagesize() / (1 << 20)

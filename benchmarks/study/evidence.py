@@ -12,13 +12,12 @@ from rich.table import Table
 from benchmarks.command import chosen
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Suite, TablePlan, read_evidence
-from benchmarks.study.runs import Runner, carry_out, head_document, train
+from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
 from benchmarks.study.scores import evaluate, find, labels
 from benchmarks.study.tables import Entry, table_document
 from benchmarks.study.why import explain, write_charts
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.runs.files import reported, write_json, write_text
 from mat_dist.tools.dryrun import training_passes
 
 
@@ -90,11 +89,8 @@ def write(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
     document = {**head_document(options, suite, entries), "runs": {"done": len(done), "all": len(pairs)},
                 "tables": {title: table_document(table, [e for e in entries if e.table == title])
                            for title, table in suite.tables.items()}}
-    with reported(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{options.suite}.json", document)
+    write_results(options, options.suite, document, evidence_page(document))
     write_charts(options.out, document)
-    write_text(options.out / f"{options.suite}.md", evidence_page(document))
 
 
 def judge(entries: Sequence[Entry]) -> None:

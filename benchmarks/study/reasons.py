@@ -171,72 +171,55 @@ class TrainedPeers:
 
     Attributes:
         models: in eval mode, over images in [0, 1].
-        threats: what each one's AEs are made for.
-        plans: how they are made.
-        config: for the seed, the chunks and the precision.
+        config: whose threats and numbers of steps make the AEs.
         watch: told how far it is.
     """
 
     models: Sequence[nn.Module]
-    threats: Sequence[Threat]
-    plans: Sequence[AttackPlan]
     config: Config
     device: torch.device
     watch: Watch
 
-    @classmethod
-    def of(cls, models: Sequence[nn.Module], config: Config, device: torch.device, watch: Watch) -> TrainedPeers:
-        """With the training's threats and numbers of steps."""
-        return cls(models, [Threat(spec.threat.norm, spec.threat.eps) for spec in config.peers],
-                   [AttackPlan(steps=spec.attack.steps) for spec in config.peers], config, device, watch)
-
-    def attack(self, source: int, x_BCHW: Tensor, y_B: Tensor, chunk: int) -> Tensor:
-        """The AEs of one peer."""
-        (adv_BCHW,) = restarts(self.models[source], x_BCHW, y_B, self.threats[source], self.plans[source],
-                               seed=self.config.run.seed, chunk=chunk)
-        return adv_BCHW
+    @property
+    def attacks(self) -> list[tuple[Threat, AttackPlan]]:
+        """How the AEs of each peer are made."""
+        return [(Threat(spec.threat.norm, spec.threat.eps), AttackPlan(steps=spec.attack.steps))
+                for spec in self.config.peers]
 
     @torch.no_grad()
     def logits(self, x_BCHW: Tensor) -> Tensor:
         """Of all peers -> (P, B, K)."""
         return torch.stack([model(x_BCHW) for model in self.models])
 
-    def measure(self, data: ImageSet, size: int, *, own_alone: bool = False) -> dict[str, Any]:
-        """The mean of each of MEASURES on `size` images of a split, as lists [student][source], clean images last.
-
-        Args:
-            own_alone: measure `right` alone, [student][own AEs, clean images].
-        """
-        samples = chosen_images(len(data), size, self.config.run.seed)
-        peers, step = len(self.models), self.config.eval.chunk
-        names = ("right",) if own_alone else MEASURES
-        sums = {name: torch.zeros(peers, 2 if own_alone else peers + 1, dtype=torch.float64) for name in names}
+    def measure(self, data: ImageSet, size: int, what: str) -> dict[str, Any]:
+        """The mean of each of MEASURES on `size` images of a split, as lists [student][source], clean images last."""
+        samples, peers = chosen_images(len(data), size, self.config.run.seed), len(self.models)
+        sums = {name: torch.zeros(peers, peers + 1, dtype=torch.float64) for name in MEASURES}
         with strict_arithmetic():
-            for chunk, first in enumerate(range(0, len(samples), step)):
-                self.watch.now(f"{'own AEs of training' if own_alone else 'AEs of validation'} images: {first} of "
-                               f"{len(samples)}")
-                x_BCHW, y_B = pixels(data, samples[first:first + step], self.device, self.config)
-                for source in range(peers + 1):
-                    adv = x_BCHW if source == peers else self.attack(source, x_BCHW, y_B, chunk)
-                    if not own_alone:
-                        for name, value_P in opinions(self.logits(adv), y_B).items():
-                            sums[name][:, source] += value_P.cpu()
-                    elif source == peers:
-                        sums["right"][:, 1] += (self.logits(adv).argmax(-1) == y_B).sum(-1).cpu()
-                    else:
-                        with torch.no_grad():
-                            sums["right"][source, 0] += (self.models[source](adv).argmax(-1) == y_B).sum().cpu()
+            for chunk, first in enumerate(range(0, len(samples), self.config.eval.chunk)):
+                self.watch.now(f"AEs of {what} images: {first} of {len(samples)}")
+                x_BCHW, y_B = pixels(data, samples[first:first + self.config.eval.chunk], self.device, self.config)
+                crafted = [next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
+                           for model, (threat, plan) in zip(self.models, self.attacks, strict=True)]
+                for source, adv_BCHW in enumerate([*crafted, x_BCHW]):
+                    for name, value_P in opinions(self.logits(adv_BCHW), y_B).items():
+                        sums[name][:, source] += value_P.cpu()
         return {"images": len(samples), **{name: [[round(value / len(samples), 6) for value in row]
                                                   for row in table.tolist()] for name, table in sums.items()}}
 
 
 def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
              device: torch.device, watch: Watch | None = None) -> dict[str, Any]:
-    """All that `benchmarks.study reasons` finds out, as JSON values; at most `size` images of each split."""
-    found = TrainedPeers.of(models, config, device, watch or Watch())
+    """All that `reasons` finds out, as JSON values; at most `size` images of each split.
+
+    `training` has `right` alone, [student][own AEs, clean images].
+    """
+    peers = TrainedPeers(models, config, device, watch or Watch())
     names = [str(spec.name) for spec in config.peers]
+    known = peers.measure(training, size, "training")
     return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
             "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
-                       for threat, plan in zip(found.threats, found.plans, strict=True)],
-            "validation": found.measure(validation, size),
-            "training": found.measure(training, size, own_alone=True)}
+                       for threat, plan in peers.attacks],
+            "validation": peers.measure(validation, size, "validation"),
+            "training": {"images": known["images"],
+                         "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}

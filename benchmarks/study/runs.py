@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -28,9 +27,10 @@ from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
+from mat_dist.report.files import read_records
 from mat_dist.runs.environment import git_revision
 from mat_dist.runs.exits import finished, read_environment
-from mat_dist.runs.files import reported
+from mat_dist.runs.files import reported, write_json, write_text
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.rates import duration
 from mat_dist.tools.dryrun import training_passes
@@ -158,20 +158,12 @@ def failure(code: int, job: Job, what: str) -> MatError:
 
 def training_seconds(folder: RunFolder) -> float | None:
     """Seconds in training steps, from the run's records: mean step time times steps. None where there are none."""
-    newest: dict[int, dict[str, Any]] = {}
-    with suppress(OSError):
-        for line in folder.metrics.read_text().splitlines():
-            with suppress(ValueError):
-                record = json.loads(line)
-                if "step_s" in record:
-                    newest[record["step"]] = record
-    if not newest:
-        return None
     total, before = 0.0, 0
-    for step, record in sorted(newest.items()):  # each record is the mean since the one before it
-        total += record["step_s"] * (step - before)
-        before = step
-    return total
+    for record in read_records(folder.metrics, []):  # each is the mean since the one before it
+        if "step_s" in record:
+            total += record["step_s"] * (record["step"] - before)
+            before = record["step"]
+    return total if before else None
 
 
 # ------------------------------------------------------------------------------------------------ several seeds
@@ -231,15 +223,18 @@ def machines(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     for job in jobs:
         record = read_environment(job.folder) if job.done else None
         if record is not None:
-            one = {"devices": sorted(set(record["devices"])), "git": record["git"],
-                   "versions": plain(record["versions"])}
+            versions = {name: value for name, value in record["versions"].items() if name != "system"}
+            one = {"devices": sorted(set(record["devices"])), "git": record["git"], "versions": versions}
             found.setdefault(json_digest(one), {**one, "runs": 0})["runs"] += 1
     return sorted(found.values(), key=lambda one: -one["runs"])
 
 
-def plain(versions: Mapping[str, str]) -> dict[str, str]:
-    """Versions without the name of the operating system's build."""
-    return {name: value for name, value in versions.items() if name != "system"}
+def write_results(options: Namespace, name: str, document: Mapping[str, Any], page: str) -> None:
+    """`<name>.json` and `<name>.md`, each whole or as before. Raises OutputError."""
+    with reported(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / f"{name}.json", document)
+    write_text(options.out / f"{name}.md", page)
 
 
 # ------------------------------------------------------------------------------------------------ processes

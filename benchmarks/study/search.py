@@ -11,12 +11,12 @@ from typing import Any
 from benchmarks.command import chosen
 from benchmarks.study.pages import search_page
 from benchmarks.study.plan import SearchSuite, Words, read_search
-from benchmarks.study.runs import Job, Trained, carry_out, head_document, train
+from benchmarks.study.runs import Job, Trained, carry_out, head_document, train, write_results
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW
-from mat_dist.runs.files import parse_json, reported, write_json, write_text
+from mat_dist.runs.files import parse_json
 
 NEVER_TESTED = "eval.test=false"
 
@@ -122,7 +122,4 @@ def write(options: Namespace, suite: SearchSuite, found: Sequence[Candidate]) ->
                                                      for job in one.jobs.values())}
                              for name, family in suite.families.items()},
                 "settings_tried": tried}
-    with reported(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"search_{options.suite}.json", document)
-    write_text(options.out / f"search_{options.suite}.md", search_page(document))
+    write_results(options, f"search_{options.suite}", document, search_page(document))

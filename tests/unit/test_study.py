@@ -292,7 +292,8 @@ def test_what_runs_when_the_study_fails_is_ended(tmp_path: Path, monkeypatch: py
 
 def test_seconds_count_every_step_once(tmp_path: Path) -> None:
     """A resumed run repeats steps: the newest record of a step counts."""
-    records = [{"step": 10, "step_s": 1.0}, {"step": 20, "step_s": 9.0}, {"epoch": 1}, {"step": 20, "step_s": 2.0}]
+    records = [{"kind": "step", "step": 10, "step_s": 1.0}, {"kind": "step", "step": 20, "step_s": 9.0}, {"epoch": 1},
+               {"kind": "step", "step": 20, "step_s": 2.0, "attempt": 2}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 3')
     assert training_seconds(RunFolder(tmp_path)) == 30.0
     assert training_seconds(RunFolder(tmp_path / "absent")) is None

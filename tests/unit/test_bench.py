@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,6 +208,13 @@ def test_one_file_knows_the_core_and_the_references_know_nothing_of_ours() -> No
     texts = {file.name: file.read_text() for file in (Path(__file__).parents[2] / "benchmarks/speed").glob("*.py")}
     assert [name for name, text in texts.items() if "mat_dist.core" in text] == ["subject.py"]
     assert "import mat_dist" not in texts["references.py"] and "from mat_dist" not in texts["references.py"]
+
+
+def test_the_package_does_without_the_benchmarks() -> None:
+    """It neither imports nor installs them."""
+    package = Path(bench.__file__).parent
+    assert not [file for file in package.rglob("*.py") if re.search(r"^\s*(from|import) benchmarks", file.read_text(), re.M)]
+    assert "include = mat_dist, mat_dist.*\n" in (package.parent / "setup.cfg").read_text()
 
 
 def test_the_old_command_says_where_it_went(capsys: Any) -> None:

@@ -1,1 +1,1 @@
-"""References that mat_dist is measured against (`python -m mat_dist.bench naive`), and results with device names."""
+"""What mat_dist costs (`benchmarks.speed`) and what mutual training is worth (`benchmarks.study`), with results."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within 9 minutes and without a network: bash benchmarks/gpu.sh [key=value ...]
-# Tests marked gpu, then `bench step` and `bench naive` for ResNet-18 on 32 x 32, then one table.
+# Tests marked gpu, then `benchmarks.speed step` and `naive` for ResNet-18 on 32 x 32, then one table.
 #   key=value   settings for every benchmark, e.g. train.batch_size=256; run.device=cpu tries the script without a GPU
 #   PYTHON      a Python with torch >= 2.9, numpy, torchvision, rich, pydantic, PyYAML, pytest (default: python3)
 #   OUT         folder for the JSON files (default: benchmarks/results/<device>)
@@ -42,7 +42,7 @@ measure() {
         failed=1
         return
     fi
-    timeout --signal=TERM --kill-after=20 120 "${start[@]}" mat_dist.bench "$command" --config bench_resnet18 \
+    timeout --signal=TERM --kill-after=20 120 "${start[@]}" benchmarks.speed "$command" --config bench_resnet18 \
         --rounds "$rounds" --json "$out/$name.json" train.batch_size=128 "$@" "${settings[@]}" || code=$?
     if [ "$code" != 0 ]; then
         echo "mat_dist: $name ended with $code" >&2
@@ -62,5 +62,5 @@ measure mat_2 step "${mutual[@]}" peers=2
 measure mat_4_graph step "${mutual[@]}" peers=4 step.attack_engine=cuda_graph
 measure mat_4_recompute step "${mutual[@]}" peers=4 step.memory=recompute step.attack_engine=cuda_graph
 measure mat_2_ranks step torchrun "${mutual[@]}" peers=2 comm.backend=gloo
-"$python" -m benchmarks.summary "$out"
+"$python" -m benchmarks.speed summary "$out"
 exit "$failed"

@@ -21,6 +21,7 @@ from rich.table import Table
 from mat_dist.cli import run_entry
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.runs.files import parse_json
+from mat_dist.tools.markdown import markdown_table
 
 _FILE = re.compile(r"test_(best|last)_step_(\d+)(?:-(\d+))?\.json")
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
@@ -192,8 +193,7 @@ def as_table(rows: Sequence[Row]) -> Table:
 def as_markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
     columns, texts = _cells(rows)
-    rule = ["---" if number < len(LEAD) else "---:" for number in range(len(columns))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *texts])
+    return "\n".join(markdown_table(columns, texts, text_columns=len(LEAD)))
 
 
 if __name__ == "__main__":

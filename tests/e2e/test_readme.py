@@ -74,13 +74,13 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "python -m mat_dist.report runs/first --figures pdf": "tests/unit/test_report.py",
            "bash benchmarks/startup.sh": "a measurement; the trainer's own tests start it",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
-           **{f"python -m mat_dist.bench {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (
+           **{f"python -m benchmarks.study {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (
                "evidence --suite cpu --dry-run", "evidence --suite cpu data.root=FOLDER",
                "search --suite cpu data.root=FOLDER")},
-           "python -m mat_dist.bench reasons runs/NAME": "tests/unit/test_study_reasons.py",
-           **{f"{start} -m mat_dist.bench {rest}": "tests/unit/test_bench.py, with a smaller model" for start, rest in (
-               ("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"), ("python", "memory"),
-               ("torchrun --nproc_per_node=2", "step peers=2"))}}
+           "python -m benchmarks.study reasons runs/NAME": "tests/unit/test_study_reasons.py",
+           **{f"{start} -m benchmarks.speed {rest}": "tests/unit/test_bench.py, with a smaller model"
+              for start, rest in (("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"),
+                                  ("python", "memory"), ("torchrun --nproc_per_node=2", "step peers=2"))}}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
          "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",

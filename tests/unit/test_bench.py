@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from benchmarks import careful, naive, paired, summary
-from mat_dist.bench.__main__ import main, split_options
-from mat_dist.bench.parts import both, together
-from mat_dist.bench.references import check_equal
-from mat_dist.bench.scale import IMAGENET, NETWORKS, Costs, Point, predictions
-from mat_dist.bench.subject import Limit, Subject
-from mat_dist.bench.timing import PhaseClock, Spread, Timing, interleaved, ratio
+from benchmarks.command import Watch
+from benchmarks.speed import references
+from benchmarks.speed.__main__ import main, parser
+from benchmarks.speed.measures import check_equal, recipe_of
+from benchmarks.speed.references import Recipe
+from benchmarks.speed.scale import IMAGENET, NETWORKS, Costs, Point, predictions
+from benchmarks.speed.subject import Limit, PhaseClock, Subject
+from benchmarks.speed.timing import Spread, Timing, both, interleaved, ratio, together
+from mat_dist import bench
 from mat_dist.config import load_config
 from mat_dist.core.cohort import state_hash
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import ConfigError, PeerFailed
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import ConfigError, PeerFailed, StopRequested
 
 CPU = torch.device("cpu")
 SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")
@@ -30,13 +34,6 @@ SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")
 def subject(*overrides: str) -> Subject:
     config = load_config("bench_small", [*SMALL, *overrides])
     return Subject.make(config, Mesh(Placement.place(len(config.peers), 1, 0), CPU), (3, 8, 8), 5)
-
-
-def recipe(made: Subject) -> naive.Recipe:
-    peer = made.config.peers[0]
-    assert peer.attack.step_size is not None and peer.loss.hard_weight is not None and peer.loss.kd_weight is not None
-    return naive.Recipe(peer.threat.eps, peer.attack.step_size, peer.attack.steps, peer.loss.hard_weight,
-                        peer.loss.kd_weight)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -52,25 +49,25 @@ def test_the_step_without_guards_is_the_same_step() -> None:
 
 def test_the_references_compute_the_same_loss_and_attack() -> None:
     made = subject("step.precision=fp64")
-    found = check_equal(made, naive, careful, recipe(made))
+    found = check_equal(made, recipe_of(made.config))
     assert found["loss"] < 1e-5 and found["attack"] < 1e-5  # the references are fp32
 
 
 @pytest.mark.parametrize("changed", ["hard_weight", "kd_weight", "eps"])
 def test_another_mathematics_is_noticed(changed: str) -> None:
     made = subject()
-    right = recipe(made)
-    wrong = naive.Recipe(**{**vars(right), changed: 1.5 * getattr(right, changed)})
+    right = recipe_of(made.config)
+    wrong = Recipe(**{**vars(right), changed: 1.5 * getattr(right, changed)})
     with pytest.raises(PeerFailed, match="the references reach another"):
-        check_equal(made, naive, careful, wrong)
+        check_equal(made, wrong)
 
 
 def test_the_naive_trainer_learns() -> None:
     made = subject()
     models = [copy.deepcopy(p.model) for p in made.cohort.peers]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
-    x, y = next(naive.batches(made.images.permute(0, 2, 3, 1).contiguous(), made.labels, 6))
-    losses = [naive.train_step(models, optimizers, x, y, recipe(made)) for _ in range(8)]
+    x, y = next(references.batches(made.images.permute(0, 2, 3, 1).contiguous(), made.labels, 6))
+    losses = [references.train_step(models, optimizers, x, y, recipe_of(made.config)) for _ in range(8)]
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
 
 
@@ -94,13 +91,46 @@ def test_phases_are_named_after_their_place() -> None:
                                    "logits, exchange", "backward", "vote"]
 
 
-# ------------------------------------------------------------------------------------------------ arithmetic
+# ------------------------------------------------------------------------------------------------ rounds
 
 
 def test_contestants_take_turns_and_warm_up_rounds_do_not_count() -> None:
     order: list[str] = []
-    times = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, 2, subject().cohort.mesh)
+    times = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, 2, subject().mesh)
     assert "".join(order) == "abcbcacab" and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+class Stopping:
+    """As the flag of a signal that comes after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_signal_leaves_the_whole_rounds() -> None:
+    """It comes in the third timed round of two contestants, after one of them; or in the warm-up: nothing is left."""
+    contestants, mesh = {"a": int, "b": int}, subject().mesh
+    times = interleaved(contestants, 9, mesh, Watch(cast(StopFlag, Stopping(2 + 4 + 1))))
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+    with pytest.raises(StopRequested, match="before one round"):
+        interleaved(contestants, 9, mesh, Watch(cast(StopFlag, Stopping(3))))
+
+
+def test_a_long_work_is_told_first_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 3 s by the clock: 4 rounds take 12 s, and a line comes after every 5 s or more."""
+    now, told = [0.0], list[str]()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    interleaved({"step": lambda: now.__setitem__(0, now[0] + 3)}, 4, subject().mesh, Watch(tell=told.append))
+    assert told == ["4 rounds of step take about 0:00:12; Ctrl-C ends them earlier",
+                    "step, round 3 of 4, 0:00:06 left"]
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -162,8 +192,9 @@ def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["fast"], "use one of step, naive, scale, memory"), (["step", "--rounds", "0"], "a whole number from 1"),
-    (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"), (["step", "--rounds"], "write --rounds N"),
+    (["fast"], "choose from 'step', 'naive', 'scale', 'memory'"), (["step", "--rounds", "0"], "a whole number from 1"),
+    (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"),
+    (["step", "--rounds"], "expected one argument"),
     (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
 ])
 def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, capsys: Any) -> None:
@@ -172,39 +203,40 @@ def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, ca
     assert message in error and error.count("\n") == 1
 
 
+def test_one_file_knows_the_core_and_the_references_know_nothing_of_ours() -> None:
+    """What changes in the core is adapted in one place; what it is compared with stands on its own."""
+    texts = {file.name: file.read_text() for file in (Path(__file__).parents[2] / "benchmarks/speed").glob("*.py")}
+    assert [name for name, text in texts.items() if "mat_dist.core" in text] == ["subject.py"]
+    assert "import mat_dist" not in texts["references.py"] and "from mat_dist" not in texts["references.py"]
+
+
+def test_the_package_does_without_the_benchmarks() -> None:
+    """It neither imports nor installs them."""
+    package = Path(bench.__file__).parent
+    imports = re.compile(r"^\s*(from|import) benchmarks", re.M)
+    assert not [file for file in package.rglob("*.py") if imports.search(file.read_text())]
+    assert "include = mat_dist, mat_dist.*\n" in (package.parent / "setup.cfg").read_text()
+
+
+def test_the_old_command_says_where_it_went(capsys: Any) -> None:
+    assert bench.main() == 2
+    error = capsys.readouterr().err
+    assert "python -m benchmarks.speed" in error and error.count("\n") == 1
+
+
 def test_options_may_have_an_equals_sign() -> None:
-    options, rest = split_options(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
-    assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), "a.json", ["peers=2"])
+    options, rest = parser().parse_known_args(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
+    assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), Path("a.json"), ["peers=2"])
     with pytest.raises(ConfigError):
-        split_options(["step", "--classes=x"])
+        parser().parse_known_args(["step", "--classes=x"])
 
 
-def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys: Any,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys: Any) -> None:
     assert main(["naive", "--rounds", "1", "--image=3x8x8", f"--json={tmp_path / 'two.json'}", *SMALL]) == 0
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
-    assert summary.main() == 0
+    assert main(["summary", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "two.json").read_text())["figures"]
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].strip("│ ").split("│")]
     assert cells[0] == "two" and cells[4] == f"{figures['naive_over_step']['wall']['median']:.2f}"
     assert cells[3] == f"{50_000 * figures['step_s']['median'] / 6:.1f}"
-    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path / "absent")])
-    assert summary.main() == 2
-
-
-def test_a_paired_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Of four images one was lost, under the second of two attacks: -25 points, for both kinds of weights."""
-    for name, bits in (("a", "1101"), ("b", "0101")):
-        folder = tmp_path / name / "eval"
-        folder.mkdir(parents=True)
-        rows = [f"{n},0,{attack},peer0,{weights},1,{bit},1" for weights in ("raw", "ema")
-                for attack, known in (("linf 1/10", "1101"), ("l2 1", bits)) for n, bit in enumerate(known)]
-        (folder / "test_last_step_00000002.csv").write_text(
-            "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
-    found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
-    assert found == {("peer0", weights): {0: -1.0, 1: 0.0, 2: 0.0, 3: 0.0} for weights in ("raw", "ema")}
-    monkeypatch.setattr("sys.argv", ["paired", str(tmp_path / "a"), "--", str(tmp_path / "b")])
-    assert paired.main() == 0 and capsys.readouterr().out.count("-25.00 (") == 4
-    with pytest.raises(SystemExit, match="no test results"):
-        paired.robust(tmp_path / "absent")
+    assert main(["summary", str(tmp_path / "absent")]) == 2

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from mat_dist.bench import evidence, search
-from mat_dist.bench.__main__ import main
-from mat_dist.bench.study import pages, runs
-from mat_dist.bench.study.options import Options
-from mat_dist.bench.study.plan import Evaluation, Family, Row, read_evidence, read_search
-from mat_dist.bench.study.runs import Enough, Job, Runner, training_seconds
-from mat_dist.bench.study.tables import Entry, differences, summary
+from benchmarks.study import evidence, pages, runs, search
+from benchmarks.study.__main__ import main, read_options
+from benchmarks.study.plan import Evaluation, Family, Row, read_evidence, read_search
+from benchmarks.study.runs import Enough, Job, Runner, training_seconds
+from benchmarks.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
@@ -128,7 +126,7 @@ def test_the_mean_over_seeds_is_of_means_over_images() -> None:
 def test_rows_are_paired_on_the_same_seeds_and_images() -> None:
     """Seed 2 is missing in the control, seed 3 has other images: neither counts, nor does image 9 of seed 0, which only
     the control has. One peer is its own ensemble."""
-    row = Entry("main", "mat", Row(says="x", peers=2))
+    row = Entry("mat", table="main", row=Row(says="x", peers=2))
     mine = {0: {5: 1.0, 6: 0.5}, 2: {5: 1.0, 6: 1.0}, 3: {5: 0.0}}
     theirs = {0: {5: 0.0, 6: 0.5, 9: 1.0}, 3: {7: 1.0}}
     cells: Any = {"mat": {("last", "mean", "pgd"): mine, ("last", "ensemble", "pgd"): mine},
@@ -152,10 +150,10 @@ def test_the_plans_of_the_project_can_be_read() -> None:
         assert len(points) == len(set(points))
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", [*SUITES, "precision"])
 def test_every_row_of_the_project_can_be_trained(name: str, tmp_path: Path) -> None:
-    file = str(ROOT / "benchmarks/evidence.yaml")
-    options = Options.read(["--suite", name, "--root", str(tmp_path), "--file", file], "evidence", file)
+    file = str(ROOT / f"benchmarks/{'evidence' if name in SUITES else name}.yaml")
+    options = read_options(["evidence", "--suite", name, "--root", str(tmp_path), "--file", file])
     entries = evidence.plan_entries(read_evidence(file).suites[name], options)
     assert [(entry.name, entry.error) for entry in entries if entry.error] == []
     space = str(ROOT / "benchmarks/search.yaml")
@@ -213,9 +211,10 @@ def test_a_row_that_this_version_cannot_train_does_not_keep_the_others(tmp_path:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["evidence", "--suite", "tpu"], "there is no suite"), (["evidence", "--budget", "soon"], "--budget 500"),
+    (["evidence", "--suite", "tpu"], "there is no suite"),
+    (["evidence", "--budget", "soon"], "a number of seconds such as 500"),
     (["evidence", "--only", "att"], "did you mean at?"), (["search", "--sede", "1"], "did you mean --seeds?"),
-    (["search", "--seeds", "x"], "--seeds 0,1"), (["evidence", "--seeds", "5"], "there is no seed"),
+    (["search", "--seeds", "x"], "a list such as 0,1"), (["evidence", "--seeds", "5"], "there is no seed"),
     (["evidence", "--file", "absent.yaml"], "cannot read the file"),
 ])
 def test_mistakes_on_the_command_line_end_in_code_2(words: list[str], message: str, capsys: Any) -> None:
@@ -293,7 +292,8 @@ def test_what_runs_when_the_study_fails_is_ended(tmp_path: Path, monkeypatch: py
 
 def test_seconds_count_every_step_once(tmp_path: Path) -> None:
     """A resumed run repeats steps: the newest record of a step counts."""
-    records = [{"step": 10, "step_s": 1.0}, {"step": 20, "step_s": 9.0}, {"epoch": 1}, {"step": 20, "step_s": 2.0}]
+    records = [{"kind": "step", "step": 10, "step_s": 1.0}, {"kind": "step", "step": 20, "step_s": 9.0}, {"epoch": 1},
+               {"kind": "step", "step": 20, "step_s": 2.0, "attempt": 2}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 3')
     assert training_seconds(RunFolder(tmp_path)) == 30.0
     assert training_seconds(RunFolder(tmp_path / "absent")) is None
@@ -313,7 +313,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         begun.append((module, *words))
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        name = module if module == "mat_dist.train" else f"{module}.__main__"
+        name = f"{module}.__main__" if module == "benchmarks.study" else module
         start: Callable[[list[str]], int] = importlib.import_module(name).main
         return start(list(words))
 
@@ -367,7 +367,7 @@ def test_a_budget_leaves_a_partial_table_and_code_75(tmp_path: Path, in_process:
     monkeypatch.setattr(Runner, "over", property(lambda self: len(in_process) >= 2))
     words = ["evidence", "--file", str(plan_file(tmp_path)), "--root", str(tmp_path / "runs"), "--out", str(tmp_path)]
     assert main(words) == 75
-    assert "runs are left: at_1, mat_0, mat_1" in capsys.readouterr().err
+    assert "3 runs are left: mat_0, at_1, mat_1" in capsys.readouterr().err
     rows = json.loads((tmp_path / "cpu.json").read_text())["tables"]["main"]["rows"]
     assert [row["seeds"]["0"]["status"] for row in rows] == ["done", "missing: training"]
 
@@ -418,3 +418,11 @@ def test_a_best_checkpoint_that_is_the_last_is_told_once() -> None:
                                                {**one, "kind": "best", "checkpoint": "best", "mean": 0.3}]}
     lines = [line for line in pages._differences(table) if line.startswith("| `mat`")]
     assert [line.split(" | ")[1:3] for line in lines] == [["mean peer", "last"], ["best peer", "best"]]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_cifar10", "gpu", "search_cpu"])
+def test_the_pages_of_the_project_are_made_from_their_numbers(name: str) -> None:
+    """Byte for byte."""
+    document = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    page = pages.search_page(document) if name.startswith("search") else pages.evidence_page(document)
+    assert (ROOT / f"benchmarks/results/{name}.md").read_text() == page

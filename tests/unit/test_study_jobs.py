@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.bench.study.jobs import side_by_side
-from mat_dist.bench.study.options import Options
-from mat_dist.bench.study.runs import Job, Runner, machines
+from benchmarks.study import runs
+from benchmarks.study.__main__ import read_options
+from benchmarks.study.runs import Job, Runner, last_line, machines, side_by_side
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
 
@@ -73,7 +73,7 @@ def test_where_the_study_fails_what_has_not_begun_never_does(tmp_path: Path) -> 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1000"])
 def test_a_number_of_jobs_must_make_sense(value: str) -> None:
     with pytest.raises(ConfigError, match="--jobs"):
-        Options.read([f"--jobs={value}"], "evidence", "plan.yaml")
+        read_options(["evidence", f"--jobs={value}"])
 
 
 def test_the_machines_of_a_table_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,3 +105,21 @@ def test_a_study_whose_folder_moved_keeps_the_runs_that_begin_from_others(tmp_pa
     assert "optim.lr" in run_of(tmp_path / "now", "b", *needs, "optim.lr=0.5").conflicts[0]
     other = [word.replace("RUN(a)", "RUN(c)") for word in needs]
     assert "init_from" in run_of(tmp_path / "now", "b", *other).conflicts[0]
+
+
+def test_what_a_command_printed_last_is_one_line(tmp_path: Path) -> None:
+    """As the study tells it of a long run; nothing printed yet is no mistake."""
+    log = tmp_path / "at_0.log"
+    log.write_text("")
+    assert last_line(log) == "started"
+    log.write_text("step 1\n" + "step  2 \t" + "x" * 200 + "\n\n")
+    assert last_line(log) == "step 2 " + "x" * 93
+
+
+def test_a_long_command_is_told_of_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow.py").write_text("import time; print('step 7', flush=True); time.sleep(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runs, "EVERY", 0.3)
+    told: list[str] = []
+    assert Runner(StopFlag(), None, told.append).run("slow", (), tmp_path / "at_0.log") == 0
+    assert "at_0: step 7" in told

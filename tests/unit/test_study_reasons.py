@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.study import reasons
+from benchmarks.study.__main__ import main
+from benchmarks.study.pages import verdict_lines, why_lines
+from benchmarks.study.reasons import MEASURES, measured, opinions
+from benchmarks.study.runs import Runner
+from benchmarks.study.tables import comparisons, is_mutual
+from benchmarks.study.why import charts, curves, spread, told
 from mat_dist import load
-from mat_dist.bench import reasons
-from mat_dist.bench.__main__ import main
-from mat_dist.bench.study.reasons import MEASURES, measured, opinions
-from mat_dist.bench.study.runs import Runner
-from mat_dist.bench.study.verdicts import comparisons, is_mutual, verdict_lines
-from mat_dist.bench.study.why import curves, spread, told
-from mat_dist.bench.study.why_page import charts, why_lines
 from mat_dist.config import load_config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.evaluation.attacks import chosen_images
@@ -266,6 +266,9 @@ def test_the_command_measures_the_last_checkpoint_of_a_run(tmp_path: Path, capsy
         with torch.no_grad():
             right = (model(x.float() / 255).argmax(-1) == y).double().mean().item()
         assert found["validation"]["right"][peer][2] == pytest.approx(right, abs=1e-6)
+    assert main(["reasons", str(run.folder.path), "images=31", "--dry-run"]) == 0
+    assert "31 validation and 31 training images" in (shown := capsys.readouterr().out) and "not measured yet" in shown
+    assert reasons.find(run.folder, config, 31) is None
     for words, message in ((["split=test"], "split cannot be chosen"), (["imagez=3"], "did you mean images?")):
         assert main(["reasons", str(run.folder.path), *words]) == 2
         assert message in capsys.readouterr().err
@@ -305,9 +308,9 @@ def test_a_study_asks_every_cohort_once_for_its_reasons(tmp_path: Path, monkeypa
     asked: list[str] = []
 
     def run(self: Runner, module: str, words: Sequence[str], log: Path) -> int:
-        asked.extend(Path(words[1]).name for _ in [0] if module == "mat_dist.bench")
+        asked.extend(Path(words[1]).name for _ in [0] if module == "benchmarks.study")
         log.touch()
-        name = module if module == "mat_dist.train" else f"{module}.__main__"
+        name = f"{module}.__main__" if module == "benchmarks.study" else module
         return int(importlib.import_module(name).main(list(words)))
 
     monkeypatch.setattr(Runner, "run", run)

@@ -1,7 +1,7 @@
-"""Mutual adversarial training as research repositories write it: the reference of `python -m mat_dist.bench naive`.
+"""Mutual adversarial training as research repositories write it: what `benchmarks.speed naive` compares with.
 
-Frozen before the step of mat_dist was tuned; do not make it faster. fp32, contiguous layout, one process, peers one
-after another. What repositories do and what it costs:
+Frozen before the step of mat_dist was tuned; do not make it faster. Imports nothing of mat_dist. fp32, contiguous
+layout, one process, peers one after another. What repositories do and what it costs (*naive*):
 
 - the attack calls `loss.backward()`, so every attack pass computes weight gradients that nobody reads, and leaves
   the model in train mode, so batch norm also computes and stores statistics;
@@ -9,7 +9,8 @@ after another. What repositories do and what it costs:
 - `.item()` on every loss of every step;
 - images come one by one from a DataLoader with torchvision's PIL transforms.
 
-The mathematics is that of preset `mat` (docs/method.md): the same adversarial examples give the same losses.
+*Careful* is the same with an eval-mode attack that differentiates the input only. The mathematics is that of preset
+`mat` (docs/method.md): the same adversarial examples give the same losses.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[T
         yield from loader
 
 
-def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
+def naive_attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
     """PGD on one model, as most repositories write it."""
     model.train()
     x_adv = x + torch.empty_like(x).uniform_(-recipe.eps, recipe.eps)
@@ -72,6 +73,22 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
         loss.backward()
         assert x_adv.grad is not None
         x_adv = x_adv.detach() + recipe.step_size * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - recipe.eps), x + recipe.eps)
+        x_adv = torch.clamp(x_adv, 0, 1)
+    return x_adv.detach()
+
+
+def careful_attack(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, start: Tensor | None = None) -> Tensor:
+    """PGD on one model in eval mode; `start` replaces the random first point."""
+    model.eval()
+    if start is None:
+        start = torch.clamp(x + torch.empty_like(x).uniform_(-recipe.eps, recipe.eps), 0, 1)
+    x_adv = start
+    for _ in range(recipe.attack_steps):
+        x_adv.requires_grad_()
+        loss = F.cross_entropy(model(x_adv), y)
+        (grad,) = torch.autograd.grad(loss, x_adv)
+        x_adv = x_adv.detach() + recipe.step_size * grad.sign()
         x_adv = torch.min(torch.max(x_adv, x - recipe.eps), x + recipe.eps)
         x_adv = torch.clamp(x_adv, 0, 1)
     return x_adv.detach()
@@ -100,7 +117,7 @@ def mutual_losses(models: Sequence[nn.Module], aes: Sequence[Tensor], y: Tensor,
 
 
 def train_step(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], x: Tensor, y: Tensor,
-               recipe: Recipe, attack: Attack = attack) -> list[float]:
+               recipe: Recipe, attack: Attack = naive_attack) -> list[float]:
     """One step of all peers -> their losses."""
     aes = [attack(model, x, y, recipe) for model in models]
     for optimizer in optimizers:

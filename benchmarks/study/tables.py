@@ -7,38 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mat_dist import checkpoints
-from mat_dist.bench import reasons
-from mat_dist.bench.study.plan import Kind, Label, Row, TablePlan
-from mat_dist.bench.study.runs import Job, training_seconds
-from mat_dist.bench.study.scores import Evaluated, gathered
-from mat_dist.bench.study.verdicts import comparisons, is_mutual
-from mat_dist.bench.study.why import why_document
+from benchmarks.study import reasons
+from benchmarks.study.plan import KINDS, Kind, Label, Row, TablePlan
+from benchmarks.study.runs import Trained, training_seconds
+from benchmarks.study.scores import Evaluated, gathered
+from benchmarks.study.why import why_document
+from mat_dist.config.schema import Config
+from mat_dist.core.graph import CohortPlan
 from mat_dist.evaluation.outcome import CLEAN
 from mat_dist.evaluation.statistics import paired_difference
-from mat_dist.tools.dryrun import training_passes
 
 Cell = tuple[Label, Kind, str]  # checkpoint, who, column
 Cells = Mapping[Cell, Mapping[int, Mapping[int, float]]]  # -> seed -> image -> accuracy
 
+EQUAL_COST = 1.05  # a control may cost so many times a row's passes and still count as one of equal cost
+CHANCE = 0.05  # of a 95 % interval without 0 where there is no difference
+WORDS = {"above": "beats", "below": "loses", "noise": "noise"}
+
 
 @dataclass
-class Entry:
+class Entry(Trained):
     """A row of a table and what has become of it.
 
     Attributes:
-        jobs: its runs by seed; empty where the row cannot be trained, which `error` explains.
-        failures: seed -> why training or evaluation failed.
         results: seed -> (name of the evaluation, checkpoint of the table) -> result.
-        reasons: images of `mat_dist.bench reasons`, which every cohort is asked for; 0: none.
+        reasons: images of `benchmarks.study reasons`, which every cohort is asked for; 0: none.
     """
 
-    table: str
-    name: str
-    row: Row
-    jobs: dict[int, Job] = field(default_factory=dict)
-    error: str = ""
-    failures: dict[int, str] = field(default_factory=dict)
+    table: str = field(kw_only=True)
+    row: Row = field(kw_only=True)
     results: dict[int, dict[tuple[str, Label], Evaluated]] = field(default_factory=dict)
     reasons: int = 0
 
@@ -52,7 +49,7 @@ class Entry:
         return [*left, *(["reasons"] if self.reasons and self.why(seed) is None else [])]
 
     def why(self, seed: int) -> dict[str, Any] | None:
-        """What `mat_dist.bench reasons` found of a finished run, None where it was not asked."""
+        """What `benchmarks.study reasons` found of a finished run, None where it was not asked."""
         job = self.jobs[seed]
         return reasons.find(job.folder, job.config, self.reasons)
 
@@ -94,21 +91,13 @@ def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple
 
 def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
     """One row: what it is, what it cost, what it scored, what is missing."""
-    row, first = entry.row, next(iter(entry.jobs.values()), None)
-    trained = next((checkpoints.load_manifest(job.folder).step for job in entry.jobs.values() if job.done), None)
-    passes = training_passes(first.config, trained) if first is not None else None
+    row, first, passes = entry.row, entry.first, entry.passes
     seconds = {seed: found for seed, job in entry.jobs.items() if job.done
                for found in [training_seconds(job.folder)] if found is not None}
     accuracy: dict[str, Any] = {}
     for (label, kind, column), by_seed in cells.items():
         accuracy.setdefault(label, {}).setdefault(kind, {})[column] = summary(by_seed)
-    seeds = {}
-    for seed in entry.jobs:
-        missing = entry.missing(plan, seed)
-        status = entry.failures.get(seed) or (f"missing: {', '.join(missing)}" if missing else "done")
-        unsound = sorted({f"{name} of {label}, {text}" for (name, label), one in entry.results.get(seed, {}).items()
-                          for text in one.unsound})
-        seeds[str(seed)] = {"status": status, "failed_checks": unsound, "train_seconds": seconds.get(seed)}
+    steps, forward, backward = passes or (None, None, None)
     return {"row": entry.name, "says": row.says, "peers": row.peers,
             "mutual": first is not None and is_mutual(first.config),
             "averages": first is not None and any(peer.optim.averages for peer in first.config.peers),
@@ -116,11 +105,20 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
             "cost_factor": row.cost_factor, "kinds": list(row.kinds), "error": entry.error,
             "settings": list(row.settings), "command": first.command if first else "",
             "config_digest": first.digest if first else "",
-            "steps": passes[0] if passes else None, "forward": passes[1] if passes else None,
-            "backward": passes[2] if passes else None,
+            "steps": steps, "forward": forward, "backward": backward,
             "cost": (passes[1] + passes[2]) * row.cost_factor if passes else None,
             "train_seconds": statistics.fmean(seconds.values()) if seconds else None,
-            "seeds": seeds, "accuracy": accuracy, "why": entry.reasons_document()}
+            "seeds": {str(seed): {**_state(plan, entry, seed), "train_seconds": seconds.get(seed)}
+                      for seed in entry.jobs},
+            "accuracy": accuracy, "why": entry.reasons_document()}
+
+
+def _state(plan: TablePlan, entry: Entry, seed: int) -> dict[str, Any]:
+    missing = entry.missing(plan, seed)
+    unsound = sorted({f"{name} of {label}, {text}" for (name, label), one in entry.results.get(seed, {}).items()
+                      for text in one.unsound})
+    return {"status": entry.failures.get(seed) or (f"missing: {', '.join(missing)}" if missing else "done"),
+            "failed_checks": unsound}
 
 
 def summary(by_seed: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
@@ -151,3 +149,55 @@ def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[
                           "mean": one.mean, "low": one.low, "high": one.high, "by_seed": list(one.by_seed),
                           "images": one.images, "verdict": one.verdict})
     return found
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+
+def is_mutual(config: Config) -> bool:
+    """Whether some peer learns from another one that trains in the same run: its AEs, its opinion, its weights."""
+    cohort = CohortPlan.of(config.peers)
+    if cohort.split or config.step.pull:
+        return True
+    for plan in cohort.peers:
+        sources = {slot for slot in plan.learned if slot < plan.peers}
+        sources |= {teacher for slot in plan.distilled for teacher in plan.teachers(slot)}
+        sources |= set(cohort.guided[plan.index])
+        if not plan.me.frozen and any(i != plan.index and not config.peers[i].frozen for i in sources):
+            return True
+    return False
+
+
+def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]], primary: str
+                ) -> dict[str, Any]:
+    """Every mutual row against every control that costs as much as it or less, by the primary column, last checkpoint.
+
+    Args:
+        rows, differences: of the table's JSON document.
+
+    Returns:
+        `made`: the comparisons, with `verdict` beats, loses or noise and `cost_ratio`, the row's cost by the control's;
+        `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of those
+        made have more than one seed; `by_chance`: how many of all would not be called noise were there no difference
+        and every interval right.
+    """
+    known = {row["row"]: row for row in rows}
+    made: list[dict[str, Any]] = []
+    left_out: dict[tuple[str, str], None] = {}
+    for one in differences:
+        row, control = known[one["row"]], known[one["control"]]
+        if not row["mutual"] or one["checkpoint"] != "last" or one["column"] != primary:
+            continue
+        ratio = row["cost"] / control["cost"] if row["cost"] and control["cost"] else None
+        if ratio is None or ratio * EQUAL_COST < 1:
+            left_out[row["row"], control["row"]] = None
+            continue
+        word = WORDS[one["verdict"].partition(" ")[0]]
+        made.append({"row": row["row"], "control": control["row"], "kind": one["kind"], "verdict": word,
+                     "mean": one["mean"], "low": one["low"], "high": one["high"], "seeds": len(one["by_seed"]),
+                     "images": one["images"], "cost_ratio": ratio, "tried": [row["tried"], control["tried"]]})
+    order = [row["row"] for row in rows]
+    made.sort(key=lambda one: (order.index(one["row"]), order.index(one["control"]), list(KINDS).index(one["kind"])))
+    several = sum(one["seeds"] > 1 for one in made)
+    return {"column": primary, "made": made, "left_out": [list(pair) for pair in left_out], "several": several,
+            "by_chance": CHANCE * len(made)}

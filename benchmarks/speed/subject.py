@@ -1,4 +1,7 @@
-"""What is measured: a cohort of the settings on made-up images, its step, the step without guards, and its limit."""
+"""What is measured: a cohort of the settings on made-up images, its step, the step without guards, and its limit.
+
+The only file of the benchmark that knows how the core of mat_dist is made.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.timing import synchronise
 from mat_dist.attacks.attack_copy import AttackCopy
-from mat_dist.bench.timing import PhaseClock
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.opinions import AllLogits
-from mat_dist.core.step import train_step
+from mat_dist.core.step import Clock, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
@@ -70,9 +73,18 @@ class Subject:
                           dtype=DTYPES[config.step.precision], rows=cohort.rows, classes=classes)
         return cls(config, cohort, batches, images, labels)
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.cohort.mesh
+
+    @property
+    def sources(self) -> int:
+        """Inputs that a peer learns on, the largest number over the peers."""
+        return max(len(plan.learned) for plan in self.cohort.plan.peers)
+
     def notes(self) -> list[str]:
         """What the peers of all ranks have to tell, e.g. that an engine cannot run."""
-        told = self.cohort.mesh.gather_json([note for peer in self.cohort.peers for note in peer.notes])
+        told = self.mesh.gather_json([note for peer in self.cohort.peers for note in peer.notes])
         return [note for rank in told for note in rank]
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -81,18 +93,32 @@ class Subject:
 
     def step(self) -> None:
         """One whole training step, data included; its phases are kept in `clocks`."""
-        clock = PhaseClock(self.cohort.mesh.device)
+        clock = PhaseClock(self.mesh.device)
         x_BCHW, y_B = self.batch()
         clock.lap("data")
         train_step(self.cohort, x_BCHW, y_B, self.number, clock=clock)
         self.clocks.append(clock.seconds)
         self.number += 1
 
-    def logged_step(self) -> None:
-        """One whole training step that also measures what a log step does."""
+    def logged_step(self) -> Tensor:
+        """One whole training step that also measures what a log step does -> loss of each peer, (P,)."""
         x_BCHW, y_B = self.batch()
-        train_step(self.cohort, x_BCHW, y_B, self.number, log=True)
+        loss_P = train_step(self.cohort, x_BCHW, y_B, self.number, log=True).loss_P
         self.number += 1
+        assert loss_P is not None
+        return loss_P
+
+    def attacks(self) -> list[tuple[Tensor, Tensor]]:
+        """Where each peer of this rank begins its attack on the next batch, and the AEs that it reaches."""
+        x_BCHW, y_B = self.batch()
+        return [(peer.threat.start("uniform", peer.threat.region(x_BCHW), x_BCHW,
+                                   stream=peer.stream("attack", self.number)),
+                 peer.attack(x_BCHW, y_B, self.number)) for peer in self.cohort.peers]
+
+    def plain_models(self) -> list[nn.Module]:
+        """Copies of the peers' models in fp32 and contiguous layout."""
+        return [copy.deepcopy(peer.model).float().to(memory_format=torch.contiguous_format)
+                for peer in self.cohort.peers]
 
     def unguarded_step(self) -> None:
         """The same mathematics without headers, vote, checksum, finite checks and clocks."""
@@ -148,3 +174,22 @@ class Limit:
             torch.stack(graphs).sum().backward()
             for parameter in model.parameters():
                 parameter.grad = None
+
+
+class PhaseClock(Clock):
+    """Names the waits and exchanges of a step after their place, and waits for the device at each lap."""
+
+    PLACES = ("AEs", "logits", "vote")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seen = device, {"wait": 0, "exchange": 0}
+        synchronise(device)
+        super().__init__()
+
+    def lap(self, phase: str) -> None:
+        synchronise(self._device)
+        if phase in self._seen:
+            place = self.PLACES[min(self._seen[phase], len(self.PLACES) - 1)]
+            self._seen[phase] += 1
+            phase = place if place == "vote" else f"{place}, {'header' if phase == 'wait' else 'exchange'}"
+        super().lap(phase)

@@ -19,6 +19,7 @@ Words = tuple[str, ...]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 Kind = Literal["mean", "best", "ensemble"]
 Label = Literal["best", "last"]
+KINDS: dict[Kind, str] = {"mean": "mean peer", "best": "best peer", "ensemble": "ensemble"}
 Problem = tuple[tuple[str | int, ...], str, str]  # path in the file, what is wrong, how to mend it
 OWN_SETTINGS = ("checkpoint", "targets", "split", "weights")  # of an evaluation: the study sets them
 S = TypeVar("S", bound=Section)

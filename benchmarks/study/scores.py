@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.plan import Evaluation, Kind, Label
+from benchmarks.study.runs import Job, Runner, failure
 from mat_dist import checkpoints
-from mat_dist.bench.study.plan import Evaluation, Kind, Label
-from mat_dist.bench.study.runs import Job, Runner, failure
 from mat_dist.config import load_config
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.compare import read_flags

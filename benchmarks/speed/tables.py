@@ -1,15 +1,22 @@
-"""The short tables of the benchmark."""
+"""The short tables of the benchmark, of one measurement and of a folder of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.errors import ConfigError
 from mat_dist.runs.rates import percent, rate
 
+EPOCH = 50_000  # images of a CIFAR-10 epoch
+COLUMNS = ("benchmark", "step s", "images/s", "50,000 images, s", "x naive", "x careful", "of the limit", "guards %",
+           "peak MiB")
 Rows = Iterable[tuple[str, str]]
 
 
@@ -87,7 +94,40 @@ def _peaks(figures: dict[str, Any]) -> Rows:
     for name, peak in figures["peak_mib"].items():
         yield name if name == "naive" else f"memory: {name}", f"{peak:,.0f} MiB"
     for name in ("recompute", "keep"):
-        yield f"{name} over naive", f"{figures[f'{name}_over_naive']:.2f}"
+        if f"{name}_over_naive" in figures:
+            yield f"{name} over naive", f"{figures[f'{name}_over_naive']:.2f}"
 
 
 _ROWS = {"step": _step, "naive": _naive, "scale": _scale, "memory": _peaks}
+
+
+# ------------------------------------------------------------------------------------------------ a folder
+
+
+def print_summary(folder: Path) -> None:
+    """One table of the JSON files of a folder. Raises ConfigError where it has none."""
+    results = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    results = {name: one for name, one in results.items() if "step_s" in one["figures"]}
+    if not results:
+        raise ConfigError(f"no results of steps in {folder}", COMMAND_LINE, "write the folder of benchmarks/gpu.sh")
+    first = next(iter(results.values()))
+    table = Table(*COLUMNS, title=f"{first['device']}, torch {first['versions']['torch']}", title_justify="left")
+    for name, result in results.items():
+        table.add_row(name, *_cells(result))
+    console = Console(width=140)
+    console.print(table)
+    for note in sorted({note for one in results.values() for note in one["figures"]["notes"]}):
+        console.print(note)
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    figures = result["figures"]
+    step = figures["step_s"]["median"]
+    batch = int(result["what"].split("batch ")[1].split(",")[0])
+    memory = max(one.get("device_peak_mib", one["host_peak_mib"]) for one in figures["memory"])
+
+    def of(key: str, kind: str = "wall", factor: float = 1.0, digits: int = 2) -> str:
+        return f"{factor * figures[key][kind]['median']:.{digits}f}" if key in figures else ""
+
+    return [f"{step:.3f}", f"{batch / step:,.0f}", f"{EPOCH * step / batch:.1f}", of("naive_over_step"),
+            of("careful_over_step"), of("of_limit"), of("guards", "cpu", 100.0, 1), f"{memory:,.0f}"]

@@ -1,4 +1,4 @@
-"""`bench scale`: time per step against peers, batch and image size; a cost model, its error, its prediction.
+"""`scale`: time per step against peers, batch and image size; a cost model, its error, its prediction.
 
 The model, with L peers per rank, S sources per peer, B images per batch, C H W values per image, K attack steps:
 
@@ -9,7 +9,9 @@ The four constants are fitted to two thirds of the measured points; the error is
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -18,11 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mat_dist.bench.subject import Subject
-from mat_dist.bench.timing import interleaved, timed
+from benchmarks.command import Watch
+from benchmarks.speed.subject import Subject
+from benchmarks.speed.timing import interleaved, of_all_ranks, timed
 from mat_dist.config.schema import Config
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
+from mat_dist.errors import StopRequested
+from mat_dist.runs.rates import duration
 
 BATCHES, SIDES, STEPS, PEERS = (16, 32, 64), (16, 32), (2, 10), (1, 2, 4)
 MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)  # bytes per rank
@@ -59,19 +64,13 @@ class Costs:
 
     @classmethod
     def fit(cls, points: list[Point], seconds: list[float]) -> Costs:
-        """Least squares of the relative error; a constant that would be negative is 0."""
+        """Least squares of the relative error, no constant below 0."""
+        from scipy.optimize import nnls
+
         rows = np.array([point.features() for point in points]) / np.array(seconds)[:, None]
         scale = np.abs(rows).max(0)
-        active = [True] * rows.shape[1]
-        while True:
-            columns = [i for i, on in enumerate(active) if on]
-            found, *_ = np.linalg.lstsq(rows[:, columns] / scale[columns], np.ones(len(points)), rcond=None)
-            if (found >= 0).all():
-                break
-            active[columns[int(found.argmin())]] = False
-        values = np.zeros(rows.shape[1])
-        values[columns] = found / scale[columns]
-        return cls(*map(float, values))
+        found, _ = nnls(rows / scale, np.ones(len(points)))
+        return cls(*map(float, found / scale))
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,16 @@ IMAGENET = Costs(0.0, 0.0, 2 / 8250 / (3 * 224 * 224), 3 / 8250 / (3 * 224 * 224
 MATTERS = 0.05  # share of a step from which communication counts
 
 
-def measure_scale(config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: int, rounds: int) -> dict[str, Any]:
-    """Measure a grid of steps and messages, fit, predict -> figures."""
-    grid = _grid(config, mesh, shape)
-    points, seconds = [], []
-    for changed, (channels, height, width) in grid:
-        subject = Subject.make(changed, _mesh_of(changed, mesh), (channels, height, width), classes)
-        times = interleaved({"step": subject.step}, rounds, mesh)["step"]
-        slowest = [max(turn) for turn in zip(*mesh.gather_json([t.wall for t in times]), strict=True)]
-        plan = subject.cohort.plan
-        points.append(Point(len(subject.cohort.peers), max(len(p.learned) for p in plan.peers),
-                            changed.train.batch_size, channels * height * width, changed.peers[0].attack.steps))
-        seconds.append(statistics.median(slowest))
+LEAST = 6  # points that make a fit
+
+
+def measure_scale(config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: int, rounds: int,
+                  watch: Watch) -> dict[str, Any]:
+    """Measure a grid of steps and messages, fit, predict -> figures.
+
+    Raises StopRequested for a signal that comes before some points are measured.
+    """
+    points, seconds = _measured(config, mesh, shape, classes, rounds, watch)
     kept = [n for n in range(len(points)) if n % 3 != 2]
     held = [n for n in range(len(points)) if n % 3 == 2]
     costs = Costs.fit([points[n] for n in kept], [seconds[n] for n in kept])
@@ -118,6 +115,37 @@ def measure_scale(config: Config, mesh: Mesh, shape: tuple[int, int, int], class
         "messages": _messages(mesh),
         "predictions": predictions(costs, config, shape, classes),
     }
+
+
+def _measured(config: Config, mesh: Mesh, shape: tuple[int, int, int], classes: int, rounds: int,
+              watch: Watch) -> tuple[list[Point], list[float]]:
+    """Points of the grid, and the median seconds of a step at each."""
+    points: list[Point] = []
+    seconds: list[float] = []
+    grid = _grid(config, mesh, shape)
+    watch.say(f"{len(grid)} points, the largest first")
+    began, work = time.monotonic(), [_work(*one) for one in grid]
+    for number, (changed, (channels, height, width)) in enumerate(grid):
+        if number:
+            left = sum(work[number:]) * (time.monotonic() - began) / sum(work[:number])
+            watch.now(f"point {number + 1} of {len(grid)}, about {duration(left)} left")
+        subject = Subject.make(changed, _mesh_of(changed, mesh), (channels, height, width), classes)
+        try:
+            times = of_all_ranks(mesh, interleaved({"step": subject.step}, rounds, mesh, watch))["step"]
+        except StopRequested:
+            if len(points) < LEAST:
+                raise
+            break
+        points.append(Point(len(subject.cohort.peers), subject.sources, changed.train.batch_size,
+                            channels * height * width, changed.peers[0].attack.steps))
+        seconds.append(statistics.median(t.wall for t in times))
+    return points, seconds
+
+
+def _work(config: Config, shape: tuple[int, int, int]) -> int:
+    """Passes times values of a step, as far as they can be known before it is built."""
+    peers = len(config.peers)
+    return peers * config.train.batch_size * math.prod(shape) * (2 * config.peers[0].attack.steps + 3 * peers)
 
 
 def _grid(config: Config, mesh: Mesh, shape: tuple[int, int, int]) -> list[tuple[Config, tuple[int, int, int]]]:

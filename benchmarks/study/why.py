@@ -1,24 +1,31 @@
-"""Why a row stands where it stands: curves of its runs, and what their peers do with each other's AEs."""
+"""Why a row stands where it stands: curves of its runs with charts, what their peers do with each other's AEs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from mat_dist.bench import reasons
-from mat_dist.bench.study.runs import Job, Runner, failure
+from benchmarks.study import reasons
+from benchmarks.study.runs import Job, Runner, failure
 from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.attacks import candidates
+from mat_dist.report.book import Book
+from mat_dist.report.charts import Series, line_chart
 from mat_dist.report.files import read_records
+from mat_dist.runs.files import reported, write_bytes
 from mat_dist.runs.folder import RunFolder
 
 Curve = list[tuple[float, float]]  # (epoch, value)
+LINES = {"robust": "robust, mean peer", "ensemble_robust": "robust, ensemble", "clean": "clean, mean peer",
+         "ensemble_clean": "clean, ensemble", "own_aes": "own AEs, training", "peers_aes": "peers' AEs, training"}
+FOLDER = "{suite}_curves"
 
 
 def explain(job: Job, images: int, runner: Runner) -> None:
-    """Let `mat_dist.bench reasons` measure a finished run, where it has not yet; 0 images: nothing.
+    """Let `benchmarks.study reasons` measure a finished run, where it has not yet; 0 images: nothing.
 
     Raises:
         Enough: see `Runner`.
@@ -27,11 +34,11 @@ def explain(job: Job, images: int, runner: Runner) -> None:
     if not images or reasons.find(job.folder, job.config, images) is not None:
         return
     runner.begin(f"{job.row}, seed {job.seed}: reasons")
-    code = runner.run("mat_dist.bench", ("reasons", str(job.folder.path), f"images={images}", *job.places), job.log)
+    code = runner.run("benchmarks.study", ("reasons", str(job.folder.path), f"images={images}", *job.places), job.log)
     if code:
-        raise failure(code, job, "bench reasons")
+        raise failure(code, job, "reasons")
     if reasons.find(job.folder, job.config, images) is None:
-        raise NotReportable("bench reasons left no result", job.folder.name, f"see {job.log.name}")
+        raise NotReportable("reasons left no result", job.folder.name, f"see {job.log.name}")
 
 
 def why_document(done: Sequence[Job], found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,3 +130,46 @@ def spread(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | 
     return {name: {"mean": statistics.fmean(one[name] for one in seeds),
                    "deviation": statistics.stdev(one[name] for one in seeds) if len(seeds) > 1 else None}
             for name in (seeds[0] if seeds else ())}
+
+
+# ------------------------------------------------------------------------------------------------ charts
+
+
+def reference(row: Mapping[str, Any], table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The control that a cohort is held against: the first one of as many independent peers with averaged weights
+    alike, else the first with curves; None where there is none."""
+    controls = [one for name in table["controls"] for one in table["rows"] if one["row"] == name
+                and one is not row and one["why"]["curves"]]
+    alike = [one for one in controls if one["peers"] == row["peers"] and one["averages"] == row["averages"]]
+    return next(iter([*alike, *(one for one in controls if one["peers"] == row["peers"]), *controls]), None)
+
+
+def charts(document: Mapping[str, Any]) -> dict[str, bytes]:
+    """Name of the file -> SVG, for every trained cohort of a suite."""
+    book = Book()
+    for table in document["tables"].values():
+        for row in table["rows"]:
+            if row["peers"] > 1 and row["why"]["curves"]:
+                book.figure(row["row"], _chart(row, reference(row, table)))
+    return book.files
+
+
+def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Any:
+    found = row["why"]["curves"]
+    series = [Series(title, [tuple(point) for point in found[name]], number)
+              for number, (name, title) in enumerate(LINES.items()) if name in found]
+    if other is not None and "robust" in other["why"]["curves"]:
+        theirs = [tuple(point) for point in other["why"]["curves"]["robust"]]
+        series.append(Series(f"robust, {other['row']}", theirs, -1))
+    return line_chart(row["row"], series, x_label="epoch", y_label="accuracy, %", percent=True)
+
+
+def write_charts(out: Path, document: Mapping[str, Any]) -> None:
+    """The charts beside the page, each whole or as before. Raises OutputError."""
+    files = charts(document)
+    folder = out / FOLDER.format(suite=document["suite"])
+    if files:
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_bytes(folder / name, data)

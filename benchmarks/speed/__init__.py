@@ -1,0 +1,1 @@
+"""Time and memory of a training step on made-up images: `python -m benchmarks.speed --help`."""

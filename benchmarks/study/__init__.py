@@ -1,0 +1,1 @@
+"""Comparisons of many trained runs: `python -m benchmarks.study --help`."""

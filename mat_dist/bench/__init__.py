@@ -1,1 +1,0 @@
-"""The benchmark: `python -m mat_dist.bench step | naive | scale`."""

@@ -14,7 +14,7 @@ from mat_dist.attacks.training_attack import TrainingAttack
 from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.core.member import Member
 from mat_dist.core.schedules import attack_steps_at
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 from mat_dist.methods.unions import EatChoice, random_norm
 from mat_dist.methods.warm_start import Carried
 
@@ -57,7 +57,7 @@ class Crafter:
         self._attack = TrainingAttack(model, self.threats, spec.attack, step,
                                       lambda text: notes.append(f"{name}: {text}"), counts=self._eat is not None)
 
-    def begin(self, step: int, shown: Shown, first_row: int) -> None:
+    def begin(self, step: int, shown: AugmentedView, first_row: int) -> None:
         """Before each step, where perturbations are carried on: what the rows of the batch from `first_row` on show."""
         epochs = self._settings.reset_epochs
         if self.carried is not None:

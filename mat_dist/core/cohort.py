@@ -18,7 +18,7 @@ from mat_dist.core.graph import CohortPlan
 from mat_dist.core.peer import Peer
 from mat_dist.core.pulling import pull_together
 from mat_dist.core.schedules import lr_at
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
@@ -139,7 +139,7 @@ class Cohort:
         self.muted.update(dict.fromkeys(peers, until))
         self._replan()
 
-    def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
+    def begin(self, step: int, shown: Callable[[int], AugmentedView] | None = None) -> None:
         """Before each step: listen again to peers whose quarantine has ended, let warm-ups end and sources
         change, recall perturbations.
 
@@ -168,14 +168,14 @@ class Cohort:
             self.mute([int(peer)], int(until))
         self.draws.load(state.get("drawn", {}))
 
-    def _recall(self, step: int, shown: Callable[[int], Shown] | None) -> None:
+    def _recall(self, step: int, shown: Callable[[int], AugmentedView] | None) -> None:
         """Tell the attacks that carry perturbations on whose these are: of images, or (free: all peers) of rows."""
         carrying = [peer.crafter for peer in self.peers if peer.crafter.carried is not None]
         if not carrying or (shown is None and not carrying[0].free):
             return
         if carrying[0].free:
             rows = torch.arange(self.rows.start, self.rows.stop, device=self.mesh.device)
-            told = Shown.plain(rows, self.batch_size)
+            told = AugmentedView.plain(rows, self.batch_size)
         else:
             assert shown is not None
             told = shown(step)

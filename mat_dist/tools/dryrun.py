@@ -20,7 +20,7 @@ from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CohortPlan, PeerPlan
 from mat_dist.core.schedules import lr_at
 from mat_dist.data import steps_per_epoch
-from mat_dist.data.split import default_val_size
+from mat_dist.data.load import default_val_size
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.methods.warm_start import kept_bytes

@@ -11,8 +11,8 @@ from mat_dist import rng
 from mat_dist.config.schema import Config, DataConfig
 from mat_dist.core.losses import likeliest
 from mat_dist.data import as_float, load_data, training_batches
-from mat_dist.data.archive import generated_images
-from mat_dist.data.preview import preview_folder
+from mat_dist.data.folder import preview_folder
+from mat_dist.data.generated import generated_images
 from mat_dist.errors import DataError
 from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.tools.check.findings import Answer

@@ -179,7 +179,7 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
 def paths_are_plain(config: Config) -> list[ConfigError]:
     """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
     paths = {"run.root": config.run.root, **{f"data.{name}": getattr(config.data, name)
-                                             for name in ("root", "cache", "generated", "poison")}}
+                                             for name in ("root", "cache", "generated")}}
     return [ConfigError(f"{ascii(path)[:60]} holds a control character", key, "write a path of plain characters")
             for key, path in paths.items() if path is not None and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path)]
 

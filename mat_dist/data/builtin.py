@@ -70,23 +70,13 @@ def _files(found: Callable[[], list[Path] | None], sources: Sequence[Source], fo
 
 
 @register_dataset("cifar10", shared=True, stoppable=True)
-def load_cifar10(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
-    """50 000 training and 10 000 test images (N, 3, 32, 32) in 10 classes (Krizhevsky, 2009). Raises DataError."""
-    from torchvision.datasets import CIFAR10
-
-    return _load_cifar(CIFAR10, config, build, stop)
-
-
 @register_dataset("cifar100", shared=True, stoppable=True)
-def load_cifar100(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
-    """50 000 training and 10 000 test images (N, 3, 32, 32) in 100 classes (Krizhevsky, 2009). Raises DataError."""
-    from torchvision.datasets import CIFAR100
+def load_cifar(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
+    """50 000 training and 10 000 test images (N, 3, 32, 32) in 10 or 100 classes (Krizhevsky, 2009), from the published
+    archive in `data.root` (its folder, or the file itself). Raises DataError."""
+    from torchvision import datasets
 
-    return _load_cifar(CIFAR100, config, build, stop)
-
-
-def _load_cifar(published: Any, config: DataConfig, build: bool, stop: StopFlag | None) -> RawData:
-    """The images of the archive in `data.root` (its folder, or the file itself); `published` is torchvision's class."""
+    published = getattr(datasets, config.name.upper())
     if config.root is None:
         raise DataError("data.root is not set", f"data.name={config.name}",
                         f"set it to the folder of {published.url}, or to where data.download=true may put it")

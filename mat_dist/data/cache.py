@@ -6,7 +6,6 @@ files were left out. Both are made under another name and renamed, so they are w
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ from torch import Tensor
 from mat_dist.errors import OutputError
 
 DEFAULT_FOLDER = "~/.cache/mat_dist"
+MORE_SPACE = "free space there, or set data.cache to a folder on another disk"
 _PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of a whole 200 GB file
 
 
@@ -155,6 +155,13 @@ class Cache:
         both = torch.from_numpy(np.memmap(self.image_file, np.uint8, mode="c", shape=(train + test, *self.shape)))
         return both[:train], both[train:]
 
+    def check_space(self) -> None:
+        """Raises OutputError where the images do not fit on the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if free < self.nbytes:
+            raise OutputError(f"the cache of decoded images needs {self.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} "
+                              "GiB are free", str(self.folder), MORE_SPACE)
+
     def build(self, train: Iterable[Chunk], test: Iterable[Chunk]) -> None:
         """Write the images of both splits and the manifest; memory holds one chunk at a time.
 
@@ -162,11 +169,10 @@ class Cache:
             OutputError: the disk is full or fails.
             Whatever `train` and `test` raise. Either way nothing is left behind.
         """
-        part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder; a killed one left it
+        part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder; what is there was killed
         try:
-            free = shutil.disk_usage(self.folder).free + (part.stat().st_size if part.exists() else 0)
-            if free < self.nbytes:
-                raise OSError(errno.ENOSPC, f"{free / 2**30:.1f} GiB are free")
+            part.unlink(missing_ok=True)
+            self.check_space()
             with open(part, "wb", opener=_private) as file:
                 (train_sha, train_skipped), (test_sha, test_skipped) = (_write(file, split) for split in (train, test))
                 file.flush()
@@ -179,8 +185,7 @@ class Cache:
             os.replace(part, self.image_file.with_suffix(".json"))
         except OSError as problem:
             raise OutputError(f"cannot write a cache of {self.nbytes / 2**30:.1f} GiB: {problem.strerror or problem}",
-                              str(self.folder), "free space there, or set data.cache to a folder on another disk") \
-                from problem
+                              str(self.folder), MORE_SPACE) from problem
         finally:
             part.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import struct
 import sys
 import time
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
-from mat_dist.data.images import MappedFile, RawData, check_memory
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory
 from mat_dist.data.registry import register_dataset
 from mat_dist.data.shared import once
 from mat_dist.distributed.stopping import StopFlag, leave_if
-from mat_dist.errors import DataError, OutputError
+from mat_dist.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -341,28 +341,7 @@ def _from_cache(decoder: Decoder, parts: Sequence[Iterator[Chunk]], build: bool,
                 image_sha256=manifest.image_sha256, mapped=True, file=file)
 
 
-@dataclass(frozen=True)
-class Preview:
-    """Some decoded training images, uint8 (n, C, H, W), with labels; the rest is about all of them.
-
-    `nbytes` is the size of the cache that a run would build in `cache`; `count` is the number of image files.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    count: int
-    nbytes: int
-    cache: Path
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-
-def preview_folder(config: DataConfig, count: int) -> Preview | None:
+def preview_folder(config: DataConfig, count: int) -> tuple[ImageSet, Listing, Cache] | None:
     """About `count` training images, evenly spread, without building a cache; None where a run would read all images
     at once or open its cache.
 
@@ -374,21 +353,14 @@ def preview_folder(config: DataConfig, count: int) -> Preview | None:
         return None  # loading says what is wrong
     listing = list_images(Path(os.path.expanduser(config.root)))
     decoder = Decoder.of(listing, config)
-    if not decoder.maps:
+    cache = decoder.cache() if decoder.maps else None
+    if cache is None or cache.look()[0] is not None:
         return None
-    cache = decoder.cache()
-    if cache.look()[0] is not None:
-        return None
-    free = shutil.disk_usage(cache.folder).free
-    if free < cache.nbytes:
-        raise OutputError(f"the cache of decoded images needs {cache.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
-                          "are free", str(cache.folder), "free space there, or set data.cache to a folder on another "
-                                                         "disk")
+    cache.check_space()
     total = len(listing.train.files)
     rows = np.linspace(0, total - 1, min(count, total)).astype(np.int64)
     names = [listing.train.files[row] for row in rows]
-    chunks = list(decoder.chunks(names, len(names) - 1 if config.on_bad == "skip" else 0))
-    skipped = {name for chunk in chunks for name in chunk.skipped}
+    images, skipped = _in_memory(decoder.chunks(names, len(names) - 1 if config.on_bad == "skip" else 0),
+                                 (len(names), *decoder.shape))
     labels = listing.train.labels[[row for row, name in zip(rows, names, strict=True) if name not in skipped]]
-    return Preview(np.concatenate([chunk.images for chunk in chunks]), labels, listing.classes, listing.count,
-                   cache.nbytes, cache.folder)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels)), listing, cache

@@ -123,8 +123,7 @@ class _Run:
     def _more(self) -> str:
         """What else the training takes its images from."""
         data = self.config.data
-        poison = f"; poisoned by {data.poison}" if data.poison else ""
-        return poison + (f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else "")
+        return f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else ""
 
     @cached_property
     def models(self) -> dict[ModelConfig, tuple[int, int]]:

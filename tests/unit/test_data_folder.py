@@ -15,8 +15,7 @@ from torchvision import transforms
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import folder as module
-from mat_dist.data.decode import read_image
-from mat_dist.data.folder import list_images, load_folder
+from mat_dist.data.folder import list_images, load_folder, read_image
 from mat_dist.data.images import RawData
 from mat_dist.errors import DataError
 from tests.unit.data_files import random_images, write_folder
@@ -226,7 +225,7 @@ def test_formats_other_than_the_named_ones_are_not_opened(tmp_path):
 
 def test_a_set_beyond_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    monkeypatch.setattr("mat_dist.data.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("mat_dist.data.images.available_bytes", lambda: 1000)
     with pytest.raises(DataError, match=r"GiB are free .*data.residency=mmap"):
         load(tmp_path)
 

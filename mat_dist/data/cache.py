@@ -169,7 +169,7 @@ class Cache:
             OutputError: the disk is full or fails.
             Whatever `train` and `test` raise. Either way nothing is left behind.
         """
-        part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder; what is there was killed
+        part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder, so a killed one left it
         try:
             part.unlink(missing_ok=True)
             self.check_space()

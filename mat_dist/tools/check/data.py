@@ -66,9 +66,9 @@ def check_data(config: Config) -> Answer[Sample]:
             _check_sample(sample, wanted)
             if wanted.generated is not None:
                 generated_images(wanted.generated, shown.shape, classes)
-            return Answer(sample, f"{listing.count} images of {classes} classes, {_size(shown.shape)}; {len(x_BCHW)} of "
-                                  f"them decode; the run will build a cache of {cache.nbytes / GIB:.1f} GiB in "
-                                  f"{cache.folder}")
+            return Answer(sample, f"{listing.count} images of {classes} classes, {_size(shown.shape)}; "
+                                  f"{len(x_BCHW)} of them decode; the run will build a cache of "
+                                  f"{cache.nbytes / GIB:.1f} GiB in {cache.folder}")
     try:
         data = load_data(wanted.model_copy(update={"download": False}), seed=config.run.seed,
                          batch_size=config.train.batch_size)

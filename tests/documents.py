@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL, DATA = "docs/examples/my_model.py", "docs/examples/my_data.py"
+POISONED = "docs/examples/poisoned_data.py"
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 
 STORED = torch.float16  # an error of 2^-12 of a perturbation, which is a start and is projected again
 
@@ -47,13 +47,13 @@ class PerturbationBuffer:
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = STORED) -> None:
         self._device, self._dtype = device, dtype
-        self._shown: Shown | None = None
+        self._shown: AugmentedView | None = None
         self._first_row = 0
         self._frames: Tensor | None = None  # (N, C, H + 2 pad, W + 2 pad)
         self._known = torch.zeros(0, dtype=torch.bool, device=device)
         self._proposed: list[tuple[Tensor, Tensor]] = []  # image numbers, frames
 
-    def begin(self, shown: Shown, first_row: int, *, forget: bool) -> None:
+    def begin(self, shown: AugmentedView, first_row: int, *, forget: bool) -> None:
         """Before each step.
 
         Args:
@@ -116,7 +116,7 @@ class PerturbationBuffer:
             self._frames = state["frames"].to(self._device, copy=True)
             self._known = state["known"].to(self._device, copy=True)
 
-    def _rows(self, first_row: int, count: int) -> Shown:
+    def _rows(self, first_row: int, count: int) -> AugmentedView:
         assert self._shown is not None
         first = first_row - self._first_row
         return self._shown.rows(first, first + count)

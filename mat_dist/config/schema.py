@@ -82,8 +82,6 @@ class DataConfig(Section):
                                                     "(N, H, W, C), and label")
     generated_share: Number = Field(0.0, ge=0, lt=1, description="their share of each batch (DM-AT: 0.7); an epoch is "
                                                                  "a pass over the real images")
-    poison: str | None = Field(None, description="uncompressed .npz of delusive images (image, uint8) in place of all "
-                                                 "training images, one by one; validation and test images stay clean")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="training augmentation")
 
 

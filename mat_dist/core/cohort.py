@@ -19,7 +19,7 @@ from mat_dist.core.guard import Guard
 from mat_dist.core.hooks import Views
 from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
@@ -95,7 +95,7 @@ class Cohort:
         """A peer's learning rate at a step."""
         return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=spec.optim)
 
-    def begin(self, step: int, shown: Callable[[int], Shown] | None = None) -> None:
+    def begin(self, step: int, shown: Callable[[int], AugmentedView] | None = None) -> None:
         """Before each step: let warm-ups end, and hooks recall what they know of the images.
 
         Args:

@@ -8,10 +8,9 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import AugmentConfig, Config
-from mat_dist.data.augment import augment_batch
-from mat_dist.data.cutmix import cutmix
+from mat_dist.data.augment import augment_batch, cutmix
 from mat_dist.data.images import DataSets, ImageSet, as_float
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 
 
 def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0, replays: int = 1) -> int:
@@ -96,9 +95,9 @@ class Batches:
                               dtype=torch.float64)
         return (u_B * len(self.generated)).long()
 
-    def shown(self, step: int) -> Shown:
+    def shown(self, step: int) -> AugmentedView:
         """Which images, and which part of them, this process's rows of the batch at `step` show; all of them real."""
-        return Shown.augmented(self.indices(step), len(self.train), self.augment, seed=self.seed, step=step,
+        return AugmentedView.augmented(self.indices(step), len(self.train), self.augment, seed=self.seed, step=step,
                                first_row=self.first).to(self.device)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:

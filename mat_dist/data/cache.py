@@ -1,55 +1,69 @@
 """The decoded-image cache: one file of uint8 images that all ranks of a node map, with a manifest beside it.
 
-`<key>.u8` holds the training images, then the test images; `<key>.json` is written last and holds shapes, digests and
-which files were left out. Both are made under another name and renamed, so they are whole or absent.
+`<key>.u8` holds the training images, then the test images; `<key>.json` is written last and holds digests and which
+files were left out. Both are made under another name and renamed, so they are whole or absent.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mat_dist.data.chunks import Chunk, Partial
-from mat_dist.data.once import MakerLock
-from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import DataError, OutputError, StopRequested
+from mat_dist.errors import OutputError
 
-FORMAT = 1
 DEFAULT_FOLDER = "~/.cache/mat_dist"
+MORE_SPACE = "free space there, or set data.cache to a folder on another disk"
 _PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of a whole 200 GB file
-_ABANDONED = 3600.0  # seconds after which an unfinished file of a killed process is removed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Decoded images (n, C, H, W) in order, and the files of the same stretch that could not be read."""
+
+    images: np.ndarray
+    skipped: list[str]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `<key>.json` says. `counts` are training and test images, `shape` is (C, H, W)."""
+    """What `<key>.json` says of the training and the test images: SHA-256 and the files that were left out; when the
+    image file was written; and a digest of all this and of 64 stretches of the images."""
 
-    format: int
-    key: str
-    counts: tuple[int, int]
-    shape: tuple[int, int, int]
     image_sha256: tuple[str, str]
     skipped: tuple[tuple[str, ...], tuple[str, ...]]
     mtime_ns: int
-    probe_sha256: str
+    seal: str = ""
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the image file."""
-        return sum(self.counts) * int(np.prod(self.shape))
+    @classmethod
+    def parse(cls, text: bytes) -> Manifest | None:
+        """The manifest that was written as JSON, None for something else; only the seal tells whether it is whole."""
+        try:
+            fields = json.loads(text)
+            (train_sha, test_sha), (train, test) = fields["image_sha256"], fields["skipped"]
+            return cls((train_sha, test_sha), (tuple(train), tuple(test)), fields["mtime_ns"], fields["seal"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def sealed(self, images: Path) -> Manifest:
+        """The same with the digest as it should be."""
+        digest, size = hashlib.sha256(json.dumps(asdict(replace(self, seal=""))).encode()), images.stat().st_size
+        with open(images, "rb") as file:
+            for place in range(_PROBES):
+                file.seek(max(size - _PROBE_BYTES, 0) * place // (_PROBES - 1))
+                digest.update(file.read(_PROBE_BYTES))
+        return replace(self, seal=digest.hexdigest())
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -78,10 +92,19 @@ def cache_folder(setting: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """The files of one cache."""
+    """The cache of a folder of images.
+
+    Attributes:
+        folder: of all caches.
+        key: name of this one.
+        files: numbers of training and of test files.
+        shape: (C, H, W) of the images.
+    """
 
     folder: Path
     key: str
+    files: tuple[int, int]
+    shape: tuple[int, int, int]
 
     @property
     def image_file(self) -> Path:
@@ -89,142 +112,94 @@ class Cache:
         return self.folder / f"{self.key}.u8"
 
     @property
-    def manifest_file(self) -> Path:
-        """JSON, written after the images."""
-        return self.folder / f"{self.key}.json"
-
-    @property
     def lock_file(self) -> Path:
         """Held by the process that builds."""
         return self.folder / f"{self.key}.lock"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images where none is left out."""
+        return sum(self.files) * math.prod(self.shape)
+
     def look(self) -> tuple[Manifest | None, str]:
         """The manifest of a cache that is whole, or None and what is wrong (empty: there is none yet)."""
         try:
-            text = self.manifest_file.read_bytes()
+            manifest = Manifest.parse(self.image_file.with_suffix(".json").read_bytes())
         except FileNotFoundError:
             return None, ""
         except OSError as problem:
             return None, f"its manifest cannot be read ({problem.strerror})"
-        manifest = _parse(text)
-        if manifest is None or manifest.key != self.key:
+        if manifest is None:
             return None, "its manifest is damaged or of another version"
         try:
             status = os.lstat(self.image_file)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                return None, "its image file is not a file of this user"
+            wanted = sum(self._counts(manifest)) * math.prod(self.shape)
+            if status.st_size != wanted:
+                return None, f"it has {status.st_size} bytes instead of {wanted}"
+            if status.st_mtime_ns != manifest.mtime_ns or manifest.sealed(self.image_file) != manifest:
+                return None, "its images or its manifest were changed"
         except OSError as problem:
             return None, f"its images cannot be read ({problem.strerror})"
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            return None, "its image file is not a file of this user"
-        if status.st_size != manifest.nbytes:
-            return None, f"it has {status.st_size} bytes instead of {manifest.nbytes}"
-        if status.st_mtime_ns != manifest.mtime_ns or _probe(self.image_file) != manifest.probe_sha256:
-            return None, "its images were changed"
         return manifest, ""
+
+    def _counts(self, manifest: Manifest) -> tuple[int, int]:
+        train, test = (count - len(gone) for count, gone in zip(self.files, manifest.skipped, strict=True))
+        return train, test
 
     def open(self, manifest: Manifest) -> tuple[Tensor, Tensor]:
         """Training and test images (N, C, H, W), mapped: pages are read when they are used, and shared by processes."""
+        train, test = self._counts(manifest)
         # Copy-on-write only because torch wants writable memory; nothing writes to it.
-        images = np.memmap(self.image_file, np.uint8, mode="c", shape=(sum(manifest.counts), *manifest.shape))
-        both = torch.from_numpy(images)
-        return both[: manifest.counts[0]], both[manifest.counts[0] :]
+        both = torch.from_numpy(np.memmap(self.image_file, np.uint8, mode="c", shape=(train + test, *self.shape)))
+        return both[:train], both[train:]
 
-    def build(self, train: Callable[[int, int], Iterator[Chunk]], test: Callable[[int, int], Iterator[Chunk]], *,
-              shape: tuple[int, int, int], nbytes: int, lock: MakerLock, stop: StopFlag | None = None) -> int:
+    def check_space(self) -> None:
+        """Raises OutputError where the images do not fit on the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if free < self.nbytes:
+            raise OutputError(f"the cache of decoded images needs {self.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} "
+                              "GiB are free", str(self.folder), MORE_SPACE)
+
+    def build(self, train: Iterable[Chunk], test: Iterable[Chunk]) -> None:
         """Write the images of both splits and the manifest; memory holds one chunk at a time.
 
-        Args:
-            train, test: (first file, files left out before it) -> the images from there on.
-            shape: (C, H, W).
-            nbytes: what all images need.
-            lock: shows the waiting processes that the work goes on.
-            stop: looked at here and by `train` and `test`.
-
-        Returns:
-            How many images were there from an earlier call that was stopped.
-
         Raises:
-            OutputError: the disk is full or fails; nothing is left behind.
-            DataError: a split has no image left.
-            StopRequested: asked to stop; what is written is kept for the next call, and no reader sees it.
+            OutputError: the disk is full or fails.
+            Whatever `train` and `test` raise. Either way nothing is left behind.
         """
-        _remove_abandoned(self.folder, self.key)
-        part = Partial(self.folder, self.key, int(np.prod(shape)))
-        with _disk_errors(self.folder, nbytes):
-            done = part.take_over(lock.beat, stop)
-            missing, free = nbytes - part.nbytes, shutil.disk_usage(self.folder).free
-            if free < missing:
-                raise OSError(errno.ENOSPC, f"{free / 2**30:.1f} GiB are free")
-            try:
-                part.write((train, test), lock.beat)
-                if any(split.images == 0 for split in part.splits):
-                    raise DataError("no image could be read", str(self.folder), "see the notes on skipped files")
-                self._publish(part, shape)
-            except StopRequested:
-                with contextlib.suppress(OSError):  # what cannot be kept is decoded again
-                    part.keep()
-                raise
-            finally:
-                part.path.unlink(missing_ok=True)
-        return done
-
-    def _publish(self, part: Partial, shape: tuple[int, int, int]) -> None:
-        """Give the finished images their name, then the manifest."""
-        train, test = part.splits
-        manifest = Manifest(FORMAT, self.key, (train.images, test.images), shape, (train.sha256, test.sha256),
-                            (tuple(train.skipped), tuple(test.skipped)), part.path.stat().st_mtime_ns,
-                            _probe(part.path))
-        os.replace(part.path, self.image_file)
-        part.path.write_bytes(_dump(manifest))
-        os.replace(part.path, self.manifest_file)
+        part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder, so a killed one left it
+        try:
+            part.unlink(missing_ok=True)
+            self.check_space()
+            with open(part, "wb", opener=_private) as file:
+                (train_sha, train_skipped), (test_sha, test_skipped) = (_write(file, split) for split in (train, test))
+                file.flush()
+                os.fsync(file.fileno())
+            manifest = Manifest((train_sha, test_sha), (train_skipped, test_skipped), part.stat().st_mtime_ns)
+            manifest = manifest.sealed(part)
+            os.replace(part, self.image_file)
+            with open(part, "w", opener=_private) as file:
+                json.dump(asdict(manifest), file)
+            os.replace(part, self.image_file.with_suffix(".json"))
+        except OSError as problem:
+            raise OutputError(f"cannot write a cache of {self.nbytes / 2**30:.1f} GiB: {problem.strerror or problem}",
+                              str(self.folder), MORE_SPACE) from problem
+        finally:
+            part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _disk_errors(folder: Path, nbytes: int) -> Iterator[None]:
-    """Errors of the cache's disk as OutputError, with what is needed."""
-    try:
-        yield
-    except OSError as problem:
-        raise OutputError(f"cannot write a cache of {nbytes / 2**30:.1f} GiB: {problem.strerror or problem}",
-                          str(folder), "free space there, or set data.cache to a folder on another disk") from problem
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
-def _probe(path: Path) -> str:
-    """SHA-256 of 64 evenly spaced stretches of the file."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file:
-        for place in range(_PROBES):
-            file.seek(max(size - _PROBE_BYTES, 0) * place // (_PROBES - 1))
-            digest.update(file.read(_PROBE_BYTES))
-    return digest.hexdigest()
-
-
-def _dump(manifest: Manifest) -> bytes:
-    """The manifest as JSON, with its own SHA-256."""
-    content = json.dumps(asdict(manifest), sort_keys=True)
-    return json.dumps({"manifest": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}).encode()
-
-
-def _parse(text: bytes) -> Manifest | None:
-    """The manifest in `text`, or None where it is damaged."""
-    try:
-        outer = json.loads(text)
-        content = outer["manifest"]
-        if hashlib.sha256(content.encode()).hexdigest() != outer["sha256"]:
-            return None
-        fields = json.loads(content)
-        if fields["format"] != FORMAT:
-            return None
-        counts, shape, digests = (tuple(fields[name]) for name in ("counts", "shape", "image_sha256"))
-        train_skipped, test_skipped = (tuple(names) for names in fields["skipped"])
-        return Manifest(FORMAT, fields["key"], counts, shape, digests, (train_skipped, test_skipped),
-                        fields["mtime_ns"], fields["probe_sha256"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _remove_abandoned(folder: Path, key: str) -> None:
-    """Remove unfinished files that a killed process left."""
-    for part in folder.glob(f"{key}.*.part"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > _ABANDONED:
-                part.unlink()
+def _write(file: BinaryIO, chunks: Iterable[Chunk]) -> tuple[str, tuple[str, ...]]:
+    """Append the images -> their SHA-256, the files that were left out."""
+    digest, skipped = hashlib.sha256(), list[str]()
+    for chunk in chunks:
+        content = np.ascontiguousarray(chunk.images).reshape(-1).data
+        file.write(content)
+        digest.update(content)
+        skipped += chunk.skipped
+    return digest.hexdigest(), tuple(skipped)

@@ -1,16 +1,25 @@
-"""Image sets: what a data set is once it is read, and how a batch is taken from it."""
+"""Image sets: what a data set is once it is read, how a batch is taken from it, its means, its place in memory."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mat_dist import rng
 from mat_dist.errors import DataError
+
+MAPPED_IMAGES = 50_000  # of a mapped set are looked at for means: all of ImageNet would be read from disk
+LEAST_STD = 1 / 255  # a constant channel must not divide by zero
+_SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x 1024 pixels stay below 2**63
+_FLOAT_LEVELS = 65535
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,8 @@ class DataSets:
     """The three splits of a data set.
 
     `digest` is the SHA-256 of the whole data set before splitting (name, classes, shapes, labels, image bytes), the
-    same for every residency and rank; generated and poisoned images, where there are any, change it. `notes` are lines
-    for the log. `generated` are images to mix into the training batches; they stay in their file.
+    same for every residency and rank; generated images, where there are any, change it. `notes` are lines for the
+    log. `generated` are images to mix into the training batches; they stay in their file.
     """
 
     train: ImageSet
@@ -156,3 +165,68 @@ def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def by_255(values: Tensor) -> Tensor:
     """Divided in place and correctly rounded; CUDA multiplies by 1/255 where the divisor is a Python number."""
     return values.div_(torch.full((), 255.0, dtype=values.dtype, device=values.device))
+
+
+def sampled_rows(train: ImageSet) -> int:
+    """How many images `channel_stats` looks at."""
+    return min(len(train), MAPPED_IMAGES) if train.mapped else len(train)
+
+
+def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel over all training images and pixels, in [0, 1] units; std is at least 1/255.
+
+    From exact integer sums, so the numbers are the same on every rank, device and thread count. float32 images are
+    rounded to 1/65535 for this. Of a mapped set with more than 50 000 images a keyed subset of that size is used,
+    the same on every run.
+    """
+    levels = 255 if train.store.dtype == torch.uint8 else _FLOAT_LEVELS
+    count = sampled_rows(train)
+    rows = torch.arange(count)
+    if count < len(train):
+        rows = rng.permutation(rng.key(0, "channel-stats"), len(train))[:count].sort().values
+    channels = train.shape[0]
+    sums, squares = [0] * channels, [0] * channels
+    for part in rows.split(_SUMMED):
+        images = train.batch(part)[0]
+        words = images.to(torch.int32) if levels == 255 else (images.double() * levels).round().to(torch.int64)
+        first = words.sum((0, 2, 3), dtype=torch.int64).tolist()
+        second = words.square_().sum((0, 2, 3), dtype=torch.int64).tolist()
+        for k in range(channels):
+            sums[k] += first[k]
+            squares[k] += second[k]
+    pixels = count * train.shape[1] * train.shape[2]
+    means = [Fraction(total, pixels) for total in sums]
+    variances = [Fraction(total, pixels) - mean**2 for total, mean in zip(squares, means, strict=True)]
+    return (tuple(float(mean / levels) for mean in means),
+            tuple(max(float(variance) ** 0.5 / levels, LEAST_STD) for variance in variances))
+
+
+def available_bytes() -> int:
+    """Memory that this process can still get, in bytes: the kernel's estimate, or less in a limited container."""
+    amounts = [_machine_bytes()]
+    try:
+        limit, used, detail = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+        if limit.strip() != "max":
+            file_pages = int(dict(line.split() for line in detail.splitlines())["file"])  # given back when needed
+            amounts.append(int(limit) - int(used) + file_pages)
+    except (OSError, ValueError, KeyError):
+        pass  # no container limit that can be read
+    return max(0, min(amounts))
+
+
+def _machine_bytes() -> int:
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(nbytes: int, where: str, how: str) -> None:
+    """Raises DataError where `nbytes` do not fit into the memory that is left."""
+    free = available_bytes()
+    if nbytes > free:
+        raise DataError(f"the images need {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", where,
+                        how)

@@ -1,25 +1,30 @@
-"""From settings to the three splits, and from there to the device."""
+"""From settings to checked images, to the three splits, and from there to the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.archive import generated_images, poisoned_images
-from mat_dist.data.checks import check_batch, check_raw
-from mat_dist.data.images import DataSets, ImageSet, RawData
+from mat_dist.data.generated import generated_images
+from mat_dist.data.images import DataSets, ImageSet, RawData, sampled_rows
 from mat_dist.data.registry import find_dataset
-from mat_dist.data.split import split_train, subset_test
-from mat_dist.data.stats import sampled_rows
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError
 
 DEVICE_SHARE = 0.25  # of the free device memory may be filled with images by residency auto
+RANGE_TOLERANCE = 1e-4  # rounding of resizing libraries; 0 - 3e-8 was refused by others and annoyed users
+LEVEL_TOLERANCE = 1e-6  # how near to a multiple of 1/255 a number must be to be stored as a byte
+VAL_SHARE = 0.02  # of the training images are held out,
+VAL_LEAST = 500  # but this many (RobustBench-size sets keep 49 000 or 59 000 of their training images),
+VAL_MOST = 0.2  # and never more than this share
+_CHUNK = 1024  # images looked at in one go, so that temporary copies stay small
 _BUILT_IN = ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "npz")
 
 
@@ -41,7 +46,6 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     Raises:
         ConfigError: settings that do not go together.
         DataError: the data cannot be used; the message says which file or array.
-        EnvironmentFault: a library that this data set needs is missing.
         OutputError: the cache cannot be written.
         StopRequested: this process was asked to stop.
     """
@@ -55,33 +59,21 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     raw = check_raw(raw, where)
     train_rows, val_rows = split_train(raw.train_labels, seed=seed, val_size=config.val_size,
                                        train_size=config.train_size)
-    check_batch(len(train_rows), batch_size, real_images(batch_size, config.generated_share), config.name)
+    _check_batch(len(train_rows), batch_size, config)
     whole = ImageSet(raw.train_images, raw.train_labels, mapped=raw.mapped, file=raw.file)
-    learned, generated, digest, added = _more_images(config, raw, whole)
     test = ImageSet(raw.test_images, raw.test_labels, mapped=raw.mapped, file=raw.file)
     test_rows = subset_test(raw.test_labels, config.test_size)
-    train, val = learned.select(train_rows), whole.select(val_rows)
-    notes = [*raw.notes, *added]
-    if sampled_rows(train) < len(train):
-        notes.append(f"channel means and deviations are those of {sampled_rows(train)} of {len(train)} training images")
-    return DataSets(train, val, test if test_rows is None else test.select(test_rows), raw.classes,
-                    digest, tuple(notes), generated)
-
-
-def _more_images(config: DataConfig, raw: RawData, whole: ImageSet) -> tuple[ImageSet, ImageSet | None, str, list[str]]:
-    """The images in place of the training images, the generated ones, the digest of all, and notes."""
-    digest, notes, learned, generated = data_digest(config.name, raw), [], whole, None
-    if config.poison is not None:
-        archive, more = poisoned_images(config.poison, raw)
-        learned = ImageSet(archive.images, whole.labels, mapped=True, file=archive.file)
-        digest = hashlib.sha256(f"{digest} poison {more}".encode()).hexdigest()
-        notes.append(f"training on the poisoned images of {config.poison}; validation and test images are clean")
+    digest, notes, generated = data_digest(config.name, raw), list(raw.notes), None
     if config.generated is not None:
         generated, more = generated_images(config.generated, whole.shape, len(raw.classes))
         digest = hashlib.sha256(f"{digest} generated {more}".encode()).hexdigest()
         notes.append(f"{config.generated_share:.0%} of each batch are drawn from the {len(generated)} generated images "
                      f"of {config.generated}")
-    return learned, generated, digest, notes
+    train = whole.select(train_rows)
+    if sampled_rows(train) < len(train):
+        notes.append(f"channel means and deviations are those of {sampled_rows(train)} of {len(train)} training images")
+    return DataSets(train, whole.select(val_rows), test if test_rows is None else test.select(test_rows), raw.classes,
+                    digest, tuple(notes), generated)
 
 
 def _check_settings(config: DataConfig) -> None:
@@ -92,6 +84,16 @@ def _check_settings(config: DataConfig) -> None:
     if config.name in _BUILT_IN and config.residency == "mmap":
         raise ConfigError(f"data.residency=mmap has no meaning for {config.name}", "data.residency",
                           "use host; only data.name=folder has a cache to map")
+
+
+def _check_batch(train: int, batch_size: int, config: DataConfig) -> None:
+    real = real_images(batch_size, config.generated_share)
+    if batch_size < 2:
+        raise DataError(f"a batch of {batch_size} image", "train.batch_size",
+                        "take 2 or more, batch norm has no statistics of one image")
+    if train < real:
+        raise DataError(f"{train} training images do not fill one batch of {real}", f"data.name={config.name}",
+                        "lower train.batch_size or data.val_size, or raise data.train_size")
 
 
 def data_digest(name: str, raw: RawData) -> str:
@@ -134,3 +136,195 @@ def place(data: DataSets, residency: str, device: torch.device | str, *, sharing
                         "data.residency=device", "set data.residency=host")
     moved = {name: getattr(data, name).to(device) for name in ("train", "val", "test")}
     return dataclasses.replace(data, **moved)
+
+
+# ---------------------------------------------------------------- what every data set must satisfy
+
+
+def check_raw(raw: RawData, where: str) -> RawData:
+    """The same data as uint8 or float32 tensors (N, C, H, W) and int64 labels, checked.
+
+    Floats that are all multiples of 1/255 become uint8, in both splits or in none. Reads no pixel of uint8 images.
+
+    Raises:
+        DataError: see the messages; `where` names the data set in them.
+    """
+    classes = tuple(str(name) for name in raw.classes)
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise DataError(f"{len(classes)} classes, {len(set(classes))} different ones", where,
+                        "a classifier needs two or more, each with its own name")
+    train = _check_images(raw.train_images, f"{where}, train images")
+    test = _check_images(raw.test_images, f"{where}, test images")
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(f"train images are {train.shape[1:]}, test images {test.shape[1:]}", where,
+                        "(C, H, W) must be the same")
+    train_labels = _check_labels(raw.train_labels, len(train), len(classes), f"{where}, train labels")
+    test_labels = _check_labels(raw.test_labels, len(test), len(classes), f"{where}, test labels")
+    empty = [classes[k] for k in (torch.bincount(train_labels, minlength=len(classes)) == 0).nonzero().flatten()]
+    if empty:
+        raise DataError(f"{len(empty)} of {len(classes)} classes have no training image, the first is {empty[0]!r}",
+                        where, "give each class an image, or number the classes without gaps")
+    train, test, notes = _same_type(train, test)
+    return dataclasses.replace(raw, train_images=_tensor(train), train_labels=train_labels, test_images=_tensor(test),
+                               test_labels=test_labels, classes=classes, notes=(*raw.notes, *notes))
+
+
+def _check_images(images: Tensor | np.ndarray, where: str) -> np.ndarray:
+    """uint8 as it is; float as float32 clamped to [0, 1]."""
+    array = np.asarray(images)
+    if array.ndim != 4:
+        raise DataError(f"images have shape {array.shape}", where, "give (N, C, H, W)")
+    if 0 in array.shape:
+        raise DataError("there are no images", where, "at least one is needed")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f":
+        raise DataError(f"images are {array.dtype}", where, "store uint8 (0 to 255), or float in [0, 1]")
+    clamped = np.empty(array.shape, np.float32)
+    for first in range(0, len(array), _CHUNK):
+        chunk = array[first : first + _CHUNK].astype(np.float32)
+        outside = ~((chunk >= -RANGE_TOLERANCE) & (chunk <= 1 + RANGE_TOLERANCE))  # NaN is outside, too
+        if outside.any():
+            bad = int(np.argwhere(outside)[0][0])
+            if not np.isfinite(chunk[bad]).all():
+                raise DataError(f"image {first + bad} has NaN or infinite pixels", where, "repair or remove it")
+            raise DataError(f"images outside [0, 1]: found {chunk[bad].min():.4g} to {chunk[bad].max():.4g}, first in "
+                            f"image {first + bad}", where,
+                            "normalisation is a layer of the model, give images in [0, 1] (or uint8 in 0 to 255)")
+        np.clip(chunk, 0, 1, out=clamped[first : first + _CHUNK])
+    return clamped
+
+
+def _check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> Tensor:
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise DataError(f"labels are {array.dtype} of shape {array.shape}", where,
+                        "give whole numbers 0..K-1, one per image")
+    if len(array) != count:
+        raise DataError(f"{count} images but {len(array)} labels", where, "give one label per image")
+    outside = np.flatnonzero((array < 0) | (array >= classes))
+    if len(outside):
+        raise DataError(f"label {array[outside[0]]} of image {outside[0]} is out of range", where,
+                        f"labels count from 0 to {classes - 1} for {classes} classes")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _same_type(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Both as uint8 where no value is lost, else both as float32, with a note."""
+    small = [_as_bytes(images) for images in (train, test)]
+    if small[0] is not None and small[1] is not None:
+        return small[0], small[1], ()
+    train, test = (images if images.dtype == np.float32 else images.astype(np.float32) / 255
+                   for images in (train, test))
+    return train, test, ("images are kept as float32: their values are no multiples of 1/255",)
+
+
+def _as_bytes(images: np.ndarray) -> np.ndarray | None:
+    """Images as uint8, or None unless every value is a byte or a multiple of 1/255 within 1e-6."""
+    if images.dtype == np.uint8:
+        return images
+    rounded = np.empty(images.shape, np.uint8)
+    for first in range(0, len(images), _CHUNK):
+        chunk = images[first : first + _CHUNK].astype(np.float64) * 255
+        rounded[first : first + _CHUNK] = nearest = np.rint(chunk)
+        if np.abs(chunk - nearest).max(initial=0) > 255 * LEVEL_TOLERANCE:
+            return None
+    return rounded
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """The images as a contiguous tensor, without a copy where that is possible (torch needs writable memory)."""
+    images = np.ascontiguousarray(images)
+    return torch.from_numpy(images if images.flags.writeable else images.copy())
+
+
+# ---------------------------------------------------------------- splits, as functions of (labels, key)
+
+
+def allot(sizes: list[int], caps: list[int], count: int) -> list[int]:
+    """Split `count` over classes of the given sizes by largest remainder, at most `caps` each; ties to the first class.
+
+    The parts differ from count * size / sum(sizes) by less than one where no cap binds.
+    """
+    total = sum(sizes)
+    parts = [min(count * size // total, cap) for size, cap in zip(sizes, caps, strict=True)]
+    by_remainder = sorted(range(len(sizes)), key=lambda k: (-(count * sizes[k] % total), k))
+    while (missing := count - sum(parts)) > 0:
+        open_classes = [k for k in by_remainder if parts[k] < caps[k]]
+        for k in open_classes[:missing]:
+            parts[k] += 1
+    return parts
+
+
+def stratified(labels: Tensor, count: int, stream: int, *, leave_one: bool = False, one_each: bool = False) -> Tensor:
+    """Indices (sorted, int64) of `count` images with the class shares of `labels`.
+
+    Args:
+        labels: int64 (N,).
+        count: size of the subset, at most N (N minus the number of classes with `leave_one`).
+        stream: key of the draw.
+        leave_one: take all but one image of a class at most.
+        one_each: take at least one image of each class; `count` is at least the number of classes.
+    """
+    labels = labels.cpu()
+    classes, sizes = labels.unique(return_counts=True)
+    caps = [size - int(leave_one) for size in sizes.tolist()]
+    if count > sum(caps):
+        raise ValueError(f"cannot take {count} of {len(labels)} images")
+    order = rng.permutation(stream, len(labels))
+    shuffled = labels[order]
+    parts = allot(sizes.tolist(), caps, count)
+    while one_each and 0 in parts:
+        parts[parts.index(max(parts))] -= 1
+        parts[parts.index(0)] = 1
+    chosen = [order[shuffled == label][:part] for label, part in zip(classes.tolist(), parts, strict=True)]
+    return torch.cat(chosen).sort().values
+
+
+def complement(chosen: Tensor, count: int) -> Tensor:
+    """The indices 0..count-1 that are not in `chosen`, sorted."""
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[chosen] = False
+    return keep.nonzero().flatten()
+
+
+def default_val_size(train: int) -> int:
+    """max(2 % of train, 500 images), at most 20 % of train."""
+    return min(max(int(train * VAL_SHARE), VAL_LEAST), int(train * VAL_MOST))
+
+
+def split_train(labels: Tensor, *, seed: int, val_size: int | None, train_size: int | None) -> tuple[Tensor, Tensor]:
+    """Indices (train, val) of the training images with these labels.
+
+    The validation images are taken first, so they do not depend on `train_size`.
+
+    Raises:
+        DataError: val_size or train_size does not fit.
+    """
+    total, classes = len(labels), len(labels.unique())
+    size = default_val_size(total) if val_size is None else val_size
+    if not 1 <= size <= total - classes:
+        raise DataError(f"cannot hold {size} validation images out of {total} training images of {classes} classes",
+                        "data.val_size", f"choose 1 to {total - classes}, each class keeps a training image")
+    val = stratified(labels, size, rng.key(seed, "val-split"), leave_one=True)
+    train = complement(val, total)
+    if train_size is None:
+        return train, val
+    if not classes <= train_size <= len(train):
+        raise DataError(f"{train_size} training images asked for, {len(train)} of {classes} classes are there "
+                        f"({size} more are held out for validation)", "data.train_size",
+                        f"choose {classes} to {len(train)}")
+    subset = stratified(labels[train], train_size, rng.key(seed, "train-subset"), one_each=True)
+    return train[subset], val
+
+
+def subset_test(labels: Tensor, test_size: int | None) -> Tensor | None:
+    """Indices of the test subset, the same for every seed so that results of several seeds compare; None: all."""
+    if test_size is None:
+        return None
+    if test_size > len(labels):
+        raise DataError(f"{test_size} test images asked for, {len(labels)} are there", "data.test_size",
+                        f"choose 1 to {len(labels)}")
+    return stratified(labels, test_size, rng.key(0, "test-subset"))

@@ -39,8 +39,7 @@ def register_dataset(name: str, *, shared: bool = False,
                               f"{function.__module__}.{function.__name__}", "give it another name")
 
         def load(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
-            shares = (build,) if shared else ()
-            return function(config, *shares, stop=stop) if stoppable else function(config, *shares)
+            return function(config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
 
         _LOADERS[name] = load
         return function
@@ -55,7 +54,7 @@ def find_dataset(name: str) -> Loader:
     near = difflib.get_close_matches(name, _LOADERS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"unknown data set {name!r}", "data.name",
-                      f"{hint}known: {', '.join(sorted(_LOADERS))}; a plug-in file can register its own")
+                      f"{hint}known: {', '.join(dataset_names())}; a plug-in file can register its own")
 
 
 def dataset_names() -> tuple[str, ...]:

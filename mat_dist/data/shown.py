@@ -12,7 +12,7 @@ from mat_dist.data.augment import crop, crop_corner, draws, mirror
 
 
 @dataclass(frozen=True)
-class Shown:
+class AugmentedView:
     """Rows of a batch as views of padded training images.
 
     A view is what zero-padding, cropping and mirroring show of an image; whatever belongs to the whole image, as its
@@ -34,14 +34,14 @@ class Shown:
     mirrored_B: Tensor
 
     @classmethod
-    def plain(cls, images_B: Tensor, count: int) -> Shown:
+    def plain(cls, images_B: Tensor, count: int) -> AugmentedView:
         """Whole images."""
         nothing = torch.zeros_like(images_B)
         return cls(images_B, count, 0, nothing, nothing, nothing.bool())
 
     @classmethod
     def augmented(cls, images_B: Tensor, count: int, augment: AugmentConfig, *, seed: int, step: int,
-                  first_row: int) -> Shown:
+                  first_row: int) -> AugmentedView:
         """What `augment_batch` shows; of its operations `pad` and `flip` alone."""
         draw = draws(len(images_B), seed=seed, step=step, first_row=first_row, device=images_B.device)
         one = cls.plain(images_B, count)
@@ -49,16 +49,16 @@ class Shown:
         mirrored_B = draw("flip", 1)[0] < 0.5 if augment.flip else one.mirrored_B
         return cls(images_B, count, augment.pad, row_B, column_B, mirrored_B)
 
-    def to(self, device: torch.device) -> Shown:
+    def to(self, device: torch.device) -> AugmentedView:
         """The same on a device."""
-        return Shown(self.images_B.to(device), self.count, self.pad, self.row_B.to(device), self.column_B.to(device),
-                     self.mirrored_B.to(device))
+        return AugmentedView(self.images_B.to(device), self.count, self.pad, self.row_B.to(device),
+                             self.column_B.to(device), self.mirrored_B.to(device))
 
-    def rows(self, first: int, end: int) -> Shown:
+    def rows(self, first: int, end: int) -> AugmentedView:
         """Some of the rows."""
         cut = slice(first, end)
-        return Shown(self.images_B[cut], self.count, self.pad, self.row_B[cut], self.column_B[cut],
-                     self.mirrored_B[cut])
+        return AugmentedView(self.images_B[cut], self.count, self.pad, self.row_B[cut], self.column_B[cut],
+                             self.mirrored_B[cut])
 
     def view(self, frames_BCHW: Tensor) -> Tensor:
         """What the rows show of their images' frames."""

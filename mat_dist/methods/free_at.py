@@ -38,9 +38,9 @@ class FreePerturbation(Hook):
         self.device = next(peer.model.parameters()).device
         self.buffer = perturbation_buffer.PerturbationBuffer(self.device, dtype=None)
 
-    def begin(self, step: int, shown_at: Callable[[int], shown.Shown] | None) -> None:
+    def begin(self, step: int, shown_at: Callable[[int], shown.AugmentedView] | None) -> None:
         rows = torch.arange(self.peer.rows.start, self.peer.rows.stop, device=self.device)
-        self.buffer.begin(shown.Shown.plain(rows, self.peer.batch_size), self.peer.rows.start, forget=False)
+        self.buffer.begin(shown.AugmentedView.plain(rows, self.peer.batch_size), self.peer.rows.start, forget=False)
 
     def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
         known = self.buffer.at(part.first_row, part.x_BCHW)

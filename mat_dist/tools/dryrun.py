@@ -21,7 +21,7 @@ from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
 from mat_dist.core.optim import lr_at, optimizer_class
 from mat_dist.data import steps_per_epoch
-from mat_dist.data.split import default_val_size
+from mat_dist.data.load import default_val_size
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model, parameter_count

@@ -200,7 +200,7 @@ def test_a_cache_that_is_there_is_opened(capsys, tmp_path):
 
 def test_a_disk_without_room_for_the_cache_is_named(capsys, tmp_path, monkeypatch):
     write_folder(tmp_path / "set", train=30, test=6, side=16)
-    monkeypatch.setattr("mat_dist.data.preview.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
+    monkeypatch.setattr("mat_dist.data.cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
     checked = Checked(capsys, *FOLDER)
     assert checked.code == 5
     assert "the cache of decoded images needs" in checked.row("data")["found"]

@@ -78,7 +78,7 @@ CASES = [
     ("previous_perturbations_fit", "peers=1 loss=at attack.start=previous union.strategy=max "
      "union.threats=linf:0.1,l2:1", "kept for one threat", "attack.start=previous"),
     ("previous_perturbations_fit", "attack.start=previous data.generated=x.npz data.generated_share=0.5",
-     "not kept for generated images", "attack.start=previous data.poison=x.npz"),
+     "not kept for generated images", "attack.start=previous"),
     ("previous_perturbations_fit", "attack.reset_epochs=3", "and none are kept",
      "attack.start=previous attack.reset_epochs=3"),
     ("attack_steps_grow", "attack.steps=1 attack.steps_warmup_epochs=2", "grows up to 1",
@@ -179,7 +179,8 @@ CASES = [
      "train.batch_size=8 data.generated=x.npz data.generated_share=0.9"),
     ("data_fill_a_batch", "data.train_size=28 data.generated=x.npz data.generated_share=0.7",
      "do not fill a batch of 29", "data.train_size=29 data.generated=x.npz data.generated_share=0.7"),
-    ("paths_are_plain", "data.poison=a\nb", "control character", "data.poison=ab"),
+    ("paths_are_plain", "data.generated=a\nb data.generated_share=0.5", "control character",
+     "data.generated=ab data.generated_share=0.5"),
     ("one_average", "optim.ema_decay=0.9 peers.1.optim.swa_start=0.5", "two averages",
      "optim.ema_decay=null optim.swa_start=0.5"),
     ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),

@@ -1,10 +1,12 @@
-"""The cache of decoded images."""
+"""The cache of decoded images; stop requests while folders are listed and decoded."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import signal
 import threading
 from pathlib import Path
 
@@ -12,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from mat_dist import train
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import ImageSet, load_data
 from mat_dist.data import cache as module
 from mat_dist.data import folder as folder_module
 from mat_dist.data.cache import cache_folder
-from mat_dist.data.folder import load_folder
+from mat_dist.data.folder import list_images, load_folder
 from mat_dist.data.images import RawData
-from mat_dist.errors import DataError, OutputError
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import DataError, OutputError, StopRequested
 from tests.unit.data_files import write_folder
 
 
@@ -32,6 +36,10 @@ def settings(tmp_path) -> DataConfig:
 def image_file(config: DataConfig) -> Path:
     (found,) = Path(str(config.cache)).glob("*.u8")
     return found
+
+
+def files(config: DataConfig) -> list[str]:
+    return sorted(path.suffix for path in Path(str(config.cache)).iterdir())
 
 
 def same(a: RawData, b: RawData) -> bool:
@@ -52,10 +60,10 @@ def test_mapped_images_digest_and_splits_equal_those_in_memory(settings):
 
 def test_a_second_start_opens_the_cache_without_decoding(settings, monkeypatch):
     first = load_folder(settings, True)
-    monkeypatch.setattr(folder_module, "decode_all", None)  # calling it would be an error
+    monkeypatch.setattr(folder_module.Decoder, "_read", None)  # calling it would be an error
     assert same(first, load_folder(settings, True))
     assert same(first, load_folder(settings, False))
-    assert sorted(path.suffix for path in Path(str(settings.cache)).iterdir()) == [".json", ".u8"]
+    assert files(settings) == [".json", ".lock", ".u8"]
 
 
 def test_files_and_folder_are_private(settings):
@@ -83,8 +91,8 @@ def change_and_restore_time(path: Path) -> None:
 def damage_manifest(path: Path) -> None:
     manifest = path.with_suffix(".json")
     text = manifest.read_text()
-    assert "[60, 12]" in text  # the numbers of images
-    manifest.write_text(text.replace("[60, 12]", "[61, 11]"))
+    digit = text.index("image_sha256") + 20
+    manifest.write_text(text[:digit] + ("0" if text[digit] != "0" else "1") + text[digit + 1 :])
 
 
 def replace_by_link(path: Path) -> None:
@@ -94,9 +102,10 @@ def replace_by_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
-    (cut, r"it has 55295 bytes instead of 55296"), (change, "its images were changed"),
-    (change_and_restore_time, "its images were changed"), (lambda path: path.unlink(), "its images cannot be read"),
-    (damage_manifest, "its manifest is damaged"), (lambda path: path.with_suffix(".json").write_text("[]"), "damaged"),
+    (cut, r"it has 55295 bytes instead of 55296"), (change, "its images or its manifest were changed"),
+    (change_and_restore_time, "its images or its manifest were changed"),
+    (lambda path: path.unlink(), "its images cannot be read"), (damage_manifest, "its manifest were changed"),
+    (lambda path: path.with_suffix(".json").write_text("[]"), "its manifest is damaged"),
     (replace_by_link, "not a file of this user")])
 def test_a_damaged_cache_is_rebuilt_with_a_note(settings, damage, reason):
     first = load_folder(settings.model_copy(update={"residency": "host"}), True)
@@ -149,7 +158,7 @@ def test_a_failed_build_leaves_nothing_behind(settings, monkeypatch):
     monkeypatch.setattr(module.os, "fsync", fail)
     with pytest.raises(OutputError, match=r"cannot write a cache of 0.0 GiB: No space left on device"):
         load_folder(settings, True)
-    assert list(Path(str(settings.cache)).iterdir()) == []
+    assert files(settings) == [".lock"]
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(settings, monkeypatch):
@@ -232,3 +241,75 @@ def test_a_cache_that_is_deleted_or_exchanged_stays_readable(settings):
     assert torch.equal(data.train.batch(torch.arange(4))[0], before)
     file.write_bytes(b"another file")
     assert torch.equal(data.train.batch(torch.arange(4))[0], before)
+
+
+# ---------------------------------------------------------------- stop requests
+
+
+class Reader:
+    """Counts decoded images and calls `action` before the image `at`."""
+
+    def __init__(self, monkeypatch, at: int, action) -> None:
+        self.count, self.at, self.action, self.real = 0, at, action, folder_module.read_image
+        monkeypatch.setattr(folder_module, "_CHUNK_FILES", 16)
+        monkeypatch.setattr(folder_module, "read_image", self)
+        monkeypatch.setattr(folder_module.os, "sched_getaffinity", lambda _: {0})  # one thread: files are read in order
+
+    def __call__(self, path: Path, side: int | None) -> np.ndarray:
+        self.count += 1
+        if self.count == self.at:
+            self.action()
+        return self.real(path, side)
+
+
+@pytest.mark.parametrize("at", [2, 18, 40, 66])  # the first image is also read for its size
+def test_a_stopped_build_leaves_nothing_and_the_next_one_makes_the_same_cache(settings, tmp_path, monkeypatch, at):
+    whole = load_data(settings.model_copy(update={"cache": str(tmp_path / "other")}), seed=0, batch_size=8)
+    flag = StopFlag()
+    reader = Reader(monkeypatch, at, flag.pass_on)
+    with pytest.raises(StopRequested, match="while decoding images") as stopped:
+        load_data(settings, seed=0, batch_size=8, stop=flag)
+    assert stopped.value.code == 75
+    assert reader.count == at, "no image after the request"
+    assert files(settings) == [".lock"]
+    assert load_data(settings, seed=0, batch_size=8, stop=StopFlag()).digest == whole.digest
+    assert files(settings) == [".json", ".lock", ".u8"]
+
+
+def test_a_file_that_a_killed_builder_left_is_overwritten(settings):
+    load_folder(settings, True)
+    key = image_file(settings)
+    left = key.with_name(f"{key.stem}.{os.uname().nodename}.part")
+    key.with_suffix(".json").unlink()
+    left.write_bytes(b"half")
+    assert load_folder(settings, True).mapped and not left.exists()
+
+
+def test_a_request_before_anything_is_decoded_stops_too(settings):
+    flag = StopFlag()
+    flag.pass_on()
+    with pytest.raises(StopRequested, match="while listing images"):
+        list_images(Path(str(settings.root)), flag)
+    with pytest.raises(StopRequested):
+        load_data(settings.model_copy(update={"residency": "host"}), seed=0, batch_size=8, stop=flag)
+
+
+def test_long_decoding_tells_how_far_it_is(settings, monkeypatch, capsys):
+    monkeypatch.setattr(folder_module, "_TELL", 0.0)
+    load_folder(settings.model_copy(update={"residency": "host"}), False)
+    assert capsys.readouterr().err == "", "one process of a node is enough"
+    load_folder(settings, True)
+    assert "decoded 60 of 60 images of" in capsys.readouterr().err
+
+
+def test_a_signal_while_the_cache_is_built_ends_with_75_and_the_next_start_trains(settings, tmp_path, monkeypatch):
+    words = [f"run.root={tmp_path / 'runs'}", "run.name=a", "run.device=cpu", "log.console=off", "peers=2",
+             "data.name=folder", f"data.root={settings.root}", "data.residency=mmap", f"data.cache={settings.cache}",
+             "model.width=0.25", "attack.steps=1", "train.batch_size=8", "train.epochs=1", "eval.every=0",
+             "eval.test=false"]
+    reader = Reader(monkeypatch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(words) == 75
+    assert reader.count <= 33, "the main thread may notice it some images later, but in the same chunk"
+    ended = json.loads((tmp_path / "runs" / "a" / "exit.json").read_text())
+    assert (ended["code"], ended["state"]) == (75, "stopped")
+    assert train.main(words) == 0

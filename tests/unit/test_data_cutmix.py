@@ -13,8 +13,8 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import pgd
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.core.losses import accuracy, cross_entropy, likeliest
+from mat_dist.data.augment import cutmix
 from mat_dist.data.batches import Batches
-from mat_dist.data.cutmix import cutmix
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.agreement import batch_checksum, weighted_checksum
 

@@ -15,8 +15,7 @@ from torchvision import transforms
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import folder as module
-from mat_dist.data.decode import read_image
-from mat_dist.data.folder import list_images, load_folder
+from mat_dist.data.folder import list_images, load_folder, read_image
 from mat_dist.data.images import RawData
 from mat_dist.errors import DataError
 from tests.unit.data_files import random_images, write_folder
@@ -217,6 +216,13 @@ def test_pixel_bombs_are_refused_before_any_pixel_is_allocated(tmp_path, side):
     assert peak < 20 << 20
 
 
+def test_a_thin_image_that_would_be_resized_to_billions_of_pixels_is_refused(tmp_path):
+    write_folder(tmp_path)
+    Image.new("L", (60_000, 1)).save(tmp_path / "train/cat/0000.png")
+    with pytest.raises(DataError, match=r"60000 x 1 pixels, at most 89478485 are decoded .*train/cat/0000.png"):
+        load(tmp_path, image_size=224)
+
+
 def test_formats_other_than_the_named_ones_are_not_opened(tmp_path):
     write_folder(tmp_path)
     Image.fromarray(random_images(1, 8, 8, 3)[0]).save(tmp_path / "train/cat/0002.png", format="TIFF")
@@ -226,7 +232,7 @@ def test_formats_other_than_the_named_ones_are_not_opened(tmp_path):
 
 def test_a_set_beyond_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    monkeypatch.setattr("mat_dist.data.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("mat_dist.data.images.available_bytes", lambda: 1000)
     with pytest.raises(DataError, match=r"GiB are free .*data.residency=mmap"):
         load(tmp_path)
 

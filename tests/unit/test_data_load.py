@@ -8,7 +8,7 @@ import torch
 
 from mat_dist.config.schema import AugmentConfig, DataConfig
 from mat_dist.data import Batches, DataSets, ImageSet, RawData, channel_stats, load_data, place
-from mat_dist.data import stats as stats_module
+from mat_dist.data import images as images_module
 from mat_dist.data.load import data_digest
 from mat_dist.data.registry import _LOADERS
 from mat_dist.errors import ConfigError, DataError
@@ -155,11 +155,11 @@ def test_a_constant_channel_has_a_deviation_that_can_be_divided_by():
 
 
 def test_large_mapped_sets_use_a_keyed_sample_and_a_note_says_so(monkeypatch):
-    monkeypatch.setattr(stats_module, "MAPPED_IMAGES", 40)
+    monkeypatch.setattr(images_module, "MAPPED_IMAGES", 40)
     images = torch.from_numpy(random_images(200, 1, 4, 4))
     loaded, mapped = (ImageSet(images, torch.arange(200) % 2, mapped=flag) for flag in (False, True))
-    assert stats_module.sampled_rows(loaded) == 200
-    assert stats_module.sampled_rows(mapped) == 40
+    assert images_module.sampled_rows(loaded) == 200
+    assert images_module.sampled_rows(mapped) == 40
     assert channel_stats(mapped) == channel_stats(mapped) != channel_stats(loaded)
     mapped_raw = raw(train_images=images, train_labels=torch.arange(200) % 2, mapped=True)
     monkeypatch.setitem(_LOADERS, "mapped", lambda *_: mapped_raw)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import RawData, load_data
-from mat_dist.data.checks import check_raw
-from mat_dist.data.npz import channels_first, load_npz
+from mat_dist.data.arrays import channels_first, load_npz
+from mat_dist.data.load import check_raw
 from mat_dist.errors import DataError
 from tests.unit.data_files import random_images
 
@@ -231,7 +231,7 @@ def test_random_damage_is_an_error_of_the_data_or_harmless(tmp_path):
 
 
 def test_arrays_beyond_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mat_dist.data.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("mat_dist.data.images.available_bytes", lambda: 1000)
     with pytest.raises(DataError, match="GiB are free"):
         load(tmp_path)
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mat_dist.config.schema import AugmentConfig
 from mat_dist.data.augment import augment_batch
-from mat_dist.data.shown import Shown
+from mat_dist.data.shown import AugmentedView
 
 COUNT, SHAPE = 9, (2, 5, 6)
 AUGMENTS = [AugmentConfig(), AugmentConfig(flip=True), AugmentConfig(pad=2), AugmentConfig(pad=3, flip=True)]
 
 
-def shown_of(augment: AugmentConfig, step: int = 4, first_row: int = 0, rows: int = 7) -> Shown:
-    return Shown.augmented(torch.arange(rows) + 1, COUNT, augment, seed=3, step=step, first_row=first_row)
+def shown_of(augment: AugmentConfig, step: int = 4, first_row: int = 0, rows: int = 7) -> AugmentedView:
+    return AugmentedView.augmented(torch.arange(rows) + 1, COUNT, augment, seed=3, step=step, first_row=first_row)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS, ids=str)
@@ -29,7 +29,7 @@ def test_a_view_of_the_padded_images_is_what_the_augmentation_makes(augment: Aug
     assert torch.equal(shown_of(augment, first_row=2, rows=3).view(frames[2:5]), part.view(frames[2:5]))
 
 
-def put_slowly(shown: Shown, frames: Tensor, views: Tensor) -> Tensor:
+def put_slowly(shown: AugmentedView, frames: Tensor, views: Tensor) -> Tensor:
     frames = frames.clone()
     height, width = views.shape[2:]
     for b in range(len(views)):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mat_dist.data.split import allot, complement, default_val_size, split_train, stratified, subset_test
+from mat_dist.data.load import allot, complement, default_val_size, split_train, stratified, subset_test
 from mat_dist.errors import DataError
 
 

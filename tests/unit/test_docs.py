@@ -18,7 +18,7 @@ from mat_dist.config.schema import Config, DataConfig, LossConfig, ModelConfig
 from mat_dist.data import load_data
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model
-from tests.documents import DATA, DOCUMENTS, MODEL, ROOT, blocks, table
+from tests.documents import DATA, DOCUMENTS, MODEL, POISONED, ROOT, blocks, table
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,10 @@ def test_the_model_example_is_the_file_and_builds_for_any_image():
         model = build_model(ModelConfig(name="my_model", width=width), shape=shape, classes=classes,
                             mean=(0.5,) * shape[0], std=(0.25,) * shape[0])
         assert model(torch.rand(2, *shape)).shape == (2, classes)
+
+
+def test_the_example_of_poisoned_data_is_the_file():
+    assert (ROOT / POISONED).read_text() in [text for _, text in blocks("python")]
 
 
 def test_the_data_example_is_a_sound_balanced_data_set():

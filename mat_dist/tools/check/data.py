@@ -11,8 +11,8 @@ from mat_dist import rng
 from mat_dist.config.schema import Config, DataConfig
 from mat_dist.core.losses import likeliest
 from mat_dist.data import as_float, load_data, training_batches
-from mat_dist.data.archive import generated_images
-from mat_dist.data.preview import preview_folder
+from mat_dist.data.folder import preview_folder
+from mat_dist.data.generated import generated_images
 from mat_dist.errors import DataError
 from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.tools.check.findings import Answer
@@ -58,17 +58,17 @@ def check_data(config: Config) -> Answer[Sample]:
     """
     wanted = config.data
     if wanted.name == "folder":
-        folder = preview_folder(wanted, SHOWN)
-        if folder is not None:
-            x_BCHW = as_float(torch.from_numpy(folder.images), DTYPES[config.step.precision])
-            sample = Sample(rough(folder.shape, len(folder.classes)), x_BCHW, torch.from_numpy(folder.labels),
-                            folder.nbytes, mapped=True)
+        preview = preview_folder(wanted, SHOWN)
+        if preview is not None:
+            shown, listing, cache = preview
+            x_BCHW, classes = as_float(shown.images, DTYPES[config.step.precision]), len(listing.classes)
+            sample = Sample(rough(shown.shape, classes), x_BCHW, shown.labels, cache.nbytes, mapped=True)
             _check_sample(sample, wanted)
             if wanted.generated is not None:
-                generated_images(wanted.generated, folder.shape, len(folder.classes))
-            return Answer(sample, f"{folder.count} images of {len(folder.classes)} classes, {_size(folder.shape)}; "
+                generated_images(wanted.generated, shown.shape, classes)
+            return Answer(sample, f"{listing.count} images of {classes} classes, {_size(shown.shape)}; "
                                   f"{len(x_BCHW)} of them decode; the run will build a cache of "
-                                  f"{folder.nbytes / GIB:.1f} GiB in {folder.cache}")
+                                  f"{cache.nbytes / GIB:.1f} GiB in {cache.folder}")
     try:
         data = load_data(wanted.model_copy(update={"download": False}), seed=config.run.seed,
                          batch_size=config.train.batch_size)

@@ -1,19 +1,18 @@
-"""`npz`: a user's own images as numpy arrays in one file."""
+"""`npz`: a user's own images as numpy arrays in one file; and how such files are looked at before they are believed."""
 
 from __future__ import annotations
 
+import math
 import os
 import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import RawData
-from mat_dist.data.memory import check_memory
+from mat_dist.data.images import RawData, check_memory
 from mat_dist.data.registry import register_dataset
 from mat_dist.errors import DataError
 
@@ -22,7 +21,7 @@ MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 2
 _RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 # What zipfile and numpy raise on damaged or encrypted files.
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
-           LookupError, OverflowError, tokenize.TokenError)
+          LookupError, OverflowError, tokenize.TokenError)
 _LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
 
 
@@ -38,11 +37,9 @@ def load_npz(config: DataConfig) -> RawData:
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
-    path = Path(os.path.expanduser(config.root))
-    if not path.is_file():
-        raise DataError("the file does not exist" if not path.exists() else "not a file", f"data.root={path}", _LAYOUT)
+    path = existing_file(config.root, f"data.root={config.root}", _LAYOUT)
     try:
-        check_archive(path)
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
             x_train, y_train, x_test, y_test = (stored[name] for name in ARRAYS)
             names = stored["classes"] if "classes" in stored.files else None
@@ -51,6 +48,14 @@ def load_npz(config: DataConfig) -> RawData:
     classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
                    y_test, classes)
+
+
+def existing_file(name: str, where: str, how: str) -> Path:
+    """The path, `~` expanded. Raises DataError where there is no file."""
+    path = Path(os.path.expanduser(name))
+    if not path.is_file():
+        raise DataError("the file does not exist" if not path.exists() else "not a file", where, how)
+    return path
 
 
 def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
@@ -63,7 +68,7 @@ def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
     return tuple(str(number) for number in range(highest + 1))
 
 
-def check_archive(path: Path) -> None:
+def _check_sizes(path: Path) -> None:
     """Look at the arrays' headers only: nothing large is allocated for a file that lies.
 
     Raises:
@@ -71,18 +76,11 @@ def check_archive(path: Path) -> None:
     """
     total = 0
     with zipfile.ZipFile(path) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        if len(members) < len(archive.infolist()):  # numpy could read another one than we look at
-            raise DataError("two members of one name", str(path), "write the file again with numpy.savez")
-        missing = [name for name in ARRAYS if name not in members]
-        if missing:
-            found = ", ".join(sorted(members)[:8]) or "none"
-            raise DataError(f"no array {missing[0]}, found {found}", str(path), _LAYOUT)
+        members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
             info, where = members[name], f"{path}, {name}"
-            with archive.open(info) as file:
-                shape, _, dtype, start = read_header(file, where)
-            size = int(np.prod([int(side) for side in shape], dtype=object)) * dtype.itemsize
+            shape, _, dtype, start = read_header(archive, info, where)
+            size = math.prod(shape) * dtype.itemsize
             if size + start != info.file_size:
                 raise DataError(f"the header says {size} bytes, the archive {info.file_size - start}", where,
                                 "write the file again")
@@ -94,19 +92,33 @@ def check_archive(path: Path) -> None:
     check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
 
 
-def read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether it lies column by column, type and header length of a .npy stream.
+def members_by_name(archive: zipfile.ZipFile, needed: tuple[str, ...], where: str, how: str
+                    ) -> dict[str, zipfile.ZipInfo]:
+    """The members of an .npz by array name. Raises DataError where one is missing or there twice."""
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):  # numpy could read another one than we look at
+        raise DataError("two members of one name", where, "write the file again with numpy.savez")
+    missing = [name for name in needed if name not in members]
+    if missing:
+        raise DataError(f"no array {missing[0]}, found {', '.join(sorted(members)[:8]) or 'none'}", where, how)
+    return members
+
+
+def read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str
+                ) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether it lies column by column, type and header length of an array.
 
     numpy bounds the header to 10 000 characters.
     """
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise DataError(f"array format version {version}", where, "write the file with numpy.savez")
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject or dtype.kind not in "uifbU":
-        raise DataError(f"an array of {dtype}", where, "store plain numbers (class names as strings)")
-    return shape, fortran, dtype, file.tell()
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise DataError(f"array format version {version}", where, "write the file with numpy.savez")
+        shape, fortran, dtype = readers[version](file)
+        if dtype.hasobject or dtype.kind not in "uifbU":
+            raise DataError(f"an array of {dtype}", where, "store plain numbers (class names as strings)")
+        return tuple(int(side) for side in shape), fortran, dtype, file.tell()
 
 
 def channels_first(images: np.ndarray, where: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Generated and poisoned images from a mapped file."""
+"""Generated images from a mapped file; the plug-in for poisoned ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 
 from mat_dist import rng
 from mat_dist.config import load_config
+from mat_dist.config.plugins import load_plugins
 from mat_dist.config.schema import AugmentConfig, DataConfig
 from mat_dist.data import Batches, ImageSet, load_data, place, steps_per_epoch
-from mat_dist.data.archive import open_archive
+from mat_dist.data.generated import generated_images
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DataError
 from mat_dist.tools.check.data import check_data
 from mat_dist.tools.dryrun import describe_run
+from tests.documents import POISONED
 from tests.small_runs import SMALL, run_small
 from tests.unit.data_files import random_images
 
@@ -48,11 +50,11 @@ def mixed(rows: slice | None = None, share: float = 0.7) -> Batches:
 
 def test_a_mapped_archive_is_what_numpy_reads(tmp_path):
     name = write(tmp_path / "a.npz")
-    archive = open_archive(name, "here")
+    images, digest = generated_images(name, (1, 8, 8), 10)
     with np.load(name) as stored:
-        assert np.array_equal(archive.images.numpy(), stored["image"].transpose(0, 3, 1, 2))
-        assert np.array_equal(archive.labels, stored["label"])
-    assert isinstance(archive.labels, np.memmap)
+        assert np.array_equal(images.store.numpy(), stored["image"].transpose(0, 3, 1, 2))
+        assert np.array_equal(images.labels, stored["label"])
+    assert images.mapped and images.file is not None and len(digest) == 64
 
 
 def test_each_batch_has_its_share_of_generated_images_and_an_epoch_shows_each_real_image_once():
@@ -97,16 +99,23 @@ def test_a_set_with_generated_images_has_another_digest_and_the_same_splits(tmp_
     assert place(data, "auto", "cpu").generated is data.generated
 
 
-def test_poisoned_images_replace_the_training_images_and_no_others(tmp_path):
-    plain = load(val_size=100)
-    images = random_images(1437, 8, 8, 1, seed=9)
-    data = load(val_size=100, poison=write(tmp_path / "a.npz", image=images, label=None))
-    rows = plain.train.rows
-    assert torch.equal(data.train.images, torch.from_numpy(images.transpose(0, 3, 1, 2))[rows])
-    assert torch.equal(data.train.labels, plain.train.labels)
-    for split in ("val", "test"):
-        assert torch.equal(getattr(data, split).images, getattr(plain, split).images)
+def poisoned(path: Path, images: np.ndarray) -> DataConfig:
+    np.savez(path, image=images)
+    return DataConfig(name="poisoned", root=str(path), val_size=100)
+
+
+def test_the_plugin_replaces_the_training_images_and_no_others(tmp_path):
+    load_plugins([POISONED])
+    plain, images = load(val_size=100), random_images(1437, 8, 8, 1, seed=9)
+    data = load_data(poisoned(tmp_path / "a.npz", images), seed=0, batch_size=20)
+    for split in ("train", "val"):
+        rows = getattr(plain, split).rows
+        assert torch.equal(getattr(data, split).images, torch.from_numpy(images.transpose(0, 3, 1, 2))[rows])
+        assert torch.equal(getattr(data, split).labels, getattr(plain, split).labels)
+    assert torch.equal(data.test.images, plain.test.images)
     assert data.digest != plain.digest
+    with pytest.raises(DataError, match=r"\(50, 1, 8, 8\), the training images \(1437, 1, 8, 8\)"):
+        load_data(poisoned(tmp_path / "b.npz", images[:50]), seed=0, batch_size=20)
 
 
 @pytest.mark.parametrize(("change", "told"), [
@@ -135,12 +144,7 @@ def test_a_compressed_missing_or_damaged_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot read the file"):
         load(generated=str(path), generated_share=0.5)
     with pytest.raises(DataError, match="does not exist"):
-        load(poison=str(tmp_path / "none.npz"))
-
-
-def test_poisoned_images_of_another_count_or_shape_are_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match=r"\(50, 1, 8, 8\), the training images \(1437, 1, 8, 8\)"):
-        load(poison=write(tmp_path / "a.npz"))
+        load(generated=str(tmp_path / "none.npz"), generated_share=0.5)
 
 
 def test_a_file_that_changes_under_the_run_stops_it(tmp_path):
@@ -160,13 +164,17 @@ def test_preflight_and_dry_run_know_generated_images(tmp_path):
     assert f"50% of a batch from {name}" in told and "schedule: 8 steps, 8 per epoch" in told
 
 
-def test_runs_on_generated_and_on_poisoned_images_train_and_resume_only_on_the_same(tmp_path, capsys):
+def test_runs_on_generated_images_train_and_resume_only_on_the_same(tmp_path, capsys):
     path = tmp_path / "a.npz"
     generated = (f"data.generated={write(path)}", "data.generated_share=0.5")
     assert run_small(tmp_path, "a", "train.max_steps=2", *generated).steps() == [2]
     write(path, label=np.zeros(COUNT, int))
     assert run_small(tmp_path, "a", "train.max_steps=3", *generated).code == 4
     assert "not those that the run was trained on" in capsys.readouterr().err
-    poison = write(tmp_path / "b.npz", image=random_images(1437, 8, 8, 1))
-    done = run_small(tmp_path, "b", f"data.poison={poison}", "eval.every=1", "eval.test=true", "eval.size=20")
+
+
+def test_a_run_on_poisoned_images_is_tested_on_clean_ones(tmp_path):
+    config = poisoned(tmp_path / "b.npz", random_images(1437, 8, 8, 1))
+    done = run_small(tmp_path, "b", f"--plugin={POISONED}", "data.name=poisoned", f"data.root={config.root}",
+                     "eval.every=1", "eval.test=true", "eval.size=20")
     assert done.code == 0 and done.result("test_last_step_00000004")

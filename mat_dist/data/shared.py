@@ -1,0 +1,137 @@
+"""Files that ranks share (downloads, caches): one process makes them, the others wait.
+
+`filelock` says who makes them: the kernel frees the lock of a process that ends, however it ends. Two makers at once,
+on machines whose shared disk has no locks, would be harmless: files come into place whole, by renaming.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from mat_dist.distributed.stopping import StopFlag, leave_if
+from mat_dist.errors import DataError, OutputError
+
+T = TypeVar("T")
+Source = tuple[str, str, str]  # url, file name, MD5
+MOST_BYTES = 1 << 30  # of one file; the largest real one has 182 MB
+PATIENCE = 120.0  # seconds that a process waits for a maker that does not begin
+GRACE = 5.0  # seconds in which another maker may follow one that gave up
+
+
+def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *, build: bool, what: str,
+         poll: float = 0.2, stop: StopFlag | None = None) -> T:
+    """What `ready` returns, as soon as that is not None; at most one process runs `make` meanwhile.
+
+    Args:
+        ready: looks for a finished product; called often.
+        make: makes it.
+        lock: the lock file, which stays.
+        build: this process may make it; others only wait.
+        what: name of the product in messages.
+        poll: seconds between looks.
+        stop: looked at while waiting; `make` looks for itself.
+
+    Raises:
+        DataError: no process makes it.
+        OutputError: the lock's folder cannot be written, or what was made does not read back.
+        StopRequested: this process was asked to stop.
+    """
+    owner, held, deadline = FileLock(lock, timeout=0, mode=0o600), False, time.monotonic() + PATIENCE
+    while (found := ready()) is None:
+        try:
+            owner.acquire()
+        except Timeout:
+            if held:  # twice in a row: a maker, not merely another process that looks
+                deadline = time.monotonic() + GRACE
+            held = True
+        except OSError as problem:
+            raise OutputError(f"cannot write: {problem.strerror}", str(lock.parent),
+                              "choose a folder that you may write") from problem
+        else:
+            held = False
+            try:
+                if build:
+                    return _made(ready, make, lock, what)
+            finally:
+                owner.release()
+        if not build and time.monotonic() > deadline:
+            raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
+                            "look into the log of the first rank of this node, it prepares shared files")
+        leave_if(stop, f"waiting for {what}", str(lock.parent))
+        time.sleep(poll)
+    return found
+
+
+def _made(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, what: str) -> T:
+    found = ready()  # another process may have finished between our look and our lock
+    if found is None:
+        make()
+        found = ready()
+    if found is None:
+        raise OutputError(f"{what} was written but does not read back", str(lock.parent),
+                          "check that disk, or use another folder")
+    return found
+
+
+def fetch_once(found: Callable[[], T | None], sources: Sequence[Source], folder: Path, *, build: bool, name: str,
+               stop: StopFlag | None = None) -> T:
+    """What `found` returns after the files of `sources` are in `folder`. Files come into place whole.
+
+    Raises:
+        DataError: no network, a wrong file, or nobody downloads.
+        OutputError: the folder cannot be written.
+        StopRequested: this process was asked to stop; files that are whole stay.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise DataError(f"cannot make the folder: {problem.strerror}", str(folder), "choose another data.root") \
+            from problem
+
+    def make() -> None:
+        for source in sources:
+            _fetch(source, folder, stop)
+
+    return once(found, make, folder / f".mat_dist-{name}.lock", build=build, what=f"the download of {name}", stop=stop)
+
+
+def _fetch(source: Source, folder: Path, stop: StopFlag | None) -> None:
+    """Download one file under another name and rename it. torchvision's function returns only at its end, so it runs
+    in a thread that does not keep the process alive."""
+    from torchvision.datasets.utils import download_url  # imports much, and only a download needs it
+
+    url, filename, md5 = source
+    part = folder / f".{filename}.{os.getpid()}.part"
+    failed: list[BaseException] = []
+
+    def download() -> None:
+        try:
+            download_url(url, folder, part.name, md5)
+        except BaseException as problem:  # whatever it is, the caller gets it
+            failed.append(problem)
+
+    if (folder / filename).exists():
+        return
+    thread = threading.Thread(target=download, name="download", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            leave_if(stop, f"downloading {filename}", url)
+            if part.exists() and part.stat().st_size > MOST_BYTES:
+                raise RuntimeError(f"more than {MOST_BYTES} bytes")
+        if failed:
+            raise failed[0]
+        os.replace(part, folder / filename)
+    except (OSError, RuntimeError) as problem:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        raise DataError(f"cannot download {url} ({problem})", f"data.root={folder}",
+                        f"copy {filename} into that folder from a machine with a network") from problem
+    finally:
+        part.unlink(missing_ok=True)

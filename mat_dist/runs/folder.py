@@ -18,6 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_STEM = 32  # leaves room for "-job" with a long id, or for a time and a suffix, within 64 characters
 _PROOFS = frozenset({"environment.json", "exit.json", "lock"})
 _KNOWN = re.compile(r"config\.yaml|metrics\.jsonl|summary\.csv|checkpoints|eval|report|rank_\d+\.log|\..*\.tmp|"
+                    r"\.lock\.guard(\.soft)?|"
                     r"exit\.json\.damaged.*")
 
 

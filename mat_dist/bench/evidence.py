@@ -39,8 +39,8 @@ from mat_dist.bench.study.why_page import write_charts
 from mat_dist.cli import tell
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
-from mat_dist.runs.environment import git_revision
 from mat_dist.runs.files import reported, write_json, write_text
+from mat_dist.runs.record import git_revision
 from mat_dist.tools.dryrun import training_passes
 
 PLAN = "benchmarks/evidence.yaml"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mat_dist.bench.subject import Limit, Subject
 from mat_dist.bench.timing import Contestant, Spread, Timing, interleaved, ratio
-from mat_dist.runs.device_memory import device_memory
+from mat_dist.runs.metrics import device_memory
 
 
 def measure_step(subject: Subject, rounds: int) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from mat_dist.cli import tell
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
 from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW
-from mat_dist.runs.environment import git_revision
 from mat_dist.runs.files import parse_json, reported, write_json, write_text
+from mat_dist.runs.record import git_revision
 from mat_dist.tools.dryrun import training_passes
 
 SPACE = "benchmarks/search.yaml"

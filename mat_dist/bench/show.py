@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.runs.rates import percent, rate
+from mat_dist.runs.console import percent, rate
 
 Rows = Iterable[tuple[str, str]]
 

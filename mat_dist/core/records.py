@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mat_dist.core.step import Outcome
-from mat_dist.runs.rates import images_per_second
+from mat_dist.runs.metrics import images_per_second
 
 
 class Meter:

@@ -12,7 +12,7 @@ from mat_dist.config import dump_config
 from mat_dist.errors import DONE
 from mat_dist.report.files import RunFiles
 from mat_dist.report.html import Markup, folded, section, tag
-from mat_dist.runs.rates import duration
+from mat_dist.runs.console import duration
 
 
 def _several(values: list[str]) -> str:

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from mat_dist.runs.files import reported
 from mat_dist.errors import CheckpointError, ConfigError, OutputError
+from mat_dist.runs.files import reported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_STEM = 32  # leaves room for "-job" with a long id, or for a time and a suffix, within 64 characters

@@ -28,7 +28,7 @@ from mat_dist.evaluation.during_training import Evaluations
 from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import open_run
-from mat_dist.runs.tracked import open_reporter
+from mat_dist.runs.trackers import open_reporter
 from tests.small_runs import SMALL, Finished, as_format_1, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings

@@ -22,9 +22,9 @@ from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
-from mat_dist.runs.exits import finished, read_environment
 from mat_dist.runs.files import reported
 from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.record import finished, read_environment
 
 PLACES = ("data.root", "data.cache", "run.root")  # of this machine: not part of a result
 # Seconds after the end of the budget: a second request, which does not wait for the end of a step, then SIGKILL.

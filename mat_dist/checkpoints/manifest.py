@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -108,34 +109,32 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify(manifest: Manifest) -> None:
-    """Recompute the size and digest of every file.
+    """Read every file, one at a time. Raises CheckpointError as `read_file`."""
+    for index in range(len(manifest.files)):
+        read_file(manifest, index)
+
+
+def read_file(manifest: Manifest, index: int) -> bytes:
+    """The content of the file of peer `index`.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or differs from what was saved.
+        CheckpointError: the file is missing, cannot be read, or differs from what was saved.
     """
-    for entry in manifest.files:
-        file = manifest.directory / entry.name
-        try:
-            size = file.stat().st_size
-            if size == entry.size:
-                with file.open("rb") as stream:
-                    check_digest(hashlib.file_digest(stream, "sha256").hexdigest(), entry, file)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file), _HOW) from error
-        check_size(size, entry, file)
-
-
-def check_size(size: int, entry: FileEntry, file: Path) -> None:
-    """Raise CheckpointError unless `size` is that of `entry`."""
+    entry = manifest.files[index]
+    file = manifest.directory / entry.name
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(entry.size) if size == entry.size else b""
+    except OSError as error:
+        raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file), _HOW) from error
     if size != entry.size:
         raise CheckpointError(f"{entry.name} has {size} bytes instead of {entry.size}", str(file), _HOW)
-
-
-def check_digest(sha256: str, entry: FileEntry, file: Path) -> None:
-    """Raise CheckpointError unless `sha256` is that of `entry`."""
-    if sha256 != entry.sha256:
-        raise CheckpointError(f"{entry.name} differs from what was saved (SHA-256 {sha256[:12]}... instead of "
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256:
+        raise CheckpointError(f"{entry.name} differs from what was saved (SHA-256 {found[:12]}... instead of "
                               f"{entry.sha256[:12]}...)", str(file), _HOW)
+    return data
 
 
 def peer_file(index: int, version: int = FORMAT) -> str:

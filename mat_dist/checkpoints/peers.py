@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mat_dist.checkpoints.manifest import FileEntry, Manifest, check_digest, check_size, peer_file
+from mat_dist.checkpoints.manifest import FileEntry, Manifest, peer_file, read_file
 from mat_dist.errors import CheckpointError, NonFinite
 from mat_dist.runs.files import parse_json, write_bytes
 
@@ -92,22 +92,14 @@ def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
     if not 0 <= index < len(manifest.files):
         raise CheckpointError(f"there is no peer {index}", str(manifest.directory),
                               f"choose one of 0 to {len(manifest.files) - 1}")
-    entry = manifest.files[index]
-    file = manifest.directory / entry.name
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(entry.size + 1)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file),
-                              "use another checkpoint") from error
-    check_size(len(data), entry, file)
-    check_digest(hashlib.sha256(data).hexdigest(), entry, file)
+    data = read_file(manifest, index)
     try:
         content = _format_1(data) if manifest.format == 1 else read_safetensors(data)
         if not isinstance(content, dict):
             raise ValueError(f"expected a dict, found {type(content).__name__}")
     except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
-        raise CheckpointError(f"not a file of tensors and plain numbers: {reason(error)}", str(file),
+        raise CheckpointError(f"not a file of tensors and plain numbers: {reason(error)}",
+                              str(manifest.directory / manifest.files[index].name),
                               "use a checkpoint from a source you trust; nothing in this one was executed") from error
     return content
 

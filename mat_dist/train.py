@@ -34,8 +34,7 @@ def train(words: list[str]) -> None:
     from mat_dist.distributed.stopping import watching
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
-    from mat_dist.runs.tracked import open_reporter
-    from mat_dist.runs.trackers import require_trackers
+    from mat_dist.runs.trackers import open_reporter, require_trackers
     from mat_dist.tools.dryrun import describe_run
 
     require_trackers(config.log)

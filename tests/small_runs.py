@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mat_dist import checkpoints, train
 from mat_dist.core.cohort import state_hash
 from mat_dist.runs.folder import RunFolder
@@ -62,6 +64,31 @@ def robust_of(document: dict[str, Any]) -> dict[tuple[str, str], float]:
 def run_small(root: Path, name: str, *overrides: str) -> Finished:
     """Train in this process; later overrides win."""
     return Finished(train.main([*SMALL, f"run.root={root}", f"run.name={name}", *overrides]), RunFolder(root / name))
+
+
+def as_format_1(directory: Path) -> None:
+    """Turn a checkpoint into what mat_dist of format 1 wrote: files of torch.save, with that version's keys."""
+    manifest = checkpoints.load_manifest(RunFolder(directory.parents[1]), directory.name)
+    document = json.loads((directory / "manifest.json").read_text())
+    for index, entry in enumerate(document["files"]):
+        state = checkpoints.load_peer(manifest, index)
+        for parts in state.pop("methods", {}).values():
+            state.update(parts)
+        (directory / entry["name"]).unlink()
+        entry["name"] = f"peer_{index}.pt"
+        torch.save(state, directory / entry["name"])
+    vouch(directory, format=1, files=document["files"])
+
+
+def vouch(directory: Path, **changes: Any) -> None:
+    """Write the manifest of a checkpoint anew, with digests of the files as they are."""
+    file = directory / "manifest.json"
+    document = {**json.loads(file.read_text()), **changes}
+    for entry in document["files"]:
+        data = (directory / entry["name"]).read_bytes()
+        entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    document.pop("digest")
+    file.write_text(json.dumps({**document, "digest": checkpoints.json_digest(document)}) + "\n")
 
 
 def interrupted(monkeypatch: Any, where: tuple[Any, str], at: int, error: Callable[[], BaseException]) -> None:

@@ -85,7 +85,7 @@ def run(words: list[str]) -> None:
     from mat_dist.distributed.device import choose_device, device_name, prepare_torch
     from mat_dist.distributed.groups import open_mesh
     from mat_dist.distributed.stopping import watching
-    from mat_dist.runs.environment import git_revision, versions
+    from mat_dist.runs.record import git_revision, versions
 
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)

@@ -28,7 +28,7 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault, PeerFailed, StopRequested
 from mat_dist.models.modes import frozen
-from mat_dist.runs.device_memory import device_memory
+from mat_dist.runs.metrics import device_memory
 
 # Relative difference of a loss at equal weights and AEs, and of the cross-entropy that equal attacks reach.
 TOLERANCE = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 5e-2}

@@ -27,7 +27,7 @@ from mat_dist.config.schema import Config
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import StopRequested
-from mat_dist.runs.rates import duration
+from mat_dist.runs.console import duration
 
 BATCHES, SIDES, STEPS, PEERS = (16, 32, 64), (16, 32), (2, 10), (1, 2, 4)
 MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)  # bytes per rank

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.errors import ConfigError
-from mat_dist.runs.rates import percent, rate
+from mat_dist.runs.console import percent, rate
 
 EPOCH = 50_000  # images of a CIFAR-10 epoch
 COLUMNS = ("benchmark", "step s", "images/s", "50,000 images, s", "x naive", "x careful", "of the limit", "guards %",

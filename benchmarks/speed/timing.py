@@ -12,7 +12,7 @@ import torch
 from benchmarks.command import EVERY, Watch
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import StopRequested
-from mat_dist.runs.rates import duration
+from mat_dist.runs.console import duration
 
 Contestant = Callable[[], object]
 WARM_UP = 1  # rounds that do not count

@@ -28,11 +28,10 @@ from mat_dist.config.schema import Config
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
 from mat_dist.report.files import read_records
-from mat_dist.runs.environment import git_revision
-from mat_dist.runs.exits import finished, read_environment
+from mat_dist.runs.console import duration
 from mat_dist.runs.files import reported, write_json, write_text
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.rates import duration
+from mat_dist.runs.record import finished, git_revision, read_environment
 from mat_dist.tools.dryrun import training_passes
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository

@@ -1,13 +1,11 @@
 """A checkpoint that no run of ours wrote: a state dict in a .pt or .safetensors file, and how it fits a network.
 
-Read with `weights_only`; before that the file's pickle is looked at, and one that makes anything but tensors and plain
-values is refused. Nothing in the file is executed.
+A file that would make anything but tensors and plain values is refused; nothing in it is executed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mat_dist.checkpoints.peers import check_archive, check_pickle, harmless
-from mat_dist.errors import CheckpointError, EnvironmentFault
+from mat_dist.checkpoints.peers import read_safetensors, read_torch, reason
+from mat_dist.errors import CheckpointError
 
 SAFETENSORS = ".safetensors"
 # Where training scripts put the weights beside other things, in the order of preference.
@@ -29,11 +27,6 @@ NORMALISATIONS = (("normalize.mean", "normalize.std"), ("mean", "std"), ("mu", "
 AVERAGED = "n_averaged"  # AveragedModel's counter
 COUNTER = "num_batches_tracked"  # of batch norm, absent from files of old torch versions and without effect here
 MOST_NAMES = 3  # of each kind in a message
-_SAVE_PLAIN = 'nothing in it was executed; save the tensors alone: torch.save(model.state_dict(), "FILE.pt")'
-# What checkpoints of other trainers hold beside plain tensors; torch's weights_only mode knows them too.
-_PLAIN_OBJECTS = (("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-                  ("collections", "Counter"))
-_LEGACY_PICKLES = 5  # magic number, protocol, system, content, storage keys
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,6 @@ def read_state_dict(file: Path) -> StateDict:
 
     Raises:
         CheckpointError: no such file, or something else than tensors and plain values, or no state dict in it.
-        EnvironmentFault: a .safetensors file, and the package is not installed.
     """
     try:
         data = file.read_bytes()
@@ -70,45 +62,20 @@ def read_state_dict(file: Path) -> StateDict:
         raise CheckpointError(f"cannot read the file: {error.strerror}", str(file), "give the path of a state dict, "
                               "or the folder of a run") from error
     safe = file.suffix == SAFETENSORS
-    content = _read_safetensors(data, file) if safe else _read_torch(data, file)
+    try:
+        content = read_safetensors(data) if safe else read_torch(data)
+    except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
+        what, how = "a safetensors file", "use another checkpoint"
+        if not safe:
+            what = "a file of tensors and plain values"
+            how = 'nothing in it was executed; save the tensors alone: torch.save(model.state_dict(), "FILE.pt")'
+        raise CheckpointError(f"not {what}: {reason(error)}", str(file), how) from error
     tensors, notes = _unwrap(content, file)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError("NaN or infinite values in the weights", f"{file}, {key}", "use another checkpoint")
     mean, std = _take_normalisation(tensors)
     return StateDict(file, tensors, hashlib.sha256(data).hexdigest(), not safe, tuple(notes), mean, std)
-
-
-def _allowed(module: str, name: str) -> bool:
-    return harmless(module, name) or (module, name) in _PLAIN_OBJECTS
-
-
-def _read_torch(data: bytes, file: Path) -> Any:
-    try:
-        if data.startswith(b"PK"):
-            check_archive(data, _allowed)
-        else:  # written by torch before 1.6: pickles, then the tensors' bytes
-            stream = io.BytesIO(data)
-            for _ in range(_LEGACY_PICKLES):
-                check_pickle(stream, _allowed)
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as error:  # damaged or hostile bytes make zipfile, pickletools and torch raise nearly anything
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"not a file of tensors and plain values: {type(error).__name__}: {text}", str(file),
-                              _SAVE_PLAIN) from error
-
-
-def _read_safetensors(data: bytes, file: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-    except ImportError as error:
-        raise EnvironmentFault(f"the file needs the package safetensors: {error}", str(file),
-                               "pip install 'mat_dist[export]'") from None
-    try:
-        return load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"not a safetensors file: {error}", str(file), "use another checkpoint") from error
 
 
 def _unwrap(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:

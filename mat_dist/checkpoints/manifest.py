@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.files import parse_json
 
-FORMAT = 1
-"""Format version that is written. Migrations lead older ones to it."""
+FORMAT = 2
+"""Format version that is written; version 1 is read too. They differ in the peers' files alone."""
 
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 24
@@ -42,7 +42,7 @@ class Meta:
 
     Args:
         epoch: epochs finished.
-        peers: names of the peers; peer i is in `peer_<i>.pt`.
+        peers: names of the peers; peer i is in `peer_<i>.safetensors`.
         config_digest: digest of the settings that must not change on resume (see `json_digest`).
         data_digest: digest of the data set.
         extra: anything else, plain JSON values.
@@ -67,17 +67,6 @@ class Manifest:
     files: tuple[FileEntry, ...]
     versions: Mapping[str, str]
     saved: str
-
-
-@dataclass(frozen=True)
-class Migration:
-    """How a checkpoint of format v becomes one of format v + 1: its manifest document, and a peer's content."""
-
-    manifest: Callable[[dict[str, Any]], dict[str, Any]]
-    peer: Callable[[dict[str, Any]], dict[str, Any]]
-
-
-MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
 
 
 class TooNew(CheckpointError):
@@ -113,55 +102,44 @@ def read_manifest(directory: Path) -> Manifest:
     if document.pop("digest", None) != json_digest(document):
         raise CheckpointError("the manifest does not have its own SHA-256", str(file), _HOW)
     version = _known_version(document, file)
-    for old in range(version, FORMAT):
-        document = MIGRATIONS[old].manifest(document)
     try:
         return _parse(document, directory, version)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the manifest has no valid {error}", str(file), _HOW) from None
 
 
-def migrate_peer(content: dict[str, Any], version: int) -> dict[str, Any]:
-    """The content of a peer's file of format `version` in the present format."""
-    for old in range(version, FORMAT):
-        content = MIGRATIONS[old].peer(content)
-    return content
-
-
 def verify(manifest: Manifest) -> None:
-    """Recompute the size and digest of every file.
+    """Read every file, one at a time. Raises CheckpointError as `read_file`."""
+    for index in range(len(manifest.files)):
+        read_file(manifest, index)
+
+
+def read_file(manifest: Manifest, index: int) -> bytes:
+    """The content of the file of peer `index`.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or differs from what was saved.
+        CheckpointError: the file is missing, cannot be read, or differs from what was saved.
     """
-    for entry in manifest.files:
-        file = manifest.directory / entry.name
-        try:
-            size = file.stat().st_size
-            if size == entry.size:
-                with file.open("rb") as stream:
-                    check_digest(hashlib.file_digest(stream, "sha256").hexdigest(), entry, file)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file), _HOW) from error
-        check_size(size, entry, file)
-
-
-def check_size(size: int, entry: FileEntry, file: Path) -> None:
-    """Raise CheckpointError unless `size` is that of `entry`."""
+    entry = manifest.files[index]
+    file = manifest.directory / entry.name
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(entry.size) if size == entry.size else b""
+    except OSError as error:
+        raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file), _HOW) from error
     if size != entry.size:
         raise CheckpointError(f"{entry.name} has {size} bytes instead of {entry.size}", str(file), _HOW)
-
-
-def check_digest(sha256: str, entry: FileEntry, file: Path) -> None:
-    """Raise CheckpointError unless `sha256` is that of `entry`."""
-    if sha256 != entry.sha256:
-        raise CheckpointError(f"{entry.name} differs from what was saved (SHA-256 {sha256[:12]}... instead of "
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256:
+        raise CheckpointError(f"{entry.name} differs from what was saved (SHA-256 {found[:12]}... instead of "
                               f"{entry.sha256[:12]}...)", str(file), _HOW)
+    return data
 
 
-def peer_file(index: int) -> str:
-    """Name of the file of peer `index`."""
-    return f"peer_{index}.pt"
+def peer_file(index: int, version: int = FORMAT) -> str:
+    """Name of the file of peer `index` in a format."""
+    return f"peer_{index}.{'pt' if version == 1 else 'safetensors'}"
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -188,7 +166,7 @@ def _known_version(document: dict[str, Any], file: Path) -> int:
         writer = versions.get("mat_dist", "a later one") if isinstance(versions, dict) else "a later one"
         raise TooNew(f"needs mat_dist >= {writer}: checkpoint format {version}, this mat_dist reads up to {FORMAT}",
                      str(file), "update mat_dist")
-    if any(old not in MIGRATIONS for old in range(version, FORMAT)):
+    if version < 1:
         raise CheckpointError(f"unknown checkpoint format {version}", str(file), "use the mat_dist that wrote it")
     return version
 
@@ -204,7 +182,7 @@ def _parse(document: dict[str, Any], directory: Path, version: int) -> Manifest:
     files = tuple(FileEntry(_typed(one, "name", str), _typed(one, "size", int), _typed(one, "sha256", str))
                   for one in entries)
     peers = tuple(str(name) for name in _typed(document, "peers", list))
-    names = [peer_file(index) for index in range(len(peers))]  # also keeps every name inside the directory
+    names = [peer_file(index, version) for index in range(len(peers))]  # also keeps every name inside the directory
     if not peers or [entry.name for entry in files] != names or not all(_SHA256.fullmatch(e.sha256) for e in files):
         raise ValueError("'files'")
     meta = Meta(_typed(document, "epoch", int), peers, _typed(document, "config_digest", str),

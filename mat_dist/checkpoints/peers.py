@@ -1,30 +1,46 @@
-"""One peer's file: tensors and plain numbers only, read without running anything that lies in it."""
+"""One peer's file: all tensors in a safetensors file, the rest as JSON in its metadata. docs/checkpoint.md.
+
+A state is a nest of dictionaries (keys are text or whole numbers), lists and tuples of tensors, numbers, text and None.
+It comes back as it was, types included. Format 2 is written; format 1, a file of torch.save, is still read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import pickletools
+import json
+import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mat_dist.checkpoints.manifest import (
-    FileEntry,
-    Manifest,
-    check_digest,
-    check_size,
-    migrate_peer,
-    peer_file,
-)
+from mat_dist.checkpoints.manifest import FileEntry, Manifest, peer_file, read_file
 from mat_dist.errors import CheckpointError, NonFinite
-from mat_dist.runs.files import write_bytes
+from mat_dist.runs.files import parse_json, write_bytes
 
+PART = "state"  # the entry of the metadata
 _PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a state on the CPU that later training steps do not touch.
+
+    Attributes:
+        tensors: by their dotted keys, e.g. `model.conv1.weight`; contiguous, each with memory of its own.
+        rest: the state as plain JSON. `{"$tensor": name}` stands for a tensor, `{"$tuple": [...]}` for a tuple,
+            `{"$items": [[key, value], ...]}` for a dictionary whose keys are not all plain text, `{"$float": "nan"}`
+            for a number that JSON lacks.
+    """
+
+    tensors: dict[str, Tensor]
+    rest: Any
 
 
 def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
@@ -32,144 +48,146 @@ def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
     return write_peer(directory, index, snapshot(state))
 
 
-def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `state` on the CPU that later training steps do not touch.
-
-    Tensors become contiguous CPU tensors with storage of their own (a view would drag its whole storage into the file);
-    dicts of any kind become plain dicts.
+def snapshot(state: dict[str, Any]) -> Snapshot:
+    """Copy `state`. Dictionaries of any kind become plain ones.
 
     Raises:
         CheckpointError: something is neither a dense tensor, a number, text, None, nor a list, tuple or dict of
             those; the text gives its key.
     """
-    copy: dict[str, Any] = _copied(state, "state")
-    return copy
+    tensors: dict[str, Tensor] = {}
+    return Snapshot(tensors, _packed(state, "", tensors))
 
 
-def write_peer(directory: Path, index: int, content: dict[str, Any]) -> FileEntry:
-    """Write what `snapshot` gave as `directory/peer_<index>.pt`: whole, with fsync, or not at all.
+def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
+    """Write what `snapshot` gave as `directory/peer_<index>.safetensors`: whole, with fsync, or not at all.
 
     Raises:
         NonFinite: a tensor has NaN or infinite values; nothing is written.
         OutputError: the disk is full, read-only, gone, ...; no part of the file stays.
     """
-    for key, tensor in _tensors(content, ""):
+    for key, tensor in copy.tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFinite("NaN or infinite values in what would be saved", f"peer {index}, {key}",
                             "nothing was written; continue from the last checkpoint with a lower learning rate or "
                             "gradient clipping (optim.clip_norm)")
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with buffer.getbuffer() as data:
-        entry = FileEntry(peer_file(index), len(data), hashlib.sha256(data).hexdigest())
-        write_bytes(directory / entry.name, data)
+    data = save(copy.tensors, {PART: json.dumps(copy.rest, allow_nan=False)})
+    entry = FileEntry(peer_file(index), len(data), hashlib.sha256(data).hexdigest())
+    write_bytes(directory / entry.name, data)
     return entry
 
 
-def load_peer(manifest: Manifest, index: int, *, verify: bool = True, require: Sequence[str] = ()) -> dict[str, Any]:
-    """What was saved for peer `index`, on the CPU.
+def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
+    """What was saved for peer `index`, on the CPU, in whatever format.
 
-    The bytes that are checked are the bytes that are loaded. Loading is `weights_only`: a file with any other
-    pickled object is refused before anything in it runs.
+    The bytes whose SHA-256 is compared are the bytes that are loaded.
 
     Args:
         manifest: from `find_newest` or `load_manifest`.
         index: peer, 0 to P - 1.
-        verify: compare the SHA-256 with the manifest's.
-        require: top-level keys that must be there.
 
     Raises:
-        CheckpointError: no such peer, or the file is missing, damaged, harmful or incomplete.
+        CheckpointError: no such peer, or the file is missing, damaged or harmful.
     """
     if not 0 <= index < len(manifest.files):
         raise CheckpointError(f"there is no peer {index}", str(manifest.directory),
                               f"choose one of 0 to {len(manifest.files) - 1}")
-    entry = manifest.files[index]
-    file = manifest.directory / entry.name
+    data = read_file(manifest, index)
     try:
-        with file.open("rb") as stream:
-            data = stream.read(entry.size + 1)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {entry.name}: {error.strerror}", str(file),
-                              "use another checkpoint") from error
-    if verify:
-        check_size(len(data), entry, file)
-        check_digest(hashlib.sha256(data).hexdigest(), entry, file)
-    content = migrate_peer(_unpack(data, file), manifest.format)
-    missing = [key for key in require if key not in content]
-    if missing:
-        raise CheckpointError(f"{entry.name} lacks {', '.join(missing)}; it has {', '.join(map(str, content))}",
-                              str(file), "use a checkpoint that a training run has saved")
+        content = _format_1(data) if manifest.format == 1 else read_safetensors(data)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a dict, found {type(content).__name__}")
+    except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
+        raise CheckpointError(f"not a file of tensors and plain numbers: {reason(error)}",
+                              str(manifest.directory / manifest.files[index].name),
+                              "use a checkpoint from a source you trust; nothing in this one was executed") from error
     return content
 
 
-def _unpack(data: bytes, file: Path) -> dict[str, Any]:
-    how = "use a checkpoint from a source you trust; nothing in this one was executed"
-    try:
-        check_archive(data, harmless)
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        _check(content, str(file), set())
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged or hostile bytes make zipfile, pickletools and torch raise nearly anything
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"not a file of tensors and plain numbers: {type(error).__name__}: {text}", str(file),
-                              how) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"expected a dict, found {type(content).__name__}", str(file), how)
-    return content
+def migrated(state: dict[str, Any]) -> dict[str, Any]:
+    """A peer's state with the keys of today: what belongs to a method stands below `methods`, by its name."""
+    if "methods" in state:
+        return state
+    owners = {"eat": "unions", "carried": "warm_start"}
+    return {**{key: value for key, value in state.items() if key not in owners},
+            "methods": {owner: {key: state[key]} for key, owner in owners.items() if key in state}}
 
 
-def check_archive(data: bytes, allowed: Callable[[str, str], bool]) -> None:
-    """Raise ValueError for a file that torch.save cannot have written, or that names objects that are not allowed.
-
-    torch.load(weights_only=True) also inflates compressed records and calls a few constructors with sizes of
-    the file's choice; both would let a small file take all memory.
-    """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        records = archive.infolist()
-        if any(one.compress_type != zipfile.ZIP_STORED for one in records):
-            raise ValueError("compressed records")
-        if sum(one.file_size for one in records) > len(data):
-            raise ValueError("the records overlap")
-        for record in records:
-            if record.filename.endswith(".pkl"):
-                check_pickle(io.BytesIO(archive.read(record)), allowed)
+# ------------------------------------------------------------------------------------------------ format 2
 
 
-def check_pickle(program: BinaryIO, allowed: Callable[[str, str], bool]) -> None:
-    """Raise ValueError for a pickle that makes other objects than those allowed; nothing of it is run.
-
-    Args:
-        program: read up to the end of one pickle.
-        allowed: (module, name) of an object.
-    """
-    for code, argument, _ in pickletools.genops(program):
-        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"pickle operation {code.name}")
-        if code.name == "GLOBAL" and not allowed(*str(argument).split(" ", 1)):
-            raise ValueError(f"foreign object {'.'.join(str(argument).split())}")
-
-
-def harmless(module: str, name: str) -> bool:
-    """Whether torch.save names this object when it writes tensors, numbers and containers."""
-    if module == "torch":
-        return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
-    return (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3"),
-                              ("torch.storage", "UntypedStorage"), ("collections", "OrderedDict"))
-
-
-def _copied(value: Any, key: str) -> Any:
+def _packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; copies of its tensors are added to `tensors`."""
     if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        _check_keys(value, key)
-        return {name: _copied(item, f"{key}.{name}") for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, f"{key}.{number}") for number, item in enumerate(value))
+        name = key
+        while name in tensors or name == "__metadata__":  # {"a": {"b": x}, "a.b": y}
+            name += "_"
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"$tensor": name}
     if type(value) in _PLAIN:
-        return value
-    raise _foreign(value, key)
+        return value if not isinstance(value, float) or math.isfinite(value) else {"$float": str(value)}
+    items = [(name, _packed(item, f"{key}.{name}" if key else str(name), tensors)) for name, item in
+             _items(value, key)]
+    if isinstance(value, dict):
+        plain = all(isinstance(name, str) and not name.startswith("$") for name in value)
+        return dict(items) if plain else {"$items": items}
+    listed = [item for _, item in items]
+    return listed if isinstance(value, list) else {"$tuple": listed}
+
+
+def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_packed` was given. Raises ValueError, KeyError or TypeError for JSON that it cannot have made."""
+    match node:
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$float": text}:
+            return float(text)
+        case {"$tuple": items}:
+            return tuple(_unpacked(item, tensors) for item in items)
+        case {"$items": items}:
+            content = {key: _unpacked(item, tensors) for key, item in items}
+        case dict():
+            content = {key: _unpacked(item, tensors) for key, item in node.items()}
+        case list():
+            return [_unpacked(item, tensors) for item in node]
+        case _:
+            return node
+    _items(content, "")
+    return content
+
+
+def read_safetensors(data: bytes) -> Any:
+    """The content of a safetensors file, on the CPU: the state that `write_peer` put there, else tensors by name.
+
+    Raises what damaged or hostile bytes make safetensors and the reader of JSON raise.
+    """
+    size = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+    rest = parse_json(data[8:8 + size]).get("__metadata__", {}).get(PART)
+    tensors = load(data)
+    return tensors if rest is None else _unpacked(parse_json(rest.encode()), tensors)
+
+
+def _items(value: Any, key: str) -> Iterable[tuple[Any, Any]]:
+    """What a container holds, with keys or positions. Raises CheckpointError for what may not be in a state."""
+    if type(value) in (list, tuple):
+        return enumerate(value)
+    foreign = [name for name in value if type(name) not in (str, int)] if isinstance(value, dict) else [value]
+    if foreign:
+        kind = type(foreign[0])
+        raise CheckpointError(f"a {kind.__module__}.{kind.__qualname__} cannot be in a checkpoint", f"state.{key}",
+                              "convert it to a dense tensor, a number, text, or a list or dict of these")
+    return value.items()
+
+
+# ------------------------------------------------------------------------------------------------ files of torch.save
+
+
+def _format_1(data: bytes) -> Any:
+    if not data.startswith(b"PK"):
+        raise ValueError("not a zip archive")
+    content = read_torch(data)
+    _check(content, "", set())
+    return content
 
 
 def _check(value: Any, key: str, seen: set[int]) -> None:
@@ -177,34 +195,32 @@ def _check(value: Any, key: str, seen: set[int]) -> None:
 
     Containers are looked at once: a hostile file can hold one that contains itself, or the same one 2^50 times.
     """
-    if type(value) in (Tensor, *_PLAIN) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        _check_keys(value, key)
-        for name, item in value.items():
+    if type(value) not in (Tensor, *_PLAIN) and id(value) not in seen:
+        seen.add(id(value))
+        for name, item in _items(value, key):
             _check(item, f"{key}.{name}", seen)
-    elif type(value) in (list, tuple):
-        for number, item in enumerate(value):
-            _check(item, f"{key}.{number}", seen)
-    else:
-        raise _foreign(value, key)
 
 
-def _check_keys(value: dict[Any, Any], key: str) -> None:
-    for name in value:
-        if type(name) not in (str, int):
-            raise _foreign(name, key)
+def read_torch(data: bytes) -> Any:
+    """The content of a file of torch.save, on the CPU, read with `weights_only`.
+
+    Raises ValueError for a zip archive that takes more memory than the file, or whatever damaged and hostile bytes make
+    zipfile and torch raise; nothing in them is executed.
+    """
+    if data.startswith(b"PK"):  # torch inflates compressed records, and counts one that is listed twice as two
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(one.compress_type != zipfile.ZIP_STORED for one in records):
+            raise ValueError("compressed records")
+        if sum(one.file_size for one in records) > len(data):
+            raise ValueError("the records overlap")
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-def _foreign(value: Any, key: str) -> CheckpointError:
-    return CheckpointError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be in a checkpoint", key,
-                           "convert it to a dense tensor, a number, text, or a list or dict of these")
-
-
-def _tensors(value: Any, key: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield key.lstrip("."), value
-    elif isinstance(value, (dict, list, tuple)):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(item, f"{key}.{name}")
+def reason(error: Exception) -> str:
+    """One line of at most 200 characters that tells why bytes could not be read."""
+    text = " ".join(str(error).split())
+    _, found, rest = text.partition("WeightsUnpickler error: ")
+    if found:  # before and behind it, torch's text advises to trust the file
+        text = rest.partition(" Please use")[0]
+    return f"{type(error).__name__}: {text[:200]}"

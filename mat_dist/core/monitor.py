@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from mat_dist.core.step import Outcome
-from mat_dist.runs.rates import images_per_second
+from mat_dist.runs.metrics import images_per_second
 
 SLOW = 0.7  # fastest / slowest working time below which a rank counts as slow (the threshold of NVIDIA's NVRx guide)
 SPIKE = 10.0  # times the median of a peer's last losses

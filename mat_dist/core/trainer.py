@@ -21,8 +21,7 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.models.classifier import DTYPES, Images
-from mat_dist.runs.device_memory import device_memory
-from mat_dist.runs.reporter import Reporter
+from mat_dist.runs.metrics import Reporter, device_memory
 from mat_dist.runs.session import Run
 
 MOST_REFUSED, WINDOW = 3, 100  # refused steps that are borne within so many steps

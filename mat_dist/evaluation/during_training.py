@@ -33,11 +33,10 @@ from mat_dist.evaluation.attacks import (
 )
 from mat_dist.evaluation.results import write_results
 from mat_dist.models.classifier import Images
+from mat_dist.runs.console import TableRow
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.reporter import Reporter
-from mat_dist.runs.result_table import Result as TableRow
+from mat_dist.runs.metrics import Picture, Reporter
 from mat_dist.runs.session import Run
-from mat_dist.runs.trackers import Picture
 
 PICTURES = 6
 LOOKED_AT = 64  # images of which the pictures are chosen

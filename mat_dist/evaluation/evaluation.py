@@ -33,9 +33,9 @@ from mat_dist.evaluation.request import Request
 from mat_dist.evaluation.sources import load_sources
 from mat_dist.evaluation.targets import attack_plans, make_targets, target_names, threats_asked
 from mat_dist.models.classifier import Images
-from mat_dist.runs.environment import versions
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.logs import close_logger, rank_logger
+from mat_dist.runs.record import versions
 
 NOT_DIGESTED = ("run", "chosen_on_validation", "system")  # none of them changes a result
 

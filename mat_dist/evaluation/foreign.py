@@ -29,11 +29,10 @@ from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluation.attacks import correct, pixels
 from mat_dist.evaluation.importing import Importing
 from mat_dist.models.classifier import Images, make_model
-from mat_dist.runs.environment import write_environment
-from mat_dist.runs.exits import write_exit
 from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
+from mat_dist.runs.record import write_environment, write_exit
 
 STEP, ATTEMPT = 0, 1
 CLEAN_IMAGES = 512  # are classified before anything is attacked

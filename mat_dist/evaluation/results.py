@@ -14,8 +14,8 @@ from mat_dist.attacks.norms import eps_text
 from mat_dist.config.schema import Config
 from mat_dist.evaluation.attacks import AttackPlan, Result, threats_of
 from mat_dist.evaluation.statistics import Z_95
-from mat_dist.runs.environment import versions
 from mat_dist.runs.files import write_json, write_text
+from mat_dist.runs.record import versions
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from mat_dist.evaluation.attacks import (
 from mat_dist.models.classifier import Images
 from mat_dist.report.evaluations import Outcome
 from mat_dist.report.files import RunFiles
-from mat_dist.runs.rates import duration
+from mat_dist.runs.console import duration
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEPS = (1, 2, 5, 10, 20, 50)

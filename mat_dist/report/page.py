@@ -22,8 +22,8 @@ from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
 from mat_dist.report.evaluations import ENSEMBLE, Evaluation, Outcome, Target, is_peer
 from mat_dist.report.files import RunFiles
+from mat_dist.runs.console import duration
 from mat_dist.runs.files import reported, write_bytes, write_text
-from mat_dist.runs.rates import duration
 
 if TYPE_CHECKING:
     from mat_dist.report.measure import Measured, Points, Victims

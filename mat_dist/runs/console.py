@@ -1,27 +1,134 @@
-"""What the console shows while training: a live table, plain lines, or nothing."""
+"""What the console shows: a live table, plain lines or nothing, the table of results, and how numbers are written."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from mat_dist.runs import rates
-from mat_dist.runs.metrics import per_peer
-from mat_dist.runs.result_table import print_table
-
 ConsoleMode = Literal["auto", "live", "plain", "off"]
 REFRESHES_PER_S = 4  # more costs CPU time that the ranks need
+PLAIN_WIDTH = 100  # columns of a table that goes to a file or pipe
+MOST_VALUES = 8  # of a line; more peers are summed up
+
+# ------------------------------------------------------------------------------------------------ numbers
 
 
-class Screen(Protocol):
-    """Shows records; `eta_s` is None while unknown."""
+def duration(seconds: float | None) -> str:
+    """`0:00:42`, `27:46:40`; `-:--:--` where unknown. Rounded to whole seconds."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def rate(images_per_s: float | None) -> str:
+    """`3,210`, or `8.25` below 100 images/s; `-` where unknown."""
+    if images_per_s is None or not math.isfinite(images_per_s):
+        return "-"
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage without the sign; `-` where it was not measured."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def number(value: float | None) -> str:
+    """A loss with three decimals, three significant digits in scientific notation from 1000; `-` where unknown."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:.2e}"
+
+
+def on_one_line(values: Sequence[float | None], form: Callable[[float | None], str]) -> str:
+    """The values of all peers; of many peers the smallest, mean and largest."""
+    if len(values) <= MOST_VALUES:
+        return " ".join(form(value) for value in values)
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < len(values):
+        return f"not finite or unknown for {len(values) - len(known)} of {len(values)} peers"
+    mean = math.fsum(known) / len(known)
+    return f"{form(min(known))}..{form(max(known))} (mean {form(mean)} of {len(known)} peers)"
+
+
+def per_peer(value: Any, peers: int) -> list[Any]:
+    """A list with an entry per peer as it is; one value for the whole cohort (or None) repeated for each."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != peers:
+            raise ValueError(f"{len(value)} values for {peers} peers")
+        return list(value)
+    return [value] * peers
+
+
+# ------------------------------------------------------------------------------------------------ table of results
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One evaluated target.
+
+    Attributes:
+        target: name of a peer, or `ensemble`.
+        weights: `raw` or `EMA`.
+        checkpoint: `best` or `last`.
+        clean_acc: share of images classified correctly, in [0, 1].
+        robust_acc: share still correct under PGD; None where it was not attacked.
+        pgd_steps: gradient steps of the PGD attack.
+        images: number of images behind the shares.
+    """
+
+    target: str
+    weights: str
+    checkpoint: str
+    clean_acc: float
+    robust_acc: float | None
+    pgd_steps: int
+    images: int
+
+
+def results_table(rows: Sequence[TableRow]) -> Table:
+    """A row per result: target, weights, checkpoint, clean %, PGD-<steps> %, number of images.
+
+    Raises:
+        ValueError: the rows were attacked with different numbers of steps, so one column cannot hold them.
+    """
+    steps = sorted({row.pgd_steps for row in rows})
+    if len(steps) > 1:
+        raise ValueError(f"one table for PGD with {steps} steps")
+    table = Table(title="Accuracy on the test set")
+    for name in ("target", "weights", "checkpoint"):
+        table.add_column(name, no_wrap=True)
+    for name in ("clean %", f"PGD-{steps[0]} %" if steps else "PGD %", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.target, row.weights, row.checkpoint, percent(row.clean_acc, 2),
+                      percent(row.robust_acc, 2), str(row.images))
+    return table
+
+
+def print_table(table: Table, screen: Console) -> None:
+    """Print on `screen`; where that is no terminal, without ANSI codes and at least 100 columns wide."""
+    if not screen.is_terminal:
+        screen = Console(file=screen.file, width=max(PLAIN_WIDTH, screen.width), color_system=None,
+                         force_terminal=False, force_interactive=False)
+    screen.print(table)
+
+
+# ------------------------------------------------------------------------------------------------ screens
+
+
+class Screen:
+    """Shows nothing; the base of those that show records. `eta_s` is None while unknown."""
 
     def start(self, total_steps: int, peers: Sequence[str], first_step: int) -> None: ...
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None: ...
@@ -38,47 +145,12 @@ def choose_screen(mode: ConsoleMode, console: Console | None = None) -> Screen:
     """
     console = console if console is not None else Console(force_terminal=sys.stdout.isatty())
     if mode == "off":
-        return NoScreen()
+        return Screen()
     redraws = console.is_terminal and not console.is_dumb_terminal
     return LiveScreen(console) if redraws and mode != "plain" else PlainScreen(console)
 
 
-class NoScreen:
-    """Shows nothing."""
-
-    def start(self, total_steps: int, peers: Sequence[str], first_step: int) -> None: ...
-    def step(self, record: Mapping[str, Any], eta_s: float | None) -> None: ...
-    def epoch(self, record: Mapping[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
-    def table(self, table: Table) -> None: ...
-    def close(self) -> None: ...
-
-
-def step_line(record: Mapping[str, Any], total_steps: int, peers: int, eta_s: float | None) -> str:
-    """`step 150/300  epoch 5.0  loss 1.234 1.198  3,210 images/s  eta 0:00:42`."""
-    parts = [f"step {record['step']}/{total_steps}"]
-    if record.get("epoch") is not None:
-        parts.append(f"epoch {record['epoch']:.1f}")
-    if record.get("loss") is not None:
-        parts.append(f"loss {rates.losses(per_peer(record['loss'], peers))}")
-    speed = record.get("images_per_s")
-    if speed is not None:
-        parts.append(f"{rates.rate(speed)} images/s")
-    parts.append(f"eta {rates.duration(eta_s)}")
-    return "  ".join(parts)
-
-
-def epoch_line(record: Mapping[str, Any], peers: int) -> str:
-    """`epoch 5  clean 91.2 90.4 %  robust 71.0 70.2 %`, with the averaged weights where there are any."""
-    parts = [f"epoch {record['epoch']:g}"]
-    for key, label in (("clean_acc", "clean"), ("robust_acc", "robust"), ("ema_clean_acc", "EMA clean"),
-                       ("ema_robust_acc", "EMA robust")):
-        if record.get(key) is not None:
-            parts.append(f"{label} {rates.percents(per_peer(record[key], peers))} %")
-    return "  ".join(parts)
-
-
-class PlainScreen:
+class PlainScreen(Screen):
     """A line per log step and per epoch."""
 
     def __init__(self, console: Console) -> None:
@@ -89,10 +161,24 @@ class PlainScreen:
         self._total, self._peers = total_steps, len(peers)
 
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        self.note(step_line(record, self._total, self._peers, eta_s))
+        """`step 150/300  epoch 5.0  loss 1.234 1.198  3,210 images/s  eta 0:00:42`."""
+        parts = [f"step {record['step']}/{self._total}"]
+        if record.get("epoch") is not None:
+            parts.append(f"epoch {record['epoch']:.1f}")
+        if record.get("loss") is not None:
+            parts.append(f"loss {on_one_line(per_peer(record['loss'], self._peers), number)}")
+        if record.get("images_per_s") is not None:
+            parts.append(f"{rate(record['images_per_s'])} images/s")
+        self.note("  ".join([*parts, f"eta {duration(eta_s)}"]))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        self.note(epoch_line(record, self._peers))
+        """`epoch 5  clean 91.2 90.4 %  robust 71.0 70.2 %`, with the averaged weights where there are any."""
+        parts = [f"epoch {record['epoch']:g}"]
+        for key, label in (("clean_acc", "clean"), ("robust_acc", "robust"), ("ema_clean_acc", "EMA clean"),
+                           ("ema_robust_acc", "EMA robust")):
+            if record.get(key) is not None:
+                parts.append(f"{label} {on_one_line(per_peer(record[key], self._peers), percent)} %")
+        self.note("  ".join(parts))
 
     def note(self, text: str) -> None:
         print(text, file=self._console.file, flush=True)
@@ -101,18 +187,16 @@ class PlainScreen:
         print_table(table, self._console)
         self._console.file.flush()
 
-    def close(self) -> None: ...
 
-
-class LiveScreen:
+class LiveScreen(Screen):
     """A table that is redrawn in place, a row per peer, above a progress bar.
 
     Loss and speed are those of the last log step. Clean and robust accuracy are those of the last evaluation: what
     a training step sees of them is a diagnostic, one batch in train mode.
     """
 
-    COLUMNS = (("loss", "loss", rates.number), ("images/s", "images_per_s", rates.rate),
-               ("clean %", "clean_acc", rates.percent), ("robust %", "robust_acc", rates.percent))
+    COLUMNS = (("loss", "loss", number), ("images/s", "images_per_s", rate),
+               ("clean %", "clean_acc", percent), ("robust %", "robust_acc", percent))
     OF_STEPS, OF_EPOCHS = ("loss", "images_per_s"), ("clean_acc", "robust_acc")
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -167,7 +251,7 @@ class LiveScreen:
         for index, name in enumerate(self._peers):
             table.add_row(name, *(form(self._values[key][index]) for _, key, form in self.COLUMNS))
         left = None if self._eta_s is None else max(self._eta_s - (self._clock() - self._eta_at), 0)
-        self._progress.update(self._task, description=f"epoch {self._epoch}  eta {rates.duration(left)}")
+        self._progress.update(self._task, description=f"epoch {self._epoch}  eta {duration(left)}")
         return Group(table, self._progress)
 
     def _take(self, record: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -11,14 +11,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from mat_dist.runs.files import reported
 from mat_dist.errors import CheckpointError, ConfigError, OutputError
+from mat_dist.runs.files import reported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_STEM = 32  # leaves room for "-job" with a long id, or for a time and a suffix, within 64 characters
 _PROOFS = frozenset({"environment.json", "exit.json", "lock"})
 _KNOWN = re.compile(r"config\.yaml|metrics\.jsonl|summary\.csv|checkpoints|eval|report|rank_\d+\.log|\..*\.tmp|"
+                    r"\.lock\.guard(\.soft)?|"
                     r"exit\.json\.damaged.*")
+
+
+class _Inside:
+    """A path of that name in the folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type) -> Path:
+        return folder.path / self._name
 
 
 @dataclass(frozen=True)
@@ -27,54 +38,19 @@ class RunFolder:
 
     path: Path
 
+    config = _Inside("config.yaml")  # resolved configuration
+    environment = _Inside("environment.json")  # versions, devices, git revision, command line, attempts
+    metrics = _Inside("metrics.jsonl")  # one JSON object per log step and per epoch
+    summary = _Inside("summary.csv")  # a row per epoch and peer
+    checkpoints = _Inside("checkpoints")  # folder of `step_<n>/`, `latest` and `best`
+    eval = _Inside("eval")  # folder of evaluation results
+    report = _Inside("report")  # folder of the HTML report
+    exit = _Inside("exit.json")  # how each attempt ended
+    lock = _Inside("lock")  # who writes into this folder now
+
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def config(self) -> Path:
-        """Resolved configuration, YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, devices, git revision, command line, attempts."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per log step and per epoch."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """A CSV row per epoch and peer."""
-        return self.path / "summary.csv"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of `step_<n>/`, `latest` and `best`."""
-        return self.path / "checkpoints"
-
-    @property
-    def eval(self) -> Path:
-        """Folder of evaluation results."""
-        return self.path / "eval"
-
-    @property
-    def report(self) -> Path:
-        """Folder of the HTML report."""
-        return self.path / "report"
-
-    @property
-    def exit(self) -> Path:
-        """How each attempt ended."""
-        return self.path / "exit.json"
-
-    @property
-    def lock(self) -> Path:
-        """Who writes into this folder now."""
-        return self.path / "lock"
 
     def rank_log(self, rank: int) -> Path:
         """Log of one rank, with tracebacks."""

@@ -1,34 +1,32 @@
-"""One run folder, one writer: a lock file that names its holder, and how a dead holder's lock passes on.
+"""One run folder, one writer: the file `lock` names its holder; a dead holder's lock passes on.
 
-The lock is a JSON file that appears with its whole content (hard link of a finished file). Taking over a
-stale lock is a race among those that saw it stale: each tries to create `.lock.<token of the stale
-holder>.next`, a name that only one can create, and whose content is the new holder. So the holder is the end of the
-chain lock -> next -> next, also if a process dies before it has moved its own file over `lock`.
+The kernel's lock on `.lock.guard` (filelock) is held only while `lock` is read and written, so that of many who see a
+dead holder one takes its place. It does not stand for the run itself: it cannot say who holds it, nor pass from one
+machine to another after a crash.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from time import time
 
-from mat_dist.runs.files import parse_json, reported, write_all
-from mat_dist.errors import OutputError
 from mat_dist.distributed.processes import ProcessIdentity
+from mat_dist.errors import OutputError
+from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
 
 STALE_SECONDS = 120.0
 """A holder on another machine without a heartbeat for this long is taken for dead."""
 
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})  # exFAT, some FUSE drives
-_TRIES = 100  # each further try means that another process has got hold of or released the lock meanwhile
+GUARD_SECONDS = 30.0  # how long a start waits for others that take the lock at the same moment
+GUARD = ".lock.guard"
+_NO_KERNEL_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})  # NFS without lockd, some FUSE drives
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,9 @@ class Holder:
     token: str
 
     @classmethod
-    def of(cls, process: ProcessIdentity, job_id: str | None) -> Holder:
-        """`process` as a holder from now on."""
+    def own(cls, job_id: str | None) -> Holder:
+        """This process as a holder from now on."""
+        process = ProcessIdentity.own()
         return cls(process.host, process.pid, process.boot, process.namespace, process.started, job_id,
                    f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", secrets.token_hex(8))
 
@@ -74,7 +73,7 @@ class RunLock:
 
     def __init__(self, folder: RunFolder, job_id: str | None) -> None:
         self.folder = folder
-        self.holder = Holder.of(ProcessIdentity.own(), job_id)
+        self.holder = Holder.own(job_id)
 
     def acquire(self) -> str | None:
         """Take the lock; returns a note if it was taken over from a dead holder.
@@ -82,31 +81,18 @@ class RunLock:
         Raises:
             OutputError: another process holds it (the text says which), or the folder cannot be written.
         """
-        temporary = self.folder.path / f".lock.{self.holder.token}.tmp"
-        with reported(self.folder.lock):
-            write_all(temporary, json.dumps(asdict(self.holder), indent=1).encode())
-            try:
-                return self._acquire(temporary)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-
-    def _acquire(self, temporary: Path) -> str | None:
-        for _ in range(_TRIES):
-            chain = self._chain()
-            if not chain:
-                if _publish(temporary, self.folder.lock):
-                    self._sweep()
-                    return None
-                continue
-            last = chain[-1]
-            reason = self._stale(last, os.stat(temporary).st_mtime)
-            if reason is None:
-                raise OutputError(f"the run is in use by {last.text}", str(self.folder.path),
-                                  "wait until it ends, stop it, or choose another run.name")
-            if self._claim(temporary, last):
-                return f"took the lock over from {last.text}: {reason}"
-        raise OutputError("the lock changes hands all the time", str(self.folder.lock), "start the run once only")
+        note = None
+        with self._guarded() as now:
+            found = self._read()
+            if found is not None:
+                text, reason = self._judged(*found, now)
+                if reason is None:
+                    raise OutputError(f"the run is in use by {text}", str(self.folder.path),
+                                      "wait until it ends, stop it, or choose another run.name")
+                note = f"took the lock over from {text}: {reason}"
+            write_json(self.folder.lock, asdict(self.holder))
+            self._sweep(now)
+        return note
 
     def held_by(self) -> str | None:
         """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing.
@@ -114,46 +100,33 @@ class RunLock:
         Raises:
             OutputError: the folder cannot be read.
         """
-        with reported(self.folder.lock):
-            chain = self._chain()
-            # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
-            return chain[-1].text if chain and self._stale(chain[-1], time.time()) is None else None
+        found = self._read()
+        # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
+        text, reason = self._judged(*found, time()) if found else ("", "free")
+        return text if reason is None else None
 
-    def _claim(self, temporary: Path, last: _Link) -> bool:
-        """Become the successor of `last`, which is stale; False if another process was faster."""
-        claim = self._successor(last.token)
-        if not _publish(temporary, claim):
-            return False
-        chain = self._chain()
-        if not chain or chain[-1].token != self.holder.token:  # `last` had been replaced and swept before our claim
-            with suppress(FileNotFoundError):
-                os.unlink(claim)
-            return False
-        os.replace(temporary, self.folder.lock)
-        for link in chain[:-1]:
-            with suppress(FileNotFoundError):
-                os.unlink(self._successor(link.token))
-        self._sweep()
-        return True
-
-    def beat(self) -> None:
-        """Refresh the heartbeat; call it more often than every `STALE_SECONDS`.
+    def check(self) -> None:
+        """Whether the lock is still ours; one small read, cheap enough before every write.
 
         Raises:
             OutputError: the lock is gone or another process has taken it over; stop without writing.
         """
+        found = self._read()
+        if found is None or found[0] is None or found[0].token != self.holder.token:
+            told = f"{_named(found[0])} has taken the lock over" if found else "the lock file has been removed"
+            raise OutputError(told, str(self.folder.path), "run only one process group per run.name")
+
+    def beat(self) -> None:
+        """Refresh the heartbeat; call it more often than every `STALE_SECONDS`. Raises as `check`."""
+        self.check()
         with reported(self.folder.lock):
-            chain = self._chain()
-            if not chain or chain[-1].token != self.holder.token:
-                owner = f"{chain[-1].text} has taken the lock over" if chain else "the lock file has been removed"
-                raise OutputError(owner, str(self.folder.path), "run only one process group per run.name")
             os.utime(self.folder.lock)
 
     def release(self) -> None:
         """Give the lock up; does nothing if it is no longer ours. Raises OutputError if it cannot be removed."""
-        with reported(self.folder.lock):
-            chain = self._chain()
-            if len(chain) == 1 and chain[0].token == self.holder.token:
+        with self._guarded():
+            found = self._read()
+            if found is not None and found[0] is not None and found[0].token == self.holder.token:
                 os.unlink(self.folder.lock)
 
     def __enter__(self) -> RunLock:
@@ -163,81 +136,65 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _successor(self, token: str) -> Path:
-        return self.folder.path / f".lock.{token}.next"
+    @contextmanager
+    def _guarded(self) -> Iterator[float]:
+        """Alone with the lock file, for a moment -> the time by the file system's clock."""
+        from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-    def _chain(self) -> list[_Link]:
-        """The lock file and the claims that follow from it; empty if there is no lock."""
-        chain: list[_Link] = []
-        file = self.folder.lock
-        while (link := _read_link(file)) is not None and all(link.token != other.token for other in chain):
-            chain.append(link)
-            file = self._successor(link.token)
-        return chain
+        path = self.folder.path / GUARD
+        guard: BaseFileLock = FileLock(path, timeout=GUARD_SECONDS, mode=0o666)
+        with reported(self.folder.lock):
+            os.stat(self.folder.path)  # filelock would make a folder that is gone
+            try:
+                try:
+                    guard.acquire()
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_LOCKS:
+                        raise
+                    guard = SoftFileLock(f"{path}.soft", timeout=GUARD_SECONDS, mode=0o666)
+                    guard.acquire()
+            except Timeout:
+                raise OutputError(f"other processes have been taking the lock for {GUARD_SECONDS:.0f} s",
+                                  guard.lock_file, "start the run once only; if no process of the run lives, delete "
+                                  "this file") from None
+            try:
+                os.utime(guard.lock_file)
+                yield os.stat(guard.lock_file).st_mtime
+            finally:
+                guard.release()
 
-    def _stale(self, link: _Link, now: float) -> str | None:
-        """Why the lock may be taken from `link`, None if it may not. `now` is on the file system's clock."""
-        holder, age = link.holder, now - link.modified
+    def _read(self) -> tuple[Holder | None, float] | None:
+        """The holder and its last heartbeat; None if there is no lock. An unreadable lock has an unknown holder."""
+        with reported(self.folder.lock):
+            try:
+                with self.folder.lock.open("rb") as file:
+                    text, modified = file.read(), os.fstat(file.fileno()).st_mtime
+            except FileNotFoundError:
+                return None
+        with suppress(ValueError, TypeError, KeyError):
+            document = parse_json(text)
+            holder = Holder(**{field.name: document[field.name] for field in fields(Holder)})
+            if type(holder.pid) is int:
+                return holder, modified
+        return None, modified
+
+    def _judged(self, holder: Holder | None, modified: float, now: float) -> tuple[str, str | None]:
+        """The holder in words, and why the lock may be taken from it; None if it may not."""
+        text, age = _named(holder), now - modified
         if holder is not None and holder.process.shares_pids_with(self.holder.process):
-            return None if holder.process.runs() else "that process is gone"
+            return text, None if holder.process.runs() else "that process is gone"
         if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
-            return "it belongs to the same job"
-        return f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None
+            return text, "it belongs to the same job"
+        return text, f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left of their own attempts to lock or to write."""
-        fresh = os.stat(self.folder.lock).st_mtime - STALE_SECONDS
+    def _sweep(self, now: float) -> None:
+        """Remove what killed processes left of their own attempts to write."""
         for entry in list(os.scandir(self.folder.path)):
-            if entry.name.startswith(".") and entry.name.endswith((".tmp", ".next")):
+            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
                 with suppress(FileNotFoundError):
-                    if entry.stat(follow_symlinks=False).st_mtime < fresh:
+                    if entry.stat(follow_symlinks=False).st_mtime < now - STALE_SECONDS:
                         os.unlink(entry.path)
 
 
-@dataclass(frozen=True)
-class _Link:
-    """One file of the chain; `holder` is None if it cannot be read (half written, or damaged)."""
-
-    token: str
-    holder: Holder | None
-    modified: float
-
-    @property
-    def text(self) -> str:
-        return str(self.holder) if self.holder else "an unknown process (unreadable lock)"
-
-
-def _read_link(file: Path) -> _Link | None:
-    try:
-        stat = os.stat(file)
-        text = file.read_bytes()
-    except FileNotFoundError:
-        return None
-    holder = _parse(text)
-    return _Link(holder.token if holder else f"unreadable-{stat.st_mtime_ns}", holder, stat.st_mtime)
-
-
-def _parse(text: bytes) -> Holder | None:
-    try:
-        document: dict[str, Any] = parse_json(text)
-        holder = Holder(**{field.name: document[field.name] for field in fields(Holder)})
-    except (ValueError, TypeError, KeyError):
-        return None
-    plain = isinstance(holder.token, str) and holder.token.isalnum() and type(holder.pid) is int
-    return holder if plain else None  # the token becomes part of a file name
-
-
-def _publish(temporary: Path, target: Path) -> bool:
-    """Create `target` with the content of `temporary`; False if it exists already."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return os.stat(temporary).st_nlink > 1  # NFS: the link was made, only its answer got lost
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        try:  # no hard links here: readers take the half-written file for held, as it is fresh
-            write_all(target, temporary.read_bytes())
-        except FileExistsError:
-            return False
-    return True
+def _named(holder: Holder | None) -> str:
+    return str(holder) if holder else "an unknown process (unreadable lock)"

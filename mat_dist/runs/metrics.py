@@ -1,4 +1,10 @@
-"""Files of a run that grow: metrics.jsonl (a JSON object per line) and summary.csv (a row per epoch and peer)."""
+"""What rank 0 tells of a run: the reporter, and its files metrics.jsonl and summary.csv.
+
+Keys of a record are free, these have a meaning here: `step`, `epoch` (float), `loss`, `clean_acc`, `robust_acc`,
+`ema_clean_acc`, `ema_robust_acc`, `lr` (a list with a number per peer, or one number for all), `images_per_s` (clean
+images, once for the cohort). Shares are in [0, 1]; those of an epoch record were measured by the evaluator. A row of
+summary.csv takes the loss, rate and speed that its epoch record lacks from the last log step.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +12,151 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from torch import Tensor
+
 from mat_dist.errors import OutputError
+from mat_dist.runs.console import ConsoleMode, TableRow, choose_screen, per_peer, results_table
+from mat_dist.runs.files import reported
 
 SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "robust_acc", "ema_clean_acc",
                    "ema_robust_acc", "images_per_s", "lr")
-_TAIL = 1 << 16  # bytes read at a time when looking for the last line end
+SIDE = 96  # smaller pictures are enlarged by a whole factor to about this many pixels
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A clean image, a perturbation as an image (grey: no change), and the AE; (C, H, W) in [0, 1], and in words."""
+
+    clean: Tensor
+    perturbation: Tensor
+    adversarial: Tensor
+    caption: str
+
+    def side_by_side(self) -> Tensor:
+        """The three in a row -> uint8 (1 or 3, H, 3 W), enlarged."""
+        row = torch.cat([self.clean, self.perturbation, self.adversarial], dim=2)
+        image_CHW = row.detach().to("cpu", torch.float32)
+        if len(image_CHW) not in (1, 3):
+            image_CHW = image_CHW.mean(0, keepdim=True)
+        factor = max(round(SIDE / max(self.clean.shape[1:])), 1)
+        levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
+        return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+class Reporter:
+    """Where the numbers of a run go: here nowhere, as on all ranks but the first."""
+
+    wants_pictures = False
+
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
+        """Begin: steps of the whole run, peer names in peer order, steps that earlier attempts have done."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """A log step. Needs `step`."""
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """The end of an epoch, after its evaluation if there was one. Needs `epoch` and `step`."""
+
+    def note(self, text: str) -> None:
+        """A line for the person at the console."""
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        """Pictures of an evaluation; made only where they are wanted."""
+
+    def table(self, rows: Sequence[TableRow]) -> None:
+        """The final results."""
+
+    def close(self) -> None:
+        """Leave the console as it was. May be called twice."""
+
+
+class JsonlReporter(Reporter):
+    """Writes `metrics.jsonl` and `summary.csv` into the run folder and shows progress on the console.
+
+    Both files are appended to, so a resumed run continues them; `attempt` tells its records from earlier ones of the
+    same step, the highest attempt counts.
+
+    Args:
+        folder: the run folder; it exists.
+        console: `live`, `plain`, `off`, or `auto`: live where standard output is a terminal.
+        attempt: number of this start of the run, from 1.
+        screen: the rich console to use instead of standard output.
+        clock: monotonic seconds.
+
+    Raises:
+        OutputError: (also from `log` and `epoch`) the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 1,
+                 screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = Path(folder) / "metrics.jsonl"
+        self._summary = Path(folder) / "summary.csv"
+        drop_partial_line(self._metrics)
+        start_summary(self._summary)
+        self._screen = choose_screen(console, screen)
+        self._attempt, self._clock = attempt, clock
+        self._total, self._first, self._began = 0, 0, clock()
+        self._peers: tuple[str, ...] = ()
+        self._last: dict[str, Any] = {}
+
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
+        self._total, self._first, self._began = total_steps, first_step, self._clock()
+        self._peers = tuple(peers)
+        self._screen.start(total_steps, peers, first_step)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        append_text(self._metrics, json_line({"kind": "step", "attempt": self._attempt, **record}))
+        self._last = {key: record[key] for key in ("loss", "lr", "images_per_s") if key in record}
+        elapsed_s = self._clock() - self._began
+        self._screen.step(record, eta_seconds(record["step"], self._total, self._first, elapsed_s))
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        record = {"attempt": self._attempt, **record}
+        append_text(self._metrics, json_line({"kind": "epoch", **record}))
+        append_text(self._summary, summary_rows({**self._last, **record}, self._peers))
+        self._screen.epoch(record)
+
+    def note(self, text: str) -> None:
+        self._screen.note(text)
+
+    def table(self, rows: Sequence[TableRow]) -> None:
+        self._screen.table(results_table(rows))
+
+    def close(self) -> None:
+        self._screen.close()
+
+
+# ------------------------------------------------------------------------------------------------ files that grow
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` in one write and flush it to the operating system.
-
-    Raises:
-        OutputError: the file cannot be written, e.g. a full disk.
-    """
-    try:
-        with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(text)
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", str(path),
-                          "free space on the disk or make the run folder writable, then start the run again") from error
+    """Append `text` in one write and flush it to the operating system. Raises OutputError, e.g. for a full disk."""
+    with reported(path, len(text)), open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def drop_partial_line(path: Path) -> None:
     """Cut the file after its last line end: a process that was killed while writing leaves half a record."""
-    if not path.exists():
-        return
-    try:
-        with open(path, "r+b") as file:
-            end = stop = file.seek(0, io.SEEK_END)
-            keep = 0
-            while stop > 0 and keep == 0:
-                start = max(stop - _TAIL, 0)
-                file.seek(start)
-                found = file.read(stop - start).rfind(b"\n")
-                keep = start + found + 1 if found >= 0 else 0
-                stop = start
-            if keep < end:
-                file.truncate(keep)
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", str(path), "make the run folder writable") from error
+    with reported(path):
+        if path.exists() and path.stat().st_size:
+            with open(path, "r+b") as file:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    whole, keep = len(content), content.rfind(b"\n") + 1
+                if keep < whole:
+                    file.truncate(keep)
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -79,15 +187,6 @@ def _finite(value: Any, where: str, marks: dict[str, str]) -> Any:
     return value
 
 
-def per_peer(value: Any, peers: int) -> list[Any]:
-    """A list with an entry per peer as it is; one value for the whole cohort (or None) repeated for each."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != peers:
-            raise ValueError(f"{len(value)} values for {peers} peers")
-        return list(value)
-    return [value] * peers
-
-
 def start_summary(path: Path) -> None:
     """Write the header of summary.csv once; a resumed run appends below what is there.
 
@@ -96,16 +195,11 @@ def start_summary(path: Path) -> None:
     """
     drop_partial_line(path)
     header = ",".join(SUMMARY_COLUMNS)
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = file.readline().rstrip("\r\n")
-    except FileNotFoundError:
-        found = ""
-    except OSError as error:
-        raise OutputError(f"cannot read: {error.strerror}", str(path), "make the run folder readable") from error
-    if not found:
+    with reported(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines or not lines[0]:
         append_text(path, header + "\n")
-    elif found != header:
+    elif lines[0] != header:
         raise OutputError("the columns are those of another version", str(path),
                           "continue this run with the version that began it, or choose another run.name")
 
@@ -113,9 +207,51 @@ def start_summary(path: Path) -> None:
 def summary_rows(record: Mapping[str, Any], peers: Sequence[str]) -> str:
     """The CSV rows of an epoch record, one per peer; values that were not measured are empty."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = {name: per_peer(record.get(name), len(peers)) for name in SUMMARY_COLUMNS if name != "peer"}
     columns["peer"] = list(peers)
-    for index in range(len(peers)):
-        writer.writerow([columns[name][index] for name in SUMMARY_COLUMNS])
+    csv.writer(text, lineterminator="\n").writerows(zip(*(columns[name] for name in SUMMARY_COLUMNS), strict=True))
     return text.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def images_per_second(images: int, seconds: float) -> float | None:
+    """Clean images per second of wall time, counted once for the whole cohort; None where no time has passed."""
+    return images / seconds if seconds > 0 else None
+
+
+def eta_seconds(step: int, total_steps: int, first_step: int, elapsed_s: float) -> float | None:
+    """Seconds left after `step` of `total_steps`, at the mean speed since `first_step`.
+
+    Args:
+        step: steps done so far, earlier attempts included.
+        first_step: steps that were done when this attempt began; they took none of `elapsed_s`.
+        elapsed_s: wall seconds of this attempt. Evaluations and checkpoints count, as they will come again.
+
+    Returns:
+        None while this attempt has done no step.
+    """
+    done = step - first_step
+    return max(total_steps - step, 0) * elapsed_s / done if done > 0 else None
+
+
+def device_memory(device: torch.device | str = "cpu") -> dict[str, float]:
+    """Memory of this process on `device`, in MiB, since it started.
+
+    Returns:
+        CPU: `host_peak_mib`, the largest resident set. CUDA: also `device_allocated_mib` (tensors now),
+        `device_peak_mib` (tensors, at most), `device_reserved_mib` (held by the allocator) and, where the driver's
+        management library is installed, `device_busy_percent` (share of the last sample period with a kernel running).
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    values = {"host_peak_mib": round(peak * unit / _MIB, 1)}
+    device = torch.device(device)
+    if device.type == "cuda":
+        values["device_allocated_mib"] = round(torch.cuda.memory_allocated(device) / _MIB, 1)
+        values["device_peak_mib"] = round(torch.cuda.max_memory_allocated(device) / _MIB, 1)
+        values["device_reserved_mib"] = round(torch.cuda.memory_reserved(device) / _MIB, 1)
+        with suppress(ModuleNotFoundError, RuntimeError):  # the library is absent; containers, MIG
+            values["device_busy_percent"] = float(torch.cuda.utilization(device))
+    return values

@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mat_dist.distributed.agreement import Agreement, described
-from mat_dist.runs.files import write_text
+from mat_dist.cli import LOGGED
 from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
 from mat_dist.config.schema import Config
+from mat_dist.distributed.agreement import Agreement, described
 from mat_dist.distributed.device import device_name
-from mat_dist.cli import LOGGED
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.launch import Launch
 from mat_dist.errors import (
     FINAL_CODES,
     CheckpointError,
@@ -30,13 +31,11 @@ from mat_dist.errors import (
     StopRequested,
     error_class,
 )
-from mat_dist.distributed.launch import Launch
-from mat_dist.distributed.groups import Mesh
+from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
-from mat_dist.runs.exits import finished, next_attempt, read_exit, write_exit
-from mat_dist.runs.environment import write_environment
 from mat_dist.runs.logs import close_logger, rank_logger
+from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
 
 T = TypeVar("T")
 BEAT_SECONDS = 30  # a lock is stale after 120 s

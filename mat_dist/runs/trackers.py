@@ -8,47 +8,25 @@ from __future__ import annotations
 
 import importlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from mat_dist.runs.files import reported, write_text
-from mat_dist.config.schema import LogConfig
+from mat_dist.config.schema import Config, LogConfig
 from mat_dist.errors import EnvironmentFault
+from mat_dist.runs.console import TableRow
+from mat_dist.runs.files import reported, write_text
+from mat_dist.runs.metrics import JsonlReporter, Picture, Reporter
+from mat_dist.runs.session import Run
 
-SIDE = 96  # smaller pictures are enlarged by a whole factor to about this many pixels
 PER_RANK = frozenset({"phases_s", "wait_share"})  # lists with an entry per rank; all others are per peer
 NO_SERIES = frozenset({"step", "attempt"})
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A clean image, a perturbation as an image (grey: no change), and the AE; (C, H, W) in [0, 1], and in words."""
-
-    clean: Tensor
-    perturbation: Tensor
-    adversarial: Tensor
-    caption: str
-
-    def side_by_side(self) -> Tensor:
-        """The three in a row -> uint8 (1 or 3, H, 3 W), enlarged."""
-        row = torch.cat([self.clean, self.perturbation, self.adversarial], dim=2)
-        image_CHW = row.detach().to("cpu", torch.float32)
-        if len(image_CHW) not in (1, 3):
-            image_CHW = image_CHW.mean(0, keepdim=True)
-        factor = max(round(SIDE / max(self.clean.shape[1:])), 1)
-        levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-
-
-class Tracker(Protocol):
+class Tracker:
     """Where numbers go besides the run folder."""
 
-    name: str
+    name = ""
 
     def start(self, first_step: int) -> None:
         """Begin after `first_step` steps: what an earlier attempt sent of later ones does not count."""
@@ -63,7 +41,7 @@ class Tracker(Protocol):
         """Everything is out. May be called without `start`."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in `<run>/tensorboard/`."""
 
     name = "TensorBoard"
@@ -94,7 +72,7 @@ class TensorBoard:
             self._writer.close()
 
 
-class WandB:
+class WandB(Tracker):
     """A run of a Weights & Biases project, continued by a resumed run: its id is kept in `<run>/wandb/`."""
 
     name = "W&B"
@@ -176,3 +154,78 @@ def _numbers(tag: str, value: Any, peers: Sequence[str], per_rank: bool) -> Iter
         names = [f"rank{index}" for index in range(len(value))] if per_rank else [*peers, "clean"]
         for index, item in enumerate(value):  # a row of the transfer table ends with the clean accuracy
             yield from _numbers(f"{tag}/{names[index] if index < len(names) else index}", item, peers, per_rank)
+
+
+# ------------------------------------------------------------------------------------------------ the reporter
+
+
+def open_reporter(run: Run, config: Config) -> Reporter:
+    """The reporter of a rank. Rank 0: files and console, and the trackers of the section `log`; others: none."""
+    if not run.mesh.placement.is_lead:
+        return Reporter()
+    folder = run.folder.path
+    files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
+    trackers = choose_trackers(folder, config.log, config.model_dump(mode="json"))
+    return TrackedReporter(files, trackers) if trackers else files
+
+
+class TrackedReporter(Reporter):
+    """`inner`, and the same numbers to trackers. One that fails is left out with a note; the run goes on."""
+
+    wants_pictures = True
+
+    def __init__(self, inner: Reporter, trackers: Sequence[Tracker]) -> None:
+        self._inner, self._trackers = inner, list(trackers)
+        self._peers: tuple[str, ...] = ()
+        self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
+
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
+        """Raises EnvironmentFault for a tracker that cannot begin."""
+        self._peers = tuple(peers)
+        for tracker in self._trackers:
+            tracker.start(first_step)
+        self._inner.start(total_steps, peers, first_step=first_step)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._inner.log(record)
+        finally:
+            self._scalars(record)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._inner.epoch(record)
+        finally:
+            self._scalars(record)
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        self._inner.pictures(step, group, pictures)
+        self._each(lambda tracker: tracker.pictures(step, group, pictures))
+
+    def note(self, text: str) -> None:
+        self._inner.note(text)
+
+    def table(self, rows: Sequence[TableRow]) -> None:
+        self._inner.table(rows)
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        self._inner.close()
+
+    def _scalars(self, record: Mapping[str, Any]) -> None:
+        """The record of an epoch repeats the rate of a step's: a point is sent once."""
+        step = record["step"]
+        if step != self._sent[0]:
+            self._sent = (step, set())
+        new = {tag: value for tag, value in series(record, self._peers).items() if tag not in self._sent[1]}
+        self._sent[1].update(new)
+        self._each(lambda tracker: tracker.scalars(step, new))
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of a library that only mirrors: it must not stop the training
+                self._trackers.remove(tracker)
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self._inner.note(f"warning: {tracker.name} gets no more numbers of this attempt: {text}")

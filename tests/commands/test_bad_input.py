@@ -296,11 +296,11 @@ def test_other_images_on_resume_end_with_4_and_the_run_can_still_go_on(stopped: 
 
 def test_a_run_whose_checkpoints_are_all_damaged_ends_with_4_and_keeps_them(stopped: Finished, fails: Fail,
                                                                           tmp_path: Path) -> None:
-    file = stopped.folder.checkpoints / "step_00000004" / "peer_0.pt"
+    file = stopped.folder.checkpoints / "step_00000004" / "peer_0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     before = tree_hash(stopped.folder.checkpoints)
     err = fails(4, *two_epochs(tmp_path), f"data.root={tmp_path / 'a.npz'}")
-    assert "step_00000004" in err and "peer_0.pt" in err
+    assert "step_00000004" in err and "peer_0.safetensors" in err
     assert tree_hash(stopped.folder.checkpoints) == before
 
 

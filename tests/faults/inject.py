@@ -231,19 +231,7 @@ def _watch(fault: Fault) -> None:
     trainer.train_step = watched
 
 
-def _migrate(fault: Fault) -> None:
-    """A package whose format is one newer than that of the checkpoints on the disk."""
-    from types import MappingProxyType
-
-    from mat_dist.checkpoints import manifest
-
-    manifest.FORMAT = 2
-    manifest.MIGRATIONS = MappingProxyType({1: manifest.Migration(
-        manifest=lambda document: {**document, "format": 2}, peer=lambda content: content)})
-
-
-AT_START: dict[str, Callable[[Fault], None]] = {"limit": _limit_files, "watch": _watch, "migrate": _migrate,
-                                               "words": lambda fault: None}
+AT_START: dict[str, Callable[[Fault], None]] = {"limit": _limit_files, "watch": _watch, "words": lambda fault: None}
 
 
 def marked(fault: Fault, mark: Path) -> Fault:

@@ -68,7 +68,7 @@ def one_run(lab: Lab, draw: random.Random) -> dict[str, Any]:
         done = int(found[-1].name.removeprefix("step_")) if found else 0
         if len(found) > 1 and draw.random() < 0.15:
             newest, how = found[-1], draw.choice(sorted(SPOILS))
-            file = draw.choice(sorted(newest.glob("peer_*.pt")))
+            file = draw.choice(sorted(newest.glob("peer_*.safetensors")))
             SPOILS[how](file)
             told.append(f"{how}: {newest.name}/{file.name}")
         fault = random_fault(draw, ranks, done) if draw.random() < 0.9 else None

@@ -28,8 +28,8 @@ from mat_dist.evaluation.during_training import Evaluations
 from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import open_run
-from mat_dist.runs.tracked import open_reporter
-from tests.small_runs import SMALL, Finished, robust_of, run_small
+from mat_dist.runs.trackers import open_reporter
+from tests.small_runs import SMALL, Finished, as_format_1, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings
 
@@ -145,11 +145,20 @@ def test_a_stop_request_in_the_last_step_is_a_finished_run(cohort_run: Run) -> N
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_bit(cohort_run: Run, uninterrupted: Run) -> None:
     settings = (*AVERAGED, "checkpoint.every_steps=1")
     run = cohort_run("damaged", 2, *settings, stop_after=4)
-    file = run.folder.checkpoints / "step_00000004" / "peer_1.pt"
+    file = run.folder.checkpoints / "step_00000004" / "peer_1.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     again = cohort_run("damaged", 1, *settings)
     assert again.hashes() == uninterrupted(*AVERAGED).hashes()
     assert "continuing from step 3" in again.folder.rank_log(0).read_text()
+
+
+def test_a_run_of_an_older_format_goes_on_without_the_loss_of_a_bit(cohort_run: Run, uninterrupted: Run) -> None:
+    run = cohort_run("older", 2, *AVERAGED, stop_after=4)
+    as_format_1(run.folder.checkpoints / "step_00000004")
+    assert not list(run.folder.path.rglob("*.safetensors"))
+    again = cohort_run("older", 1, *AVERAGED)
+    assert again.hashes() == uninterrupted(*AVERAGED).hashes() and again.steps()[0] == 4
+    assert [load_manifest(run.folder, step).format for step in (4, STEPS)] == [1, 2]
 
 
 def test_a_finished_run_goes_on_when_it_is_given_more_epochs(cohort_run: Run, uninterrupted: Run) -> None:
@@ -270,7 +279,7 @@ def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(coho
     def damaged(config: Any, mesh: Any, manifest: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs["purpose"] == "test" and not last:
             last.append(manifest.step)
-            raise CheckpointError("peer_0.pt is damaged", "step_00000004", "restore it")
+            raise CheckpointError("peer_0.safetensors is damaged", "step_00000004", "restore it")
         return original(config, mesh, manifest, *args, **kwargs)
 
     monkeypatch.setattr(during_training, "evaluate", damaged)

@@ -273,7 +273,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_files_that_a_run_writes(tmp_pat
     config = load_config(None, [*SMALL, "optim.ema_decay=0.9", "model.width=1"])
     measured = check_model(config, (0, 1), known_sample(config), torch.device("cpu")).value
     done = run_small(tmp_path / "runs", "a", "optim.ema_decay=0.9", "model.width=1")
-    files = sorted(done.folder.checkpoints.glob("step_*/peer_0.pt"))
+    files = sorted(done.folder.checkpoints.glob("step_*/peer_0.safetensors"))
     # Names and alignment of a zip file come on top: 64 bytes per tensor.
     assert 0 <= files[-1].stat().st_size - measured.state < 20_000
 

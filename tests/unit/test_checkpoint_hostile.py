@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from mat_dist import checkpoints
-from mat_dist.checkpoints import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, manifest, save_peer
-from mat_dist.checkpoints.manifest import MANIFEST, Migration
+from mat_dist.checkpoints import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, migrated, save_peer
+from mat_dist.checkpoints.manifest import MANIFEST
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.folder import RunFolder
 
@@ -52,11 +52,12 @@ def rewrite(folder: RunFolder, **changes: Any) -> Path:
     return file
 
 
-def plant(folder: RunFolder, data: bytes) -> None:
+def plant(folder: RunFolder, data: bytes, version: int = 2) -> None:
     """Replace the peer's file by `data`, with a manifest that vouches for it."""
-    (folder.checkpoints / "step_00000010" / "peer_0.pt").write_bytes(data)
-    entry = {"name": "peer_0.pt", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    rewrite(folder, files=[entry])
+    name = "peer_0.pt" if version == 1 else "peer_0.safetensors"
+    (folder.checkpoints / "step_00000010" / name).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    rewrite(folder, format=version, files=[{"name": name, "size": len(data), "sha256": digest}])
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -119,8 +120,6 @@ HOSTILE = {
     "protocol 4": lambda touch: saved({"x": touch}, pickle_protocol=4),
     "os.system": lambda touch: repacked(b"cposix\nsystem\nX\x04\x00\x00\x00true\x85R."),
     "inst": lambda touch: repacked(b"(X\x04\x00\x00\x00trueiposix\nsystem\n."),
-    "second pickle": lambda touch: repacked(pickle.dumps({}, protocol=2),
-                                            more={"archive/more.pkl": pickle.dumps(touch, protocol=2)}),
     "module": lambda touch: saved(torch.nn.Linear(1, 1)),
     "script": lambda touch: scripted(),
     "bytearray of 1 TiB": lambda touch: repacked(allocation(1 << 40)),
@@ -148,16 +147,68 @@ def scripted() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_peer_file_is_refused_and_nothing_runs(folder, tmp_path, kind, verify):
-    sentinel = tmp_path / "executed"
-    plant(folder, HOSTILE[kind](Touch(sentinel)))
+def tensors(metadata: Any = None, **changes: Any) -> bytes:
+    """A safetensors file of one tensor, with changed entries in its header."""
+    header = {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12], **changes}}
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(12)
+
+
+GOOD = {"state": "{}"}
+HOSTILE_NOW = {
+    "empty": b"", "text": b"nothing else", "zip": saved({"w": torch.ones(3)}), "pickle": pickle.dumps({"w": 1}),
+    "a header of 2^63 bytes": b"\xff" * 8 + b"{}", "a header that is cut off": tensors()[:20],
+    "metadata of numbers": tensors({"state": 3}), "metadata is a list": tensors([1]),
+    "too many values": tensors(GOOD, shape=[1 << 40]), "no such type": tensors(GOOD, dtype="F7"),
+    "outside": tensors(GOOD, data_offsets=[0, 1 << 40]), "before": tensors(GOOD, data_offsets=[-9, 3]),
+    **{text[:40]: tensors({"state": text}) for text in (
+        "{", "[]", "3", '{"a": {"$tensor": "x"}}', '{"a": {"$tensor": [1]}}', '{"a": {"$tuple": 3}}',
+        '{"a": {"$items": [3]}}', '{"a": {"$items": [[[1], 2]]}}', '{"a": {"$items": [[true, 2]]}}',
+        '{"a": {"$float": "x"}}', '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 200_000 + "]" * 200_000,
+        '{"a":' * 20_000 + "1" + "}" * 20_000, '{"a": ' + "9" * 10_000 + "}")},
+}
+
+
+def refused(folder: RunFolder) -> None:
+    """Refused in one line, without taking much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=r"peer_0\.pt"):
-        load_peer(load_manifest(folder), 0, verify=verify)
-    assert not sentinel.exists()
+    with pytest.raises(CheckpointError, match=r"peer_0\.") as caught:
+        load_peer(load_manifest(folder), 0)
+    assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_of_format_1_is_refused_and_nothing_runs(folder, tmp_path, kind):
+    sentinel = tmp_path / "executed"
+    plant(folder, HOSTILE[kind](Touch(sentinel)), version=1)
+    refused(folder)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("kind", HOSTILE_NOW)
+def test_a_hostile_file_of_format_2_is_refused(folder, kind):
+    plant(folder, HOSTILE_NOW[kind])
+    refused(folder)
+
+
+def test_format_2_neither_writes_nor_reads_a_pickle(folder, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("a pickle")
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    for name in ("save", "load"):
+        monkeypatch.setattr(torch, name, forbidden)
+    directory = checkpoints.begin(folder, 20, 1)
+    entry = save_peer(directory, 0, {"w": torch.ones(3), "step": 20, "groups": [{"betas": (0.9, 0.99)}]})
+    found = checkpoints.commit(folder, 20, 1, [entry], Meta(1, ("a",), "c", "d"))
+    assert load_peer(found, 0)["groups"] == [{"betas": (0.9, 0.99)}]
+    data = (found.directory / entry.name).read_bytes()
+    assert not zipfile.is_zipfile(io.BytesIO(data)) and entry.name.endswith(".safetensors")
+    size = int.from_bytes(data[:8], "little")
+    assert sorted(json.loads(data[8:8 + size])) == ["__metadata__", "w"] and len(data) == 8 + size + 12
 
 
 def test_the_sentinel_works(tmp_path):
@@ -165,7 +216,7 @@ def test_the_sentinel_works(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-ENTRY = {"name": "peer_0.pt", "size": 1, "sha256": "0" * 64}
+ENTRY = {"name": "peer_0.safetensors", "size": 1, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize("changes", [
@@ -173,7 +224,7 @@ ENTRY = {"name": "peer_0.pt", "size": 1, "sha256": "0" * 64}
     {"peers": ["a", "b"]}, {"peers": "a"}, {"files": []}, {"files": {}}, {"files": [1]}, {"files": [ENTRY, ENTRY]},
     {"files": [{**ENTRY, "name": "../../../etc/passwd"}]}, {"files": [{**ENTRY, "name": "/etc/passwd"}]},
     {"files": [{**ENTRY, "size": -1}]}, {"files": [{**ENTRY, "size": 1e3}]}, {"files": [{**ENTRY, "sha256": "0" * 63}]},
-    {"files": [{**ENTRY, "sha256": "Z" * 64}]}, {"files": [{"name": "peer_0.pt"}]}, {"extra": []}, {"versions": "1"},
+    {"files": [{**ENTRY, "sha256": "Z" * 64}]}, {"files": [{"name": ENTRY["name"]}]}, {"extra": []}, {"versions": "1"},
     {"config_digest": 1}, {"saved": None}, {"format": 0}, {"format": -1}, {"format": True}, {"format": "1"},
     {"format": -10**30}, {"format": None}])
 def test_a_manifest_with_wrong_entries_is_refused(folder, changes):
@@ -204,39 +255,43 @@ def test_a_huge_manifest_is_not_read_whole(folder):
 def test_a_later_format_is_named_and_never_passed_over(folder):
     directory = checkpoints.begin(folder, 5, 1)
     checkpoints.commit(folder, 5, 1, [save_peer(directory, 0, {})], Meta(0, ("a",), "", ""))
-    rewrite(folder, format=2, versions={"mat_dist": "7.1"}, files="in a form nobody knows yet")
+    rewrite(folder, format=3, versions={"mat_dist": "7.1"}, files="in a form nobody knows yet")
     for look in (lambda: find_newest(folder), lambda: load_manifest(folder, 10)):
         with pytest.raises(TooNew, match=r"needs mat_dist >= 7\.1") as caught:
             look()
         assert caught.value.code == 4
-    rewrite(folder, format=3, versions=None)
+    rewrite(folder, format=4, versions=None)
     with pytest.raises(TooNew, match="later"):
         find_newest(folder)
 
 
-def test_an_older_format_goes_through_every_migration(folder, monkeypatch):
-    def old_manifest(document):
-        document["epoch"] = document.pop("epochs_done")
-        return document
+OLD_STATE = {
+    "name": "a", "model": {"conv.weight": torch.arange(6.0).reshape(2, 3), "bn.n": torch.tensor(7)}, "ema": None,
+    "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    "eat": {"counted": [[1, 2]]}, "carried": {"frames": torch.zeros(4), "known": torch.ones(4, dtype=torch.bool)}}
 
-    def first_peer(content):
-        return {"weights": content["params"], "step": content["step"]}
 
-    def second_peer(content):
-        return {"w": content["weights"], "step": content["step"]}
-
-    table = {-1: Migration(lambda document: {**document, "extra": {"from": -1}}, first_peer),
-             0: Migration(old_manifest, second_peer)}
-    plant(folder, saved({"params": torch.ones(3), "step": 10}))
-    file = rewrite(folder, format=-1, epochs_done=4)
-    document = json.loads(file.read_text())
-    del document["epoch"], document["digest"]
-    file.write_text(json.dumps({**document, "digest": json_digest(document)}) + "\n")
-    monkeypatch.setattr(manifest, "MIGRATIONS", table)
+def test_a_checkpoint_of_format_1_is_read_beside_those_of_format_2(folder):
+    plant(folder, saved(OLD_STATE), version=1)
+    (folder.checkpoints / "step_00000010" / "peer_0.safetensors").unlink()
     found, notes = find_newest(folder)
-    assert notes == [] and found.format == -1 and found.meta.epoch == 4 and found.meta.extra == {"from": -1}
-    content = load_peer(found, 0, require=("w",))
-    assert set(content) == {"w", "step"} and torch.equal(content["w"], torch.ones(3))
+    content = load_peer(found, 0)
+    assert notes == [] and found.format == 1 and list(content) == list(OLD_STATE)
+    assert torch.equal(content["model"]["conv.weight"], OLD_STATE["model"]["conv.weight"])
+    assert torch.equal(content["optimizer"]["state"][0]["momentum_buffer"], torch.ones(2, 3))
+    directory = checkpoints.begin(folder, 20, 2)
+    checkpoints.commit(folder, 20, 2, [save_peer(directory, 0, content)], Meta(1, ("a",), "c", "d"))
+    assert [load_manifest(folder, step).format for step in (10, 20)] == [1, 2]
+    assert repr(load_peer(load_manifest(folder, 20), 0)) == repr(content)
+    assert checkpoints.prune(folder, 1) == ([10], [])
+
+
+def test_what_belongs_to_a_method_moves_below_its_name():
+    plain = {key: OLD_STATE[key] for key in ("name", "model", "ema", "optimizer")}
+    assert migrated(plain) == {**plain, "methods": {}}
+    assert migrated(OLD_STATE) == {**plain, "methods": {"unions": {"eat": OLD_STATE["eat"]},
+                                                        "warm_start": {"carried": OLD_STATE["carried"]}}}
+    assert migrated(migrated(OLD_STATE)) == migrated(OLD_STATE)
 
 
 def test_a_damaged_pointer_leads_nowhere(folder):
@@ -253,4 +308,5 @@ def test_the_package_never_unpickles_freely():
     package = Path(sys.modules["mat_dist"].__file__).parent / "checkpoints"
     text = "".join(file.read_text() for file in package.glob("*.py"))
     assert "weights_only=False" not in text and "pickle.load" not in text and "pickle.Unpickler" not in text
-    assert text.count("torch.load(io") == text.count("weights_only=True, map_location") == 2
+    assert text.count("torch.load(") == text.count("weights_only=True, map_location") == 1
+    assert text.count("read_torch(") == 3  # its definition, format 1, and state dicts of other programs

@@ -73,7 +73,7 @@ def found(folder: RunFolder) -> tuple[int, int] | None:
 
 
 def damage(folder: RunFolder, step: int) -> None:
-    file = folder.checkpoints / checkpoints.step_name(step) / "peer_0.pt"
+    file = folder.checkpoints / checkpoints.step_name(step) / "peer_0.safetensors"
     file.write_bytes(file.read_bytes()[::-1])
 
 

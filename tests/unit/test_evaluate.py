@@ -441,7 +441,7 @@ def test_a_foreign_pickle_is_refused_and_not_run(run: Path, evaluate: Evaluate, 
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "executed",)
 
-    for file in run.glob("checkpoints/step_*/peer_0.pt"):
+    for file in run.glob("checkpoints/step_*/peer_0.safetensors"):
         torch.save({"model": Payload()}, file)
     evaluate(run, *FAST, code=4)
     assert not (tmp_path / "executed").exists()

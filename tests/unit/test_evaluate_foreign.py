@@ -272,7 +272,7 @@ def test_a_file_that_is_missing_or_hostile_is_refused_and_not_run(evaluate: Comm
 
 
 def test_a_file_of_a_run_leads_to_the_run(run: Path, evaluate: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(next(run.glob("checkpoints/step_*/peer_0.pt"))), *FAST, "threats=linf:0.1"]) == 2
+    assert main([str(next(run.glob("checkpoints/step_*/peer_0.safetensors"))), *FAST, "threats=linf:0.1"]) == 2
     assert capsys.readouterr().err.count(f"or evaluate its run: {run}") == 2  # model and data.name are asked for
     for name in ("config.yaml", "checkpoints"):
         assert "give the folder of a run" in evaluate(run / name, *FAST, code=2)["err"]
@@ -282,7 +282,7 @@ def test_a_file_of_a_run_leads_to_the_run(run: Path, evaluate: Command, capsys: 
     (lambda run: (run / "config.yaml").write_text("run: {seed: [}"), 2, "config.yaml"),
     (lambda run: (run / "config.yaml").write_text("attack: {stpes: 3}"), 2, "attack.steps"),
     (lambda run: next(run.glob("checkpoints/*/manifest.json")).write_text("{"), 4, "manifest"),
-    (lambda run: next(run.glob("checkpoints/*/peer_1.pt")).unlink(), 4, "peer_1.pt"),
+    (lambda run: next(run.glob("checkpoints/*/peer_1.safetensors")).unlink(), 4, "peer_1.safetensors"),
     (lambda run: (run / "checkpoints" / "latest").write_text("step_00000099"), 4, "there is no checkpoint 'latest'"),
     (lambda run: [one.unlink() for one in run.glob("checkpoints/*/manifest.json")], 4, "manifest.json is missing"),
 ], ids=["yaml", "setting", "manifest", "peer", "pointer", "unfinished"])

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from mat_dist import checkpoints, rng
 from mat_dist.core.cohort import state_hash
 from mat_dist.core.graph import CohortPlan
+from mat_dist.core.optim import average, ema_decay_at
 from mat_dist.core.peer import Peer
-from mat_dist.core.schedules import ema_decay_at
-from mat_dist.core.sgd import average
 from tests.cohorts import Net, batch, cohort_config, nets
 
 

@@ -9,7 +9,7 @@ import pytest
 from mat_dist.config.presets import fill_loss
 from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerConfig, ThreatConfig, UnionConfig
 from mat_dist.core.graph import CohortPlan
-from mat_dist.core.schedules import ema_decay_at, lr_at
+from mat_dist.core.optim import ema_decay_at, lr_at
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
 

@@ -423,7 +423,7 @@ def test_without_a_checkpoint_only_a_report_without_attacks_is_made(copy, capsys
 
 
 def test_a_damaged_checkpoint_is_refused(copy, capsys):
-    for file in copy.checkpoints.glob("step_*/peer_1.pt"):
+    for file in copy.checkpoints.glob("step_*/peer_1.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert main([str(copy.path)]) == 4
     assert "differs from what was saved" in complaint(capsys)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
-from mat_dist.runs import environment, exits
+from mat_dist.runs import record
 from mat_dist.runs.folder import RunFolder, create_or_open
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -48,7 +48,7 @@ def test_twenty_launches_in_one_second_get_twenty_folders(tmp_path):
 def test_a_job_finds_its_folder_again(tmp_path):
     first = make(tmp_path, job_id="4711")
     assert first.name == "digits-job4711"
-    exits.write_exit(first, 1, None, "stopped")
+    record.write_exit(first, 1, None, "stopped")
     assert make(tmp_path, job_id="4711") == first
 
 
@@ -135,7 +135,7 @@ def test_resume_never_refuses_a_run_and_must_needs_one(tmp_path):
     with pytest.raises(ConfigError):
         make(tmp_path, None, resume="must")
     run = make(tmp_path, "a", resume="never")
-    exits.write_exit(run, 1, None, "done")
+    record.write_exit(run, 1, None, "done")
     with pytest.raises(OutputError, match="exists already"):
         make(tmp_path, "a", resume="never")
     assert make(tmp_path, "a", resume="must") == run
@@ -159,51 +159,51 @@ def test_paths_of_a_run(tmp_path):
 
 
 def test_exit_file_keeps_every_attempt(folder):
-    assert exits.read_exit(folder) is None and exits.next_attempt(folder) == 1
-    exits.write_exit(folder, 1, NonFinite("loss is NaN", "peer 2", "lower the rate"), "failed")
-    exits.write_exit(folder, 2, KeyError("x\ny"), "failed")
-    assert not exits.finished(folder)
-    exits.write_exit(folder, 3, None, "done")
+    assert record.read_exit(folder) is None and record.next_attempt(folder) == 1
+    record.write_exit(folder, 1, NonFinite("loss is NaN", "peer 2", "lower the rate"), "failed")
+    record.write_exit(folder, 2, KeyError("x\ny"), "failed")
+    assert not record.finished(folder)
+    record.write_exit(folder, 3, None, "done")
     document = json.loads(folder.exit.read_text())
     assert [(one["attempt"], one["code"], one["state"]) for one in document["attempts"]] == [
         (1, 15, "failed"), (2, 70, "failed"), (3, 0, "done")]
     assert document["attempts"][0]["what"] == "loss is NaN" and document["attempts"][0]["how"] == "lower the rate"
     assert "KeyError" in document["attempts"][1]["what"] and "\n" not in document["attempts"][1]["what"]
     assert (document["code"], document["state"]) == (0, "done")
-    assert exits.finished(folder) and exits.next_attempt(folder) == 4
+    assert record.finished(folder) and record.next_attempt(folder) == 4
 
 
 def test_a_second_record_of_an_attempt_replaces_the_first(folder):
-    exits.write_exit(folder, 1, None, "stopped")
-    exits.write_exit(folder, 1, MatError("a", "b", "c"), "failed")
-    assert [one["code"] for one in exits.read_exit(folder)["attempts"]] == [70]
+    record.write_exit(folder, 1, None, "stopped")
+    record.write_exit(folder, 1, MatError("a", "b", "c"), "failed")
+    assert [one["code"] for one in record.read_exit(folder)["attempts"]] == [70]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"attempts": 3}', b'{"attempts": [{"code": 0}]}', b"\xff",
                                     b'{"code": NaN, "state": "done", "attempts": [{"attempt": 1}]}', b"[" * 100000])
 def test_damaged_exit_file_is_set_aside_not_lost(folder, damage):
     folder.exit.write_bytes(damage)
-    assert exits.next_attempt(folder) == 1
-    exits.write_exit(folder, 1, None, "done")
+    assert record.next_attempt(folder) == 1
+    record.write_exit(folder, 1, None, "done")
     folder.exit.write_bytes(damage)
-    assert exits.read_exit(folder) is None
+    assert record.read_exit(folder) is None
     for name in ("exit.json.damaged", "exit.json.damaged-2"):
         assert (folder.path / name).read_bytes() == damage
 
 
 def test_undecodable_text_can_be_recorded(folder):
-    exits.write_exit(folder, 1, OSError("\udcff"), "failed")
-    assert "\udcff" in exits.read_exit(folder)["attempts"][0]["what"]
+    record.write_exit(folder, 1, OSError("\udcff"), "failed")
+    assert "\udcff" in record.read_exit(folder)["attempts"][0]["what"]
 
 
 def noted(folder, attempt, argv=("train.py",)):
-    environment.write_environment(folder, attempt=attempt, argv=argv, devices=["cpu"] * 2, seed=7,
-                                placement={"peers": 4, "ranks": 2}, job_id="12")
+    record.write_environment(folder, attempt=attempt, argv=argv, devices=["cpu"] * 2, seed=7,
+                             placement={"peers": 4, "ranks": 2}, job_id="12")
 
 
 def test_environment_lists_attempts_and_counts_killed_ones(folder):
     noted(folder, 1)
-    assert exits.next_attempt(folder) == 2  # attempt 1 left no exit record: it was killed
+    assert record.next_attempt(folder) == 2  # attempt 1 left no exit record: it was killed
     noted(folder, 2, argv=["train.py", "run.seed=7"])
     document = json.loads(folder.environment.read_text())
     assert [one["attempt"] for one in document["attempts"]] == [1, 2]
@@ -215,25 +215,25 @@ def test_environment_lists_attempts_and_counts_killed_ones(folder):
 def test_secrets_in_the_command_line_are_hidden():
     argv = ["train", "wandb.api_key=AAA1", "--token", "AAA2", "--hub-token=AAA3", "optim.lr=0.1", "PASSWORD=AAA4",
             "http://me:AAA5@host/x", "my_secret=AAA6=AAA7", "--credentials", "AAA8", "--dry-run"]
-    shown = environment.redact(argv)
+    shown = record.redact(argv)
     assert "AAA" not in " ".join(shown) and len(shown) == len(argv)
     assert shown[0] == "train" and "optim.lr=0.1" in shown and "--dry-run" in shown and "--token" in shown
 
 
 def test_git_revision_is_that_of_the_checkout(monkeypatch, tmp_path):
-    revision = environment.git_revision()
+    revision = record.git_revision()
     assert revision is None or len(revision.removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.git_revision() is None
+    assert record.git_revision() is None
 
 
 def test_failed_exit_record_keeps_the_old_one(folder, monkeypatch):
-    exits.write_exit(folder, 1, None, "stopped")
+    record.write_exit(folder, 1, None, "stopped")
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OutputError, match="No space left"):
-        exits.write_exit(folder, 2, None, "done")
-    assert [one["attempt"] for one in exits.read_exit(folder)["attempts"]] == [1]
+        record.write_exit(folder, 2, None, "done")
+    assert [one["attempt"] for one in record.read_exit(folder)["attempts"]] == [1]
     assert os.listdir(folder.path) == ["exit.json"]

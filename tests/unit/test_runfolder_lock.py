@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from mat_dist.distributed.processes import process_start
 from mat_dist.errors import OutputError
 from mat_dist.runs import lock
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.lock import STALE_SECONDS, RunLock
+from mat_dist.runs.lock import GUARD, STALE_SECONDS, RunLock
 
 RACE = """
 import os, sys
@@ -59,9 +61,14 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
+def visible(folder: RunFolder) -> list[str]:
+    """Names in the folder but that of the guard, which stays."""
+    return sorted(set(os.listdir(folder.path)) - {GUARD})
+
+
 def race(folder: RunFolder, count: int) -> list[str]:
     """Answers of `count` processes that all ask for the lock at once and live until all have answered."""
-    done = subprocess.run([sys.executable, "-S", "-c", RACE, str(folder.path), str(count)], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, "-c", RACE, str(folder.path), str(count)], stdout=subprocess.PIPE,
                           text=True, cwd=Path(__file__).parents[2], check=True, timeout=60)
     return done.stdout.splitlines()
 
@@ -72,10 +79,10 @@ def dead_pid() -> int:
     return child.pid
 
 
-def plant(folder: RunFolder, file: Path | None = None, age: float = 0.0, **changes) -> lock.Holder:
+def plant(folder: RunFolder, age: float = 0.0, **changes) -> lock.Holder:
     """Write a lock file as if this process, with `changes`, held it since `age` seconds."""
     holder = replace(RunLock(folder, changes.pop("job_id", None)).holder, **changes)
-    file = file or folder.lock
+    file = folder.lock
     file.write_text(json.dumps(asdict(holder)))
     os.utime(file, (time.time() - age,) * 2)
     return holder
@@ -89,7 +96,7 @@ def test_twenty_launches_at_once_have_exactly_one_winner(folder, round_):
     pid = json.loads(folder.lock.read_text())["pid"]
     assert len(losers) == 19
     assert all(f"in use by pid {pid} on " in answer and " since 20" in answer for answer in losers)
-    assert os.listdir(folder.path) == ["lock"]
+    assert visible(folder) == ["lock"]
 
 
 @pytest.mark.parametrize("round_", range(3))
@@ -98,7 +105,7 @@ def test_twenty_takeovers_of_a_dead_lock_have_exactly_one_winner(folder, round_)
     answers = race(folder, 20)
     assert sum(answer.startswith("won took the lock over from pid") for answer in answers) == 1
     assert sum(answer.startswith("lost") for answer in answers) == 19
-    assert os.listdir(folder.path) == ["lock"]
+    assert visible(folder) == ["lock"]
     assert RunLock(folder, None).acquire().endswith("that process is gone")  # the winner has ended meanwhile
 
 
@@ -151,12 +158,6 @@ def test_unreadable_lock_is_held_while_fresh(folder, text):
     assert "no heartbeat" in RunLock(folder, None).acquire()
 
 
-def test_a_token_cannot_lead_out_of_the_folder(folder):
-    plant(folder, token="/../../x", age=2 * STALE_SECONDS, host="other")
-    RunLock(folder, None).acquire()
-    assert os.listdir(folder.path) == ["lock"]
-
-
 def test_heartbeat_refreshes_and_notices_a_takeover(folder):
     mine = RunLock(folder, None)
     mine.acquire()
@@ -176,90 +177,106 @@ def test_heartbeat_refreshes_and_notices_a_takeover(folder):
 def test_release_frees_the_lock(folder):
     with RunLock(folder, None):
         assert folder.lock.exists()
-    assert os.listdir(folder.path) == []
+    assert visible(folder) == []
     RunLock(folder, None).acquire()
 
 
-def test_a_successor_that_died_before_it_moved_in_is_succeeded(folder):
-    first = plant(folder, pid=dead_pid())
-    plant(folder, folder.path / f".lock.{first.token}.next", pid=dead_pid())
-    mine = RunLock(folder, None)
-    assert "that process is gone" in mine.acquire()
-    mine.beat()
-    assert os.listdir(folder.path) == ["lock"]
+def test_one_that_saw_a_dead_holder_waits_for_another_that_takes_its_place(folder):
+    plant(folder, pid=dead_pid())
+    winner, late = RunLock(folder, None), RunLock(folder, None)
+    answers = []
+
+    def ask() -> None:
+        try:
+            late.acquire()
+        except OutputError as error:
+            answers.append(str(error))
+    with winner._guarded():
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        plant(folder)
+    thread.join()
+    assert len(answers) == 1 and f"in use by pid {os.getpid()}" in answers[0]
 
 
-def test_a_live_successor_that_has_not_moved_in_yet_holds_the_lock(folder):
-    first = plant(folder, pid=dead_pid())
-    plant(folder, folder.path / f".lock.{first.token}.next")
-    with pytest.raises(OutputError, match=f"in use by pid {os.getpid()}"):
+def test_one_that_waits_too_long_says_so(folder, monkeypatch):
+    monkeypatch.setattr(lock, "GUARD_SECONDS", 0.1)
+    with RunLock(folder, None)._guarded(), pytest.raises(OutputError, match=r"taking the lock for .*once only"):
         RunLock(folder, None).acquire()
 
 
-def test_a_latecomer_that_saw_the_dead_lock_does_not_overwrite_the_winner(folder, monkeypatch):
-    plant(folder, pid=dead_pid())
-    winner, late = RunLock(folder, None), RunLock(folder, None)
-    publish = lock._publish
-
-    def slowly(temporary, target):  # between the latecomer's look and its claim the winner takes over and tidies up
-        monkeypatch.setattr(lock, "_publish", publish)
-        winner.acquire()
-        return publish(temporary, target)
-
-    monkeypatch.setattr(lock, "_publish", slowly)
-    with pytest.raises(OutputError, match="in use"):
-        late.acquire()
-    winner.beat()
-    assert os.listdir(folder.path) == ["lock"]
+def test_the_holder_can_ask_before_each_write(folder):
+    mine = RunLock(folder, None)
+    mine.acquire()
+    mine.check()
+    before = folder.lock.stat().st_mtime_ns
+    mine.check()
+    assert folder.lock.stat().st_mtime_ns == before
+    plant(folder, host="other")
+    with pytest.raises(OutputError, match="has taken the lock over"):
+        mine.check()
 
 
-class Killed(BaseException):
-    """Stands for a kill: after it no file operation of the dead process happens any more."""
+OPERATIONS = ("open", "write", "fsync", "unlink", "replace", "utime", "stat")
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
+import filelock
 
-
-def kill_at(monkeypatch, number: int) -> None:
+def at(number, folder):
     count = 0
-
     def counted(real):
         def operation(*args, **kwargs):
             nonlocal count
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
             count += 1
-            if count > number:
-                raise Killed
             return real(*args, **kwargs)
         return operation
-    for name in ("open", "write", "fsync", "link", "unlink", "replace"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    lock = RunLock(RunFolder(folder), None)
+    for name in sys.argv[2:]:
+        setattr(os, name, counted(getattr(os, name)))
+    lock.acquire()
+    os._exit(0)
+
+number, status = 0, 9
+while status:
+    folder = Path(sys.argv[1]) / str(number)
+    pid = os.fork()
+    if pid == 0:
+        at(number, folder)
+    status = os.waitpid(pid, 0)[1]
+    number += 1
+print(number)
+"""
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_a_lock_can_be_taken_after_a_kill_at_any_file_operation(tmp_path, monkeypatch, stale):
-    gone, number, killed = dead_pid(), 0, True
-    while killed:
-        folder = RunFolder(tmp_path / str(number))
+def test_a_lock_can_be_taken_after_a_kill_at_any_file_operation(tmp_path, stale):
+    folders, gone = [RunFolder(tmp_path / str(number)) for number in range(100)], dead_pid()
+    for folder in folders:
         folder.path.mkdir()
         if stale:
             plant(folder, pid=gone)
-        victim = RunLock(folder, None)
-        victim.holder = replace(victim.holder, pid=gone)
-        with monkeypatch.context() as patch:
-            kill_at(patch, number)
-            try:
-                victim.acquire()
-                killed = False
-            except Killed:
-                number += 1
+    done = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), *OPERATIONS], stdout=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).parents[2], check=True, timeout=60)
+    count = int(done.stdout)
+    assert 8 <= count < 100
+    for folder in folders[:count]:
         mine = RunLock(folder, None)
         mine.acquire()
         mine.beat()
-        assert os.listdir(folder.path).count("lock") == 1
-    assert number >= 5
+        assert (folder.path / "lock").exists()
 
 
-def test_file_systems_without_hard_links_work(folder, monkeypatch):
+def test_file_systems_without_kernel_locks_work(folder, monkeypatch):
     def refuse(*_):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-    monkeypatch.setattr(os, "link", refuse)
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
     mine = RunLock(folder, None)
     assert mine.acquire() is None
     with pytest.raises(OutputError, match="in use"):
@@ -268,19 +285,7 @@ def test_file_systems_without_hard_links_work(folder, monkeypatch):
     mine.release()
     plant(folder, pid=dead_pid())
     assert "gone" in mine.acquire()
-    assert os.listdir(folder.path) == ["lock"]
-
-
-def test_a_link_whose_answer_got_lost_counts(folder, monkeypatch):
-    link = os.link
-
-    def lossy(source, target):
-        link(source, target)
-        raise FileExistsError(errno.EEXIST, "File exists")
-    monkeypatch.setattr(os, "link", lossy)
-    mine = RunLock(folder, None)
-    assert mine.acquire() is None
-    mine.beat()
+    assert visible(folder) == ["lock"]
 
 
 def test_unwritable_folder_is_an_output_error(tmp_path):
@@ -289,9 +294,9 @@ def test_unwritable_folder_is_an_output_error(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_swept(folder):
-    for name in (".lock.abc.tmp", ".lock.abc.next", ".exit.json.12.tmp"):
+    for name in (".lock.abc.tmp", ".exit.json.12.tmp"):
         (folder.path / name).write_text("")
         os.utime(folder.path / name, (1, 1))
     (folder.path / ".exit.json.13.tmp").write_text("")
     RunLock(folder, None).acquire()
-    assert sorted(os.listdir(folder.path)) == [".exit.json.13.tmp", "lock"]
+    assert visible(folder) == [".exit.json.13.tmp", "lock"]

@@ -30,7 +30,7 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.rendezvous import LocalRendezvous
 from mat_dist.errors import ConfigError, EnvironmentFault, OutputError
 from mat_dist.models import build_model
-from mat_dist.runs import environment
+from mat_dist.runs import record
 from tests.small_runs import run_small
 from tests.unit.data_files import write_folder
 
@@ -200,13 +200,13 @@ def test_ranks_of_one_node_listen_on_loopback_unless_the_user_says_otherwise(mon
     "db.pwd=AAA", "hf_AAAAAAAAAAAAAAAAAAAAAAAA", "data.root=/x/ghp_AAAAAAAAAAAAAAAAAAAA/y", "AKIAAAAAAAAAAAAAAAAA",
     "--header=Bearer eyJAAAAAAAAAAAA.eyJAAAAAAAAAAAA.AAA"])
 def test_secrets_are_hidden_by_name_by_place_and_by_form(word):
-    assert "AAA" not in environment.redact(["train", word])[1]
+    assert "AAA" not in record.redact(["train", word])[1]
 
 
 @pytest.mark.parametrize("word", ["data.root=/scratch/task-force-2024/images", "model=wrn_28_10",
                                   "data.root=/d?v=1&w=2", "run.name=ask-me-anything-again", "attack.eps=8/255"])
 def test_what_is_no_secret_stays(word):
-    assert environment.redact([word]) == [word]
+    assert record.redact([word]) == [word]
 
 
 def test_no_file_of_a_run_holds_the_environment(tmp_path, monkeypatch):

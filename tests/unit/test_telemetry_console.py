@@ -10,12 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mat_dist.runs import rates
-from mat_dist.runs.console import LiveScreen, NoScreen, PlainScreen, choose_screen
-from mat_dist.runs.device_memory import device_memory
-from mat_dist.runs.rates import eta_seconds, images_per_second
-from mat_dist.runs.reporter import JsonlReporter
-from mat_dist.runs.result_table import Result, results_table
+from mat_dist.runs import console as forms
+from mat_dist.runs.console import LiveScreen, PlainScreen, Screen, TableRow, choose_screen, results_table
+from mat_dist.runs.metrics import JsonlReporter, device_memory, eta_seconds, images_per_second
 
 STEP = {"step": 150, "epoch": 5.0, "loss": [1.2341, 1.1979, 1.3], "images_per_s": 3210.4}
 
@@ -37,10 +34,10 @@ class Clock:
         return self.now
 
 
-def result(target: str = "peer0", **changes) -> Result:
+def result(target: str = "peer0", **changes) -> TableRow:
     values = {"weights": "EMA", "checkpoint": "best", "clean_acc": 0.98765, "robust_acc": 0.8, "pgd_steps": 20,
               "images": 360, **changes}
-    return Result(target=target, **values)
+    return TableRow(target=target, **values)
 
 
 # 512 images in 0.25 s; 40 of 100 steps took 20 s, so 60 steps take 30 s; resumed at 30, 10 steps took 5 s
@@ -59,18 +56,18 @@ def test_remaining_time_by_hand(step, first, elapsed, expected):
     (0, "0:00:00"), (42.4, "0:00:42"), (59.6, "0:01:00"), (3599.7, "1:00:00"), (100_000, "27:46:40"),
     (None, "-:--:--"), (math.inf, "-:--:--")])
 def test_durations_are_hours_minutes_seconds(seconds, text):
-    assert rates.duration(seconds) == text
+    assert forms.duration(seconds) == text
 
 
 def test_numbers_are_short():
-    assert [rates.rate(value) for value in (3210.4, 8.254, None, math.nan)] == ["3,210", "8.25", "-", "-"]
-    assert [rates.number(value) for value in (1.2341, 12345.0, math.nan, None)] == ["1.234", "1.23e+04", "nan", "-"]
-    assert (rates.percent(0.98765), rates.percent(0.98765, 2), rates.percent(None)) == ("98.8", "98.77", "-")
+    assert [forms.rate(value) for value in (3210.4, 8.254, None, math.nan)] == ["3,210", "8.25", "-", "-"]
+    assert [forms.number(value) for value in (1.2341, 12345.0, math.nan, None)] == ["1.234", "1.23e+04", "nan", "-"]
+    assert (forms.percent(0.98765), forms.percent(0.98765, 2), forms.percent(None)) == ("98.8", "98.77", "-")
 
 
 def test_many_peers_are_summed_up_on_one_line():
-    assert rates.losses([0.1 * k for k in range(1, 10)]) == "0.100..0.900 (mean 0.500 of 9 peers)"
-    assert rates.losses([1.0] * 9 + [math.nan]) == "not finite or unknown for 1 of 10 peers"
+    assert forms.on_one_line([0.1 * k for k in range(1, 10)], forms.number) == "0.100..0.900 (mean 0.500 of 9 peers)"
+    assert forms.on_one_line([1.0] * 9 + [math.nan], forms.number) == "not finite or unknown for 1 of 10 peers"
 
 
 def test_plain_lines_hold_step_epoch_losses_speed_and_remaining_time(tmp_path):
@@ -90,7 +87,7 @@ def test_plain_lines_hold_step_epoch_losses_speed_and_remaining_time(tmp_path):
 
 @pytest.mark.parametrize(("mode", "console", "kind"), [
     ("auto", terminal(), LiveScreen), ("auto", pipe(), PlainScreen), ("live", terminal(), LiveScreen),
-    ("live", pipe(), PlainScreen), ("plain", terminal(), PlainScreen), ("off", terminal(), NoScreen),
+    ("live", pipe(), PlainScreen), ("plain", terminal(), PlainScreen), ("off", terminal(), Screen),
     ("auto", Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"}), PlainScreen)])
 def test_the_screen_fits_what_standard_output_is(mode, console, kind):
     assert type(choose_screen(mode, console)) is kind

@@ -11,7 +11,7 @@ from mat_dist.attacks.fgsm import n_fgsm
 from mat_dist.attacks.pgd import attack_loss
 from mat_dist.core.graph import CohortPlan
 from mat_dist.core.peer import Peer
-from mat_dist.core.schedules import attack_steps_at
+from mat_dist.methods.curriculum import attack_steps_at
 from tests.cohorts import batch, cohort_config, nets
 
 EPS = 0.05

@@ -83,7 +83,7 @@ def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured])
                                           tuple(sample.x_BCHW.shape[1:])) for index, one in measured.items()) * SPARE)
     count = config.checkpoint.keep + 2
     folder = RunFolder(root / config.run.name) if config.run.name else None
-    held = sum(file.stat().st_size for file in folder.checkpoints.rglob("*.pt")) if folder else 0
+    held = sum(file.stat().st_size for file in folder.checkpoints.rglob("peer_*.*")) if folder else 0
     needed = max(each, count * each - held)
     free = free_bytes(existing(root))
     found = (f"{count} checkpoints of {each / GIB:.3f} GiB need {needed / GIB:.2f} GiB more below {root}, "

@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 
 from mat_dist.errors import EnvironmentFault
-from mat_dist.runs.environment import versions
+from mat_dist.runs.record import versions
 from mat_dist.tools.check.findings import Answer
 
 OLDEST_TORCH = (2, 9)

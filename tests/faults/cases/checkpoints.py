@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 
 from mat_dist import checkpoints
-from mat_dist.checkpoints import Meta, find_newest, json_digest, save_peer
+from mat_dist.checkpoints import Meta, find_newest, save_peer
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.folder import RunFolder
 from tests.faults.inject import Fault
 from tests.faults.lab import INTERVAL, TOTAL, End, Lab
 from tests.faults.launching import fork
 from tests.faults.registry import case
+from tests.small_runs import as_format_1, vouch
 
 CHECKPOINT = 4
 STOP_AT = 2 * INTERVAL
@@ -67,7 +67,7 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
 @case(30, "newest checkpoint truncated", "missing", code=0, bound=10, spoil="missing")
 @case(30, "newest checkpoint truncated", "manifest", code=0, bound=10, spoil="half", name="manifest.json")
 @case(31, "one bit flipped in the newest checkpoint", "peer file", code=0, bound=10, spoil="one bit")
-def damaged(lab: Lab, code: int, spoil: str, name: str = "peer_1.pt") -> None:
+def damaged(lab: Lab, code: int, spoil: str, name: str = "peer_1.safetensors") -> None:
     """The restart falls back to the checkpoint before, says how many steps are redone, and ends bit-equal."""
     SPOILS[spoil](stopped_run(lab) / NEWEST / name)
     end = restart(lab)
@@ -82,7 +82,7 @@ def damaged(lab: Lab, code: int, spoil: str, name: str = "peer_1.pt") -> None:
 @case(31, "one bit flipped in the newest checkpoint", "in all of them", code=CHECKPOINT, bound=10, spoil="one bit")
 def all_damaged(lab: Lab, code: int, spoil: str) -> None:
     """None is left: the run stops and touches nothing."""
-    files = list(stopped_run(lab).glob("step_*/peer_0.pt"))
+    files = list(stopped_run(lab).glob("step_*/peer_0.safetensors"))
     for file in files:
         SPOILS[spoil](file)
     end = restart(lab)
@@ -195,13 +195,13 @@ def _save_until(folder: RunFolder, number: int) -> int:
 def mixed(lab: Lab, code: int, everywhere: bool) -> None:
     """The digests in the manifest differ: refused, with the fallback of row 30."""
     found = stopped_run(lab)
-    newer, older = ((found / name / "peer_0.pt") for name in (NEWEST, OLDER))
+    newer, older = ((found / name / "peer_0.safetensors") for name in (NEWEST, OLDER))
     data = newer.read_bytes()
     newer.write_bytes(older.read_bytes())
     if everywhere:
         older.write_bytes(data)
     end = restart(lab)
-    lab.expect_end(end, code, says=["damaged", "peer_0.pt"] if code else [])
+    lab.expect_end(end, code, says=["damaged", "peer_0.safetensors"] if code else [])
     if not code:
         lab.expect(f"{NEWEST} is damaged" in end.text, "the fallback is not told")
         lab.expect(lab.hashes() == lab.reference(), "other weights than the undisturbed run")
@@ -213,6 +213,7 @@ def foreign(lab: Lab, code: int) -> None:
     from tests.unit.test_checkpoint_hostile import HOSTILE, Touch
 
     found, sentinel = stopped_run(lab), lab.folder / "executed"
+    as_format_1(found / NEWEST)
     for kind, make in HOSTILE.items():
         (found / NEWEST / "peer_1.pt").write_bytes(make(Touch(sentinel)))
         vouch(found / NEWEST)
@@ -225,21 +226,8 @@ def foreign(lab: Lab, code: int) -> None:
     (found / NEWEST / "peer_1.pt").write_bytes(HOSTILE["reduce"](Touch(sentinel)))
     vouch(found / NEWEST)
     end = restart(lab)
-    lab.expect_end(end, code, says=["peer_1.pt", "foreign"])
+    lab.expect_end(end, code, says=["peer_1.pt", "not a file of tensors"])
     lab.expect(not sentinel.exists(), "it ran")
-
-
-def vouch(directory: Path, **changes: Any) -> None:
-    """Write the manifest anew, with digests of the files as they are."""
-    import hashlib
-
-    file = directory / "manifest.json"
-    document = {**json.loads(file.read_text()), **changes}
-    for entry in document["files"]:
-        data = (directory / entry["name"]).read_bytes()
-        entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    document.pop("digest")
-    file.write_text(json.dumps({**document, "digest": json_digest(document)}) + "\n")
 
 
 @case(35, "checkpoint of another version", "newer", code=CHECKPOINT, bound=5)
@@ -254,12 +242,14 @@ def newer(lab: Lab, code: int) -> None:
 
 @case(35, "checkpoint of another version", "older", code=0, bound=5)
 def migrated(lab: Lab, code: int) -> None:
-    """Read through the migrations, here of a package that is one format ahead."""
-    stopped_run(lab)
-    group = lab.start([Fault("migrate", rank=None)], lab.words(), ranks=1)
-    end = lab.end(group, since=group.send(0))  # type: ignore[arg-type]
+    """A run that an older mat_dist began is continued to the same end."""
+    found = stopped_run(lab)
+    for name in (OLDER, NEWEST):
+        as_format_1(found / name)
+    end = restart(lab)
     lab.expect_end(end, code)
     lab.expect(f"continuing after step {STOP_AT}" in end.text, "it did not continue")
+    lab.expect(lab.hashes() == lab.reference(), "other weights than the undisturbed run")
 
 
 @case(36, "resume with other settings", "model", code=CHECKPOINT, bound=5, words=("model=small_cnn",), key="model")

@@ -36,7 +36,7 @@ def full(lab: Lab, code: int, kind: str) -> None:
     """The run goes on twice, and stops at the third failure in a row; the last good checkpoint is whole."""
     fault = Fault("limit", rank=1, size=100_000) if kind == "limit" else Fault("no space", "write", times=None)
     end = lab.run([fault])
-    lab.expect_end(end, code, says=["peer_1.pt"])
+    lab.expect_end(end, code, says=["peer_1.safetensors"])
     lab.expect("bytes needed" in end.message and "bytes free" in end.message, f"no bytes in {end.message!r}")
     _expect_warned(lab, end.text, 2)
     left = [path.name for path in (end.folder / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -46,7 +46,7 @@ def full(lab: Lab, code: int, kind: str) -> None:
 
 def _expect_warned(lab: Lab, text: str, count: int) -> None:
     warnings = [line for line in text.splitlines() if "no checkpoint after step" in line]
-    told = all("peer_1.pt" in line and "bytes" in line for line in warnings)
+    told = all("peer_1.safetensors" in line and "bytes" in line for line in warnings)
     lab.expect(len(warnings) == count and told, f"warnings: {warnings}")
 
 

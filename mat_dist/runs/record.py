@@ -1,4 +1,8 @@
-"""`environment.json`: what a run was made with, so that it can be judged and repeated later."""
+"""Two files that tell of each attempt: `environment.json`, what it was made with, and `exit.json`, how it ended.
+
+torchrun returns 0 or 1 for everything, so scripts read `exit.json`. A damaged file is renamed to `<name>.damaged` and
+counts as none.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import mat_dist
-from mat_dist.runs.files import write_json
-from mat_dist.runs.exits import read_environment
+from mat_dist.errors import BUG, DONE, MatError
+from mat_dist.runs.files import parse_json, reported, set_aside, write_json
 from mat_dist.runs.folder import RunFolder
 
 HIDDEN = "<redacted>"
@@ -49,9 +53,12 @@ def write_environment(folder: RunFolder, *, attempt: int, argv: Sequence[str], d
         "job_id": job_id, "command": redact(argv), "seed": seed, "placement": dict(placement),
         "devices": list(devices), "versions": versions(), "git": git_revision(),
     }
-    before = read_environment(folder)
-    attempts = [one for one in before["attempts"] if one["attempt"] != attempt] if before else []
-    write_json(folder.environment, {**record, "attempts": [*attempts, record]})
+    _write_attempt(folder.environment, record, read_environment(folder), record)
+
+
+def read_environment(folder: RunFolder) -> dict[str, Any] | None:
+    """`environment.json`, or None; as `read_exit`."""
+    return _read_attempts(folder.environment, ("attempt",))
 
 
 def versions() -> dict[str, str]:
@@ -101,3 +108,85 @@ def _git(folder: Path, *command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a file system that hangs
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------ how it ended
+
+
+def write_exit(folder: RunFolder, attempt: int, error: BaseException | None, state: str) -> None:
+    """Record how `attempt` ended; the records of other attempts stay, an earlier one of this attempt is replaced.
+
+    Args:
+        folder: the run folder.
+        attempt: number from `next_attempt`.
+        error: why it ended; None: it is done (code 0). Errors that are no `MatError` are bugs (code 70).
+        state: one word for people and scripts: done, stopped, failed, ...
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    what, where, how = "", "", ""
+    if isinstance(error, MatError):
+        what, where, how = error.what, error.where, error.how
+    elif error is not None:
+        what, where = " ".join(f"{type(error).__name__}: {error}".split()), "internal error"
+        how = "please report it with the traceback in rank_<r>.log"
+    code = DONE if error is None else error.code if isinstance(error, MatError) else BUG
+    record = {"attempt": attempt, "code": code, "state": state, "what": what, "where": where, "how": how,
+              "time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname()}
+    _write_attempt(folder.exit, {"code": code, "state": state}, read_exit(folder), record)
+
+
+def read_exit(folder: RunFolder) -> dict[str, Any] | None:
+    """`exit.json` as {"code", "state", "attempts": [{"attempt", "code", "state", "what", ...}]}, newest last.
+
+    None if there is none.
+
+    Raises:
+        OutputError: the file cannot be read, or a damaged one cannot be renamed.
+    """
+    return _read_attempts(folder.exit, ("attempt", "code", "state"))
+
+
+def next_attempt(folder: RunFolder) -> int:
+    """1 for a new run, else one more than any attempt that has started or ended."""
+    documents = (read_exit(folder), read_environment(folder))
+    return 1 + max((one["attempt"] for document in documents if document for one in document["attempts"]), default=0)
+
+
+def finished(folder: RunFolder) -> bool:
+    """Whether the last attempt ended with code 0 and state done; such a run is not trained any further."""
+    document = read_exit(folder)
+    return document is not None and (document["code"], document["state"]) == (DONE, "done")
+
+
+# ------------------------------------------------------------------------------------------------ both files
+
+
+def _write_attempt(file: Path, newest: Mapping[str, Any], before: Mapping[str, Any] | None,
+                   record: Mapping[str, Any]) -> None:
+    """Write `newest` and the list of attempts, with `record` in place of an earlier one of its number."""
+    others = [one for one in before["attempts"] if one["attempt"] != record["attempt"]] if before else []
+    write_json(file, {**newest, "attempts": [*others, record]})
+
+
+def _read_attempts(file: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    with reported(file):
+        try:
+            document = parse_json(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            document = None
+        if not _sound(document, keys):
+            set_aside(file)
+            return None
+    return document
+
+
+def _sound(document: Any, keys: tuple[str, ...]) -> bool:
+    if not isinstance(document, dict) or not isinstance(attempts := document.get("attempts"), list) or not attempts:
+        return False
+    whole = all(isinstance(one, dict) and all(key in one for key in keys) and type(one["attempt"]) is int
+                for one in attempts)
+    return whole and all(key in document for key in keys if key != "attempt")

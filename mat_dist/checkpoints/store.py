@@ -1,0 +1,352 @@
+"""The checkpoints of a run: saving in two phases, finding the newest intact one, keeping the best and the newest few.
+
+With barriers (of the caller) between the lines, a save is:
+
+    begin                one process, the holder of the run's lock
+    save_peer            the owner of each peer, into partial_directory(...)
+    commit, or abandon   one process, the holder of the run's lock
+
+At every moment, also between any two file operations, the newest intact checkpoint can be found: the new one
+appears by one rename, with its manifest inside.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mat_dist
+from mat_dist.checkpoints.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Meta,
+    TooNew,
+    document_of,
+    peer_file,
+    read_manifest,
+    verify,
+)
+from mat_dist.errors import CheckpointError, OutputError
+from mat_dist.runs.files import fsync_directory, parse_json, reported, set_aside, write_json, write_text
+from mat_dist.runs.folder import RunFolder
+
+_REPLACED = ".replaced"  # ending of an intact checkpoint that makes way for another one of the same step
+_LEFTOVER = (".partial", ".deleted", ".tmp")  # endings of hidden files and folders that only a killed process leaves
+_SCORE = "score.json"
+_STEP = re.compile(r"step_(\d{8,18})")
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def partial_directory(folder: RunFolder, step: int, attempt: int) -> Path:
+    """Where the owners of the peers write before `commit`."""
+    return folder.checkpoints / f".{step_name(step)}.{attempt}.partial"
+
+
+def _directories(folder: RunFolder) -> list[tuple[int, Path]]:
+    """(step, directory) of all checkpoints, newest first; one that is being replaced comes after its successor."""
+    found = []
+    with suppress(FileNotFoundError):
+        for entry in folder.checkpoints.iterdir():
+            name = _STEP.fullmatch(entry.name.removesuffix(_REPLACED))
+            if name and entry.is_dir():
+                found.append((int(name[1]), entry.suffix != _REPLACED, entry))
+    return [(step, entry) for step, _, entry in sorted(found, reverse=True)]
+
+
+def _names(folder: RunFolder) -> str:
+    """All checkpoints for an error text, newest first."""
+    return ", ".join(entry.name for _, entry in _directories(folder)) or "none"
+
+
+def _manifest_of(step: int, directory: Path) -> Manifest:
+    """The manifest in `directory`. Raises CheckpointError also if it is that of another step."""
+    manifest = read_manifest(directory)
+    if manifest.step != step:
+        raise CheckpointError(f"the folder holds the checkpoint of step {manifest.step}", str(directory),
+                              "do not rename checkpoint folders")
+    return manifest
+
+
+def _pointer(folder: RunFolder, which: str) -> int | None:
+    """The step that the one-line file `which` (latest, best) names; None if there is no such file or line."""
+    with suppress(OSError), (folder.checkpoints / which).open("rb") as stream:
+        name = _STEP.fullmatch(stream.read(100).decode(errors="replace").strip())
+        return int(name[1]) if name else None
+    return None
+
+
+def _delete(directory: Path) -> None:
+    """Remove a checkpoint: first its name at one stroke, then its files. Raises OSError."""
+    hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.deleted")
+    os.rename(directory, hidden)
+    shutil.rmtree(hidden)
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def begin(folder: RunFolder, step: int, attempt: int) -> Path:
+    """Make an empty `partial_directory` and remove what earlier, killed saves left.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    partial = partial_directory(folder, step, attempt)
+    with reported(partial):
+        folder.checkpoints.mkdir(exist_ok=True)
+        for entry in folder.checkpoints.iterdir():
+            with suppress(OSError):  # what cannot be removed costs space, but must not stop a save
+                _remove_leftover(entry)
+        partial.mkdir()
+        fsync_directory(folder.checkpoints)
+    return partial
+
+
+def abandon(folder: RunFolder, step: int, attempt: int) -> None:
+    """Forget a save that failed on some rank. Never raises: it is called while an error is under way."""
+    shutil.rmtree(partial_directory(folder, step, attempt), ignore_errors=True)
+
+
+def commit(folder: RunFolder, step: int, attempt: int, entries: Iterable[FileEntry], meta: Meta) -> Manifest:
+    """Turn the partial directory into the checkpoint of `step` and let `latest` name it.
+
+    An intact checkpoint of this step with the same bytes is kept, one with other bytes is replaced, a damaged
+    one is renamed to `step_<n>.damaged`.
+
+    Raises:
+        OutputError: the disk is full, ..., or a peer's file is not there; the partial directory is removed and
+            earlier checkpoints are untouched.
+        ValueError: `entries` are not one file per peer.
+    """
+    partial, target = partial_directory(folder, step, attempt), folder.checkpoints / step_name(step)
+    by_name = {entry.name: entry for entry in entries}
+    expected = [peer_file(index) for index in range(len(meta.peers))]
+    if sorted(by_name) != sorted(expected):
+        raise ValueError(f"{sorted(by_name)} are not the files of peers {list(meta.peers)}")
+    files = tuple(by_name[name] for name in expected)
+    document = document_of(step, attempt, meta, files, saved=datetime.now(UTC).isoformat(timespec="seconds"),
+                           versions={"mat_dist": mat_dist.__version__, "torch": str(torch.__version__)})
+    try:
+        with reported(partial):
+            _check_present(partial, files)
+            write_json(partial / MANIFEST, document)
+            if _make_way(target, files):
+                os.rename(partial, target)
+                fsync_directory(folder.checkpoints)
+    except OutputError:
+        abandon(folder, step, attempt)
+        raise
+    abandon(folder, step, attempt)  # still there if the checkpoint existed already
+    write_text(folder.checkpoints / "latest", f"{target.name}\n")
+    with suppress(OSError):  # the next begin tries again
+        _remove_leftover(target.with_suffix(_REPLACED))
+    return read_manifest(target)
+
+
+def _remove_leftover(entry: Path) -> None:
+    if entry.suffix == _REPLACED:
+        if entry.exists() and entry.with_suffix("").exists():
+            _delete(entry)
+    elif entry.name.startswith(".") and entry.name.endswith(_LEFTOVER):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _check_present(partial: Path, files: tuple[FileEntry, ...]) -> None:
+    for entry in files:
+        file = partial / entry.name
+        if not file.is_file() or file.stat().st_size != entry.size:
+            raise OutputError(f"{entry.name} is not there as its owner wrote it", str(partial),
+                              "run.root must be one folder that all nodes share")
+
+
+def _make_way(target: Path, files: tuple[FileEntry, ...]) -> bool:
+    """Clear `target` for a new checkpoint; False if the same one is there already."""
+    if not os.path.lexists(target):
+        return True
+    try:
+        existing = read_manifest(target)
+        verify(existing)
+    except CheckpointError:
+        set_aside(target)
+        return True
+    if existing.files == files:
+        return False
+    os.rename(target, target.with_suffix(_REPLACED))
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def find_newest(folder: RunFolder) -> tuple[Manifest, list[str]] | None:
+    """The newest checkpoint whose files all have their digests, and a note for each newer one that has not.
+
+    None if the run has no checkpoint at all. Writes nothing; see `adopt`.
+
+    Raises:
+        TooNew: the newest one is of a later mat_dist.
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    refused: list[tuple[int, Path, str]] = []
+    for step, directory in _directories(folder):
+        try:
+            manifest = _manifest_of(step, directory)
+            verify(manifest)
+        except TooNew:
+            raise
+        except CheckpointError as error:
+            refused.append((step, directory, error.what))
+            continue
+        return manifest, [f"{old.name} is damaged: {what}; continuing from step {step}, {old_step - step} steps are "
+                          f"redone" for old_step, old, what in refused]
+    if refused:
+        _, newest, what = refused[0]
+        raise CheckpointError(f"all {len(refused)} checkpoints are damaged; {newest.name}: {what}",
+                              str(folder.checkpoints), "restore the folder from a copy, or start a new run with "
+                                                       "another run.name")
+    return None
+
+
+def adopt(folder: RunFolder, manifest: Manifest) -> list[str]:
+    """Make `manifest` (from `find_newest`) the latest checkpoint, before the training goes on from it.
+
+    Newer ones, which `find_newest` has refused, are renamed to `step_<n>.damaged`: they must not count as kept
+    checkpoints, nor pass for the newest one later. For the holder of the run's lock.
+
+    Returns:
+        A note for each renamed one.
+
+    Raises:
+        CheckpointError: the checkpoint is not in this folder.
+        OutputError: the folder cannot be written.
+    """
+    there = [directory for _, directory in _directories(folder)]
+    if manifest.directory not in there:
+        raise CheckpointError(f"{manifest.directory.name} is not a checkpoint of this run", str(folder.checkpoints),
+                              f"choose one of these: {_names(folder)}")
+    target = folder.checkpoints / step_name(manifest.step)
+    notes = []
+    with reported(folder.checkpoints):
+        for directory in there[: there.index(manifest.directory)]:
+            notes.append(f"{directory.name} is kept as {set_aside(directory).name}; delete it when you like")
+        if manifest.directory != target:
+            os.rename(manifest.directory, target)
+    write_text(folder.checkpoints / "latest", f"{target.name}\n")
+    return notes
+
+
+def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
+    """The manifest of `latest`, `best`, `step_<n>` or step n. Only `load_peer` and `verify` check the files.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its manifest is damaged.
+    """
+    if which in ("latest", "best"):
+        step = _pointer(folder, str(which))
+    else:
+        number = re.fullmatch(r"(?:step_)?(\d{1,18})", str(which))
+        step = int(number[1]) if number else None
+    directory = folder.checkpoints / step_name(step) if step is not None else None
+    if step is None or directory is None or not directory.is_dir():
+        raise CheckpointError(f"there is no checkpoint {which!r}" + (f" ({step_name(step)})" if step else ""),
+                              str(folder.checkpoints), f"choose latest, best or one of these: {_names(folder)}")
+    return _manifest_of(step, directory)
+
+
+# ------------------------------------------------------------------------------------------------ keeping
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint so far; `score` and `meta` are what `mark_best` was given."""
+
+    step: int
+    score: float
+    meta: Mapping[str, Any]
+
+
+def mark_best(folder: RunFolder, step: int, score: float, meta: Mapping[str, Any]) -> None:
+    """Let `best` name the checkpoint of `step`; `score.json` inside it tells why.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        OutputError: the folder cannot be written.
+    """
+    directory = load_manifest(folder, step).directory
+    write_json(directory / _SCORE, {"score": score, "meta": dict(meta)})
+    write_text(folder.checkpoints / "best", f"{directory.name}\n")
+
+
+def read_best(folder: RunFolder) -> Best | None:
+    """What `mark_best` recorded last; None if no checkpoint is marked, or the marked one is gone or damaged."""
+    with suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
+        manifest = load_manifest(folder, "best")
+        document = parse_json((manifest.directory / _SCORE).read_bytes())
+        return Best(manifest.step, float(document["score"]), dict(document["meta"]))
+    return None
+
+
+def prune(folder: RunFolder, keep: int) -> tuple[list[int], list[str]]:
+    """Remove all but the newest `keep` complete checkpoints and the best one.
+
+    Nothing goes before one of those that stay has been read back and found intact; if none is, the newest
+    intact one stays as well. Damaged checkpoints neither count nor go.
+
+    Returns:
+        The steps that were removed, and a note for each one that could not be.
+
+    Raises:
+        ValueError: `keep` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    best = _pointer(folder, "best")
+    complete = [manifest for step, directory in _directories(folder) if (manifest := _complete(step, directory))]
+    kept = [one for number, one in enumerate(complete) if number < keep or one.step == best]
+    surplus = [one for one in complete if one not in kept]
+    if surplus and not any(map(_intact, kept)):
+        intact = next(filter(_intact, surplus), None)
+        surplus = [one for one in surplus if intact is not None and one is not intact]
+    removed, notes = [], []
+    for manifest in reversed(surplus):  # oldest first
+        try:
+            _delete(manifest.directory)
+            removed.append(manifest.step)
+        except OSError as error:
+            notes.append(f"cannot remove {manifest.directory.name}: {error.strerror}; it is tried again later")
+    return removed, notes
+
+
+def _complete(step: int, directory: Path) -> Manifest | None:
+    """The manifest if every file is there with its size; None for anything else."""
+    with suppress(CheckpointError, OSError):
+        manifest = _manifest_of(step, directory)
+        sizes = [(directory / entry.name).stat().st_size for entry in manifest.files]
+        if directory.suffix != _REPLACED and sizes == [entry.size for entry in manifest.files]:
+            return manifest
+    return None
+
+
+def _intact(manifest: Manifest) -> bool:
+    with suppress(CheckpointError):
+        verify(manifest)
+        return True
+    return False

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.command import Watch
+from benchmarks.speed.subject import Subject
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
 from mat_dist.cli import tell
@@ -29,20 +30,10 @@ from mat_dist.data import ImageSet, load_data, place
 from mat_dist.distributed.device import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.attacks import (
-    EMA,
-    RAW,
-    AttackPlan,
-    candidates,
-    chosen_images,
-    load_models,
-    pixels,
-    restarts,
-    strict_arithmetic,
-)
-from mat_dist.evaluation.evaluation import Subject, check_images
-from mat_dist.evaluation.request import parse
-from mat_dist.evaluation.runs import find_run, refuse_unfinished
+from mat_dist.evaluation.attacks import EMA, RAW, AttackPlan, candidates, load_models, restarts
+from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
+from mat_dist.evaluation.command import check_images
+from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
 

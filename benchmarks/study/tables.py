@@ -13,8 +13,7 @@ from benchmarks.study.runs import Trained, training_seconds
 from benchmarks.study.scores import Evaluated, gathered
 from benchmarks.study.why import why_document
 from mat_dist.config.schema import Config
-from mat_dist.core.graph import CohortPlan
-from mat_dist.evaluation.outcome import CLEAN
+from mat_dist.core.graph import CLEAN, CohortPlan
 from mat_dist.evaluation.statistics import paired_difference
 
 Cell = tuple[Label, Kind, str]  # checkpoint, who, column

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, Protocol
 
 from mat_dist import checkpoints
-from mat_dist.checkpoints.load import trained_state
+from mat_dist.checkpoints.load import initialise
 from mat_dist.checkpoints.saver import Saver
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
-from mat_dist.core.peer import Peer
 from mat_dist.core.step import Ask, Batch, Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.distributed.agreement import Agreement
@@ -264,16 +263,3 @@ class Trainer:
         robust = self.evaluations.validate(done, self.saver.newest, self.progress(done))
         for line in self.watch.overfitting(robust):
             self.note(line)
-
-
-def initialise(peers: Sequence[Peer], images: Images) -> None:
-    """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
-    for peer in peers:
-        if peer.spec.init_from is None:
-            continue
-        try:
-            peer.start_from(trained_state(peer.spec.init_from, images))
-        except RuntimeError as error:
-            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
-                                  f"{str(error).splitlines()[-1].strip()[:200]}", peer.spec.init_from,
-                                  f"give {peer.name} the model of that run") from error

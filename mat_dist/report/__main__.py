@@ -61,11 +61,12 @@ def attacked(run: RunFiles, options: argparse.Namespace
     """What the checkpoint does under attack; without it, why not. Raises CheckpointError."""
     if not options.attack:
         return None, None, ["--no-attack was given: no pictures, radius, steps and loss surface"]
-    from mat_dist.report.measure import find_checkpoint, load_victims, measure
+    from mat_dist.checkpoints.load import open_run
+    from mat_dist.report.measure import load_victims, measure
 
-    manifest = find_checkpoint(run)
+    opened = open_run(run.folder.path, config=run.config)
     try:
-        victims = load_victims(run, manifest, options.images, choose(options.device))
+        victims = load_victims(run, opened, options.images, choose(options.device))
     except (CheckpointError, EnvironmentFault):
         raise
     except MatError as error:  # images that are elsewhere, a plug-in that was not given: the files still tell a lot

@@ -40,7 +40,7 @@ class RunFiles:
     @property
     def averaged(self) -> bool:
         """Whether averaged weights are kept."""
-        return any(peer.optim.averages for peer in self.config.peers)
+        return any(peer.averages for peer in self.config.peers)
 
     @property
     def headline(self) -> Evaluation | None:

@@ -14,27 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mat_dist import checkpoints, rng
+from mat_dist import rng
 from mat_dist.attacks.norms import Threat, per_image
+from mat_dist.checkpoints.load import ENSEMBLE, FinishedRun, candidates
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
-from mat_dist.evaluation.attacks import (
-    EMA,
-    ENSEMBLE,
-    RAW,
-    AttackPlan,
-    candidates,
-    chosen_images,
-    correct,
-    ensemble_of,
-    load_models,
-    pixels,
-    restarts,
-    strict_arithmetic,
-    threats_of,
-)
-from mat_dist.models.classifier import Images
+from mat_dist.evaluation.attacks import AttackPlan, correct, craft
+from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
+from mat_dist.evaluation.targets import threats_of
 from mat_dist.report.evaluations import Outcome
 from mat_dist.report.files import RunFiles
 from mat_dist.runs.console import duration
@@ -83,10 +71,9 @@ class Victims:
         spec = self.config.peers[list(self.targets).index(self.source)].threat
         return Threat(spec.norm, spec.eps)
 
-    def plan(self, factor: float = 1.0) -> AttackPlan:
-        """The attack of the test set with one start; a given step length grows with `factor`, as eps does."""
-        given = self.config.eval.step_size
-        return AttackPlan(self.config.eval.test_steps, 1, None if given is None else given * factor)
+    def plan(self) -> AttackPlan:
+        """The attack of the test set with one start; its steps are a share of eps."""
+        return AttackPlan(self.config.eval.test_steps)
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number of the chunk, images, labels) in the evaluator's chunks, whose number keys the attack's noise."""
@@ -96,32 +83,24 @@ class Victims:
     def craft(self, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan,
               chunk: int) -> Tensor:
         """The evaluator's AEs of its first start -> (B, C, H, W)."""
-        return next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
+        return craft(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk)
 
 
-def find_checkpoint(run: RunFiles) -> checkpoints.Manifest:
-    """The best checkpoint, the latest where no evaluation chose one. Raises CheckpointError."""
-    return checkpoints.load_manifest(run.folder, "latest" if checkpoints.read_best(run.folder) is None else "best")
-
-
-def load_victims(run: RunFiles, manifest: checkpoints.Manifest, images: int, device: torch.device) -> Victims:
+def load_victims(run: RunFiles, opened: FinishedRun, images: int, device: torch.device) -> Victims:
     """Load models and `images` test images (a keyed random subset, or all).
 
     Raises CheckpointError for a damaged checkpoint, DataError for images that are missing or others than those of the
     training, ConfigError for a model or data set of a plug-in that is not given.
     """
-    config = run.config
-    shape = Images.of(manifest.meta.extra["images"])
-    weights = EMA if run.averaged else RAW
-    models = load_models(config, manifest, shape, weights, device)
+    config, models = opened.config, opened.models(device)
     data = load_data(config.data.model_copy(update={"download": False}), seed=config.run.seed,
                      batch_size=config.train.batch_size)
-    if data.digest != manifest.meta.data_digest:
+    if data.digest != opened.manifest.meta.data_digest:
         raise DataError("the images are not those of the training", f"data.name={config.data.name}",
                         "give the report the same data, in the place that config.yaml names")
-    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: ensemble_of(config, models)}
+    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: opened.ensemble(models=models)}
     samples_N = chosen_images(len(data.test), images, config.run.seed)
-    source = best_peer(run, manifest.step, weights)
+    source = best_peer(run, opened.manifest.step, opened.weights)
     return Victims(config, targets, source, data.test, samples_N, data.classes, device)
 
 
@@ -251,7 +230,7 @@ def _by_eps(victims: Victims, threat: Threat) -> dict[str, Points]:
     for name, model in victims.targets.items():
         found[name] = [(threat.eps * factor,
                         robust_share(victims, model, Threat(threat.norm, threat.eps * factor) if factor else None,
-                                     victims.plan(factor))) for factor in EPS_FACTORS]
+                                     victims.plan())) for factor in EPS_FACTORS]
     return found
 
 

@@ -23,7 +23,8 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, OutputError, StopRequested
 from mat_dist.evaluation import during_training
-from mat_dist.evaluation.attacks import AttackPlan, evaluate
+from mat_dist.evaluation.__main__ import evaluate
+from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
 from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder

@@ -24,7 +24,7 @@ from benchmarks.study.why import charts, curves, spread, told
 from mat_dist import load
 from mat_dist.config import load_config
 from mat_dist.data import ImageSet, load_data
-from mat_dist.evaluation.attacks import chosen_images
+from mat_dist.evaluation.chunks import chosen_images
 from mat_dist.runs.folder import RunFolder
 from tests.small_runs import run_small
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mat_dist.checkpoints.load import initialise
 from mat_dist.config.schema import Config
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch
-from mat_dist.core.trainer import initialise
 from mat_dist.errors import NonFinite, PeerFailed
 from mat_dist.models.classifier import make_model
 from mat_dist.models.registry import parameter_count

@@ -160,8 +160,8 @@ def _walk(folder: Path) -> Iterator[str]:
 def read_image(path: Path, side: int | None) -> np.ndarray:
     """One image as uint8 (H, W, 3); with `side`, its shorter side is resized to it and the centre square cut out.
 
-    Bilinear with antialiasing, as torchvision's Resize and CenterCrop (its import takes as long as 5000 images);
-    an image of the right size is left untouched. Raises what Pillow raises, and ValueError for more than 89 million
+    Bilinear with antialiasing, as torchvision's Resize and CenterCrop, whose import takes as long as 5000 small images.
+    An image of the right size is left untouched. Raises what Pillow raises, and ValueError for more than 89 million
     pixels, before they are allocated.
     """
     with Image.open(path, formats=FORMATS) as image:

@@ -140,7 +140,7 @@ def counted(file: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
     for row in csv.DictReader(io.StringIO(file.read_text())):
         entry = found[row["target"], row["weights"]]
         entry[0] += 1
-        entry[1] += int(row["clean_correct"])
+        entry[1] += row["clean_correct"] == "1" if "clean_correct" in row else row["clean_prediction"] == row["label"]
         entry[2] += int(row["robust"])
     return {key: (n, c, r) for key, (n, c, r) in found.items()}
 
@@ -452,7 +452,8 @@ def test_files_that_are_missing_or_foreign_are_named(copy):
 def evaluated(folder: RunFolder, name: str, **changes: object) -> None:
     """A result file as python -m mat_dist.evaluate writes it: 3 of 4 clean, pgd leaves 2, autoattack 2, together 1."""
     document = {
-        "checkpoint": "best", "step": 8, "split": "test", "time": "2030-01-01T00:00:00+00:00", "transfer": False,
+        "checkpoint": "best", "step": 8, "split": "test", "time": "2030-01-01T00:00:00+00:00", "seed": 0, "config": {},
+        "transfer": False,
         "threats": [{"norm": "linf", "eps": "1/10"}], "attacks": ["pgd", "autoattack"],
         "plans": {"pgd": {"steps": 20, "restarts": 5}},
         "targets": [{"target": target, "weights": "ema", "n": 4, "accuracy": {"clean": 0.75, "linf 1/10": 0.25,
@@ -472,7 +473,8 @@ def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_n
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
     evaluated(copy, "evaluate_test_best_step_00000008_ba9876543210", attacks=["pgd"], time="2031-01-01T00:00:00+00:00")
     one = read_run(copy.path).headline
-    assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json" and one.attacks == "pgd-20 x 5, autoattack"
+    assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json"
+    assert one.attacks.lower() == "pgd-20 x 5, autoattack"
     assert [target.name for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
     assert [(o.clean, o.robust) for o in one.outcomes["peer0", "ema"]] == [(True, True), (True, False), (True, False),
                                                                            (False, False)]

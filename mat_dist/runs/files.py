@@ -67,33 +67,34 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_all(path: Path, data: bytes | memoryview) -> None:
-    """Create `path` (it must not exist) with `data` and fsync it. Raises OSError."""
+def write_all(path: Path, *parts: bytes | memoryview) -> None:
+    """Create `path` (it must not exist) with `parts` one after another and fsync it. Raises OSError."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        rest = memoryview(data)
-        while len(rest):
-            rest = rest[os.write(handle, rest):]
+        for part in parts:
+            rest = memoryview(part)
+            while len(rest):
+                rest = rest[os.write(handle, rest):]
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Replace `path` by `data`; a reader sees the old or the new content, never a part.
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace `path` by `parts`, one after another; a reader sees the old or the new content, never half of it.
 
     Raises:
         OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_all(temporary, data)
+        write_all(temporary, *parts)
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             os.unlink(temporary)
-        raise output_error(error, path, len(data)) from error
+        raise output_error(error, path, sum(map(len, parts))) from error
 
 
 def write_text(path: Path, text: str) -> None:

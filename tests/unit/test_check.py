@@ -18,7 +18,7 @@ from mat_dist.data import Batches
 from mat_dist.distributed.launch import Launch
 from mat_dist.models.classifier import make_model
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.lock import RunLock
+from mat_dist.runs.lock import GUARD, RunLock
 from mat_dist.tools.check import data as data_check
 from mat_dist.tools.check import memory, network, storage
 from mat_dist.tools.check.__main__ import main
@@ -351,7 +351,7 @@ def test_a_run_in_use_is_named_with_its_process(capsys, tmp_path):
         assert checked.code == 5
         assert f"in use by pid {os.getpid()} on " in checked.row("run folder")["found"]
     assert Checked(capsys, "run.name=a").code == 0
-    assert list((tmp_path / "runs" / "a").iterdir()) == []
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == [GUARD]
 
 
 def test_a_finished_run_and_one_with_other_settings_are_told(capsys, tmp_path):

@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import _TYPES, load_file
 from torch import nn
 
 from mat_dist import checkpoints
 from mat_dist.checkpoints import Meta, find_newest, load_manifest, load_peer, mark_best, prune, read_best, save_peer
 from mat_dist.checkpoints.manifest import MANIFEST
+from mat_dist.checkpoints.peers import TYPES
 from mat_dist.errors import CheckpointError, NonFinite, OutputError
 from mat_dist.runs.folder import RunFolder
 
@@ -88,7 +89,7 @@ def test_the_reader_printed_in_the_docs_works_and_finds_damage(folder, monkeypat
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool,
-          torch.complex64, torch.uint16)
+          torch.complex64, torch.uint16, torch.int8, torch.float8_e5m2)
 NESTS = {
     "dtypes": {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in DTYPES},
     "shapes": {"empty": torch.empty(0, 3), "scalar": torch.tensor([-0.0]), "0-dim": torch.tensor(3), "many": [
@@ -182,6 +183,18 @@ def test_a_model_and_its_optimizer_resume_bitwise(folder):
         assert torch.equal(expected, value)
 
 
+def test_every_type_of_our_files_is_that_of_safetensors():
+    assert all(_TYPES[name] == dtype for dtype, name in TYPES.items())
+
+
+def test_tensors_are_aligned_in_the_file(tmp_path):
+    given = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(1, dtype=torch.float64), "c": torch.ones(5).half()}
+    data = (tmp_path / save_peer(tmp_path, 0, given).name).read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    assert all((size + header[key]["data_offsets"][0]) % tensor.element_size() == 0 for key, tensor in given.items())
+
+
 def test_a_snapshot_is_a_dense_copy(folder):
     big = torch.zeros(1000, 1000)
     weight = nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))
@@ -213,6 +226,7 @@ def test_non_finite_weights_are_named_and_nothing_is_written(tmp_path, value):
 @pytest.mark.parametrize(("value", "kind"), [
     (object(), r"builtins\.object"), ({1, 2}, "set"), (b"x", "bytes"), (Path("x"), "PosixPath"),
     (torch.float32, "dtype"), (nn.Linear(1, 1), "Linear"), (torch.ones(2).to_sparse(), "Tensor"),
+    (torch.ones(2, dtype=torch.complex128), "Tensor"),
     (torch.Size([1]), "Size"), ({b"k": 1}, "bytes"), ({True: 1}, "bool"), (torch.device("cpu"), "device"),
     (lambda: 0, "function")])
 def test_anything_but_tensors_and_plain_values_is_named_by_its_key(tmp_path, value, kind):

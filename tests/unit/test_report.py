@@ -29,16 +29,7 @@ from mat_dist.report.compare import unlike
 from mat_dist.report.curves import phase_means, thinned
 from mat_dist.report.evaluations import Evaluation, Outcome, Target
 from mat_dist.report.files import read_run
-from mat_dist.report.measure import (
-    Measured,
-    Victims,
-    best_peer,
-    find_checkpoint,
-    load_victims,
-    measure,
-    png,
-    scaled,
-)
+from mat_dist.report.measure import Measured, Victims, best_peer, find_checkpoint, load_victims, measure, png, scaled
 from mat_dist.report.page import class_shares, run_page
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock

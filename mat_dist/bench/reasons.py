@@ -24,9 +24,7 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.attacks import EMA, RAW
-from mat_dist.evaluation.request import Request, parse
-from mat_dist.evaluation.runs import find_run, refuse_unfinished
+from mat_dist.evaluation.settings import Request, find_run, parse, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
 
@@ -59,21 +57,19 @@ def make(folder: RunFolder, config: Config, request: Request) -> dict[str, Any]:
     from mat_dist.data import load_data, place
     from mat_dist.distributed.device import choose_device, prepare_torch
     from mat_dist.distributed.stopping import watching
-    from mat_dist.evaluation.attacks import load_models
-    from mat_dist.evaluation.evaluation import Subject, check_images
+    from mat_dist.evaluation.command import check_images, open_asked
 
     device = choose_device(config, local_rank=0, local_world=1)
     prepare_torch(config)
-    subject = Subject.find(folder, config, request)
+    run, _ = open_asked(folder, config, request)
     with watching() as stop:
         data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size, stop=stop)
-    check_images(data, subject)
+    check_images(data, run)
     data = place(data, config.data.residency, device)
-    models = load_models(config, subject.manifest, subject.images, subject.weights, device)
     assert request.images is not None
-    about = identity(subject.manifest, subject.weights, request.images)
-    document = {**about, "step": subject.manifest.step,
-                **measured(models, config, data.val, data.train, request.images, device)}
+    about = identity(run.manifest, run.weights, request.images)
+    document = {**about, "step": run.manifest.step,
+                **measured(run.models(device), config, data.val, data.train, request.images, device)}
     file = place_of(folder, about)
     with reported(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +89,7 @@ def place_of(folder: RunFolder, about: dict[str, Any]) -> Path:
 
 def find(folder: RunFolder, config: Config, images: int) -> dict[str, Any] | None:
     """What was measured of the last checkpoint of a run, None where it was not."""
-    weights = EMA if any(peer.optim.averages for peer in config.peers) else RAW
+    weights = "ema" if any(peer.optim.averages for peer in config.peers) else "raw"
     file = place_of(folder, identity(checkpoints.load_manifest(folder), weights, images))
     if not file.is_file():
         return None

@@ -33,10 +33,10 @@ from mat_dist.bench.study.pages import search_page
 from mat_dist.bench.study.plan import SearchSuite, Words, read_search
 from mat_dist.bench.study.runs import Enough, Job, Runner, machines, train
 from mat_dist.bench.study.tables import summary
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW
 from mat_dist.cli import tell
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError, MatError, NotReportable, StopRequested
-from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW
 from mat_dist.runs.environment import git_revision
 from mat_dist.runs.files import parse_json, reported, write_json, write_text
 from mat_dist.tools.dryrun import training_passes

@@ -1,52 +1,201 @@
-"""A trained classifier as a plain module: `mat_dist.load(run)`."""
+"""A finished run: its settings, a checkpoint, its models. `mat_dist.load(run)` gives one of them as a plain module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mat_dist import checkpoints
+from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, step_name
 from mat_dist.config import load_config
-from mat_dist.config.schema import Config
-from mat_dist.core.peer import Peer
+from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW, candidates, ensemble_of, load_models
-from mat_dist.models import soup
-from mat_dist.models.classifier import Images
-from mat_dist.models.ensemble import WEIGHTS
+from mat_dist.models import Ensemble
+from mat_dist.models.classifier import Images, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 
+RAW, EMA, ENSEMBLE, BEST = "raw", "ema", "ensemble", "best"
+CPU = torch.device("cpu")
 
-def load(run: str | Path, peer: str | int = "best", *, which: str = "best", weights: str | None = None,
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A checkpoint of a run, and what its models need.
+
+    Attributes:
+        folder: of the run.
+        config: its settings.
+        manifest: of the checkpoint.
+        weights: `raw` or `ema`, which the models get.
+    """
+
+    folder: RunFolder
+    config: Config
+    manifest: Manifest
+    weights: str
+
+    @property
+    def images(self) -> Images:
+        """What the models take. Raises CheckpointError where the manifest does not say it."""
+        try:
+            return Images.of(self.manifest.meta.extra["images"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the manifest does not tell the size of the images: {error}",
+                                  str(self.manifest.directory), "choose another checkpoint") from error
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the peers, in their order."""
+        return [str(spec.name) for spec in self.config.peers]
+
+    def index(self, peer: str | int) -> int:
+        """Position of a peer that is given by name, by index, or as `best`. Raises CheckpointError."""
+        names = self.peers
+        if peer == BEST:
+            some = candidates(self.config.peers)
+            found = some[0] if len(some) == 1 else self.chosen_peer()
+            if found is None:
+                raise CheckpointError("no evaluation says which peer is best", str(validation_file(
+                    self.folder, self.manifest.step)), f"choose one of {', '.join(names)}")
+            peer = found
+        if peer in names:
+            return names.index(str(peer))
+        if isinstance(peer, int) and 0 <= peer < len(names):
+            return peer
+        raise CheckpointError(f"there is no peer {peer!r}", str(self.folder.path),
+                              f"choose best, ensemble, or one of {', '.join(names)}")
+
+    def chosen_peer(self) -> str | None:
+        """Of the `candidates` the one that withstood most on the validation split at this step; None where no
+        evaluation was made."""
+        names = candidates(self.config.peers)
+        robust = _validated(self.folder, self.manifest.step, self.weights)
+        return max((name for name in names if name in robust), key=lambda name: (robust[name], -names.index(name)),
+                   default=None)
+
+    def state(self, peer: str | int) -> dict[str, Tensor]:
+        """The weights of a peer; one that keeps no averaged weights gives its raw ones."""
+        state = load_peer(self.manifest, self.index(peer))
+        chosen: dict[str, Tensor] = state["model"] if self.weights == RAW or state["ema"] is None else state["ema"]
+        return chosen
+
+    def peer(self, peer: str | int = BEST, device: torch.device = CPU) -> nn.Module:
+        """A peer's model: eval mode, no gradient of parameters. Raises CheckpointError."""
+        index = self.index(peer)
+        config = self.config
+        model = make_model(config.peers[index], self.images, seed=config.run.seed, step=config.step, device=device)
+        model.load_state_dict(self.state(index))
+        return model.eval().requires_grad_(False)
+
+    def models(self, device: torch.device = CPU) -> list[nn.Module]:
+        """All peers' models, in their order."""
+        return [self.peer(index, device) for index in range(len(self.config.peers))]
+
+    def ensemble(self, rule: str | None = None, device: torch.device = CPU,
+                 models: Sequence[nn.Module] | None = None) -> Ensemble:
+        """The ensemble of the peers that train, in eval mode.
+
+        Args:
+            rule: default the run's own.
+            models: those of all peers, where they are loaded already.
+        """
+        models = self.models(device) if models is None else models
+        voters = [model for model, spec in zip(models, self.config.peers, strict=True) if not spec.frozen]
+        return Ensemble(voters, rule or self.config.eval.ensemble).eval()
+
+
+def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
+             config: Config | None = None) -> FinishedRun:
+    """Open a run for reading.
+
+    Args:
+        run: its folder.
+        which: checkpoint `best`, `latest`, or `step_<n>`; `best` is `latest` where no evaluation chose one.
+        weights: `raw` or `ema`; default ema where the run keeps averaged weights.
+        config: its settings, where something of them was changed; default those of the folder.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read; a
+            run with a plug-in needs the plug-in imported before.
+    """
+    folder = RunFolder(Path(run))
+    if not folder.config.is_file():
+        raise CheckpointError("this is not the folder of a run", str(run), "give the folder that holds config.yaml")
+    config = config or load_config(str(folder.config))
+    manifest = load_manifest(folder, "latest" if which == BEST and read_best(folder) is None else which)
+    averaged = any(spec.optim.averages for spec in config.peers)
+    weights = weights or (EMA if averaged else RAW)
+    if weights not in (RAW, EMA) or (weights == EMA and not averaged):
+        raise CheckpointError(f"there are no weights {weights!r}", str(run),
+                              "choose raw, or ema where optim.ema_decay or optim.swa_start was set")
+    return FinishedRun(folder, config, manifest, weights)
+
+
+def load(run: str | Path, peer: str | int = BEST, *, which: str = BEST, weights: str | None = None,
          device: str = "cpu") -> nn.Module:
     """A model of a run: float images (B, C, H, W) in [0, 1] -> logits (B, K); eval mode, no gradient of parameters.
 
     Args:
         run: run folder.
-        peer: name or index of a peer; `best`: the peer that withstood most on the validation split; `ensemble`;
-            `ensemble:weights`: the mean of the weights of the peers that train.
-        which: checkpoint `best`, `latest`, or `step_<n>`; `best` is `latest` where no evaluation chose one.
-        weights: `raw` or `ema`; default ema where the run keeps averaged weights.
+        peer: name or index of a peer; `best`: the peer that withstood most on the validation split; `ensemble`.
+        which, weights: see `open_run`.
         device: where the model shall be.
 
     Raises:
         CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
     """
-    folder, config, manifest, weights = _opened(Path(run), which, weights)
-    images = Images.of(manifest.meta.extra["images"])
-    models = load_models(config, manifest, images, weights, torch.device(device))
+    opened = open_run(run, which, weights)
     if peer == ENSEMBLE:
-        return ensemble_of(config, models)
-    if peer == f"{ENSEMBLE}:{WEIGHTS}":
-        return soup([model for model, spec in zip(models, config.peers, strict=True) if not spec.frozen])
-    return models[_index(config, folder, manifest, peer, weights)]
+        return opened.ensemble(device=torch.device(device))
+    if peer == f"{ENSEMBLE}:weights":
+        raise CheckpointError("the mean of the peers' weights is no model of this version; 0.1 was the last with it",
+                              str(run), "load ensemble, which averages what the peers say")
+    return opened.peer(peer, torch.device(device))
 
 
-def initialise(peers: Sequence[Peer], images: Images) -> None:
+def candidates(specs: Sequence[PeerConfig]) -> list[str]:
+    """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
+    training = [spec for spec in specs if not spec.frozen]
+    generalists = [spec for spec in training if spec.role == "generalist"]
+    return [str(spec.name) for spec in generalists or [s for s in training if s.loss.learns_aes] or training]
+
+
+def validation_file(folder: RunFolder, step: int) -> Path:
+    """The result of a step's evaluation on the validation split."""
+    return folder.eval / f"validation_{step_name(step)}.json"
+
+
+def _validated(folder: RunFolder, step: int, weights: str) -> dict[str, float]:
+    """Robust accuracy of each target on the validation split at a step; empty where there was no evaluation."""
+    file = validation_file(folder, step)
+    if not file.is_file():
+        return {}
+    try:  # all formats of a result file have this part; their reader, evaluation/results.py, stands above
+        rows = parse_json(file.read_bytes())["targets"]
+        return {row["target"]: float(row["accuracy"]["union"]) for row in rows if row["weights"] == weights}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
+
+
+# ------------------------------------------------------------------------------------------------ init_from
+
+
+class Starter(Protocol):
+    """A peer of a training (core/peer.py)."""
+
+    spec: PeerConfig
+
+    @property
+    def name(self) -> str: ...
+    def start_from(self, weights: dict[str, Tensor]) -> None: ...
+
+
+def initialise(peers: Iterable[Starter], images: Images) -> None:
     """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
     for peer in peers:
         if peer.spec.init_from is None:
@@ -71,61 +220,11 @@ def trained_state(source: str, images: Images) -> dict[str, Tensor]:
         CheckpointError: no such run, checkpoint or peer, or one for images of other size or number of classes.
     """
     path, colon, name = source.rpartition(":")
-    run, peer = (path, name) if colon and not Path(source).is_dir() else (source, "best")
-    folder, config, manifest, weights = _opened(Path(run), "best", None)
-    theirs = Images.of(manifest.meta.extra["images"])
+    run, peer = (path, name) if colon and not Path(source).is_dir() else (source, BEST)
+    opened = open_run(run)
+    theirs = opened.images
     for what, found, wanted in (("images", theirs.shape, images.shape), ("classes", theirs.classes, images.classes)):
         if found != wanted:
             raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", source,
                                   "train a model for these data, and name its run in init_from")
-    state = checkpoints.load_peer(manifest, _index(config, folder, manifest, peer, weights))
-    chosen: dict[str, Tensor] = state["model"] if weights == RAW or state["ema"] is None else state["ema"]
-    return chosen
-
-
-def _opened(run: Path, which: str, weights: str | None) -> tuple[RunFolder, Config, checkpoints.Manifest, str]:
-    """A run's folder, settings, checkpoint and weights (`raw` or `ema`)."""
-    folder = RunFolder(run)
-    if not folder.config.is_file():
-        raise CheckpointError("this is not the folder of a run", str(run), "give the folder that holds config.yaml")
-    config = load_config(str(folder.config))
-    which = "latest" if which == "best" and checkpoints.read_best(folder) is None else which
-    manifest = checkpoints.load_manifest(folder, which)
-    averaged = any(p.optim.averages for p in config.peers)
-    weights = weights or (EMA if averaged else RAW)
-    if weights not in (RAW, EMA) or (weights == EMA and not averaged):
-        raise CheckpointError(f"there are no weights {weights!r}", str(run),
-                              "choose raw, or ema where optim.ema_decay or optim.swa_start was set")
-    return folder, config, manifest, weights
-
-
-def _index(config: Config, folder: RunFolder, manifest: checkpoints.Manifest, peer: str | int, weights: str) -> int:
-    """Position of the peer that is asked for."""
-    names = [str(p.name) for p in config.peers]
-    if peer == "best":
-        some = candidates(config.peers)
-        found = some[0] if len(some) == 1 else best_peer(some, folder, manifest.step, weights)
-        if found is None:
-            raise CheckpointError("no evaluation says which peer is best", str(_validation(folder, manifest.step)),
-                                  f"choose one of {', '.join(names)}")
-        peer = found
-    if peer in names:
-        return names.index(str(peer))
-    if isinstance(peer, int) and 0 <= peer < len(names):
-        return peer
-    raise CheckpointError(f"there is no peer {peer!r}", str(folder.path),
-                          f"choose best, ensemble, or one of {', '.join(names)}")
-
-
-def _validation(folder: RunFolder, step: int) -> Path:
-    return folder.eval / f"validation_{checkpoints.step_name(step)}.json"
-
-
-def best_peer(names: Sequence[str], folder: RunFolder, step: int, weights: str) -> str | None:
-    """The peer that withstood most on the validation split at a step; None where no evaluation was made there."""
-    file = _validation(folder, step)
-    if not file.is_file():
-        return None
-    rows = parse_json(file.read_bytes())["targets"]
-    robust = {r["target"]: r["accuracy"]["union"] for r in rows if r["weights"] == weights and r["target"] in names}
-    return max(robust, key=lambda name: (robust[name], -names.index(name)))
+    return opened.state(peer)

@@ -21,10 +21,19 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.importing import Importing, Options, is_file, split_words
-from mat_dist.evaluation.menu import MENU
-from mat_dist.evaluation.request import FREE_SETTINGS, Arguments, Request, parse
-from mat_dist.evaluation.runs import find_run, refuse_unfinished
+from mat_dist.evaluation.settings import (
+    FREE_SETTINGS,
+    MENU,
+    Arguments,
+    FileOptions,
+    Importing,
+    Request,
+    find_run,
+    is_file,
+    parse,
+    refuse_unfinished,
+    split_words,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +80,9 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
     from mat_dist.distributed.device import choose_device, prepare_torch
     from mat_dist.distributed.groups import open_mesh
     from mat_dist.distributed.stopping import watching
-    from mat_dist.evaluation.evaluation import evaluate_run, make_job
+    from mat_dist.evaluation.command import evaluate_run
     from mat_dist.evaluation.foreign import import_files
+    from mat_dist.evaluation.targets import make_job
 
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
@@ -97,7 +107,7 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
 def help_text() -> str:
     """The docstring, then every setting with its default and meaning, and every attack."""
     lines = [__doc__ or "", "Settings: key=default, meaning"]
-    for name, field in [*Request.model_fields.items(), *Options.model_fields.items()]:
+    for name, field in [*Request.model_fields.items(), *FileOptions.model_fields.items()]:
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
         lines.append(f"  {f'{name}={shown}':<30} {field.description}")

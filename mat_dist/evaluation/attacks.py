@@ -1,46 +1,44 @@
-"""The evaluator: clean and PGD accuracy of every peer and of the ensemble, from a complete checkpoint.
+"""All attacks on one chunk of images: predictions of every target on its own and on the others' AEs.
 
-fp32 (fp64 runs in fp64), TF32 off, eval mode. The unit of work is a fixed chunk of `eval.chunk` images whose
-attack noise is keyed by (seed, norm, restart, chunk); ranks take chunks in turn, so the result depends neither
-on the number of ranks nor on their speed.
+The result is a function of the chunk's images and number, of what is asked for and of the models: not of ranks or of
+the past. Attack noise is keyed by (seed, norm, restart, chunk).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
+from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.pgd import pgd
-from mat_dist.checkpoints import Manifest, load_peer
-from mat_dist.config.fields import parse_threats
-from mat_dist.config.schema import Config, PeerConfig
-from mat_dist.data import ImageSet, as_float
-from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.groups import Mesh
-from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import StopRequested
-from mat_dist.models import Ensemble
-from mat_dist.models.classifier import DTYPES, Images, make_model
+from mat_dist.attacks.pgd import likely_wrong, pgd
+from mat_dist.attacks.random_search import patch_change, random_search
+from mat_dist.errors import NotReportable
+from mat_dist.evaluation import norms
+from mat_dist.evaluation.autoattack import Found, autoattack, chunk_seed
+from mat_dist.evaluation.settings import AUTOATTACK, MENU, SQUARE, stand_in
 from mat_dist.models.modes import frozen
 
-ENSEMBLE = "ensemble"
-RAW, EMA = "raw", "ema"
+NOISE_DRAWS = 20  # of `uniform` and of `gaussian`
+TRANSFER = "transfer"
+FROM = f"{TRANSFER} from "  # how AEs of another run are called in results: transfer from RUN/peer
+NO_ANSWER = -1  # the prediction of logits that are not finite
+WHITE_BOX = frozenset(name for name, kind in MENU.items() if kind.white_box)
 
 
 @dataclass(frozen=True)
 class AttackPlan:
     """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    In l1 it is APGD, whose first step is `step_size` long (default eps), but for an attack with momentum: plain sparse
-    PGD breaks fewer images than random search does. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Threat.start`;
-    `momentum` is that of `pgd`; `targets` is the number of classes that a targeted loss is led to, one after another.
+    In l1 it is APGD, whose first step is `step_size` long (default eps), but for an attack with momentum. `loss` is one
+    of `ATTACK_LOSSES`; `start` is one of `Threat.start`; `momentum` is that of `pgd`; `targets` is the number of
+    classes that a targeted loss is led to, one after another.
     """
 
     steps: int
@@ -60,202 +58,313 @@ class AttackPlan:
 
     def adaptive(self, threat: Threat) -> bool:
         """Whether it is APGD."""
-        return threat.norm == "l1" and self.momentum is None
+        return norms.adaptive(threat.norm) and self.momentum is None
+
+
+FGSM = AttackPlan(**MENU["fgsm"].plan)
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one target did on every image.
+class Target:
+    """What is evaluated.
 
     Attributes:
-        target: peer name or "ensemble".
-        weights: "raw" or "ema".
-        clean_N: labelled correctly (bool).
-        robust_TN: still correct under every restart, for each threat (bool); False where clean is.
-        samples_N: position of each image in the split.
-        labels_N: true classes.
+        name: of the peer, or ensemble:<rule>.
+        model: the classifier as it would be deployed.
+        attacked: the modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a
+            vote, which has no gradient: then the mean-logit and the mean-probability ensemble.
+        members: of an ensemble, whose AEs join the candidates.
     """
 
-    target: str
-    weights: str
-    clean_N: Tensor
-    robust_TN: Tensor
-    samples_N: Tensor
-    labels_N: Tensor
+    name: str
+    model: nn.Module
+    attacked: tuple[nn.Module, ...]
+    members: tuple[Target, ...] = ()
 
     @property
-    def clean(self) -> float:
-        """Clean accuracy in [0, 1]."""
-        return self.clean_N.double().mean().item()
-
-    @property
-    def robust(self) -> float:
-        """Share of images that withstand all threats (per-sample AND), in [0, 1]."""
-        return self.robust_TN.all(0).double().mean().item()
-
-    def against(self, threat: int) -> float:
-        """Share of images that withstand one threat."""
-        return self.robust_TN[threat].double().mean().item()
+    def surrogates(self) -> bool:
+        """Whether gradient attacks use other modules than the model itself."""
+        return self.model not in self.attacked
 
 
-def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
-    """The distinct threats of a cohort, in peer order; every target is attacked with each."""
-    union = [parse_threats(p.union.threats) if p.union.threats else [] for p in peers]
-    return list(dict.fromkeys(Threat(*pair) for p, more in zip(peers, union, strict=True)
-                              for pair in ((p.threat.norm, p.threat.eps), *more)))
+@dataclass(frozen=True)
+class Job:
+    """What is done to every chunk.
+
+    Attributes:
+        threats: each is an evaluation of its own.
+        plans: our gradient attacks, by name.
+        attacks: names of all attacks, in order.
+        version, custom: of AutoAttack.
+        transfer: replay each target's AEs on the others.
+        seed: of all noise.
+        queries: of random search.
+        keep: keep the AEs of a chunk until its end: transfer, soundness checks and files need them.
+    """
+
+    threats: tuple[Threat, ...]
+    plans: Mapping[str, AttackPlan]
+    attacks: tuple[str, ...]
+    version: str = "standard"
+    custom: tuple[str, ...] = ()
+    transfer: bool = True
+    seed: int = 0
+    queries: int = 1000
+    keep: bool = True
 
 
-def ensemble_of(config: Config, models: Sequence[nn.Module], rule: str | None = None) -> Ensemble:
-    """The ensemble of the peers that train, in eval mode, by `rule` or the run's own."""
-    voters = [model for model, spec in zip(models, config.peers, strict=True) if not spec.frozen]
-    return Ensemble(voters, rule or config.eval.ensemble).eval()
+# ------------------------------------------------------------------------------------------------ one attack
 
 
-def load_models(config: Config, manifest: Manifest, images: Images, weights: str,
-                device: torch.device) -> list[nn.Module]:
-    """All peers of a checkpoint, frozen for evaluation, with raw or averaged weights."""
-    models = []
-    for index, spec in enumerate(config.peers):
-        model = make_model(spec, images, seed=config.run.seed, step=config.step, device=device)
-        state = load_peer(manifest, index)
-        # A peer that keeps no averaged weights takes part in the averaged ensemble with its raw ones.
-        model.load_state_dict(state["model"] if weights == RAW or state["ema"] is None else state["ema"])
-        models.append(model.eval().requires_grad_(False))
-    return models
+def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
+         found: list[Found]) -> Iterator[Tensor]:
+    """The AEs that one attack makes with one module; `found` gets what pyautoattack told."""
+    maker = MENU[name].maker
+    if maker == "pgd":
+        yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk)
+    elif maker == "noise":
+        for draw in range(NOISE_DRAWS):
+            yield noisy(name, x_BCHW, threat, stream=rng.key(job.seed, f"eval-{name}-{threat.norm}", draw, chunk))
+    elif maker == "search":
+        stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
+        yield random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=patch_change(threat, x_BCHW),
+                            queries=job.queries, stream=stream)
+    else:
+        seed = chunk_seed(job.seed, threat.norm, chunk)
+        if name == AUTOATTACK:
+            one = autoattack(model, x_BCHW, y_B, threat, version=job.version, custom=job.custom, seed=seed)
+        else:
+            one = autoattack(model, x_BCHW, y_B, threat, version="standard", custom=(), seed=seed, alone=name)
+        found.append(one)
+        yield one.adv_BCHW
 
 
-def evaluate(config: Config, mesh: Mesh, manifest: Manifest, images: Images, data: ImageSet, attack: AttackPlan, *,
-             size: int | None = None, purpose: str = "eval", stop: StopFlag | None = None) -> list[Result]:
-    """Attack every peer and the ensemble of a checkpoint; the same list on every rank.
+def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,
+            first: int = 0) -> Iterator[Tensor]:
+    """The AEs of each restart of PGD, and of each target class. Where memory runs out, the chunk is attacked in
+    halves, quarters, ...
+
+    An image's noise does not depend on the parts, so the result is the same but for the rounding of other batch sizes.
 
     Args:
-        data: the split to evaluate on.
-        size: use a random subset of so many images, keyed by the run's seed alone; default all.
-        purpose: names the split in messages and keys nothing.
-        stop: looked at between chunks.
-
-    Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
+        first: number of the first restart, which keys its noise.
     """
-    stop = stop or StopFlag()
-    agree = Agreement(mesh, f"evaluation of {manifest.directory.name} on {purpose}")
-    threats = threats_of(config.peers)
-    samples = chosen_images(len(data), size, config.run.seed)
-    count = len(samples)
-    results: list[Result] = []
-    for weights in [RAW, EMA] if any(p.optim.averages for p in config.peers) else [RAW]:
-        models = agree.run("loading", load_models, config, manifest, images, weights, mesh.device)
-        agree.settle(f"models {weights}")
-        names = [*(str(p.name) for p in config.peers), ENSEMBLE]
-        targets = [*models, ensemble_of(config, models)]
-        # Columns: clean, then each threat; ranks fill their chunks, the rest stays 0 for the sum.
-        table_RCN = torch.zeros(len(targets), 1 + len(threats), count, dtype=torch.uint8)
-        for chunk in range(mesh.placement.rank, -(-count // config.eval.chunk), mesh.placement.world):
-            if stop.requested:
+    with frozen(model):
+        goals = likely_wrong(model, x_BCHW, y_B, plan.targets) if plan.targets else [y_B]
+    parts = 1
+    for number in range(plan.restarts * len(goals)):
+        goal_B = goals[number % len(goals)]
+        while True:
+            size = -(-len(y_B) // parts)
+            try:
+                yield torch.cat([craft(model, x_BCHW[row:row + size], goal_B[row:row + size], threat, plan, seed=seed,
+                                       chunk=chunk, restart=first + number, first_row=row)
+                                 for row in range(0, len(y_B), size)])
                 break
-            columns = slice(chunk * config.eval.chunk, min((chunk + 1) * config.eval.chunk, count))
-            found = agree.run(f"chunk {chunk}", _attack_chunk, config, targets, threats, data, samples[columns],
-                              attack, chunk, mesh.device)
-            if found is not None:
-                table_RCN[:, :, columns] = found
-        agree.settle(f"chunks {weights}")
-        if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
-            raise StopRequested(f"stopped by a signal during the {agree.where}", str(manifest.directory),
-                                "start the same command again to continue with this evaluation")
-        table_RCN = mesh.sum_world(table_RCN)
-        labels_N = data.labels[samples.to(data.device)].cpu()
-        results += [Result(name, weights, row[0].bool(), row[1:].bool(), samples, labels_N)
-                    for name, row in zip(names, table_RCN, strict=True)]
-    return results
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                parts *= 2
 
 
-def chosen_images(count: int, size: int | None, seed: int) -> Tensor:
-    """Positions of the images to evaluate on, ascending: all, or a keyed random subset of `size`."""
-    if size is None or size >= count:
-        return torch.arange(count)
-    return rng.permutation(rng.key(seed, "eval-subset"), count)[:size].sort().values
+def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,
+          restart: int = 0, first_row: int = 0) -> Tensor:
+    """The AEs of one start of PGD, keyed by (seed, norm, restart, chunk) -> (B, C, H, W).
+
+    Args:
+        y_B: true classes; with `plan.targets` the classes to lead to.
+        first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
+    """
+    region = threat.region(x_BCHW, APGD_L1_SHARE)
+    stream = rng.key(seed, f"eval-{threat.norm}", restart, chunk)
+    start = threat.start(plan.start, region, x_BCHW, stream=stream, first_row=first_row)
+    with frozen(model):
+        if plan.adaptive(threat):
+            found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
+                         step_size=plan.size(threat))
+            return found.best_BCHW if plan.targets else found.wrong_BCHW
+        return pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
+                   step_size=plan.size(threat), momentum=plan.momentum)
 
 
-def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and labels on the device, in the evaluation's precision."""
-    images, y_B = data.batch(rows)
-    return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
+# ----------------------------------------------------------------------------------------------- all attacks
 
 
-def _attack_chunk(config: Config, targets: Sequence[nn.Module], threats: Sequence[Threat], data: ImageSet,
-                  samples: Tensor, attack: AttackPlan, chunk: int, device: torch.device) -> Tensor:
-    """Clean and robust correctness of every target on one chunk -> uint8 (targets, 1 + threats, B)."""
-    x_BCHW, y_B = pixels(data, samples, device, config)
-    rows = []
-    with strict_arithmetic():
-        for target in targets:
-            clean_B = correct(target, x_BCHW, y_B)
-            robust = [clean_B & withstands(target, x_BCHW, y_B, threat, attack, seed=config.run.seed, chunk=chunk)
-                      for threat in threats]
-            rows.append(torch.stack([clean_B, *robust]))
-    return torch.stack(rows).to(device="cpu", dtype=torch.uint8)
+@dataclass
+class Tried:
+    """What one target did against one threat on a chunk.
+
+    Attributes:
+        predictions: attack -> predicted class per image (B,): on the first AE that it gets wrong, else on the last one.
+        advs: attack -> those AEs (B, C, H, W).
+        sources: other target -> predicted class per image on that one's AEs.
+        theirs: the AEs of others that belong to the predictions of TRANSFER (B, C, H, W); None where there are none.
+        square_broke: images that only Square broke in AutoAttack.
+        warnings: of AutoAttack's own checks.
+    """
+
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    advs: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    theirs: Tensor | None = None
+    square_broke: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def held(self, clean_B: Tensor, y_B: Tensor, names: Container[str]) -> Tensor:
+        """Whether each image is right without an attack and under those of `names` -> bool (B,).
+
+        Args:
+            clean_B: predictions without an attack.
+        """
+        held_B = clean_B == y_B
+        for name, prediction_B in self.predictions.items():
+            if name in names:
+                held_B &= prediction_B == y_B
+        return held_B
+
+    def replay(self, source: str, model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor) -> Tensor:
+        """Add what the AEs of another target do to this one, `model` -> predicted class per image.
+
+        TRANSFER keeps, image by image, the first source that this target gets wrong.
+        """
+        found_B, adv_BCHW = first_wrong(model, advs, y_B, clean_B)
+        self.sources[source] = found_B
+        before_B = self.predictions.get(TRANSFER, clean_B)
+        open_B = before_B == y_B
+        self.predictions[TRANSFER] = torch.where(open_B, found_B, before_B)
+        self.theirs = adv_BCHW if self.theirs is None else torch.where(open_B.view(-1, 1, 1, 1), adv_BCHW, self.theirs)
+        return found_B
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """The class of the largest logit -> int64 (B,); NO_ANSWER where a logit is not finite."""
+    logits_BK = model(x_BCHW)
+    # argmax takes NaN for the largest value: all of class 0 would count as robust.
+    return torch.where(logits_BK.isfinite().all(-1), logits_BK.argmax(-1), NO_ANSWER)
 
 
 def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     """Whether the largest logit is the true class -> bool (B,); logits that are not finite are no answer."""
-    with torch.no_grad():
-        logits_BK = model(x_BCHW)
-    # argmax takes NaN for the largest value: all of class 0 would count as robust.
-    return (logits_BK.argmax(-1) == y_B) & logits_BK.isfinite().all(-1)
+    return predict(model, x_BCHW) == y_B
 
 
-def withstands(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
-               chunk: int) -> Tensor:
-    """Whether each image is still correct after every restart of PGD -> bool (B,)."""
-    held_B = torch.ones_like(y_B, dtype=torch.bool)
-    for adv in restarts(model, x_BCHW, y_B, threat, attack, seed=seed, chunk=chunk):
-        held_B &= correct(model, adv, y_B)
-    return held_B
+def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: Job,
+                   chunk: int) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tried]]:
+    """Clean predictions by target, and what was tried, by (target, label of the threat).
+
+    The members of an ensemble are attacked too, for their AEs, whether or not they are targets.
+    """
+    attacked = {t.name: t for target in targets for t in (target, *target.members)}
+    clean = {name: predict(t.model, x_BCHW) for name, t in attacked.items()}
+    names = {t.name for t in targets}
+    tried: dict[tuple[str, str], Tried] = {}
+    for threat in job.threats:
+        mine = {name: attack_one(t, x_BCHW, y_B, clean[name], threat, job, chunk) for name, t in attacked.items()}
+        for target in targets:
+            members = {member.name for member in target.members}
+            for name in attacked:
+                if name != target.name and (name in members or (job.transfer and name in names)):
+                    mine[target.name].replay(name, target.model, mine[name].advs.values(), y_B, clean[target.name])
+        tried |= {(target.name, threat.label): mine[target.name] for target in targets}
+    return {target.name: clean[target.name] for target in targets}, tried
 
 
-def restarts(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, attack: AttackPlan, *, seed: int,
-             chunk: int, first: int = 0, first_row: int = 0) -> Iterator[Tensor]:
-    """The AEs of restarts `first`, `first` + 1, ...; noise keyed by (seed, norm, restart, chunk).
+def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
+               chunk: int) -> Tried:
+    """All attacks of one threat on one target. Images that are wrong without an attack are not attacked.
+
+    Gradient attacks use the modules `attacked`, the others the target itself. A target that has no gradient of its
+    own gets a gradient-free attack even where none is asked for, see `stand_in`.
+
+    Raises NotReportable for a module whose output has no gradient with respect to the image.
+    """
+    for model in target.attacked:
+        with frozen(model), torch.enable_grad():
+            if not model(x_BCHW[:1].clone().requires_grad_(True)).requires_grad:
+                raise NotReportable("the output has no gradient with respect to the image", target.name,
+                                    "attack a differentiable form of the model: logits, without detach or argmax")
+    tried = Tried()
+    more = stand_in(job.attacks) if target.surrogates else None
+    for name in (*job.attacks, *([more] if more else [])):
+        found: list[Found] = []
+        models = target.attacked if MENU[name].white_box else (target.model,)
+        # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
+        advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found))
+        prediction_B, adv_BCHW = first_wrong(target.model, advs, y_B, clean_B)
+        tried.predictions[name] = prediction_B
+        if job.keep:
+            tried.advs[name] = torch.where((clean_B == y_B).view(-1, 1, 1, 1), adv_BCHW, x_BCHW)
+        tried.warnings += [text for one in found for text in one.warnings]
+        if name == AUTOATTACK:
+            tried.square_broke = max(one.square_broke for one in found)  # of a vote's surrogates the worse one
+    if SQUARE in job.attacks and not target.surrogates:
+        alone_B = tried.held(clean_B, y_B, WHITE_BOX) & (tried.predictions[SQUARE] != y_B)
+        tried.square_broke = max(tried.square_broke, int(alone_B.sum()))
+    return tried
+
+
+def replay_sources(sources: Sequence[Target], targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor,
+                   clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried], job: Job, chunk: int) -> None:
+    """Craft AEs with every source, by the evaluation's attacks, and add what they do to each target to `tried`.
+
+    Images that a source gets wrong without an attack are attacked too: a target may get them right.
+    """
+    for threat in job.threats:
+        for source in sources:
+            advs = list(attack_one(source, x_BCHW, y_B, y_B, threat, job, chunk).advs.values())
+            for target in targets:
+                mine, clean_B = tried[target.name, threat.label], clean[target.name]
+                found_B = mine.replay(source.name, target.model, advs, y_B, clean_B)
+                mine.predictions[f"{FROM}{source.name}"] = found_B
+
+
+def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Predictions (B,) and AEs of the first batch that a model gets wrong, image by image; else of the last one.
 
     Args:
-        first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
+        advs: at least one batch.
+        clean_B: predictions without an attack; kept where they are wrong.
     """
-    region = threat.region(x_BCHW, APGD_L1_SHARE)
-    for restart in range(first, first + attack.restarts):
-        stream = rng.key(seed, f"eval-{threat.norm}", restart, chunk)
-        start = threat.start(attack.start, region, x_BCHW, stream=stream, first_row=first_row)
-        with frozen(model):
-            if attack.adaptive(threat):
-                found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                             step_size=attack.size(threat))
-                yield found.best_BCHW if attack.targets else found.wrong_BCHW  # y_B are targets, not labels
-            else:
-                yield pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=attack.loss, steps=attack.steps,
-                          step_size=attack.size(threat), momentum=attack.momentum)
+    prediction_B, adv_BCHW = clean_B, None
+    for adv in advs:
+        open_B = prediction_B == y_B
+        prediction_B = torch.where(open_B, predict(model, adv), prediction_B)
+        adv_BCHW = adv if adv_BCHW is None else torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)
+    assert adv_BCHW is not None
+    return prediction_B, adv_BCHW
 
 
-@contextmanager
-def strict_arithmetic() -> Iterator[None]:
-    """Plain fp32 on GPUs: no TF32, deterministic convolutions; settings are restored."""
-    backend, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
-    try:
-        yield
-    finally:
-        backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+def strongest(tried: Tried, y_B: Tensor) -> Tensor:
+    """Image by image the first AE, its own or another target's, that the target gets wrong, else the last attack's
+    -> (B, C, H, W)."""
+    *_, best = tried.advs.values()
+    open_B = torch.ones_like(y_B, dtype=torch.bool)
+    theirs = {} if tried.theirs is None else {TRANSFER: tried.theirs}
+    for name, adv_BCHW in {**tried.advs, **theirs}.items():
+        wrong_B = tried.predictions[name] != y_B
+        best = torch.where((open_B & wrong_B).view(-1, 1, 1, 1), adv_BCHW, best)
+        open_B &= ~wrong_B
+    return best
 
 
-def candidates(specs: Sequence[PeerConfig]) -> list[str]:
-    """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
-    training = [spec for spec in specs if not spec.frozen]
-    generalists = [spec for spec in training if spec.role == "generalist"]
-    return [str(spec.name) for spec in generalists or [s for s in training if s.loss.learns_aes] or training]
+def rounded(adv_BCHW: Tensor) -> Tensor:
+    """AEs as bytes, as an image file would hold them -> uint8 (B, C, H, W)."""
+    return (adv_BCHW * 255).round().to(torch.uint8)
 
 
-def selection_score(results: Sequence[Result], specs: Sequence[PeerConfig]) -> float:
-    """What `best` maximises on the validation split: mean robust accuracy of the `candidates`, with averaged weights
-    where they are kept."""
-    names = candidates(specs)
-    peers = [r for r in results if r.target in names]
-    chosen = [r for r in peers if r.weights == EMA] or peers
-    return sum(r.robust for r in chosen) / len(chosen)
+def table(clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried]) -> dict[str, Any]:
+    """The predictions as JSON values: target -> {"clean": [...], "threats": {label: {attack: [...]}}}."""
+    rows: dict[str, Any] = {name: {"clean": classes_B.tolist(), "threats": {}} for name, classes_B in clean.items()}
+    for (name, label), one in tried.items():
+        rows[name]["threats"][label] = {attack: p.tolist() for attack, p in one.predictions.items()}
+    return rows
+
+
+def transfer_counts(tried: Mapping[tuple[str, str], Tried], y_B: Tensor) -> dict[str, dict[str, dict[str, int]]]:
+    """Images right on the AEs of another target: threat -> source -> target -> number."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for (name, label), one in tried.items():
+        for source, prediction_B in one.sources.items():
+            counts.setdefault(label, {}).setdefault(source, {})[name] = int((prediction_B == y_B).sum())
+    return counts

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.evaluation.menu import MENU
+from mat_dist.evaluation.norms import AUTOATTACK_NORMS
+from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
 
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 # Warnings of pyautoattack that are judged elsewhere: Square's drop over all chunks, classes before the attack.
 _JUDGED_ELSEWHERE = ("Square Attack has decreased", "classes it is not possible", "target classes")
 
@@ -78,7 +78,7 @@ def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str
     """
     module = require()
     attack = module.AutoAttack(model, attacks=list(custom) if version == "custom" else None, device=device,
-                               eps=threat.eps, norm=NORMS[threat.norm], seed=seed, version=version)
+                               eps=threat.eps, norm=AUTOATTACK_NORMS[threat.norm], seed=seed, version=version)
     names = attack.attacks_to_run if alone is None else [alone]
     attack.attacks_to_run = [name for name in names if classes >= MENU[name].fewest_classes]
     for part in (attack.apgd_targeted, attack.fab):

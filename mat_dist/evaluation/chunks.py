@@ -1,14 +1,17 @@
-"""The unit of work: a chunk of images, attacked, checked and saved as one file; ranks share the missing chunks.
+"""The evaluator: chunks of images, each attacked and checked by itself; ranks share those that are missing.
 
-A chunk's file depends on the request, the checkpoint, the data and the chunk's number alone, so that a killed or
-repeated evaluation takes up the files that are there. No rank waits in a collective while another one attacks.
+fp32 (fp64 runs in fp64), TF32 off, eval mode. What is found on a chunk depends on what is asked for, the models, the
+images and the chunk's number alone: neither on the number of ranks nor on their speed. A chunk is saved as one file
+where that is wanted, so that a killed or repeated evaluation takes up the files that are there. No rank waits in a
+collective while another one attacks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -17,29 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mat_dist import rng
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, as_float
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
-from mat_dist.evaluation.attack import (
+from mat_dist.evaluation.attacks import (
+    Job,
+    Target,
     Tried,
     attack_targets,
     predict,
+    replay_sources,
     rounded,
     strongest,
     table,
     transfer_counts,
 )
-from mat_dist.evaluation.attacks import pixels, strict_arithmetic
-from mat_dist.evaluation.craft import Job
 from mat_dist.evaluation.soundness import examine
-from mat_dist.evaluation.sources import replay_sources
-from mat_dist.evaluation.targets import Target
+from mat_dist.models.classifier import DTYPES
 from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
 
-FORMAT = 2
+FORMAT = 2  # of a chunk's file
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,10 @@ class Work:
         targets: whom.
         data: the split.
         samples_N: positions of the images in it, ascending.
-        checked: chunks, from the first, that the soundness checks look at.
-        folder: of the chunks' files.
+        what: the evaluation in words.
+        folder: of the chunks' files; None: they are not saved.
         digest: identifies all that the result depends on; stands in every file.
+        checked: chunks, from the first, that the soundness checks look at.
         save: write the AEs too.
         sources: other checkpoints whose AEs join the candidates.
     """
@@ -64,9 +69,10 @@ class Work:
     targets: Sequence[Target]
     data: ImageSet
     samples_N: Tensor
-    checked: int
-    folder: Path
-    digest: str
+    what: str = "evaluation"
+    folder: Path | None = None
+    digest: str = ""
+    checked: int = 0
     save: bool = False
     sources: Sequence[Target] = ()
 
@@ -81,6 +87,7 @@ class Work:
         return self.samples_N[chunk * size:(chunk + 1) * size]
 
     def file(self, chunk: int) -> Path:
+        assert self.folder is not None
         return self.folder / f"chunk_{chunk:05d}.json"
 
     def read(self, chunk: int) -> dict[str, Any] | None:
@@ -91,6 +98,31 @@ class Work:
             return None
         expected = {"format": FORMAT, "digest": self.digest, "chunk": chunk, "samples": self.rows(chunk).tolist()}
         return found if isinstance(found, dict) and expected.items() <= found.items() else None
+
+
+def chosen_images(count: int, size: int | None, seed: int) -> Tensor:
+    """Positions of the images to evaluate on, ascending: all, or a keyed random subset of `size`."""
+    if size is None or size >= count:
+        return torch.arange(count)
+    return rng.permutation(rng.key(seed, "eval-subset"), count)[:size].sort().values
+
+
+def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] and labels on the device, in the evaluation's precision."""
+    images, y_B = data.batch(rows)
+    return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
+
+
+@contextmanager
+def strict_arithmetic() -> Iterator[None]:
+    """Plain fp32 on GPUs: no TF32, deterministic convolutions; settings are restored."""
+    backend, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
+    try:
+        yield
+    finally:
+        backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
@@ -133,7 +165,8 @@ def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
     return predictions
 
 
-def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
+               tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """Attack what is missing, on all ranks -> the content of every chunk, in order (rank 0; empty on the others).
 
     Args:
@@ -141,7 +174,7 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, tell: Callable[[str], Non
 
     Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
     """
-    agree = Agreement(mesh, "evaluation")
+    agree = Agreement(mesh, work.what)
     lead = mesh.placement.is_lead
     missing = agree.run("looking for finished chunks", _missing, work) if lead else None
     agree.settle("finished chunks")
@@ -149,36 +182,47 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, tell: Callable[[str], Non
     if lead and len(missing) < work.count:
         tell(f"{work.count - len(missing)} of {work.count} chunks are there already")
     mine = missing[mesh.placement.rank::mesh.placement.world]
-    began = monotonic()
+    began, unsaved = monotonic(), {}
     for done, chunk in enumerate(mine, 1):
         if stop.requested or agree.failure is not None:
             break
-        agree.run(f"chunk {chunk}", _attack_and_save, work, chunk, mesh.device)
+        unsaved[chunk] = agree.run(f"chunk {chunk}", _attack_and_save, work, chunk, mesh.device)
         if lead and agree.failure is None:
             each = (monotonic() - began) / done
             left = f"about {each * (len(mine) - done) / 60:.1f} min left" if done < len(mine) else "done on this rank"
             tell(f"chunk {done} of {len(mine)} on this rank, {each:.1f} s each, {left}")
     agree.settle("chunks")
     if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
-        raise StopRequested("stopped by a signal during the evaluation", str(work.folder),
-                            "start the same command again: finished chunks are not repeated")
+        again = ": finished chunks are not repeated" if work.folder else " from its beginning"
+        raise StopRequested(f"stopped by a signal during the {work.what}", str(work.folder or "eval"),
+                            f"start the same command again to go on with the evaluation{again}")
+    if work.folder is None:
+        pairs = [pair for rank in mesh.gather_json([[chunk, unsaved[chunk]] for chunk in mine]) for pair in rank]
+        return [found for _, found in sorted(pairs, key=lambda pair: pair[0])] if lead else []
     found = agree.run("collecting the chunks", _collect, work) if lead else []
     agree.settle("collected chunks")
     return found
 
 
 def _missing(work: Work) -> list[int]:
+    if work.folder is None:
+        return list(range(work.count))
     with reported(work.folder):
         work.folder.mkdir(parents=True, exist_ok=True)
     return [chunk for chunk in range(work.count) if work.read(chunk) is None]
 
 
-def _attack_and_save(work: Work, chunk: int, device: torch.device) -> None:
+def _attack_and_save(work: Work, chunk: int, device: torch.device) -> dict[str, Any] | None:
+    """Attack a chunk; what was found where it is not saved."""
     try:
-        write_json(work.file(chunk), attack_chunk(work, chunk, device))
+        found = attack_chunk(work, chunk, device)
     except torch.OutOfMemoryError as error:  # PGD has tried parts; AutoAttack's result depends on its batch
         raise EnvironmentFault(f"not enough device memory: {error}", f"chunk {chunk}",
                                "use a smaller eval.chunk; chunks of another size have other noise") from error
+    if work.folder is None:
+        return found
+    write_json(work.file(chunk), found)
+    return None
 
 
 def _collect(work: Work) -> list[dict[str, Any]]:

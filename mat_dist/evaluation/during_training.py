@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -11,29 +10,26 @@ import torch
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints import Manifest, mark_best, read_best, step_name
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidates, validation_file
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
 from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.device import device_name
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.attacks import (
-    EMA,
-    ENSEMBLE,
-    RAW,
-    AttackPlan,
-    Result,
-    evaluate,
-    load_models,
-    pixels,
-    restarts,
-    selection_score,
-    strict_arithmetic,
-    threats_of,
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict
+from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks, strict_arithmetic
+from mat_dist.evaluation.results import CLEAN, UNION
+from mat_dist.evaluation.survivors import (
+    Chunks,
+    Survivors,
+    gather,
+    told_of_job,
+    told_of_run,
+    write_result,
 )
-from mat_dist.evaluation.results import write_results
-from mat_dist.models.classifier import Images
-from mat_dist.runs.folder import RunFolder
+from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.reporter import Reporter
 from mat_dist.runs.result_table import Result as TableRow
 from mat_dist.runs.session import Run
@@ -41,6 +37,8 @@ from mat_dist.runs.trackers import Picture
 
 PICTURES = 6
 LOOKED_AT = 64  # images of which the pictures are chosen
+
+Found = Mapping[str, Chunks]  # weights -> chunks; empty on all ranks but the first
 
 
 class Evaluations:
@@ -62,7 +60,7 @@ class Evaluations:
 
     def lacks(self, done: int) -> bool:
         """Whether the checkpoint of step `done` has not been evaluated on the validation split."""
-        return self.mesh.from_lead(not validation_file(self.run.folder, done).exists())
+        return bool(self.mesh.from_lead(not validation_file(self.run.folder, done).exists()))
 
     def validate(self, done: int, manifest: Manifest, progress: Mapping[str, Any]) -> list[float | None]:
         """Attack the checkpoint of step `done` on the validation split; mark it where it is the best so far.
@@ -76,140 +74,174 @@ class Evaluations:
 
         Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
         """
-        began = perf_counter()
-        plan = AttackPlan(self.config.eval.steps, self.config.eval.restarts, self.config.eval.step_size)
-        results = evaluate(self.config, self.mesh, manifest, self._images(manifest), self.data.val, plan,
-                           size=self.config.eval.size, purpose="validation", stop=self.stop)
-        score = selection_score(results, self.config.peers)
+        began, job = perf_counter(), self.job(self.config.eval.steps)
+        found = self.attack(manifest, job, "val", self.config.eval.size)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
+        own: list[float | None] = []
         if self.mesh.placement.is_lead:
-            record = {**progress, "eval_s": perf_counter() - began, **validation_record(results)}
-            agree.run("records", self._record_validation, manifest, record, results, plan, score)
-            self.show_gallery("validation", manifest, self.data.val, plan, results)
+            survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
+            record = {**progress, "eval_s": perf_counter() - began, **validation_record(survivors)}
+            agree.run("records", self._record_validation, manifest, job, found, survivors, record)
+            self.show_gallery("validation", manifest, self.data.val, job, survivors)
+            own = own_robust(survivors, self.config.peers)
         agree.settle("records")
-        return own_robust(results, self.config.peers)
+        told: list[float | None] = self.mesh.from_lead(own)
+        return told
 
     def finish(self, best: Manifest | None, newest: Manifest) -> None:
         """Attack the best (if there were evaluations) and the newest checkpoint on the test set, show the table.
 
         A damaged one does not keep the other from its result; its error comes last.
         """
-        plan = AttackPlan(self.config.eval.test_steps, self.config.eval.restarts, self.config.eval.step_size)
-        chosen = {**({"best": best} if best else {}), "last": newest}
+        job = self.job(self.config.eval.test_steps)
         rows: list[TableRow] = []
-        done: dict[int, list[Result]] = {}
+        done: dict[int, Found] = {}
         damaged: CheckpointError | None = None
-        for label, manifest in chosen.items():
+        for label, manifest in {**({"best": best} if best else {}), "last": newest}.items():
+            name = manifest.directory.name
             try:
                 if manifest.step not in done:
-                    self.note(f"attacking {manifest.directory.name} ({label}) on the test set: PGD-{plan.steps}")
-                    done[manifest.step] = evaluate(self.config, self.mesh, manifest, self._images(manifest),
-                                                   self.data.test, plan, size=self.config.eval.test_size,
-                                                   purpose="test", stop=self.stop)
+                    self.note(f"attacking {name} ({label}) on the test set: PGD-{job.plans['pgd'].steps}")
+                    done[manifest.step] = self.attack(manifest, job, "test", self.config.eval.test_size)
             except CheckpointError as error:
                 damaged = error
                 continue
-            results = done[manifest.step]
             if self.mesh.placement.is_lead:
-                write_results(self.run.folder.eval, f"test_{label}_{manifest.directory.name}", results,
-                              config=self.config, attack=plan, step=manifest.step, split="test",
-                              attempt=self.run.attempt, per_sample=True)
-                self.show_gallery(f"test_{label}", manifest, self.data.test, plan, results)
-            rows += table_rows(label, results, plan)
+                found = done[manifest.step]
+                write_result(self.run.folder.eval, f"test_{label}_{name}", self.about(manifest, job, label, "test"),
+                             found, checked=False)
+                survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
+                self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
+                rows += table_rows(label, survivors, job.plans["pgd"])
         if rows:
             self.reporter.table(rows)
         if damaged is not None:
             raise damaged
+
+    def job(self, steps: int) -> Job:
+        """PGD of so many steps with every threat of the cohort."""
+        plan = AttackPlan(steps, self.config.eval.restarts, self.config.eval.step_size)
+        return Job(tuple(threats_of(self.config.peers)), {"pgd": plan}, ("pgd",), transfer=False,
+                   seed=self.config.run.seed, keep=False)
+
+    def attack(self, manifest: Manifest, job: Job, split: str, size: int | None) -> Found:
+        """Every peer and the ensemble of a checkpoint, with raw weights, and with averaged ones where they are kept.
+
+        An ensemble is attacked by itself, not by its members' AEs too, as `python -m mat_dist.evaluate` does.
+        """
+        data: ImageSet = getattr(self.data, split)
+        samples_N = chosen_images(len(data), size, self.config.run.seed)
+        what = f"evaluation of {manifest.directory.name} on {'validation' if split == 'val' else split}"
+        agree = Agreement(self.mesh, what)
+        found = {}
+        for weights in [RAW, EMA] if any(spec.optim.averages for spec in self.config.peers) else [RAW]:
+            run = self.opened(manifest, weights)
+            models = agree.run("loading", run.models, self.mesh.device)
+            agree.settle(f"models {weights}")
+            modules = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: run.ensemble(models=models)}
+            targets = [Target(name, model, (model,)) for name, model in modules.items()]
+            found[weights] = run_chunks(Work(self.config, job, targets, data, samples_N, what), self.mesh, self.stop)
+        return found
+
+    def opened(self, manifest: Manifest, weights: str) -> FinishedRun:
+        """One of this run's checkpoints."""
+        return FinishedRun(self.run.folder, self.config, manifest, weights)
+
+    def about(self, manifest: Manifest, job: Job, label: str, split: str) -> dict[str, Any]:
+        """What a result file says about an evaluation."""
+        run = self.opened(manifest, RAW)
+        return told_of_run(run, label, device_name(self.mesh.device)) | told_of_job(job, self.config.eval.chunk) | {
+            "split": split, "names": [*run.peers, ENSEMBLE], "ensemble": self.config.eval.ensemble,
+            "data_digest": self.data.digest, "attempt": self.run.attempt}
 
     def note(self, text: str) -> None:
         """Tell the person at the console, and the log."""
         self.run.log.info("%s", text)
         self.reporter.note(text)
 
-    def show_gallery(self, group: str, manifest: Manifest, data: ImageSet, plan: AttackPlan,
-                     results: Sequence[Result]) -> None:
+    def show_gallery(self, group: str, manifest: Manifest, data: ImageSet, job: Job,
+                     survivors: Sequence[Survivors]) -> None:
         """Send pictures of a checkpoint's AEs where they are wanted. What goes wrong is a note, not an error."""
         if not self.reporter.wants_pictures:
             return
         try:
-            found = gallery(self.config, manifest, self._images(manifest), data, plan, results, self.mesh.device)
+            weights = survivors[-1].weights  # averaged ones come last
+            found = gallery(self.opened(manifest, weights), data, job, survivors, self.mesh.device)
         except Exception as error:  # an extra of rank 0 alone: the other ranks would wait for it in vain
             self.note(f"warning: no pictures of step {manifest.step}: {type(error).__name__}: {error}")
             return
         self.reporter.pictures(manifest.step, f"gallery_{group}", found)
 
-    def _record_validation(self, manifest: Manifest, record: Mapping[str, Any], results: Sequence[Result],
-                           plan: AttackPlan, score: float) -> None:
+    def _record_validation(self, manifest: Manifest, job: Job, found: Found, survivors: Sequence[Survivors],
+                           record: Mapping[str, Any]) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
-        best = read_best(self.run.folder)
+        folder, score = self.run.folder, selection_score(survivors, self.config.peers)
+        best = read_best(folder)
         if best is None or score > best.score:
-            mark_best(self.run.folder, manifest.step, score, {"split": "validation"})
+            mark_best(folder, manifest.step, score, {"split": "validation"})
         self.reporter.epoch(record)
-        write_results(self.run.folder.eval, validation_file(self.run.folder, manifest.step).stem, results,
-                      config=self.config, attack=plan, step=manifest.step, split="validation",
-                      attempt=self.run.attempt)
-
-    def _images(self, manifest: Manifest) -> Images:
-        return Images.of(manifest.meta.extra["images"])
+        about = self.about(manifest, job, step_name(manifest.step), "val")
+        write_result(folder.eval, validation_file(folder, manifest.step).stem, about, found, checked=False,
+                     images=False)
 
 
-def validation_file(folder: RunFolder, step: int) -> Path:
-    """The result of a step's evaluation on the validation split."""
-    return folder.eval / f"validation_{step_name(step)}.json"
+def selection_score(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> float:
+    """What `best` maximises on the validation split: mean robust accuracy of the `candidates`, with averaged weights
+    where they are kept."""
+    names = candidates(specs)
+    peers = [one for one in survivors if one.target in names]
+    chosen = [one for one in peers if one.weights == EMA] or peers
+    return sum(one.accuracy[UNION] for one in chosen) / len(chosen)
 
 
-def validation_record(results: Sequence[Result]) -> dict[str, Any]:
+def validation_record(survivors: Sequence[Survivors]) -> dict[str, Any]:
     """Accuracies of the peers and the ensemble, with raw and with averaged weights (None where none are kept)."""
     record: dict[str, Any] = {}
     for prefix, weights in (("", RAW), ("ema_", EMA)):
-        chosen = [r for r in results if r.weights == weights]
-        record[f"{prefix}clean_acc"] = [r.clean for r in chosen if r.target != ENSEMBLE] or None
-        record[f"{prefix}robust_acc"] = [r.robust for r in chosen if r.target != ENSEMBLE] or None
-        for r in chosen:
-            if r.target == ENSEMBLE:
-                record[f"{prefix}ensemble"] = {"clean_acc": r.clean, "robust_acc": r.robust}
+        chosen = [one for one in survivors if one.weights == weights]
+        peers = [one.accuracy for one in chosen if one.target != ENSEMBLE]
+        record[f"{prefix}clean_acc"] = [shares[CLEAN] for shares in peers] or None
+        record[f"{prefix}robust_acc"] = [shares[UNION] for shares in peers] or None
+        for one in chosen:
+            if one.target == ENSEMBLE:
+                record[f"{prefix}ensemble"] = {"clean_acc": one.accuracy[CLEAN], "robust_acc": one.accuracy[UNION]}
     return record
 
 
-def own_robust(results: Sequence[Result], specs: Sequence[PeerConfig]) -> list[float | None]:
+def own_robust(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> list[float | None]:
     """Each peer's accuracy against its own threat, with raw weights, in [0, 1]; None for one that does not train."""
-    threats, found = threats_of(specs), {r.target: r for r in results if r.weights == RAW}
-    return [None if p.frozen else found[str(p.name)].against(threats.index(Threat(p.threat.norm, p.threat.eps)))
-            for p in specs]
+    found = {one.target: one.accuracy for one in survivors if one.weights == RAW}
+    return [None if spec.frozen else found[str(spec.name)][Threat(spec.threat.norm, spec.threat.eps).label]
+            for spec in specs]
 
 
-def table_rows(checkpoint: str, results: Sequence[Result], attack: AttackPlan) -> list[TableRow]:
+def table_rows(checkpoint: str, survivors: Sequence[Survivors], plan: AttackPlan) -> list[TableRow]:
     """Rows of the final table for one checkpoint (`best` or `last`)."""
-    return [TableRow(target=r.target, weights="EMA" if r.weights == EMA else "raw", checkpoint=checkpoint,
-                     clean_acc=r.clean, robust_acc=r.robust, pgd_steps=attack.steps, images=len(r.clean_N))
-            for r in results]
+    return [TableRow(target=one.target, weights="EMA" if one.weights == EMA else "raw", checkpoint=checkpoint,
+                     clean_acc=one.accuracy[CLEAN], robust_acc=one.accuracy[UNION], pgd_steps=plan.steps,
+                     images=len(one.clean_N)) for one in survivors]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-def gallery(config: Config, manifest: Manifest, images: Images, data: ImageSet, plan: AttackPlan,
-            results: Sequence[Result], device: torch.device) -> list[Picture]:
+def gallery(run: FinishedRun, data: ImageSet, job: Job, survivors: Sequence[Survivors],
+            device: torch.device) -> list[Picture]:
     """Of the first images of a split: up to half whose AE fools the most robust peer, then others, in their order.
 
     Perturbations are scaled: 0 is grey, the largest pixel of each is white or black.
     """
-    weights = EMA if any(r.weights == EMA for r in results) else RAW
-    trained = [str(p.name) for p in config.peers if not p.frozen]
-    best = max((r for r in results if r.weights == weights and r.target in trained), key=lambda r: r.robust)
-    index = [str(p.name) for p in config.peers].index(best.target)
-    model = load_models(config, manifest, images, weights, device)[index]
-    spec = config.peers[index].threat
-    x_BCHW, y_B = pixels(data, torch.arange(min(LOOKED_AT, len(data))), device, config)
+    trained = {str(spec.name): spec for spec in run.config.peers if not spec.frozen}
+    best = max((one for one in survivors if one.weights == run.weights and one.target in trained),
+               key=lambda one: one.accuracy[UNION]).target
+    model, threat = run.peer(best, device), trained[best].threat
+    x_BCHW, y_B = pixels(data, torch.arange(min(LOOKED_AT, len(data))), device, run.config)
     with strict_arithmetic():
-        adv_BCHW = next(restarts(model, x_BCHW, y_B, Threat(spec.norm, spec.eps), plan, seed=config.run.seed, chunk=0))
-        with torch.no_grad():
-            clean_B, attacked_B = model(x_BCHW).argmax(-1), model(adv_BCHW).argmax(-1)
+        adv_BCHW = craft(model, x_BCHW, y_B, Threat(threat.norm, threat.eps), job.plans["pgd"], seed=job.seed, chunk=0)
+        clean_B, attacked_B = predict(model, x_BCHW), predict(model, adv_BCHW)
     fooled = ((clean_B == y_B) & (attacked_B != y_B)).nonzero()[:, 0].tolist()[:PICTURES // 2]
     rest = [row for row in range(len(y_B)) if row not in fooled][:PICTURES - len(fooled)]
     found = []
     for row in (*fooled, *rest):
         change = adv_BCHW[row] - x_BCHW[row]
         grey = 0.5 + change / (2 * (float(change.abs().amax()) or 1.0))
-        found.append(Picture(x_BCHW[row], grey, adv_BCHW[row], f"class {int(y_B[row])}, {best.target} says "
+        found.append(Picture(x_BCHW[row], grey, adv_BCHW[row], f"class {int(y_B[row])}, {best} says "
                              f"{int(clean_B[row])}, under attack {int(attacked_B[row])}"))
     return found

@@ -26,8 +26,9 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
-from mat_dist.evaluation.attacks import correct, pixels
-from mat_dist.evaluation.importing import Importing
+from mat_dist.evaluation.attacks import correct
+from mat_dist.evaluation.chunks import pixels
+from mat_dist.evaluation.settings import Importing
 from mat_dist.models.classifier import Images, make_model
 from mat_dist.runs.environment import write_environment
 from mat_dist.runs.exits import write_exit

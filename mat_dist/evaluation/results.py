@@ -1,74 +1,214 @@
-"""Result files of an evaluation: `eval/<id>.json`, and `eval/<id>.csv` with a row per sample, attack and target."""
+"""Result files: `eval/<id>.json`, and `eval/<id>.csv` with a row per sample, threat, attack and target; one reader.
+
+Format 2, written by evaluations in the training and by `python -m mat_dist.evaluate`. Main keys of the JSON document:
+    format, run, checkpoint, step, files, split, n, time, seed, config, versions   what was evaluated
+    threats [{norm, eps, eps_float}], attacks [name], plans {name: plan}           with what
+    targets [{target, weights, n, accuracy {clean, <threat>, union}, interval_95, attacks {threat: {attack: share}},
+              checks [{check, threat, passed, found}]}]                            what came out
+Shares are in [0, 1]. `checks` and `reportable` are missing in a training's own evaluations, which check nothing.
+The reader also takes the two formats of version 0.1, which have no number; that is for one version. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
-import itertools
-import math
-from collections.abc import Sequence
-from datetime import UTC, datetime
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
-from mat_dist.attacks.norms import eps_text
-from mat_dist.config.schema import Config
-from mat_dist.evaluation.attacks import AttackPlan, Result, threats_of
-from mat_dist.evaluation.statistics import Z_95
-from mat_dist.runs.environment import versions
-from mat_dist.runs.files import write_json, write_text
+from pydantic import Field, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from mat_dist.errors import NotReportable
+from mat_dist.runs.files import parse_json
+
+FORMAT = 2
+CLEAN, UNION = "clean", "union"
+COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
+           "attacked")
+REPAIR = "remove it, or run the evaluation again"
+PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
+# What version 0.1 did not write of a plan.
+OLD_PLAN = {"step_size": None, "loss": "ce", "start": "uniform", "momentum": None, "reach": 2.5, "targets": 0}
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count` images (Wilson, 1927); stays in [0, 1] also at 0 and 1."""
-    z2 = Z_95 * Z_95
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+@dataclass(frozen=True)
+class Verdict:
+    """One soundness check of a target: threat (empty for checks of the model), and what was found, in words."""
+
+    check: str
+    threat: str
+    passed: bool
+    found: str
 
 
-def write_results(folder: Path, name: str, results: Sequence[Result], *, config: Config, attack: AttackPlan, step: int,
-                  split: str, attempt: int, per_sample: bool = False) -> Path:
-    """Write one evaluation; an existing file of that name is never overwritten (-2, -3, ... is appended).
+@dataclass(frozen=True)
+class TargetResult:
+    """One target of a result file.
 
-    Raises OutputError when the folder cannot be written.
+    Attributes:
+        target, weights: a peer, `ensemble` (by the run's rule) or `ensemble:<rule>`; `raw` or `ema`.
+        n: number of images.
+        accuracy: by name (clean, each threat, union).
+        attacks: threat -> attack -> accuracy under it alone.
+        checks: None in a training's own evaluations.
     """
-    folder.mkdir(exist_ok=True)
-    path = _free(folder, name)
-    threats = threats_of(config.peers)
-    labels = [t.label for t in threats]
-    targets = []
-    for r in results:
-        n = len(r.clean_N)
-        shares = {"clean": r.clean, **{label: r.against(t) for t, label in enumerate(labels)}, "union": r.robust}
-        targets.append({"target": r.target, "weights": r.weights, "n": n, "accuracy": shares,
-                        "interval_95": {k: wilson_interval(v, n) for k, v in shares.items()}})
-    write_json(path, {
-        "step": step, "split": split, "attempt": attempt, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "attack": {"name": "PGD", "loss": attack.loss, "start": attack.start, "steps": attack.steps,
-                   "restarts": attack.restarts,
-                   "step_size": {label: attack.size(t) for label, t in zip(labels, threats, strict=True)}},
-        "threats": [{"norm": t.norm, "eps": eps_text(t.eps)} for t in threats], "seed": config.run.seed,
-        "chunk": config.eval.chunk, "ensemble": config.eval.ensemble, "versions": versions(), "targets": targets,
-        "config": config.model_dump(mode="json", exclude={"run": {"name"}}),
-    })
-    if per_sample:
-        write_text(path.with_suffix(".csv"), _rows(results, labels))
-    return path
+
+    target: str
+    weights: str
+    n: Count
+    accuracy: dict[str, Share]
+    attacks: dict[str, dict[str, Share]] = field(default_factory=dict)
+    checks: tuple[Verdict, ...] | None = None
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(dict.fromkeys(check.check for check in self.checks or () if not check.passed))
 
 
-def _rows(results: Sequence[Result], threats: Sequence[str]) -> str:
-    """A row per sample, attack and target; images that are wrong without an attack are `not attacked`."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["sample", "label", "attack", "target", "weights", "clean_correct", "robust", "attacked"])
-    for r in results:
-        samples, labels, clean = r.samples_N.tolist(), r.labels_N.tolist(), r.clean_N.tolist()
-        for threat, robust in zip(threats, r.robust_TN.tolist(), strict=True):
-            for sample, true, c, ok in zip(samples, labels, clean, robust, strict=True):
-                writer.writerow([sample, true, threat, r.target, r.weights, int(c), int(ok), int(c)])
-    return out.getvalue()
+@dataclass(frozen=True)
+class ThreatName:
+    """A threat as a file writes it."""
+
+    norm: str
+    eps: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.norm} {self.eps}"
 
 
-def _free(folder: Path, name: str) -> Path:
-    numbered = itertools.chain([f"{name}.json"], (f"{name}-{k}.json" for k in itertools.count(2)))
-    return next(folder / one for one in numbered if not (folder / one).exists())
+@dataclass(frozen=True)
+class Images:
+    """One target image by image: position in the split -> class; accuracy's name -> position -> correct."""
+
+    labels: dict[int, int] = field(default_factory=dict)
+    correct: dict[str, dict[int, bool]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file, of whichever format. `document` is its JSON, `number` that of -2, -3, ... in its name."""
+
+    step: int
+    split: str
+    time: str
+    seed: int
+    threats: Annotated[tuple[ThreatName, ...], Field(min_length=1)]
+    targets: Annotated[tuple[TargetResult, ...], Field(min_length=1)]
+    config: dict[str, Any]
+    attacks: tuple[str, ...]
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer: bool = False
+    sources: tuple[dict[str, Any], ...] = ()
+    checkpoint: str | None = None
+    reportable: bool | None = None
+    file: Path = Path()
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        found = re.search(r"-(\d+)$", self.file.stem)
+        return int(found[1]) if found else 1
+
+    @property
+    def age(self) -> tuple[str, int, int]:
+        """Orders results from the oldest to the newest."""
+        return self.time, self.step, self.number
+
+    def told(self) -> Iterator[str]:
+        """Each attack with its steps and restarts: PGD-20 x 5, autoattack, transfer."""
+        for name in self.attacks:
+            plan = self.plans.get(name)
+            restarts = f" x {plan['restarts']}" if plan and plan["restarts"] > 1 else ""
+            yield f"{name.upper() if name == 'pgd' else name}-{plan['steps']}{restarts}" if plan else name
+        if self.transfer:
+            yield "transfer"
+        yield from (f"transfer from {one['run']}" for one in self.sources)
+
+    @cached_property
+    def images(self) -> dict[tuple[str, str], Images]:
+        """(target, weights) -> its images. Raises NotReportable where the table is missing or damaged."""
+        return read_images(self.file.with_suffix(".csv"))
+
+
+@cache
+def _shape() -> TypeAdapter[Result]:
+    return TypeAdapter(Result)
+
+
+def read_result(file: Path) -> Result:
+    """Read one document. Raises NotReportable for one that is missing, damaged, or of a later format."""
+    try:
+        document = parse_json(file.read_bytes())
+        if not isinstance(document, dict):
+            raise ValueError("it is no JSON object")
+        if document.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"format {str(document['format'])[:40]}, this version reads {FORMAT}")
+        found = _shape().validate_python({**_upgraded(document, file), "file": file, "document": document})
+        needed = {CLEAN, UNION, *(threat.label for threat in found.threats)}
+        for one in found.targets:
+            if not needed <= one.accuracy.keys():
+                raise ValueError(f"{one.target} lacks the accuracy {sorted(needed - one.accuracy.keys())[0]}")
+        if not all(isinstance(plan[key], int) for plan in found.plans.values() for key in ("steps", "restarts")):
+            raise ValueError("steps or restarts that are no number")
+        if not all(isinstance(source["run"], str) for source in found.sources):
+            raise ValueError("a source without its run")
+        if not isinstance(found.config.get("data", {}), dict):
+            raise ValueError("config.data is no section")
+        return found
+    except ValidationError as error:
+        first = error.errors()[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise NotReportable(f"not a result file: {text}", str(file), REPAIR) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotReportable(f"not a result file: {type(error).__name__}: {error}", str(file), REPAIR) from error
+
+
+def read_results(folder: Path, pattern: str) -> list[Result]:
+    """The results whose names fit, from the oldest to the newest. Raises NotReportable as `read_result`."""
+    return sorted((read_result(file) for file in folder.glob(f"{pattern}.json")), key=lambda one: one.age)
+
+
+def _upgraded(document: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A document in the words of format 2. Version 0.1 wrote the attack of a training's evaluation as one entry."""
+    if "attack" not in document:
+        return document
+    plan = {key: value for key, value in document["attack"].items() if key != "name"}
+    label = re.match(r"test_(best|last)_", file.stem)
+    return {**document, "attacks": ["pgd"], "plans": {"pgd": {**OLD_PLAN, **plan}},
+            "split": "val" if document["split"] == "validation" else document["split"],
+            "checkpoint": label[1] if label else None}
+
+
+def read_images(file: Path) -> dict[tuple[str, str], Images]:
+    """The table of images: (target, weights) -> images. Raises NotReportable where it is missing or damaged."""
+    found: dict[tuple[str, str], Images] = {}
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                one, sample = found.setdefault((row["target"], row["weights"]), Images()), int(row["sample"])
+                one.labels[sample] = int(row["label"])
+                old = "clean_correct" in row  # version 0.1: there the column attack has the threat
+                clean = row["clean_correct"] == "1" if old else row["clean_prediction"] == row["label"]
+                one.correct.setdefault(CLEAN, {})[sample] = clean
+                for name in (row["attack"] if old else row["threat"], UNION):
+                    flags = one.correct.setdefault(name, {})
+                    flags[sample] = flags.get(sample, True) and row["robust"] == "1"
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise NotReportable(f"not a table of images: {type(error).__name__}: {error}", str(file), REPAIR) from error
+    return found
+
+
+def show(table: Table) -> None:
+    """On the screen; where that is no terminal, plain text of a fixed width."""
+    screen = Console()
+    (screen if screen.is_terminal else Console(width=PLAIN_WIDTH, color_system=None)).print(table)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,20 @@ from mat_dist import rng
 from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.random_search import patch_change, random_search
-from mat_dist.evaluation.attack import TRANSFER, WHITE_BOX, Tried, predict
-from mat_dist.evaluation.attacks import AttackPlan
-from mat_dist.evaluation.craft import NOISE_DRAWS, Job, crafted
-from mat_dist.evaluation.targets import FGSM, Target
+from mat_dist.evaluation.attacks import (
+    FGSM,
+    NOISE_DRAWS,
+    TRANSFER,
+    WHITE_BOX,
+    AttackPlan,
+    Job,
+    Target,
+    Tried,
+    crafted,
+    predict,
+)
+from mat_dist.evaluation.norms import length
+from mat_dist.evaluation.results import Verdict
 from mat_dist.models.modes import frozen
 
 OWN_STEPS = 20  # of our attacks where the request has no PGD
@@ -50,16 +59,6 @@ CHECKS = {
     "large eps": "a large eps reaches chance",
     "autoattack": "AutoAttack's own checks of the model are silent",
 }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One check of a target: threat (empty for checks of the model), and what was found, in words."""
-
-    check: str
-    threat: str
-    passed: bool
-    found: str
 
 
 def examine(target: Target, x_BCHW: Tensor, y_B: Tensor, tried: Mapping[str, Tried], job: Job,
@@ -140,8 +139,7 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
 
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
-    values = x_BCHW[0].numel()
-    large = Threat(threat.norm, LARGE * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm])
+    large = Threat(threat.norm, LARGE * length(threat.norm, x_BCHW[0].numel()))
     more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
         ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
@@ -161,8 +159,7 @@ def _outside(adv_BCHW: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     The norm may exceed eps by 1e-6 of it, and by what float32 rounding of x + d adds: 2^-25 for each pixel near 1.
     pyautoattack does not round inward, and its results are not altered here.
     """
-    values = x_BCHW[0].numel()
-    rounding = 2.0**-24 * {"linf": 1.0, "l2": math.sqrt(values), "l1": values}[threat.norm]
+    rounding = 2.0**-24 * length(threat.norm, x_BCHW[0].numel())
     in_box = ((adv_BCHW >= 0) & (adv_BCHW <= 1)).flatten(1).all(1)
     return ~(in_box & (threat.distance(adv_BCHW, x_BCHW) <= threat.eps * (1 + 1e-6) + rounding))
 

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import ENSEMBLE, open_run
+from mat_dist.config import load_config
 from mat_dist.config.fields import NORMS, parse_threats
-from mat_dist.config.schema import Config
+from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation import radii
-from mat_dist.evaluation.attacks import AttackPlan
-from mat_dist.evaluation.menu import MENU, TARGETED, made_by
-from mat_dist.evaluation.request import ENSEMBLE, PEERS, Request
-from mat_dist.models import Ensemble, soup
-from mat_dist.models.ensemble import RULES, WEIGHTS
+from mat_dist.evaluation import norms
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target
+from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
+from mat_dist.models import Ensemble
+from mat_dist.models.classifier import Images
+from mat_dist.models.ensemble import RULES
+from mat_dist.runs.folder import RunFolder
 
-
-@dataclass(frozen=True)
-class Target:
-    """What is evaluated.
-
-    Attributes:
-        name: of the peer, or ensemble:<rule>; ensemble:weights is one network, the mean of the peers' weights.
-        model: the classifier as it would be deployed.
-        attacked: the modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a
-            vote, which has no gradient: then the mean-logit and the mean-probability ensemble.
-        members: of an ensemble, whose AEs join the candidates.
-    """
-
-    name: str
-    model: nn.Module
-    attacked: tuple[nn.Module, ...]
-    members: tuple[Target, ...] = ()
-
-    @property
-    def surrogates(self) -> bool:
-        """Whether gradient attacks use other modules than the model itself."""
-        return self.model not in self.attacked
+# ------------------------------------------------------------------------------------------------ targets
 
 
 def target_names(request: Request, config: Config) -> list[str]:
     """Resolved names of the targets, in the order asked for. Raises ConfigError for an unknown one."""
     peers = [str(p.name) for p in config.peers]
-    ruled = [f"{ENSEMBLE}:{rule}" for rule in (*RULES, WEIGHTS)]
+    ruled = [f"{ENSEMBLE}:{rule}" for rule in RULES]
     rules = {ENSEMBLE: f"{ENSEMBLE}:{config.eval.ensemble}", **dict(zip(ruled, ruled, strict=True))}
     found: list[str] = []
     for word in request.targets:
@@ -69,21 +54,29 @@ def make_targets(names: Sequence[str], peers: Sequence[str], models: Sequence[nn
     """
     single = {name: Target(name, model, (model,)) for name, model in zip(peers, models, strict=True)}
     members = tuple(one for name, one in single.items() if name not in frozen)
-    voters = [one.model for one in members]
-    targets = []
-    for name in names:
+
+    def ensemble(rule: str) -> Ensemble:
+        return Ensemble([one.model for one in members], rule).eval()
+
+    def target(name: str) -> Target:
         if name in single:
-            targets.append(single[name])
-            continue
+            return single[name]
         rule = name.removeprefix(f"{ENSEMBLE}:")
-        if rule == WEIGHTS:
-            mean = soup(voters)
-            targets.append(Target(name, mean, (mean,)))
-            continue
-        model = Ensemble(voters, rule).eval()
-        surrogates = (Ensemble(voters, "logit").eval(), Ensemble(voters, "prob").eval())
-        targets.append(Target(name, model, surrogates if rule == "vote" else (model,), members))
-    return targets
+        model = ensemble(rule)
+        return Target(name, model, (ensemble("logit"), ensemble("prob")) if rule == "vote" else (model,), members)
+
+    return [target(name) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+
+def make_job(request: Request, config: Config) -> Job:
+    """The attacks that are asked for, on the threats that are asked for."""
+    seed = config.run.seed if request.seed is None else request.seed
+    threats = threats_asked(request, threats_of(config.peers), config.data.name)
+    return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
+               tuple(request.custom), request.transfer, seed, request.queries)
 
 
 def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
@@ -97,7 +90,11 @@ def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
     return plans
 
 
-FGSM = AttackPlan(**MENU["fgsm"].plan)
+def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
+    """The distinct threats of a cohort, in peer order; every target is attacked with each."""
+    union = [parse_threats(p.union.threats) if p.union.threats else [] for p in peers]
+    return list(dict.fromkeys(Threat(*pair) for p, more in zip(peers, union, strict=True)
+                              for pair in ((p.threat.norm, p.threat.eps), *more)))
 
 
 def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> list[Threat]:
@@ -108,34 +105,90 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
 
     Raises ConfigError for a threat that cannot be read, a radius that is no radius, or an attack that cannot do it.
     """
-    norms = list(dict.fromkeys(t.norm for t in trained))
-    threats = [threat for text in request.threats for threat in _threats(text, norms, data)] or list(trained)
+    found = list(dict.fromkeys(t.norm for t in trained))
+    threats = [threat for text in request.threats for threat in _threats(text, found, data)] or list(trained)
     if len(set(threats)) < len(threats):
         raise ConfigError("a threat is asked for twice", "threats", "leave one out")
     if request.eps is not None:
-        norms = list(dict.fromkeys(t.norm for t in threats))
-        if len(norms) > 1:
-            raise ConfigError(f"one eps for the norms {', '.join(norms)}", "eps", "write threats=linf:8/255,l2:1/2")
-        threats = [Threat(norms[0], request.eps)]
+        found = list(dict.fromkeys(t.norm for t in threats))
+        if len(found) > 1:
+            raise ConfigError(f"one eps for the norms {', '.join(found)}", "eps", "write threats=linf:8/255,l2:1/2")
+        threats = [Threat(found[0], request.eps)]
     for threat in threats:
-        if threat.norm == "linf" and threat.eps > 1:
-            raise ConfigError(f"a linf radius of {threat.eps:g} is more than the whole range of a pixel", "eps",
-                              f"write {threat.eps:g}/255 for pixels in [0, 1]")
+        if threat.eps > norms.MOST_EPS.get(threat.norm, math.inf):
+            raise ConfigError(f"a {threat.norm} radius of {threat.eps:g} is more than the whole range of a pixel",
+                              "eps", f"write {threat.eps:g}/255 for pixels in [0, 1]")
     return threats
 
 
 def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
     """norm:eps, norm:standard, norm:DATA, standard (the peers' norms) or union:NAME -> its threats."""
     norm, _, eps = (part.strip() for part in text.partition(":"))
-    if norm == radii.UNION:
-        return [Threat(*one) for one in radii.union(eps).items()]
-    if text == radii.STANDARD:
-        return [Threat(*one) for one in radii.standard(data, trained).items()]
-    if norm in NORMS and (eps == radii.STANDARD or eps in radii.DATA_SETS):
-        return [Threat(*one) for one in radii.standard(data if eps == radii.STANDARD else eps, [norm]).items()]
+    if norm == norms.UNION:
+        return [Threat(*one) for one in norms.union(eps).items()]
+    if text == norms.STANDARD:
+        return [Threat(*one) for one in norms.standard(data, trained).items()]
+    if norm in NORMS and (eps == norms.STANDARD or eps in norms.DATA_SETS):
+        return [Threat(*one) for one in norms.standard(data if eps == norms.STANDARD else eps, [norm]).items()]
     try:
         return [Threat(*one) for one in parse_threats(text)]
     except ValueError as error:
         raise ConfigError(str(error), "threats",
                           f"write norm:eps, such as linf:8/255, norm:standard, standard, or union: and one of "
-                          f"{', '.join(radii.UNIONS)}") from error
+                          f"{', '.join(norms.UNIONS)}") from error
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def split_source(word: str) -> tuple[RunFolder, str | None]:
+    """RUN or RUN:peer -> the folder, and the peer's name if one is meant. Raises ConfigError."""
+    folder, colon, peer = word.rpartition(":")
+    if not colon or Path(word).is_dir():
+        return find_run(word, "sources"), None
+    return find_run(folder, "sources"), peer
+
+
+def load_sources(words: Sequence[str], images: Images, config: Config,
+                 device: torch.device) -> tuple[list[Target], list[dict[str, Any]]]:
+    """The peers of other runs as attackers, and what the result file says about each run.
+
+    Of each run the checkpoint that the validation split chose, else the latest; averaged weights where they are kept.
+
+    Args:
+        words: RUN or RUN:peer.
+        images: what the targets take; the sources must take the same.
+        config: of the evaluation, whose precision they get.
+
+    Raises:
+        ConfigError: no such run or peer, or models for other images or classes.
+        OutputError: a run is still being written.
+        CheckpointError: a run without a checkpoint, or with a damaged one.
+    """
+    found: dict[str, Target] = {}
+    about: dict[Path, dict[str, Any]] = {}
+    for word in words:
+        folder, peer = split_source(word)
+        refuse_unfinished(folder)
+        # The normalisation is a layer: what it was built with does not matter, the checkpoint's values are loaded.
+        theirs = load_config(str(folder.config)).model_copy(update={"step": config.step})
+        run = open_run(folder.path, config=theirs)
+        if peer is not None and peer not in run.peers:
+            raise ConfigError(f"there is no peer {peer[:80]!r}", f"sources={word[:200]}",
+                              f"choose from {', '.join(run.peers)}")
+        told = run.images
+        if (told.shape, told.classes) != (images.shape, images.classes):
+            raise ConfigError(f"models for images {told.shape} of {told.classes} classes, the targets take "
+                              f"{images.shape} of {images.classes}", f"sources={word[:200]}",
+                              "give a run on images of the same size and classes")
+        path = folder.path.resolve()
+        taken = any(one["run"] == path.name for one in about.values())  # by a run of that name in another place
+        name = about[path]["run"] if path in about else str(folder.path) if taken else path.name
+        chosen = [one for one in run.peers if peer in (None, one)]
+        for one in chosen:
+            model = run.peer(one, device)
+            found[f"{name}/{one}"] = Target(f"{name}/{one}", model, (model,))
+        about[path] = {"run": name, "peers": [*about.get(path, {"peers": []})["peers"], *chosen],
+                       "step": run.manifest.step, "weights": run.weights,
+                       "files": {entry.name: entry.sha256 for entry in run.manifest.files}}
+    return list(found.values()), list(about.values())

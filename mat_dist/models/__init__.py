@@ -3,6 +3,5 @@
 from mat_dist.models import mobilenet, resnet, small  # noqa: F401  they register their networks
 from mat_dist.models.ensemble import Ensemble
 from mat_dist.models.registry import Normalize, build_model, model_names, parameter_count, register_model
-from mat_dist.models.soup import soup
 
-__all__ = ["Ensemble", "Normalize", "build_model", "model_names", "parameter_count", "register_model", "soup"]
+__all__ = ["Ensemble", "Normalize", "build_model", "model_names", "parameter_count", "register_model"]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mat_dist.errors import ConfigError
 
 RULES = ("prob", "logit", "vote")
-WEIGHTS = "weights"  # no rule of the module: one network with the mean weights (soup.py)
 
 
 class Ensemble(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mat_dist.attacks.norms import Threat, eps_text
-from mat_dist.evaluation.results import wilson_interval
+from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, line_chart, surface
 from mat_dist.report.evaluations import ENSEMBLE

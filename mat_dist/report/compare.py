@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import config_differences
-from mat_dist.evaluation.results import wilson_interval
+from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.about import notices, status
 from mat_dist.report.book import Book, charts
 from mat_dist.report.charts import Series, interval_chart, line_chart

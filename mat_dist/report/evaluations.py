@@ -1,17 +1,16 @@
-"""Result files of eval/: those that the training writes, and those of python -m mat_dist.evaluate."""
+"""The results of a run as the report shows them: read by mat_dist/evaluation/results.py, the most telling first."""
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mat_dist.runs.files import parse_json
+from mat_dist.errors import NotReportable
+from mat_dist.evaluation.results import CLEAN, UNION, Result, TargetResult, read_result
 
 ENSEMBLE, UNCHECKED = "ensemble", "no checks were made"
-_NAME = re.compile(r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12}))?")
+_NAME = re.compile(r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12})(?:-\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -70,85 +69,50 @@ def is_peer(name: str) -> bool:
 def read_evaluations(folder: Path, rule: str, notes: list[str]) -> list[Evaluation]:
     """All result files, the most telling first: mat_dist.evaluate on the test set (with AutoAttack, then more images),
     tests of the best checkpoint, of the last, anything else; newest first. `rule` is the run's of the ensemble."""
-    found: list[tuple[tuple[Any, ...], Evaluation]] = []
+    found: list[tuple[tuple[object, ...], Evaluation]] = []
     for file in sorted(folder.glob("*.json")):
         name = _NAME.fullmatch(file.stem)
         if name is None:
             notes.append(f"eval/{file.name} is not shown: its name is not that of a result file")
             continue
         try:
-            document = parse_json(file.read_bytes())
-            one = _evaluation(file, name[1], document, rule)
-            order = ("evaluate" if name[1].startswith("evaluate") else name[1], one.split)
-            rank = {("evaluate", "test"): 0, ("test_best", "test"): 1, ("test_last", "test"): 2}.get(order, 3)
-            strong = "autoattack" in one.attacks, one.targets[0].n if rank == 0 else 0
-            age = str(document["time"]), int(name[3] or 1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-            notes.append(f"eval/{file.name} is left out: {type(error).__name__}: {error}")
+            result = read_result(file)
+            one = _evaluation(result, rule)
+        except NotReportable as error:
+            notes.append(f"eval/{file.name} is left out: {error.what}")
             continue
-        found.append(((-rank, *strong, *age), one))
+        order = ("evaluate" if name[1].startswith("evaluate") else name[1], one.split)
+        rank = {("evaluate", "test"): 0, ("test_best", "test"): 1, ("test_last", "test"): 2}.get(order, 3)
+        strong = "autoattack" in result.attacks, one.targets[0].n if rank == 0 else 0
+        found.append(((-rank, *strong, *result.age), one))
     return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def _evaluation(file: Path, kind: str, document: dict[str, Any], rule: str) -> Evaluation:
-    threats = tuple(f"{one['norm']} {one['eps']}" for one in document["threats"])
-    targets = tuple(_target(one, rule) for one in document["targets"])
-    needed = {"clean", "union", *threats}
-    if not targets or not threats or not all(needed <= one.accuracy.keys() and one.n > 0 for one in targets):
-        raise ValueError("a target without n or one of its accuracies")
-    if not all(0 <= share <= 1 for one in targets for share in one.accuracy.values()):
-        raise ValueError("an accuracy outside of 0 to 1")
-    checkpoint = {"test_best": "best", "test_last": "last"}.get(kind) or document.get("checkpoint")
-    split = str(document["split"])
-    images = "validation split" if split.startswith("val") else f"{split} set"
-    images += f", {checkpoint} checkpoint" if checkpoint else ""
-    attack, attacks = _attacks(document)
-    return Evaluation(file.name, images, split, int(document["step"]), attack, attacks, threats, targets,
-                      _outcomes(file.with_suffix(".csv"), rule))
+def _evaluation(result: Result, rule: str) -> Evaluation:
+    images = "validation split" if result.split == "val" else f"{result.split} set"
+    label = result.checkpoint
+    # A validation belongs to the checkpoint of its step; only a choice is worth a word.
+    images += f", {label} checkpoint" if label and not result.file.stem.startswith("validation") else ""
+    told = list(result.told())
+    return Evaluation(result.file.name, images, result.split, result.step, "worst attack" if len(told) > 1 else told[0],
+                      ", ".join(told), tuple(threat.label for threat in result.threats),
+                      tuple(_target(one, rule) for one in result.targets), _outcomes(result, rule))
 
 
-def _attacks(document: dict[str, Any]) -> tuple[str, str]:
-    """The attack as a heading, and all of them with their steps."""
-    if "attacks" not in document:
-        plan = document["attack"]
-        restarts = int(plan["restarts"])
-        attack = f"{plan['name']}-{int(plan['steps'])}" + (f" x {restarts}" if restarts > 1 else "")
-        return attack, attack
-    plans, told = document.get("plans", {}), []
-    for name in document["attacks"]:
-        plan = plans.get(name)
-        more = f" x {plan['restarts']}" if plan and plan["restarts"] > 1 else ""
-        told.append(f"{name}-{plan['steps']}{more}" if plan else str(name))
-    if document.get("transfer"):
-        told.append("transfer")
-    told += [f"transfer from {one['run']}" for one in document.get("sources", [])]
-    return "worst attack" if len(told) > 1 else told[0], ", ".join(told)
+def _target(one: TargetResult, rule: str) -> Target:
+    failed = (UNCHECKED,) if one.checks == () else one.failed  # a training's own evaluations have no checks at all
+    return Target(_name(one.target, rule), one.weights, one.n, one.accuracy, one.attacks, failed)
 
 
-def _target(one: dict[str, Any], rule: str) -> Target:
-    alone = {str(threat): {str(name): float(share) for name, share in shares.items()}
-             for threat, shares in one.get("attacks", {}).items()}
-    failed = dict.fromkeys(str(check["check"]) for check in one.get("checks", []) if not check["passed"])
-    if one.get("checks") == []:  # checks=0; the training's own evaluations have no such entry
-        failed = {UNCHECKED: None}
-    return Target(_name(one["target"], rule), str(one["weights"]), int(one["n"]),
-                  {str(key): float(share) for key, share in one["accuracy"].items()}, alone, tuple(failed))
-
-
-def _name(target: object, rule: str) -> str:
+def _name(target: str, rule: str) -> str:
     """The ensemble in the run's own rule is just the ensemble."""
-    return ENSEMBLE if target == f"{ENSEMBLE}:{rule}" else str(target)
+    return ENSEMBLE if target == f"{ENSEMBLE}:{rule}" else target
 
 
-def _outcomes(file: Path, rule: str) -> dict[tuple[str, str], list[Outcome]]:
-    """Per target and weights every image, from a table with a row per image, threat, attack and target."""
-    if not file.is_file():
+def _outcomes(result: Result, rule: str) -> dict[tuple[str, str], list[Outcome]]:
+    """Per target and weights every image, where there is a table of them."""
+    if not result.file.with_suffix(".csv").is_file():
         return {}
-    found: dict[tuple[str, str], dict[str, Outcome]] = {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            images = found.setdefault((_name(row["target"], rule), row["weights"]), {})
-            robust, before = row["robust"] == "1", images.get(row["sample"])
-            clean = row["clean_correct"] == "1" if "clean_correct" in row else row["clean_prediction"] == row["label"]
-            images[row["sample"]] = Outcome(int(row["label"]), clean, robust and (before is None or before.robust))
-    return {key: list(images.values()) for key, images in found.items()}
+    return {(_name(target, rule), weights): [
+        Outcome(label, one.correct[CLEAN][sample], one.correct[UNION][sample]) for sample, label in one.labels.items()]
+        for (target, weights), one in result.images.items()}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat, per_image
-from mat_dist.evaluation.attacks import AttackPlan, correct, strict_arithmetic
+from mat_dist.evaluation.attacks import AttackPlan, correct
+from mat_dist.evaluation.chunks import strict_arithmetic
 from mat_dist.report.evaluations import Outcome
 from mat_dist.report.subject import Subject
 from mat_dist.runs.rates import duration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mat_dist.evaluation.results import wilson_interval
+from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.book import Book, pair
 from mat_dist.report.charts import heat_map, interval_chart
 from mat_dist.report.evaluations import ENSEMBLE, Evaluation, Outcome, Target, is_peer

@@ -10,23 +10,13 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidates
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
-from mat_dist.evaluation.attacks import (
-    EMA,
-    ENSEMBLE,
-    RAW,
-    AttackPlan,
-    candidates,
-    chosen_images,
-    ensemble_of,
-    load_models,
-    pixels,
-    restarts,
-    threats_of,
-)
-from mat_dist.models.classifier import Images
+from mat_dist.evaluation.attacks import AttackPlan, craft
+from mat_dist.evaluation.chunks import chosen_images, pixels
+from mat_dist.evaluation.targets import threats_of
 from mat_dist.report.files import RunFiles
 
 
@@ -80,7 +70,7 @@ class Subject:
     def craft(self, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan,
               chunk: int) -> Tensor:
         """The evaluator's AEs of its first start -> (B, C, H, W)."""
-        return next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
+        return craft(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk)
 
 
 def find_checkpoint(run: RunFiles) -> checkpoints.Manifest:
@@ -95,15 +85,15 @@ def load_subject(run: RunFiles, manifest: checkpoints.Manifest, images: int, dev
     training, ConfigError for a model or data set of a plug-in that is not given.
     """
     config = run.config
-    shape = Images.of(manifest.meta.extra["images"])
     weights = EMA if run.averaged else RAW
-    models = load_models(config, manifest, shape, weights, device)
+    opened = FinishedRun(run.folder, config, manifest, weights)
+    models = opened.models(device)
     data = load_data(config.data.model_copy(update={"download": False}), seed=config.run.seed,
                      batch_size=config.train.batch_size)
     if data.digest != manifest.meta.data_digest:
         raise DataError("the images are not those of the training", f"data.name={config.data.name}",
                         "give the report the same data, in the place that config.yaml names")
-    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: ensemble_of(config, models)}
+    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: opened.ensemble(models=models)}
     samples_N = chosen_images(len(data.test), images, config.run.seed)
     source = best_peer(run, manifest.step, weights)
     return Subject(config, targets, source, weights, manifest.step, data.test, samples_N, data.classes, device)

@@ -13,22 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mat_dist.cli import run_entry
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.runs.files import parse_json
+from mat_dist.evaluation.results import Result, read_results, show
 
-_FILE = re.compile(r"test_(best|last)_step_(\d+)(?:-(\d+))?\.json")
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
 # Sections that do not change what is trained or how it is evaluated; run holds the seed.
 _FREE = ("run", "comm", "log", "checkpoint")
 LEAD = ("runs", "target", "weights", "checkpoint", "attack")
-REPAIR = "remove it, or run the evaluation again"
-PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -84,10 +79,7 @@ def print_table(words: Sequence[str]) -> None:
         raise NotReportable("none of the runs has test results", ", ".join(words[:5]),
                             "wait until they are finished, with eval.test=true")
     rows = summarise(values)
-    screen = Console()
-    if not screen.is_terminal:
-        screen = Console(width=PLAIN_WIDTH, color_system=None)
-    screen.print(as_table(rows))
+    show(as_table(rows))
     print(as_markdown(rows))
 
 
@@ -98,34 +90,16 @@ def read_run(folder: Path) -> list[Value]:
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{str(folder)!r} is not a run folder", "command line", "give folders like runs/NAME")
-    newest: dict[str, tuple[tuple[str, int, int], Path, dict[str, Any]]] = {}
-    for file in sorted((folder / "eval").glob("test_*.json")):
-        name = _FILE.fullmatch(file.name)
-        if name is None:
-            continue
-        try:
-            document = parse_json(file.read_bytes())
-            age = (document["time"], int(name[2]), int(name[3] or 1))
-        except (ValueError, KeyError, TypeError) as error:
-            raise NotReportable(f"not a result file: {error}", str(file), REPAIR) from error
-        if name[1] not in newest or age > newest[name[1]][0]:
-            newest[name[1]] = (age, file, document)
-    values = []
-    for label, (_, file, document) in newest.items():
-        try:
-            values += _values(folder, label, document)
-        except (ValueError, KeyError, TypeError) as error:
-            raise NotReportable(f"not a result file: {error}", str(file), REPAIR) from error
-    return values
+    newest = {label: found[-1] for label in ("best", "last")
+              if (found := read_results(folder / "eval", f"test_{label}_step_*"))}
+    return [value for label, result in newest.items() for value in _values(folder, label, result)]
 
 
-def _values(folder: Path, label: str, document: dict[str, Any]) -> list[Value]:
-    settings = {key: value for key, value in document["config"].items() if key not in _FREE}
-    plan = document["attack"]
-    group = json.dumps([settings, plan], sort_keys=True)
-    attack = f"{plan['name']}-{plan['steps']}" + (f" x {plan['restarts']}" if plan["restarts"] > 1 else "")
-    return [Value(group, folder.resolve().name, int(document["seed"]), one["target"], one["weights"], label, attack,
-                  {key: float(share) for key, share in one["accuracy"].items()}) for one in document["targets"]]
+def _values(folder: Path, label: str, result: Result) -> list[Value]:
+    settings = {key: value for key, value in result.config.items() if key not in _FREE}
+    group = json.dumps([settings, result.attacks, result.plans], sort_keys=True)
+    return [Value(group, folder.resolve().name, result.seed, one.target, one.weights, label, ", ".join(result.told()),
+                  dict(one.accuracy)) for one in result.targets]
 
 
 def summarise(values: Sequence[Value]) -> list[Row]:

@@ -36,8 +36,8 @@ PHASES = {
     "update": ("mat_dist.core.peer", "Peer", "update", "step"),
     "save": ("mat_dist.checkpoints", "", "write_peer", ""),
     "commit": ("mat_dist.checkpoints", "", "commit", ""),
-    "models": ("mat_dist.evaluation.attacks", "", "load_models", ""),
-    "eval": ("mat_dist.evaluation.attacks", "", "_attack_chunk", ""),
+    "models": ("mat_dist.checkpoints.load", "FinishedRun", "models", ""),
+    "eval": ("mat_dist.evaluation.chunks", "", "attack_chunk", ""),
     "write": ("mat_dist.runs.files", "", "write_all", ""),
 }
 

@@ -13,14 +13,14 @@ import pytest
 from mat_dist import checkpoints
 from mat_dist.core.peer import Peer
 from mat_dist.data import Batches
-from mat_dist.evaluation import attacks
+from mat_dist.evaluation import chunks
 from tests.small_runs import Finished, run_small
 
 # 12 steps in 3 epochs, an evaluation after each: some 40 places where a signal can come.
 RUN = ("train.epochs=3", "eval.every=1", "eval.size=40", "log.every=1", "optim.ema_decay=0.9")
 PLACES: dict[str, tuple[Any, str]] = {
     "batch": (Batches, "at"), "attack": (Peer, "attack"), "forward": (Peer, "learn"),
-    "update": (Peer, "update"), "evaluation": (attacks, "_attack_chunk"), "save": (checkpoints, "write_peer"),
+    "update": (Peer, "update"), "evaluation": (chunks, "attack_chunk"), "save": (checkpoints, "write_peer"),
     "commit": (checkpoints, "commit")}
 CALLS = {"batch": 12, "attack": 24, "forward": 48, "update": 24, "evaluation": 12, "save": 6, "commit": 3}
 

@@ -18,8 +18,8 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError
 from mat_dist.evaluation import chunks, soundness
 from mat_dist.evaluation.chunks import Work, run_chunks
-from mat_dist.evaluation.evaluation import prepare
-from mat_dist.evaluation.request import Request
+from mat_dist.evaluation.command import prepare
+from mat_dist.evaluation.settings import Request
 from mat_dist.runs.folder import RunFolder
 from tests.small_runs import run_small
 
@@ -34,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     config = load_config(str(folder.config), ["eval.chunk=6"])
     mesh = Mesh(Placement.place(1, 1, 0), torch.device("cpu"))
     request = Request(attacks=("pgd",), steps=2, checks=6, targets=("peer0", "ensemble"))
-    return prepare(folder, config, request, mesh, Launch(), StopFlag())[0]
+    return prepare(folder, config, request, mesh, Launch(), StopFlag()).work
 
 
 def test_ranks_share_the_chunks_and_do_not_change_them(work: Work, run_ranks: Any, tmp_path: Path,

@@ -15,7 +15,7 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation import foreign
 from mat_dist.evaluation.foreign import import_files
-from mat_dist.evaluation.importing import Importing, Options
+from mat_dist.evaluation.settings import FileOptions, Importing
 
 WORDS = ("model=linear_for_ranks", "data.name=digits")
 
@@ -31,7 +31,7 @@ def importing(monkeypatch: pytest.MonkeyPatch) -> Importing:
         return model
 
     monkeypatch.setattr(foreign, "make_model", plain)
-    return Importing(None, Options(normalise="none"), WORDS)
+    return Importing(None, FileOptions(normalise="none"), WORDS)
 
 
 def test_ranks_get_one_folder_and_one_error(importing: Importing, run_ranks: Any, tmp_path: Path) -> None:

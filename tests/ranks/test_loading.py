@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import mat_dist
+from mat_dist.checkpoints.load import candidates
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.attacks import candidates
 from mat_dist.train import main
 
 
@@ -37,7 +37,8 @@ def test_a_loaded_peer_gives_the_clean_answers_of_the_result_file(run: Path) -> 
         for weights in ("raw", "ema"):
             model = mat_dist.load(run, target, weights=weights)
             correct = (model(as_float(images)).argmax(1) == y_B).int().tolist()
-            told = [int(r["clean_correct"]) for r in rows if r["target"] == target and r["weights"] == weights]
+            told = [int(r["clean_prediction"] == r["label"]) for r in rows
+                    if (r["target"], r["weights"]) == (target, weights)]
             assert correct == told
 
 

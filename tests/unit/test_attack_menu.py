@@ -20,14 +20,21 @@ from mat_dist.attacks.random_search import patch_change
 from mat_dist.config.fields import NORMS
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation import craft
-from mat_dist.evaluation.attack import TRANSFER, attack_one, attack_targets, predict, strongest
-from mat_dist.evaluation.attacks import AttackPlan
+from mat_dist.evaluation import attacks
+from mat_dist.evaluation.attacks import (
+    TRANSFER,
+    AttackPlan,
+    Job,
+    attack_one,
+    attack_targets,
+    crafted,
+    made,
+    predict,
+    strongest,
+)
 from mat_dist.evaluation.autoattack import Found, chunk_seed
-from mat_dist.evaluation.craft import Job, crafted, made
-from mat_dist.evaluation.menu import MENU, stand_in
-from mat_dist.evaluation.radii import DATA_SETS, UNIONS
-from mat_dist.evaluation.request import Request, parse
+from mat_dist.evaluation.norms import DATA_SETS, UNIONS
+from mat_dist.evaluation.settings import MENU, Request, parse, stand_in
 from mat_dist.evaluation.soundness import examine
 from mat_dist.evaluation.targets import attack_plans, make_targets, threats_asked
 from tests.documents import table
@@ -262,7 +269,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
         adv[:3] = 1 - adv[:3]
         return Found(adv, y_B, 7, (), ())
 
-    monkeypatch.setattr(craft, "autoattack", fake)
+    monkeypatch.setattr(attacks, "autoattack", fake)
     return calls
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mat_dist.evaluation.__main__ import main
-from mat_dist.evaluation.compare import Paired
+from mat_dist.evaluation.statistics import Paired
 
 
 def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportable: bool = True, time: str = "1",
@@ -18,9 +18,14 @@ def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportabl
     folder = root / run
     (folder / "eval").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").touch()
-    document = {"time": time, "reportable": reportable, "threats": [{"norm": "linf", "eps": "8/255"}], "split": "test",
+    shares = {"clean": 1.0, "linf 8/255": robust.count("1") / len(robust), "union": 0.5}
+    targets = [{"target": target, "weights": "raw", "n": len(robust), "accuracy": shares, "checks": []}]
+    document = {"format": 2, "step": 4, "seed": 0, "targets": targets, "time": time,
+                "reportable": reportable, "threats": [{"norm": "linf", "eps": "8/255"}], "split": "test",
                 "n": len(robust), "attacks": ["pgd"], "data_digest": "d", "images_digest": "i", "chunk": 8,
                 "subset_seed": 0, "config": {"data": {"test_size": None}}, **about}
+    for one in document["threats"]:
+        shares[f"{one['norm']} {one['eps']}"] = 0.5
     file = folder / "eval" / f"evaluate_test_{time}.json"
     file.write_text(json.dumps(document))
     rows = ["sample,label,threat,attack,target,weights,clean_prediction,prediction,robust,attacked"]
@@ -73,7 +78,7 @@ def test_the_newest_evaluation_counts(compare, tmp_path: Path) -> None:
     ({"data_digest": "e"}, "data_digest d and e"), ({"split": "val"}, "split test and val"),
     ({"images_digest": "j"}, "images_digest i and j"), ({"chunk": 4}, "chunk 8 and 4"),
     ({"attacks": ["pgd", "cw"]}, "attacks ['pgd'] and ['pgd', 'cw']"),
-    ({"plans": {"pgd": {"steps": 5}}}, "plans None and {'pgd': {'steps': 5}}"),
+    ({"plans": {"pgd": {"steps": 5, "restarts": 1}}}, "plans None and {'pgd': {'steps': 5, "),
     ({"autoattack": {"version": "rand"}}, "autoattack None and {'version': 'rand'}"),
     ({"transfer": True}, "transfer None and True"),
     ({"config": {"data": {"test_size": 10}}}, "data.test_size None and 10"),

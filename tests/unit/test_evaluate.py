@@ -22,14 +22,13 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
-from mat_dist.evaluation import chunks, evaluation, outcome, soundness
+from mat_dist.evaluation import chunks, command, soundness, survivors
 from mat_dist.evaluation.__main__ import main
-from mat_dist.evaluation.attacks import AttackPlan
+from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.autoattack import chunk_seed
-from mat_dist.evaluation.craft import crafted
-from mat_dist.evaluation.menu import MENU
-from mat_dist.evaluation.results import wilson_interval
-from mat_dist.evaluation.soundness import Verdict
+from mat_dist.evaluation.results import Verdict
+from mat_dist.evaluation.settings import MENU
+from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from tests.small_runs import interrupted, run_small, tree_hash
@@ -99,7 +98,7 @@ def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: st
     found = evaluate(run, "attacks=pgd", "checks=0", f"checkpoint={label}", f"weights={weights}", "transfer=false")
     (file,) = trained.glob(f"eval/test_{label}_*.csv")
     with file.open(newline="") as stream:
-        told = [(r["target"], r["attack"], r["sample"], r["label"], r["robust"], r["attacked"])
+        told = [(r["target"], r["threat"], r["sample"], r["label"], r["robust"], r["attacked"])
                 for r in csv.DictReader(stream) if r["weights"] == weights]
     ours = [(r["target"].removesuffix(":prob"), r["threat"], r["sample"], r["label"], r["robust"], r["attacked"])
             for r in found["rows"] if r["attack"] == "pgd"]
@@ -185,22 +184,6 @@ def test_a_vote_is_attacked_through_surrogates_and_judged_as_deployed(run: Path,
     shares = {name: one["accuracy"] for name, one in targets(found).items()}
     assert list(shares) == ["ensemble:vote", "ensemble:logit", "ensemble:prob"]
     assert shares["ensemble:vote"]["linf 3/20"] < shares["ensemble:vote"]["clean"]
-
-
-def test_the_mean_of_the_weights_is_attacked_as_one_network(run: Path, evaluate: Evaluate) -> None:
-    found = evaluate(run, *FAST, "targets=ensemble:weights,peers", "threats=linf:0.15", "weights=raw",
-                     "checkpoint=last", "transfer=false")
-    states = [mat_dist.load(run, i, which="latest", weights="raw").state_dict() for i in range(2)]
-    mean = mat_dist.load(run, "ensemble:weights", which="latest", weights="raw")
-    for name, value in mean.state_dict().items():
-        assert not value.is_floating_point() or torch.allclose(value, (states[0][name] + states[1][name]) / 2)
-    assert list(targets(found)) == ["ensemble:weights", "peer0", "peer1"]
-    rows = [row for row in found["rows"] if row["target"] == "ensemble:weights"]
-    assert {row["attack"] for row in rows} == {"pgd"}
-    config = load_config(str(run / "config.yaml"))
-    test = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size).test
-    images, _ = test.batch(torch.arange(len(test)))
-    assert [int(row["clean_prediction"]) for row in rows] == mean(as_float(images)).argmax(1).tolist()
 
 
 def test_attacks_are_columns_in_the_order_asked_for(run: Path, evaluate: Evaluate) -> None:
@@ -379,7 +362,7 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     def judged(sums: Any) -> list[Verdict]:
         return [Verdict("noise", "linf 1/10", False, "9 of 40 images more")]
 
-    monkeypatch.setattr(outcome, "judge", judged)
+    monkeypatch.setattr(survivors, "judge", judged)
     found = evaluate(run, *FAST, "checks=1", "targets=peer0", code=16)
     assert "failed checks: peer0: noise (linf 1/10), 9 of 40 images more" in found["err"]
     assert found["reportable"] is False and targets(found)["peer0"]["reportable"] is False
@@ -392,6 +375,7 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
 @pytest.mark.parametrize(("words", "code", "text"), [
     (["images=41"], 3, "41 images are asked for, the test split has 40"),
     (["targets=peer7"], 2, "there is no target 'peer7'"),
+    (["targets=peers,ensemble:weights"], 2, "went after version 0.1"),
     (["atacks=pgd"], 2, "unknown setting atacks"),
     (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms', did you mean mifgsm?"),
     (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
@@ -452,7 +436,7 @@ def test_a_foreign_pickle_is_refused_and_not_run(run: Path, evaluate: Evaluate, 
     ({"classes": ("a", "b")}, "images (1, 8, 8) of 2 classes, the models take (1, 8, 8) of 10")])
 def test_other_images_or_classes_are_refused(change: dict[str, Any], text: str, run: Path, evaluate: Evaluate,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "load_data", lambda *a, **k: dataclasses.replace(load_data(*a, **k), **change))
+    monkeypatch.setattr(command, "load_data", lambda *a, **k: dataclasses.replace(load_data(*a, **k), **change))
     assert text in evaluate(run, *FAST, code=3)["err"]
 
 

@@ -21,9 +21,8 @@ from mat_dist.data import as_float, load_data
 from mat_dist.errors import OutputError
 from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
-from mat_dist.evaluation.attacks import AttackPlan, restarts
-from mat_dist.evaluation.importing import split_words
-from mat_dist.evaluation.sources import FROM
+from mat_dist.evaluation.attacks import FROM, AttackPlan, craft
+from mat_dist.evaluation.settings import split_words
 from mat_dist.report.__main__ import main as report
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -319,8 +318,7 @@ def test_aes_of_another_run_join_the_candidates_of_every_target(run: Path, other
     told: dict[str, list[int]] = {"peer0": [], "peer1": []}
     for chunk in range(2):
         images, y = data.batch(torch.arange(20 * chunk, 20 * chunk + 20))
-        (adv,) = restarts(source, as_float(images), y, Threat("linf", 0.2), AttackPlan(2), seed=config.run.seed,
-                          chunk=chunk)
+        adv = craft(source, as_float(images), y, Threat("linf", 0.2), AttackPlan(2), seed=config.run.seed, chunk=chunk)
         for peer in told:
             model = mat_dist.load(run, peer, which="latest")
             clean, under = model(as_float(images)).argmax(1), model(adv).argmax(1)

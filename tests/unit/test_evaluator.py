@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,32 +16,31 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoints, rng
 from mat_dist.attacks.norms import eps_text
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW
 from mat_dist.config.schema import Config, DataConfig, LossConfig, PeerConfig
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.step import train_step
 from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.evaluation.attacks import (
-    EMA,
-    ENSEMBLE,
-    RAW,
-    AttackPlan,
-    Result,
-    chosen_images,
-    correct,
-    evaluate,
-    selection_score,
-)
-from mat_dist.evaluation.results import wilson_interval, write_results
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.evaluation.attacks import AttackPlan, correct
+from mat_dist.evaluation.chunks import chosen_images
+from mat_dist.evaluation.during_training import Evaluations, selection_score
+from mat_dist.evaluation.results import read_result
+from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.survivors import Survivors, gather, write_result
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.reporter import NullReporter
+from mat_dist.runs.session import Run
 from tests.cohorts import complete
 from tests.small_runs import robust_of
 
 COUNT, CHUNK, SEED = 16, 6, 3
 THREATS = [("linf", 0.15), ("l2", 0.6)]
+LABELS = ("linf 3/20", "l2 3/5")
 MESH = Mesh(Placement.place(2, 1, 0), torch.device("cpu"))
 
 
@@ -64,15 +65,21 @@ class Trained:
             images, y = self.data.train.batch(torch.arange(64 * step % 1300, 64 * step % 1300 + 64))
             train_step(cohort, images.double() / 255, y, step)
         self.states = [peer.state() for peer in cohort.peers]
-        folder = RunFolder(root)
+        self.folder = folder = RunFolder(root)
         directory = checkpoints.begin(folder, 25, 1)
         entries = [checkpoints.save_peer(directory, i, state) for i, state in enumerate(self.states)]
-        self.manifest = checkpoints.commit(folder, 25, 1, entries, checkpoints.Meta(1, ("peer0", "peer1"), "", ""))
+        self.manifest = checkpoints.commit(folder, 25, 1, entries, checkpoints.Meta(
+            1, ("peer0", "peer1"), "", "", {"images": asdict(self.images)}))
 
-    def evaluate(self, attack: AttackPlan, size: int | None = None,
-                 config: Config | None = None) -> dict[tuple[str, str], Result]:
-        results = evaluate(config or self.config, MESH, self.manifest, self.images, self.data.val, attack, size=size)
-        return {(r.target, r.weights): r for r in results}
+    def evaluations(self, config: Config | None = None, data: DataSets | None = None) -> Evaluations:
+        run = Run(self.folder, 1, logging.getLogger("nowhere"), [], MESH)
+        return Evaluations(config or self.config, MESH, run, data or self.data, StopFlag(), NullReporter())
+
+    def evaluate(self, attack: AttackPlan, size: int | None = None, config: Config | None = None,
+                 data: DataSets | None = None) -> dict[tuple[str, str], Survivors]:
+        one = self.evaluations(config, data)
+        found = one.attack(self.manifest, replace(one.job(1), plans={"pgd": attack}), "val", size)
+        return {(r.target, r.weights): r for weights, chunks in found.items() for r in gather(chunks, weights)}
 
     def model(self, index: int, weights: str = RAW) -> nn.Module:
         """The peer's model, built here without the evaluator."""
@@ -137,6 +144,11 @@ def slow_table(model: nn.Module, x: Tensor, y: Tensor, plan: AttackPlan, restart
     return table
 
 
+def robust(found: Survivors) -> Tensor:
+    """Correct under each threat -> bool (threats, images)."""
+    return torch.stack([found.worst(label) for label in LABELS])
+
+
 @pytest.mark.parametrize("target,weights", [("peer0", RAW), ("peer1", RAW), ("peer0", EMA), (ENSEMBLE, RAW)])
 def test_robust_accuracy_is_that_of_a_plain_attack_per_image(target: str, weights: str, trained: Trained) -> None:
     x, y = trained.pixels()
@@ -146,10 +158,10 @@ def test_robust_accuracy_is_that_of_a_plain_attack_per_image(target: str, weight
     found = trained.evaluate(plan)[target, weights]
     assert torch.equal(found.clean_N, model(x).argmax(1) == y)
     table = slow_table(model, x, y, plan, [0, 1])
-    assert torch.equal(found.robust_TN, table)
-    assert 0 < found.robust_TN.sum() < 2 * found.clean_N.sum()  # the attack succeeds on some and not on all
-    assert found.robust == (table[0] & table[1]).double().mean().item() < found.clean
-    assert [found.against(t) for t in range(2)] == table.double().mean(1).tolist()
+    assert torch.equal(robust(found), table)
+    assert 0 < table.sum() < 2 * found.clean_N.sum()  # the attack succeeds on some and not on all
+    assert found.accuracy["union"] == (table[0] & table[1]).double().mean().item() < found.accuracy["clean"]
+    assert [found.accuracy[label] for label in LABELS] == table.double().mean(1).tolist()
 
 
 def test_the_worst_restart_counts(trained: Trained) -> None:
@@ -158,7 +170,7 @@ def test_the_worst_restart_counts(trained: Trained) -> None:
     tables = [slow_table(trained.model(0), x, y, plan, [r]) for r in range(3)]
     worst = torch.stack(tables).all(0)
     assert not torch.equal(worst, tables[0])  # later starts find more
-    assert torch.equal(trained.evaluate(plan)["peer0", RAW].robust_TN, worst)
+    assert torch.equal(robust(trained.evaluate(plan)["peer0", RAW]), worst)
 
 
 @pytest.mark.parametrize("rule", ["prob", "logit"])
@@ -176,7 +188,7 @@ def test_the_ensemble_follows_its_rule(rule: str, trained: Trained) -> None:
 
 def test_a_peer_without_averaged_weights_stands_in_with_its_raw_ones(trained: Trained) -> None:
     found = trained.evaluate(AttackPlan(2))
-    assert torch.equal(found["peer1", EMA].robust_TN, found["peer1", RAW].robust_TN)
+    assert torch.equal(robust(found["peer1", EMA]), robust(found["peer1", RAW]))
     assert [key for key in found] == [(t, w) for w in (RAW, EMA) for t in ("peer0", "peer1", ENSEMBLE)]
 
 
@@ -187,17 +199,16 @@ def test_a_chunk_gives_the_same_alone_and_among_others(trained: Trained) -> None
     """The first two chunks of 6 are the whole work of an evaluation of 12 images, and part of one of 16."""
     plan = AttackPlan(2)
     whole = trained.evaluate(plan)["peer0", RAW]
-    data = trained.data.val.select(torch.arange(2 * CHUNK))
-    results = evaluate(trained.config, MESH, trained.manifest, trained.images, data, plan)
-    assert torch.equal(results[0].robust_TN, whole.robust_TN[:, :2 * CHUNK])
+    data = replace(trained.data, val=trained.data.val.select(torch.arange(2 * CHUNK)))
+    assert torch.equal(robust(trained.evaluate(plan, data=data)["peer0", RAW]), robust(whole)[:, :2 * CHUNK])
 
 
 def test_two_evaluations_are_equal_and_the_seed_of_the_noise_counts(trained: Trained) -> None:
     one, two = trained.evaluate(AttackPlan(1)), trained.evaluate(AttackPlan(1))
-    assert all(torch.equal(one[key].robust_TN, two[key].robust_TN) for key in one)
+    assert all(torch.equal(robust(one[key]), robust(two[key])) for key in one)
     run = trained.config.run.model_copy(update={"seed": SEED + 1})
     other = trained.evaluate(AttackPlan(1), config=trained.config.model_copy(update={"run": run}))
-    assert any(not torch.equal(one[key].robust_TN, other[key].robust_TN) for key in one)
+    assert any(not torch.equal(robust(one[key]), robust(other[key])) for key in one)
 
 
 def test_a_subset_is_keyed_by_the_seed_and_in_order() -> None:
@@ -210,12 +221,14 @@ def test_a_subset_is_keyed_by_the_seed_and_in_order() -> None:
         assert torch.equal(chosen_images(7, size, seed=1), torch.arange(7))
 
 
-def test_results_name_the_images_they_are_about(trained: Trained) -> None:
-    found = trained.evaluate(AttackPlan(1), size=9)["peer0", RAW]
-    assert torch.equal(found.samples_N, chosen_images(COUNT, 9, SEED))
-    assert torch.equal(found.labels_N, trained.data.val.labels[found.samples_N])
+def test_chunks_name_the_images_they_are_about(trained: Trained) -> None:
+    one = trained.evaluations()
+    chunks = one.attack(trained.manifest, one.job(1), "val", 9)[RAW]
+    samples = [sample for chunk in chunks for sample in chunk["samples"]]
+    assert samples == chosen_images(COUNT, 9, SEED).tolist()
+    assert [label for chunk in chunks for label in chunk["labels"]] == trained.data.val.labels[samples].tolist()
     x, y = trained.pixels()
-    assert torch.equal(found.clean_N, (trained.model(0)(x).argmax(1) == y)[found.samples_N])
+    assert torch.equal(gather(chunks, RAW)[0].clean_N, (trained.model(0)(x).argmax(1) == y)[samples])
 
 
 def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:
@@ -227,20 +240,18 @@ def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def result(target: str, weights: str, robust: list[list[int]], clean: list[int] | None = None) -> Result:
-    table = torch.tensor(robust, dtype=torch.bool)
-    n = table.shape[1]
-    correct_N = torch.tensor(clean or [1] * n, dtype=torch.bool)
-    return Result(target, weights, correct_N, table, torch.arange(n), torch.arange(n) % 3)
+def result(target: str, weights: str, rows: list[list[int]], clean: list[int] | None = None) -> Survivors:
+    held = {label: {"pgd": torch.tensor(row, dtype=torch.bool)} for label, row in zip(LABELS, rows, strict=False)}
+    return Survivors(target, weights, torch.tensor(clean or [1] * len(rows[0]), dtype=torch.bool), held)
 
 
 def test_robust_accuracy_over_two_threats_counts_images_that_withstand_both() -> None:
-    r = result("peer0", RAW, [[1, 1, 0, 0], [1, 0, 1, 0]])
-    assert (r.against(0), r.against(1), r.robust, r.clean) == (0.5, 0.5, 0.25, 1.0)
+    shares = result("peer0", RAW, [[1, 1, 0, 0], [1, 0, 1, 0]]).accuracy
+    assert shares == {"clean": 1.0, "linf 3/20": 0.5, "l2 3/5": 0.5, "union": 0.25}
 
 
 def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -> None:
-    def table(weights: str, *rows: list[int]) -> list[Result]:
+    def table(weights: str, *rows: list[int]) -> list[Survivors]:
         return [result(name, weights, [row]) for name, row in zip(("peer0", "peer1", ENSEMBLE), rows, strict=True)]
 
     raw = table(RAW, [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0])
@@ -274,37 +285,50 @@ def test_a_radius_is_written_as_a_fraction_that_reads_back(eps: float, text: str
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write(folder: Path, robust: list[list[int]], *, per_sample: bool = False) -> Path:
-    return write_results(folder, "test_best", [result("peer0", RAW, robust, clean=[1, 1, 1, 0])], config=make_config(),
-                         attack=AttackPlan(5, 2), step=7, split="test", attempt=1, per_sample=per_sample)
+def write(trained: Trained, folder: Path, rows: list[list[int]]) -> Path:
+    """The result of a chunk of four images of class 1, the last one wrong without an attack; 1: it withstands."""
+    threats = {label: {"pgd": [row[0], row[1], row[2], 0]} for label, row in zip(LABELS, rows, strict=True)}
+    chunk = {"samples": [3, 5, 8, 9], "labels": [1] * 4, "images": "digest", "transfer": {}, "rounded": {},
+             "checks": {}, "warnings": [], "predictions": {"peer0": {"clean": [1, 1, 1, 0], "threats": threats}}}
+    one = trained.evaluations()
+    about = one.about(trained.manifest, one.job(5), "best", "test")
+    return write_result(folder, "test_best", about, {RAW: [chunk]}, checked=False)
 
 
-def test_a_result_file_is_never_overwritten(tmp_path: Path) -> None:
-    folder = tmp_path / "eval"
-    paths = [write(folder, rows) for rows in ([[1, 1, 0, 0]] * 2, [[1, 0, 0, 0]] * 2, [[0, 0, 0, 0]] * 2)]
-    assert [p.name for p in paths] == ["test_best.json", "test_best-2.json", "test_best-3.json"]
-    assert [robust_of(json.loads(p.read_text()))["peer0", RAW] for p in paths] == [0.5, 0.25, 0.0]
+def test_a_result_file_is_never_overwritten_by_another_result(trained: Trained, tmp_path: Path) -> None:
+    tables = [[[1, 1, 0]] * 2, [[1, 0, 0]] * 2, [[0, 0, 0]] * 2, [[1, 0, 0]] * 2]
+    paths = [write(trained, tmp_path / "eval", rows) for rows in tables]
+    assert [p.name for p in paths] == ["test_best.json", "test_best-2.json", "test_best-3.json", "test_best-2.json"]
+    assert [robust_of(json.loads(p.read_text()))["peer0", RAW] for p in paths[:3]] == [0.5, 0.25, 0.0]
 
 
-def test_a_result_file_says_what_was_done_to_whom(tmp_path: Path) -> None:
-    told = json.loads(write(tmp_path / "eval", [[1, 1, 0, 0], [1, 0, 0, 0]]).read_text())
-    assert (told["step"], told["split"], told["seed"], told["chunk"]) == (7, "test", SEED, CHUNK)
-    assert told["attack"]["steps"] == 5 and told["attack"]["restarts"] == 2
-    assert told["attack"]["step_size"] == {"linf 3/20": 0.075, "l2 3/5": 0.3}
-    assert told["threats"] == [{"norm": "linf", "eps": "3/20"}, {"norm": "l2", "eps": "3/5"}]
+def test_a_result_file_says_what_was_done_to_whom(trained: Trained, tmp_path: Path) -> None:
+    path = write(trained, tmp_path / "eval", [[1, 1, 0], [1, 0, 0]])
+    told = json.loads(path.read_text())
+    assert (told["format"], told["step"], told["split"], told["seed"], told["chunk"]) == (2, 25, "test", SEED, CHUNK)
+    assert told["plans"]["pgd"]["steps"] == 5 and told["plans"]["pgd"]["restarts"] == 1
+    assert told["plans"]["pgd"]["step_size"] == {"linf 3/20": 0.075, "l2 3/5": 0.3}
+    assert [(one["norm"], one["eps"]) for one in told["threats"]] == [("linf", "3/20"), ("l2", "3/5")]
     (row,) = told["targets"]
     assert row["n"] == 4 and row["accuracy"] == {"clean": 0.75, "linf 3/20": 0.5, "l2 3/5": 0.25, "union": 0.25}
     assert row["interval_95"]["union"] == pytest.approx(wilson_interval(0.25, 4))
+    read = read_result(path)
+    assert read.targets[0].accuracy == row["accuracy"] and list(read.told()) == ["PGD-5"]
+    assert (read.checkpoint, read.reportable, read.targets[0].checks) == ("best", None, None)
 
 
-def test_the_table_has_a_row_per_sample_attack_and_target(tmp_path: Path) -> None:
-    path = write(tmp_path / "eval", [[1, 1, 0, 0], [1, 0, 0, 0]], per_sample=True)
+def test_the_table_has_a_row_per_sample_attack_and_target(trained: Trained, tmp_path: Path) -> None:
+    path = write(trained, tmp_path / "eval", [[1, 1, 0], [1, 0, 0]])
     with path.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    told = [(r["sample"], r["label"], r["attack"], r["clean_correct"], r["robust"], r["attacked"]) for r in rows]
+    told = [(r["sample"], r["threat"], r["clean_prediction"], r["prediction"], r["robust"], r["attacked"])
+            for r in rows]
     assert told == [
-        ("0", "0", "linf 3/20", "1", "1", "1"), ("1", "1", "linf 3/20", "1", "1", "1"),
-        ("2", "2", "linf 3/20", "1", "0", "1"), ("3", "0", "linf 3/20", "0", "0", "0"),
-        ("0", "0", "l2 3/5", "1", "1", "1"), ("1", "1", "l2 3/5", "1", "0", "1"),
-        ("2", "2", "l2 3/5", "1", "0", "1"), ("3", "0", "l2 3/5", "0", "0", "0")]
-    assert {(r["target"], r["weights"]) for r in rows} == {("peer0", "raw")}
+        ("3", "linf 3/20", "1", "1", "1", "1"), ("5", "linf 3/20", "1", "1", "1", "1"),
+        ("8", "linf 3/20", "1", "0", "0", "1"), ("9", "linf 3/20", "0", "0", "0", "0"),
+        ("3", "l2 3/5", "1", "1", "1", "1"), ("5", "l2 3/5", "1", "0", "0", "1"),
+        ("8", "l2 3/5", "1", "0", "0", "1"), ("9", "l2 3/5", "0", "0", "0", "0")]
+    assert {(r["target"], r["weights"], r["attack"]) for r in rows} == {("peer0", "raw", "pgd")}
+    images = read_result(path).images["peer0", "raw"]
+    assert images.labels == dict.fromkeys((3, 5, 8, 9), 1)
+    assert images.correct["union"] == {3: True, 5: False, 8: False, 9: False} and images.correct["clean"][8]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.errors import ConfigError
-from mat_dist.models import Ensemble, soup
+from mat_dist.models import Ensemble
 
 
 class Fixed(nn.Module):
@@ -69,33 +69,3 @@ def test_unknown_rules_and_empty_ensembles_are_refused() -> None:
         Ensemble([Fixed(0, 0)], "mean")
     with pytest.raises(ConfigError, match="without members"):
         Ensemble([])
-
-
-# ------------------------------------------------------------------------------------------------ mean weights
-
-
-def normed(weight: float, mean: float, batches: int) -> nn.Module:
-    """A linear layer of one weight behind a batch norm that has seen `batches`."""
-    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
-    state = {"0.running_mean": torch.tensor([mean]), "0.num_batches_tracked": torch.tensor(batches),
-             "1.weight": torch.tensor([[weight]])}
-    model.load_state_dict(state, strict=False)
-    return model.eval()
-
-
-def test_a_soup_has_the_mean_weights_and_statistics_and_leaves_the_peers_alone() -> None:
-    models = [normed(1.0, 0.5, 7), normed(4.0, 0.25, 9), normed(1.0, 0.0, 11)]
-    state = soup(models).state_dict()
-    assert (state["1.weight"].item(), state["0.running_mean"].item()) == (2.0, 0.25)
-    assert state["0.num_batches_tracked"].item() == 7 and state["0.running_var"].item() == 1.0
-    assert [m.state_dict()["1.weight"].item() for m in models] == [1.0, 4.0, 1.0]
-
-
-def test_a_soup_of_equal_peers_is_that_peer_to_the_bit() -> None:
-    peer = nn.Linear(50, 40)
-    assert all(torch.equal(value, peer.state_dict()[name]) for name, value in soup([peer] * 3).state_dict().items())
-
-
-def test_different_architectures_have_no_soup() -> None:
-    with pytest.raises(ConfigError, match="the peers have different models"):
-        soup([nn.Linear(2, 3), nn.Linear(3, 3)])

@@ -17,11 +17,8 @@ from mat_dist.attacks.random_search import random_search
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.attack import attack_one, predict
-from mat_dist.evaluation.attacks import AttackPlan
-from mat_dist.evaluation.craft import Job
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target, attack_one, predict
 from mat_dist.evaluation.soundness import CHECKS, examine, judge, total
-from mat_dist.evaluation.targets import Target
 from tests.documents import table
 
 pytestmark = pytest.mark.slow  # 40 s of attacks

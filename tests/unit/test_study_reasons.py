@@ -24,7 +24,7 @@ from mat_dist.bench.study.why import curves, spread, told
 from mat_dist.bench.study.why_page import charts, why_lines
 from mat_dist.config import load_config
 from mat_dist.data import ImageSet, load_data
-from mat_dist.evaluation.attacks import chosen_images
+from mat_dist.evaluation.chunks import chosen_images
 from mat_dist.runs.folder import RunFolder
 from tests.small_runs import run_small
 

@@ -22,8 +22,9 @@ def write(root: Path, run: str, seed: int, shares: dict[str, tuple[float, float]
     targets = [{"target": target, "weights": "raw", "n": 100,
                 "accuracy": {"clean": clean, **dict.fromkeys(threats, robust), "union": robust}}
                for target, (clean, robust) in shares.items()]
-    document = {"step": step, "time": time, "seed": seed, "targets": targets,
-                "attack": {"name": "PGD", "steps": steps, "restarts": 1},
+    document = {"format": 2, "step": step, "split": "test", "time": time, "seed": seed, "targets": targets,
+                "threats": [dict(zip(("norm", "eps"), threat.split(), strict=True)) for threat in threats],
+                "attacks": ["pgd"], "plans": {"pgd": {"steps": steps, "restarts": 1}},
                 "config": {"run": {"seed": seed, "root": str(root)}, "train": {"epochs": 3, **settings}}}
     (folder / "eval" / f"test_{label}_step_{step:08d}{suffix}.json").write_text(json.dumps(document))
     return str(folder)
@@ -102,7 +103,7 @@ def test_an_unfinished_run_is_left_out_and_named(table, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "problem"), [
-    ("[]", "not a result file"), ("{", "not a result file"), ('{"time": "x"}', "not a result file: 'config'")])
+    ("[]", "not a result file"), ("{", "not a result file"), ('{"time": "x"}', "not a result file: step: Field required")])
 def test_a_damaged_result_file_is_one_line(table, tmp_path, text, problem):
     folder = write(tmp_path, "a", 0, {"peer0": (0.5, 0.2)})
     file = next(Path(folder, "eval").iterdir())

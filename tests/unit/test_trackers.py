@@ -15,14 +15,16 @@ import torch
 
 import mat_dist
 from mat_dist import checkpoints, train
+from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
 from mat_dist.core import trainer
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import EnvironmentFault, OutputError
-from mat_dist.evaluation.attacks import AttackPlan, Result
+from mat_dist.evaluation.attacks import AttackPlan, Job
 from mat_dist.evaluation.during_training import Evaluations, gallery
-from mat_dist.models.classifier import Images
+from mat_dist.evaluation.survivors import Survivors
 from mat_dist.runs.reporter import JsonlReporter
 from mat_dist.runs.tracked import TrackedReporter
 from mat_dist.runs.trackers import Picture, require_trackers, series
@@ -246,12 +248,12 @@ def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path)
     manifest = checkpoints.load_manifest(run.folder)
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=0, batch_size=16)
-    images = Images(data.train.shape, 10, (0.0,), (1.0,))  # the checkpoint's own normalisation is loaded
     half, all_40 = torch.arange(40) % 2 == 0, torch.ones(40, dtype=torch.bool)
-    results = [Result(name, weights, all_40, held[None], torch.arange(40), data.test.labels) for name, weights, held
-               in (("peer0", "raw", all_40), ("peer0", "ema", half & False), ("peer1", "ema", half),
-                   ("ensemble", "ema", all_40))]
-    found = gallery(config, manifest, images, data.test, AttackPlan(3), results, torch.device("cpu"))
+    survivors = [Survivors(name, weights, all_40, {"linf 1/5": {"pgd": held}}) for name, weights, held in (
+        ("peer0", "raw", all_40), ("peer0", "ema", half & False), ("peer1", "ema", half), ("ensemble", "ema", all_40))]
+    job = Job((Threat("linf", 0.2),), {"pgd": AttackPlan(3)}, ("pgd",), seed=config.run.seed)
+    opened = FinishedRun(run.folder, config, manifest, "ema")
+    found = gallery(opened, data.test, job, survivors, torch.device("cpu"))
     model = mat_dist.load(run.folder.path, "peer1", which="latest", weights="ema")
     clean = torch.stack([one.clean for one in found])
     adversarial = torch.stack([one.adversarial for one in found])
@@ -274,7 +276,7 @@ def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
     reporter.note = notes.append  # type: ignore[method-assign]
     nothing: Any = types.SimpleNamespace(step=3, log=logging.getLogger("nowhere"))
     Evaluations(nothing, nothing, nothing, nothing, nothing, reporter).show_gallery("test", nothing, nothing,
-                                                                                   AttackPlan(1), [])
+                                                                                   nothing, [])
     assert len(notes) == 1 and notes[0].startswith("warning: no pictures of step 3: ")
 
 

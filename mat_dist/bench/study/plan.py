@@ -13,7 +13,7 @@ from mat_dist.config.nodes import joined, locate, plain
 from mat_dist.config.schema import Integer, Number, Section
 from mat_dist.config.yaml_input import read
 from mat_dist.errors import ConfigError, MatError
-from mat_dist.evaluation.request import Arguments, parse
+from mat_dist.evaluation.settings import Arguments, parse
 
 Words = tuple[str, ...]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]

@@ -14,17 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import candidates
 from mat_dist.config.schema import Config
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet
-from mat_dist.evaluation.attacks import (
-    AttackPlan,
-    candidates,
-    chosen_images,
-    pixels,
-    restarts,
-    strict_arithmetic,
-)
+from mat_dist.evaluation.attacks import AttackPlan, craft
+from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
 
 MEASURES = ("right", "confidence", "teacher_confidence", "agreement", "teacher_right", "some_teacher_right", "kl")
 
@@ -78,9 +73,8 @@ class Cohort:
 
     def attack(self, source: int, x_BCHW: Tensor, y_B: Tensor, chunk: int) -> Tensor:
         """The AEs of one peer."""
-        (adv_BCHW,) = restarts(self.models[source], x_BCHW, y_B, self.threats[source], self.plans[source],
-                               seed=self.config.run.seed, chunk=chunk)
-        return adv_BCHW
+        return craft(self.models[source], x_BCHW, y_B, self.threats[source], self.plans[source],
+                     seed=self.config.run.seed, chunk=chunk)
 
     @torch.no_grad()
     def logits(self, x_BCHW: Tensor) -> Tensor:

@@ -13,11 +13,9 @@ from mat_dist.bench.study.plan import Evaluation, Kind, Label
 from mat_dist.bench.study.runs import Job, Runner, failure
 from mat_dist.config import load_config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.compare import read_flags
-from mat_dist.evaluation.evaluation import asked, make_job
-from mat_dist.evaluation.outcome import CLEAN, UNION
-from mat_dist.evaluation.targets import target_names
-from mat_dist.runs.files import parse_json
+from mat_dist.evaluation.command import asked
+from mat_dist.evaluation.results import CLEAN, UNION, read_images, read_result
+from mat_dist.evaluation.targets import make_job, target_names
 
 Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of the targets that are right
 
@@ -41,7 +39,7 @@ class Evaluated:
     @cached_property
     def kinds(self) -> Mapping[Kind, Accuracies]:
         """Mean peer, best peer by validation and ensemble -> accuracies image by image."""
-        flags = read_flags(self.file.with_suffix(".csv"))
+        flags = {target: one.correct for (target, _), one in read_images(self.file.with_suffix(".csv")).items()}
         peers = [name for name in self.document["names"] if not name.startswith("ensemble")]
         chosen = self.document["chosen_on_validation"]
         members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen else [],
@@ -90,7 +88,7 @@ def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:
     """The newest result that answers this evaluation."""
-    from mat_dist.evaluation.request import parse
+    from mat_dist.evaluation.settings import parse
 
     arguments = parse((str(job.folder.path), *words(job, evaluation, label)))
     request = arguments.request
@@ -100,7 +98,7 @@ def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated
               **({} if request.images is None else {"n": request.images})}
     fitting = []
     for file in sorted(job.folder.eval.glob(f"evaluate_{request.split}_{label}_*.json")):
-        document = parse_json(file.read_bytes())
+        document = read_result(file).document
         if all(document.get(key) == value for key, value in wanted.items()):
             fitting.append((document["time"], file, document))
     if not fitting:

@@ -14,7 +14,7 @@ from mat_dist.bench.study.runs import Job, training_seconds
 from mat_dist.bench.study.scores import Evaluated, gathered
 from mat_dist.bench.study.verdicts import comparisons, is_mutual
 from mat_dist.bench.study.why import why_document
-from mat_dist.evaluation.outcome import CLEAN
+from mat_dist.evaluation.results import CLEAN
 from mat_dist.evaluation.statistics import paired_difference
 from mat_dist.tools.dryrun import training_passes
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from mat_dist.bench import reasons
 from mat_dist.bench.study.runs import Job, Runner, failure
+from mat_dist.checkpoints.load import candidates
 from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.attacks import candidates
 from mat_dist.report.files import read_records
 from mat_dist.runs.folder import RunFolder
 

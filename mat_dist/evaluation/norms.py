@@ -1,4 +1,4 @@
-"""Radii by name: the standard ones of a data set, and three conventions for the union of norms. Imports no torch.
+"""All that an evaluation knows of single norms: radii by name, AutoAttack, steps, sizes. Imports no torch.
 
 Standard radii are those of RobustBench and AutoAttack (Croce and Hein, ICML 2020), for l1 of E-AT (Croce and Hein,
 ICML 2022); for MNIST of MSD (Maini et al., ICML 2020); ImageNet's are E-AT's; SVHN's l2 is that of HAT (Rade and
@@ -12,6 +12,7 @@ Unions, on CIFAR-10:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -32,6 +33,18 @@ UNIONS: Mapping[str, Radii] = MappingProxyType({
     "mng": MappingProxyType({"linf": 8 / 255, "l2": 128 / 255, "l1": 2000 / 255}),
 })
 STANDARD, UNION = "standard", "union"
+AUTOATTACK_NORMS = MappingProxyType({"linf": "Linf", "l2": "L2", "l1": "L1"})  # as pyautoattack calls them
+MOST_EPS = MappingProxyType({"linf": 1.0})  # a larger one is meant for bytes
+
+
+def adaptive(norm: str) -> bool:
+    """Whether PGD of an evaluation is APGD: in l1 plain sparse PGD breaks fewer images than random search does."""
+    return norm == "l1"
+
+
+def length(norm: str, values: int) -> float:
+    """The length of a change of 1 in each of `values` pixels."""
+    return {"linf": 1.0, "l2": math.sqrt(values), "l1": float(values)}[norm]
 
 
 def union(name: str) -> Radii:

@@ -1,0 +1,232 @@
+"""What `python -m mat_dist.evaluate RUN` does: from a run's folder to its result file and table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from traceback import format_exception
+from typing import Any
+
+from rich.table import Table
+
+from mat_dist.checkpoints import json_digest, read_best, step_name
+from mat_dist.checkpoints.load import EMA, FinishedRun, candidates, open_run
+from mat_dist.cli import LOGGED, tell
+from mat_dist.config.schema import Config
+from mat_dist.data import DataSets, ImageSet, load_data, place
+from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.device import device_name, ranks_per_device
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import ConfigError, DataError, NotReportable
+from mat_dist.evaluation import autoattack
+from mat_dist.evaluation.attacks import FROM, Job
+from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
+from mat_dist.evaluation.results import CLEAN, UNION, show
+from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
+from mat_dist.evaluation.survivors import (
+    VOLATILE,
+    Chunks,
+    Survivors,
+    gather,
+    share,
+    told_of_job,
+    told_of_run,
+    write_result,
+)
+from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.logs import close_logger, rank_logger
+
+NOT_DIGESTED = ("format", "run", "config", *VOLATILE)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation whose models and images are loaded: its chunks, and what the result file says about it."""
+
+    work: Work
+    about: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the result file. It holds a digest of all that the result depends on."""
+        about = self.about
+        return (f"evaluate_{about['split']}_{about['checkpoint']}_{step_name(about['step'])}_{about['digest'][:12]}")
+
+
+def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,
+                 stop: StopFlag) -> None:
+    """Attack, check, write and show. Every rank calls it; rank 0 writes the results and prints.
+
+    Raises, on all ranks with one text: ConfigError, DataError, CheckpointError, EnvironmentFault for what does not
+    fit; StopRequested; NotReportable when a soundness check failed, after the files are written.
+    """
+    with _logged(folder, mesh):
+        agree = Agreement(mesh, f"evaluation of {folder.name}")
+        one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
+        agree.settle("loading")
+        # Nodes may differ in what they tell of themselves: rank 0's word counts.
+        name, digest = mesh.from_lead([one.name, one.about["digest"]])
+        work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
+        chunks = run_chunks(work, mesh, stop, tell)
+        told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
+        agree.settle("results")
+        path, failed = mesh.from_lead(told)
+    if failed:
+        raise NotReportable(f"failed checks: {'; '.join(failed[:6])}", path,
+                            "do not report these numbers; docs/evaluation.md says what each check means")
+
+
+def open_asked(folder: RunFolder, config: Config, request: Request) -> tuple[FinishedRun, str]:
+    """The run with the weights and the checkpoint that are asked for, and that one's label: best, last or step_N.
+
+    Raises CheckpointError where there is none, ConfigError for averaged weights that are not kept.
+    """
+    label = request.checkpoint
+    if label == "best" and read_best(folder) is None:
+        label = "last"  # the table says which it is
+    if request.weights == EMA and not any(spec.optim.averages for spec in config.peers):
+        raise ConfigError("the run keeps no averaged weights", "weights=ema", "use weights=raw")
+    return open_run(folder.path, "latest" if label == "last" else label,
+                    None if request.weights == "auto" else request.weights, config), label
+
+
+def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,
+            stop: StopFlag) -> Evaluation:
+    """Settle what is asked for, load models and images."""
+    run, label = open_asked(folder, config, request)
+    names, job = target_names(request, config), make_job(request, config)
+    if made_by(job.attacks, "package"):
+        autoattack.require()
+        autoattack.check_classes((*job.attacks, *job.custom), run.images.classes)
+        if config.step.precision == "fp64":
+            raise ConfigError("pyautoattack computes in fp32, the run in fp64", "attacks",
+                              "choose other attacks, such as attacks=pgd,cw,targeted")
+    data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
+                     build_cache=launch.local_rank == 0, stop=stop)
+    check_images(data, run)
+    data = place(data, config.data.residency, mesh.device, sharing=ranks_per_device(mesh.device, launch.local_world))
+    split: ImageSet = getattr(data, request.split)
+    if request.images is not None and request.images > len(split):
+        raise DataError(f"{request.images} images are asked for, the {request.split} split has {len(split)}", "images",
+                        f"ask for at most {len(split)}")
+    samples_N = chosen_images(len(split), request.images, config.run.seed)
+    targets = make_targets(names, run.peers, run.models(mesh.device),
+                           [str(spec.name) for spec in config.peers if spec.frozen])
+    sources, told = load_sources(request.sources, run.images, config, mesh.device)
+    about = told_of_run(run, label, device_name(mesh.device)) | asked(request, config, job, names) | {
+        "n": len(samples_N), "data_digest": data.digest, "weights": run.weights,
+        "chosen_on_validation": run.chosen_peer(), **({"sources": told} if told else {})}
+    if made_by(job.attacks, "package"):
+        about["versions"]["pyautoattack"] = metadata.version("pyautoattack")
+    about["digest"] = json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
+    return Evaluation(Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
+                           save=request.save, sources=sources), about)
+
+
+def check_images(data: DataSets, run: FinishedRun) -> None:
+    """Raises DataError unless the images are those that the run was trained with."""
+    where, images = f"data.name={run.config.data.name}", run.images
+    if (data.train.shape, len(data.classes)) != (images.shape, images.classes):
+        raise DataError(f"images {data.train.shape} of {len(data.classes)} classes, the models take {images.shape} of "
+                        f"{images.classes}", where, "give the data set that the run was trained with")
+    if data.digest != run.manifest.meta.data_digest:
+        raise DataError("the images are not those that the run was trained with (another SHA-256)", where,
+                        "give the data set that the run was trained with")
+
+
+def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> dict[str, Any]:
+    """What a document says that is known before anything is loaded: a result with the same values answers it."""
+    return told_of_job(job, config.eval.chunk) | {
+        "split": request.split, "names": list(names), "saved": request.save, "checked_images": request.checks,
+        "autoattack": {"version": job.version, "custom": list(job.custom)} if AUTOATTACK in job.attacks else None,
+        "queries": job.queries}
+
+
+def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[str, list[str]]:
+    """Write the files, print the tables -> the path of the document, and the failed checks in words."""
+    about = evaluation.about
+    path = write_result(folder.eval, evaluation.name, about, {about["weights"]: chunks}, checked=True)
+    found = gather(chunks, about["weights"])
+    title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
+             f"attack and under {', '.join(about['attacks'])} [95 % interval]")
+    show(attacks_table(found))
+    if about.get("sources"):
+        show(sources_table(found))
+    show(as_table(title.replace("[", r"\["), found))
+    if len(candidates(evaluation.work.config.peers)) > 1:
+        tell(f"peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
+    tell(str(path))
+    return str(path), [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"
+                       for one in found for v in one.failed]
+
+
+@contextmanager
+def _logged(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
+    """Tracebacks go to this rank's log."""
+    log = rank_logger(folder.path, mesh.placement.rank)
+    try:
+        yield
+    except Exception as error:
+        log.error("%s", "".join(format_exception(error)))
+        error.add_note(LOGGED)
+        raise
+    finally:
+        close_logger(log)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def as_table(title: str, found: Sequence[Survivors]) -> Table:
+    """A row per target: per cent with half the 95 % interval, worst over attacks; whether it may be reported."""
+    threats = list(found[0].held)
+    shown = [CLEAN, *threats, *([UNION] if len(threats) > 1 else [])]
+    table = Table(title=title)
+    for name in ("target", "weights"):
+        table.add_column(name, no_wrap=True)
+    for name in (*(f"{name} %" for name in shown), "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("reportable", overflow="fold", min_width=len("reportable"))
+    for one in found:
+        row = one.summary()
+        cells = [f"{100 * row['accuracy'][name]:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+                 for name in shown for low, high in [row["interval_95"][name]]]
+        failed = ", ".join(dict.fromkeys(v.check for v in one.failed))
+        table.add_row(one.target, one.weights, *(cell.replace("[", r"\[") for cell in cells), str(row["n"]),
+                      f"NO: {failed}" if failed else "yes" if one.reportable else "not checked")
+    return table
+
+
+def attacks_table(found: Sequence[Survivors]) -> Table:
+    """A row per target and threat: per cent that withstand each attack alone."""
+    names = list(dict.fromkeys(name for one in found for held in one.held.values() for name in held
+                               if not name.startswith(FROM)))
+    table = Table(title="Accuracy under each attack alone, %")
+    for name in ("target", "threat"):
+        table.add_column(name, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        for threat, held in one.held.items():
+            table.add_row(one.target, threat, *(f"{100 * share(held[name]):.2f}" if name in held else "-"
+                                                for name in names))
+    return table
+
+
+def sources_table(found: Sequence[Survivors]) -> Table:
+    """A row per other checkpoint and threat: per cent of each target that withstand that one's AEs."""
+    table = Table(title="Accuracy on AEs of other checkpoints, %")
+    for name in ("source", "threat"):
+        table.add_column(name, no_wrap=True)
+    for one in found:
+        table.add_column(one.target, justify="right", no_wrap=True)
+    for threat, held in found[0].held.items():
+        for name in held:
+            if name.startswith(FROM):
+                table.add_row(name, threat, *(f"{100 * share(one.held[threat][name]):.2f}" for one in found))
+    return table

@@ -1,0 +1,366 @@
+"""What an evaluation is asked for: attacks by name, settings, the words of the command line. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from mat_dist.config import load_config
+from mat_dist.config.describe import nearest
+from mat_dist.config.fields import Integer, Number, Section
+from mat_dist.config.nodes import COMMAND_LINE, joined
+from mat_dist.config.schema import Config
+from mat_dist.config.words import split
+from mat_dist.errors import ConfigError, OutputError
+from mat_dist.evaluation.norms import UNIONS
+from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.lock import RunLock
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One attack.
+
+    Attributes:
+        maker: `pgd`, `noise` and `search` are ours (mat_dist/attacks/), `package` is pyautoattack.
+        meaning: in a few words.
+        plan: of PGD, what differs from `AttackPlan` with the request's steps, restarts and step size.
+        white_box: it follows gradients, so that nothing else should break more.
+        fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
+            targeted form by the fourth's.
+    """
+
+    maker: Literal["pgd", "noise", "search", "package"]
+    meaning: str
+    plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    white_box: bool = True
+    fewest_classes: int = 2
+
+
+# From the clean image a second start would repeat the first.
+_FROM_CLEAN = {"start": "zero", "restarts": 1}
+
+MENU: Mapping[str, Kind] = MappingProxyType({
+    "uniform": Kind("noise", "uniform noise in the ball", white_box=False),
+    "gaussian": Kind("noise", "Gaussian noise cut to the ball", white_box=False),
+    # 2.5 eps, which the projection cuts to eps: the corner of the ball that FGSM takes.
+    "fgsm": Kind("pgd", "one step to the edge of the ball", {**_FROM_CLEAN, "steps": 1, "step_size": None}),
+    # Dong et al., CVPR 2018: decay 1.0, steps of eps / steps from the clean image.
+    "mifgsm": Kind("pgd", "FGSM in steps with momentum", {**_FROM_CLEAN, "momentum": 1.0, "reach": 1.0}),
+    "pgd": Kind("pgd", "PGD on the cross-entropy"),
+    "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
+    "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
+    "search": Kind("search", "random search with square patches", white_box=False),
+    "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),
+    "apgd-dlr": Kind("package", "Auto-PGD on the DLR loss", fewest_classes=3),
+    "apgd-t": Kind("package", "Auto-PGD on the targeted DLR loss", fewest_classes=4),
+    "fab": Kind("package", "FAB, the smallest perturbation"),
+    "fab-t": Kind("package", "FAB towards single classes"),
+    "square": Kind("package", "Square, without gradients", white_box=False),
+    "autoattack": Kind("package", "several of the six above, see version"),
+})
+AUTOATTACK, SQUARE, SEARCH, TARGETED = "autoattack", "square", "search", "targeted"
+PARTS = tuple(name for name, kind in MENU.items() if kind.maker == "package" and name != AUTOATTACK)  # of AutoAttack
+
+
+def made_by(names: Iterable[str], *makers: str) -> list[str]:
+    """Those of `names` that one of the makers makes, in order."""
+    return [name for name in names if MENU[name].maker in makers]
+
+
+def stand_in(names: Iterable[str]) -> str | None:
+    """The gradient-free attack that a target without gradient gets where the request names none; None where it does.
+
+    Square where pyautoattack is asked for anything, else our own search.
+    """
+    names = list(names)
+    if SQUARE in names or SEARCH in names:
+        return None
+    return SQUARE if made_by(names, "package") else SEARCH
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+PEERS, ENSEMBLE = "peers", "ensemble"
+# Settings of the run that change neither its models nor its images.
+FREE_SETTINGS = ("run.device", "run.threads", "run.deterministic", "comm.", "data.root", "data.cache",
+                 "data.download", "data.residency", "eval.chunk")
+
+
+def _words(value: Any) -> Any:
+    """`a,b` or `[a, b]` as a list."""
+    return [word.strip() for word in value.strip("[]").split(",")] if isinstance(value, str) else value
+
+
+Words = BeforeValidator(_words)
+
+
+def _among(known: Collection[str]) -> AfterValidator:
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in known:
+                near = nearest(name, known)
+                raise ValueError(f"there is no attack {name[:40]!r}{f', did you mean {near}?' if near else ''}")
+        return names
+    return AfterValidator(check)
+
+
+class Request(Section):
+    """The evaluation's own settings."""
+
+    targets: Annotated[tuple[str, ...], Words] = Field(
+        (PEERS, ENSEMBLE), min_length=1, description="peers, names of peers, ensemble (the run's rule), "
+                                                     "ensemble:prob, ensemble:logit, ensemble:vote")
+    weights: Literal["auto", "raw", "ema"] = Field("auto", description="auto: averaged weights where they are kept")
+    checkpoint: str = Field("best", pattern=r"^(best|last|step_\d{1,18})$",
+                            description="best, last or step_N; best is last where no evaluation chose one")
+    split: Literal["test", "val", "train"] = Field("test", description="images to attack")
+    images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
+    attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
+        ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
+    steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
+                                                                     "eval.test_steps")
+    restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default eval.restarts")
+    step_size: Number | None = Field(None, gt=0, description="length of a step; default eval.step_size, else "
+                                                             "2.5 eps / steps, for mifgsm eps / steps")
+    targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")
+    queries: Integer = Field(1000, ge=1, le=10**6, description="model calls of search")
+    version: Literal["standard", "plus", "rand", "custom"] = Field("standard", description="version of AutoAttack")
+    custom: Annotated[tuple[str, ...], Words, _among(PARTS)] = Field(
+        (), description=f"attacks of version=custom, in order: {', '.join(PARTS)}")
+    threats: Annotated[tuple[str, ...], Words] = Field(
+        (), description="norm:eps, such as linf:8/255,l2:1/2; norm:standard or norm:DATA for a data set's radius; "
+                        f"standard; union: and one of {', '.join(UNIONS)}; default: those of the peers")
+    eps: Number | None = Field(None, gt=0, le=1e4, description="radius of all threats; for one norm only")
+    seed: Integer | None = Field(None, ge=0, lt=2**63, description="seed of the attacks; default run.seed")
+    transfer: bool = Field(True, description="replay each target's AEs on all others")
+    sources: Annotated[tuple[str, ...], Words] = Field(
+        (), description="other runs (RUN or RUN:peer; a file with model=...) whose AEs every target must withstand too")
+    save: bool = Field(False, description="save the AEs as float32 and as bytes, and measure the bytes too")
+    checks: Integer = Field(256, ge=0, description="images that the soundness checks look at, in whole chunks; 0: no "
+                                                   "checks, and the numbers are not called reportable")
+
+    @model_validator(mode="after")
+    def _together(self) -> Request:
+        if "ensemble:weights" in self.targets:
+            raise ValueError("targets: ensemble:weights, the mean of the peers' weights, went after version 0.1; ask "
+                             "for ensemble, which averages what the peers say")
+        if (self.version == "custom") != bool(self.custom):
+            raise ValueError("version=custom and custom=... belong together")
+        if self.custom and AUTOATTACK not in self.attacks:
+            raise ValueError("custom=... needs attacks=autoattack")
+        for name in ("attacks", "custom", "targets", "threats", "sources"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names something twice")
+        return self
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line: runs, the evaluation's settings, and what is passed on."""
+
+    runs: tuple[str, ...]
+    request: Request
+    settings: tuple[str, ...]
+    plugins: tuple[str, ...]
+    compare: bool
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """Read the command line. Raises ConfigError; `problems` has all of them."""
+    runs: list[str] = []
+    own: dict[str, str] = {}
+    settings: list[str] = []
+    parts = split(words, {"--plugin": "FILE.py"}, ("--compare",))
+    problems = list(parts.problems)
+    compare = bool(parts.flags)
+    for word in parts.rest:
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
+                                        "options are --compare, --plugin, --help; settings are written key=value"))
+        elif not equals or "/" in key or not key:
+            runs.append(word)
+        elif key in Request.model_fields:
+            own[key] = value
+        elif key.startswith(FREE_SETTINGS):
+            settings.append(word)
+        else:
+            problems.append(_unknown(key))
+    request = Request()
+    try:
+        request = Request(**own)
+    except ValidationError as error:
+        problems += [_problem(one, Request) for one in error.errors()]
+    if compare and (own or settings):
+        problems.append(ConfigError("settings with --compare", COMMAND_LINE, "leave them out: results are only read"))
+    if not runs or (len(runs) > 1 and not compare):
+        problems.append(ConfigError(f"{len(runs)} runs", COMMAND_LINE, "give the folder of one run, e.g. runs/NAME"))
+    if problems:
+        raise joined(problems, COMMAND_LINE)
+    return Arguments(tuple(runs), request, tuple(settings), parts.values.get("--plugin", ()), compare)
+
+
+def _unknown(key: str) -> ConfigError:
+    shown = ascii(key)[1:-1][:80]
+    if "." in key:
+        return ConfigError(f"{shown} cannot be changed for a run that is there", COMMAND_LINE,
+                           f"what may change: {', '.join(FREE_SETTINGS)}")
+    near = nearest(key, Request.model_fields)
+    return ConfigError(f"unknown setting {shown}", COMMAND_LINE,
+                       f"did you mean {near}?" if near else f"settings are {', '.join(Request.model_fields)}")
+
+
+def _problem(error: Any, section: type[Section]) -> ConfigError:
+    """One of pydantic's errors in our words."""
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return ConfigError(text, COMMAND_LINE, "see --help")
+    key = str(error["loc"][0])
+    how = section.model_fields[key].description if key in section.model_fields else "see --help"
+    return ConfigError(f"{key}: {text}, found {str(error['input'])[:80]!r}", COMMAND_LINE, str(how))
+
+
+# ------------------------------------------------------------------------------------------------ state dicts
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
+TEXTS = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".py", ".txt", ".log", ".html")  # of a run, given by mistake
+# Settings of the run that an imported checkpoint gets. For a file beside a run, the run gives the data.
+MODEL_SETTINGS = ("model", "model.")
+RUN_SETTINGS = ("data.", "run.seed", "run.root", "step.precision")
+
+
+class FileOptions(Section):
+    """What a state dict does not tell about itself."""
+
+    mean: Annotated[tuple[Number, ...] | None, Words] = Field(
+        None, description="FILE.pt: mean per channel that the weights were trained with, for pixels in [0, 1]")
+    std: Annotated[tuple[Number, ...] | None, Words] = Field(None, description="FILE.pt: deviation per channel")
+    normalise: Literal["data", "none"] | None = Field(
+        None, description="FILE.pt, instead of mean and std: data: those of the training images; none")
+    out: str | None = Field(None, min_length=1, description="FILE.pt: folder for the results; default "
+                                                            "runs/<file>-<digest>")
+
+    @model_validator(mode="after")
+    def _together(self) -> FileOptions:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean=... and std=... belong together")
+        if self.mean is not None and self.normalise is not None:
+            raise ValueError("give mean=... and std=..., or normalise=..., not both")
+        if not all(0 <= m <= 1 for m in self.mean or ()) or not all(0 < s <= 1 for s in self.std or ()):
+            raise ValueError("mean or std is not for pixels in [0, 1]: divide those for bytes by 255")
+        return self
+
+
+@dataclass(frozen=True)
+class Importing:
+    """How files are to be read: options and settings. `subject`: the file that is evaluated, None for a run."""
+
+    subject: Path | None
+    options: FileOptions
+    settings: tuple[str, ...]
+
+    def config(self, free: Sequence[str], run: Config | None = None, beside: Path | None = None) -> Config:
+        """The settings of the run folder that a file becomes: one peer.
+
+        Args:
+            free: settings that every evaluation may set.
+            run: settings of the run that is evaluated, where the file is a source; they give the data.
+            beside: the folder of that run.
+
+        Raises ConfigError.
+        """
+        words = [*self.settings, *(word for word in free if word.startswith(("data.", "run.", "comm.")))]
+        owner = self.subject.absolute().parents[2:3] if self.subject is not None else []  # <run>/checkpoints/step_N/
+        ours = f"; or evaluate its run: {owner[0]}" if owner and (owner[0] / "config.yaml").is_file() else ""
+        lacking = [(key, how + ours) for key, how in (
+            ("model", "write model=resnet18 or another architecture"),
+            ("data.name", "write data.name=cifar10 or another data set")) if not self._has(key, words, run)]
+        if lacking:
+            raise joined([ConfigError("a state dict does not tell it", key, how) for key, how in lacking], COMMAND_LINE)
+        config = load_config("base", ["peers=1", "loss=at", "train.batch_size=2", *words])
+        if run is None or beside is None:
+            return config
+        where = run.run.model_copy(update={"root": str(beside.resolve().parent)})
+        return config.model_copy(update={"data": run.data, "run": where, "step": run.step})
+
+    @staticmethod
+    def _has(key: str, words: Sequence[str], run: Config | None) -> bool:
+        return (run is not None and key.startswith("data")) or any(
+            word.startswith((f"{key}=", f"{key}.name=")) for word in words)
+
+
+def is_file(word: str) -> bool:
+    """Whether a word of the command line means a checkpoint file, not the folder of a run."""
+    path = Path(word)
+    return (path.is_file() and path.suffix not in TEXTS) or (path.suffix in SUFFIXES and not path.is_dir())
+
+
+def split_words(words: Sequence[str]) -> tuple[Importing | None, list[str]]:
+    """What the command line says about files, and all other words; None where it names no file, or compares runs.
+
+    A file is evaluated alone unless targets=... says more: its ensemble has one member.
+    """
+    names, sources, skip = [], [], False
+    for word in words:
+        key, equals, value = word.partition("=")
+        if skip:
+            skip = False
+        elif word == "--plugin":
+            skip = True
+        elif key == "sources":
+            sources += value.strip("[]").split(",")
+        elif not word.startswith("-") and (not equals or "/" in key):
+            names.append(word)
+    subject = Path(names[0]) if names and is_file(names[0]) else None
+    if "--compare" in words or (subject is None and not any(is_file(source.strip()) for source in sources)):
+        return None, list(words)
+    mine = {key for key in FileOptions.model_fields if subject is not None or key != "out"}
+    owned = (*MODEL_SETTINGS, *(RUN_SETTINGS if subject is not None else ()))
+    own: dict[str, str] = {}
+    settings, rest = [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in mine:
+            own[key] = value
+        elif equals and not key.startswith(FREE_SETTINGS) and any(
+                key.startswith(name) if name.endswith(".") else key == name for name in owned):
+            settings.append(word)
+        else:
+            rest.append(word)
+    if subject is not None and not any(word.startswith("targets=") for word in words):
+        rest.append("targets=peers")
+    try:
+        options = FileOptions(**own)
+    except ValidationError as error:
+        raise joined([_problem(one, FileOptions) for one in error.errors()], COMMAND_LINE) from None
+    return Importing(subject, options, tuple(settings)), rest
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+_HOW = "give the folder of a run, e.g. runs/NAME, or a state dict such as FILE.pt with model=..."
+
+
+def find_run(word: str, where: str = "command line") -> RunFolder:
+    """The folder of a run. Raises ConfigError where it is none."""
+    folder = RunFolder(Path(word))
+    if not folder.path.is_dir():
+        raise ConfigError(f"there is no run folder {word[:200]!r}", where, _HOW)
+    if not folder.config.is_file():
+        raise ConfigError(f"{word[:200]!r} is not the folder of a run: it has no config.yaml", where, _HOW)
+    return folder
+
+
+def refuse_unfinished(folder: RunFolder) -> None:
+    """Raises OutputError while a process writes the run."""
+    holder = RunLock(folder, None).held_by()
+    if holder is not None:
+        raise OutputError(f"the run is still being written by {holder}", str(folder.path), "wait until it ends")

@@ -1,0 +1,206 @@
+"""What survived: from chunks to the accuracies of each target, and into the result files (see results.py)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mat_dist.attacks.norms import eps_text
+from mat_dist.checkpoints import json_digest
+from mat_dist.checkpoints.load import FinishedRun
+from mat_dist.evaluation.attacks import Job
+from mat_dist.evaluation.results import CLEAN, COLUMNS, FORMAT, UNION, Verdict
+from mat_dist.evaluation.soundness import judge, total
+from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.runs.environment import versions
+from mat_dist.runs.files import parse_json, write_json, write_text
+
+VOLATILE = ("time", "chosen_on_validation", "system")  # none of them changes a result
+
+Chunks = Sequence[Mapping[str, Any]]  # what mat_dist/evaluation/chunks.py tells of each chunk
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What one target did on every image.
+
+    Attributes:
+        target, weights: its name; `raw` or `ema`.
+        clean_N: correct without an attack (bool).
+        held: label of a threat -> attack -> correct under it (bool (N,)).
+        verdicts: of the soundness checks.
+        rounded: label of a threat -> correct on the saved AEs after rounding to bytes (bool (N,)); empty where none
+            were saved.
+    """
+
+    target: str
+    weights: str
+    clean_N: Tensor
+    held: Mapping[str, Mapping[str, Tensor]]
+    verdicts: Sequence[Verdict] = ()
+    rounded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def worst(self, threat: str) -> Tensor:
+        """Correct without an attack and under all attacks of one threat -> bool (N,)."""
+        return torch.stack([self.clean_N, *self.held[threat].values()]).all(0)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Shares in [0, 1]: clean, under each threat, and under all threats, image by image."""
+        worst = {threat: self.worst(threat) for threat in self.held}
+        union_N = torch.stack([self.clean_N, *worst.values()]).all(0)
+        return {name: share(flags_N) for name, flags_N in {CLEAN: self.clean_N, **worst, UNION: union_N}.items()}
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """The checks that were not passed."""
+        return [v for v in self.verdicts if not v.passed]
+
+    @property
+    def reportable(self) -> bool:
+        """Whether there were checks, and all were passed."""
+        return bool(self.verdicts) and not self.failed
+
+    def summary(self) -> dict[str, Any]:
+        """The entry of `targets`, but for the checks."""
+        n, shares = len(self.clean_N), self.accuracy
+        return {"target": self.target, "weights": self.weights, "n": n, "accuracy": shares,
+                "interval_95": {name: wilson_interval(value, n) for name, value in shares.items()},
+                "attacks": {threat: {name: share(flags_N & self.clean_N) for name, flags_N in attacks.items()}
+                            for threat, attacks in self.held.items()},
+                **({"accuracy_uint8": {threat: share(flags_N & self.clean_N) for threat, flags_N
+                                       in self.rounded.items()}} if self.rounded else {})}
+
+    def checked(self) -> dict[str, Any]:
+        """What the checks add to the summary."""
+        return {"reportable": self.reportable, "checks": [asdict(verdict) for verdict in self.verdicts]}
+
+
+def share(flags_N: Tensor) -> float:
+    """Share of true values."""
+    return flags_N.double().mean().item()
+
+
+def gather(chunks: Chunks, weights: str) -> list[Survivors]:
+    """What every target did on all chunks, in order."""
+    labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
+    found = []
+    for name, first in chunks[0]["predictions"].items():
+        def correct(*path: str, part: str = "predictions", name: str = name) -> Tensor:
+            classes: list[int] = []
+            for chunk in chunks:
+                value = chunk[part][name]
+                for key in path:
+                    value = value[key]
+                classes += value
+            return torch.tensor(classes) == labels_N
+
+        held = {threat: {attack: correct("threats", threat, attack) for attack in attacks}
+                for threat, attacks in first["threats"].items()}
+        counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
+        rounded = {threat: correct(threat, part="rounded") for threat in chunks[0]["rounded"].get(name, {})}
+        found.append(Survivors(name, weights, correct(CLEAN), held, judge(total(counts)) if counts else [], rounded))
+    return found
+
+
+def transfer_table(chunks: Chunks) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy of each target on the AEs of each other one: threat -> source -> target -> share."""
+    n = sum(len(chunk["labels"]) for chunk in chunks)
+    return {threat: {source: {target: sum(chunk["transfer"][threat][source][target] for chunk in chunks) / n
+                              for target in counts} for source, counts in sources.items()}
+            for threat, sources in chunks[0]["transfer"].items()}
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def told_of_run(run: FinishedRun, label: str, device: str) -> dict[str, Any]:
+    """What a document says of the run and the machine. `label`: best, last or step_N."""
+    found = versions()
+    system = found.pop("system")
+    return {"format": FORMAT, "run": run.folder.path.resolve().name, "checkpoint": label, "step": run.manifest.step,
+            "files": {entry.name: entry.sha256 for entry in run.manifest.files}, "subset_seed": run.config.run.seed,
+            "precision": run.config.step.precision, "threads": run.config.run.threads, "device": device,
+            "versions": found, "system": system, "config": run.config.model_dump(mode="json",
+                                                                                 exclude={"run": {"name"}})}
+
+
+def told_of_job(job: Job, chunk: int) -> dict[str, Any]:
+    """What a document says of the attacks. `chunk`: images of one."""
+    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
+             for name, plan in job.plans.items()}
+    return {"threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
+            "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "seed": job.seed, "chunk": chunk}
+
+
+def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mapping[str, Chunks], *,
+                 checked: bool, images: bool = True) -> Path:
+    """Write the table of images, then the document -> the latter's path.
+
+    A file of that name which says anything else but for the time stays, and -2, -3, ... is appended.
+
+    Args:
+        about: what `told_of_run` and `told_of_job` and the caller say.
+        found: weights -> chunks.
+        checked: whether soundness checks were wanted.
+        images: write the table too.
+
+    Raises OutputError when the folder cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
+    targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
+    some = next(iter(found.values()))
+    warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
+    document = {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": len(survivors[0].clean_N),
+                "images_digest": json_digest([chunk["images"] for chunk in some]),
+                **({"reportable": all(one.reportable for one in survivors)} if checked else {}), "targets": targets,
+                "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
+    table = image_rows(found) if images else None
+    path = next(path for path in _paths(folder, name) if not path.exists() or _has(path, document, table))
+    if table is not None:
+        write_text(path.with_suffix(".csv"), table)
+    write_json(path, document)
+    return path
+
+
+def _paths(folder: Path, name: str) -> Iterator[Path]:
+    yield folder / f"{name}.json"
+    yield from (folder / f"{name}-{number}.json" for number in itertools.count(2))
+
+
+def _has(path: Path, document: Mapping[str, Any], table: str | None) -> bool:
+    """Whether the files there are these, but for what may differ between equal results."""
+    try:
+        there = parse_json(path.read_bytes())
+        one, other = ({key: value for key, value in told.items() if key not in VOLATILE}
+                      for told in (there, json.loads(json.dumps(document))))
+        return one == other and (table is None or path.with_suffix(".csv").read_text() == table)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def image_rows(found: Mapping[str, Chunks]) -> str:
+    """The CSV file; images that are wrong without an attack are not attacked."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for weights, chunk in ((weights, chunk) for weights, chunks in found.items() for chunk in chunks):
+        for target, rows in chunk["predictions"].items():
+            for threat, attack, predictions in ((threat, attack, predictions) for threat, attacks
+                                                in rows["threats"].items() for attack, predictions in attacks.items()):
+                columns = zip(chunk["samples"], chunk["labels"], rows[CLEAN], predictions, strict=True)
+                for sample, label, clean, under in columns:
+                    writer.writerow([sample, label, threat, attack, target, weights, clean, under,
+                                     int(clean == label == under), int(clean == label)])
+    return out.getvalue()

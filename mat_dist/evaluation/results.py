@@ -125,11 +125,12 @@ class Result:
         return self.time, self.step, self.number
 
     def told(self) -> Iterator[str]:
-        """Each attack with its steps and restarts: PGD-20 x 5, autoattack, transfer."""
+        """Each attack with its steps and restarts: pgd-20 x 5, autoattack, transfer; of a training's own: PGD-20."""
         for name in self.attacks:
             plan = self.plans.get(name)
             restarts = f" x {plan['restarts']}" if plan and plan["restarts"] > 1 else ""
-            yield f"{name.upper() if name == 'pgd' else name}-{plan['steps']}{restarts}" if plan else name
+            shown = "PGD" if name == "pgd" and self.reportable is None else name
+            yield f"{shown}-{plan['steps']}{restarts}" if plan else name
         if self.transfer:
             yield "transfer"
         yield from (f"transfer from {one['run']}" for one in self.sources)

@@ -22,6 +22,7 @@ from mat_dist.core.cohort import state_hash
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, PeerFailed
+from mat_dist.evaluation.results import COLUMNS
 
 CPU = torch.device("cpu")
 SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")
@@ -198,10 +199,10 @@ def test_a_paired_comparison_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, bits in (("a", "1101"), ("b", "0101")):
         folder = tmp_path / name / "eval"
         folder.mkdir(parents=True)
-        rows = [f"{n},0,{attack},peer0,{weights},1,{bit},1" for weights in ("raw", "ema")
+        rows = [f"{n},0,{attack},pgd,peer0,{weights},0,{1 - int(bit)},{bit},1" for weights in ("raw", "ema")
                 for attack, known in (("linf 1/10", "1101"), ("l2 1", bits)) for n, bit in enumerate(known)]
         (folder / "test_last_step_00000002.csv").write_text(
-            "\n".join(["sample,label,attack,target,weights,clean_correct,robust,attacked", *rows]) + "\n")
+            "\n".join([",".join(COLUMNS), *rows]) + "\n")
     found = paired.differences(paired.robust(tmp_path / "a"), paired.robust(tmp_path / "b"))
     assert found == {("peer0", weights): {0: -1.0, 1: 0.0, 2: 0.0, 3: 0.0} for weights in ("raw", "ema")}
     monkeypatch.setattr("sys.argv", ["paired", str(tmp_path / "a"), "--", str(tmp_path / "b")])

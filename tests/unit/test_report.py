@@ -135,7 +135,7 @@ def counted(file: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
     for row in csv.DictReader(io.StringIO(file.read_text())):
         entry = found[row["target"], row["weights"]]
         entry[0] += 1
-        entry[1] += int(row["clean_correct"])
+        entry[1] += int(row["clean_prediction"] == row["label"])
         entry[2] += int(row["robust"])
     return {key: (n, c, r) for key, (n, c, r) in found.items()}
 
@@ -406,7 +406,7 @@ def evaluated(folder: RunFolder, name: str, **changes: object) -> None:
     document = {
         "checkpoint": "best", "step": 8, "split": "test", "time": "2030-01-01T00:00:00+00:00", "transfer": False,
         "threats": [{"norm": "linf", "eps": "1/10"}], "attacks": ["pgd", "autoattack"],
-        "plans": {"pgd": {"steps": 20, "restarts": 5}},
+        "plans": {"pgd": {"steps": 20, "restarts": 5}}, "seed": 0, "config": {}, "reportable": False,
         "targets": [{"target": target, "weights": "ema", "n": 4, "accuracy": {"clean": 0.75, "linf 1/10": 0.25,
                                                                               "union": 0.25},
                      "attacks": {"linf 1/10": {"pgd": 0.5, "autoattack": 0.5}},

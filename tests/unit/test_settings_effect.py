@@ -252,9 +252,10 @@ def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
     run = cached("eval.every=1", "eval.test=true", "eval.steps=2", "eval.test_steps=3", "eval.restarts=2",
                  "eval.size=12", "eval.test_size=11", "eval.step_size=0.07", "eval.ensemble=logit", "eval.chunk=5")
     validation, test = run.result("validation_step_00000002"), run.result("test_last_step_00000002")
-    assert [d["attack"]["steps"] for d in (validation, test)] == [2, 3]
+    assert [d["plans"]["pgd"]["steps"] for d in (validation, test)] == [2, 3]
     assert [t["n"] for d in (validation, test) for t in d["targets"]] == [12] * 3 + [11] * 3
-    assert test["attack"]["restarts"] == 2 and test["attack"]["step_size"] == {"linf 1/10": 0.07}
+    plan = test["plans"]["pgd"]
+    assert plan["restarts"] == 2 and plan["step_size"] == {"linf 1/10": 0.07}
 
 
 TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test=true", "threat.eps=0.2")

@@ -182,7 +182,8 @@ def test_a_command_writes_all_figures(command: str, tmp_path: Path, capsys: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.thorough  # a minute: smaller activations drown in what libraries take
+@pytest.mark.thorough  # a minute of CPU time: smaller activations drown in what libraries take
+@pytest.mark.timeout(600)
 def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
     """Large activations beside a small model: what a contestant keeps is what it costs."""
     file = tmp_path / "memory.json"

@@ -23,17 +23,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mat_dist.cli import run_entry
-from mat_dist.config import Arguments, load_config, load_plugins, parse_command_line
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config import TrainingOptions, count, load_config, load_plugins
 from mat_dist.config.schema import Config
-from mat_dist.config.words import split, whole_number
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.runs.files import write_text
@@ -49,17 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry(lambda: bench(words))
 
 
-@dataclass(frozen=True)
-class Options:
-    """What this command alone understands."""
-
-    command: str
-    rounds: int = 15
-    image: tuple[int, int, int] = (3, 32, 32)
-    classes: int = 10
-    json: str | None = None
-
-
 def bench(words: list[str]) -> None:
     """Settings, ranks, measurement, table."""
     if words and words[0] in STUDIES:
@@ -68,10 +54,9 @@ def bench(words: list[str]) -> None:
     if not words or any(word in ("-h", "--help") for word in words):
         print(__doc__)
         return
-    options, rest = split_options(words)
-    arguments = parse_command_line(rest, prog="python -m mat_dist.bench", description="")
-    config = load_config(arguments.config_path or DEFAULT_CONFIG, arguments.overrides)
-    load_plugins(arguments.plugins)
+    options = read_options(words)
+    load_plugins(options.plugin)
+    config = load_config(options.config or DEFAULT_CONFIG, options.words)
 
     from mat_dist.distributed.device import choose_device, device_name, prepare_torch
     from mat_dist.distributed.groups import open_mesh
@@ -85,9 +70,9 @@ def bench(words: list[str]) -> None:
         figures = measure(options, config, mesh)
     if not launch.speaks_for():
         return
-    result = {"command": options.command, "what": describe(config, options, arguments, launch, device_name(device)),
+    result = {"command": options.command, "what": describe(config, launch, device_name(device), options.image),
               "device": device_name(device), "versions": versions(), "git": git_revision(), "ranks": launch.world,
-              "arguments": [options.command, "--rounds", str(options.rounds), *rest], "figures": figures}
+              "arguments": [options.command, "--rounds", str(options.rounds), *words[1:]], "figures": figures}
     from mat_dist.bench.show import print_result
 
     print_result(result)
@@ -106,7 +91,7 @@ def study(command: str, words: list[str]) -> None:
         module.main(words)
 
 
-def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
+def measure(options: Namespace, config: Config, mesh: Any) -> dict[str, Any]:
     """The figures of the command."""
     from mat_dist.bench.memory import measure_memory
     from mat_dist.bench.parts import measure_step
@@ -127,9 +112,9 @@ def measure(options: Options, config: Config, mesh: Any) -> dict[str, Any]:
     return {**figures, "notes": subject.notes()}
 
 
-def describe(config: Config, options: Options, arguments: Arguments, launch: Launch, device: str) -> str:
+def describe(config: Config, launch: Launch, device: str, image: tuple[int, int, int]) -> str:
     """What was measured, in one line."""
-    shape = "x".join(map(str, options.image))
+    shape = "x".join(map(str, image))
     models = ", ".join(sorted({peer.model.name for peer in config.peers}))
     return (f"{models}, {shape}, batch {config.train.batch_size}, {_count(len(config.peers), 'peer')} on "
             f"{_count(launch.world, 'rank')}, {config.peers[0].attack.steps} attack steps, "
@@ -140,26 +125,26 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The command, its own options, and the other words. Raises ConfigError for what cannot be understood."""
+def read_options(words: Sequence[str]) -> Namespace:
+    """The command and its options. Raises ConfigError for what cannot be understood."""
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown benchmark {words[0]!r}", "command line",
                           f"use one of {', '.join((*COMMANDS, *STUDIES))}")
-    found = split(words[1:], {"--rounds": "N", "--image": "CxHxW", "--classes": "K", "--json": "FILE"})
-    found.complain()
-    read: dict[str, Callable[[str], Any]] = {"--rounds": partial(whole_number, "--rounds"), "--image": _shape,
-                                             "--classes": partial(whole_number, "--classes"), "--json": str}
-    return Options(words[0], **{option[2:]: read[option](values[-1]) for option, values in found.values.items()}
-                   ), list(found.rest)
+    options = TrainingOptions("bench", __doc__)
+    options.add_argument("--rounds", metavar="N", type=count, default=15)
+    options.add_argument("--image", metavar="CxHxW", type=_shape, default=(3, 32, 32))
+    options.add_argument("--classes", metavar="K", type=count, default=10)
+    options.add_argument("--json", metavar="FILE")
+    found = options.read(words[1:])
+    found.command = words[0]
+    return found
 
 
-def _shape(value: str) -> tuple[int, ...]:
-    """CxHxW. Raises ConfigError."""
+def _shape(value: str) -> tuple[int, int, int]:
     try:
-        channels, height, width = (whole_number("--image", part) for part in value.split("x"))
-    except (ConfigError, ValueError):
-        raise ConfigError(f"--image {value[:40]!r}", COMMAND_LINE,
-                          "write --image and three whole numbers such as 3x32x32") from None
+        channels, height, width = (count(part) for part in value.split("x"))
+    except (ArgumentTypeError, ValueError):
+        raise ArgumentTypeError(f"{value[:40]!r} is not three whole numbers such as 3x32x32") from None
     return channels, height, width
 
 

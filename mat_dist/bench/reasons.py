@@ -21,8 +21,8 @@ from rich.table import Table
 
 from mat_dist import checkpoints
 from mat_dist.config import load_config, load_plugins
-from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attacks import EMA, RAW
 from mat_dist.evaluation.request import Request, parse

@@ -1,9 +1,9 @@
 """From YAML files and `key=value` settings to a checked, complete configuration.
 
 Layers, lowest first: the files that `defaults` names, in order; the file; the command line. Mappings are merged
-key by key, anything else is replaced. Then each peer's entry is laid over the shared sections model, threat,
-union, attack, loss and optim. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those
-that a lower layer gave for another preset are dropped.
+key by key, anything else is replaced. Then each peer's entry is laid over the sections that it shares with the top
+level. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those that a lower layer gave
+for another preset are dropped.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import re
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,17 +26,41 @@ from mat_dist.config import (  # noqa: F401  they register their rules
     rules_sharing,
     rules_unions,
 )
-from mat_dist.config.describe import canonical, nearest, problem, settings
-from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, normalise, plain, without
-from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect
+from mat_dist.config.fields import Section
+from mat_dist.config.gone import is_gone, without_gone
+from mat_dist.config.help import canonical, nearest, problem, settings
 from mat_dist.config.presets import fill_attack, fill_loss, fill_optim, fill_threat
 from mat_dist.config.registry import check
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
+from mat_dist.config.tree import (
+    ALIASES,
+    COMMAND_LINE,
+    SHARED,
+    Node,
+    both_names,
+    cut,
+    joined,
+    leaves,
+    locate,
+    merge,
+    nest,
+    normalise,
+    normalise_sections,
+    parse,
+    plain,
+    printable,
+    read,
+    section_class,
+    without,
+)
 from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
 _MOST_FILES = 100  # a file may be named by several others, but not without end
 _MOST_ERRORS = 100  # with more bad values than this the rules are not checked
+_KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+ALL = "all"  # peers.all.x: the same for every peer
+_HOW = "write key=value with a key such as train.epochs or peers.2.model (--help lists all)"
 
 
 def config_folders() -> list[Path]:
@@ -44,6 +69,11 @@ def config_folders() -> list[Path]:
     share = Path("share", "mat_dist", "configs")
     user = sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))
     return [package.parent / "configs", Path(sys.prefix, share), package.parent / share, Path(user, share)]
+
+
+def _run_of(file: Path) -> str | None:
+    """The file as in messages, where it holds the settings of a run in the run's folder."""
+    return _display(file) if file.name == "config.yaml" and (file.parent / "environment.json").is_file() else None
 
 
 def config_name(path: str | None) -> str:
@@ -82,8 +112,6 @@ class _Files:
 
     def compose(self, path: Path, chain: tuple[str, ...] = ()) -> Node:
         """The merged tree of `path`; `chain` holds the files that led here, to find cycles."""
-        from mat_dist.config.yaml_input import read  # PyYAML is loaded only where it is used
-
         source, real = _display(path), os.path.realpath(path)
         self.count += 1
         if real in chain:
@@ -111,6 +139,141 @@ class _Files:
             self.problems.append(ConfigError("defaults is not a list of files", node.where, "write defaults: [base]"))
             return []
         return names
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `key=value`, its key cut at the dots and its value read."""
+
+    path: tuple[str, ...]
+    value: Node
+
+    @property
+    def rank(self) -> int:
+        """Order of application: the number of peers, then presets, then what builds on them."""
+        if self.path == ("peers",):
+            return 0
+        return 1 if self.path[-1] == "loss" or self.path[-2:] == ("loss", "preset") else 2
+
+
+def _read(item: str, problems: list[ConfigError]) -> Override | None:
+    """`key=value` as an Override; None, with the reason in `problems`, where it is not one."""
+    key, equals, text = item.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        problems.append(ConfigError(f"{printable(item)} is not a setting", COMMAND_LINE, _HOW))
+        return None
+    if not text.strip():
+        problems.append(ConfigError(f"{key} has no value", COMMAND_LINE, f"write {key}=VALUE; null empties a setting"))
+        return None
+    path = tuple(key.split("."))
+    if path[0] == "defaults":
+        problems.append(ConfigError("defaults is for files", f"{COMMAND_LINE}, {key}", "write --config FILE"))
+        return None
+    setting = settings().get(canonical(path))
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if setting is not None and setting.kind == "text" and text != "null" and not quoted:
+        return Override(path, Node(text, COMMAND_LINE, key))  # run.name=007 is a name, not a number
+    found: list[ConfigError] = []
+    try:
+        node = parse(text, COMMAND_LINE, found, key, numbered=False)
+    except ConfigError as problem:
+        found.append(problem)
+    problems += found
+    return None if found else Override(path, node)
+
+
+def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
+    """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
+    found = sorted(filter(None, (_read(item, problems) for item in items)), key=lambda override: override.rank)
+    for alias in ALIASES:
+        for other in found:
+            twin = next((o for o in found if o.path == (*other.path[:-2], "attack", alias)), None)
+            if other.path[-2:] == ("threat", alias) and twin is not None:
+                problems.append(both_names(twin.value, other.value))
+    return found
+
+
+def expand_peers(tree: Node, source: str) -> Node:
+    """`tree` with `peers` as a list: a number becomes that many empty entries, none at all the default number."""
+    peers = tree.get("peers") or Node(len(Config.model_fields["peers"].default), source, "peers")
+    if isinstance(peers.value, int) and not isinstance(peers.value, bool) and 1 <= peers.value <= MAX_PEERS:
+        peers = replace(peers, value=tuple(Node({}, peers.source, f"peers.{n}") for n in range(peers.value)))
+    return replace(tree, value={**tree.value, "peers": peers})
+
+
+def _is_section(model: type[Section] | None, path: Sequence[str]) -> bool:
+    for part in path:
+        model = section_class(model, part) if model is not None else None
+    return model is not None
+
+
+def _layer(tree: Node, path: tuple[str, ...], value: Node, model: type[Section], problems: list[ConfigError]) -> Node:
+    """`tree` (the top level, or a peer) with `value` at `path`."""
+    if not path:
+        empty = Node({}, value.source, value.key)
+        return merge(tree, normalise_sections(value, problems, model)) or empty if value.value is not None else empty
+    if value.value is None and (path == ("peers",) or _is_section(model, path)):
+        return cut(tree, path)
+    if path[-1].isdecimal() and len(path) > 1:
+        path, value = path[:-1], _with_item(tree, path[:-1], int(path[-1]), value)
+    return merge(tree, normalise_sections(nest(path, value), problems, model)) or tree
+
+
+def _with_item(tree: Node, path: tuple[str, ...], index: int, value: Node) -> Node:
+    """The list at `path` with one item replaced, or `value` itself where there is no such list."""
+    current, depth = locate(tree, path)
+    setting = settings().get(canonical(path))
+    if setting is None or setting.kind != "numbers":
+        return nest([str(index)], value)
+    default = tuple(Node(item, value.source, value.key) for item in setting.default)
+    items: Any = current.value if depth == len(path) else default
+    if not isinstance(items, tuple) or index >= len(items):
+        raise ConfigError(f"{'.'.join(path)} has {len(items) if isinstance(items, tuple) else 'no'} items", value.where,
+                          f"set the whole list: {'.'.join(path)}=[...]")
+    return replace(value, value=(*items[:index], value, *items[index + 1:]))
+
+
+def _apply(tree: Node, override: Override, source: str, problems: list[ConfigError]) -> Node:
+    path, value = override.path, override.value
+    if path[0] != "peers" or len(path) == 1:
+        return _layer(tree, path, value, Config, problems)
+    tree = expand_peers(tree, source)
+    peers = tree.value["peers"]
+    if not isinstance(peers.value, tuple):
+        return tree  # what is wrong with `peers` itself is reported when it is validated
+    entries, which = list(peers.value), path[1]
+    if which != ALL and not (which.isdecimal() and int(which) < len(entries)):
+        raise ConfigError(f"there is no peer {which}", value.where,
+                          f"the peers are 0 to {len(entries) - 1}, or {ALL}; more peers: peers={len(entries) + 1}")
+    for n in range(len(entries)) if which == ALL else (int(which),):
+        entries[n] = _layer(entries[n], path[2:], value, PeerConfig, problems)
+    return replace(tree, value={**tree.value, "peers": replace(peers, value=tuple(entries))})
+
+
+def apply_overrides(tree: Node, overrides: Sequence[Override], source: str, problems: list[ConfigError]) -> Node:
+    """`tree` (the files, normalised; `source` names them) with the overrides; problems are added to `problems`."""
+    for override in overrides:
+        try:
+            tree = _apply(tree, override, source, problems)
+        except ConfigError as problem:
+            problems.append(problem)
+    return tree
+
+
+def without_effect(overrides: Sequence[Override], peers: Sequence[Node], source: str) -> list[ConfigError]:
+    """Overrides of shared sections that no peer takes over, since each has an own value (as in a resolved file)."""
+    found = []
+    for override in overrides:
+        layer = normalise_sections(nest(override.path, override.value), [], Config)
+        if override.path[0] not in SHARED or override.value.value is None or not isinstance(layer.value, dict):
+            continue
+        used = any(located.source == COMMAND_LINE and depth == len(path) for path, _ in leaves(layer) for peer in peers
+                   for located, depth in [locate(peer, path)])
+        if not used:
+            key = override.value.key
+            found.append(ConfigError(f"{key} has no effect: each peer sets its own", f"{COMMAND_LINE}; {source}",
+                                     f"write peers.{ALL}.{key}=... or peers.0.{key}=..."))
+    return found
 
 
 def _shorten(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -185,6 +348,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: `problems` has everything that is wrong, each with the file, line and key.
+        CheckpointError: the file is that of a run which an older version trained with settings that went.
     """
     problems: list[ConfigError] = []
     folders = config_folders() if path is None else [Path(), *config_folders()]
@@ -196,9 +360,10 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     except ConfigError as unreadable:
         raise joined([*problems, unreadable], source) from None
     tree = expand_peers(apply_overrides(tree, changes, source, problems), source)
+    tree = without_gone(tree, problems, run=_run_of(file))
     tree, broken = _validate(tree, problems)
     complete = _under_peers(tree)
-    sound = [change for change in changes if change.path[0] not in broken]
+    sound = [change for change in changes if change.path[0] not in broken and not is_gone(change.path)]
     problems += without_effect(sound, complete.value["peers"].value, source)
     config = resolve(complete)
     problems += [_placed(found, complete, source) for found in check(config, broken)]

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from mat_dist.config import load_config
-from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.config.schema import Config, Number, Section
+from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.request import FREE_SETTINGS, Words
 

@@ -1,12 +1,6 @@
 """Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at.
 
-python -m mat_dist.report RUN [RUN ...] [--images N] [--device D] [--no-attack] [--plugin FILE.py]
-
-  RUN           folder of a run, e.g. runs/NAME. Several: their comparison, report/comparison.html in the first one
-  --images N    test images that are attacked for the page (default 128)
-  --device D    cpu or cuda (default: a GPU where there is one)
-  --no-attack   only what the run's files tell: no pictures, no curves against radius and steps, no loss surface
-  --plugin      the file that registers the run's model or data; may be given several times
+RUN is the folder of a run, e.g. runs/NAME. Several: their comparison, report/comparison.html in the first one.
 
 The charts lie beside the page as SVG, the pictures as PNG. The run's own files are only read. Exit codes: 2 no such
 run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the run is being written, or its folder cannot be.
@@ -15,15 +9,14 @@ run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the run is be
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mat_dist.cli import run_entry
-from mat_dist.config import load_plugins
-from mat_dist.config.nodes import COMMAND_LINE
-from mat_dist.config.words import split, whole_number
+from mat_dist.config import Options, count, load_plugins
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
 if TYPE_CHECKING:
@@ -34,17 +27,6 @@ if TYPE_CHECKING:
     from mat_dist.report.subject import Subject
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
-
-    runs: tuple[str, ...]
-    images: int = 128
-    device: str = "auto"
-    attack: bool = True
-    plugins: tuple[str, ...] = ()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code of architecture.md."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -53,29 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(words: Sequence[str]) -> None:
     """Write the report of one run, or the comparison of several."""
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return
     options = parse(words)
+    load_plugins(options.plugin)
 
     from mat_dist.report.compare import comparison_page
     from mat_dist.report.files import read_run
     from mat_dist.report.page import run_page, write_report
 
-    runs = [read_run(Path(word)) for word in options.runs]
+    runs = [read_run(Path(word)) for word in options.words]
     if len(runs) > 1:
         page, book = comparison_page(runs)
         print(write_report(runs[0].folder.report, page, book, "comparison.html"))
         return
-    load_plugins(options.plugins)
     subject, measured, notes = attacked(runs[0], options)
     page, book = run_page(runs[0], subject, measured, notes)
     print(write_report(runs[0].folder.report, page, book))
 
 
-def attacked(run: RunFiles, options: Options) -> tuple[Subject | None, Measured | None, list[str]]:
+def attacked(run: RunFiles, options: Namespace) -> tuple[Subject | None, Measured | None, list[str]]:
     """What the checkpoint does under attack; without it, why not. Raises CheckpointError."""
-    if not options.attack:
+    if options.no_attack:
         return None, None, ["--no-attack was given: no pictures, radius, steps and loss surface"]
     from mat_dist.report.measure import measure
     from mat_dist.report.subject import find_checkpoint, load_subject
@@ -101,19 +80,19 @@ def choose(name: str) -> torch.device:
     return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
-def parse(words: Sequence[str]) -> Options:
+def parse(words: Sequence[str]) -> Namespace:
     """Raises ConfigError for an unknown option, a missing value, or no run."""
-    found = split(words, {"--images": "N", "--device": "cpu", "--plugin": "FILE.py"}, ("--no-attack",))
-    found.complain()
-    for word in found.rest:
-        if word.startswith("-"):
-            raise ConfigError(f"unknown option {word!r}", COMMAND_LINE, "see python -m mat_dist.report --help")
-    if not found.rest:
+    options = Options("report", __doc__, "RUN [RUN ...]")
+    options.add_argument("--images", metavar="N", type=count, default=128, help="test images that are attacked (128)")
+    options.add_argument("--device", metavar="cpu|cuda", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="default: a GPU where there is one")
+    options.add_argument("--no-attack", action="store_true", help="only what the run's files tell: no pictures, no "
+                         "curves against radius and steps, no loss surface")
+    options.add_plugin()
+    found = options.read(words)
+    if not found.words:
         raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
-    images, device = whole_number("--images", found.last("--images") or "128"), found.last("--device") or "auto"
-    if device not in ("cpu", "cuda", "auto"):
-        raise ConfigError(f"--device {device!r}", COMMAND_LINE, "use cpu or cuda")
-    return Options(found.rest, images, device, not found.flags, found.values.get("--plugin", ()))
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import careful, naive, paired, summary
-from mat_dist.bench.__main__ import main, split_options
+from mat_dist.bench.__main__ import main, read_options
 from mat_dist.bench.parts import both, together
 from mat_dist.bench.references import check_equal
 from mat_dist.bench.scale import IMAGENET, NETWORKS, Costs, Point, predictions
@@ -173,10 +173,10 @@ def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, ca
 
 
 def test_options_may_have_an_equals_sign() -> None:
-    options, rest = split_options(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
-    assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), "a.json", ["peers=2"])
+    options = read_options(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
+    assert (options.rounds, options.image, options.json, options.words) == (3, (1, 28, 28), "a.json", ("peers=2",))
     with pytest.raises(ConfigError):
-        split_options(["step", "--classes=x"])
+        read_options(["step", "--classes=x"])
 
 
 def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys: Any,

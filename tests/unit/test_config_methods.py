@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 from pydantic import Field
 
-from mat_dist.config import config_differences, dump_config, help_text, load_config, register_section, schema_json
+from mat_dist.config import config_differences, dump_config, load_config, register_section, schema_json
 from mat_dist.config import fields as fields_module
 from mat_dist.config.fields import Number, Section
+from mat_dist.config.help import settings_help
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
@@ -73,7 +74,7 @@ def test_what_is_wrong_is_told_with_key_and_way_out(item, what, how):
 
 
 def test_help_and_json_schema_list_it_as_soon_as_it_is_registered():
-    text = " ".join(help_text("x", "y").split())
+    text = " ".join(settings_help().split())
     assert "methods.shake.gamma=0.5 how much it shakes [number > 0, <= 1]" in text and "methods.shake.often=" in text
     schema = json.loads(schema_json())
     for properties in (schema["properties"], schema["$defs"]["PeerConfig"]["properties"]):

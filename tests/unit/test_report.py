@@ -473,7 +473,9 @@ def test_a_wrong_command_line_is_refused(words, capsys):
 
 
 def test_help_and_options(capsys):
-    assert main(["--help"]) == 0 and "--images" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "--images" in capsys.readouterr().out
     options = parse(["a", "--images=7", "--device", "cpu", "b", "--plugin=p.py"])
     assert (options.runs, options.images, options.device, options.plugins) == (("a", "b"), 7, "cpu", ("p.py",))
 

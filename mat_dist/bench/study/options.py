@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mat_dist
-from mat_dist.config.describe import nearest
-from mat_dist.config.nodes import COMMAND_LINE, joined
-from mat_dist.config.words import split
+from mat_dist.config.help import nearest
+from mat_dist.config.options import Options as CommandOptions
+from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError
 
 VALUED = {"--suite": "NAME", "--only": "NAME,NAME", "--seeds": "0,1", "--jobs": "N", "--budget": "SECONDS",
@@ -50,15 +50,14 @@ class Options:
     @classmethod
     def read(cls, words: Sequence[str], command: str, default_file: str) -> Options:
         """From the words after the command's name. Raises ConfigError; `problems` has all of them."""
-        parts = split(words, VALUED, ("--dry-run",))
-        found = {option: values[-1] for option, values in parts.values.items()}
-        settings = tuple(word for word in parts.rest if "=" in word and not word.startswith("-"))
-        problems = list(parts.problems)
-        for word in parts.rest:
-            if word not in settings:
-                near = nearest(word.partition("=")[0], VALUED)
-                problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
-                                            f"did you mean {near}?" if near else f"see bench {command} --help"))
+        options = CommandOptions(f"bench {command}", "", "[KEY=VALUE ...]", needs_words=False)
+        for option, metavar in VALUED.items():
+            options.add_argument(option, metavar=metavar, dest=option)
+        options.add_argument("--dry-run", action="store_true")
+        asked = options.read(words)
+        found = {option: value for option, value in vars(asked).items() if option in VALUED and value is not None}
+        problems = [ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE, f"see bench {command} --help")
+                    for word in asked.words if "=" not in word]
         seeds = _parsed(found, "--seeds", lambda text: tuple(int(n) for n in text.split(",")), "0,1", problems)
         jobs = _parsed(found, "--jobs", _count, "4", problems)
         budget = _parsed(found, "--budget", _seconds, "500", problems)
@@ -68,7 +67,7 @@ class Options:
         file = found.get("--file") or found.get("--space") or default_file
         return cls(suite, _existing(file), tuple(filter(None, found.get("--only", "").split(","))), seeds or (),
                    jobs or 1, budget, Path(found.get("--root", f"runs/{command}_{suite}")),
-                   Path(found.get("--out", RESULTS)), bool(parts.flags), settings)
+                   Path(found.get("--out", RESULTS)), asked.dry_run, asked.words)
 
 
 def _parsed(found: dict[str, str], option: str, read: Any, example: str, problems: list[ConfigError]) -> Any:

@@ -267,9 +267,10 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Node], source:
         layer = normalise_sections(nest(override.path, override.value), [], Config)
         if override.path[0] not in SHARED or override.value.value is None or not isinstance(layer.value, dict):
             continue
-        used = any(located.source == COMMAND_LINE and depth == len(path) for path, _ in leaves(layer) for peer in peers
+        paths = [path for path, _ in leaves(layer) if not is_gone(path)]
+        used = any(located.source == COMMAND_LINE and depth == len(path) for path in paths for peer in peers
                    for located, depth in [locate(peer, path)])
-        if not used:
+        if paths and not used:
             key = override.value.key
             found.append(ConfigError(f"{key} has no effect: each peer sets its own", f"{COMMAND_LINE}; {source}",
                                      f"write peers.{ALL}.{key}=... or peers.0.{key}=..."))
@@ -363,7 +364,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     tree = without_gone(tree, problems, run=_run_of(file))
     tree, broken = _validate(tree, problems)
     complete = _under_peers(tree)
-    sound = [change for change in changes if change.path[0] not in broken and not is_gone(change.path)]
+    sound = [change for change in changes if change.path[0] not in broken]
     problems += without_effect(sound, complete.value["peers"].value, source)
     config = resolve(complete)
     problems += [_placed(found, complete, source) for found in check(config, broken)]

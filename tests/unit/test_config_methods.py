@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import Field
 
+from mat_dist import train
 from mat_dist.config import config_differences, dump_config, load_config, register_section, schema_json
 from mat_dist.config import fields as fields_module
 from mat_dist.config.fields import Number, Section
@@ -89,3 +90,15 @@ def test_a_name_is_one_word_and_registered_once():
         register_section("shake", type("Other", (Section,), {}), "another one")
     with pytest.raises(ConfigError, match="cannot name a section"):
         register_section("sh.ake", Shake, "a dot")
+
+
+def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
+    plugin = tmp_path / "wobble.py"
+    plugin.write_text("from pydantic import Field\nfrom mat_dist.config import register_section\n"
+                      "from mat_dist.config.fields import Number, Section\n\n\nclass Wobble(Section):\n"
+                      "    by: Number = Field(1, description='how far')\n\n\n"
+                      "register_section('wobble', Wobble, 'wobbles')\n")
+    words = ["--plugin", str(plugin), "peers.1.methods.wobble.by=1/4", "run.device=cpu", "--dry-run"]
+    assert train.main(words) == 0
+    assert "    wobble:\n      by: 0.25\n" in capsys.readouterr().out
+    assert train.main(words[2:]) == 0  # it stays registered in this process

@@ -135,7 +135,7 @@ class TrainingOptions(Options):
 def count(text: str) -> int:
     """A number of things, 1 to 9,999,999, for `type`."""
     if not (text.isascii() and text.isdigit() and len(text) <= 7 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1")
     return int(text)
 
 

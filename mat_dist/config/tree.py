@@ -348,9 +348,9 @@ def write(values: dict[str, Any]) -> str:
             return self.represent_scalar(f"{_TAG}str", text, style="'" if _plain_scalar(text) != text else None)
 
     Representer.add_representer(str, Representer.represent_text)
-    writer, text = YAML(typ="safe", pure=True), io.StringIO()
-    writer.Representer = Representer
-    writer.version, writer.width, writer.allow_unicode = (1, 1), 120, False
-    writer.default_flow_style, writer.sort_base_mapping_type_on_output = False, False
+    writer: Any = YAML(typ="safe", pure=True)
+    text = io.StringIO()
+    writer.Representer, writer.version, writer.width = Representer, (1, 1), 120
+    writer.allow_unicode = writer.default_flow_style = writer.sort_base_mapping_type_on_output = False
     writer.dump(values, text)
     return text.getvalue().partition("---\n")[2]  # without the version's line

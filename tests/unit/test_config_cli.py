@@ -78,7 +78,7 @@ def test_all_wrong_words_are_reported_at_once() -> None:
 def test_what_is_no_count_is_refused(value: str) -> None:
     options = Options("x", "X.", "RUN")
     options.add_argument("--ranks", metavar="N", type=count, default=1)
-    with pytest.raises(ConfigError, match=r"--ranks.*is no whole number from 1.*write --ranks N"):
+    with pytest.raises(ConfigError, match=r"--ranks.*is not a whole number from 1.*write --ranks N"):
         options.read(["--ranks", value])
     assert options.read(["a", "--ranks=9999999", "b"]) == Namespace(ranks=9_999_999, words=("a", "b"))
 

@@ -300,7 +300,7 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
         root = parser.compose(text)
     except RecursionError:
         raise reader.fail(f"nested deeper than {MAX_DEPTH} levels", 0, key, "remove brackets") from None
-    except (YAMLError, ValueError, OverflowError) as error:  # the last: an escape beyond Unicode
+    except (YAMLError, ValueError, LookupError, OverflowError) as error:  # directives, escapes beyond Unicode
         words = [getattr(error, name, None) for name in ("context", "problem")]
         what = ", ".join(filter(None, words)) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mat_dist.config.help import canonical, settings
-from mat_dist.config.tree import SHARED, Node, cut, locate, merge, nest, plain
+from mat_dist.config.tree import SHARED, Layer, Node, Path, Tree, cut, over
 from mat_dist.errors import CheckpointError, ConfigError
 
 VERSION = "0.2"  # the one in which they went
@@ -54,51 +55,54 @@ GONE = (
 )
 
 
-def is_gone(path: tuple[str | int, ...]) -> bool:
+def is_gone(path: Path) -> bool:
     """Whether a setting, or one of its values, may have gone."""
     return canonical(path) in {gone.key for gone in GONE}
 
 
-def without_gone(tree: Node, problems: list[ConfigError], *, run: str | None) -> Node:
-    """`tree` (with `peers` as a list) without settings that went; what was asked for in vain is added to `problems`.
+def without_gone(layer: Layer, problems: list[ConfigError], *, run: str | None) -> Layer:
+    """`layer` (with `peers` as a list) without settings that went; what was asked for in vain is added to `problems`.
 
     Args:
-        run: the file of `tree`, where it is the `config.yaml` of a run. An older version wrote every setting there:
+        run: the file of `layer`, where it is the `config.yaml` of a run. An older version wrote every setting there:
             those that changed nothing are left out, those that moved are moved.
 
     Raises:
         CheckpointError: the run was trained with settings that went.
     """
     lost = []
-    for gone, path, node in list(_found(tree)):
-        prefix = path[:2] if path[0] == "peers" else ()
-        mine = run is not None and node.source.startswith(run)
-        if not mine:
+    for gone, path, node in list(_found(layer)):
+        layer = layer.changed(path, cut)
+        if run is None or not node.source.startswith(run):
             problems.append(_problem(gone, node))
-        elif gone.neutral is not None and plain(node) not in gone.neutral and not gone.moved:
-            lost.append(f"{node.key}={plain(node)}")
-        tree = cut(tree, path)
-        if mine and gone.moved and plain(node) not in (gone.neutral or ()):
-            tree = _placed(tree, (*prefix, *gone.moved.split(".")), node)
+        elif gone.neutral is None or node.value in gone.neutral:
+            continue
+        elif gone.moved:
+            new = (*(path[:2] if path[0] == "peers" else ()), *gone.moved.split("."))
+            layer = layer.changed(new, partial(_put, node))
+        else:
+            lost.append(f"{node.key}={node.value}")
     if lost:
         raise CheckpointError(f"version {VERSION} no longer has settings of this run: {', '.join(lost[:8])}", str(run),
                               "use version 0.1 of mat_dist for it")
-    return tree
+    return layer
 
 
-def _found(tree: Node) -> Iterator[tuple[Gone, tuple[str | int, ...], Node]]:
-    """Each setting of `tree` that went, with its path."""
-    peers = tree.get("peers")
-    count = len(peers.value) if peers is not None and isinstance(peers.value, tuple) else 0
+def _put(node: Node, tree: Tree, path: Path) -> Tree:
+    return over(tree, {path: node})
+
+
+def _found(layer: Layer) -> Iterator[tuple[Gone, Path, Node]]:
+    """Each setting of `layer` that went, with its path."""
     for gone in GONE:
         section, *rest = gone.key.split(".")
-        paths: list[tuple[str | int, ...]] = [] if section == "peers" else [(section, *rest)]
+        paths: list[Path] = [] if section == "peers" else [(section, *rest)]
         if section == "peers" or section in SHARED:
             own = rest[1:] if section == "peers" else [section, *rest]
-            paths += [("peers", index, *own) for index in range(count)]
+            paths += [("peers", index, *own) for index in range(len(layer.peers or ()))]
         for path in paths:
-            node, depth = locate(tree, path)
-            if depth == len(path) and gone.tells(plain(node)):
+            node, depth = layer.locate(path)
+            if depth == len(path) and gone.tells(node.value):
                 yield gone, path, node
 
 
@@ -107,15 +111,5 @@ def _problem(gone: Gone, node: Node) -> ConfigError:
         section, count = node.key, gone.key.removeprefix("peers.N.").count(".") + 1
         new = ".".join([*section.split(".")[:-count], gone.moved])
         return ConfigError(f"{node.key} has another name since version {VERSION}", node.where, f"write {new}")
-    what = f"{node.key}={plain(node)}" if gone.values else node.key
+    what = f"{node.key}={node.value}" if gone.values else node.key
     return ConfigError(f"{what} went in version {VERSION}", node.where, gone.how)
-
-
-def _placed(tree: Node, path: tuple[str | int, ...], value: Node) -> Node:
-    """`tree` with `value` at `path`, which may lead through `peers`."""
-    if path[0] != "peers":
-        return merge(tree, nest([str(part) for part in path], value)) or tree
-    peers, index = tree.value["peers"], int(path[1])
-    entries = list(peers.value)
-    entries[index] = _placed(entries[index], path[2:], value)
-    return replace(tree, value={**tree.value, "peers": replace(peers, value=tuple(entries))})

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from mat_dist.config.fields import Section, methods_model
 from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
-from mat_dist.config.tree import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
+from mat_dist.config.tree import ALIASES, SHARED, SHORTHANDS, Layer, Node, section_class
 from mat_dist.errors import ConfigError
 
 PEER = "N"  # stands for a peer's index in the keys below
@@ -120,7 +120,7 @@ def _setting(key: str, field: FieldInfo) -> Setting:
 
 def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> None:
     for name, field in model.model_fields.items():
-        inner = section_class(model, name)
+        inner = section_class(model, [name])
         if inner is not None:
             _collect(inner, f"{prefix}{name}.", found)
         elif f"{prefix}{name}" != "peers":
@@ -160,17 +160,12 @@ def nearest(word: str, known: Any) -> str | None:
 
 def _section_names(path: tuple[str | int, ...]) -> list[str]:
     """Names that are known in the section at `path`."""
-    model: type[Section] = Config
-    parts = [str(part) for part in path]
-    if parts[:1] == ["peers"]:
-        model, parts = PeerConfig, parts[2:]
-    for part in parts:
-        inner = section_class(model, part)
-        if inner is None:
-            return []
-        model = inner
-    top = ["defaults"] if model is Config else []
-    return [*model.model_fields, *top, *(ALIASES if parts == ["attack"] else ())]
+    inside = path[:1] == ("peers",)
+    model = section_class(PeerConfig if inside else Config, path[2:] if inside else path)
+    if model is None:
+        return []
+    more = ("defaults",) if model is Config else ALIASES if path[-1:] == ("attack",) else ()
+    return [*model.model_fields, *more]
 
 
 def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) -> ConfigError:
@@ -204,14 +199,24 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def problem(error: ErrorDetails, tree: Node, count: int) -> ConfigError:
-    """One of pydantic's errors as ours. `count` errors came before it."""
+def faulty(error: ErrorDetails) -> tuple[str | int, ...]:
+    """The path of what one of pydantic's errors is about: of a whole list, and of the section where a setting lacks."""
     path = error["loc"]
-    node, depth = locate(tree, path)
+    return path[:-1] if canonical(path[:-1]) in settings() or error["type"] == "missing" else path
+
+
+def problem(error: ErrorDetails, layer: Layer, count: int) -> ConfigError:
+    """One of pydantic's errors as ours. `count` errors came before it."""
+    path = faulty(error)
+    node, depth = layer.locate(path)
     if error["type"] == "extra_forbidden":
         return unknown_key(path, node, search=count < _SUGGEST)
+    if error["type"] in ("missing", "value_error") and canonical(path) not in settings():
+        what = ".".join(map(str, error["loc"]))
+        text = "is not given" if error["type"] == "missing" else f"cannot be used: {error['msg'][13:]}"
+        return ConfigError(f"{what} {text}", node.where, f"see {canonical(error['loc'])} in --help")
     key = canonical(path)
-    setting = settings().get(key) or settings().get(key.rpartition(".")[0])
+    setting = settings().get(key)
     found = shown(error["input"])
     if setting is not None and depth == len(path):
         return ConfigError(f"{found} cannot be used for {node.key}", node.where, setting.allowed(error["input"]))

@@ -1,7 +1,7 @@
 """Settings as given, each with its origin, before they are validated; YAML in and out.
 
-A configuration is composed of layers (files, then the command line). Layers are trees of `Node`, so that an
-error can name the file, line and key of the value that caused it.
+A configuration is composed of layers (files, then the command line). Each value is a `Node`, so that an error can
+name the file, line and key that gave it.
 
 ruamel.yaml finds the syntax. Which values there are is decided here: data only (no tags but YAML's own, no merge keys,
 no duplicate keys), bounded in size, depth and number, and plain scalars of YAML 1.2's core schema (`1e-3` is a number;
@@ -13,8 +13,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mat_dist.config.fields import Section, methods_model
@@ -43,11 +43,14 @@ _TAG = "tag:yaml.org,2002:"
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "map", "seq")
 
 
+Path = tuple[str | int, ...]
+
+
 @dataclass(frozen=True)
 class Node:
     """A value, its source (`file:line` or `command line`) and its dotted key as the user wrote it."""
 
-    value: Any  # dict[str, Node], tuple[Node, ...] or a scalar
+    value: Any  # a scalar, a list, or {}: what is in a mapping has nodes of its own
     source: str
     key: str
 
@@ -56,9 +59,9 @@ class Node:
         """The origin for an error message."""
         return f"{self.source}, {self.key}" if self.key else self.source
 
-    def get(self, name: str) -> Node | None:
-        """The node of a key of a mapping, None where there is none."""
-        return self.value.get(name) if isinstance(self.value, dict) else None
+
+# The nodes of nested mappings, by path. A list is one node, but for lists of mappings: these have paths with numbers.
+Tree = dict[Path, Node]
 
 
 def joined(problems: Sequence[ConfigError], where: str) -> ConfigError:
@@ -69,128 +72,77 @@ def joined(problems: Sequence[ConfigError], where: str) -> ConfigError:
     return ConfigError(f"{len(unique)} problems", where, " | ".join(map(str, unique)), list(unique))
 
 
-def plain(node: Node) -> Any:
+def plain(tree: Tree) -> Any:
     """The values alone, as dicts, lists and scalars."""
-    if isinstance(node.value, dict):
-        return {name: plain(child) for name, child in node.value.items()}
-    if isinstance(node.value, tuple):
-        return [plain(child) for child in node.value]
-    return node.value
+    if () in tree:
+        return tree[()].value
+    values: dict[Any, Any] = {}
+    for path, node in tree.items():
+        inner = values
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path[-1]] = node.value
+    return _with_lists(values)
 
 
-def locate(node: Node, path: Sequence[str | int]) -> tuple[Node, int]:
-    """The deepest node on `path` and the number of path parts that lead to it."""
-    for depth, part in enumerate(path):
-        child = None
-        if isinstance(node.value, dict):
-            child = node.value.get(str(part))
-        elif isinstance(node.value, tuple) and str(part).isdecimal() and int(part) < len(node.value):
-            child = node.value[int(part)]
-        if child is None:
-            return node, depth
-        node = child
-    return node, len(path)
+def _with_lists(values: Any) -> Any:
+    """Dicts whose keys are numbers as lists."""
+    if not isinstance(values, dict):
+        return values
+    inner = {key: _with_lists(value) for key, value in values.items()}
+    return [inner[key] for key in sorted(inner)] if inner and all(isinstance(key, int) for key in inner) else inner
 
 
-def merge(low: Node | None, high: Node | None, name: str = "") -> Node | None:
+def locate(tree: Tree, path: Sequence[str | int]) -> tuple[Node, int]:
+    """The node at `path`, or the first one below it; else of the nearest mapping around it. And how far that leads."""
+    for depth in range(len(path), -1, -1):
+        head = tuple(path[:depth])
+        if head in tree:
+            return tree[head], depth
+        for inside, node in tree.items():
+            if inside[:depth] == head:
+                parts = node.key.split(".")
+                section = len(parts) == len(inside) and node.source != COMMAND_LINE
+                return Node({}, node.source, ".".join(parts[:depth]) if section else node.key), depth
+    return Node({}, "", ""), 0
+
+
+def over(low: Tree, high: Tree) -> Tree:
     """`high` over `low`: mappings key by key, anything else replaced.
 
     A `loss` section that changes the preset replaces the lower one: coefficients that were given for another
     preset do not leak into it.
     """
-    if low is None or high is None:
-        return low if high is None else high
-    if not (isinstance(low.value, dict) and isinstance(high.value, dict)):
-        return high
-    if name == "loss" and (preset := high.get("preset")) is not None:
-        before = low.get("preset")
+    preset = high.get(("loss", "preset"))
+    if preset is not None:
+        before = low.get(("loss", "preset"))
         if preset.value != (before.value if before else DEFAULT_PRESET):
-            return high
-    merged = {key: merge(low.get(key), high.get(key), key) for key in {**low.value, **high.value}}
-    return replace(high, value=merged)
+            low = {path: node for path, node in low.items() if path[0] != "loss"}
+    sections = {path[:depth] for path in high for depth in range(len(path))}
+    values = {path for path, node in high.items() if node.value != {}}
+    kept = {path: node for path, node in low.items()
+            if path not in sections and not any(path[:depth] in values for depth in range(len(path) + 1))}
+    inside = {path[:depth] for path in kept for depth in range(len(path))}
+    return {**kept, **{path: node for path, node in high.items() if path not in inside}}
 
 
-def nest(path: Sequence[str], value: Node) -> Node:
-    """A tree that holds `value` at `path`."""
-    for part in reversed(path):
-        value = Node({part: value}, value.source, value.key)
-    return value
+def cut(tree: Tree, path: Path) -> Tree:
+    """`tree` without what is at `path` and below it; a mapping that had nothing else is empty."""
+    kept = {one: node for one, node in tree.items() if one[:len(path)] != path}
+    if path[:-1] and len(kept) < len(tree) and not any(one[:len(path) - 1] == path[:-1] for one in kept):
+        kept[path[:-1]] = Node({}, locate(tree, path)[0].source, "")
+    return kept
 
 
-def without(tree: Node, name: str) -> Node:
-    """A mapping without one of its keys."""
-    return replace(tree, value={key: child for key, child in tree.value.items() if key != name})
-
-
-def cut(tree: Node, path: Sequence[str | int]) -> Node:
-    """`tree` without what is at `path`. An entry of a list becomes an empty mapping: the others keep their place."""
-    part, *rest = path
-    child, depth = locate(tree, [part])
-    if depth == 0:
-        return tree
-    if isinstance(tree.value, dict):
-        return replace(tree, value={**tree.value, str(part): cut(child, rest)}) if rest else without(tree, str(part))
-    items = list(tree.value)
-    items[int(part)] = cut(child, rest) if rest else replace(child, value={})
-    return replace(tree, value=tuple(items))
-
-
-def leaves(tree: Node, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Node]]:
-    """Every value below the mappings of `tree`, with its path; an empty mapping is a value."""
-    if not isinstance(tree.value, dict) or not tree.value:
-        yield path, tree
-        return
-    for name, child in tree.value.items():
-        yield from leaves(child, (*path, name))
-
-
-def _without_empty_sections(tree: Node, model: type[Section]) -> Node:
-    """Leave out sections with nothing under their name (all of their settings may be commented out)."""
-    if not isinstance(tree.value, dict):
-        return tree
-    kept = {}
-    for name, child in tree.value.items():
-        inner = section_class(model, name)
-        if child.value is None and (inner is not None or name == "peers"):
-            continue
-        kept[name] = _without_empty_sections(child, inner) if inner else child
-    return replace(tree, value=kept)
-
-
-def section_class(model: type[Section], name: str) -> type[Section] | None:
-    """The class of the section `name` inside `model`, None if it is not a section."""
-    if name == "methods" and name in model.model_fields:
-        return methods_model()
-    annotation = model.model_fields[name].annotation if name in model.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-
-
-def normalise_sections(tree: Node, problems: list[ConfigError], model: type[Section]) -> Node:
-    """Expand the shorthands in a mapping of sections: the top level (`Config`) or a peer (`PeerConfig`).
-
-    `model: resnet18` becomes `model: {name: resnet18}`, `attack.eps` becomes `threat.eps`, and an empty section
-    is left out.
-    """
-    tree = _without_empty_sections(tree, model)
-    if not isinstance(tree.value, dict):
-        return tree
-    sections = dict(tree.value)
-    for name, field in SHORTHANDS.items():
-        if name in sections and isinstance(sections[name].value, str):
-            sections[name] = nest([field], sections[name])
-    attack = sections.get("attack")
-    for alias in ALIASES:
-        moved = attack.get(alias) if attack else None
-        if attack is None or moved is None:
-            continue
-        attack = sections["attack"] = without(attack, alias)
-        threat = sections.get("threat", Node({}, moved.source, moved.key))
-        twice = threat.get(alias)
-        if twice is not None:
-            problems.append(both_names(moved, twice))
-        elif isinstance(threat.value, dict):
-            sections["threat"] = replace(threat, value={**threat.value, alias: moved})
-    return replace(tree, value=sections)
+def section_class(model: type[Section] | None, path: Sequence[str | int]) -> type[Section] | None:
+    """The class of the section at `path` inside `model`, None if it is not a section."""
+    for name in map(str, path):
+        field = model.model_fields.get(name) if model is not None else None
+        if field is None:
+            return None
+        kind = methods_model() if name == "methods" else field.annotation
+        model = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return model
 
 
 def both_names(alias: Node, setting: Node) -> ConfigError:
@@ -199,15 +151,80 @@ def both_names(alias: Node, setting: Node) -> ConfigError:
                        f"{alias.where}; {setting.where}", f"keep {setting.key} and delete {alias.key}")
 
 
-def normalise(tree: Node, problems: list[ConfigError]) -> Node:
-    """`normalise_sections` for a whole layer: the top level and each entry of `peers`."""
-    tree = normalise_sections(tree, problems, Config)
-    peers = tree.get("peers")
-    if peers is None or not isinstance(peers.value, tuple):
-        return tree
-    entries = tuple(normalise_sections(replace(entry, value={}) if entry.value is None else entry, problems, PeerConfig)
-                    for entry in peers.value)
-    return replace(tree, value={**tree.value, "peers": replace(peers, value=entries)})
+def normalised(tree: Tree, problems: list[ConfigError], model: type[Section]) -> Tree:
+    """The sections of the top level (`Config`) or of a peer (`PeerConfig`), without short forms.
+
+    `model: resnet18` becomes `model: {name: resnet18}`, `attack.eps` becomes `threat.eps`, and a section with nothing
+    under its name is left out (all of its settings may be commented out).
+    """
+    tree = {(path[0], SHORTHANDS[str(path[0])]) if len(path) == 1 and path[0] in SHORTHANDS and
+            isinstance(node.value, str) else path: node for path, node in tree.items()
+            if node.value is not None or section_class(model, path) in (None, model)}
+    for alias in ALIASES:
+        moved, twice = tree.pop(("attack", alias), None), tree.get(("threat", alias))
+        if moved is not None and twice is not None:
+            problems.append(both_names(moved, twice))
+        elif moved is not None and ("threat",) not in tree:
+            tree["threat", alias] = moved
+    return tree
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of a file or more: the top level, and the entries of `peers` where it is a list."""
+
+    top: Tree
+    peers: tuple[Tree, ...] | None = None
+
+    @classmethod
+    def of(cls, tree: Tree, problems: list[ConfigError]) -> Layer:
+        """Settings as given, without short forms."""
+        given = {path[1:]: node for path, node in tree.items() if path[0] == "peers"}
+        top = normalised({path: node for path, node in tree.items() if path[0] != "peers"}, problems, Config)
+        entries: dict[Any, Tree] = {}
+        alone = given.get(())
+        if alone is not None and isinstance(alone.value, list):  # of empty entries, or of scalars
+            entries = {n: {(): Node(value, alone.source, f"peers.{n}")} for n, value in enumerate(alone.value)}
+        for path, node in given.items():
+            if path:
+                entries.setdefault(path[0], {})[path[1:]] = node
+        if not entries or not all(isinstance(name, int) for name in entries):
+            kept = {("peers", *path): node for path, node in given.items() if path or node.value is not None}
+            return cls({**top, **kept})
+        return cls(top, tuple({} if () in entry and entry[()].value in (None, {}) else
+                              normalised(entry, problems, PeerConfig) for entry in entries.values()))
+
+    def over(self, low: Layer) -> Layer:
+        """This layer over a lower one. A list of peers replaces the lower one."""
+        mine = self.peers is not None or any(path[0] == "peers" for path in self.top)
+        below = cut(low.top, ("peers",)) if mine else low.top
+        return Layer(over(below, self.top), self.peers if mine else low.peers)
+
+    def plain(self) -> dict[str, Any]:
+        """The values alone."""
+        return plain(self.top) | ({} if self.peers is None else {"peers": [plain(entry) for entry in self.peers]})
+
+    def at(self, path: Path) -> tuple[int | None, Path]:
+        """The peer that a path leads into, None for the top level, and the rest of the path."""
+        if self.peers is None or len(path) < 2 or path[0] != "peers" or not str(path[1]).isdecimal() or int(
+                path[1]) >= len(self.peers):
+            return None, path
+        return int(path[1]), path[2:]
+
+    def locate(self, path: Path) -> tuple[Node, int]:
+        """As for a tree."""
+        index, rest = self.at(path)
+        if index is None or self.peers is None:
+            return locate(self.top, path)
+        node, depth = locate(self.peers[index], rest)
+        return node, depth + 2
+
+    def changed(self, path: Path, change: Callable[[Tree, Path], Tree]) -> Layer:
+        """With the result of `change(tree, path)` for the tree that the path leads into."""
+        index, rest = self.at(path)
+        if index is None or self.peers is None:
+            return Layer(change(self.top, rest), None if path == ("peers",) else self.peers)
+        return Layer(self.top, (*self.peers[:index], change(self.peers[index], rest), *self.peers[index + 1:]))
 
 
 def printable(text: str) -> str:
@@ -229,12 +246,13 @@ def _plain_scalar(text: str) -> Any:
 
 @dataclass
 class _Reader:
-    """Turns ruamel.yaml's nodes into ours. Aliases are counted each time, so that they cannot explode."""
+    """Turns ruamel.yaml's nodes into `tree`. Aliases are counted each time, so that they cannot explode."""
 
     source: str
     problems: list[ConfigError]
     numbered: bool
     count: int = 0
+    tree: Tree = field(default_factory=dict)
 
     def at(self, line: int) -> str:
         return f"{self.source}:{line + 1}" if self.numbered else self.source
@@ -242,8 +260,8 @@ class _Reader:
     def fail(self, what: str, line: int, key: str, how: str) -> ConfigError:
         return ConfigError(what, f"{self.at(line)}, {key}" if key else self.at(line), how)
 
-    def node(self, given: Any, key: str, depth: int = 0) -> Node:
-        """The tree of a node of ruamel.yaml."""
+    def scalar(self, given: Any, key: str, depth: int) -> Any:
+        """Count a node, check its tag -> its value where it is a scalar."""
         line, kind = given.start_mark.line, str(given.tag).removeprefix(_TAG)
         self.count += 1
         if kind not in _TAGS:
@@ -253,38 +271,46 @@ class _Reader:
             raise self.fail(f"nested deeper than {MAX_DEPTH} levels", line, key, "remove brackets or aliases")
         if self.count > MAX_VALUES:
             raise self.fail(f"more than {MAX_VALUES} values", line, key, "remove some, or aliases of them")
-        value: Any
-        if given.id == "mapping":
-            value = self.mapping(given, key, depth)
-        elif given.id == "sequence":
-            value = tuple(self.node(item, f"{key}.{number}" if key else str(number), depth + 1)
-                          for number, item in enumerate(given.value))
-        else:
-            value = given.value if kind == "str" else _plain_scalar(given.value)
-        return Node(value, self.at(line), key)
+        return given.value if kind == "str" or given.id != "scalar" else _plain_scalar(given.value)
 
-    def mapping(self, given: Any, key: str, depth: int) -> dict[str, Node]:
-        values: dict[str, Node] = {}
+    def add(self, given: Any, path: Path, key: str) -> None:
+        """Put a node and what is in it into `tree`."""
+        value = self.scalar(given, key, len(path))
+        if given.id == "mapping" and given.value:
+            self.mapping(given, path, key)
+        elif given.id == "sequence" and any(item.id != "scalar" and item.value for item in given.value):
+            for number, item in enumerate(given.value):
+                self.add(item, (*path, number), f"{key}.{number}" if key else str(number))
+        else:
+            if given.id == "mapping":
+                value = {}
+            elif given.id == "sequence":
+                value = [{"mapping": {}, "sequence": []}.get(item.id, self.scalar(item, key, len(path) + 1))
+                         for item in given.value]
+            self.tree[path] = Node(value, self.at(given.start_mark.line), key)
+
+    def mapping(self, given: Any, path: Path, key: str) -> None:
+        lines: dict[str, int] = {}
         for name, child in given.value:
             line, word = name.start_mark.line, printable(str(name.value))
             inner = f"{key}.{word}" if key else word
-            named = self.node(name, inner, depth + 1)
-            value = self.node(child, inner, depth + 1)
-            if name.id != "scalar" or not isinstance(named.value, str):
+            named = self.scalar(name, inner, len(path) + 1)
+            if name.id != "scalar" or not isinstance(named, str):
                 self.problems.append(self.fail("a key that is not text", line, key, "give each setting its name"))
             elif name.tag == f"{_TAG}merge":
-                self.problems.append(self.fail("merge keys (<<) are not read", line, key, "use `defaults: [FILE]`, or "
-                                                                                          "the shared sections at the "
-                                                                                          "top level"))
-            elif name.value in values:
+                self.problems.append(self.fail("merge keys (<<) are not read", line, key,
+                                               "use `defaults: [FILE]`, or the shared sections at the top level"))
+            elif named in lines:
                 self.problems.append(self.fail(f"the key {word} stands twice", line, inner,
-                                               f"delete one; the first is at {values[name.value].source}"))
+                                               f"delete one; the first is at {self.at(lines[named])}"))
             else:
-                values[name.value] = value
-        return values
+                lines[named] = child.start_mark.line
+                self.add(child, (*path, named), inner)
+        if not lines:
+            self.tree[path] = Node({}, self.at(given.start_mark.line), key)
 
 
-def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *, numbered: bool = True) -> Node:
+def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *, numbered: bool = True) -> Tree:
     """The tree of a YAML document. Keys that cannot be used are left out and added to `problems`.
 
     Raises:
@@ -306,10 +332,13 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
         mark = getattr(error, "problem_mark", None)
         line = mark.line if mark is not None else text.count("\n", 0, getattr(error, "position", 0))
         raise reader.fail(f"not YAML: {printable(what)}", line, key, "correct the text here") from None
-    return Node(None, source, key) if root is None else reader.node(root, key)
+    if root is None:
+        return {(): Node(None, source, key)}
+    reader.add(root, (), key)
+    return reader.tree
 
 
-def read(path: str, source: str, problems: list[ConfigError]) -> Node:
+def read(path: str, source: str, problems: list[ConfigError]) -> Tree:
     """The mapping in the file `path`; `source` is its name in messages, `problems` as for `parse`.
 
     Raises:
@@ -329,8 +358,12 @@ def read(path: str, source: str, problems: list[ConfigError]) -> Node:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError("not UTF-8 text", f"{source}:{line}", "save the file as UTF-8") from None
     tree = parse(text, source, problems)
-    if not isinstance(tree.value, dict):
-        found = "nothing" if tree.value is None else "a list" if isinstance(tree.value, tuple) else "a single value"
+    alone = tree.get(())
+    if alone is not None and alone.value == {}:
+        return {}
+    if alone is not None or any(isinstance(path[0], int) for path in tree):
+        found = "a list" if alone is None or isinstance(alone.value, list) else \
+            "nothing" if alone.value is None else "a single value"
         raise ConfigError(f"found {found} at the top level", source, "write `section:` lines with their settings below")
     return tree
 

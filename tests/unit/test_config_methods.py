@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterator
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mat_dist import train
 from mat_dist.config import config_differences, dump_config, load_config, register_section, schema_json
@@ -72,6 +72,32 @@ def test_what_is_wrong_is_told_with_key_and_way_out(item, what, how):
     with pytest.raises(ConfigError) as caught:
         load_config("digits", [item])
     assert caught.value.problems[0].what.startswith(what) and how in str(caught.value.problems[0])
+
+
+class Strict(Section):
+    """Settings of which one must be given, and two belong together."""
+
+    size: Number = Field(description="how much")
+    shape: str = Field("round", description="which")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Strict:
+        if self.size > 1 and self.shape == "flat":
+            raise ValueError("nothing flat is larger than 1")
+        return self
+
+
+@pytest.mark.parametrize("item,what", [
+    ("methods.strict={}", "peers.0.methods.strict.size is not given"),
+    ("peers.1.methods.strict.shape=flat", "peers.1.methods.strict.size is not given"),
+    ("peers.1.methods.strict={shape: flat, size: 2}", "peers.1.methods.strict cannot be used: nothing flat is larger"),
+])
+def test_a_section_may_ask_for_settings_and_refuse_what_does_not_fit(item, what):
+    register_section("strict", Strict, "a method with demands")
+    with pytest.raises(ConfigError) as caught:
+        load_config("digits", [item])
+    assert caught.value.problems[0].what.startswith(what.replace("peers.0.", "")) or what in str(caught.value)
+    assert "command line" in caught.value.problems[0].where
 
 
 def test_help_and_json_schema_list_it_as_soon_as_it_is_registered():

@@ -197,7 +197,7 @@ CASES = [
         "schedule_fits_training", "optim.milestones=[100,105]", "not increasing shares",
         "optim.milestones=[100/110,105/110]",
     ),
-    ("schedule_fits_training", "optim.milestones.0=0", "not increasing shares", "optim.milestones.0=0.1"),
+    ("schedule_fits_training", "optim.milestones=[0,0.75]", "not increasing shares", "optim.milestones=[0.1,0.75]"),
     (
         "schedule_fits_training", "optim.nesterov=true optim.momentum=0", "nesterov without momentum",
         "optim.nesterov=true",

@@ -477,7 +477,7 @@ def test_help_and_options(capsys):
         main(["--help"])
     assert "--images" in capsys.readouterr().out
     options = parse(["a", "--images=7", "--device", "cpu", "b", "--plugin=p.py"])
-    assert (options.runs, options.images, options.device, options.plugins) == (("a", "b"), 7, "cpu", ("p.py",))
+    assert (options.words, options.images, options.device, options.plugin) == (("a", "b"), 7, "cpu", ["p.py"])
 
 
 # ------------------------------------------------------------------ several runs

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mat_dist.config.describe import nearest
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config.help import nearest
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
 

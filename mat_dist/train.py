@@ -1,7 +1,7 @@
 """Train a cohort of peers that learn from each other's adversarial examples and predictions.
 
-torchrun --nproc_per_node=4 -m mat_dist.train ...   one rank per peer (4 peers)
-python -m mat_dist.train ...                        one process hosts all peers
+  torchrun --nproc_per_node=4 -m mat_dist.train ...   one rank per peer (4 peers)
+  python -m mat_dist.train ...                        one process hosts all peers
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
-from mat_dist.config import config_name, config_warnings, load_config, load_plugins, parse_command_line
+from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins
 from mat_dist.distributed.launch import Launch
 
 
@@ -21,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(words: list[str]) -> None:
-    """Settings, ranks, run folder, data, training: in this order."""
-    arguments = parse_command_line(words, prog="python -m mat_dist.train", description=__doc__ or "")
-    config = load_config(arguments.config_path, arguments.overrides)
-    plugins = load_plugins(arguments.plugins)
+    """Plug-ins, settings, ranks, run folder, data, training: in this order."""
+    options = TrainingOptions("train", __doc__)
+    options.add_argument("--dry-run", action="store_true", help="show what would be run, and stop")
+    asked = options.read(words)
+    plugins = load_plugins(asked.plugin)
+    config = load_config(asked.config, asked.words)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.core.trainer import Trainer
@@ -41,13 +43,13 @@ def train(words: list[str]) -> None:
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)
-    if arguments.dry_run:
+    if asked.dry_run:
         text = describe_run(config, launch, device)
         if launch.speaks_for():
             print(text)
         return
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
-          open_run(config, mesh, launch, config_name=config_name(arguments.config_path), argv=words,
+          open_run(config, mesh, launch, config_name=config_name(asked.config), argv=words,
                    plugins=plugins) as run):
         run.notes += config_warnings(config)
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,

@@ -31,6 +31,7 @@ ROWS = (
     ("evaluation",),
     ("report", "tools"),
     ("train", "evaluate", "check", "table", "hashes", "__init__"),
+    ("__main__",),
     ("bench",),
 )
 TO_MEND = {"attacks": {"core", "methods"}, "checkpoints": {"core", "evaluation"}, "core": {"methods"}}
@@ -134,7 +135,7 @@ def _unsafe(node: ast.AST) -> str | None:
     called = ast.unparse(node.func)
     if called in ("eval", "exec", "compile", "os.system", "os.popen", "torch.hub.load"):
         return called
-    if called.startswith("yaml.") and "load" in called and not called.startswith("yaml.safe_load"):
+    if called in ("YAML", "yaml.YAML") and ast.unparse(node.keywords[0]) != "typ='safe'":
         return called
     for keyword in node.keywords:
         value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None

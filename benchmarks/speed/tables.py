@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import ConfigError
 from mat_dist.runs.console import percent, rate
 

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from mat_dist.config.describe import nearest
-from mat_dist.config.nodes import joined, locate, plain
+from mat_dist.config.help import nearest
 from mat_dist.config.schema import Integer, Number, Section
-from mat_dist.config.yaml_input import read
+from mat_dist.config.tree import joined, locate, plain, read
 from mat_dist.errors import ConfigError, MatError
 from mat_dist.evaluation.settings import Arguments, parse
 

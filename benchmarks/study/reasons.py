@@ -23,8 +23,8 @@ from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
 from mat_dist.cli import tell
 from mat_dist.config import load_config, load_plugins
-from mat_dist.config.nodes import COMMAND_LINE
 from mat_dist.config.schema import Config
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet, load_data, place
 from mat_dist.distributed.device import choose_device, prepare_torch

@@ -1,9 +1,9 @@
 """From YAML files and `key=value` settings to a checked, complete configuration.
 
 Layers, lowest first: the files that `defaults` names, in order; the file; the command line. Mappings are merged
-key by key, anything else is replaced. Then each peer's entry is laid over the shared sections model, threat,
-union, attack, loss and optim. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those
-that a lower layer gave for another preset are dropped.
+key by key, anything else is replaced. Then each peer's entry is laid over the sections that it shares with the top
+level. A layer (or a peer) that changes `loss.preset` starts from its own coefficients: those that a lower layer gave
+for another preset are dropped.
 """
 
 from __future__ import annotations
@@ -13,31 +13,58 @@ import re
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path as File
 
 from pydantic import ValidationError
 
 from mat_dist.config import rules  # noqa: F401  it registers its rules
-from mat_dist.config.describe import canonical, nearest, problem, settings
-from mat_dist.config.nodes import SHARED, Node, cut, joined, locate, merge, normalise, plain, without
-from mat_dist.config.overrides import apply_overrides, expand_peers, read_overrides, without_effect
+from mat_dist.config.fields import Section
+from mat_dist.config.gone import is_gone, without_gone
+from mat_dist.config.help import canonical, faulty, nearest, problem, settings
 from mat_dist.config.presets import fill_peer
 from mat_dist.config.registry import check
-from mat_dist.config.schema import Config
+from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
+from mat_dist.config.tree import (
+    ALIASES,
+    COMMAND_LINE,
+    SHARED,
+    Layer,
+    Node,
+    Path,
+    Tree,
+    both_names,
+    cut,
+    joined,
+    locate,
+    normalised,
+    over,
+    parse,
+    printable,
+    read,
+    section_class,
+)
 from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
 _MOST_FILES = 100  # a file may be named by several others, but not without end
 _MOST_ERRORS = 100  # with more bad values than this the rules are not checked
+_KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+ALL = "all"  # peers.all.x: the same for every peer
+_HOW = "write key=value with a key such as train.epochs or peers.2.model (--help lists all)"
 
 
-def config_folders() -> list[Path]:
+def config_folders() -> list[File]:
     """Where the configurations that belong to the project are: the repository, or an installed wheel's data folder."""
-    package = Path(__file__).resolve().parents[1]
-    share = Path("share", "mat_dist", "configs")
+    package = File(__file__).resolve().parents[1]
+    share = File("share", "mat_dist", "configs")
     user = sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))
-    return [package.parent / "configs", Path(sys.prefix, share), package.parent / share, Path(user, share)]
+    return [package.parent / "configs", File(sys.prefix, share), package.parent / share, File(user, share)]
+
+
+def _run_of(file: File) -> str | None:
+    """The file as in messages, where it holds the settings of a run in the run's folder."""
+    return _display(file) if file.name == "config.yaml" and (file.parent / "environment.json").is_file() else None
 
 
 def config_name(path: str | None) -> str:
@@ -46,7 +73,7 @@ def config_name(path: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:40] or "config"
 
 
-def find_config(name: str, folders: Sequence[Path]) -> Path:
+def find_config(name: str, folders: Sequence[File]) -> File:
     """The file `name` or `name.yaml` in the first of `folders` that has it.
 
     Raises:
@@ -62,7 +89,7 @@ def find_config(name: str, folders: Sequence[Path]) -> Path:
     raise ConfigError("there is no such configuration file", ascii(name)[1:-1] or "no name", how)
 
 
-def _display(path: Path) -> str:
+def _display(path: File) -> str:
     """The path for messages: relative where the file lies below the working directory."""
     absolute, here = os.path.abspath(path), os.getcwd() + os.sep
     return ascii(absolute.removeprefix(here))[1:-1]
@@ -74,10 +101,8 @@ class _Files:
     def __init__(self, problems: list[ConfigError]) -> None:
         self.problems, self.count = problems, 0
 
-    def compose(self, path: Path, chain: tuple[str, ...] = ()) -> Node:
-        """The merged tree of `path`; `chain` holds the files that led here, to find cycles."""
-        from mat_dist.config.yaml_input import read  # PyYAML is loaded only where it is used
-
+    def compose(self, path: File, chain: tuple[str, ...] = ()) -> Layer:
+        """The merged layer of `path`; `chain` holds the files that led here, to find cycles."""
         source, real = _display(path), os.path.realpath(path)
         self.count += 1
         if real in chain:
@@ -86,72 +111,182 @@ class _Files:
         if self.count > _MOST_FILES:
             raise ConfigError(f"more than {_MOST_FILES} files", f"{source}, defaults", "name each file once")
         tree = read(str(path), source, self.problems)
-        below = None
-        for name in self._bases(tree.get("defaults")):
+        bases = {path: node for path, node in tree.items() if path[0] == "defaults"}
+        below = Layer({})
+        for name in self._bases(bases):
             try:
                 base = find_config(name, [path.parent, *config_folders()])
             except ConfigError as missing:
                 what = f"{missing.what}: {missing.where}"
                 self.problems.append(ConfigError(what, f"{source}, defaults", missing.how))
                 continue
-            below = merge(below, self.compose(base, (*chain, real)))
-        own = normalise(without(tree, "defaults"), self.problems)
-        return merge(below, own) or own
+            below = self.compose(base, (*chain, real)).over(below)
+        return Layer.of({path: node for path, node in tree.items() if path not in bases}, self.problems).over(below)
 
-    def _bases(self, node: Node | None) -> list[str]:
-        names = [] if node is None or node.value is None else plain(node)
+    def _bases(self, given: Tree) -> list[str]:
+        node = given.get(("defaults",))
+        names = [] if node is None or node.value is None else node.value
         names = [names] if isinstance(names, str) else names
-        if node is not None and not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
-            self.problems.append(ConfigError("defaults is not a list of files", node.where, "write defaults: [base]"))
+        if (given and node is None) or not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            where = next(iter(given.values())).where
+            self.problems.append(ConfigError("defaults is not a list of files", where, "write defaults: [base]"))
             return []
         return names
 
 
-def _shorten(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The path of the setting that holds an item of a list."""
-    return path[:-1] if canonical(path[:-1]) in settings() else path
+@dataclass(frozen=True)
+class Override:
+    """One `key=value`, its key cut at the dots and its value read."""
+
+    path: tuple[str, ...]
+    value: Tree  # below `path`
+
+    @property
+    def key(self) -> str:
+        """As it was written."""
+        return ".".join(self.path)
+
+    @property
+    def tree(self) -> Tree:
+        """As in a file."""
+        return {(*self.path, *inner): node for inner, node in self.value.items()}
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is `null`."""
+        return () in self.value and self.value[()].value is None
+
+    @property
+    def rank(self) -> int:
+        """Order of application: the number of peers, then presets, then what builds on them."""
+        if self.path == ("peers",):
+            return 0
+        return 1 if self.path[-1] == "loss" or self.path[-2:] == ("loss", "preset") else 2
 
 
-def _validate(tree: Node, problems: list[ConfigError]) -> tuple[Node, frozenset[str]]:
-    """Check every value by itself. Returns the tree without the bad ones, and the sections that had some."""
+def _read(item: str, problems: list[ConfigError]) -> Override | None:
+    """`key=value` as an Override; None, with the reason in `problems`, where it is not one."""
+    key, equals, text = item.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        problems.append(ConfigError(f"{printable(item)} is not a setting", COMMAND_LINE, _HOW))
+        return None
+    if not text.strip():
+        problems.append(ConfigError(f"{key} has no value", COMMAND_LINE, f"write {key}=VALUE; null empties a setting"))
+        return None
+    path = tuple(key.split("."))
+    if path[0] == "defaults":
+        problems.append(ConfigError("defaults is for files", f"{COMMAND_LINE}, {key}", "write --config FILE"))
+        return None
+    setting = settings().get(canonical(path))
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if setting is not None and setting.kind == "text" and text != "null" and not quoted:
+        return Override(path, {(): Node(text, COMMAND_LINE, key)})  # run.name=007 is a name, not a number
+    found: list[ConfigError] = []
     try:
-        Config.model_validate(plain(tree))
-        return tree, frozenset()
+        value = parse(text, COMMAND_LINE, found, key, numbered=False)
+    except ConfigError as problem:
+        found.append(problem)
+    problems += found
+    return None if found else Override(path, value)
+
+
+def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
+    """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
+    found = sorted(filter(None, (_read(item, problems) for item in items)), key=lambda override: override.rank)
+    for alias in ALIASES:
+        for other in found:
+            twin = next((o for o in found if o.path == (*other.path[:-2], "attack", alias)), None)
+            if other.path[-2:] == ("threat", alias) and twin is not None:
+                problems.append(both_names(*(Node(None, COMMAND_LINE, one.key) for one in (twin, other))))
+    return found
+
+
+def _expanded(layer: Layer, source: str) -> Layer:
+    """`layer` with `peers` as a list: a number becomes that many empty entries, none at all the default number."""
+    given = locate(layer.top, ("peers",)) if layer.peers is None else (Node(None, source, ""), 1)
+    number = given[0].value if given[1] else len(Config.model_fields["peers"].default)
+    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MAX_PEERS:
+        return Layer(cut(layer.top, ("peers",)), ({},) * number)
+    return layer
+
+
+def _apply(layer: Layer, override: Override, source: str, problems: list[ConfigError]) -> Layer:
+    """`layer` with an override. Raises ConfigError."""
+    path = override.path
+    if path == ("peers",):
+        return Layer(cut(layer.top, path)) if override.empty else Layer.of(override.tree, problems).over(layer)
+    if path[0] != "peers":
+        return layer.changed(path, lambda tree, _: _laid(tree, path, override, Config, problems))
+    layer = _expanded(layer, source)
+    if layer.peers is None:
+        return layer  # what is wrong with `peers` itself is reported when it is validated
+    count, which = len(layer.peers), path[1]
+    if which != ALL and not (which.isdecimal() and int(which) < count):
+        raise ConfigError(f"there is no peer {which}", f"{COMMAND_LINE}, {override.key}",
+                          f"the peers are 0 to {count - 1}, or {ALL}; more peers: peers={count + 1}")
+    for index in range(count) if which == ALL else (int(which),):
+        layer = layer.changed(("peers", index), lambda tree, _: _laid(tree, path[2:], override, PeerConfig, problems))
+    return layer
+
+
+def _laid(tree: Tree, path: Path, override: Override, model: type[Section], problems: list[ConfigError]) -> Tree:
+    """The top level or a peer with an override at `path`."""
+    if override.empty and section_class(model, path) is not None:
+        return cut(tree, path)
+    given = {(*path, *inner): node for inner, node in override.value.items()}
+    return over(tree, normalised(given, problems, model))
+
+
+def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source: str) -> list[ConfigError]:
+    """Overrides of shared sections that no peer takes over, since each has an own value (as in a resolved file)."""
+    found = []
+    for override in overrides:
+        given = normalised(override.tree, [], Config)
+        if override.path[0] not in SHARED or override.empty:
+            continue
+        paths = [path for path in given if not is_gone(path)]
+        used = any(node.source == COMMAND_LINE and depth == len(path) for path in paths for peer in peers
+                   for node, depth in [locate(peer, path)])
+        if paths and not used:
+            found.append(ConfigError(f"{override.key} has no effect: each peer sets its own",
+                                     f"{COMMAND_LINE}; {source}",
+                                     f"write peers.{ALL}.{override.key}=... or peers.0.{override.key}=..."))
+    return found
+
+
+def _validated(layer: Layer, source: str, problems: list[ConfigError]) -> tuple[Layer, frozenset[str]]:
+    """Check every value by itself. Returns the layer without the bad ones, and the sections that had some."""
+    try:
+        Config.model_validate(layer.plain())
+        return layer, frozenset()
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
-    problems += [problem(found, tree, count) for count, found in enumerate(errors)]
+    problems += [problem(found, layer, count) for count, found in enumerate(errors)]
     if len(errors) > _MOST_ERRORS:
-        raise joined(problems, tree.source)
+        raise joined(problems, source)
     for found in errors:
-        tree = cut(tree, _shorten(found["loc"]))
-    return expand_peers(tree, tree.source), frozenset(canonical(found["loc"]).split(".")[0] for found in errors)
+        layer = layer.changed(faulty(found), cut)
+    return _expanded(layer, source), frozenset(canonical(found["loc"]).split(".")[0] for found in errors)
 
 
-def _under_peers(tree: Node) -> Node:
-    """`tree` with complete peers: each entry laid over the shared sections, which are then left out."""
-    shared = {name: tree.get(name) for name in SHARED}
-    entries = []
-    for entry in tree.value["peers"].value:
-        sections = dict(entry.value)
-        for name in SHARED:
-            if (section := merge(shared[name], entry.get(name), name)) is not None:
-                sections[name] = section
-        entries.append(replace(entry, value=sections))
-    top = {name: child for name, child in tree.value.items() if name not in SHARED}
-    return replace(tree, value={**top, "peers": replace(tree.value["peers"], value=tuple(entries))})
+def _under_peers(layer: Layer) -> Layer:
+    """`layer` with complete peers: each entry laid over the shared sections, which are then left out."""
+    shared = {path: node for path, node in layer.top.items() if path[0] in SHARED}
+    return Layer({path: node for path, node in layer.top.items() if path not in shared},
+                 tuple(over(shared, entry) for entry in layer.peers or ()))
 
 
-def resolve(tree: Node) -> Config:
-    """The configuration of a checked tree whose peers are complete; presets and defaults filled in."""
-    config = Config.model_validate(plain(tree))
+def _resolved(layer: Layer) -> Config:
+    """The configuration of a checked layer whose peers are complete; presets and defaults filled in."""
+    config = Config.model_validate(layer.plain())
     peers = tuple(fill_peer(peer, index, len(config.peers)) for index, peer in enumerate(config.peers))
     return config.model_copy(update={"peers": peers})
 
 
-def _placed(found: ConfigError, tree: Node, source: str) -> ConfigError:
+def _placed(found: ConfigError, layer: Layer, source: str) -> ConfigError:
     """A rule's problem (its `where` is a key) with the file and line that gave the value."""
-    path = found.where.split(".")
-    node, depth = locate(tree, path)
+    path = tuple(found.where.split("."))
+    node, depth = layer.locate(path)
     if depth == len(path):
         return ConfigError(found.what, node.where, found.how)
     key = ".".join(path[2:]) if path[0] == "peers" and len(path) > 2 and path[2] in SHARED else found.where
@@ -166,27 +301,33 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a YAML file, or the name of one in the project's `configs`; None: `digits`.
-        overrides: `key=value`, the value in YAML; keys with dots and list indices. `peers.all.x` is every peer.
+        overrides: `key=value`, the value in YAML; keys with dots. `peers.2.x` is one peer, `peers.all.x` every peer.
 
     Raises:
         ConfigError: `problems` has everything that is wrong, each with the file, line and key.
+        CheckpointError: the file is that of a run which an older version trained with settings that went.
     """
     problems: list[ConfigError] = []
-    folders = config_folders() if path is None else [Path(), *config_folders()]
+    folders = config_folders() if path is None else [File(), *config_folders()]
     file = find_config(DEFAULT if path is None else path, folders)
     source = _display(file)
     changes = read_overrides(overrides, problems)
     try:
-        tree = _Files(problems).compose(file)
+        layer = _Files(problems).compose(file)
     except ConfigError as unreadable:
         raise joined([*problems, unreadable], source) from None
-    tree = expand_peers(apply_overrides(tree, changes, source, problems), source)
-    tree, broken = _validate(tree, problems)
-    complete = _under_peers(tree)
+    for change in changes:
+        try:
+            layer = _apply(layer, change, source, problems)
+        except ConfigError as refused:
+            problems.append(refused)
+    layer = without_gone(_expanded(layer, source), problems, run=_run_of(file))
+    layer, broken = _validated(layer, source, problems)
+    layer = _under_peers(layer)
     sound = [change for change in changes if change.path[0] not in broken]
-    problems += without_effect(sound, complete.value["peers"].value, source)
-    config = resolve(complete)
-    problems += [_placed(found, complete, source) for found in check(config, broken)]
+    problems += without_effect(sound, layer.peers or (), source)
+    config = _resolved(layer)
+    problems += [_placed(found, layer, source) for found in check(config, broken)]
     if problems:
         raise joined(problems, source)
     return config

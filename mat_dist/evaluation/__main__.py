@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mat_dist.cli import run_entry
 from mat_dist.config import load_config, load_plugins
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.settings import (
@@ -30,6 +30,7 @@ from mat_dist.evaluation.settings import (
     Request,
     find_run,
     is_file,
+    options,
     parse,
     refuse_unfinished,
     split_words,
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(words: Sequence[str]) -> None:
     """Settings, ranks, then the evaluation or the comparison."""
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(help_text())
-        return
+    if not words or {"-h", "--help"} & set(words):
+        options(__doc__, settings_text()).read(words)  # shows the help, and ends here
     importing, rest = split_words(words)
     arguments = parse(rest)
     if arguments.compare:
@@ -54,6 +54,7 @@ def evaluate(words: Sequence[str]) -> None:
 
         compare([find_run(run) for run in arguments.runs])
         return
+    load_plugins(arguments.plugins)
     run(arguments, importing, list(words))
 
 
@@ -74,7 +75,6 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
             raise ConfigError("a state dict does not tell which threats it was trained for", "threats",
                               "write threats=linf:8/255, or others")
         config = new = importing.config(arguments.settings)
-    load_plugins(arguments.plugins)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.distributed.device import choose_device, prepare_torch
@@ -104,9 +104,9 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
         evaluate_run(folder, config, request, mesh, launch, stop)
 
 
-def help_text() -> str:
-    """The docstring, then every setting with its default and meaning, and every attack."""
-    lines = [__doc__ or "", "Settings: key=default, meaning"]
+def settings_text() -> str:
+    """Every setting with its default and meaning, and every attack."""
+    lines = ["Settings: key=default, meaning"]
     for name, field in [*Request.model_fields.items(), *FileOptions.model_fields.items()]:
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()

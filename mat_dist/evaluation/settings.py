@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mat_dist.config import load_config
-from mat_dist.config.describe import nearest
 from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.nodes import COMMAND_LINE, joined
+from mat_dist.config.help import nearest
+from mat_dist.config.options import Options
 from mat_dist.config.schema import Config
-from mat_dist.config.words import split
+from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError
 from mat_dist.evaluation.norms import UNIONS
 from mat_dist.runs.folder import RunFolder
@@ -178,15 +178,11 @@ def parse(words: Sequence[str]) -> Arguments:
     runs: list[str] = []
     own: dict[str, str] = {}
     settings: list[str] = []
-    parts = split(words, {"--plugin": "FILE.py"}, ("--compare",))
-    problems = list(parts.problems)
-    compare = bool(parts.flags)
-    for word in parts.rest:
+    asked = options("").read(words)
+    problems: list[ConfigError] = []
+    for word in asked.words:
         key, equals, value = word.partition("=")
-        if word.startswith("-"):
-            problems.append(ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
-                                        "options are --compare, --plugin, --help; settings are written key=value"))
-        elif not equals or "/" in key or not key:
+        if not equals or "/" in key or not key:
             runs.append(word)
         elif key in Request.model_fields:
             own[key] = value
@@ -199,13 +195,21 @@ def parse(words: Sequence[str]) -> Arguments:
         request = Request(**own)
     except ValidationError as error:
         problems += [_problem(one, Request) for one in error.errors()]
-    if compare and (own or settings):
+    if asked.compare and (own or settings):
         problems.append(ConfigError("settings with --compare", COMMAND_LINE, "leave them out: results are only read"))
-    if not runs or (len(runs) > 1 and not compare):
+    if not runs or (len(runs) > 1 and not asked.compare):
         problems.append(ConfigError(f"{len(runs)} runs", COMMAND_LINE, "give the folder of one run, e.g. runs/NAME"))
     if problems:
         raise joined(problems, COMMAND_LINE)
-    return Arguments(tuple(runs), request, tuple(settings), parts.values.get("--plugin", ()), compare)
+    return Arguments(tuple(runs), request, tuple(settings), tuple(asked.plugin), asked.compare)
+
+
+def options(text: str | None, epilog: str | None = None) -> Options:
+    """The options of the command, with its help."""
+    found = Options("evaluate", text, "RUN [key=value ...]", epilog=epilog)
+    found.add_argument("--compare", action="store_true", help="compare the results of several runs")
+    found.add_plugin()
+    return found
 
 
 def _unknown(key: str) -> ConfigError:

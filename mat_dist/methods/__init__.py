@@ -12,7 +12,8 @@ from types import ModuleType
 
 
 def lazy(name: str) -> ModuleType:
-    """The module of this name, imported when something of it is first asked for."""
+    """The module of this name, imported when something of it is first asked for; the packages that it lies in are
+    imported at once."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)

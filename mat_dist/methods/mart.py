@@ -17,13 +17,12 @@ from mat_dist.methods import lazy
 
 if TYPE_CHECKING:
     import torch
-    import torch.nn.functional as F
     from torch import Tensor
 
     from mat_dist.core import losses
     from mat_dist.core.graph import PeerGraph, View
 else:
-    torch, F, losses = lazy("torch"), lazy("torch.nn.functional"), lazy("mat_dist.core.losses")
+    torch, losses = lazy("torch"), lazy("mat_dist.core.losses")
 
 
 class MartConfig(Section):
@@ -39,7 +38,7 @@ def boosted_cross_entropy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     The constants 1.0001 and 1e-12, which keep the logarithm finite, are those of the paper's code.
     """
     wrong_B = logits_BK.softmax(-1).scatter(1, y_B[:, None], 0.0).amax(-1)
-    return F.cross_entropy(logits_BK, y_B) - (1.0001 - wrong_B + 1e-12).log().mean()
+    return torch.nn.functional.cross_entropy(logits_BK, y_B) - (1.0001 - wrong_B + 1e-12).log().mean()
 
 
 def weighted_kl(clean_BK: Tensor, adv_BK: Tensor, y_B: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from mat_dist.methods import lazy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.optim import swa_utils
 
     from mat_dist import rng
 else:
-    torch, swa_utils, rng = map(lazy, ("torch", "torch.optim.swa_utils", "mat_dist.rng"))
+    torch, rng = lazy("torch"), lazy("mat_dist.rng")
 
 NORM_IMAGES = 10_000  # training images behind the statistics: a fifth of CIFAR; fewer where an epoch has fewer
 
@@ -75,7 +74,7 @@ class WeightAverage(Hook):
         model = peer.fresh_model()
         model.load_state_dict(peer.ema)
         with rng.keyed_rng(peer.stream("swa-norms")), peer.precision():  # dropout draws from the global generator
-            swa_utils.update_bn((peer.arrange(batches(step)) for step in range(count)), model)
+            torch.optim.swa_utils.update_bn((peer.arrange(batches(step)) for step in range(count)), model)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in peer.ema:

@@ -1,16 +1,23 @@
-"""Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at."""
+"""Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at.
+
+RUN is the folder of a run, e.g. runs/NAME. Several: their comparison, report/comparison.html in the first one.
+
+The figures lie beside the page as files, the pictures as PNG. The run's own files are only read. Exit codes: 2 no
+such run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the run is being written, or its folder cannot
+be.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mat_dist.cli import run_entry
-from mat_dist.config import load_plugins
-from mat_dist.config.nodes import COMMAND_LINE
+from mat_dist.config import Options, count, load_plugins
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
 if TYPE_CHECKING:
@@ -18,16 +25,6 @@ if TYPE_CHECKING:
 
     from mat_dist.report.files import RunFiles
     from mat_dist.report.measure import Measured, Victims
-
-_END = """The figures lie beside the page as files, the pictures as PNG. The run's own files are only read. Exit codes:
-2 no such run; 4 no checkpoint, or a damaged one (--no-attack needs none); 5 the run is being written, or its folder
-cannot be."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, COMMAND_LINE, "see python -m mat_dist.report --help")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code of architecture.md."""
@@ -37,29 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(words: Sequence[str]) -> None:
     """Write the report of one run, or the comparison of several."""
-    parser = _options()
-    if not words or "-h" in words or "--help" in words:
-        print(parser.format_help())
-        return
-    options = parser.parse_intermixed_args(words)
+    options = parse(words)
+    load_plugins(options.plugin)
 
     from mat_dist.report.compare import comparison_page
     from mat_dist.report.files import read_run
     from mat_dist.report.page import run_page, write_report
 
-    runs = [read_run(Path(word)) for word in options.runs]
+    runs = [read_run(Path(word)) for word in options.words]
     folder = runs[0].folder.report
     if len(runs) > 1:
         print(write_report(folder, comparison_page(runs), "comparison.html", options.figures))
         return
-    load_plugins(options.plugins)
     print(write_report(folder, run_page(runs[0], *attacked(runs[0], options)), kind=options.figures))
 
 
-def attacked(run: RunFiles, options: argparse.Namespace
-             ) -> tuple[Victims | None, Measured | None, list[str]]:
+def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measured | None, list[str]]:
     """What the checkpoint does under attack; without it, why not. Raises CheckpointError."""
-    if not options.attack:
+    if options.no_attack:
         return None, None, ["--no-attack was given: no pictures, radius, steps and loss surface"]
     from mat_dist.checkpoints.load import open_run
     from mat_dist.report.measure import load_victims, measure
@@ -85,25 +77,21 @@ def choose(name: str) -> torch.device:
     return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
-def _options() -> argparse.ArgumentParser:
-    parser = _Parser("python -m mat_dist.report", description=__doc__, epilog=_END, add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN",
-        help="folder of a run, e.g. runs/NAME; several: their comparison, report/comparison.html in the first one")
-    add("--images", type=_positive, default=128, metavar="N", help="test images that are attacked (default: 128)")
-    add("--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: a GPU where there is one")
-    add("--no-attack", dest="attack", action="store_false",
-        help="only what the run's files tell: no pictures, no curves against radius and steps, no loss surface")
-    add("--figures", choices=("svg", "pdf", "png"), default="svg", help="format of the figures' files (default: svg)")
-    add("--plugin", dest="plugins", action="append", default=[], metavar="FILE.py",
-        help="the file that registers the run's model or data; may be given several times")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+def parse(words: Sequence[str]) -> Namespace:
+    """Raises ConfigError for an unknown option, a missing value, or no run."""
+    options = Options("report", __doc__, "RUN [RUN ...]")
+    options.add_argument("--images", metavar="N", type=count, default=128, help="test images that are attacked (128)")
+    options.add_argument("--device", metavar="cpu|cuda", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="default: a GPU where there is one")
+    options.add_argument("--no-attack", action="store_true", help="only what the run's files tell: no pictures, no "
+                         "curves against radius and steps, no loss surface")
+    options.add_argument("--figures", choices=("svg", "pdf", "png"), default="svg",
+                         help="format of the figures' files (svg)")
+    options.add_plugin()
+    found = options.read(words)
+    if not found.words:
+        raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Print the SHA-256 of every peer's state in a checkpoint, to compare runs bit by bit.
 
-python -m mat_dist.hashes RUN_FOLDER [RUN_FOLDER ...]   the newest checkpoint of each run, one line per peer
+The newest checkpoint of each run, one line per peer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mat_dist.cli import run_entry
+from mat_dist.config import Options
 from mat_dist.errors import ConfigError
 
 
@@ -21,10 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_hashes(words: Sequence[str]) -> None:
     """A line per run and peer; with several runs, whether they are equal."""
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    for word in words:
+    runs = Options("hashes", __doc__, "RUN [RUN ...]").read(words).words
+    for word in runs:
         if not Path(word).is_dir():
             raise ConfigError(f"there is no run folder {word!r}", "command line",
                               "give the folder of a run, e.g. runs/NAME")
@@ -35,7 +34,7 @@ def print_hashes(words: Sequence[str]) -> None:
     from mat_dist.runs.folder import RunFolder
 
     found = []
-    for word in words:
+    for word in runs:
         manifest = checkpoints.load_manifest(RunFolder(Path(word)))
         hashes = [state_hash(checkpoints.load_peer(manifest, i)) for i in range(len(manifest.meta.peers))]
         found.append(hashes)
@@ -43,7 +42,7 @@ def print_hashes(words: Sequence[str]) -> None:
             print(f"{word}  step {manifest.step}  {name}  {value}")
     if len(found) > 1:
         if any(hashes != found[0] for hashes in found):
-            raise CheckpointError("the runs differ", ", ".join(words), "compare the lines above")
+            raise CheckpointError("the runs differ", ", ".join(runs), "compare the lines above")
         print(f"all {len(found)} runs are bitwise equal")
 
 

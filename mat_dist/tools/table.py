@@ -1,6 +1,6 @@
 """Mean and sample standard deviation of final accuracies over seeds.
 
-python -m mat_dist.table RUN_FOLDER [RUN_FOLDER ...]   runs that differ only in run.seed share their rows
+Runs that differ only in run.seed share their rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mat_dist.cli import run_entry
+from mat_dist.config import Options
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import Result, read_results, show
 from mat_dist.tools.markdown import markdown_table
@@ -67,17 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_table(words: Sequence[str]) -> None:
     """The table for people, then the same in Markdown."""
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return
+    runs = Options("table", __doc__, "RUN [RUN ...]").read(words).words
     values: list[Value] = []
-    for word in words:
+    for word in runs:
         found = read_run(Path(word))
         if not found:
             print(f"mat_dist: warning: {word} has no test results yet and is left out", file=sys.stderr)
         values += found
     if not values:
-        raise NotReportable("none of the runs has test results", ", ".join(words[:5]),
+        raise NotReportable("none of the runs has test results", ", ".join(runs[:5]),
                             "wait until they are finished, with eval.test=true")
     rows = summarise(values)
     show(as_table(rows))

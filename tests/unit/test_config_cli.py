@@ -1,17 +1,19 @@
-"""The command line, the help, plug-ins, and the JSON schema for editors."""
+"""Options of commands, the help, plug-ins, and the JSON schema for editors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pydantic
 import pytest
 
-from mat_dist.config import Arguments, help_text, load_config, load_plugins, parse_command_line, schema_json
-from mat_dist.config.describe import settings
+from mat_dist import train
+from mat_dist.config import Options, TrainingOptions, count, load_config, load_plugins, schema_json
+from mat_dist.config.help import settings
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
@@ -22,16 +24,19 @@ same_words = pytest.mark.skipif(
 )
 
 
-def parse(*argv: str) -> Arguments:
-    return parse_command_line(argv, prog="python -m mat_dist.train", description="Train.")
+def parse(*argv: str) -> Namespace:
+    options = TrainingOptions("train", "Train.")
+    options.add_argument("--dry-run", action="store_true")
+    return options.read(argv)
 
 
 def test_options_and_settings_may_be_mixed() -> None:
-    assert parse() == Arguments(None, (), (), False)
-    assert parse("a.b=1", "--config", "x.yaml", "c=2=3", "--plugin", "p.py", "--dry-run", "--plugin=q.py") == Arguments(
-        "x.yaml", ("a.b=1", "c=2=3"), ("p.py", "q.py"), True
-    )
-    assert parse("-c", "x").config_path == parse("--config=x").config_path == "x"
+    none = parse()
+    assert (none.config, none.words, none.plugin, none.dry_run) == (None, (), [], False)
+    asked = parse("a.b=1", "--config", "x.yaml", "c=2=3", "--plugin", "p.py", "--dry-run", "--plugin=q.py", "d=4")
+    assert (asked.config, asked.words) == ("x.yaml", ("a.b=1", "c=2=3", "d=4"))
+    assert (asked.plugin, asked.dry_run) == (["p.py", "q.py"], True)
+    assert parse("-c", "x").config == parse("--config=x").config == "x"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,7 @@ def test_options_and_settings_may_be_mixed() -> None:
     [
         (["--confg", "x=1"], "did you mean --config?"),
         (["--plugins=x"], "did you mean --plugin?"),
-        (["-n"], "options are --config"),
+        (["-n"], "options are --help, --config"),
         (["--train.epochs=3"], "did you mean train.epochs=3? Settings have no dashes"),
         (["--epochs"], "did you mean"),
         (["x.yaml"], "did you mean --config x.yaml?"),
@@ -52,6 +57,7 @@ def test_options_and_settings_may_be_mixed() -> None:
         (["-c", "a", "-c", "b"], "give it once"),
         ([""], "key=value"),
         (["-=1"], "options are"),
+        (["--dry-run=1"], "write --dry-run alone"),
         (["\x1b[31m"], "key=value"),
     ],
 )
@@ -66,6 +72,21 @@ def test_all_wrong_words_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse("--confg", "zzz", "a=1", "-x")
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "²", "10000000", "00000001"])
+def test_what_is_no_count_is_refused(value: str) -> None:
+    options = Options("x", "X.", "RUN")
+    options.add_argument("--ranks", metavar="N", type=count, default=1)
+    with pytest.raises(ConfigError, match=r"--ranks.*is not a whole number from 1.*write --ranks N"):
+        options.read(["--ranks", value])
+    assert options.read(["a", "--ranks=9999999", "b"]) == Namespace(ranks=9_999_999, words=("a", "b"))
+
+
+def test_a_command_that_needs_words_shows_its_help_without_any(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Options("x", "What it does.", "RUN").read([])
+    assert caught.value.code == 0 and "What it does." in capsys.readouterr().out
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,27 +125,19 @@ def _sections(model: type) -> list[type]:
     return found
 
 
-def test_the_help_keeps_the_lines_of_commands_and_wraps_the_rest() -> None:
-    told = "One sentence\nover two lines.\n\npython -m x ...     one\ntorchrun -m x ...   many\n"
-    shown = help_text("x", told).split("Options")[0].splitlines()[2:]
-    assert shown == ["One sentence over two lines.", "", "  python -m x ...     one", "  torchrun -m x ...   many", ""]
-
-
 def test_the_help_of_the_training_fits_100_columns_and_shows_both_launches() -> None:
-    from mat_dist import train
-
-    top = help_text("python -m mat_dist.train", train.__doc__).split("Options")[0].splitlines()
+    top = TrainingOptions("train", train.__doc__).format_help().split("options:")[0].splitlines()
     assert max(map(len, top)) <= 100
     assert [line.split()[0] for line in top if line.startswith("  ")] == ["torchrun", "python"]
 
 
 def test_the_examples_in_the_help_are_valid() -> None:
-    lines = help_text("python -m mat_dist.train", "Train.").split("Examples\n")[1].splitlines()
+    lines = TrainingOptions("train", "Train.").format_help().split("Examples\n")[1].splitlines()
     for line in lines:
         given = line.split("#")[0].split("mat_dist.train")[1].split()
         arguments = parse(*given)
-        if arguments.config_path != "my.yaml":
-            load_config(arguments.config_path, arguments.overrides)
+        if arguments.config != "my.yaml":
+            load_config(arguments.config, arguments.words)
 
 
 def test_plugins_run_once_and_their_digest_is_recorded(tmp_path: Path) -> None:
@@ -152,6 +165,7 @@ def test_plugins_run_once_and_their_digest_is_recorded(tmp_path: Path) -> None:
         ("raise SystemExit(0)", "SystemExit", ", line 1"),
         ("x = '\\ud800'\nraise ValueError(1)", "ValueError", ", line 2"),
         (None, "No such file", ""),
+        ("from mat_dist.threats import Threat", "what this version does not have", ", line 1"),
         ("\0", "null bytes", ""),  # a SyntaxError, or a ValueError before Python 3.11.4
     ],
 )
@@ -166,6 +180,23 @@ def test_a_plugin_that_cannot_be_imported_is_a_config_error(
         load_plugins([str(path)])
     assert what in caught.value.what and f"--plugin {path}{line}" in caught.value.where
     assert not any(name.startswith("mat_dist_plugin") for name in set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(("text", "how"), [
+    ("from mat_dist.threats import Threat", "import it from mat_dist.attacks"),
+    ("import mat_dist.threats.l1", "import it from mat_dist.attacks"),
+    ("from mat_dist import streams", "import it from mat_dist.rng"),
+    ("from mat_dist.loading import load", "import it from mat_dist: its function load"),
+    ("import mat_dist.no_such_thing", "plug-ins import from mat_dist.models, mat_dist.data"),
+    ("from mat_dist.errors import NoSuchThing", "plug-ins import from mat_dist.models, mat_dist.data"),
+    ("from math import threats", "correct the file"),
+])
+def test_a_plugin_of_an_older_version_is_told_where_things_are_now(text: str, how: str, tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_plugins([str(path)])
+    assert how in caught.value.how and caught.value.where == f"--plugin {path}, line 1"
 
 
 @same_words

@@ -7,11 +7,13 @@ import pickle
 from collections.abc import Iterator
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mat_dist.config import config_differences, dump_config, help_text, load_config, register_section, schema_json
+from mat_dist import train
+from mat_dist.config import config_differences, dump_config, load_config, register_section, schema_json
 from mat_dist.config import fields as fields_module
 from mat_dist.config.fields import Number, Section
+from mat_dist.config.help import settings_help
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
@@ -72,8 +74,34 @@ def test_what_is_wrong_is_told_with_key_and_way_out(item, what, how):
     assert caught.value.problems[0].what.startswith(what) and how in str(caught.value.problems[0])
 
 
+class Strict(Section):
+    """Settings of which one must be given, and two belong together."""
+
+    size: Number = Field(description="how much")
+    shape: str = Field("round", description="which")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Strict:
+        if self.size > 1 and self.shape == "flat":
+            raise ValueError("nothing flat is larger than 1")
+        return self
+
+
+@pytest.mark.parametrize("item,what", [
+    ("methods.strict={}", "peers.0.methods.strict.size is not given"),
+    ("peers.1.methods.strict.shape=flat", "peers.1.methods.strict.size is not given"),
+    ("peers.1.methods.strict={shape: flat, size: 2}", "peers.1.methods.strict cannot be used: nothing flat is larger"),
+])
+def test_a_section_may_ask_for_settings_and_refuse_what_does_not_fit(item, what):
+    register_section("strict", Strict, "a method with demands")
+    with pytest.raises(ConfigError) as caught:
+        load_config("digits", [item])
+    assert caught.value.problems[0].what.startswith(what.replace("peers.0.", "")) or what in str(caught.value)
+    assert "command line" in caught.value.problems[0].where
+
+
 def test_help_and_json_schema_list_it_as_soon_as_it_is_registered():
-    text = " ".join(help_text("x", "y").split())
+    text = " ".join(settings_help().split())
     assert "methods.shake.gamma=0.5 how much it shakes [number > 0, <= 1]" in text and "methods.shake.often=" in text
     schema = json.loads(schema_json())
     for properties in (schema["properties"], schema["$defs"]["PeerConfig"]["properties"]):
@@ -88,3 +116,15 @@ def test_a_name_is_one_word_and_registered_once():
         register_section("shake", type("Other", (Section,), {}), "another one")
     with pytest.raises(ConfigError, match="cannot name a section"):
         register_section("sh.ake", Shake, "a dot")
+
+
+def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
+    plugin = tmp_path / "wobble.py"
+    plugin.write_text("from pydantic import Field\nfrom mat_dist.config import register_section\n"
+                      "from mat_dist.config.fields import Number, Section\n\n\nclass Wobble(Section):\n"
+                      "    by: Number = Field(1, description='how far')\n\n\n"
+                      "register_section('wobble', Wobble, 'wobbles')\n")
+    words = ["--plugin", str(plugin), "peers.1.methods.wobble.by=1/4", "run.device=cpu", "--dry-run"]
+    assert train.main(words) == 0
+    assert "    wobble:\n      by: 0.25\n" in capsys.readouterr().out
+    assert train.main(words[2:]) == 0  # it stays registered in this process

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_attack, rules_learning, rules_sharing, rules_unions
+from mat_dist.config import (
+    config_warnings,
+    load_config,
+    registry,
+    rules,
+    rules_attack,
+    rules_learning,
+    rules_sharing,
+    rules_unions,
+)
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -189,7 +198,7 @@ CASES = [
         "schedule_fits_training", "optim.milestones=[100,105]", "not increasing shares",
         "optim.milestones=[100/110,105/110]",
     ),
-    ("schedule_fits_training", "optim.milestones.0=0", "not increasing shares", "optim.milestones.0=0.1"),
+    ("schedule_fits_training", "optim.milestones=[0,0.75]", "not increasing shares", "optim.milestones=[0.1,0.75]"),
     (
         "schedule_fits_training", "optim.nesterov=true optim.momentum=0", "nesterov without momentum",
         "optim.nesterov=true",

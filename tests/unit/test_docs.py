@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mat_dist import errors
-from mat_dist.config import compare, load_config, load_plugins
-from mat_dist.config.describe import settings
-from mat_dist.config.nodes import ALIASES, SHARED
+from mat_dist.config import load_config, load_plugins, resume
+from mat_dist.config.help import settings
 from mat_dist.config.presets import fill_loss
 from mat_dist.config.schema import Config, DataConfig, LossConfig, ModelConfig
+from mat_dist.config.tree import ALIASES, SHARED
 from mat_dist.data import load_data
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model
@@ -137,7 +137,7 @@ def test_the_exit_codes_are_those_of_the_code():
 def test_what_a_resume_may_change_is_listed():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = re.search(r"Free to change on resume: (.*?);", text, re.DOTALL)[1]
-    assert {key.rstrip("*") for key in re.findall(r"`([^`]+)`", listed)} == set(compare._MAY_CHANGE)
+    assert {key.rstrip("*") for key in re.findall(r"`([^`]+)`", listed)} == set(resume._MAY_CHANGE)
 
 
 def test_every_configuration_is_listed():

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 import mat_dist
 
@@ -39,7 +39,7 @@ def test_pyproject_holds_only_what_setup_cfg_cannot():
 
 
 def test_citation_and_changelog_name_the_version_of_the_package():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = YAML(typ="safe", pure=True).load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == mat_dist.__version__
     assert f"({mat_dist.__version__})" in (ROOT / "CHANGELOG.md").read_text()
     paper = citation["references"][0]
@@ -49,7 +49,7 @@ def test_citation_and_changelog_name_the_version_of_the_package():
 
 def test_every_third_party_import_is_a_declared_dependency(setup_cfg):
     # import name: the requirement that it comes with (torchvision needs Pillow)
-    packages = {"yaml": "pyyaml", "PIL": "torchvision", "pydantic_core": "pydantic"}
+    packages = {"ruamel": "ruamel.yaml", "PIL": "torchvision", "pydantic_core": "pydantic"}
     core = requirement_names(setup_cfg["options"]["install_requires"])
     extras = set().union(*(requirement_names(text) for text in setup_cfg["options.extras_require"].values()))
     for path in (ROOT / "mat_dist").rglob("*.py"):

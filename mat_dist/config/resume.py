@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mat_dist.config.nodes import SHARED
 from mat_dist.config.schema import Config
+from mat_dist.config.tree import SHARED, write
 
 # What a resumed run may change: none of it alters the weights that the training gives. `run.threads` and
 # `step.memory` keep the result but for rounding; the data are compared by digest, so their paths may change.
@@ -28,8 +28,6 @@ def dump_config(config: Config, *, with_name: bool = False) -> str:
     The shared sections are left out, since each peer is complete, and so is `run.name`, so that running the
     file again begins a new run; `with_name` keeps it.
     """
-    from mat_dist.config.yaml_input import write  # PyYAML is loaded only where it is used
-
     values = _values(config)
     if not with_name:
         values["run"].pop("name")

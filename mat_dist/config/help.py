@@ -1,10 +1,13 @@
-"""Every setting in words: for `--help`, and for the message when a value or a key is wrong."""
+"""Every setting in words: for `--help`, for the message when a value or a key is wrong, and for editors."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import textwrap
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,12 +17,24 @@ from pydantic_core import ErrorDetails
 
 from mat_dist.config.fields import Section
 from mat_dist.config.methods import methods_model
-from mat_dist.config.nodes import ALIASES, SHARED, SHORTHANDS, Node, locate, section_class
-from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
+from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
+from mat_dist.config.tree import ALIASES, SHARED, SHORTHANDS, Layer, Node, section_class
 from mat_dist.errors import ConfigError
 
 PEER = "N"  # stands for a peer's index in the keys below
 _ENTRY = f"peers.{PEER}"
+WIDTH = 100
+_COLUMN = 36
+# 8, -0.5, 1e-3, 8/255
+_NUMBER_TEXT = r"^\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?(\s*/\s*[0-9]+)?\s*$"
+_NOTES = (
+    f"The sections {', '.join(SHARED[:-1])} and {SHARED[-1]} hold for every peer. One peer: peers.2.model=wrn_28_10; "
+    "every peer, also where a file gives each its own: peers.all.optim.lr=0.05. peers=4 is a number of equal peers.",
+    "Short forms: model=resnet18 is model.name, threat=l2 is threat.norm, loss=at is loss.preset; attack.eps and "
+    "attack.norm are other names for threat.eps and threat.norm.",
+    "A file begins with `defaults: [base]` to build on another one; the command line comes last. A file, a peer or a "
+    "command line that changes loss.preset starts from that preset: coefficients given for another one are dropped.",
+)
 _SUGGEST = 30  # after so many unknown keys no nearest one is searched: difflib takes a millisecond each
 
 
@@ -106,7 +121,7 @@ def _setting(key: str, field: FieldInfo) -> Setting:
 
 def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> None:
     for name, field in model.model_fields.items():
-        inner = section_class(model, name)
+        inner = section_class(model, [name])
         if inner is not None:
             _collect(inner, f"{prefix}{name}.", found)
         elif f"{prefix}{name}" != "peers":
@@ -146,17 +161,12 @@ def nearest(word: str, known: Any) -> str | None:
 
 def _section_names(path: tuple[str | int, ...]) -> list[str]:
     """Names that are known in the section at `path`."""
-    model: type[Section] = Config
-    parts = [str(part) for part in path]
-    if parts[:1] == ["peers"]:
-        model, parts = PeerConfig, parts[2:]
-    for part in parts:
-        inner = section_class(model, part)
-        if inner is None:
-            return []
-        model = inner
-    top = ["defaults"] if model is Config else []
-    return [*model.model_fields, *top, *(ALIASES if parts == ["attack"] else ())]
+    inside = path[:1] == ("peers",)
+    model = section_class(PeerConfig if inside else Config, path[2:] if inside else path)
+    if model is None:
+        return []
+    more = ("defaults",) if model is Config else ALIASES if path[-1:] == ("attack",) else ()
+    return [*model.model_fields, *more]
 
 
 def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) -> ConfigError:
@@ -190,14 +200,24 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def problem(error: ErrorDetails, tree: Node, count: int) -> ConfigError:
-    """One of pydantic's errors as ours. `count` errors came before it."""
+def faulty(error: ErrorDetails) -> tuple[str | int, ...]:
+    """The path of what one of pydantic's errors is about: of a whole list, and of the section where a setting lacks."""
     path = error["loc"]
-    node, depth = locate(tree, path)
+    return path[:-1] if canonical(path[:-1]) in settings() or error["type"] == "missing" else path
+
+
+def problem(error: ErrorDetails, layer: Layer, count: int) -> ConfigError:
+    """One of pydantic's errors as ours. `count` errors came before it."""
+    path = faulty(error)
+    node, depth = layer.locate(path)
     if error["type"] == "extra_forbidden":
         return unknown_key(path, node, search=count < _SUGGEST)
+    if error["type"] in ("missing", "value_error") and canonical(path) not in settings():
+        what = ".".join(map(str, error["loc"]))
+        text = "is not given" if error["type"] == "missing" else f"cannot be used: {error['msg'][13:]}"
+        return ConfigError(f"{what} {text}", node.where, f"see {canonical(error['loc'])} in --help")
     key = canonical(path)
-    setting = settings().get(key) or settings().get(key.rpartition(".")[0])
+    setting = settings().get(key)
     found = shown(error["input"])
     if setting is not None and depth == len(path):
         return ConfigError(f"{found} cannot be used for {node.key}", node.where, setting.allowed(error["input"]))
@@ -208,3 +228,75 @@ def problem(error: ErrorDetails, tree: Node, count: int) -> ConfigError:
     short = f" (or {SHORTHANDS[key]} alone)" if key in SHORTHANDS else ""
     return ConfigError(f"{found} cannot be used for the section {name}", node.where,
                        f"write its settings below it: {', '.join(_section_names(path))}{short}")
+
+
+def _entry(left: str, right: str) -> Iterator[str]:
+    """`right` wrapped beside `left`, or below it where `left` is too long."""
+    lines = textwrap.wrap(right, WIDTH - _COLUMN - 2, break_on_hyphens=False)
+    if len(left) > _COLUMN - 2:
+        yield f"  {left}"
+        left = ""
+    for number, line in enumerate(lines):
+        yield f"  {left if number == 0 else '':<{_COLUMN}}{line}"
+
+
+def settings_help() -> str:
+    """Every setting by section, with default, meaning and type; at most 100 columns."""
+    lines = ["Settings: key=default (where no file sets it), meaning [type]. Values are YAML: 3, 8/255, 1e-3, null"]
+    for note in _NOTES:
+        lines += textwrap.wrap(note, WIDTH - 2, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    for section, field in Config.model_fields.items():
+        rows = [row for key, row in settings().items() if key.split(".")[0] == section]
+        if not rows:
+            continue  # methods, where none has settings
+        each = " (of every peer)" if section in SHARED else ""
+        lines += ["", f"{section}: {field.description}{'' if 'of the peers' in (field.description or '') else each}"]
+        if section == "peers":
+            lines += _entry(f"peers={len(field.default)}", "number of peers, or a list with an entry per peer "
+                                                            f"[1 to {MAX_PEERS}]; N is an index from 0")
+        for row in rows:
+            lines += _entry(f"{row.key}={row.default_text}", f"{row.description} [{row.type_text}]")
+    return "\n".join(lines)
+
+
+def _accept_fractions(schema: Any) -> Any:
+    """`schema` with every number also as text."""
+    if isinstance(schema, list):
+        return [_accept_fractions(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "number":
+        told = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+        number = {key: value for key, value in schema.items() if key not in told}
+        return {**told, "anyOf": [number, {"type": "string", "pattern": _NUMBER_TEXT}]}
+    return {key: _accept_fractions(value) for key, value in schema.items()}
+
+
+def _accept_short_sections(properties: dict[str, Any], model: type[Section]) -> None:
+    """Sections of `model` may be empty, and those with a short form may be text."""
+    for name, field in model.model_fields.items():
+        if "$ref" not in properties[name]:
+            continue
+        forms: list[dict[str, Any]] = [{"$ref": properties[name]["$ref"]}, {"type": "null"}]
+        forms += [{"type": "string"}] if name in SHORTHANDS else []
+        properties[name] = {"description": field.description, "anyOf": forms}
+
+
+def schema_json() -> str:
+    """The text of `configs/schema.json`."""
+    schema = _accept_fractions(Config.model_json_schema())
+    sections, top = schema["$defs"], schema["properties"]
+    _accept_short_sections(top, Config)
+    _accept_short_sections(sections["PeerConfig"]["properties"], PeerConfig)
+    _accept_short_sections(sections["DataConfig"]["properties"], DataConfig)
+    for alias in ALIASES:
+        same = {**sections["ThreatConfig"]["properties"][alias], "description": f"another name for threat.{alias}"}
+        sections["AttackConfig"]["properties"][alias] = same
+    many = {"type": "array", "items": top["peers"]["items"], "minItems": 1, "maxItems": MAX_PEERS}
+    top["peers"] = {"description": Config.model_fields["peers"].description,
+                    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_PEERS}, many]}
+    names = {"type": "string", "minLength": 1}
+    top["defaults"] = {"description": "files that this one builds on",
+                       "anyOf": [names, {"type": "array", "items": names}]}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mat_dist configuration"}
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,157 @@
+"""Settings that this version no longer has: what a user is told, and what becomes of runs that used them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from mat_dist.config.help import canonical, settings
+from mat_dist.config.tree import SHARED, Layer, Node, Path, Tree, cut, over
+from mat_dist.errors import CheckpointError, ConfigError
+
+VERSION = "0.2"  # the one in which they went
+_OLD = "or train with version 0.1 of mat_dist"
+
+
+Sibling = Callable[[str], Any]  # key within the same peer or at the same level -> its value, None where it is not given
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A setting, or some values of one, that went.
+
+    Attributes:
+        key: as in `--help`: loss.attackers, peers.N.name, step.pull.
+        how: what to do instead, for the message.
+        neutral: values with which a run of the old version did the same as without the setting; None: all.
+        unused: (value, the other settings) -> whether it changed nothing beside them.
+        values: only these values went; empty: the setting went.
+        moved: its new key (of the same peer, or at the same level); it is still understood under the old one.
+        put: the value of the new key, where it is not that of the old one.
+    """
+
+    key: str
+    how: str = ""
+    neutral: tuple[Any, ...] | None = (None,)
+    unused: Callable[[Any, Sibling], bool] = lambda value, sibling: False
+    values: tuple[Any, ...] = ()
+    moved: str = ""
+    put: Any = None
+
+    def tells(self, value: Any) -> bool:
+        """Whether this version does not know the setting, or this value of it."""
+        known = settings().get(self.key)
+        if known is None:
+            return not self.values or value in self.values
+        return bool(self.values) and value in self.values and value not in known.choices
+
+
+GONE = (
+    Gone("loss.attackers", f"every peer learns from the AEs of all others: leave it out, {_OLD}", ("all", None)),
+    Gone("loss.gate", f"teachers are not weighed by their confidence: leave it out, use loss.kd_where, {_OLD}", (0, None)),
+    Gone("loss.teacher_agg", f"distillation is the mean of the divergences: leave it out, {_OLD}", ("mean_kl", None)),
+    Gone("loss.t2_scale", f"distillation counts T squared times: leave it out, {_OLD}", (True, None)),
+    Gone("loss.base_scale", f"scale the weights of the loss themselves, {_OLD}", (1, None)),
+    Gone("loss.trades_temperature", f"loss.temperature holds for loss.pair_kl too: leave it out, {_OLD}", (None,),
+         unused=lambda value, sibling: not sibling("loss.pair_kl") or value == (sibling("loss.temperature") or 1)),
+    Gone("loss.trades_beta", neutral=(0, None), moved="loss.pair_kl"),
+    Gone("loss.pair_weight", neutral=(0, None), moved="loss.pair_mse"),
+    Gone("loss.hard_loss", neutral=("ce", None), moved="loss.hard_weight", put=0.0),  # methods.mart has the other
+    Gone("loss.mart_beta", neutral=(0, None), moved="methods.mart.beta"),
+    Gone("union.ramp_weight", neutral=(5, None), moved="methods.ramp.weight"),
+    Gone("union.projection_beta", neutral=(0, None), moved="methods.ramp.projection"),
+    Gone("attack.split_batch", f"every peer attacks the whole batch: leave it out, {_OLD}", (False,)),
+    Gone("attack.l1_share", f"the norm says how many values a step moves: leave it out, {_OLD}", (None,),
+         unused=lambda value, sibling: value == (0.05 if sibling("attack.method") == "apgd" else 0.01)),
+    Gone("attack.start", values=("previous",), neutral=(), moved="methods.warm_start.reset_epochs", put=0),
+    Gone("attack.reset_epochs", neutral=(0, None), moved="methods.warm_start.reset_epochs"),
+    Gone("attack.eps_warmup_epochs", neutral=(0, None), moved="methods.curriculum.eps_epochs"),
+    Gone("attack.steps_warmup_epochs", neutral=(0, None), moved="methods.curriculum.steps_epochs"),
+    Gone("optim.momentum", neutral=(0.9, None), moved="optim.args.momentum"),
+    Gone("optim.nesterov", neutral=(False, None), moved="optim.args.nesterov"),
+    Gone("optim.gamma", f"piecewise divides the rate by 10: leave it out, {_OLD}", (0.1, None)),
+    Gone("optim.awp_gamma", neutral=(0, None), moved="methods.awp.gamma"),
+    Gone("optim.awp_warmup_epochs", neutral=(0, None), moved="methods.awp.warmup_epochs",
+         unused=lambda value, sibling: not sibling("methods.awp.gamma")),
+    Gone("optim.swa_start", neutral=(None,), moved="methods.swa.start"),
+    Gone("step.opinions", f"every peer's logits travel: leave it out, {_OLD}", ("all",)),
+    Gone("step.bn", f"batch statistics are per source of AEs: leave it out, {_OLD}", ("separate",)),
+    Gone("step.channels_last", f"images lie channels last: leave it out, {_OLD}", (True,)),
+    Gone("step.attack_copy", neutral=(True, None), moved="step.attack_engine", put="model"),
+    Gone("step.pull", f"weights of peers are not pulled together: leave it out, {_OLD}", (0,)),
+    Gone("step.pull_every", "leave it out together with step.pull", None),
+    Gone("step.on_nonfinite", "use skip", values=("quarantine",)),
+    Gone("peers.N.init_stream", "use stream, which keys the initial weights too", (None,)),
+    Gone("eval.ensemble", "use prob or logit", values=("weights",)),
+    Gone("eval.step_size", "steps are 2.5 eps / steps long; python -m mat_dist.evaluate takes step_size=", (None,)),
+    Gone("checkpoint.background", "checkpoints are always written while training goes on: leave it out", None),
+    Gone("data.poison", "write a data set in a plug-in: docs/examples/poisoned_data.py", (None,)),
+)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether a setting, or one of its values, may have gone."""
+    return canonical(path) in {gone.key for gone in GONE}
+
+
+def without_gone(layer: Layer, problems: list[ConfigError], *, run: str | None) -> Layer:
+    """`layer` (with `peers` as a list) without settings that went; what was asked for in vain is added to `problems`.
+
+    Args:
+        run: the file of `layer`, where it is the `config.yaml` of a run. An older version wrote every setting there:
+            those that changed nothing are left out. Settings that moved are moved wherever they are given.
+
+    Raises:
+        CheckpointError: the run was trained with settings that went.
+    """
+    lost = []
+    for gone, path, node in list(_found(layer)):
+        layer = layer.changed(path, cut)
+        ours = path[:2] if path[0] == "peers" else ()
+        unused = gone.neutral is None or node.value in gone.neutral or gone.unused(
+            node.value, partial(_sibling, layer, ours))
+        old = run is not None and node.source.startswith(run)
+        if unused and (old or gone.moved):
+            continue
+        if gone.moved:
+            put = node if gone.put is None else replace(node, value=gone.put)
+            layer = layer.changed((*ours, *gone.moved.split(".")), partial(_put, put))
+        elif old:
+            lost.append(f"{node.key}={node.value}")
+        else:
+            problems.append(_problem(gone, node))
+    if lost:
+        raise CheckpointError(f"version {VERSION} no longer has settings of this run: {', '.join(lost[:8])}", str(run),
+                              "use version 0.1 of mat_dist for it")
+    return layer
+
+
+def _sibling(layer: Layer, ours: Path, key: str) -> Any:
+    path = (*ours, *key.split("."))
+    node, depth = layer.locate(path)
+    return node.value if depth == len(path) else None
+
+
+def _put(node: Node, tree: Tree, path: Path) -> Tree:
+    return over(tree, {path: node})
+
+
+def _found(layer: Layer) -> Iterator[tuple[Gone, Path, Node]]:
+    """Each setting of `layer` that went, with its path."""
+    for gone in GONE:
+        section, *rest = gone.key.split(".")
+        paths: list[Path] = [] if section == "peers" else [(section, *rest)]
+        if section == "peers" or section in SHARED:
+            own = rest[1:] if section == "peers" else [section, *rest]
+            paths += [("peers", index, *own) for index in range(len(layer.peers or ()))]
+        for path in paths:
+            node, depth = layer.locate(path)
+            if depth == len(path) and gone.tells(node.value):
+                yield gone, path, node
+
+
+def _problem(gone: Gone, node: Node) -> ConfigError:
+    what = f"{node.key}={node.value}" if gone.values else node.key
+    return ConfigError(f"{what} went in version {VERSION}", node.where, gone.how)

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(words: list[str]) -> None:
     """Settings, ranks, run folder, data, training: in this order."""
     arguments = parse_command_line(words, prog="python -m mat_dist.train", description=__doc__ or "")
+    plugins = load_plugins(arguments.plugins)  # they register what the settings may name
     config = load_config(arguments.config_path, arguments.overrides)
-    plugins = load_plugins(arguments.plugins)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.core.trainer import Trainer

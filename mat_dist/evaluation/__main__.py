@@ -63,6 +63,7 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
     for word in (subject, *arguments.request.sources):
         if is_file(word) and not Path(word).is_file():
             raise ConfigError(f"there is no file {word[:200]!r}", COMMAND_LINE, "give a state dict, or a run's folder")
+    load_plugins(arguments.plugins)
     folder = None if importing is not None and importing.subject is not None else find_run(subject)
     if folder is not None:
         refuse_unfinished(folder)
@@ -74,7 +75,6 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
             raise ConfigError("a state dict does not tell which threats it was trained for", "threats",
                               "write threats=linf:8/255, or others")
         config = new = importing.config(arguments.settings)
-    load_plugins(arguments.plugins)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.distributed.device import choose_device, prepare_torch

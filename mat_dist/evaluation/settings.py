@@ -17,7 +17,7 @@ from mat_dist.config.nodes import COMMAND_LINE, joined
 from mat_dist.config.schema import Config
 from mat_dist.config.words import split
 from mat_dist.errors import ConfigError, OutputError
-from mat_dist.evaluation.norms import UNIONS
+from mat_dist.evaluation.radii import UNIONS
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 

@@ -47,12 +47,12 @@ def report(words: Sequence[str]) -> None:
     from mat_dist.report.files import read_run
     from mat_dist.report.page import run_page, write_report
 
+    load_plugins(options.plugins)
     runs = [read_run(Path(word)) for word in options.runs]
     folder = runs[0].folder.report
     if len(runs) > 1:
         print(write_report(folder, comparison_page(runs), "comparison.html", options.figures))
         return
-    load_plugins(options.plugins)
     print(write_report(folder, run_page(runs[0], *attacked(runs[0], options)), kind=options.figures))
 
 

@@ -86,8 +86,8 @@ def split_options(words: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def _load(arguments: Arguments) -> Answer[Config]:
-    config = load_config(arguments.config_path, arguments.overrides)
     plugins = load_plugins(arguments.plugins)
+    config = load_config(arguments.config_path, arguments.overrides)
     name = arguments.config_path or config_name(None)
     found = f"{name}: {len(config.peers)} peers, data {config.data.name}, batch {config.train.batch_size}"
     if plugins:

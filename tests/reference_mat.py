@@ -1,7 +1,7 @@
 """A plain mutual adversarial training in one process, written from the formulas: own forward, BN, PGD, SGD.
 
 Nothing of the package but keyed random numbers, and the sets of l1 and MSD, which have slow references of their own
-(tests/unit/test_threats_l1.py, tests/unit/test_union.py).
+(tests/unit/test_norms.py, tests/unit/test_union.py).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def start_noise(key: int, kind: str, threat: Threat, x: Tensor) -> Tensor:
         return threat.eps * (2 * rng.uniform(key, x.shape, dtype=torch.float64) - 1)
     direction = rng.normal(key, x.shape, dtype=torch.float64)
     if threat.norm == "l1":  # projected by the attack; of the length that the package's own start has
-        return threat.start("uniform", threat.region(x), x, stream=key) - x
+        return threat.region(x).start("uniform", stream=key) - x
     radius = threat.eps * rng.uniform(rng.key(key, "radius"), (len(x),),
                                           dtype=torch.float64) ** (1 / x[0].numel())
     return direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius.view(-1, 1, 1, 1)

@@ -78,8 +78,8 @@ def run(words: list[str]) -> None:
 
         print_summary(options.folder)
         return
-    config = load_config(options.config, settings)
     load_plugins(options.plugin)
+    config = load_config(options.config, settings)
 
     from benchmarks.speed.tables import print_result
     from mat_dist.distributed.device import choose_device, device_name, prepare_torch

@@ -111,8 +111,7 @@ class Subject:
     def attacks(self) -> list[tuple[Tensor, Tensor]]:
         """Where each peer of this rank begins its attack on the next batch, and the AEs that it reaches."""
         x_BCHW, y_B = self.batch()
-        return [(peer.threat.start("uniform", peer.threat.region(x_BCHW), x_BCHW,
-                                   stream=peer.stream("attack", self.number)),
+        return [(peer.threat.region(x_BCHW).start("uniform", stream=peer.stream("attack", self.number)),
                  peer.attack(x_BCHW, y_B, self.number)) for peer in self.cohort.peers]
 
     def plain_models(self) -> list[nn.Module]:

@@ -57,6 +57,7 @@ def main(options: Namespace) -> None:
     images = arguments.request.images or IMAGES
     folder = find_run(arguments.runs[0])
     refuse_unfinished(folder)
+    load_plugins(arguments.plugins)
     config = load_config(str(folder.config), arguments.settings)
     if len(config.peers) < 2:
         raise ConfigError("a run of one peer, which has nobody to learn from", str(folder.path), "give a cohort's")
@@ -68,7 +69,6 @@ def main(options: Namespace) -> None:
               f"{2 * steps * images} passes of one image in the attacks; "
               f"{'measured already, and measured again' if file.is_file() else 'not measured yet'} ({file})")
         return
-    load_plugins(arguments.plugins)
     document = make(subject, config, images)
     with reported(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)

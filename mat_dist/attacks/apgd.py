@@ -1,29 +1,29 @@
 """Auto-PGD: gradient ascent that sets its own step length, image by image.
 
-linf, l2: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks", ICML 2020: momentum, and a step that is halved where the loss no longer rises. l1: Croce and Hein, "Mind the
-box", ICML 2021: no momentum, and the number of values that a step moves shrinks as the perturbation grows sparse.
+`_Halving`: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", ICML 2020: momentum, and a step that is halved where the loss no longer rises. `_Sparsity`, for l1: Croce and
+Hein, "Mind the box", ICML 2021: no momentum, and a step moves fewer values as the perturbation grows sparse.
 Everything that is decided per image is decided on the device: no word to the host inside the loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mat_dist.attacks.norms import L1Region, Region, per_image
-from mat_dist.attacks.pgd import Model, attack_loss, likeliest
+from mat_dist.attacks.norms import Region, per_image
+from mat_dist.attacks.pgd import Model, attack_loss, likeliest, loss_and_gradient
+from mat_dist.config.norms import known_norms
 
 MOMENTUM = 0.75  # weight of the new step; the rest repeats the last move (2020, eq. 3)
 RISES = 0.75  # share of the steps since the last check that must raise the loss (2020, rho)
 FIRST_CHECK, CHECK_FALL, LEAST_CHECK = 0.22, 0.03, 0.06  # of the steps (2020, section 3.2)
-L1_CHECK = 0.04  # of the steps, and the figures below: authors' code (fra31/auto-attack)
-SPARSER = 1.5  # l1: a step moves so many times fewer values than the best perturbation has
-SPARSITY_FELL = 0.95  # l1: below this share of the last count the step starts again at its full length
-L1_SHORTER, L1_SHORTEST = 1.5, 10.0  # l1: divisor of the step otherwise, and the largest divisor
+SPARSE_CHECK = 0.04  # of the steps, and the figures below: authors' code (fra31/auto-attack)
+SPARSER = 1.5  # a step moves so many times fewer values than the best perturbation has
+SPARSITY_FELL = 0.95  # below this share of the last count the step starts again at its full length
+SHORTER, SHORTEST = 1.5, 10.0  # divisor of the step otherwise, and the largest divisor
 APGD_L1_SHARE = 0.2  # of the values move in the first l1 steps of an evaluation; in training 5 %
 
 
@@ -41,54 +41,31 @@ class Apgd(NamedTuple):
     held_B: Tensor
 
 
-class Pace(Protocol):
-    """Step lengths and when they are looked at again."""
-
-    checks: frozenset[int]  # numbers of the steps, from 1, after which `check` is asked
-
-    def step(self, adv_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
-        """adv plus the next step; not projected."""
-
-    def check(self, best_BCHW: Tensor, best_B: Tensor, rises_B: Tensor) -> Tensor:
-        """Set the step length anew -> the images that go back to their best point (bool (B,)).
-
-        Args:
-            best_BCHW, best_B: the best iterate and its loss.
-            rises_B: steps since the last check that raised the loss.
-        """
-
-
 def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
          step_size: float | None = None, teacher_BK: Tensor | None = None) -> Apgd:
     """Auto-PGD. `steps` gradients and steps + 1 forwards; the model is frozen by the caller, as for `pgd`.
 
     Args:
         model: images in [0, 1] -> logits.
-        region: feasible set of x_BCHW; an l1 region's `share` is that of the first steps.
+        region: feasible set of x_BCHW; the `share` of a sparse one is that of the first steps.
         start_BCHW: first iterate, inside the region.
         loss: `ce`, `kl_clean`, `kl_teacher` or `margin`.
         steps: number of gradient steps, >= 1.
-        step_size: length of the first step; default: the diameter of the ball, for l1 its radius.
+        step_size: length of the first step; default: the norm's `apgd_step`.
         teacher_BK: a teacher's logits of x_BCHW, for `kl_teacher`.
     """
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
-    pace: Pace
-    if isinstance(region, L1Region):
-        pace = _Sparsity(region, steps, region.eps if step_size is None else step_size)
-    else:
-        pace = _Halving(region, steps, 2 * region.eps if step_size is None else step_size)
+    if step_size is None:
+        step_size = known_norms()[region.name].apgd_step * region.eps
+    pace = (_Sparsity if region.sparse else _Halving)(region, steps, step_size)
     adv, label_B = start_BCHW.detach(), likeliest(y_B)
-    last = adv
-    logits_BK, value_B, grad = _look(model, objective, adv)
+    logits_BK, value_B, grad = loss_and_gradient(model, objective, adv)
     best, best_B, best_grad = adv, value_B, grad
     wrong, held_B = adv, logits_BK.argmax(-1) == label_B
     rises_B = torch.zeros_like(value_B)
     for number in range(1, steps + 1):
-        new = region.project(pace.step(adv, grad))
-        if number > 1 and not isinstance(region, L1Region):
-            new = region.project(adv + MOMENTUM * (new - adv) + (1 - MOMENTUM) * (adv - last))
-        adv, last, last_B = new, adv, value_B
-        logits_BK, value_B, grad = _look(model, objective, adv, gradient=number < steps)
+        adv, last_B = pace.move(adv, grad), value_B
+        logits_BK, value_B, grad = loss_and_gradient(model, objective, adv, gradient=number < steps)
         fooled_B = logits_BK.argmax(-1) != label_B
         wrong, held_B = _where(fooled_B, adv, wrong), held_B & ~fooled_B
         better_B = value_B > best_B
@@ -99,22 +76,7 @@ def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCH
             back_B = pace.check(best, best_B, rises_B)
             adv, grad = _where(back_B, best, adv), _where(back_B, best_grad, grad)
             rises_B = torch.zeros_like(rises_B)
-    return Apgd(region.settle(best), region.settle(_where(held_B, best, wrong)), held_B)
-
-
-def _look(model: Model, objective: Callable[[Tensor], Tensor], adv_BCHW: Tensor, *,
-          gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, K), loss (B,) and its gradient (B, C, H, W) at a batch; zeros where no gradient is wanted."""
-    if not gradient:
-        with torch.no_grad():
-            logits_BK = model(adv_BCHW).to(adv_BCHW.dtype)
-            return logits_BK, objective(logits_BK), torch.zeros_like(adv_BCHW)
-    leaf = adv_BCHW.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits_BK = model(leaf).to(adv_BCHW.dtype)
-        value_B = objective(logits_BK)
-    (grad,) = torch.autograd.grad(value_B.sum(), leaf)
-    return logits_BK.detach(), value_B.detach(), grad
+    return Apgd(region.round_inward(best), region.round_inward(_where(held_B, best, wrong)), held_B)
 
 
 def _where(rows_B: Tensor, yes_BCHW: Tensor, no_BCHW: Tensor) -> Tensor:
@@ -122,10 +84,15 @@ def _where(rows_B: Tensor, yes_BCHW: Tensor, no_BCHW: Tensor) -> Tensor:
 
 
 class _Halving:
-    """linf and l2: halve the step where too few steps raised the loss, or where a step that was kept gained nothing."""
+    """Halve the step where too few steps raised the loss, or where a step that was kept gained nothing.
+
+    Attributes:
+        checks: numbers of the steps, from 1, after which `check` is asked.
+    """
 
     def __init__(self, region: Region, steps: int, size: float) -> None:
         self._region = region
+        self._last: Tensor | None = None  # the iterate before
         self._size_B = region.x.new_full((len(region.x),), size)
         self._halved_B = torch.ones_like(self._size_B, dtype=torch.bool)  # the first check asks for no gain
         self._best_B = torch.zeros_like(self._size_B)  # at the last check
@@ -138,10 +105,22 @@ class _Halving:
         self.checks = frozenset(places)
         self._passed = 0
 
-    def step(self, adv_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
-        return self._region.step(adv_BCHW, grad_BCHW, self._size_B)
+    def move(self, adv_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
+        """The next iterate, projected."""
+        new = self._region.project(self._region.step(adv_BCHW, grad_BCHW, self._size_B))
+        if self._last is not None:
+            again = (1 - MOMENTUM) * (adv_BCHW - self._last)
+            new = self._region.project(adv_BCHW + MOMENTUM * (new - adv_BCHW) + again)
+        self._last = adv_BCHW
+        return new
 
     def check(self, best_BCHW: Tensor, best_B: Tensor, rises_B: Tensor) -> Tensor:
+        """Set the step length anew -> the images that go back to their best point (bool (B,)).
+
+        Args:
+            best_BCHW, best_B: the best iterate and its loss.
+            rises_B: steps since the last check that raised the loss.
+        """
         swings_B = rises_B <= RISES * self._distances[self._passed]
         stuck_B = ~self._halved_B & (self._best_B >= best_B)
         self._halved_B = swings_B | stuck_B
@@ -152,23 +131,24 @@ class _Halving:
 
 
 class _Sparsity:
-    """l1: from the number of values that the best perturbation changes follow the next steps' number and length."""
+    """As `_Halving`: from the number of values that the best perturbation changes follow the next steps' number and
+    length."""
 
-    def __init__(self, region: L1Region, steps: int, size: float) -> None:
+    def __init__(self, region: Region, steps: int, size: float) -> None:
         self._region, self._size = region, size
         self._size_B = region.x.new_full((len(region.x),), size)
-        self._changed_B = torch.full_like(self._size_B, region.values)
-        self._top: int | Tensor = region.top
-        distance = max(int(L1_CHECK * steps), 1)
+        self._changed_B = torch.full_like(self._size_B, region.x[0].numel())
+        self._top: Tensor | None = None  # by the region's share at first
+        distance = max(int(SPARSE_CHECK * steps), 1)
         self.checks = frozenset(range(distance, steps + 1, distance))
 
-    def step(self, adv_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
-        return self._region.step(adv_BCHW, grad_BCHW, self._size_B, self._top)
+    def move(self, adv_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
+        return self._region.project(self._region.step(adv_BCHW, grad_BCHW, self._size_B, self._top))
 
     def check(self, best_BCHW: Tensor, best_B: Tensor, rises_B: Tensor) -> Tensor:
         changed_B = (best_BCHW != self._region.x).flatten(1).sum(1)
         sparser_B = changed_B < SPARSITY_FELL * self._changed_B
-        shorter_B = (self._size_B / L1_SHORTER).clamp(min=self._size / L1_SHORTEST)
+        shorter_B = (self._size_B / SHORTER).clamp(min=self._size / SHORTEST)
         self._size_B = torch.where(sparser_B, self._size, shorter_B)
         self._top = (changed_B / SPARSER).ceil().long().clamp(min=1)
         self._changed_B = changed_B.to(self._size_B.dtype)

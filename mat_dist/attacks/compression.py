@@ -40,8 +40,7 @@ def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     else:
         scale_B1 = sent[:, -4:].contiguous().view(torch.float32)
         delta = sent[:, :-4].contiguous().view(torch.int8) * scale_B1.to(x_BCHW.dtype)
-    region = threat.region(x_BCHW)
-    return region.settle(region.project(x_BCHW + delta.view_as(x_BCHW)))
+    return threat.region(x_BCHW).inside(x_BCHW + delta.view_as(x_BCHW))
 
 
 def encode_all(form: str, aes_LBCHW: Tensor, clean: Sequence[Tensor]) -> Tensor:

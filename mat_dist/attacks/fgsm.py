@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mat_dist import rng
-from mat_dist.attacks.pgd import Model, attack_loss
+from mat_dist.attacks.pgd import Model, attack_loss, loss_and_gradient
 
 NOISE = 2.0  # half-width of the uniform noise in units of eps (the paper's k)
 
@@ -22,8 +21,6 @@ def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: 
         stream, first_row: key of the noise, and the row of the global batch at which x_BCHW starts.
     """
     u = rng.uniform(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
-    noisy = (x_BCHW + (2 * u - 1) * (NOISE * eps)).clamp_(0, 1).requires_grad_(True)
-    with torch.enable_grad():
-        value = attack_loss(model, x_BCHW, y_B, loss)(model(noisy).to(x_BCHW.dtype)).sum()
-    (grad,) = torch.autograd.grad(value, noisy)
-    return (noisy.detach() + step_size * grad.sign()).clamp_(0, 1)
+    noisy = (x_BCHW + (2 * u - 1) * (NOISE * eps)).clamp_(0, 1)
+    _, _, grad = loss_and_gradient(model, attack_loss(model, x_BCHW, y_B, loss), noisy)
+    return (noisy + step_size * grad.sign()).clamp_(0, 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
 from mat_dist import rng
@@ -20,9 +19,7 @@ def noisy(kind: str, x_BCHW: Tensor, threat: Threat, *, stream: int) -> Tensor:
     """
     region = threat.region(x_BCHW)
     if kind == "uniform":
-        return threat.start("uniform", region, x_BCHW, stream=stream)
-    values = x_BCHW[0].numel()
-    # E|N(0, 1)| = sqrt(2 / pi)
-    std = threat.eps * {"linf": 0.5, "l2": 1 / math.sqrt(values), "l1": math.sqrt(math.pi / 2) / values}[threat.norm]
+        return region.start("uniform", stream=stream)
+    std = threat.eps * (threat.kind.noise / threat.kind.span(torch.ones(x_BCHW.shape[1:])))
     noise = rng.normal(stream, x_BCHW.shape, device=x_BCHW.device, dtype=x_BCHW.dtype)
-    return region.settle(region.project(x_BCHW + std * noise))
+    return region.inside(x_BCHW + std * noise)

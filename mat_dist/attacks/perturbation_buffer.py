@@ -30,7 +30,7 @@ class WarmStart:
     def start(self, start_BCHW: Tensor, region: Region) -> Tensor:
         """The perturbed images, brought into the region; `start_BCHW` for those of which nothing is known."""
         x_BCHW = region.x
-        again_BCHW = region.settle(region.project(x_BCHW + self.delta_BCHW.to(x_BCHW.dtype)))
+        again_BCHW = region.inside(x_BCHW + self.delta_BCHW.to(x_BCHW.dtype))
         return torch.where(per_image(self.known_B, x_BCHW), again_BCHW, start_BCHW)
 
 

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al., ICLR 2018): one loop, with the threat's three hooks.
+"""Projected gradient descent (Madry et al., ICLR 2018): one loop for every norm.
 
 FGSM with a random start (Wong et al., "Fast is better than free", ICLR 2020) is steps=1 of the same loop, and
 MI-FGSM (Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) is the loop with a momentum of 1.
@@ -15,23 +15,6 @@ from torch import Tensor
 from mat_dist.attacks.norms import Region, per_image
 
 Model = Callable[[Tensor], Tensor]
-# (logits of the adversarial batch, logits of the clean batch or None, labels) -> (B,), to be raised
-AttackLoss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
-
-
-def likeliest(y_B: Tensor) -> Tensor:
-    """One class of each image (B,): its label, or the one with the largest share of mixed labels (B, K)."""
-    return y_B if y_B.ndim == 1 else y_B.argmax(-1)
-
-
-def _ce(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
-    return F.cross_entropy(adv_BK, y_B, reduction="none")
-
-
-def _kl_clean(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
-    """KL(clean prediction || adversarial prediction): the inner problem of TRADES (Zhang et al., ICML 2019)."""
-    assert clean_BK is not None
-    return F.kl_div(adv_BK.log_softmax(-1), clean_BK.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -44,19 +27,21 @@ def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     return wrong_BK.amax(1) - true_B
 
 
-def _margin(adv_BK: Tensor, clean_BK: Tensor | None, y_B: Tensor) -> Tensor:
-    return margin(adv_BK, y_B)
+def _kl_clean(adv_BK: Tensor, clean_BK: Tensor, y_B: Tensor) -> Tensor:
+    """KL(clean prediction || adversarial prediction)."""
+    return F.kl_div(adv_BK.log_softmax(-1), clean_BK.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
-def _ce_targeted(adv_BK: Tensor, clean_BK: Tensor | None, target_B: Tensor) -> Tensor:
-    """Log probability of a target class, which takes the labels' place. Its gradient does not vanish with saturated
-    logits, as that of the label's cross-entropy does."""
-    return -F.cross_entropy(adv_BK, target_B, reduction="none")
-
-
-# kl_teacher: the inner problem of RSLAD (Zi et al., ICCV 2021); the clean logits are the teacher's.
-ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _ce, "kl_clean": _kl_clean, "kl_teacher": _kl_clean, "margin": _margin,
-                                        "ce_targeted": _ce_targeted}
+# (adversarial logits, clean logits where the name begins with kl, labels) -> (B,), to be raised
+ATTACK_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ce": lambda adv_BK, _, y_B: F.cross_entropy(adv_BK, y_B, reduction="none"),
+    "kl_clean": _kl_clean,  # the inner problem of TRADES (Zhang et al., ICML 2019)
+    "kl_teacher": _kl_clean,  # that of RSLAD (Zi et al., ICCV 2021); the clean logits are the teacher's
+    "margin": lambda adv_BK, _, y_B: margin(adv_BK, y_B),
+    # Log probability of a target class, which takes the labels' place. Its gradient does not vanish with saturated
+    # logits, as that of the label's cross-entropy does.
+    "ce_targeted": lambda adv_BK, _, target_B: -F.cross_entropy(adv_BK, target_B, reduction="none"),
+}
 
 
 def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
@@ -75,6 +60,11 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
     return lambda adv_BK: ATTACK_LOSSES[loss](adv_BK, clean_BK, y_B)
 
 
+def likeliest(y_B: Tensor) -> Tensor:
+    """One class of each image (B,): its label, or the one with the largest share of mixed labels (B, K)."""
+    return y_B if y_B.ndim == 1 else y_B.argmax(-1)
+
+
 def likely_wrong(model: Model, x_BCHW: Tensor, y_B: Tensor, count: int) -> list[Tensor]:
     """The most likely wrong class of each image, the next one, ... -> at most `count` (and classes - 1) of (B,)."""
     with torch.no_grad():
@@ -82,13 +72,27 @@ def likely_wrong(model: Model, x_BCHW: Tensor, y_B: Tensor, count: int) -> list[
     return list(logits_BK.topk(min(count, logits_BK.shape[1] - 1)).indices.unbind(1))
 
 
+def loss_and_gradient(model: Model, objective: Callable[[Tensor], Tensor], adv_BCHW: Tensor, *,
+                      gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K), loss (B,) and the gradient of its sum (B, C, H, W) at a batch, detached, in the batch's dtype.
+
+    A sum, not a mean, so that no image's gradient depends on the batch that it is in. Zeros without `gradient`.
+    """
+    leaf = adv_BCHW.detach().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        logits_BK = model(leaf).to(adv_BCHW.dtype)
+        value_B = objective(logits_BK)
+    grad = torch.autograd.grad(value_B.sum(), leaf)[0] if gradient else torch.zeros_like(leaf)
+    return logits_BK.detach(), value_B.detach(), grad
+
+
 def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
         step_size: float, teacher_BK: Tensor | None = None, momentum: float | None = None,
         right: list[Tensor] | None = None) -> Tensor:
     """The last iterate of projected gradient ascent -> adversarial batch (B, C, H, W), detached, x's dtype.
 
-    The loss is summed, not averaged, so that no image's step depends on the batch that it is in. Gradients are
-    taken with respect to the input only; the caller freezes the model (eval-mode BN, parameters without grad).
+    Gradients are taken with respect to the input only; the caller freezes the model (eval-mode BN, parameters without
+    grad).
 
     Args:
         model: images in [0, 1] -> logits.
@@ -106,11 +110,7 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     adv, gathered = start_BCHW.detach(), None
     for _ in range(steps):
-        adv.requires_grad_(True)
-        with torch.enable_grad():
-            logits_BK = model(adv).to(x_BCHW.dtype)
-            value = objective(logits_BK).sum()
-        (grad,) = torch.autograd.grad(value, adv)
+        logits_BK, _, grad = loss_and_gradient(model, objective, adv)
         if right is not None:
             right.append(logits_BK.argmax(-1) == likeliest(y_B))
         if momentum is not None:
@@ -118,8 +118,8 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
             size_B = grad.flatten(1).abs().mean(1).clamp_(min=torch.finfo(grad.dtype).tiny)
             grad = grad / per_image(size_B, grad)
             gathered = grad = grad if gathered is None else momentum * gathered + grad
-        adv = region.project(region.step(adv.detach(), grad, step_size))
-    found = region.settle(adv)
+        adv = region.project(region.step(adv, grad, step_size))
+    found = region.round_inward(adv)
     if right is not None:
         with torch.no_grad():
             right.append(model(found).argmax(-1) == likeliest(y_B))

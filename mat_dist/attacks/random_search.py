@@ -6,47 +6,43 @@ random colour, project, and keep what raises the margin. It needs only predictio
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.norms import Region, Threat
+from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import margin
 
 FIRST_SHARE = 0.5  # side of the first patches as a share of the image's; falls linearly to one pixel
 
 
 def patch_change(threat: Threat, x_BCHW: Tensor) -> float:
-    """The change of a pixel for `random_search`.
+    """The change of a pixel before the projection.
 
-    For linf from corner to corner of the ball; for the other norms so that a patch of a quarter of the side alone is
-    as long as the ball is wide.
+    A patch of a quarter of the side alone is as long as the ball is wide: in linf from corner to corner.
     """
-    _, channels, height, width = x_BCHW.shape
-    side = max(1.0, min(height, width) / 4)
-    length = {"linf": 1.0, "l2": math.sqrt(channels) * side, "l1": channels * side * side}[threat.norm]
-    return 2 * threat.eps / length
+    patch = torch.zeros(x_BCHW.shape[1:])
+    side = max(1, round(min(patch.shape[1:]) / 4))
+    patch[:, :side, :side] = 1
+    return 2 * threat.eps / threat.kind.span(patch)
 
 
 @torch.no_grad()
-def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, region: Region, size: float, queries: int,
+def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, queries: int,
                   stream: int) -> Tensor:
     """The best of `queries` proposals, image by image -> adversarial batch (B, C, H, W).
 
     Args:
         model: images in [0, 1] -> logits.
-        region: feasible set of x_BCHW.
-        size: change of a pixel before the projection, see `patch_change`.
         queries: number of model calls.
         stream: key of all draws.
     """
+    region, size = threat.region(x_BCHW), patch_change(threat, x_BCHW)
     count, channels, height, width = x_BCHW.shape
     device, dtype = x_BCHW.device, x_BCHW.dtype
     # Vertical stripes of random sign, as Square begins.
     sign = _signs(rng.key(stream, "start"), (count, channels, 1, width), device, dtype)
-    best = region.settle(region.project(x_BCHW + size * sign))
+    best = region.inside(x_BCHW + size * sign)
     best_B = margin(model(best), y_B)
     rows = torch.arange(height, device=device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=device).view(1, 1, 1, -1)
@@ -57,7 +53,7 @@ def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, region: Regi
         left = (place[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         sign = _signs(rng.key(stream, "sign", query), (count, channels, 1, 1), device, dtype)
-        proposal = region.settle(region.project(torch.where(inside, best + size * sign, best)))
+        proposal = region.inside(torch.where(inside, best + size * sign, best))
         value_B = margin(model(proposal), y_B)
         better_B = value_B > best_B
         best = torch.where(better_B.view(-1, 1, 1, 1), proposal, best)

@@ -138,7 +138,7 @@ class TrainingAttack:
                 return Found(n_fgsm(model, x_BCHW, y_B, eps=chosen.eps, step_size=plan.scale * self.sizes[plan.threat],
                                     loss=settings.loss, stream=plan.stream, first_row=plan.first_row))
         region = self.region(x_BCHW, plan.threat, plan.scale)
-        start = chosen.start(settings.start, region, x_BCHW, stream=plan.stream, first_row=plan.first_row)
+        start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
         eager = self._step.attack_engine in ("eager", "model") or plan.guide_BK is not None
         with self.ready(x_BCHW):

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from mat_dist.config.norms import known_norms
+
 
 def parse_number(value: Any) -> Any:
     """Accept 0.5, "8/255", "1e-3"; leave anything else to pydantic's own message."""
@@ -42,7 +44,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-NORMS = ("linf", "l2", "l1")
 SMALLEST_EPS, LARGEST_EPS = 1e-6, 1e4
 
 
@@ -55,7 +56,7 @@ def parse_threats(text: str) -> list[tuple[str, float]]:
             value = float(Fraction(eps))
         except (ValueError, ZeroDivisionError, OverflowError):
             value = 0.0
-        if norm not in NORMS or not colon or not SMALLEST_EPS <= value <= LARGEST_EPS:
+        if norm not in known_norms() or not colon or not SMALLEST_EPS <= value <= LARGEST_EPS:
             raise ValueError(f"{ascii(part.strip())[1:-1][:80]!r} is not a threat")
         found.append((norm, value))
     return found

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mat_dist.config.fields import Section
-from mat_dist.config.methods import methods_model
+from mat_dist.config.methods import Registered, methods_model
 from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
 from mat_dist.config.tree import ALIASES, SHARED, SHORTHANDS, Layer, Node, section_class
 from mat_dist.errors import ConfigError
@@ -44,11 +44,16 @@ class Setting:
 
     key: str
     kind: Literal["number", "integer", "switch", "text", "choice", "numbers"]
-    choices: tuple[str, ...]
+    names: tuple[str, ...] | Registered
     bounds: str
     optional: bool
     default: Any
     description: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a choice, with those that plug-ins have registered by now."""
+        return tuple(self.names.known()) if isinstance(self.names, Registered) else self.names
 
     @property
     def type_text(self) -> str:
@@ -69,7 +74,8 @@ class Setting:
         if self.kind == "choice":
             near = nearest(str(found), self.choices)
             hint = f" (did you mean {near}?)" if near else ""
-            return f"choose one of {', '.join(self.choices)}{', null' if self.optional else ''}{hint}"
+            more = ", or a name from --plugin" if isinstance(self.names, Registered) else ""
+            return f"choose one of {', '.join(self.choices)}{', null' if self.optional else ''}{more}{hint}"
         if self.kind == "text":
             if "letter" in self.bounds:
                 return "write letters, digits, dots, hyphens or underscores, " + self.bounds
@@ -108,11 +114,15 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def _setting(key: str, field: FieldInfo) -> Setting:
-    base, optional = _inner(field.annotation)
-    base = getattr(base, "__origin__", base) if get_origin(base) not in (Literal, tuple) else base
+    marked, optional = _inner(field.annotation)
+    base = getattr(marked, "__origin__", marked) if get_origin(marked) not in (Literal, tuple) else marked
     kind: Any = {float: "number", int: "integer", bool: "switch", str: "text"}.get(base)
-    choices: tuple[str, ...] = ()
-    if get_origin(base) is Literal:
+    choices: tuple[str, ...] | Registered = ()
+    # Where null is allowed too, the mark stands at the type of the other values.
+    marks = [m for m in (*field.metadata, *getattr(marked, "__metadata__", ())) if isinstance(m, Registered)]
+    if marks:
+        kind, choices = "choice", marks[0]
+    elif get_origin(base) is Literal:
         kind, choices = "choice", get_args(base)
     elif get_origin(base) is tuple:
         kind = "numbers"

@@ -7,6 +7,7 @@ from typing import Any
 from mat_dist.config.attack import AttackConfig, UnionConfig
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.methods import methods, methods_model, presets, strategies
+from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import LossConfig, OptimConfig, PeerConfig, ThreatConfig
 
 BASE: dict[str, Any] = {
@@ -105,7 +106,7 @@ def step_size(method: str, steps: int, norm: str, eps: float) -> float:
     (ICML 2021). N-FGSM: eps (de Jorge et al., NeurIPS 2022). Free-AT: eps (Shafahi et al., NeurIPS 2019).
     """
     if method == "apgd":
-        return eps if norm == "l1" else 2 * eps
+        return known_norms()[norm].apgd_step * eps
     if method in ("n_fgsm", "free"):
         return eps
     return (2.5 if steps > 1 else 1.25) * eps / steps

@@ -8,6 +8,7 @@ import re
 
 from mat_dist.config.fields import parse_threats, real_images
 from mat_dist.config.methods import presets, strategies
+from mat_dist.config.norms import known_norms
 from mat_dist.config.registry import asks_for_one_label, entries, heard_by, learns_alone, rule
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
@@ -23,14 +24,14 @@ def as_fraction(value: float) -> str | None:
 
 @rule("threat")
 def radius_fits_pixels(config: Config) -> list[ConfigError]:
-    """A linf radius above 1 covers every image."""
+    """A linf radius above 1 covers every image, that of another norm may too."""
     found = []
     for key, peer in entries(config):
-        if peer.threat.norm == "linf" and peer.threat.eps > 1:
+        if peer.threat.eps > known_norms()[peer.threat.norm].largest:
             fraction = as_fraction(peer.threat.eps)
             how = f"write eps: {fraction}" if fraction else "write a radius for pixels in [0, 1], such as 8/255"
-            found.append(ConfigError(f"a linf radius of {peer.threat.eps:g} is more than the whole range of a pixel",
-                                     f"{key}.threat.eps", how))
+            found.append(ConfigError(f"a {peer.threat.norm} radius of {peer.threat.eps:g} is more than the whole range "
+                                     "of a pixel", f"{key}.threat.eps", how))
     return found
 
 

@@ -6,14 +6,15 @@ stand beside the section; rules between sections in `rules.py`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mat_dist.config.attack import AttackConfig, UnionConfig
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.loss import LossConfig
-from mat_dist.config.methods import Methods
+from mat_dist.config.methods import Methods, Registered
+from mat_dist.config.norms import known_norms
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
 
@@ -101,7 +102,7 @@ class ModelConfig(Section):
 class ThreatConfig(Section):
     """The norm ball, intersected with [0, 1], that a peer defends against."""
 
-    norm: Literal["linf", "l2", "l1"] = Field("linf", description="norm of the ball")
+    norm: Annotated[str, Registered(known_norms)] = Field("linf", description="norm of the ball")
     eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
 
 

@@ -64,6 +64,7 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
     for word in (subject, *arguments.request.sources):
         if is_file(word) and not Path(word).is_file():
             raise ConfigError(f"there is no file {word[:200]!r}", COMMAND_LINE, "give a state dict, or a run's folder")
+    load_plugins(arguments.plugins)
     folder = None if importing is not None and importing.subject is not None else find_run(subject)
     if folder is not None:
         refuse_unfinished(folder)

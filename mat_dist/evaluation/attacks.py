@@ -18,9 +18,8 @@ from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
 from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.random_search import patch_change, random_search
+from mat_dist.attacks.random_search import random_search
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation import norms
 from mat_dist.evaluation.autoattack import Found, autoattack, chunk_seed
 from mat_dist.evaluation.settings import AUTOATTACK, MENU, SQUARE, stand_in
 from mat_dist.models.modes import frozen
@@ -36,8 +35,8 @@ WHITE_BOX = frozenset(name for name, kind in MENU.items() if kind.white_box)
 class AttackPlan:
     """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
 
-    In l1 it is APGD, whose first step is `step_size` long (default eps), but for an attack with momentum. `loss` is one
-    of `ATTACK_LOSSES`; `start` is one of `Threat.start`; `momentum` is that of `pgd`; `targets` is the number of
+    In an adaptive norm (l1) it is APGD, whose first step is `step_size` long, unless there is momentum. `loss` is one
+    of `ATTACK_LOSSES`; `start` is one of `Region.start`; `momentum` is that of `pgd`; `targets` is the number of
     classes that a targeted loss is led to, one after another.
     """
 
@@ -54,11 +53,13 @@ class AttackPlan:
         """Length of the (first) step."""
         if self.step_size is not None:
             return self.step_size
-        return threat.eps if self.adaptive(threat) else self.reach * threat.eps / self.steps
+        if self.adaptive(threat):
+            return threat.info.apgd_step * threat.eps
+        return self.reach * threat.eps / self.steps
 
     def adaptive(self, threat: Threat) -> bool:
         """Whether it is APGD."""
-        return norms.adaptive(threat.norm) and self.momentum is None
+        return threat.kind.adaptive and self.momentum is None
 
 
 FGSM = AttackPlan(**MENU["fgsm"].plan)
@@ -127,8 +128,7 @@ def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threa
             yield noisy(name, x_BCHW, threat, stream=rng.key(job.seed, f"eval-{name}-{threat.norm}", draw, chunk))
     elif maker == "search":
         stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
-        yield random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=patch_change(threat, x_BCHW),
-                            queries=job.queries, stream=stream)
+        yield random_search(model, x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
     else:
         seed = chunk_seed(job.seed, threat.norm, chunk)
         if name == AUTOATTACK:
@@ -177,7 +177,7 @@ def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: A
     """
     region = threat.region(x_BCHW, APGD_L1_SHARE)
     stream = rng.key(seed, f"eval-{threat.norm}", restart, chunk)
-    start = threat.start(plan.start, region, x_BCHW, stream=stream, first_row=first_row)
+    start = region.start(plan.start, stream=stream, first_row=first_row)
     with frozen(model):
         if plan.adaptive(threat):
             found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,

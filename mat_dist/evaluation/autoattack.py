@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
+from mat_dist.config.norms import known_norms
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.evaluation.norms import AUTOATTACK_NORMS
 from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
 
@@ -69,6 +69,15 @@ def check_classes(names: Iterable[str], classes: int) -> None:
                               "leave it out")
 
 
+def check_norms(threats: Iterable[Threat]) -> None:
+    """Raises ConfigError for a threat in a norm that AutoAttack does not have."""
+    for threat in threats:
+        if threat.info.autoattack is None:
+            able = [name for name, info in known_norms().items() if info.autoattack]
+            raise ConfigError(f"AutoAttack and its parts know {', '.join(able)}, not the norm {threat.norm}", "attacks",
+                              "write attacks=pgd,cw,targeted,search, or threats in other norms")
+
+
 def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str], seed: int, classes: int,
          device: torch.device, alone: str | None = None) -> Any:
     """pyautoattack's AutoAttack for a model of `classes` classes; with `alone` that one of its attacks.
@@ -78,7 +87,7 @@ def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str
     """
     module = require()
     attack = module.AutoAttack(model, attacks=list(custom) if version == "custom" else None, device=device,
-                               eps=threat.eps, norm=AUTOATTACK_NORMS[threat.norm], seed=seed, version=version)
+                               eps=threat.eps, norm=threat.info.autoattack, seed=seed, version=version)
     names = attack.attacks_to_run if alone is None else [alone]
     attack.attacks_to_run = [name for name in names if classes >= MENU[name].fewest_classes]
     for part in (attack.apgd_targeted, attack.fab):

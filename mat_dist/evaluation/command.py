@@ -101,6 +101,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     run, label = open_asked(folder, config, request)
     names, job = target_names(request, config), make_job(request, config)
     if made_by(job.attacks, "package"):
+        autoattack.check_norms(job.threats)
         autoattack.require()
         autoattack.check_classes((*job.attacks, *job.custom), run.images.classes)
         if config.step.precision == "fp64":

@@ -17,7 +17,7 @@ from mat_dist.config.options import Options
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError
-from mat_dist.evaluation.norms import UNIONS
+from mat_dist.evaluation.radii import UNIONS
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.random_search import patch_change, random_search
+from mat_dist.attacks.random_search import random_search
 from mat_dist.evaluation.attacks import (
     FGSM,
     NOISE_DRAWS,
@@ -30,7 +30,6 @@ from mat_dist.evaluation.attacks import (
     crafted,
     predict,
 )
-from mat_dist.evaluation.norms import length
 from mat_dist.evaluation.results import Verdict
 from mat_dist.models.modes import frozen
 
@@ -56,7 +55,7 @@ CHECKS = {
     "transfer": "AEs of other targets break no more than the attacks",
     "more steps": "twice the steps and one more start change little",
     "monotone": "accuracy falls from eps / 2 over eps to 2 eps",
-    "large eps": "a large eps reaches chance",
+    "large eps": "a large eps reaches chance, where the norm moves all values",
     "autoattack": "AutoAttack's own checks of the model are silent",
 }
 
@@ -139,17 +138,19 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
 
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
-    large = Threat(threat.norm, LARGE * length(threat.norm, x_BCHW[0].numel()))
+    white = torch.ones(x_BCHW.shape[1:])
+    large = Threat(threat.norm, LARGE * threat.kind.span(white))
     more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     held_at = {name: held_under(Threat(threat.norm, eps), one) for name, eps in (
         ("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2))}
+    if threat.kind.allowed(white).min() == 1:  # else values that stay as they are may tell the class
+        counts["large eps"] = int(held_under(large, AttackPlan(max(OWN_STEPS, plan.steps))).sum())
     return counts | {
         "noise": int((held_B & ~_withstands_noise(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
         "one step": int((held_B & ~held_under(threat, FGSM)).sum()),
         "gradient-free": int((held_B & ~_withstands_search(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
         "more steps": int((held_B & ~held_under(threat, more, first=plan.restarts)).sum()),
         **{name: int(held.sum()) for name, held in held_at.items()},
-        "large eps": int(held_under(large, AttackPlan(max(OWN_STEPS, plan.steps))).sum()),
     }
 
 
@@ -159,7 +160,7 @@ def _outside(adv_BCHW: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     The norm may exceed eps by 1e-6 of it, and by what float32 rounding of x + d adds: 2^-25 for each pixel near 1.
     pyautoattack does not round inward, and its results are not altered here.
     """
-    rounding = 2.0**-24 * length(threat.norm, x_BCHW[0].numel())
+    rounding = 2.0**-24 * threat.kind.span(torch.ones(x_BCHW.shape[1:]))
     in_box = ((adv_BCHW >= 0) & (adv_BCHW <= 1)).flatten(1).all(1)
     return ~(in_box & (threat.distance(adv_BCHW, x_BCHW) <= threat.eps * (1 + 1e-6) + rounding))
 
@@ -174,8 +175,8 @@ def _withstands_noise(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Thr
 
 
 def _withstands_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
-    adv = random_search(model, x_BCHW, y_B, region=threat.region(x_BCHW), size=patch_change(threat, x_BCHW),
-                        queries=SEARCH_QUERIES, stream=rng.key(seed, f"eval-search-{threat.norm}", chunk))
+    adv = random_search(model, x_BCHW, y_B, threat=threat, queries=SEARCH_QUERIES,
+                        stream=rng.key(seed, f"eval-search-{threat.norm}", chunk))
     return predict(model, adv) == y_B
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from torch import nn
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, open_run
 from mat_dist.config import load_config
-from mat_dist.config.fields import NORMS, parse_threats
+from mat_dist.config.fields import parse_threats
+from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation import norms
+from mat_dist.evaluation import radii
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target
 from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
 from mat_dist.models import Ensemble
@@ -115,7 +115,7 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
             raise ConfigError(f"one eps for the norms {', '.join(found)}", "eps", "write threats=linf:8/255,l2:1/2")
         threats = [Threat(found[0], request.eps)]
     for threat in threats:
-        if threat.eps > norms.MOST_EPS.get(threat.norm, math.inf):
+        if threat.eps > threat.info.largest:
             raise ConfigError(f"a {threat.norm} radius of {threat.eps:g} is more than the whole range of a pixel",
                               "eps", f"write {threat.eps:g}/255 for pixels in [0, 1]")
     return threats
@@ -124,18 +124,18 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
 def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
     """norm:eps, norm:standard, norm:DATA, standard (the peers' norms) or union:NAME -> its threats."""
     norm, _, eps = (part.strip() for part in text.partition(":"))
-    if norm == norms.UNION:
-        return [Threat(*one) for one in norms.union(eps).items()]
-    if text == norms.STANDARD:
-        return [Threat(*one) for one in norms.standard(data, trained).items()]
-    if norm in NORMS and (eps == norms.STANDARD or eps in norms.DATA_SETS):
-        return [Threat(*one) for one in norms.standard(data if eps == norms.STANDARD else eps, [norm]).items()]
+    if norm == radii.UNION:
+        return [Threat(*one) for one in radii.union(eps).items()]
+    if text == radii.STANDARD:
+        return [Threat(*one) for one in radii.standard(data, trained).items()]
+    if norm in known_norms() and (eps == radii.STANDARD or eps in radii.data_sets()):
+        return [Threat(*one) for one in radii.standard(data if eps == radii.STANDARD else eps, [norm]).items()]
     try:
         return [Threat(*one) for one in parse_threats(text)]
     except ValueError as error:
         raise ConfigError(str(error), "threats",
                           f"write norm:eps, such as linf:8/255, norm:standard, standard, or union: and one of "
-                          f"{', '.join(norms.UNIONS)}") from error
+                          f"{', '.join(radii.UNIONS)}") from error
 
 
 # ------------------------------------------------------------------------------------------------ sources

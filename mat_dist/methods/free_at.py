@@ -60,7 +60,7 @@ class FreePerturbation(Hook):
         scale, _ = self.peer.strength(part.step)
         region = self._region(part, attack)
         moved = region.step(own.detach(), own.grad, scale * attack.settings.step_size)
-        self.buffer.propose(part.first_row, region.settle(region.project(moved)) - part.x_BCHW)
+        self.buffer.propose(part.first_row, region.inside(moved) - part.x_BCHW)
 
     def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
         self.buffer.commit(gather)

@@ -66,12 +66,9 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
     best_B = torch.full_like(x_BCHW.flatten(1)[:, 0], -torch.inf)
     owner_B = torch.zeros_like(best_B, dtype=torch.int64)
     for number in range(steps):
-        leaf = adv.detach().requires_grad_(True)
-        with torch.enable_grad():
-            value = objective(model(leaf).to(x_BCHW.dtype)).sum()
-        (grad,) = torch.autograd.grad(value, leaf)
-        top = _drawn(stream, number)
-        tried = [region.project(_step(region, adv, grad, size, top))
+        _, _, grad = pgd.loss_and_gradient(model, objective, adv)
+        top = min(_drawn(stream, number), x_BCHW[0].numel())
+        tried = [region.project(region.step(adv, grad, size, top))
                  for region, size in zip(regions, step_sizes, strict=True)]
         with torch.no_grad():
             values_NB = torch.stack([objective(model(one).to(x_BCHW.dtype)) for one in tried])
@@ -80,17 +77,11 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
         better_B = value_B > best_B
         best = torch.where(norms.per_image(better_B, adv), adv, best)
         best_B, owner_B = torch.where(better_B, value_B, best_B), torch.where(better_B, which_B, owner_B)
-    return _pick([region.settle(best) for region in regions], owner_B)
-
-
-def _step(region: Region, adv_BCHW: Tensor, grad_BCHW: Tensor, size: float, top: int) -> Tensor:
-    if isinstance(region, norms.L1Region):
-        return region.step(adv_BCHW, grad_BCHW, size, min(top, region.values))
-    return region.step(adv_BCHW, grad_BCHW, size)
+    return _pick([region.round_inward(best) for region in regions], owner_B)
 
 
 def _drawn(stream: int, number: int) -> int:
-    """How many values the l1 step of this number moves."""
+    """How many values the step of this number moves in a sparse norm."""
     low, high = MSD_TOPS
     return low + rng.key(stream, "msd-top", number) % (high - low + 1)
 
@@ -217,8 +208,7 @@ class Steepest(Hook):
         def make(rows: slice) -> Found:
             x_BCHW, first_row = part.x_BCHW[rows], part.first_row + rows.start
             regions = [attack.region(x_BCHW, number, scale) for number in range(len(attack.threats))]
-            start = attack.threats[0].scaled(scale).start(settings.start or "", regions[0], x_BCHW, stream=stream,
-                                                          first_row=first_row)
+            start = regions[0].start(settings.start or "", stream=stream, first_row=first_row)
             with attack.ready(x_BCHW) as model:
                 return training_attack.Found(msd(
                     model, x_BCHW, part.y_B[rows], regions=regions, step_sizes=[scale * size for size in attack.sizes],
@@ -281,6 +271,9 @@ def unions_can_be_read(config: Config) -> list[ConfigError]:
                                      "write two or more, such as linf:8/255,l2:1/2,l1:12"))
         elif union.strategy == "eat" and peer.loss.hard_own and not {"linf", "l1"} <= set(given):
             found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
+        elif union.strategy == "eat" and (more := sorted(set(given) - {"linf", "l2", "l1"})):
+            found.append(ConfigError(f"strategy eat with {', '.join(more)}: E-AT draws linf or l1", where,
+                                     "leave it out, or write strategy: random"))
     return found
 
 

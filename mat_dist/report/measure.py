@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.norms import Threat, per_image
+from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, FinishedRun, candidates
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
@@ -241,12 +241,10 @@ def _by_steps(victims: Victims, threat: Threat) -> dict[str, Points]:
 
 
 def _random_direction(threat: Threat, x_BCHW: Tensor, seed: int) -> Tensor:
-    """A random perturbation of length eps: signs for linf, a normal direction for l2 and l1."""
+    """A random perturbation of length eps: the norm's steepest step along a normal gradient, of all values."""
     noise = rng.normal(rng.key(seed, "report-direction"), x_BCHW.shape, device=x_BCHW.device,
                            dtype=x_BCHW.dtype)
-    if threat.norm == "linf":
-        return noise.sign() * threat.eps
-    return noise * per_image(threat.eps / noise.flatten(1).norm(2 if threat.norm == "l2" else 1, dim=1), noise)
+    return threat.region(x_BCHW, share=1.0).step(x_BCHW, noise, threat.eps) - x_BCHW
 
 
 def _loss(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> float:

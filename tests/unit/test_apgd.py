@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks import APGD_L1_SHARE, apgd, pgd
-from mat_dist.attacks.norms import L1Region, Threat
+from mat_dist.attacks.norms import L1, Threat
 from mat_dist.config import load_config
 from mat_dist.config.schema import DataConfig
 from mat_dist.core.peer import Peer
@@ -60,7 +60,7 @@ def one_by_one(x: Tensor, y: Tensor, start: Tensor, threat: Threat, steps: int, 
     best, best_value, best_g, held = z, value, g, right
     losses, last, halved, value_then = [value], 0, True, value
     for k in range(1, steps + 1):
-        new = region.project(region.step(z, g, size, top) if isinstance(region, L1Region) else region.step(z, g, size))
+        new = region.project(region.step(z, g, size, top))
         if k > 1 and not l1:
             new = region.project(z + 0.75 * (new - z) + 0.25 * (z - before))
         before, z = z, new
@@ -90,7 +90,7 @@ def one_by_one(x: Tensor, y: Tensor, start: Tensor, threat: Threat, steps: int, 
 def test_a_batch_is_attacked_as_its_images_one_by_one(threat: Threat, kind: str) -> None:
     x, y = some_images()
     region = threat.region(x, 0.2)
-    start = threat.start(kind, region, x, stream=5)
+    start = region.start(kind, stream=5)
     found = apgd(smooth_model, x, y, region=region, start_BCHW=start, loss="ce", steps=100)
     for row in range(len(x)):
         best, held = one_by_one(x[row:row + 1], y[row:row + 1], start[row:row + 1], threat, 100, 0.2)
@@ -104,7 +104,7 @@ def test_a_batch_is_attacked_as_its_images_one_by_one(threat: Threat, kind: str)
 def test_what_is_found_lies_in_the_region_and_is_no_worse_than_the_start(threat: Threat, loss: str) -> None:
     x, y = some_images(40)
     x32, region = x.float(), threat.region(x.float())
-    start = threat.start("uniform", region, x32, stream=7)
+    start = region.start("uniform", stream=7)
     def model(images: Tensor) -> Tensor:
         return smooth_model(images.double()).float()
     found = apgd(model, x32, y, region=region, start_BCHW=start, loss=loss, steps=10)
@@ -146,7 +146,7 @@ def test_apgd_fills_the_pixels_of_a_linear_model_in_the_order_of_its_weights() -
         gain.append(total)
     def model(images: Tensor) -> Tensor:
         return torch.stack([images.flatten(1) @ w, torch.zeros(len(images), dtype=torch.float64)], 1)
-    found = apgd(model, x, torch.ones(5, dtype=torch.long), region=L1Region(x, eps, 0.2), start_BCHW=x,
+    found = apgd(model, x, torch.ones(5, dtype=torch.long), region=L1(x, eps, 0.2), start_BCHW=x,
                  loss="margin", steps=100)
     reached = model(found.best_BCHW)[:, 0] - model(x)[:, 0]
     assert (reached >= 0.98 * torch.tensor(gain)).all() and (reached <= torch.tensor(gain) + 1e-9).all()
@@ -191,7 +191,7 @@ def test_apgd_is_as_strong_as_that_of_pyautoattack(threat: Threat, trained: tupl
     with torch.random.fork_rng(devices=[]):
         theirs = (model(attack.perturb(x, y)).argmax(1) == y).double().mean()
     region = threat.region(x, APGD_L1_SHARE)
-    start = threat.start("uniform", region, x, stream=11)
+    start = region.start("uniform", stream=11)
     ours = apgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=50).held_B.double().mean()
     assert 0.15 < theirs < 0.85
     assert abs(ours - theirs) <= 0.02
@@ -203,7 +203,7 @@ def test_l1_apgd_breaks_at_least_what_sparse_pgd_breaks(steps: int, trained: tup
     model, x, y = trained
     threat = STRENGTH[2]
     region = threat.region(x)
-    start = threat.start("uniform", region, x, stream=11)
+    start = region.start("uniform", stream=11)
     plain = pgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=steps,
                 step_size=2.5 * threat.eps / steps)
     sparse = (model(plain).argmax(1) == y).double().mean()

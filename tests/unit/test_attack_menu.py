@@ -17,7 +17,7 @@ from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
 from mat_dist.attacks.random_search import patch_change
-from mat_dist.config.fields import NORMS
+from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import attacks
@@ -33,7 +33,7 @@ from mat_dist.evaluation.attacks import (
     strongest,
 )
 from mat_dist.evaluation.autoattack import Found, chunk_seed
-from mat_dist.evaluation.norms import DATA_SETS, UNIONS
+from mat_dist.evaluation.radii import UNIONS, data_sets
 from mat_dist.evaluation.settings import MENU, Request, parse, stand_in
 from mat_dist.evaluation.soundness import examine
 from mat_dist.evaluation.targets import attack_plans, make_targets, threats_asked
@@ -125,7 +125,7 @@ def test_targeted_pgd_leads_to_each_likely_wrong_class_and_the_worst_counts(thre
     batches = list(crafted(model, x, y, threat, asked, seed=3, chunk=2))
     assert len(batches) == 3
     for rank, found in enumerate(batches):
-        start = threat.start("uniform", threat.region(x), x, stream=rng.key(3, f"eval-{threat.norm}", rank, 2))
+        start = threat.region(x).start("uniform", stream=rng.key(3, f"eval-{threat.norm}", rank, 2))
         for image, label, mine, adv in zip(x[:12], y.tolist(), start, found, strict=False):
             order = model(image[None])[0].argsort(descending=True).tolist()
             order.remove(label)
@@ -187,7 +187,7 @@ def test_patches_change_a_pixel_by_the_width_of_the_ball() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, kind in MENU.items() if kind.maker != "package"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", known_norms())
 def test_each_of_our_attacks_stays_in_the_ball_and_is_reproducible(name: str, norm: str) -> None:
     x = rng.uniform(1, (6, 1, 4, 4))
     model, threat = network(1).float(), Threat(norm, 0.3)
@@ -344,7 +344,7 @@ def test_the_documents_list_the_attacks() -> None:
 def test_the_documents_list_the_radii() -> None:
     rows = table("docs/evaluation.md", "## Radii by name")
     shown = {row[0].strip("`"): row[1:4] for row in rows}
-    named = {**DATA_SETS, **{f"union:{name}": radii for name, radii in UNIONS.items()}}
+    named = {**data_sets(), **{f"union:{name}": radii for name, radii in UNIONS.items()}}
     assert list(shown) == list(named)
     for name, cells in shown.items():
         for norm, cell in zip(("linf", "l2", "l1"), cells, strict=True):

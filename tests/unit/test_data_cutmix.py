@@ -10,9 +10,9 @@ import torch
 from mat_dist import rng
 from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.pgd import pgd
+from mat_dist.attacks.pgd import likeliest, pgd
 from mat_dist.config.schema import AugmentConfig
-from mat_dist.core.losses import accuracy, cross_entropy, likeliest
+from mat_dist.core.losses import accuracy, cross_entropy
 from mat_dist.data.augment import cutmix
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet

@@ -253,14 +253,13 @@ def test_the_search_stays_inside_and_finds_what_noise_does_not(threat: Threat, h
                                                                digits: tuple[Tensor, ...]) -> None:
     x, y = digits[2:]
     threat = replace(threat, eps=threat.eps * 2)
-    model, region = honest["mlp"], threat.region(x)
-    adv = random_search(model, x, y, region=region, size=threat.eps, queries=200, stream=7)
+    model = honest["mlp"]
+    adv = random_search(model, x, y, threat=threat, queries=200, stream=7)
     assert adv.min() >= 0 and adv.max() <= 1 and threat.distance(adv, x).max() <= threat.eps * (1 + 1e-6)
-    noise = threat.start("uniform", region, x, stream=7)
+    noise = threat.region(x).start("uniform", stream=7)
     broken = [(predict(model, images) != y).sum() for images in (adv, noise)]
     assert broken[0] > broken[1] + 5
-    assert torch.equal(adv[:40], random_search(model, x[:40], y[:40], region=threat.region(x[:40]), size=threat.eps,
-                                               queries=200, stream=7))
+    assert torch.equal(adv[:40], random_search(model, x[:40], y[:40], threat=threat, queries=200, stream=7))
 
 
 def test_the_documents_list_the_checks() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mat_dist import rng
-from mat_dist.attacks.norms import L1Region, Threat
+from mat_dist.attacks.norms import Threat
 from mat_dist.core.peer import Peer
 from mat_dist.methods.unions import EatChoice, msd, random_norm
 from tests.cohorts import batch, cohort_config, nets
@@ -43,8 +43,7 @@ def one_image(x: Tensor, y: Tensor, steps: int, tops: list[int]) -> tuple[Tensor
         options = []
         for threat, size in zip(THREATS, SIZES, strict=True):
             region = threat.region(x)
-            moved = region.step(z, g, size, top) if isinstance(region, L1Region) else region.step(z, g, size)
-            options.append(region.project(moved))
+            options.append(region.project(region.step(z, g, size, top)))
         losses = [loss_of(option[0], y[0]) for option in options]
         path.append(max(range(3), key=lambda i: losses[i]))
         z = options[path[-1]]

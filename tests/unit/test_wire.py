@@ -17,7 +17,7 @@ def some_aes(threat: Threat) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.rand(SHAPE)
     region = threat.region(x)
-    return x, threat.start("uniform", region, x, stream=1)
+    return x, region.start("uniform", stream=1)
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
@@ -41,7 +41,7 @@ def test_the_error_is_that_of_the_format_and_the_bytes_are_counted(threat: Threa
 def test_what_is_received_lies_in_the_region(threat: Threat, form: str) -> None:
     x, _ = some_aes(threat)
     region = threat.region(x)
-    corner = region.settle(region.project(x + threat.eps * torch.randn(SHAPE).sign()))  # on the edge of the ball
+    corner = region.inside(x + threat.eps * torch.randn(SHAPE).sign())  # on the edge of the ball
     got = decode(form, encode(form, corner, x), x, threat)
     assert (threat.distance(got, x) <= threat.eps * (1 + 1e-6)).all()
     assert got.min() >= 0 and got.max() <= 1

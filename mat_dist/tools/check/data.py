@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mat_dist import rng
+from mat_dist.attacks.pgd import likeliest
 from mat_dist.config.schema import Config, DataConfig
-from mat_dist.core.losses import likeliest
 from mat_dist.data import as_float, load_data, training_batches
 from mat_dist.data.folder import preview_folder
 from mat_dist.data.generated import generated_images

@@ -1,8 +1,4 @@
-"""All that an evaluation knows of single norms: radii by name, AutoAttack, steps, sizes. Imports no torch.
-
-Standard radii are those of RobustBench and AutoAttack (Croce and Hein, ICML 2020), for l1 of E-AT (Croce and Hein,
-ICML 2022); for MNIST of MSD (Maini et al., ICML 2020); ImageNet's are E-AT's; SVHN's l2 is that of HAT (Rade and
-Moosavi-Dezfooli, ICLR 2022), and nobody's l1 is a standard there. Fashion-MNIST is attacked with MNIST's.
+"""Radii by name: the standard ones of a data set, and three conventions for the union of norms. Imports no torch.
 
 Unions, on CIFAR-10:
     eat     (8/255, 0.5, 12): E-AT; also RAMP (Jiang and Singh, NeurIPS 2024). The one that most tables use.
@@ -12,39 +8,20 @@ Unions, on CIFAR-10:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from mat_dist.config.norms import known_norms
 from mat_dist.errors import ConfigError
 
 Radii = Mapping[str, float]
 
-_CIFAR: Radii = MappingProxyType({"linf": 8 / 255, "l2": 0.5, "l1": 12.0})
-_MNIST: Radii = MappingProxyType({"linf": 0.3, "l2": 2.0, "l1": 10.0})
-DATA_SETS: Mapping[str, Radii] = MappingProxyType({
-    "cifar10": _CIFAR, "cifar100": _CIFAR, "svhn": MappingProxyType({"linf": 8 / 255, "l2": 128 / 255}),
-    "mnist": _MNIST, "fashion_mnist": _MNIST,
-    "imagenet": MappingProxyType({"linf": 4 / 255, "l2": 2.0, "l1": 255.0}),
-})
 UNIONS: Mapping[str, Radii] = MappingProxyType({
-    "eat": _CIFAR,
+    "eat": MappingProxyType({"linf": 8 / 255, "l2": 0.5, "l1": 12.0}),
     "msd": MappingProxyType({"linf": 0.03, "l2": 0.5, "l1": 12.0}),
     "mng": MappingProxyType({"linf": 8 / 255, "l2": 128 / 255, "l1": 2000 / 255}),
 })
 STANDARD, UNION = "standard", "union"
-AUTOATTACK_NORMS = MappingProxyType({"linf": "Linf", "l2": "L2", "l1": "L1"})  # as pyautoattack calls them
-MOST_EPS = MappingProxyType({"linf": 1.0})  # a larger one is meant for bytes
-
-
-def adaptive(norm: str) -> bool:
-    """Whether PGD of an evaluation is APGD: in l1 plain sparse PGD breaks fewer images than random search does."""
-    return norm == "l1"
-
-
-def length(norm: str, values: int) -> float:
-    """The length of a change of 1 in each of `values` pixels."""
-    return {"linf": 1.0, "l2": math.sqrt(values), "l1": float(values)}[norm]
 
 
 def union(name: str) -> Radii:
@@ -54,12 +31,21 @@ def union(name: str) -> Radii:
     return UNIONS[name]
 
 
+def data_sets() -> dict[str, Radii]:
+    """The standard radii, data set -> norm -> eps."""
+    found: dict[str, dict[str, float]] = {}
+    for norm, info in known_norms().items():
+        for data, eps in info.radii.items():
+            found.setdefault(data, {})[norm] = eps
+    return dict(found)
+
+
 def standard(data: str, norms: Sequence[str]) -> Radii:
     """The standard radii of a data set for some norms. Raises ConfigError where there is none."""
-    known = DATA_SETS.get(data)
+    known = data_sets().get(data)
     if known is None:
         raise ConfigError(f"there is no standard radius for the data set {data[:80]!r}", "threats",
-                          f"write norm:eps, or norm:DATA with one of {', '.join(DATA_SETS)}")
+                          f"write norm:eps, or norm:DATA with one of {', '.join(data_sets())}")
     missing = [norm for norm in norms if norm not in known]
     if missing:
         raise ConfigError(f"there is no standard radius in {missing[0][:80]} for {data}", "threats",

@@ -21,7 +21,6 @@ from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks, strict_arithmetic
 from mat_dist.evaluation.results import CLEAN, UNION
-from mat_dist.runs.console import TableRow
 from mat_dist.evaluation.survivors import (
     Chunks,
     Survivors,
@@ -31,6 +30,7 @@ from mat_dist.evaluation.survivors import (
     write_result,
 )
 from mat_dist.evaluation.targets import threats_of
+from mat_dist.runs.console import TableRow
 from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run
 from mat_dist.runs.trackers import Picture

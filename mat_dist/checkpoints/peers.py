@@ -182,7 +182,7 @@ def _parts(copy: Snapshot) -> list[bytes | memoryview]:
     header: dict[str, Any] = {"__metadata__": {PART: json.dumps(copy.rest, allow_nan=False)}}
     content, end = list[memoryview](), 0
     for name, tensor in sorted(copy.tensors.items(), key=lambda item: -item[1].element_size()):
-        content.append(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        content.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         begin, end = end, end + len(content[-1])
         header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()

@@ -33,7 +33,7 @@ from mat_dist.evaluation.survivors import Survivors, gather, write_result
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.classifier import Images
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.reporter import NullReporter
+from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run
 from tests.cohorts import complete
 from tests.small_runs import robust_of
@@ -73,7 +73,7 @@ class Trained:
 
     def evaluations(self, config: Config | None = None, data: DataSets | None = None) -> Evaluations:
         run = Run(self.folder, 1, logging.getLogger("nowhere"), [], MESH)
-        return Evaluations(config or self.config, MESH, run, data or self.data, StopFlag(), NullReporter())
+        return Evaluations(config or self.config, MESH, run, data or self.data, StopFlag(), Reporter())
 
     def evaluate(self, attack: AttackPlan, size: int | None = None, config: Config | None = None,
                  data: DataSets | None = None) -> dict[tuple[str, str], Survivors]:

@@ -25,8 +25,8 @@ from mat_dist.errors import EnvironmentFault, OutputError
 from mat_dist.evaluation.attacks import AttackPlan, Job
 from mat_dist.evaluation.during_training import Evaluations, gallery
 from mat_dist.evaluation.survivors import Survivors
-from mat_dist.runs.metrics import JsonlReporter
-from mat_dist.runs.trackers import Picture, TrackedReporter, require_trackers, series
+from mat_dist.runs.metrics import JsonlReporter, Picture
+from mat_dist.runs.trackers import TrackedReporter, require_trackers, series
 from mat_dist.tools.check.__main__ import main as check
 from tests.small_runs import SMALL, interrupted, run_small
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(run: str | Path, peer: str | int = "best", **choices: Any) -> nn.Module:

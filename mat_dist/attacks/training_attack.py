@@ -43,8 +43,6 @@ class Plan(NamedTuple):
         stream: key of the start noise.
         first_row: row of the global batch at which the batch starts.
         guide_BK: a teacher's logits on the clean images, for losses that need them; such an attack runs eagerly.
-        scale: of radius and steps, in (0, 1]; below 1 the attack runs eagerly.
-        steps: number of steps, where it is not that of the settings; such an attack runs eagerly.
     """
 
     threat: int
@@ -52,8 +50,6 @@ class Plan(NamedTuple):
     first_row: int
     start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
     guide_BK: Tensor | None = None
-    scale: float = 1.0
-    steps: int | None = None
 
 
 class TrainingAttack:
@@ -88,10 +84,10 @@ class TrainingAttack:
             first_row=plan.first_row + rows.start, guide_BK=None if plan.guide_BK is None else plan.guide_BK[rows])),
             len(x_BCHW))
 
-    def region(self, x_BCHW: Tensor, threat: int = 0, scale: float = 1.0) -> Region:
-        """The feasible set of a batch for a threat of `scale` times the radius."""
+    def region(self, x_BCHW: Tensor, threat: int = 0) -> Region:
+        """The feasible set of a batch for a threat."""
         share = APGD_SHARE if self.settings.method == "apgd" else None
-        return self.threats[threat].scaled(scale).region(x_BCHW, share)
+        return self.threats[threat].region(x_BCHW, share)
 
     @contextmanager
     def ready(self, x_BCHW: Tensor) -> Iterator[Model]:
@@ -131,18 +127,18 @@ class TrainingAttack:
     # ---------------------------------------------------------------- inside
 
     def _found(self, x_BCHW: Tensor, y_B: Tensor, plan: Plan) -> Found:
-        chosen, settings = self.threats[plan.threat].scaled(plan.scale), self.settings
+        chosen, settings = self.threats[plan.threat], self.settings
         assert settings.start is not None and settings.loss is not None
         if settings.method == "n_fgsm":
             with self.ready(x_BCHW) as model:
-                return Found(n_fgsm(model, x_BCHW, y_B, eps=chosen.eps, step_size=plan.scale * self.sizes[plan.threat],
+                return Found(n_fgsm(model, x_BCHW, y_B, eps=chosen.eps, step_size=self.sizes[plan.threat],
                                     loss=settings.loss, stream=plan.stream, first_row=plan.first_row))
-        region = self.region(x_BCHW, plan.threat, plan.scale)
+        region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
         eager = self._step.attack_engine in ("eager", "model") or plan.guide_BK is not None
         with self.ready(x_BCHW):
-            if eager or plan.scale < 1 or plan.steps is not None:
+            if eager:
                 return Found(*self._attack(x_BCHW, y_B, start, plan, region))
             try:
                 return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
@@ -157,14 +153,14 @@ class TrainingAttack:
         """What an engine gives; a graph, whose images change in place, leaves the region to be formed inside."""
         settings = self.settings
         assert settings.loss is not None
-        region, size = region or self.region(x_BCHW, plan.threat), plan.scale * self.sizes[plan.threat]
+        region, size = region or self.region(x_BCHW, plan.threat), self.sizes[plan.threat]
         if settings.method == "apgd":
             best = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                        steps=plan.steps or settings.steps, step_size=size, teacher_BK=plan.guide_BK)
+                        steps=settings.steps, step_size=size, teacher_BK=plan.guide_BK)
             return (best.best_BCHW, best.held_B) if self.counts else (best.best_BCHW,)
         right: list[Tensor] | None = [] if self.counts else None
         adv = pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
-                  steps=plan.steps or settings.steps, step_size=size, teacher_BK=plan.guide_BK, right=right)
+                  steps=settings.steps, step_size=size, teacher_BK=plan.guide_BK, right=right)
         return (adv, torch.stack(right).all(0)) if right else (adv,)
 
     def _eager(self) -> list[Engine]:

@@ -100,7 +100,7 @@ def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
                               f"choose one of 0 to {len(manifest.files) - 1}")
     data = read_file(manifest, index)
     try:
-        content = _format_1(data) if manifest.format == 1 else read_safetensors(data)
+        content = migrated(_format_1(data)) if manifest.format == 1 else read_safetensors(data)
         if not isinstance(content, dict):
             raise ValueError(f"expected a dict, found {type(content).__name__}")
     except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
@@ -114,9 +114,10 @@ def migrated(state: dict[str, Any]) -> dict[str, Any]:
     """A peer's state with the keys of today: what belongs to a method stands below `methods`, by its name."""
     if "methods" in state:
         return state
-    owners = {"eat": "unions", "carried": "warm_start"}
-    return {**{key: value for key, value in state.items() if key not in owners},
-            "methods": {owner: {key: state[key]} for key, owner in owners.items() if key in state}}
+    methods = {"unions": {"eat": state["eat"]}} if "eat" in state else {}
+    if "carried" in state:  # of one of the two, which one its settings tell
+        methods |= {"warm_start": state["carried"], "free_at": state["carried"]}
+    return {**{key: value for key, value in state.items() if key not in ("eat", "carried")}, "methods": methods}
 
 
 # ------------------------------------------------------------------------------------------------ format 2

@@ -50,7 +50,7 @@ class Gone:
 
 GONE = (
     Gone("loss.attackers", f"every peer learns from the AEs of all others: leave it out, {_OLD}", ("all", None)),
-    Gone("loss.gate", f"teachers are not weighed by their confidence: leave it out, use loss.kd_where, {_OLD}", (0, None)),
+    Gone("loss.gate", f"teachers are not weighed by confidence: leave it out or use loss.kd_where, {_OLD}", (0, None)),
     Gone("loss.teacher_agg", f"distillation is the mean of the divergences: leave it out, {_OLD}", ("mean_kl", None)),
     Gone("loss.t2_scale", f"distillation counts T squared times: leave it out, {_OLD}", (True, None)),
     Gone("loss.base_scale", f"scale the weights of the loss themselves, {_OLD}", (1, None)),
@@ -67,13 +67,13 @@ GONE = (
          unused=lambda value, sibling: value == (0.05 if sibling("attack.method") == "apgd" else 0.01)),
     Gone("attack.start", values=("previous",), neutral=(), moved="methods.warm_start.reset_epochs", put=0),
     Gone("attack.reset_epochs", neutral=(0, None), moved="methods.warm_start.reset_epochs"),
-    Gone("attack.eps_warmup_epochs", neutral=(0, None), moved="methods.curriculum.eps_epochs"),
-    Gone("attack.steps_warmup_epochs", neutral=(0, None), moved="methods.curriculum.steps_epochs"),
+    Gone("attack.eps_warmup_epochs", f"attacks have their whole radius: leave it out, {_OLD}", (0, None)),
+    Gone("attack.steps_warmup_epochs", f"attacks have all their steps from the start: leave it out, {_OLD}", (0, None)),
     Gone("optim.momentum", neutral=(0.9, None), moved="optim.args.momentum"),
     Gone("optim.nesterov", neutral=(False, None), moved="optim.args.nesterov"),
     Gone("optim.gamma", f"piecewise divides the rate by 10: leave it out, {_OLD}", (0.1, None)),
     Gone("optim.awp_gamma", neutral=(0, None), moved="methods.awp.gamma"),
-    Gone("optim.awp_warmup_epochs", neutral=(0, None), moved="methods.awp.warmup_epochs",
+    Gone("optim.awp_warmup_epochs", f"weights are perturbed from the start: leave it out, {_OLD}", (0, None),
          unused=lambda value, sibling: not sibling("methods.awp.gamma")),
     Gone("optim.swa_start", neutral=(None,), moved="methods.swa.start"),
     Gone("step.opinions", f"every peer's logits travel: leave it out, {_OLD}", ("all",)),
@@ -84,9 +84,11 @@ GONE = (
     Gone("step.pull_every", "leave it out together with step.pull", None),
     Gone("step.on_nonfinite", "use skip", values=("quarantine",)),
     Gone("peers.N.init_stream", "use stream, which keys the initial weights too", (None,)),
+    Gone("eval.test", neutral=(True, None), moved="eval.test_steps", put=0),
     Gone("eval.ensemble", "use prob or logit", values=("weights",)),
     Gone("eval.step_size", "steps are 2.5 eps / steps long; python -m mat_dist.evaluate takes step_size=", (None,)),
     Gone("checkpoint.background", "checkpoints are always written while training goes on: leave it out", None),
+    Gone("data.augment.cutout", f"use data.augment.idbh, which erases too, or leave it out, {_OLD}", (0, None)),
     Gone("data.poison", "write a data set in a plug-in: docs/examples/poisoned_data.py", (None,)),
 )
 

@@ -84,7 +84,6 @@ class Method:
         kept_bytes: (config, peer, training images, their shape) -> bytes that the hook keeps on the device.
         learning: (peer, its graph) -> passes (forward and backward) that it adds to the learning of a step.
         attack_passes: (peer, steps) -> gradient passes of a first view's attack with so many steps, and forwards alone.
-        attack_steps: (peer, step, steps per epoch) -> gradient steps of an attack at a step of the training.
         climbs, counts: its hook has tensors that replicas average before the forwards, or before the loss.
     """
 
@@ -106,7 +105,6 @@ class Method:
     kept_bytes: Callable[[Config, PeerConfig, int, tuple[int, ...]], int] | None = None
     learning: Callable[[PeerConfig, Any], int] | None = None
     attack_passes: Callable[[PeerConfig, Fraction], tuple[Fraction, Fraction]] | None = None
-    attack_steps: Callable[[PeerConfig, int, int], int] | None = None
 
     def uses(self, spec: PeerConfig) -> bool:
         """Whether a peer with these settings has the hook."""

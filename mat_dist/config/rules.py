@@ -114,7 +114,7 @@ def data_fill_a_batch(config: Config) -> list[ConfigError]:
 def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
     """IDBH with another crop or another hidden square is no longer what was published."""
     augment = config.data.augment
-    both = [name for name in ("pad", "random_resized_crop", "cutout") if getattr(augment, name)]
+    both = [name for name in ("pad", "random_resized_crop") if getattr(augment, name)]
     if augment.idbh == "off" or not both:
         return []
     return [ConfigError(f"idbh {augment.idbh} crops and erases itself, {both[0]} would come on top",

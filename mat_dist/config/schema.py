@@ -52,10 +52,9 @@ class AugmentConfig(Section):
     flip: bool = Field(False, description="mirror left-right with probability 1/2")
     random_resized_crop: Number = Field(0.0, ge=0, le=1, description="smallest area share of a random resized crop "
                                                                      "(ImageNet: 0.08); 0 is off")
-    cutout: Integer = Field(0, ge=0, le=512, description="side in pixels of a zeroed square; 0 is off")
     idbh: Literal["off", "weak", "strong"] = Field(
         "off", description="CropShift, a colour or shape transform, and random erasing of half of the images (weak) or "
-                           "all; takes the place of crops and cutout")
+                           "all; takes the place of crops")
     cutmix: Number = Field(0.0, ge=0, le=1, description="probability of an image to get a window of another one, and "
                                                         "of its label as much as its area (CutMix; published: 0.5; in "
                                                         "adversarial training with averaged weights: 1); 0 is off")
@@ -195,13 +194,12 @@ class EvalConfig(Section):
 
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
-    test_steps: Integer = Field(20, ge=1, le=10000, description="PGD steps on the test set at the end")
+    test_steps: Integer = Field(20, ge=0, le=10000, description="PGD steps on the test set, at the end; 0: no test")
     restarts: Integer = Field(1, ge=1, le=1000, description="random starts, the worst one counts per image")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")
     test_size: Integer | None = Field(None, ge=1, description="evaluate on this many test images; default all")
     chunk: Integer = Field(256, ge=1, le=1 << 20, description="images per unit of work; part of the result's seed")
     ensemble: Literal["prob", "logit"] = Field("prob", description="log of the mean probability, or mean logit")
-    test: bool = Field(True, description="attack best and last on the test set at the end")
 
 
 class CheckpointConfig(Section):

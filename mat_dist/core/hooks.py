@@ -1,6 +1,6 @@
 """What a method may add to a peer: a hook with a verb for each moment of a step. By default a verb does nothing.
 
-The order in a step, for each micro-batch: `strength`, `choose`, `craft` or `start`, `attacked`, `climb` and (after
+The order in a step, for each micro-batch: `choose`, `craft` or `start`, `attacked`, `climb` and (after
 replicas have averaged what it gave) `before_forward`, `inputs`, `count` (averaged likewise), `loss`, `after_backward`.
 Then, once: `gradients` (averaged with the peer's own), `after_reduce`, and `commit` or `abort`. Nothing of torch is
 imported here: methods are read for `--help` too.
@@ -45,10 +45,6 @@ class Hook:
 
     def begin(self, step: int, shown: Callable[[int], AugmentedView] | None) -> None:
         """Before each step. `shown`: step -> the images of which this rank's rows of the batch are views, if known."""
-
-    def strength(self, step: int) -> tuple[float, int | None]:
-        """The share of the radius that an attack has at a step, in (0, 1], and its number of steps (None: all)."""
-        return 1.0, None
 
     def choose(self, step: int) -> int:
         """Position of the threat that the peer's first view is made for."""

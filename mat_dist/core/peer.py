@@ -103,18 +103,8 @@ class Peer:
                 point = hook.start(point, region, first_row)
             return point
 
-        scale, steps = self.strength(part.step)
         stream = self.stream("attack", part.step, *([threat] if threat else []))
-        return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK,
-                                                                   scale, steps))
-
-    def strength(self, step: int) -> tuple[float, int | None]:
-        """The share of the radius that an attack has by now, and its number of steps (None: that of the settings)."""
-        scale, steps = 1.0, None
-        for hook in self.hooks:
-            share, fewer = hook.strength(step)
-            scale, steps = scale * share, steps if fewer is None else fewer
-        return scale, steps
+        return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK))
 
     # ---------------------------------------------------------------- forwards
 

@@ -138,7 +138,7 @@ class Trainer:
 
     def finish(self) -> None:
         """The test of the best and of the newest checkpoint."""
-        if self.config.eval.test and self.saver.newest is not None:
+        if self.config.eval.test_steps and self.saver.newest is not None:
             self.evaluations.finish(self.best(), self.saver.newest)
 
     # ---------------------------------------------------------------- records

@@ -22,7 +22,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inc
 
 
 def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int, first_row: int = 0) -> Tensor:
-    """The augmentations of single images that are on, in the order crop, resized crop, flip, IDBH, cutout.
+    """The augmentations of single images that are on, in the order crop, resized crop, flip, IDBH.
 
     Args:
         x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.
@@ -42,8 +42,6 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
         x_BCHW = flip(x_BCHW, *draw("flip", 1))
     if config.idbh != "off":
         x_BCHW = idbh(x_BCHW, config.idbh, draw)
-    if config.cutout:
-        x_BCHW = cutout(x_BCHW, config.cutout, *draw("cutout", 2))
     return x_BCHW
 
 
@@ -125,17 +123,6 @@ def _sample_points(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
     inside = (centre * length_B[:, None] - 0.5).clamp(min=0).minimum(length_B[:, None] - 1)
     return first_B[:, None] + inside
 
-
-def cutout(x_BCHW: Tensor, side: int, row_B: Tensor, column_B: Tensor) -> Tensor:
-    """Zero a square of `side` pixels whose centre is anywhere in the image (DeVries and Taylor, 2017).
-
-    It covers rows centre - side // 2 to centre - side // 2 + side - 1, as far as they are in the image.
-    """
-    height, width = x_BCHW.shape[2:]
-    hidden_BH = _covered(row_B, side, height)
-    hidden_BW = _covered(column_B, side, width)
-    hidden_BHW = hidden_BH[:, :, None] & hidden_BW[:, None, :]
-    return x_BCHW.masked_fill(hidden_BHW[:, None], 0)
 
 
 def _covered(u_B: Tensor, side: int, count: int) -> Tensor:

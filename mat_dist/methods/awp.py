@@ -37,7 +37,6 @@ class AwpConfig(Section):
 
     gamma: Number = Field(0.005, gt=0, le=1, description="length of the step relative to the weights' norm (published: "
                                                          "0.01, with TRADES 0.005)")
-    warmup_epochs: Number = Field(0.0, ge=0, description="epochs before it starts (with TRADES: 10)")
 
 
 class WeightPerturbation(Hook):
@@ -51,11 +50,10 @@ class WeightPerturbation(Hook):
         self._before: list[tuple[nn.Parameter, Tensor]] = []
 
     def climb(self, part: Batch, views: Views) -> Sequence[Tensor]:
-        """Gradients of the own loss; none before the warm-up has ended, and where the peer learns from others alone."""
-        peer = self.peer
-        if not peer.row.alone or part.step < self.settings.warmup_epochs * peer.steps_per_epoch:
+        """Gradients of the own loss; none where the peer learns from others alone."""
+        if not self.peer.row.alone:
             return ()
-        return list(torch.autograd.grad(peer.alone(part, views, DRAW), self._moved()))
+        return list(torch.autograd.grad(self.peer.alone(part, views, DRAW), self._moved()))
 
     def before_forward(self, averaged: Sequence[Tensor]) -> None:
         """Move the weights along the averaged gradients."""

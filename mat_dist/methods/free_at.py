@@ -57,9 +57,8 @@ class FreePerturbation(Hook):
         if own.grad is None:
             return
         assert attack.settings.step_size is not None
-        scale, _ = self.peer.strength(part.step)
         region = self._region(part, attack)
-        moved = region.step(own.detach(), own.grad, scale * attack.settings.step_size)
+        moved = region.step(own.detach(), own.grad, attack.settings.step_size)
         self.buffer.propose(part.first_row, region.inside(moved) - part.x_BCHW)
 
     def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
@@ -75,7 +74,7 @@ class FreePerturbation(Hook):
         self.buffer.load_state_dict(state)
 
     def _region(self, part: Batch, attack: TrainingAttack) -> Any:
-        return attack.region(part.x_BCHW, 0, self.peer.strength(part.step)[0])
+        return attack.region(part.x_BCHW)
 
 
 def free_attacks_fit(config: Config) -> list[ConfigError]:

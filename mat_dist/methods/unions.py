@@ -201,18 +201,18 @@ class Steepest(Hook):
     name = "unions"
 
     def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
-        (scale, steps), settings = self.peer.strength(part.step), attack.settings
+        settings = attack.settings
         assert settings.start is not None and settings.loss is not None
         stream = self.peer.stream("attack", part.step)
 
         def make(rows: slice) -> Found:
             x_BCHW, first_row = part.x_BCHW[rows], part.first_row + rows.start
-            regions = [attack.region(x_BCHW, number, scale) for number in range(len(attack.threats))]
+            regions = [attack.region(x_BCHW, number) for number in range(len(attack.threats))]
             start = regions[0].start(settings.start or "", stream=stream, first_row=first_row)
             with attack.ready(x_BCHW) as model:
                 return training_attack.Found(msd(
-                    model, x_BCHW, part.y_B[rows], regions=regions, step_sizes=[scale * size for size in attack.sizes],
-                    start_BCHW=start, loss=settings.loss or "", steps=steps or settings.steps, stream=stream))
+                    model, x_BCHW, part.y_B[rows], regions=regions, step_sizes=attack.sizes,
+                    start_BCHW=start, loss=settings.loss or "", steps=settings.steps, stream=stream))
 
         return attack.fitting(make, len(part.x_BCHW)).adv_BCHW
 

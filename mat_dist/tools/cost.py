@@ -27,24 +27,15 @@ def step_passes(config: Config, graph: CohortGraph) -> list[Passes]:
     return [_passes(config, graph, index, Fraction(spec.attack.steps)) for index, spec in enumerate(config.peers)]
 
 
-def total_passes(config: Config, graph: CohortGraph, total: int, per_epoch: int) -> tuple[int, int]:
-    """Forward and backward passes of all peers in `total` steps from the first, `per_epoch` of which make an epoch."""
-    rows = [_passes(config, graph, index, _mean_steps(spec, total, per_epoch))
-            for index, spec in enumerate(config.peers)]
+def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, int]:
+    """Forward and backward passes of all peers in `total` steps."""
+    rows = step_passes(config, graph)
     return math.ceil(total * sum(row.forward for row in rows)), math.ceil(total * sum(row.backward for row in rows))
 
 
 def used_by(spec: PeerConfig) -> Sequence[Method]:
     """The methods of a peer."""
     return [method for method in methods().values() if method.uses(spec)]
-
-
-def _mean_steps(spec: PeerConfig, total: int, per_epoch: int) -> Fraction:
-    """Gradient steps of an attack, on average over the training."""
-    grows = [method.attack_steps for method in used_by(spec) if method.attack_steps is not None]
-    if not grows:
-        return Fraction(spec.attack.steps)
-    return Fraction(sum(grows[0](spec, step, per_epoch) for step in range(total)), max(1, total))
 
 
 def _passes(config: Config, graph: CohortGraph, index: int, steps: Fraction) -> Passes:

@@ -69,7 +69,7 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     if per_epoch < 1 and steps is None:
         return None
     total = steps or _total(config, per_epoch)
-    return total, *total_passes(config, graph, total, per_epoch or max(1, total // config.train.epochs))
+    return total, *total_passes(config, graph, total)
 
 
 def _total(config: Config, per_epoch: int) -> int:
@@ -200,7 +200,7 @@ def _passes(run: _Run) -> list[str]:
     table.add_row("all", *(_number(sum(column)) for column in zip(*counts, strict=True)))
     return [f"passes per step, of {run.rows} images each", *_lines(table),
             "  Not counted: evaluations, and forwards for the transfer table of log steps.",
-            "  Counted in full: epochs in which peers still learn alone, or attacks still grow."]
+            "  Counted in full: epochs in which peers still learn alone."]
 
 
 def _memory(run: _Run) -> list[str]:
@@ -249,7 +249,7 @@ def _schedule(run: _Run) -> list[str]:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]
     total = _total(config, per_epoch)
-    forward, backward = total_passes(config, run.graph, total, per_epoch)
+    forward, backward = total_passes(config, run.graph, total)
     optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
         optims.setdefault(spec.optim, name)

@@ -119,7 +119,7 @@ def _evaluated(config: Config, sample: Sample) -> int:
     most = config.eval.chunk
     splits = [min(config.eval.size or most, most if sample.val is None else sample.val)] if config.eval.every else []
     splits += [min(config.eval.test_size or most, most if sample.test is None else sample.test)] \
-        if config.eval.test else []
+        if config.eval.test_steps else []
     return min(most, max(splits, default=0))
 
 

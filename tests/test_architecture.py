@@ -34,7 +34,7 @@ ROWS = (
     ("__main__",),
     ("bench",),
 )
-TO_MEND = {"attacks": {"core", "methods"}, "checkpoints": {"core", "evaluation"}, "core": {"methods"}}
+TO_MEND = {"attacks": {"core", "methods"}, "core": {"methods"}}
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 OBJECT_READERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

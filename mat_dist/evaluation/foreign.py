@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from traceback import print_exception
@@ -178,8 +178,7 @@ def write_run(found: Imported, config: Config, data: DataSets, out: str | None, 
             meta = checkpoints.Meta(epoch=0, peers=(str(config.peers[0].name),), config_digest=digest,
                                    data_digest=data.digest, extra={
                 "classes": list(data.classes), "imported": found.identity, "muted": {},
-                "images": {"shape": list(found.images.shape), "classes": found.images.classes,
-                           "mean": list(found.images.mean), "std": list(found.images.std)}})
+                "images": asdict(found.images)})
             partial = checkpoints.begin(folder, STEP, ATTEMPT)
             state: dict[str, Tensor] = found.model.state_dict()
             entry = checkpoints.save_peer(partial, 0, {"name": config.peers[0].name, "model": state, "ema": None})

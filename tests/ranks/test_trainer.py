@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, OutputError, StopRequested
 from mat_dist.evaluation import during_training
-from mat_dist.evaluation.__main__ import evaluate
 from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
-from mat_dist.models.classifier import Images
+from mat_dist.evaluation.survivors import gather
 from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.reporter import NullReporter
+from mat_dist.runs.session import Run as OpenRun
 from mat_dist.runs.session import open_run
 from mat_dist.runs.trackers import open_reporter
 from tests.small_runs import SMALL, Finished, as_format_1, robust_of, run_small
@@ -193,15 +196,19 @@ def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
     manifest = load_manifest(run.folder)
-    images = Images(**{**manifest.meta.extra["images"], "shape": data.train.shape})
 
-    def rank(mesh: Mesh) -> list[Any]:
-        return [(r.target, r.weights, *(t.tolist() for t in (r.clean_N, r.robust_TN, r.samples_N, r.labels_N)))
-                for r in evaluate(config, mesh, manifest, images, data.val, AttackPlan(1, restarts=2))]
+    def rank(mesh: Mesh) -> Any:
+        opened = OpenRun(run.folder, 1, logging.getLogger("nowhere"), [], mesh)
+        one = Evaluations(config, mesh, opened, data, StopFlag(), NullReporter())
+        return one.attack(manifest, replace(one.job(1), plans={"pgd": AttackPlan(1, restarts=2)}), "val", None)
 
-    tables = [table for world in (1, 2, 4) for table in run_ranks(rank, 4, world)]
-    assert len(tables) == 7 and all(table == tables[0] for table in tables)
-    assert len(tables[0]) == 10 and len(tables[0][0][2]) == 40 and any(tables[0][0][2])
+    tables = {world: run_ranks(rank, 4, world) for world in (1, 2, 4)}
+    whole = tables[1][0]
+    for world, (first, *others) in tables.items():
+        assert first == whole and others == [{"raw": [], "ema": []}] * (world - 1)
+    survivors = gather(whole["raw"], "raw")
+    assert [len(chunk["samples"]) for chunk in whole["ema"]] == [14, 14, 12] and len(survivors) == 5
+    assert len(survivors[0].clean_N) == 40 and survivors[0].clean_N.any()
 
 
 def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_attempt(cohort_run: Run,
@@ -217,14 +224,15 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_attempt
     assert read_best(again.folder).step == read_best(whole.folder).step  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("broken", ["evaluate", "write_results"])
+@pytest.mark.parametrize("broken", ["attack", "write_result"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: int, cohort_run: Run, uninterrupted: Run,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a checkpoint and the end of its evaluation; for call 2 nothing else is left to do."""
     whole = uninterrupted(*EVALUATED)
     calls: list[str] = []
-    original = getattr(during_training, broken)
+    owner = Evaluations if broken == "attack" else during_training
+    original = getattr(owner, broken)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(broken)
@@ -232,7 +240,7 @@ def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: in
             raise OutputError("disk full", "eval", "free some space")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(during_training, broken, failing)
+    monkeypatch.setattr(owner, broken, failing)
     with pytest.raises(OutputError):
         cohort_run("failed", 1, *EVALUATED)
     again = cohort_run("failed", 1, *EVALUATED)
@@ -254,17 +262,17 @@ def test_an_evaluation_that_was_done_is_not_repeated(cohort_run: Run) -> None:
 
 def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*EVALUATED, "eval.test=true")
-    original = during_training.evaluate
+    original = Evaluations.attack
 
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["purpose"] == "test":
+    def failing(self: Evaluations, manifest: Any, job: Any, split: str, size: Any) -> Any:
+        if split == "test":
             raise OutputError("disk full", "eval", "free some space")
-        return original(*args, **kwargs)
+        return original(self, manifest, job, split, size)
 
-    monkeypatch.setattr(during_training, "evaluate", failing)
+    monkeypatch.setattr(Evaluations, "attack", failing)
     with pytest.raises(OutputError):
         cohort_run("tested", 1, *settings)
-    monkeypatch.setattr(during_training, "evaluate", original)
+    monkeypatch.setattr(Evaluations, "attack", original)
     again = cohort_run("tested", 1, *settings)
     assert [r["attempt"] for r in again.records("epoch")] == [1, 1]  # nothing was trained or validated again
     best = read_best(again.folder)
@@ -275,15 +283,15 @@ def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monke
 
 def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(cohort_run: Run, tmp_path: Path,
                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    original, last = during_training.evaluate, []
+    original, last = Evaluations.attack, []
 
-    def damaged(config: Any, mesh: Any, manifest: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["purpose"] == "test" and not last:
+    def damaged(self: Evaluations, manifest: Any, job: Any, split: str, size: Any) -> Any:
+        if split == "test" and not last:
             last.append(manifest.step)
             raise CheckpointError("peer_0.safetensors is damaged", "step_00000004", "restore it")
-        return original(config, mesh, manifest, *args, **kwargs)
+        return original(self, manifest, job, split, size)
 
-    monkeypatch.setattr(during_training, "evaluate", damaged)
+    monkeypatch.setattr(Evaluations, "attack", damaged)
     monkeypatch.setattr(Trainer, "best", lambda self: load_manifest(self.run.folder, 4))
     with pytest.raises(CheckpointError, match="peer_0"):
         cohort_run("half", 1, *EVALUATED, "eval.test=true")

@@ -29,7 +29,7 @@ from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
 from mat_dist.evaluation.survivors import gather
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.reporter import NullReporter
+from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run as OpenRun
 from mat_dist.runs.session import open_run
 from mat_dist.runs.trackers import open_reporter
@@ -199,7 +199,7 @@ def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run
 
     def rank(mesh: Mesh) -> Any:
         opened = OpenRun(run.folder, 1, logging.getLogger("nowhere"), [], mesh)
-        one = Evaluations(config, mesh, opened, data, StopFlag(), NullReporter())
+        one = Evaluations(config, mesh, opened, data, StopFlag(), Reporter())
         return one.attack(manifest, replace(one.job(1), plans={"pgd": AttackPlan(1, restarts=2)}), "val", None)
 
     tables = {world: run_ranks(rank, 4, world) for world in (1, 2, 4)}

@@ -19,7 +19,7 @@ from mat_dist.attacks.norms import eps_text
 from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW
 from mat_dist.config.schema import Config, DataConfig, LossConfig, PeerConfig
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.step import train_step
+from mat_dist.core.step import Batch, train_step
 from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
@@ -63,7 +63,7 @@ class Trained:
         cohort = Cohort.build(self.config, MESH, self.images, steps_per_epoch=22)
         for step in range(25):
             images, y = self.data.train.batch(torch.arange(64 * step % 1300, 64 * step % 1300 + 64))
-            train_step(cohort, images.double() / 255, y, step)
+            train_step(cohort, Batch(images.double() / 255, y, step))
         self.states = [peer.state() for peer in cohort.peers]
         self.folder = folder = RunFolder(root)
         directory = checkpoints.begin(folder, 25, 1)
@@ -262,7 +262,7 @@ def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -
     generalist = [PeerConfig(name="peer0", role="specialist"), PeerConfig(name="peer1", role="generalist")]
     assert selection_score(raw, generalist) == pytest.approx(0.25)
     assert selection_score(raw, [peers[0], PeerConfig(name="peer1", frozen=True)]) == pytest.approx(1.0)
-    of_clean_images = LossConfig(hard_weight=0, kd_weight=0, trades_beta=0, mart_beta=0, pair_weight=0, clean_weight=1)
+    of_clean_images = LossConfig(hard_weight=0, kd_weight=0, clean_weight=1)
     lbgat = [PeerConfig(name="peer0", loss=of_clean_images), PeerConfig(name="peer1", loss=LossConfig(kd_weight=1))]
     assert selection_score(raw, lbgat) == pytest.approx(0.25)
 

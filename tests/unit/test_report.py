@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mat_dist.checkpoints.load import open_run
 from mat_dist.report import measure as measuring
 from mat_dist.report.__main__ import main
 from mat_dist.report.charts import Axis, Series, heat_map, interval_chart, line_chart, stacked_bars, surface
@@ -29,7 +30,7 @@ from mat_dist.report.compare import unlike
 from mat_dist.report.curves import phase_means, thinned
 from mat_dist.report.evaluations import Evaluation, Outcome, Target
 from mat_dist.report.files import read_run
-from mat_dist.report.measure import Measured, Victims, best_peer, find_checkpoint, load_victims, measure, png, scaled
+from mat_dist.report.measure import Measured, Victims, best_peer, load_victims, measure, png, scaled
 from mat_dist.report.page import class_shares, run_page
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -100,7 +101,7 @@ def copy(run, tmp_path) -> RunFolder:
 @pytest.fixture(scope="module")
 def victims(run) -> Victims:
     files = read_run(run.folder.path)
-    return load_victims(files, find_checkpoint(files), 40, CPU)
+    return load_victims(files, open_run(run.folder.path), 40, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ def train(words: list[str]) -> None:
     config = load_config(asked.config, asked.words)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
+    from mat_dist.core.optim import check_optimizers
     from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
     from mat_dist.distributed.device import choose_device, prepare_torch, ranks_per_device
@@ -43,6 +44,7 @@ def train(words: list[str]) -> None:
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)
+    check_optimizers(config)
     if asked.dry_run:
         text = describe_run(config, launch, device)
         if launch.speaks_for():

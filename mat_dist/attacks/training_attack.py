@@ -121,8 +121,9 @@ class TrainingAttack:
         gc.collect()  # the failed attempt's graph
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        parts = [make(slice(0, rows // 2)), make(slice(rows // 2, rows))]
-        return Found(*(None if one[0] is None else torch.cat(one) for one in zip(*parts, strict=True)))
+        one, two = make(slice(0, rows // 2)), make(slice(rows // 2, rows))
+        held_B = None if one.held_B is None or two.held_B is None else torch.cat([one.held_B, two.held_B])
+        return Found(torch.cat([one.adv_BCHW, two.adv_BCHW]), held_B)
 
     # ---------------------------------------------------------------- inside
 

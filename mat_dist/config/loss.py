@@ -1,7 +1,8 @@
-"""The settings of the mutual loss."""
+"""The settings of the mutual loss, and the same with nothing left open."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -48,3 +49,38 @@ class LossConfig(Section):
     def learns_aes(self) -> bool:
         """Whether a complete loss has a term on AEs; LBGAT's net of clean images has none."""
         return bool(self.hard_weight or self.kd_weight or self.pair_kl or self.pair_mse)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
+
+    hard_weight: float
+    hard_own: float
+    clean_weight: float
+    kd_weight: float
+    kd_own: float
+    kd_clean: float
+    kd_loss: str
+    kd_where: str
+    temperature: float
+    teacher_input: str
+    teacher_set: str
+    pair_kl: float
+    pair_mse: float
+    label_smoothing: float
+    warmup_epochs: float
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> LossWeights:
+        """From a complete section (`config.presets.fill_loss`). Raises ValueError naming the fields that are empty."""
+        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
+        empty = [f"loss.{name}" for name, value in values.items() if value is None]
+        if empty:
+            raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
+        return cls(**values)
+
+    def alone(self) -> LossWeights:
+        """While the peer warms up: all weight of labels and teachers is on the labels of own AEs."""
+        hard = self.hard_weight + self.kd_weight + self.kd_clean if self.hard_weight else 0.0
+        return replace(self, hard_weight=hard, hard_own=1.0, kd_weight=0.0, kd_clean=0.0)

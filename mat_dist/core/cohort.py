@@ -17,6 +17,7 @@ from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.graph import CLEAN, CohortGraph, View
 from mat_dist.core.guard import Guard
 from mat_dist.core.hooks import Views
+from mat_dist.core.losses import accuracy
 from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
 from mat_dist.data.shown import AugmentedView
@@ -24,6 +25,7 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.models.classifier import Images, make_model
+from mat_dist.models.modes import bn_buffers
 
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch
@@ -170,7 +172,7 @@ class Cohort:
     def transfer(self, part: Batch, views: Views, known: Sequence[Views]) -> Tensor:
         """Accuracy of the local peers on the first view of each peer and the clean images -> (L, P + 1)."""
         columns = [*(View(j) for j in range(len(self.specs))), CLEAN]
-        return torch.stack([peer.transfer(part, views, one, columns)
+        return torch.stack([torch.stack([accuracy(peer.constant(part, views, one, view), part.y_B) for view in columns])
                             for peer, one in zip(self.peers, known, strict=True)])
 
     # ---------------------------------------------------------------- before and after the vote
@@ -178,7 +180,7 @@ class Cohort:
     @contextmanager
     def rollback(self) -> Iterator[None]:
         """Undo what a step does before its vote, should it be refused: BN buffers, gradients, what hooks changed."""
-        before = [(buffer, buffer.clone()) for peer in self.peers for buffer in peer.buffers()]
+        before = [(buffer, buffer.clone()) for peer in self.peers for buffer in bn_buffers(peer.model)]
         try:
             yield
         except Exception:
@@ -198,7 +200,7 @@ class Cohort:
         for peer in self.peers:
             peer.update(step, self.lr(peer.spec, step), self.mesh.gather_replicas)
         if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
-            self.mesh.average_replicas([b for p in self.peers for b in p.buffers() if b.is_floating_point()])
+            self.mesh.average_replicas([b for p in self.peers for b in bn_buffers(p.model) if b.is_floating_point()])
         for peer in self.peers:
             peer.average(step)
 

@@ -8,15 +8,16 @@ peers warm up), so all ranks know all of it without asking.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.fields import parse_threats
+from mat_dist.config.loss import LossWeights
 from mat_dist.config.methods import methods, strategies
 from mat_dist.config.presets import hears
-from mat_dist.config.schema import LossConfig, PeerConfig
+from mat_dist.config.schema import PeerConfig
 
 
 class View(NamedTuple):
@@ -27,41 +28,6 @@ class View(NamedTuple):
 
 
 CLEAN = View(-1)
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
-
-    hard_weight: float
-    hard_own: float
-    clean_weight: float
-    kd_weight: float
-    kd_own: float
-    kd_clean: float
-    kd_loss: str
-    kd_where: str
-    temperature: float
-    teacher_input: str
-    teacher_set: str
-    pair_kl: float
-    pair_mse: float
-    label_smoothing: float
-    warmup_epochs: float
-
-    @classmethod
-    def of(cls, loss: LossConfig) -> LossWeights:
-        """From a complete section (`config.presets.fill_loss`). Raises ValueError naming the fields that are empty."""
-        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
-        empty = [f"loss.{name}" for name, value in values.items() if value is None]
-        if empty:
-            raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
-        return cls(**values)
-
-    def alone(self) -> LossWeights:
-        """While the peer warms up: all weight of labels and teachers is on the labels of own AEs."""
-        hard = self.hard_weight + self.kd_weight + self.kd_clean if self.hard_weight else 0.0
-        return replace(self, hard_weight=hard, hard_own=1.0, kd_weight=0.0, kd_clean=0.0)
 
 
 @dataclass(frozen=True)
@@ -164,11 +130,8 @@ class PeerGraph:
 
     @cached_property
     def learned(self) -> tuple[View, ...]:
-        """Views that this peer forwards with a graph: others', then own ones for further threats, clean, the first own.
-
-        Clean and own come last and together, so that `memory: recompute` can hold the coupled graphs and no others, in
-        the same order as `memory: keep`.
-        """
+        """Views that this peer forwards with a graph: others', then own ones for further threats, clean, the first own:
+        coupled ones stand together, so that `memory: recompute` holds their graphs and no others, in the same order."""
         used = set(self.hard) | {view for view in self.distilled if self.teachers(view)}
         used |= {self.mine[0], CLEAN} if self.paired else set()
         last = (*self.mine[1:], CLEAN, self.mine[0])
@@ -220,18 +183,10 @@ class CohortGraph:
 
     @classmethod
     def of(cls, complete: Sequence[PeerConfig], warming_up: Iterable[int] = ()) -> CohortGraph:
-        """From the complete entry of every peer, in peer order.
-
-        Args:
-            warming_up: peers that still learn alone.
-        """
+        """From the complete entry of every peer, in peer order; those in `warming_up` still learn alone."""
         infos, alone = tuple(PeerInfo.of(spec) for spec in complete), set(warming_up)
         weights = [LossWeights.of(spec.loss) for spec in complete]
         return cls(tuple(PeerGraph(i, infos, one.alone() if i in alone else one) for i, one in enumerate(weights)))
-
-    @property
-    def infos(self) -> tuple[PeerInfo, ...]:
-        return self.peers[0].infos
 
     @cached_property
     def guides(self) -> tuple[tuple[int, ...], ...]:
@@ -281,11 +236,7 @@ class CohortGraph:
                 if view in self.travelling or (log and view.threat == 0)]
 
     def width(self, ranks: Iterable[Sequence[int]], log: bool = False) -> int:
-        """How many views each rank sends, padded to the rank that sends most.
-
-        Args:
-            ranks: the peers of each rank.
-        """
+        """How many views each rank sends, padded to the one that sends most; `ranks`: the peers of each."""
         return max(len(self.sent(peers, log)) for peers in ranks)
 
     def forwarded(self, peer: int) -> tuple[View, ...]:

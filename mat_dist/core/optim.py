@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mat_dist.config.schema import OptimConfig
+from mat_dist.config.schema import Config, OptimConfig
+from mat_dist.config.tree import joined
 from mat_dist.errors import ConfigError
 from mat_dist.models.modes import split_norm_bias
 
@@ -57,11 +58,34 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
         given["weight_decay"] = optim.weight_decay
     try:
         # YAML has no tuples, and classes ask for them (betas).
-        return kind([g for g in groups if g["params"]], lr=optim.lr,  # type: ignore[call-arg]
-                    **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        named: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return kind([g for g in groups if g["params"]], lr=optim.lr, **named)  # type: ignore[call-arg]
     except (ValueError, TypeError) as refused:
         raise ConfigError(f"{kind.__name__} refuses its settings: {refused}", f"{where}.optim",
                           "see the class in the documentation of torch.optim") from refused
+
+
+def clipped(model: nn.Module, gradients: list[Tensor], limit: float | None) -> Tensor:
+    """Clip the gradients of a model together to an L2 norm, in place -> their norm before that (scalar, not finite if a
+    part is not; 0 where nothing trains)."""
+    if not gradients:
+        return torch.zeros((), device=next(model.parameters()).device)
+    norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
+
+
+def check_optimizers(config: Config) -> None:
+    """Raises ConfigError with all that is wrong with the optimizers of the peers: before models are built."""
+    problems = []
+    for index, spec in enumerate(config.peers):
+        try:
+            build_optimizer(nn.Linear(2, 2), spec.optim, f"peers.{index}")
+        except ConfigError as problem:
+            problems.append(problem)
+    if problems:
+        raise joined(problems, "optim")
 
 
 def lr_at(step: int, *, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:
@@ -103,6 +127,8 @@ def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> N
     torch's AveragedModel would copy the model (and the process groups of its norm layers), start from its first update
     and refuse counters.
     """
+    if decay == 1:
+        return
     floating = [k for k, v in ema.items() if v.is_floating_point()]
     torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
     for k, v in ema.items():

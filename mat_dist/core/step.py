@@ -7,7 +7,7 @@ each peer, then the clean images), T views taught, B rows of this replica's (mic
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,10 +37,6 @@ class Batch:
     step: int
     first_row: int = 0
     parts: int = 1
-
-    def of(self, x_BCHW: Tensor) -> Batch:
-        """The same with these images."""
-        return replace(self, x_BCHW=x_BCHW)
 
     def draw(self, number: int) -> tuple[int, int, int]:
         """What keys the draws of a forward on the view of this number."""

@@ -57,8 +57,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag,
                  evaluations: Evaluations) -> None:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
-        mean, std = channel_stats(data.train)
-        self.images = Images(data.train.shape, len(data.classes), mean, std)
+        self.images = Images(data.train.shape, len(data.classes), *channel_stats(data.train))
         steps = steps_per_epoch(len(data.train), config.train.batch_size, config.data.generated_share,
                                 config.train.replays)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
@@ -67,8 +66,6 @@ class Trainer:
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
-
-    # ---------------------------------------------------------------- the run
 
     def fit(self) -> None:
         """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
@@ -80,7 +77,8 @@ class Trainer:
             if self.lacks_evaluation(first):
                 self.validate(first)
             self.train(first)
-            self.finish()
+            if self.config.eval.test_steps and self.saver.newest is not None:
+                self.evaluations.finish(self.best(), self.saver.newest)
         except (NonFinite, PeerFailed):
             self.saver.finish()  # all ranks are here with one text: what is written becomes a checkpoint
             raise
@@ -90,8 +88,7 @@ class Trainer:
 
     def train(self, first: int) -> None:
         """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
-        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
-        meter = Meter()
+        total, meter = self.cohort.total_steps, Meter()
         for step in range(first, total):
             began = perf_counter()
             batch = self.fetch(step)
@@ -105,7 +102,7 @@ class Trainer:
                 meter = Meter()
             if self.saver.pending and outcome.ready:
                 self.saver.finish()
-            evaluates = self.evaluates_at(done, per_epoch, total)
+            evaluates = self.evaluates_at(done)
             if self.saves_at(done, outcome.stop):
                 needed = outcome.stop or done == total
                 self.save(done, needed=needed, wait=needed or evaluates)
@@ -136,13 +133,6 @@ class Trainer:
             self.note(f"warning: step {batch.step} left out ({count}): {error.what}")
             return Outcome(ready=False)
 
-    def finish(self) -> None:
-        """The test of the best and of the newest checkpoint."""
-        if self.config.eval.test_steps and self.saver.newest is not None:
-            self.evaluations.finish(self.best(), self.saver.newest)
-
-    # ---------------------------------------------------------------- records
-
     def note(self, text: str) -> None:
         """Tell the person at the console, and the log."""
         self.run.log.info("%s", text)
@@ -171,24 +161,21 @@ class Trainer:
         return {"step": done, "epoch": done / self.cohort.steps_per_epoch,
                 "lr": [self.cohort.lr(spec, done - 1) for spec in self.config.peers]}
 
-    # ---------------------------------------------------------------- checkpoints
-
     def saves_at(self, done: int, stopping: bool) -> bool:
         """Whether a checkpoint is due after `done` steps."""
-        per_epoch, total, when = self.cohort.steps_per_epoch, self.cohort.total_steps, self.config.checkpoint
-        by_epoch = done % (per_epoch * when.every) == 0
+        when = self.config.checkpoint
+        by_epoch = done % (self.cohort.steps_per_epoch * when.every) == 0
         by_step = when.every_steps is not None and done % when.every_steps == 0
-        return by_epoch or by_step or stopping or done == total or self.evaluates_at(done, per_epoch, total)
+        return by_epoch or by_step or stopping or done == self.cohort.total_steps or self.evaluates_at(done)
 
-    def evaluates_at(self, done: int, per_epoch: int, total: int) -> bool:
+    def evaluates_at(self, done: int) -> bool:
         """Whether an evaluation is due after `done` steps; it reads the checkpoint of that step."""
-        every = self.config.eval.every
-        return every > 0 and (done % (per_epoch * every) == 0 or done == total)
+        every = self.config.eval.every * self.cohort.steps_per_epoch
+        return every > 0 and (done % every == 0 or done == self.cohort.total_steps)
 
     def lacks_evaluation(self, done: int) -> bool:
         """Whether an earlier attempt ended between the checkpoint of step `done` and its evaluation."""
-        per_epoch, total = self.cohort.steps_per_epoch, self.cohort.total_steps
-        return done > 0 and self.evaluates_at(done, per_epoch, total) and self.evaluations.lacks(done)
+        return done > 0 and self.evaluates_at(done) and self.evaluations.lacks(done)
 
     def best(self) -> checkpoints.Manifest | None:
         """The checkpoint that the validation split chose; None if there was no evaluation."""
@@ -254,12 +241,9 @@ class Trainer:
             raise CheckpointError("the images are not those that the run was trained on", str(manifest.directory),
                                   "use the same data.root and data settings, or choose another run.name")
 
-    # ---------------------------------------------------------------- validation
-
     def validate(self, done: int) -> None:
         """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
         if self.saver.newest is None or self.saver.newest.step != done:
             return self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
-        robust = self.evaluations.validate(done, self.saver.newest, self.progress(done))
-        for line in self.watch.overfitting(robust):
+        for line in self.watch.overfitting(self.evaluations.validate(done, self.saver.newest, self.progress(done))):
             self.note(line)

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from mat_dist.core import objective
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
+    from mat_dist.models import modes
 else:
-    torch = lazy("torch")
+    torch, objective, modes = map(lazy, ("torch", "mat_dist.core.objective", "mat_dist.models.modes"))
 
 DRAW = -2  # keys what the forwards of the step up draw
 
@@ -50,10 +52,14 @@ class WeightPerturbation(Hook):
         self._before: list[tuple[nn.Parameter, Tensor]] = []
 
     def climb(self, part: Batch, views: Views) -> Sequence[Tensor]:
-        """Gradients of the own loss; none where the peer learns from others alone."""
+        """Gradients of the loss that the peer would have without the others, if any; batch-norm statistics stay."""
         if not self.peer.row.alone:
             return ()
-        return list(torch.autograd.grad(self.peer.alone(part, views, DRAW), self._moved()))
+        peer = self.peer
+        with torch.enable_grad(), peer.precision(), peer.drawing(part.draw(DRAW)), modes.batch_stats_only(peer.model):
+            loss = objective.own_loss(peer.row, {view: peer.logits(views[view]) for view in peer.row.alone}, part.y_B,
+                                      peer.hooks)
+        return list(torch.autograd.grad(loss, self._moved()))
 
     def before_forward(self, averaged: Sequence[Tensor]) -> None:
         """Move the weights along the averaged gradients."""

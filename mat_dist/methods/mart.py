@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mat_dist.core import losses
     from mat_dist.core.graph import PeerGraph, View
+    from mat_dist.core.peer import Peer
 else:
     torch, losses = lazy("torch"), lazy("mat_dist.core.losses")
 
@@ -54,13 +55,17 @@ class Mart(Hook):
 
     name = "mart"
 
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
+        self.settings: MartConfig = peer.spec.methods["mart"]  # type: ignore[assignment]
+
     def couples(self, row: PeerGraph) -> Sequence[View]:
         return () if row.me.frozen else (row.mine[0], *(view for view in row.learned if view.maker < 0))
 
     def loss(self, row: PeerGraph, logits: Views, y_B: Tensor, count: Tensor | None) -> Tensor:
         own, clean = self.couples(row)
         boosted = (1 - row.weights.kd_weight) * boosted_cross_entropy(logits[own], y_B)
-        return boosted + self.peer.spec.methods["mart"].beta * weighted_kl(logits[clean], logits[own], y_B)
+        return boosted + self.settings.beta * weighted_kl(logits[clean], logits[own], y_B)
 
 
 def one_label(config: Config) -> list[ConfigError]:

@@ -7,6 +7,8 @@ Weights count `batchmean` KL: summed over classes, averaged over the batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 from mat_dist.config.methods import Method, Preset, register_method
 
 KD = {"kd_weight": 0.5}
@@ -14,7 +16,7 @@ TRADES = {"clean_weight": 1.0, "hard_weight": 0.0, "pair_kl": 6.0}  # beta 6: Zh
 TRADES_ATTACK = {"loss": "kl_clean", "start": "gaussian"}
 # In a cohort with roles `mat` means: specialists learn alone (kd_weight > 0 lets the generalist feed back), the
 # generalist learns from their AEs, each taught by its maker.
-MAT_ROLES = {
+MAT_ROLES: dict[str, dict[str, Any]] = {
     "specialist": {"kd_weight": 0.0, "kd_own": 1.0},
     "generalist": {"kd_weight": 0.5, "hard_own": 0.0, "kd_own": 0.0, "teacher_set": "owner"},
 }

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    import mat_dist.attacks.pgd as pgd
     from mat_dist import rng
-    from mat_dist.attacks import norms, pgd, training_attack
+    from mat_dist.attacks import norms, training_attack
     from mat_dist.attacks.norms import Region
     from mat_dist.attacks.pgd import Model
     from mat_dist.attacks.training_attack import Found, TrainingAttack

@@ -106,3 +106,12 @@ def split_norm_bias(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     for name, parameter in model.named_parameters():
         (spared if parameter.ndim <= 1 or name.endswith("bias") else decayed).append(parameter)
     return decayed, spared
+
+
+def draws_in_forward(model: nn.Module) -> bool:
+    """Whether a model uses torch's global generator in training: dropout, stochastic depth, drop path."""
+    def draws(module: nn.Module) -> bool:
+        kind = type(module).__name__.lower()
+        return isinstance(module, nn.modules.dropout._DropoutNd) or "stochasticdepth" in kind or "droppath" in kind
+
+    return any(map(draws, model.modules()))

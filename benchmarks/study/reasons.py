@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.command import Watch
-from benchmarks.speed.subject import Subject
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import EMA, RAW, FinishedRun, candidates
 from mat_dist.cli import tell
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import Config
@@ -30,9 +30,9 @@ from mat_dist.data import ImageSet, load_data, place
 from mat_dist.distributed.device import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.attacks import EMA, RAW, AttackPlan, candidates, load_models, restarts
+from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
-from mat_dist.evaluation.command import check_images
+from mat_dist.evaluation.command import check_images, open_asked
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
@@ -61,50 +61,50 @@ def main(options: Namespace) -> None:
     config = load_config(str(folder.config), arguments.settings)
     if len(config.peers) < 2:
         raise ConfigError("a run of one peer, which has nobody to learn from", str(folder.path), "give a cohort's")
-    subject = Subject.find(folder, config, arguments.request.model_copy(update={"images": images, "checkpoint": label}))
-    file = place_of(folder, identity(subject.manifest, subject.weights, images))
+    run, _ = open_asked(folder, config, arguments.request.model_copy(update={"checkpoint": label}))
+    file = place_of(run, images)
     if options.dry_run:
         steps = sum(spec.attack.steps for spec in config.peers)
-        print(f"{folder.name}, step {subject.manifest.step}: at most {images} validation and {images} training images, "
+        print(f"{folder.name}, step {run.manifest.step}: at most {images} validation and {images} training images, "
               f"{2 * steps * images} passes of one image in the attacks; "
               f"{'measured already, and measured again' if file.is_file() else 'not measured yet'} ({file})")
         return
-    document = make(subject, config, images)
+    document = make(run, images)
     with reported(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, document)
     show(document)
 
 
-def make(subject: Subject, config: Config, images: int) -> dict[str, Any]:
+def make(run: FinishedRun, images: int) -> dict[str, Any]:
     """Measure a run, at most so many images of each split -> JSON values."""
-    watch = Watch(tell=tell)
+    watch, config = Watch(tell=tell), run.config
     device = choose_device(config, local_rank=0, local_world=1)
     prepare_torch(config)
     watch.say(f"{len(config.peers)} peers, {images} validation and {images} training images, {device}")
     with watching() as stop:
         data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size, stop=stop)
-    check_images(data, subject)
+    check_images(data, run)
     data = place(data, config.data.residency, device)
-    models = load_models(config, subject.manifest, subject.images, subject.weights, device)
-    return {**identity(subject.manifest, subject.weights, images), "step": subject.manifest.step,
-            **measured(models, config, data.val, data.train, images, device, watch)}
+    return {**identity(run, images), "step": run.manifest.step,
+            **measured(run.models(device), config, data.val, data.train, images, device, watch)}
 
 
-def identity(manifest: checkpoints.Manifest, weights: str, images: int) -> dict[str, Any]:
+def identity(run: FinishedRun, images: int) -> dict[str, Any]:
     """What a file of this command belongs to: weights of a checkpoint, and how many images were asked for."""
-    return {"asked": images, "weights": weights, "files": {entry.name: entry.sha256 for entry in manifest.files}}
+    return {"asked": images, "weights": run.weights,
+            "files": {entry.name: entry.sha256 for entry in run.manifest.files}}
 
 
-def place_of(folder: RunFolder, about: dict[str, Any]) -> Path:
-    """The file that belongs to an `identity`."""
-    return folder.eval / "reasons" / f"{checkpoints.json_digest(about)[:12]}.json"
+def place_of(run: FinishedRun, images: int) -> Path:
+    """The file of an `identity`."""
+    return run.folder.eval / "reasons" / f"{checkpoints.json_digest(identity(run, images))[:12]}.json"
 
 
 def find(folder: RunFolder, config: Config, images: int) -> dict[str, Any] | None:
     """What was measured of the last checkpoint of a run, None where it was not."""
-    weights = EMA if any(peer.optim.averages for peer in config.peers) else RAW
-    file = place_of(folder, identity(checkpoints.load_manifest(folder), weights, images))
+    weights = EMA if any(peer.averages for peer in config.peers) else RAW
+    file = place_of(FinishedRun(folder, config, checkpoints.load_manifest(folder), weights), images)
     if not file.is_file():
         return None
     document: dict[str, Any] = parse_json(file.read_bytes())
@@ -190,9 +190,9 @@ class TrainedPeers:
             for chunk, first in enumerate(range(0, len(samples), self.config.eval.chunk)):
                 self.watch.now(f"AEs of {what} images: {first} of {len(samples)}")
                 x_BCHW, y_B = pixels(data, samples[first:first + self.config.eval.chunk], self.device, self.config)
-                crafted = [next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
-                           for model, (threat, plan) in zip(self.models, self.attacks, strict=True)]
-                for source, adv_BCHW in enumerate([*crafted, x_BCHW]):
+                advs = [next(crafted(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
+                       for model, (threat, plan) in zip(self.models, self.attacks, strict=True)]
+                for source, adv_BCHW in enumerate([*advs, x_BCHW]):
                     for name, value_P in opinions(self.logits(adv_BCHW), y_B).items():
                         sums[name][:, source] += value_P.cpu()
         return {"images": len(samples), **{name: [[round(value / len(samples), 6) for value in row]

@@ -114,7 +114,7 @@ class Job:
             return []
         try:
             held = load_config(str(self.folder.config)).model_dump(mode="json")
-        except ConfigError as error:  # of a version with other settings
+        except MatError as error:  # of a version with other settings
             return [f"they cannot be read: {error}"]
         for theirs, mine in zip(held["peers"], self.config.peers, strict=False):
             source = Path(mine.init_from or "")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from benchmarks.study.plan import Evaluation, Kind, Label
 from benchmarks.study.runs import Job, Runner, failure
@@ -14,7 +12,8 @@ from mat_dist import checkpoints
 from mat_dist.config import load_config
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.command import asked
-from mat_dist.evaluation.results import CLEAN, UNION, read_images, read_result
+from mat_dist.evaluation.results import CLEAN, UNION, Result, read_results
+from mat_dist.evaluation.settings import parse
 from mat_dist.evaluation.targets import make_job, target_names
 
 Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of the targets that are right
@@ -22,26 +21,25 @@ Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of th
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation of a run: which one, of which checkpoint, and its result file."""
+    """One evaluation of a run: which one, of which checkpoint, and its result."""
 
     name: str
     evaluation: Evaluation
     label: Label
-    file: Path
-    document: Mapping[str, Any]
+    result: Result
 
     @property
     def unsound(self) -> list[str]:
         """Checks that failed, by target; empty where there were none."""
-        return [f"{one['target']}: {check['check']}" for one in self.document["targets"] for check in one["checks"]
-                if not check["passed"]]
+        return [f"{one.target}: {check.check}" for one in self.result.targets for check in one.checks or ()
+                if not check.passed]
 
     @cached_property
     def kinds(self) -> Mapping[Kind, Accuracies]:
         """Mean peer, best peer by validation and ensemble -> accuracies image by image."""
-        flags = {target: one.correct for (target, _), one in read_images(self.file.with_suffix(".csv")).items()}
-        peers = [name for name in self.document["names"] if not name.startswith("ensemble")]
-        chosen = self.document["chosen_on_validation"]
+        flags = {target: one.correct for (target, _), one in self.result.images.items()}
+        peers = [name for name in self.result.document["names"] if not name.startswith("ensemble")]
+        chosen = self.result.document["chosen_on_validation"]
         members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen else [],
                                           "ensemble": [name for name in flags if name not in peers]}
         return {kind: self._columns([flags[name] for name in names]) for kind, names in members.items() if names}
@@ -88,23 +86,15 @@ def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:
     """The newest result that answers this evaluation."""
-    from mat_dist.evaluation.settings import parse
-
     arguments = parse((str(job.folder.path), *words(job, evaluation, label)))
     request = arguments.request
     config = load_config(str(job.folder.config), arguments.settings)
     wanted = {"checkpoint": label, "step": _step(job, label),
               **asked(request, config, make_job(request, config), target_names(request, config)),
               **({} if request.images is None else {"n": request.images})}
-    fitting = []
-    for file in sorted(job.folder.eval.glob(f"evaluate_{request.split}_{label}_*.json")):
-        document = read_result(file).document
-        if all(document.get(key) == value for key, value in wanted.items()):
-            fitting.append((document["time"], file, document))
-    if not fitting:
-        return None
-    _, file, document = max(fitting, key=lambda one: one[0])
-    return Evaluated(name, evaluation, label, file, document)
+    fitting = [one for one in read_results(job.folder.eval, f"evaluate_{request.split}_{label}_*")
+               if all(one.document.get(key) == value for key, value in wanted.items())]
+    return Evaluated(name, evaluation, label, fitting[-1]) if fitting else None
 
 
 def _step(job: Job, label: Label) -> int:

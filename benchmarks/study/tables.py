@@ -13,7 +13,8 @@ from benchmarks.study.runs import Trained, training_seconds
 from benchmarks.study.scores import Evaluated, gathered
 from benchmarks.study.why import why_document
 from mat_dist.config.schema import Config
-from mat_dist.core.graph import CLEAN, CohortPlan
+from mat_dist.core.graph import CohortGraph
+from mat_dist.evaluation.results import CLEAN
 from mat_dist.evaluation.statistics import paired_difference
 
 Cell = tuple[Label, Kind, str]  # checkpoint, who, column
@@ -99,7 +100,7 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
     steps, forward, backward = passes or (None, None, None)
     return {"row": entry.name, "says": row.says, "peers": row.peers,
             "mutual": first is not None and is_mutual(first.config),
-            "averages": first is not None and any(peer.optim.averages for peer in first.config.peers),
+            "averages": first is not None and any(peer.averages for peer in first.config.peers),
             "tried": row.tried, "remark": row.remark,
             "cost_factor": row.cost_factor, "kinds": list(row.kinds), "error": entry.error,
             "settings": list(row.settings), "command": first.command if first else "",
@@ -154,15 +155,13 @@ def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[
 
 
 def is_mutual(config: Config) -> bool:
-    """Whether some peer learns from another one that trains in the same run: its AEs, its opinion, its weights."""
-    cohort = CohortPlan.of(config.peers)
-    if cohort.split or config.step.pull:
-        return True
-    for plan in cohort.peers:
-        sources = {slot for slot in plan.learned if slot < plan.peers}
-        sources |= {teacher for slot in plan.distilled for teacher in plan.teachers(slot)}
-        sources |= set(cohort.guided[plan.index])
-        if not plan.me.frozen and any(i != plan.index and not config.peers[i].frozen for i in sources):
+    """Whether some peer learns from another one that trains in the same run: its AEs, or its opinion."""
+    graph = CohortGraph.of(config.peers)
+    training = {row.index for row in graph.peers if not row.me.frozen}
+    for row in graph.peers:
+        sources = {view.maker for view in row.learned} | set(graph.guides[row.index])
+        sources |= {teacher for view in row.distilled for teacher in row.teachers(view)}
+        if row.index in training and sources & training - {row.index}:
             return True
     return False
 

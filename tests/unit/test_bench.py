@@ -73,7 +73,7 @@ def test_the_naive_trainer_learns() -> None:
 
 def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     """K attack passes and P learning passes for each of P = 3 peers."""
-    made = subject("step.attack_copy=false")
+    made = subject("step.attack_engine=model")
     limit, calls = Limit(made), []
     for model in limit._models:
         model.register_forward_hook(lambda m, given, out: calls.append(m.training))

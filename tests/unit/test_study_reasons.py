@@ -83,7 +83,6 @@ def test_every_pair_has_one_sentence_with_points_interval_and_cost() -> None:
 
 @pytest.mark.parametrize(("settings", "mutual"), [
     (["peers=3", "loss=at"], False), (["peers=3", "loss=mat"], True), (["peers=2", "loss=mat_share"], True),
-    (["peers=2", "loss=at", "attack.split_batch=true"], True), (["peers=2", "loss=at", "step.pull=0.5"], True),
     (["peers=2", "loss=lbgat"], True), (["peers=1", "loss=trades"], False),
     (["peers=2", "loss=ard", "peers.1.frozen=true", "peers.1.init_from=RUN"], False),  # its teacher does not train
     (["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2", "peers.2.role=generalist"],
@@ -285,7 +284,7 @@ suites:
   cpu:
     config: digits
     settings: [train.max_steps=4, train.batch_size=16, attack.steps=1, model.width=0.25, eval.every=1, eval.size=20,
-               eval.steps=1, log.every=2, optim.ema_decay=null, eval.test=false, data.train_size=64]
+               eval.steps=1, log.every=2, optim.ema_decay=null, eval.test_steps=0, data.train_size=64]
     seeds: [0]
     reasons: {images: 20}
     tables:

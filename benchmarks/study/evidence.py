@@ -55,7 +55,7 @@ def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
             images = suite.reasons.images if suite.reasons and row.peers > 1 else 0
             entry = Entry(name, table=title, row=row, reasons=images)
             entry.plan(suite, options.root, (f"peers={row.peers}", *suite.settings, *table.settings, *row.settings,
-                                             *options.settings))
+                                             *options.words))
             entries.append(entry)
     return entries
 

@@ -50,7 +50,7 @@ def main(options: Namespace) -> None:
     Raises ConfigError, CheckpointError, DataError, OutputError.
     """
     plugins = [word for file in options.plugin for word in ("--plugin", file)]
-    arguments = parse([options.run, *options.settings, *plugins])
+    arguments = parse([*options.words, *plugins])
     if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
         raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
     label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "last"

@@ -75,7 +75,7 @@ def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
         for point in family.points():
             key = hashlib.sha256("\n".join((*common, *point)).encode()).hexdigest()[:8]
             one = Candidate(f"{title}_{key}", family=title, point=point)
-            one.plan(suite, options.root, (*common, *point, *options.settings, NEVER_TESTED))
+            one.plan(suite, options.root, (*common, *point, *options.words, NEVER_TESTED))
             found.append(one)
     return found
 

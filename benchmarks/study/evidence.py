@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import chosen
@@ -18,6 +17,7 @@ from benchmarks.study.tables import Entry, table_document
 from benchmarks.study.why import explain, write_charts
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
+from mat_dist.evaluation.results import show
 from mat_dist.tools.dryrun import training_passes
 
 
@@ -129,8 +129,7 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
         table.add_row(entry.table, entry.name, str(entry.row.peers), str(len(entry.jobs)),
                       str(passes[0]) if passes else "?", f"{trained * len(entry.jobs):.2f}", f"{tested:.2f}")
     table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}")
-    screen = Console()
-    (screen if screen.is_terminal else Console(width=120)).print(table)
+    show(table)
     print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
 from mat_dist.evaluation.command import check_images, open_asked
+from mat_dist.evaluation.results import show as show_table
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
@@ -49,6 +49,8 @@ def main(options: Namespace) -> None:
 
     Raises ConfigError, CheckpointError, DataError, OutputError.
     """
+    if not options.words:
+        raise ConfigError("no run is named", COMMAND_LINE, "give the folder of a finished run, e.g. runs/NAME")
     plugins = [word for file in options.plugin for word in ("--plugin", file)]
     arguments = parse([*options.words, *plugins])
     if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
@@ -120,8 +122,7 @@ def show(document: dict[str, Any]) -> None:
         for source, name in enumerate(names):
             table.add_row(names[student], name, *(f"{100 * found[key][student][source]:.1f}" for key in SHOWN),
                           f"{found['kl'][student][source]:.3f}")
-    screen = Console()
-    (screen if screen.is_terminal else Console(width=140)).print(table)
+    show_table(table)
     learned = document["training"]["right"]
     for student in document["students"]:
         print(f"{names[student]}: {100 * learned[student][0]:.1f} % right on own AEs of "

@@ -12,8 +12,7 @@ from benchmarks.command import chosen
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Suite, TablePlan, read_evidence
 from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
-from benchmarks.study.scores import evaluate, find, labels
-from benchmarks.study.tables import Entry, table_document
+from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
 from benchmarks.study.why import explain, write_charts
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable

@@ -6,6 +6,7 @@ The only file of the benchmark that knows how the core of mat_dist is made.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +80,13 @@ class Subject:
         """Inputs that a peer learns on, the largest number over the peers."""
         return max(len(row.learned) for row in self.cohort.graph.peers)
 
+    @property
+    def places(self) -> list[str]:
+        """What ranks exchange in a step, in order."""
+        cohort, several = self.cohort, self.mesh.placement.replicas > 1
+        part = ["AEs", *["climb"] * (cohort.climbs and several), "logits", *["counts"] * cohort.counts]
+        return [*part * cohort.step.microbatches, *["gradients"] * several, "vote"]
+
     def notes(self) -> list[str]:
         """What the peers of all ranks have to tell, e.g. that an engine cannot run."""
         told = self.mesh.gather_json([note for peer in self.cohort.peers for note in peer.notes])
@@ -90,7 +98,7 @@ class Subject:
 
     def step(self) -> None:
         """One whole training step, data included; its phases are kept in `clocks`."""
-        clock = PhaseClock(self.mesh.device)
+        clock = PhaseClock(self.mesh.device, self.places)
         batch = self.batch()
         clock.lap("data")
         train_step(self.cohort, batch, clock=clock)
@@ -180,19 +188,22 @@ class Limit:
 
 
 class PhaseClock(Clock):
-    """Names the waits and exchanges of a step after their place, and waits for the device at each lap."""
+    """Names the waits and exchanges of a step after their place, and waits for the device at each lap.
 
-    PLACES = ("AEs", "logits", "vote")
+    Args:
+        places: what is exchanged in a step, in order; the last one is the vote, which is a header alone.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._seen = device, {"wait": 0, "exchange": 0}
+    def __init__(self, device: torch.device, places: Sequence[str]) -> None:
+        self._device, self._places, self._seen = device, places, {"wait": 0, "exchange": 0}
         synchronise(device)
         super().__init__()
 
     def lap(self, phase: str) -> None:
         synchronise(self._device)
         if phase in self._seen:
-            place = self.PLACES[min(self._seen[phase], len(self.PLACES) - 1)]
+            place = self._places[self._seen[phase]]
             self._seen[phase] += 1
-            phase = place if place == "vote" else f"{place}, {'header' if phase == 'wait' else 'exchange'}"
+            vote = self._seen[phase] == len(self._places)
+            phase = place if vote else f"{place}, {'header' if phase == 'wait' else 'exchange'}"
         super().lap(phase)

@@ -95,8 +95,17 @@ def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     assert [state_hash(p.state()) for p in made.cohort.peers] == before
 
 
+@pytest.mark.parametrize("changed", [(), ("step.microbatches=2", "methods.awp.gamma=0.01")])
+def test_a_step_has_all_its_phases_in_order(changed: tuple[str, ...]) -> None:
+    """Micro-batches add to the same ones."""
+    made = subject(*changed)
+    made.step()
+    assert list(made.clocks[0]) == ["data", "attack", "AEs, header", "AEs, exchange", "forward", "logits, header",
+                                    "logits, exchange", "backward", "vote", "optimizer"]
+
+
 def test_phases_are_named_after_their_place() -> None:
-    clock = PhaseClock(CPU)
+    clock = PhaseClock(CPU, ["AEs", "logits", "vote"])
     for phase in ("attack", "wait", "exchange", "forward", "wait", "exchange", "backward", "wait"):
         clock.lap(phase)
     assert list(clock.seconds) == ["attack", "AEs, header", "AEs, exchange", "forward", "logits, header",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,61 +156,42 @@ def opinions(logits_PBK: Tensor, y_B: Tensor) -> dict[str, Tensor]:
     return {name: found[name].double().sum(-1) for name in MEASURES}
 
 
-@dataclass(frozen=True)
-class TrainedPeers:
-    """The peers of a finished run.
+def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
+             device: torch.device, watch: Watch) -> dict[str, Any]:
+    """All that `reasons` finds out, as JSON values; at most `size` images of each split.
 
-    Attributes:
-        models: in eval mode, over images in [0, 1].
-        config: whose threats and numbers of steps make the AEs.
-        watch: told how far it is.
+    Each peer attacks with PGD on its own threat, with as many steps as in training. `training` has `right` alone,
+    [student][own AEs, clean images].
+
+    Args:
+        models: of all peers, in eval mode, over images in [0, 1].
     """
+    names, seed = [str(spec.name) for spec in config.peers], config.run.seed
+    attacks = [(Threat(spec.threat.norm, spec.threat.eps), AttackPlan(steps=spec.attack.steps))
+               for spec in config.peers]
 
-    models: Sequence[nn.Module]
-    config: Config
-    device: torch.device
-    watch: Watch
-
-    @property
-    def attacks(self) -> list[tuple[Threat, AttackPlan]]:
-        """How the AEs of each peer are made."""
-        return [(Threat(spec.threat.norm, spec.threat.eps), AttackPlan(steps=spec.attack.steps))
-                for spec in self.config.peers]
-
-    @torch.no_grad()
-    def logits(self, x_BCHW: Tensor) -> Tensor:
-        """Of all peers -> (P, B, K)."""
-        return torch.stack([model(x_BCHW) for model in self.models])
-
-    def measure(self, data: ImageSet, size: int, what: str) -> dict[str, Any]:
-        """The mean of each of MEASURES on `size` images of a split, as lists [student][source], clean images last."""
-        samples, peers = chosen_images(len(data), size, self.config.run.seed), len(self.models)
-        sums = {name: torch.zeros(peers, peers + 1, dtype=torch.float64) for name in MEASURES}
-        with strict_arithmetic():
-            for chunk, first in enumerate(range(0, len(samples), self.config.eval.chunk)):
-                self.watch.now(f"AEs of {what} images: {first} of {len(samples)}")
-                x_BCHW, y_B = pixels(data, samples[first:first + self.config.eval.chunk], self.device, self.config)
-                advs = [next(crafted(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
-                       for model, (threat, plan) in zip(self.models, self.attacks, strict=True)]
-                for source, adv_BCHW in enumerate([*advs, x_BCHW]):
-                    for name, value_P in opinions(self.logits(adv_BCHW), y_B).items():
-                        sums[name][:, source] += value_P.cpu()
+    def measure(data: ImageSet, what: str) -> dict[str, Any]:
+        """The mean of each of MEASURES on images of a split, as lists [student][source], clean images last."""
+        samples = chosen_images(len(data), size, seed)
+        sums = {name: torch.zeros(len(models), len(models) + 1, dtype=torch.float64) for name in MEASURES}
+        for chunk, first in enumerate(range(0, len(samples), config.eval.chunk)):
+            watch.now(f"AEs of {what} images: {first} of {len(samples)}")
+            x_BCHW, y_B = pixels(data, samples[first:first + config.eval.chunk], device, config)
+            advs = [next(crafted(model, x_BCHW, y_B, threat, plan, seed=seed, chunk=chunk))
+                    for model, (threat, plan) in zip(models, attacks, strict=True)]
+            for source, adv_BCHW in enumerate([*advs, x_BCHW]):
+                with torch.no_grad():
+                    logits_PBK = torch.stack([model(adv_BCHW) for model in models])
+                for name, value_P in opinions(logits_PBK, y_B).items():
+                    sums[name][:, source] += value_P.cpu()
         return {"images": len(samples), **{name: [[round(value / len(samples), 6) for value in row]
                                                   for row in table.tolist()] for name, table in sums.items()}}
 
-
-def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
-             device: torch.device, watch: Watch | None = None) -> dict[str, Any]:
-    """All that `reasons` finds out, as JSON values; at most `size` images of each split.
-
-    `training` has `right` alone, [student][own AEs, clean images].
-    """
-    peers = TrainedPeers(models, config, device, watch or Watch())
-    names = [str(spec.name) for spec in config.peers]
-    known = peers.measure(training, size, "training")
-    return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
-            "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
-                       for threat, plan in peers.attacks],
-            "validation": peers.measure(validation, size, "validation"),
-            "training": {"images": known["images"],
-                         "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}
+    with strict_arithmetic():
+        known = measure(training, "training")
+        return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
+                "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
+                           for threat, plan in attacks],
+                "validation": measure(validation, "validation"),
+                "training": {"images": known["images"],
+                             "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}

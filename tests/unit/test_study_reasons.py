@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import Watch
 from benchmarks.study import reasons
 from benchmarks.study.__main__ import main
 from benchmarks.study.pages import verdict_lines, why_lines
@@ -149,7 +150,7 @@ def test_every_peer_meets_the_aes_of_every_peer_on_the_validation_split() -> Non
                                     "attack.steps=3", "eval.chunk=7", "data.val_size=60"])
     data = load_data(config.data, seed=0, batch_size=64)
     models = [Straight(1), Straight(2)]
-    found = measured(models, config, data.val, data.train, 20, torch.device("cpu"))
+    found = measured(models, config, data.val, data.train, 20, torch.device("cpu"), Watch())
 
     def reference(split: ImageSet) -> tuple[list[list[list[list[float]]]], list[int]]:
         """Logits [source][model][image], clean images last, and labels."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
-from mat_dist.data.shown import AugmentedView
+from mat_dist.data.augment import AugmentedView
 
 STORED = torch.float16  # an error of 2^-12 of a perturbation, which is a start and is projected again
 

@@ -13,17 +13,57 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.attack_copy import AttackCopy
-from mat_dist.attacks.fgsm import n_fgsm
-from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.norms import Region, Threat
-from mat_dist.attacks.pgd import Model, pgd
+from mat_dist.attacks.pgd import Model, n_fgsm, pgd
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.modes import frozen
 
-APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
 # (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
 Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # graph, inputs, results
+WARM_UP = 3  # calls before the capture: cuDNN tries its kernels and autograd starts its threads
+APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
+
+
+class GraphedAttack:
+    """`attack` as one CUDA graph for each shape that it meets: its few thousand small kernels are launched at once.
+
+    What a graph reads must stay where it is, so inputs are copied into fixed tensors; weights are read where the model
+    keeps them, and may change between calls. Random numbers are drawn before: a captured draw would repeat itself.
+
+    Args:
+        attack: deterministic, without a synchronisation with the host; always with the same model.
+
+    Raises RuntimeError in a call where the capture fails; the attack itself can still be called then.
+    """
+
+    def __init__(self, attack: Engine) -> None:
+        self._attack = attack
+        self._graphs: dict[torch.Size, Captured] = {}
+
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> tuple[Tensor, ...]:
+        if x_BCHW.shape not in self._graphs:
+            self._graphs[x_BCHW.shape] = self._capture(x_BCHW, y_B, start_BCHW)
+        graph, inputs, result = self._graphs[x_BCHW.shape]
+        for fixed, given in zip(inputs, (x_BCHW, y_B, start_BCHW), strict=True):
+            fixed.copy_(given)
+        graph.replay()
+        return tuple(part.clone() for part in result)
+
+    def _capture(self, *given: Tensor) -> Captured:
+        x_BCHW, y_B, start_BCHW = (tensor.detach().clone() for tensor in given)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._attack(x_BCHW, y_B, start_BCHW)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog thread asks its events meanwhile, which a global capture would forbid.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self._attack(x_BCHW, y_B, start_BCHW)
+        return graph, (x_BCHW, y_B, start_BCHW), result
 
 
 class Found(NamedTuple):

@@ -15,7 +15,7 @@ from mat_dist.config import load_config
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
-from mat_dist.models.classifier import Images, make_model
+from mat_dist.models.registry import Images, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 

@@ -19,7 +19,7 @@ from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
-from mat_dist.models.classifier import DTYPES, Images
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.runs.metrics import Reporter, device_memory
 from mat_dist.runs.session import Run
 

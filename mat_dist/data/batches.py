@@ -8,9 +8,8 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import AugmentConfig, Config
-from mat_dist.data.augment import augment_batch, cutmix
+from mat_dist.data.augment import AugmentedView, augment_batch, cutmix
 from mat_dist.data.images import DataSets, ImageSet, as_float
-from mat_dist.data.shown import AugmentedView
 
 
 def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0, replays: int = 1) -> int:

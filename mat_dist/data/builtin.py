@@ -24,9 +24,8 @@ import torch
 
 from mat_dist import rng
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import RawData
+from mat_dist.data.images import RawData, register_dataset
 from mat_dist.data.load import complement, stratified
-from mat_dist.data.registry import register_dataset
 from mat_dist.data.shared import MOST_BYTES, Source, fetch_once
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, OutputError

@@ -22,8 +22,7 @@ from PIL import Image
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
-from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory
-from mat_dist.data.registry import register_dataset
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset
 from mat_dist.data.shared import once
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError

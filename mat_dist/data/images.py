@@ -1,18 +1,25 @@
-"""Image sets: what a data set is once it is read, how a batch is taken from it, its means, its place in memory."""
+"""Data sets: their names, what their readers return, how a batch is taken, means, place in memory.
+
+A plug-in file adds its own with `@register_dataset("name")`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mat_dist import rng
-from mat_dist.errors import DataError
+from mat_dist.config.schema import DataConfig
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import ConfigError, DataError
 
 MAPPED_IMAGES = 50_000  # of a mapped set are looked at for means: all of ImageNet would be read from disk
 LEAST_STD = 1 / 255  # a constant channel must not divide by zero
@@ -20,6 +27,7 @@ _SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x
 _FLOAT_LEVELS = 65535
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_LOADERS: dict[str, Loader] = {}
 
 
 @dataclass(frozen=True)
@@ -230,3 +238,50 @@ def check_memory(nbytes: int, where: str, how: str) -> None:
     if nbytes > free:
         raise DataError(f"the images need {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", where,
                         how)
+
+
+class Loader(Protocol):
+    """A data set: settings, whether this process writes shared files, the stop request of this process -> images."""
+
+    def __call__(self, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData: ...
+
+
+def register_dataset(name: str, *, shared: bool = False,
+                     stoppable: bool = False) -> Callable[[Callable[..., RawData]], Callable[..., RawData]]:
+    """Make a function (DataConfig) -> RawData available as `data.name=<name>`.
+
+    Args:
+        name: the name, which no other data set has.
+        shared: the function takes a second argument `build` (bool) and writes files that ranks share (a download, a
+            cache): a call with build=True may write them, a call with build=False waits until they are there.
+        stoppable: the function also takes `stop` (a StopFlag or None) and calls `leave_if`
+            (distributed.stopping) now and then; without it a stop request is noticed when the data are there.
+    """
+
+    def add(function: Callable[..., RawData]) -> Callable[..., RawData]:
+        if name in _LOADERS:
+            raise ConfigError(f"the data set {name!r} is registered twice",
+                              f"{function.__module__}.{function.__name__}", "give it another name")
+
+        def load(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
+            return function(config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
+
+        _LOADERS[name] = load
+        return function
+
+    return add
+
+
+def find_dataset(name: str) -> Loader:
+    """The function (DataConfig, build, stop) -> RawData of a data set. Raises ConfigError for an unknown name."""
+    if name in _LOADERS:
+        return _LOADERS[name]
+    near = difflib.get_close_matches(name, _LOADERS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"unknown data set {name!r}", "data.name",
+                      f"{hint}known: {', '.join(dataset_names())}; a plug-in file can register its own")
+
+
+def dataset_names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    return tuple(sorted(_LOADERS))

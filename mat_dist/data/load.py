@@ -12,9 +12,8 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.generated import generated_images
-from mat_dist.data.images import DataSets, ImageSet, RawData, sampled_rows
-from mat_dist.data.registry import find_dataset
+from mat_dist.data.arrays import generated_images
+from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError
 

@@ -40,7 +40,7 @@ from mat_dist.evaluation.attacks import (
     transfer_counts,
 )
 from mat_dist.evaluation.soundness import examine
-from mat_dist.models.classifier import DTYPES
+from mat_dist.models.registry import DTYPES
 from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
 
 FORMAT = 2  # of a chunk's file

@@ -14,8 +14,7 @@ from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidate
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict

@@ -1,4 +1,4 @@
-"""A run from opening to its end: the folder, the lock, the rank's log, and `exit.json`."""
+"""A run from opening to its end: the folder, the lock, the log of each rank, and `exit.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from mat_dist.cli import LOGGED
 from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
 from mat_dist.config.schema import Config
 from mat_dist.distributed.agreement import Agreement, described
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import (
     FINAL_CODES,
@@ -34,7 +34,6 @@ from mat_dist.errors import (
 from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
-from mat_dist.runs.logs import close_logger, rank_logger
 from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
 
 T = TypeVar("T")
@@ -208,3 +207,41 @@ def _held(lock: RunLock) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(OutputError):
             lock.release()
+
+
+class _QuietFileHandler(logging.FileHandler):
+    """A full disk is reported once, by the writer of metrics or checkpoints, not by every log line of every rank."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return None
+
+
+def rank_logger(folder: Path | str, rank: int) -> logging.Logger:
+    """A logger that appends to `<folder>/rank_<rank>.log` from level INFO and to nothing else.
+
+    It is not registered with the `logging` module, so it has no parent, leaves the application's own logging alone,
+    and two runs in one process do not share handlers. Times are UTC.
+
+    Raises:
+        OutputError: the file cannot be opened.
+    """
+    path = Path(folder) / f"rank_{rank}.log"
+    try:
+        handler = _QuietFileHandler(path, mode="a", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot open the log file: {error.strerror}", str(path),
+                          "make the run folder writable or choose another run.root") from error
+    form = logging.Formatter(f"%(asctime)s.%(msecs)03dZ [rank {rank}] %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    form.converter = time.gmtime
+    handler.setFormatter(form)
+    logger = logging.Logger(f"mat_dist.rank_{rank}", level=logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    return logger
+
+
+def close_logger(logger: logging.Logger) -> None:
+    """Close the files of `logger`."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

@@ -24,10 +24,10 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import cache_folder
 from mat_dist.data.folder import load_folder
-from mat_dist.data.registry import find_dataset
+from mat_dist.data.images import find_dataset
 from mat_dist.distributed import processes
 from mat_dist.distributed.launch import Launch
-from mat_dist.distributed.rendezvous import LocalRendezvous
+from mat_dist.distributed.torchrun_plugin import LocalRendezvous
 from mat_dist.errors import ConfigError, EnvironmentFault, OutputError
 from mat_dist.models import build_model
 from mat_dist.runs import record

@@ -137,7 +137,7 @@ class Saver:
     def _passes(self, agree: Agreement, point: str, done: int) -> bool:
         """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""
         try:
-            agree.settle(point)
+            agree.sync(point)
         except OutputError as error:
             self._failures += 1
             if self.run.mesh.placement.is_lead:

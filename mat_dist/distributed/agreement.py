@@ -119,7 +119,7 @@ class Agreement:
                 raise found
         return Verdict(stop=any(row[2] for row in rows), ready=all(row[3] for row in rows))
 
-    def settle(self, point: str) -> None:
+    def sync(self, point: str) -> None:
         """End a phase of unknown length together: raise if any rank failed in it. Waits as long as all ranks live."""
         self.mesh.meet(f"{self.where}, {point}")
         self.header(point)

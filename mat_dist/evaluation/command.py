@@ -67,13 +67,13 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
     with _logged(folder, mesh):
         agree = Agreement(mesh, f"evaluation of {folder.name}")
         one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
-        agree.settle("loading")
+        agree.sync("loading")
         # Nodes may differ in what they tell of themselves: rank 0's word counts.
         name, digest = mesh.from_lead([one.name, one.about["digest"]])
         work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
         chunks = run_chunks(work, mesh, stop, tell)
         told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
-        agree.settle("results")
+        agree.sync("results")
         path, failed = mesh.from_lead(told)
     if failed:
         raise NotReportable(f"failed checks: {'; '.join(failed[:6])}", path,

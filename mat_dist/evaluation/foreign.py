@@ -66,7 +66,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
     agree = Agreement(mesh, "reading a checkpoint")
     data = agree.run("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
-    agree.settle("data")
+    agree.sync("data")
     paths: list[str] = []
     if mesh.placement.is_lead:
         config = _with_threat(config, threats)
@@ -76,7 +76,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
             paths.append(str(folder.path) if folder else "")
     if agree.failure is not None and not isinstance(agree.failure, MatError):
         print_exception(agree.failure)  # a bug of ours; there may be no run folder yet with a log to look into
-    agree.settle("import")
+    agree.sync("import")
     return [RunFolder(Path(path)) for path in mesh.from_lead(paths)]
 
 

@@ -54,7 +54,7 @@ class Run:
         """The result of local work; if it fails on any rank, all ranks raise that error."""
         agree = Agreement(self.mesh, what)
         result = agree.run(what, work, *args, **kwargs)
-        agree.settle(what)
+        agree.sync(what)
         return result
 
 
@@ -70,7 +70,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
     _same_settings(mesh, config)
     lead = mesh.placement.is_lead
     opened = agree.run("run folder", _open_folder, config, launch, config_name) if lead else None
-    agree.settle("run folder")
+    agree.sync("run folder")
     with contextlib.ExitStack() as stack:
         if opened is not None:
             stack.enter_context(_held(opened[1]))
@@ -85,7 +85,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
                       seed=config.run.seed, placement={"peers": mesh.placement.peers, "ranks": mesh.placement.world,
                                                        "plugins": plugins}, job_id=launch.job_id)
             agree.run("config", _record_config, folder, config, attempt)
-        agree.settle("environment")
+        agree.sync("environment")
         log.info("attempt %d, %s, device %s", attempt, mesh.placement.describe(), device_name(mesh.device))
         try:
             yield Run(folder, attempt, log, told["notes"], mesh)

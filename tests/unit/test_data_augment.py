@@ -84,7 +84,8 @@ def test_augmented_images_stay_in_the_unit_interval_and_keep_their_type(dtype):
     assert float(result.max()) <= 1
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(pad=2), AugmentConfig(flip=True), AugmentConfig(random_resized_crop=0.3), ALL])
+@pytest.mark.parametrize("config", [AugmentConfig(pad=2), AugmentConfig(flip=True),
+                                    AugmentConfig(random_resized_crop=0.3), ALL])
 def test_rows_of_a_batch_are_bitwise_those_of_the_whole_batch(config):
     x = images(24)
     whole = augment_batch(x, config, seed=5, step=7)

@@ -49,7 +49,7 @@ def load_npz(config: DataConfig) -> RawData:
             names = stored["classes"] if "classes" in stored.files else None
     except DAMAGE as problem:
         raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
-    classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
+    classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(map(str, names.reshape(-1)))
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
                    y_test, classes)
 
@@ -73,11 +73,8 @@ def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
 
 
 def _check_sizes(path: Path) -> None:
-    """Look at the arrays' headers only: nothing large is allocated for a file that lies.
-
-    Raises:
-        DataError: arrays are missing, hold objects, do not fit into memory, or are compressed beyond belief.
-    """
+    """Look at the arrays' headers only, so that nothing large is allocated for a file that lies: DataError for arrays
+    that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
     total = 0
     with zipfile.ZipFile(path) as archive:
         members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
@@ -110,10 +107,8 @@ def members_by_name(archive: zipfile.ZipFile, needed: tuple[str, ...], where: st
 
 def read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str
                 ) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether it lies column by column, type and header length of an array.
-
-    numpy bounds the header to 10 000 characters.
-    """
+    """Shape, whether it lies column by column, type and header length of an array; numpy bounds the header to 10 000
+    characters."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -147,9 +142,7 @@ def generated_images(name: str, shape: tuple[int, int, int], classes: int) -> tu
     the pixels of some of them.
 
     Args:
-        name: the file.
         shape: (C, H, W) that they must have.
-        classes: labels are 0..classes-1.
 
     Raises:
         DataError: no such file, another layout, shape or labels.

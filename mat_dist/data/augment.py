@@ -1,4 +1,4 @@
-"""Training augmentation of a whole batch on its device, with keyed draws.
+"""Training augmentation of a whole batch on its device, with keyed draws, and what a batch shows of its images.
 
 Every draw is a row of a stream keyed by (seed, operation, step), so a replica that holds rows 64..127 of a batch
 draws what a process with the whole batch draws for them. Images stay in [0, 1]. CutMix takes the whole batch.
@@ -7,8 +7,8 @@ draws what a process with the whole batch draws for them. Images stay in [0, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,13 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
 
     Args:
         x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.
-        config: which augmentations, with their sizes in pixels.
-        seed: the run's seed.
-        step: training step.
-        first_row: place of these rows in the whole batch.
     """
     draw = draws(len(x_BCHW), seed=seed, step=step, first_row=first_row, device=x_BCHW.device)
     if config.pad:
         x_BCHW = pad_crop(x_BCHW, config.pad, *draw("crop", 2))
     if config.random_resized_crop:
-        height, width = x_BCHW.shape[2:]
-        x_BCHW = resized_crop(x_BCHW, crop_boxes(*draw("resize", 4), size=(height, width),
-                                                 smallest=config.random_resized_crop))
+        boxes_B4 = crop_boxes(*draw("resize", 4), size=x_BCHW.shape[2:], smallest=config.random_resized_crop)
+        x_BCHW = resized_crop(x_BCHW, boxes_B4)
     if config.flip:
         x_BCHW = flip(x_BCHW, *draw("flip", 1))
     if config.idbh != "off":
@@ -50,8 +45,7 @@ def draws(count: int, *, seed: int, step: int, first_row: int, device: torch.dev
     """(operation, n) -> n tensors (B,) of uniform float64 numbers in [0, 1), for `count` rows from `first_row` on."""
     def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
         stream = rng.key(seed, f"augment-{operation}", step)
-        return rng.uniform(stream, (count, numbers), first_row=first_row, device=device,
-                               dtype=torch.float64).unbind(1)
+        return rng.uniform(stream, (count, numbers), first_row=first_row, device=device, dtype=torch.float64).unbind(1)
     return draw
 
 
@@ -82,7 +76,7 @@ def mirror(x_BCHW: Tensor, which_B: Tensor) -> Tensor:
     return torch.where(which_B[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
 
 
-def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: tuple[int, int],
+def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: Sequence[int],
                smallest: float) -> Tensor:
     """Boxes (B, 4) of top, left, height, width in whole pixels, from four uniform numbers.
 
@@ -125,14 +119,6 @@ def _sample_points(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
     return first_B[:, None] + inside
 
 
-
-def _covered(u_B: Tensor, side: int, count: int) -> Tensor:
-    """Which of `count` positions the square covers: bool (B, count)."""
-    first_B = (u_B * count).long() - side // 2
-    place = torch.arange(count, device=u_B.device)
-    return (place >= first_B[:, None]) & (place < first_B[:, None] + side)
-
-
 def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, seed: int, step: int
            ) -> tuple[Tensor, Tensor]:
     """Images with a window of another one of the batch, and mixed labels (B, K) in the images' type.
@@ -149,7 +135,6 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, see
     Args:
         x_BCHW, y_B: a whole batch, all replicas' rows of it.
         probability: of an image to be mixed, in (0, 1].
-        classes: number of classes (K).
     """
     count, (height, width) = len(x_BCHW), x_BCHW.shape[2:]
     u_B, kept_B, row_B, column_B = rng.uniform(
@@ -196,7 +181,6 @@ class AugmentedView:
 
     @classmethod
     def plain(cls, images_B: Tensor, count: int) -> AugmentedView:
-        """Whole images."""
         nothing = torch.zeros_like(images_B)
         return cls(images_B, count, 0, nothing, nothing, nothing.bool())
 
@@ -211,15 +195,14 @@ class AugmentedView:
         return cls(images_B, count, augment.pad, row_B, column_B, mirrored_B)
 
     def to(self, device: torch.device) -> AugmentedView:
-        """The same on a device."""
-        return AugmentedView(self.images_B.to(device), self.count, self.pad, self.row_B.to(device),
-                             self.column_B.to(device), self.mirrored_B.to(device))
+        return self._each(lambda part: part.to(device))
 
     def rows(self, first: int, end: int) -> AugmentedView:
-        """Some of the rows."""
-        cut = slice(first, end)
-        return AugmentedView(self.images_B[cut], self.count, self.pad, self.row_B[cut], self.column_B[cut],
-                             self.mirrored_B[cut])
+        return self._each(lambda part: part[first:end])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AugmentedView:
+        names = ("images_B", "row_B", "column_B", "mirrored_B")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def view(self, frames_BCHW: Tensor) -> Tensor:
         """What the rows show of their images' frames."""

@@ -41,7 +41,7 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def scale_levels(levels: np.ndarray) -> np.ndarray:
-    """Counts 0..16 as bytes: round(255 v / 16), so 0 stays 0 and 16 becomes 255."""
+    """Counts 0..16 as bytes: round(255 v / 16)."""
     return ((levels.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
 
 

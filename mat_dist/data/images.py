@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x
 _FLOAT_LEVELS = 65535
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# Settings, whether this process writes shared files, the stop request of this process -> images
+Loader = Callable[[DataConfig, bool, "StopFlag | None"], "RawData"]
 _LOADERS: dict[str, Loader] = {}
 
 
@@ -110,7 +113,6 @@ class ImageSet:
 
     @property
     def device(self) -> torch.device:
-        """Where the images lie."""
         return self.store.device
 
     @property
@@ -197,11 +199,8 @@ def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]
     for part in rows.split(_SUMMED):
         images = train.batch(part)[0]
         words = images.to(torch.int32) if levels == 255 else (images.double() * levels).round().to(torch.int64)
-        first = words.sum((0, 2, 3), dtype=torch.int64).tolist()
-        second = words.square_().sum((0, 2, 3), dtype=torch.int64).tolist()
-        for k in range(channels):
-            sums[k] += first[k]
-            squares[k] += second[k]
+        sums = [*map(int.__add__, sums, words.sum((0, 2, 3), dtype=torch.int64).tolist())]
+        squares = [*map(int.__add__, squares, words.square_().sum((0, 2, 3), dtype=torch.int64).tolist())]
     pixels = count * train.shape[1] * train.shape[2]
     means = [Fraction(total, pixels) for total in sums]
     variances = [Fraction(total, pixels) - mean**2 for total, mean in zip(squares, means, strict=True)]
@@ -211,25 +210,16 @@ def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def available_bytes() -> int:
     """Memory that this process can still get, in bytes: the kernel's estimate, or less in a limited container."""
-    amounts = [_machine_bytes()]
-    try:
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, StopIteration):  # not Linux
+        amounts.append(next(int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines()
+                            if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError, KeyError):  # no container limit that can be read
         limit, used, detail = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
         if limit.strip() != "max":
             file_pages = int(dict(line.split() for line in detail.splitlines())["file"])  # given back when needed
             amounts.append(int(limit) - int(used) + file_pages)
-    except (OSError, ValueError, KeyError):
-        pass  # no container limit that can be read
     return max(0, min(amounts))
-
-
-def _machine_bytes() -> int:
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(nbytes: int, where: str, how: str) -> None:
@@ -238,12 +228,6 @@ def check_memory(nbytes: int, where: str, how: str) -> None:
     if nbytes > free:
         raise DataError(f"the images need {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", where,
                         how)
-
-
-class Loader(Protocol):
-    """A data set: settings, whether this process writes shared files, the stop request of this process -> images."""
-
-    def __call__(self, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData: ...
 
 
 def register_dataset(name: str, *, shared: bool = False,
@@ -263,10 +247,8 @@ def register_dataset(name: str, *, shared: bool = False,
             raise ConfigError(f"the data set {name!r} is registered twice",
                               f"{function.__module__}.{function.__name__}", "give it another name")
 
-        def load(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
-            return function(config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
-
-        _LOADERS[name] = load
+        _LOADERS[name] = lambda config, build, stop=None: function(
+            config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
         return function
 
     return add

@@ -56,28 +56,10 @@ class Mesh:
         """(L, ...) here -> (P, ...) on every rank, in peer order, contiguous, without gradient."""
         return self._gather(local_L.detach(), self._peer)
 
-    def sum_peers(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks of the peer axis, on every one of them, without gradient; in no fixed order."""
-        if self._peer is None:
-            return tensor.detach()
-        total = tensor.detach().cpu() if self._staged else tensor.detach().clone()
-        with self._naming("sum"):
-            dist.all_reduce(total, group=self._peer)
-        return total.to(tensor.device)
-
     def gather_world(self, row: Sequence[int]) -> list[list[int]]:
         """One row of integers here -> the rows of all ranks, by rank. Travels over the control group."""
         table = self._gather(torch.tensor([list(row)], dtype=torch.int64), self._world)
         return table.tolist()
-
-    def sum_world(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over all ranks, on every rank."""
-        if self._world is None:
-            return tensor
-        total = tensor.clone()
-        with self._naming("sum"):
-            dist.all_reduce(total, group=self._world)
-        return total
 
     def average_replicas(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their mean over the replicas, in place, in one flat all-reduce."""
@@ -88,10 +70,8 @@ class Mesh:
         with self._naming("gradient average"):
             dist.all_reduce(moved, group=self._replica)
         flat = moved.to(flat.device).div_(self.placement.replicas)
-        start = 0
-        for t in tensors:
-            t.copy_(flat[start:start + t.numel()].view_as(t))
-            start += t.numel()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view_as(t))
 
     def gather_replicas(self, local_B: Tensor) -> Tensor:
         """(B, ...) here -> the rows of all replicas in their order, on every one of them, without gradient."""
@@ -259,5 +239,4 @@ def prepare_torch(config: Config) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -37,9 +37,6 @@ class Beat:
     where: str
     process: ProcessIdentity
 
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
     def parse(cls, text: bytes) -> Beat:
         values = json.loads(text)
@@ -106,7 +103,6 @@ class Heartbeat:
             pause = min(0.2, pause * 1.5)
 
     def close(self) -> None:
-        """End the thread."""
         self._store.close()
 
     # ---------------------------------------------------------------- when something is wrong
@@ -171,21 +167,17 @@ class Heartbeat:
         return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
 
     def _as_error(self, verdict: dict[str, Any]) -> MatError:
-        guilty = list(verdict["ranks"])
-        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in guilty)
         if "error" in verdict:
             told = verdict["error"]
             return error_class(told["code"])(told["what"], told["where"], told["how"])
-        if guilty:
-            last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
-            found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}",
-                               "start again to continue from the newest checkpoint; see its rank_<r>.log; raise "
-                               "comm.timeout if it was only slow")
-        else:
-            found = PeerSilent("an exchange failed though all ranks answer", verdict["what"],
-                               "check the network between the nodes, then start again to continue from the newest "
-                               "checkpoint")
-        found.guilty = tuple(guilty)
+        if not verdict["ranks"]:
+            return PeerSilent("an exchange failed though all ranks answer", verdict["what"], "check the network "
+                              "between the nodes, then start again to continue from the newest checkpoint")
+        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in verdict["ranks"])
+        last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
+        found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}", "start again to continue from "
+                           "the newest checkpoint; see its rank_<r>.log; raise comm.timeout if it was only slow")
+        found.guilty = tuple(verdict["ranks"])
         return found
 
     def _is_gone(self, beat: Beat | None) -> bool:
@@ -212,7 +204,8 @@ class Heartbeat:
     def _beat(self, store: Any) -> None:
         """Sign of life; passes a stop request on, to the others or from them. In the store's thread."""
         self._count += 1
-        store.set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
+        beat = Beat(self._count, self._arrived, self._where, self._process)
+        store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         if not self._told_stop and self._stop.requested:
             self._told_stop = True
             store.set(STOP, "1")

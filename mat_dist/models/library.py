@@ -105,12 +105,17 @@ def _unknown(library: str, name: str, known: Sequence[str]) -> ConfigError:
                        f"the nearest are {', '.join(near)}" if near else f"see {library}'s list of models")
 
 
+def _has_batch_norm(net: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
 def _set_norm(net: nn.Module, norm: str, name: str) -> None:
-    if not has_batch_norm(net):
+    if not _has_batch_norm(net):
         raise ConfigError("the network has no batch norm", f"model.name={name}", "leave model.norm empty")
     if norm == "group":
-        replace_batch_norms(net)
-        if has_batch_norm(net):
+        _replace(net, (nn.BatchNorm2d,), lambda old: nn.GroupNorm(norm_groups(old.num_features), old.num_features,
+                                                                  eps=old.eps, affine=old.affine))
+        if _has_batch_norm(net):
             raise ConfigError("some batch norms of the network are of a type of their own", f"model.name={name}",
                               "leave model.norm empty or choose another network")
 
@@ -118,7 +123,11 @@ def _set_norm(net: nn.Module, norm: str, name: str) -> None:
 def _set_activation(net: nn.Module, activation: str, name: str, shape: tuple[int, int, int]) -> None:
     if not replace_relus(net, activation):
         raise ConfigError("the network has no ReLU modules", f"model.name={name}", "leave model.activation empty")
-    if activation != "relu" and applies_relu(net, torch.full((1, *shape), 0.5)):
+    if activation == "relu":
+        return
+    with frozen(net), torch.no_grad(), _Operators() as seen:
+        net(torch.full((1, *shape), 0.5))
+    if not _RELU_OPERATORS.isdisjoint(seen.names):
         raise ConfigError("the network calls ReLU as a function, so it cannot be replaced", f"model.name={name}",
                           "leave model.activation empty or choose another network")
 
@@ -135,29 +144,7 @@ def replace_relus(net: nn.Module, activation: str) -> int:
     return _replace(net, RELUS, lambda old: make_activation(activation))
 
 
-def replace_batch_norms(net: nn.Module) -> int:
-    """Replace every module of exact type BatchNorm2d by a GroupNorm of `norm_groups` groups. Returns how many."""
-    return _replace(net, (nn.BatchNorm2d,), _as_group_norm)
-
-
-def has_batch_norm(net: nn.Module) -> bool:
-    """Whether any batch norm, of any type, is left."""
-    return any(isinstance(module, _BatchNorm) for module in net.modules())
-
-
-def applies_relu(net: nn.Module, x_BCHW: Tensor) -> bool:
-    """Whether a forward pass in eval mode computes a ReLU or ReLU6, also where the code calls the function."""
-    with frozen(net), torch.no_grad(), _Operators() as seen:
-        net(x_BCHW)
-    return not _RELU_OPERATORS.isdisjoint(seen.names)
-
-
-def _as_group_norm(old: nn.Module) -> nn.Module:
-    assert isinstance(old, nn.BatchNorm2d)
-    return nn.GroupNorm(norm_groups(old.num_features), old.num_features, eps=old.eps, affine=old.affine)
-
-
-def _replace(net: nn.Module, kinds: tuple[type[nn.Module], ...], new: Callable[[nn.Module], nn.Module]) -> int:
+def _replace(net: nn.Module, kinds: tuple[type[nn.Module], ...], new: Callable[[Any], nn.Module]) -> int:
     """Replace submodules of exactly these types; a module that stands in several places stays one module."""
     done: dict[nn.Module, nn.Module] = {}
     for parent in list(net.modules()):

@@ -85,13 +85,11 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
                 std: Sequence[float]) -> nn.Module:
     """A classifier over float images (B, C, H, W) in [0, 1] that returns raw logits (B, classes).
 
-    A Sequential of `normalize` and `net` on torch's default device. Weights are drawn from torch's
-    global generator: wrap the call in `streams.keyed_rng`. One image is passed through before the model is returned.
+    A Sequential of `normalize` and `net` on torch's default device. Weights are drawn from torch's global generator:
+    wrap the call in `rng.keyed_rng`. One image is passed through before the model is returned.
 
     Args:
-        config: name, width, activation, norm.
         shape: (C, H, W) of an image.
-        classes: number of classes K, at least 2.
         mean, std: per channel, in [0, 1] units; std above 0.
 
     Raises:
@@ -152,7 +150,7 @@ def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> N
 
 @dataclass(frozen=True)
 class Images:
-    """What the models must fit: image shape (C, H, W), number of classes, channel mean and deviation."""
+    """What the models must fit: image shape (C, H, W), number of classes, mean and deviation of each channel."""
 
     shape: tuple[int, int, int]
     classes: int

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -41,10 +42,11 @@ class AttackCopy:
         with frozen(model), torch.autocast(sample.device.type, enabled=False):
             try:
                 found = _Record.of(model, sample)
-                called, layers = _copied(model, found, casts=dtype is not None)
+                called, layers = _copied(model, found.norms(), casts=dtype is not None)
                 for layer in layers:
                     layer.refresh()
-                if not _agree(called(sample), found.logits_BK):
+                wrong_BK, theirs_BK = called(sample) - found.logits_BK, found.logits_BK
+                if not wrong_BK.abs().max() <= TOLERANCE * theirs_BK.abs().max().clamp(min=1):  # NaN is wrong too
                     raise ValueError("the copy gives other logits")
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -90,7 +92,7 @@ class _Layer:
             self.own.bias.copy_(bias)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Record:
     """One pass of a model: the modules that were called, with their first input and output, and the logits.
 
@@ -98,21 +100,17 @@ class _Record:
     """
 
     logits_BK: Tensor
-    calls: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
+    calls: list[tuple[nn.Module, Any, Any]]
 
     @classmethod
     def of(cls, model: nn.Module, sample: Tensor) -> _Record:
         calls: list[tuple[nn.Module, Any, Any]] = []
-        kinds = (nn.Conv2d, _BatchNorm)
-        hooks = [module.register_forward_hook(lambda m, given, out: calls.append((m, given[0], out)))
-                 for module in model.modules() if isinstance(module, kinds)]
-        try:
-            with torch.enable_grad():
-                logits_BK = model(sample.detach().requires_grad_())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return cls(logits_BK, calls)
+        with ExitStack() as hooks, torch.enable_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | _BatchNorm):
+                    hooks.enter_context(module.register_forward_hook(
+                        lambda m, given, out: calls.append((m, given[0], out))))
+            return cls(model(sample.detach().requires_grad_()), calls)
 
     def norms(self) -> dict[nn.Module, _BatchNorm]:
         """Convolution -> the batch norm that alone reads its output; each of them is called once."""
@@ -142,20 +140,18 @@ def _readers(result: Tensor) -> Counter[Any]:
     return found
 
 
-def _copied(model: nn.Module, record: _Record, *, casts: bool) -> tuple[nn.Module, list[_Layer]]:
+def _copied(model: nn.Module, norms: dict[nn.Module, _BatchNorm], *, casts: bool) -> tuple[nn.Module, list[_Layer]]:
     """A model with the same tensors, but own ones in the layers that gain by it -> it, and these layers."""
     tensors = chain(model.parameters(), model.buffers())
-    called = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    norms, layers = record.norms(), []
+    called, layers = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval(), []
     names = {module: name for name, module in model.named_modules()}
     for source, name in names.items():
-        if not isinstance(source, nn.Conv2d | nn.Linear) or type(source) not in (nn.Conv2d, nn.Linear):
-            continue
-        if source._forward_pre_hooks or source._forward_hooks:
-            continue  # weight normalisation and the like make the weight anew in every pass
         norm = norms.get(source)
-        if norm is None and not casts:
+        # Hooks: weight normalisation and the like make the weight anew in every pass.
+        if (type(source) not in (nn.Conv2d, nn.Linear) or source._forward_pre_hooks or source._forward_hooks
+                or (norm is None and not casts)):
             continue
+        assert isinstance(source, nn.Conv2d | nn.Linear)
         own = called.get_submodule(name)
         assert isinstance(own, nn.Conv2d | nn.Linear)
         own.weight = nn.Parameter(torch.empty_like(source.weight), requires_grad=False)
@@ -165,7 +161,3 @@ def _copied(model: nn.Module, record: _Record, *, casts: bool) -> tuple[nn.Modul
             called.set_submodule(names[norm], nn.Identity())
         layers.append(_Layer(own, source, norm))
     return called, layers
-
-
-def _agree(ours_BK: Tensor, theirs_BK: Tensor) -> bool:
-    return bool((ours_BK - theirs_BK).abs().max() <= TOLERANCE * theirs_BK.abs().max().clamp(min=1))

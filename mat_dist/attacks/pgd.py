@@ -134,7 +134,7 @@ def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: 
     """x + noise + step_size sign(gradient there), in [0, 1]; up to (NOISE + step_size / eps) eps from x in linf.
 
     Args:
-        model: images in [0, 1] -> logits, frozen by the caller as for `pgd`.
+        model: frozen by the caller as for `pgd`.
         eps: the linf radius that the noise is scaled with.
         step_size: length of the step; the paper's is eps.
         stream, first_row: key of the noise, and the row of the global batch at which x_BCHW starts.

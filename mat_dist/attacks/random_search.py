@@ -44,12 +44,10 @@ def patch_change(threat: Threat, x_BCHW: Tensor) -> float:
 @torch.no_grad()
 def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, queries: int,
                   stream: int) -> Tensor:
-    """The best of `queries` proposals, image by image -> adversarial batch (B, C, H, W).
+    """The best of `queries` proposals, each a model call, image by image -> adversarial batch (B, C, H, W).
 
-    Args:
-        model: images in [0, 1] -> logits.
-        queries: number of model calls.
-        stream: key of all draws.
+    The idea of Square (Andriushchenko et al., ECCV 2020), in a small form for any region: propose a square patch of one
+    random colour, project, and keep what raises the margin. It needs only predictions.
     """
     region, size = threat.region(x_BCHW), patch_change(threat, x_BCHW)
     count, channels, height, width = x_BCHW.shape

@@ -79,9 +79,9 @@ class Plan(NamedTuple):
 
     Attributes:
         threat: position of the threat.
-        start: (first point, its region, row of the global batch) -> the point to begin at; the first is the settings'.
         stream: key of the start noise.
         first_row: row of the global batch at which the batch starts.
+        start: (first point, its region, row of the global batch) -> the point to begin at; the first is the settings'.
         guide_BK: a teacher's logits on the clean images, for losses that need them; such an attack runs eagerly.
     """
 
@@ -98,8 +98,6 @@ class TrainingAttack:
     Args:
         model: the peer's live model; an attack leaves it as it was.
         threats: what to attack with; the first is the peer's own, to which the step length belongs.
-        settings: complete settings.
-        step: precision and engine.
         tell: gets one line where memory runs out, or a copy or an engine cannot be used.
 
     Attributes:
@@ -177,17 +175,15 @@ class TrainingAttack:
         region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
-        eager = self._step.attack_engine in ("eager", "model") or plan.guide_BK is not None
         with self.ready(x_BCHW):
-            if eager:
-                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
-            try:
-                return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
-                self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
+            if self._step.attack_engine not in ("eager", "model") and plan.guide_BK is None:
+                try:
+                    return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
+                    self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
+            return Found(*self._attack(x_BCHW, y_B, start, plan, region))
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,
                 region: Region | None = None) -> tuple[Tensor, ...]:
@@ -222,7 +218,7 @@ class TrainingAttack:
         elif step.attack_engine == "cuda_graph" and not x_BCHW.is_cuda:
             self._fall_back("a CUDA graph needs a GPU")
         elif step.attack_engine == "cuda_graph":
-            self._engines = [GraphedAttack(engine) for engine in self._eager()]
+            self._engines = [GraphedAttack(engine) for engine in self._engines]
 
     def _fall_back(self, why: str) -> None:
         self._tell(f"step.attack_engine={self._step.attack_engine} cannot run, attacks go on eagerly: {why}")

@@ -50,7 +50,7 @@ class FinishedRun:
 
     @property
     def peers(self) -> list[str]:
-        """Names of the peers, in their order."""
+        """Their names, in their order."""
         return [str(spec.name) for spec in self.config.peers]
 
     def index(self, peer: str | int) -> int:
@@ -98,12 +98,8 @@ class FinishedRun:
 
     def ensemble(self, rule: str | None = None, device: torch.device = CPU,
                  models: Sequence[nn.Module] | None = None) -> Ensemble:
-        """The ensemble of the peers that train, in eval mode.
-
-        Args:
-            rule: default the run's own.
-            models: those of all peers, where they are loaded already.
-        """
+        """The ensemble of the peers that train, in eval mode; rule: default the run's own; models: those of all peers,
+        where they are loaded already."""
         models = self.models(device) if models is None else models
         voters = [model for model, spec in zip(models, self.config.peers, strict=True) if not spec.frozen]
         return Ensemble(voters, rule or self.config.eval.ensemble).eval()
@@ -214,10 +210,7 @@ def trained_state(source: str, images: Images) -> dict[str, Tensor]:
     Args:
         source: folder of a run, for its best peer, or RUN:PEER; the best checkpoint counts, with averaged weights where
             they are kept.
-        images: what the new model is for.
-
-    Raises:
-        CheckpointError: no such run, checkpoint or peer, or one for images of other size or number of classes.
+        images: what the new model is for; CheckpointError where the run's are of another size or number of classes.
     """
     path, colon, name = source.rpartition(":")
     run, peer = (path, name) if colon and not Path(source).is_dir() else (source, BEST)

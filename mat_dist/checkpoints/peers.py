@@ -53,12 +53,8 @@ def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
 
 
 def snapshot(state: dict[str, Any]) -> Snapshot:
-    """Copy `state`. Dictionaries of any kind become plain ones.
-
-    Raises:
-        CheckpointError: something is neither a dense tensor, a number, text, None, nor a list, tuple or dict of
-            those; the text gives its key.
-    """
+    """Copy `state`. Dictionaries of any kind become plain ones. Raises CheckpointError, with its key, for what is
+    neither a dense tensor, a number, text, None, nor a list, tuple or dict of those."""
     tensors: dict[str, Tensor] = {}
     return Snapshot(tensors, _packed(state, "", tensors))
 
@@ -84,17 +80,8 @@ def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
 
 
 def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
-    """What was saved for peer `index`, on the CPU, in whatever format.
-
-    The bytes whose SHA-256 is compared are the bytes that are loaded.
-
-    Args:
-        manifest: from `find_newest` or `load_manifest`.
-        index: peer, 0 to P - 1.
-
-    Raises:
-        CheckpointError: no such peer, or the file is missing, damaged or harmful.
-    """
+    """What was saved for peer `index`, on the CPU, in whatever format. The bytes whose SHA-256 is compared are those
+    that are loaded. Raises CheckpointError: no such peer, or the file is missing, damaged or harmful."""
     if not 0 <= index < len(manifest.files):
         raise CheckpointError(f"there is no peer {index}", str(manifest.directory),
                               f"choose one of 0 to {len(manifest.files) - 1}")

@@ -46,13 +46,8 @@ def _in_background(write: Callable[[], list[checkpoints.FileEntry]]) -> Future[l
 
 
 class Saver:
-    """Writes the checkpoints of a run. All verbs but `ready` are called by all ranks together.
-
-    Args:
-        run: the open run.
-        keep: newest checkpoints to keep.
-        note: tells the user.
-    """
+    """Writes the checkpoints of a run, and keeps the newest `keep`. All verbs but `ready` are called by all ranks
+    together; `note` tells the user."""
 
     def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
         self.run, self.keep, self.note = run, keep, note
@@ -83,8 +78,7 @@ class Saver:
             states: for each local peer (by index) a function that makes its state, a nested dictionary. Called on all
                 ranks that host the peer, though only one of them writes it.
         """
-        if self.pending:
-            self.finish()
+        self.finish()
         mesh = self.run.mesh
         agree = Agreement(mesh, f"checkpoint after step {done}", done)
         if mesh.placement.is_lead:

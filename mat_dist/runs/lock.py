@@ -65,10 +65,8 @@ class Holder:
 class RunLock:
     """The right to write into a run folder. One process per run holds it, the others rely on that one.
 
-    Args:
-        folder: an existing run folder.
-        job_id: SLURM job or torchrun run id; a process of the same job takes the lock over from a process on
-            another machine without waiting for the heartbeat to grow stale (a requeued job).
+    A process of the same job (SLURM job or torchrun run id) takes the lock over from a process on another machine
+    without waiting for the heartbeat to grow stale: a requeued job.
     """
 
     def __init__(self, folder: RunFolder, job_id: str | None) -> None:
@@ -76,11 +74,8 @@ class RunLock:
         self.holder = Holder.own(job_id)
 
     def acquire(self) -> str | None:
-        """Take the lock; returns a note if it was taken over from a dead holder.
-
-        Raises:
-            OutputError: another process holds it (the text says which), or the folder cannot be written.
-        """
+        """Take the lock -> a note if it was taken over from a dead holder. Raises OutputError where another process
+        holds it (the text says which), or the folder cannot be written."""
         note = None
         with self._guarded() as now:
             found = self._read()
@@ -95,22 +90,15 @@ class RunLock:
         return note
 
     def held_by(self) -> str | None:
-        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing.
-
-        Raises:
-            OutputError: the folder cannot be read.
-        """
+        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing."""
         found = self._read()
         # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
         text, reason = self._judged(*found, time()) if found else ("", "free")
         return text if reason is None else None
 
     def check(self) -> None:
-        """Whether the lock is still ours; one small read, cheap enough before every write.
-
-        Raises:
-            OutputError: the lock is gone or another process has taken it over; stop without writing.
-        """
+        """Raise OutputError where the lock is gone or another process has taken it over: stop without writing. One
+        small read, cheap enough before every write."""
         found = self._read()
         if found is None or found[0] is None or found[0].token != self.holder.token:
             told = f"{_named(found[0])} has taken the lock over" if found else "the lock file has been removed"

@@ -217,13 +217,10 @@ class _QuietFileHandler(logging.FileHandler):
 
 
 def rank_logger(folder: Path | str, rank: int) -> logging.Logger:
-    """A logger that appends to `<folder>/rank_<rank>.log` from level INFO and to nothing else.
+    """A logger that appends to `<folder>/rank_<rank>.log` from level INFO and to nothing else, in UTC.
 
     It is not registered with the `logging` module, so it has no parent, leaves the application's own logging alone,
-    and two runs in one process do not share handlers. Times are UTC.
-
-    Raises:
-        OutputError: the file cannot be opened.
+    and two runs in one process do not share handlers. Raises OutputError.
     """
     path = Path(folder) / f"rank_{rank}.log"
     try:

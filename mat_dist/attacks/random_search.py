@@ -1,6 +1,5 @@
 """Attacks without a gradient: noise, the floor that every attack must beat, and random search, for finding out whether
-gradients lie.
-"""
+gradients lie."""
 
 from __future__ import annotations
 

@@ -51,11 +51,8 @@ class StateDict:
 
 
 def read_state_dict(file: Path) -> StateDict:
-    """The state dict in a file, without what DataParallel and torch.compile put before names.
-
-    Raises:
-        CheckpointError: no such file, or something else than tensors and plain values, or no state dict in it.
-    """
+    """The state dict in a file, without what DataParallel and torch.compile put before names. Raises CheckpointError:
+    no such file, or something else than tensors and plain values, or no state dict in it."""
     try:
         data = file.read_bytes()
     except OSError as error:

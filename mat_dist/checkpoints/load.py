@@ -115,9 +115,8 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
         weights: `raw` or `ema`; default ema where the run keeps averaged weights.
         config: its settings, where something of them was changed; default those of the folder.
 
-    Raises:
-        CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read; a
-            run with a plug-in needs the plug-in imported before.
+    Raises CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read;
+    a run with a plug-in needs the plug-in imported before.
     """
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
@@ -142,8 +141,7 @@ def load(run: str | Path, peer: str | int = BEST, *, which: str = BEST, weights:
         which, weights: see `open_run`.
         device: where the model shall be.
 
-    Raises:
-        CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
+    Raises CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
     """
     opened = open_run(run, which, weights)
     if peer == ENSEMBLE:

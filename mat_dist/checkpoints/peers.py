@@ -60,12 +60,9 @@ def snapshot(state: dict[str, Any]) -> Snapshot:
 
 
 def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
-    """Write what `snapshot` gave as `directory/peer_<index>.safetensors`: whole, with fsync, or not at all.
-
-    Raises:
-        NonFinite: a tensor has NaN or infinite values; nothing is written.
-        OutputError: the disk is full, read-only, gone, ...; no part of the file stays.
-    """
+    """Write what `snapshot` gave as `directory/peer_<index>.safetensors`: whole, with fsync, or not at all. Raises
+    NonFinite: a tensor has NaN or infinite values; nothing is written; OutputError: the disk is full, read-only, gone,
+    ...; no part of the file stays."""
     for key, tensor in copy.tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFinite("NaN or infinite values in what would be saved", f"peer {index}, {key}",
@@ -152,9 +149,7 @@ def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 def read_safetensors(data: bytes) -> Any:
     """The content of a safetensors file, on the CPU: the state that `write_peer` put there, else tensors by name.
-
-    Raises what damaged or hostile bytes make safetensors and the reader of JSON raise.
-    """
+    Raises what damaged or hostile bytes make safetensors and the reader of JSON raise."""
     size = int.from_bytes(data[:8], "little")  # of the header, which is JSON
     rest = parse_json(data[8:8 + size]).get("__metadata__", {}).get(PART)
     tensors = load(data)
@@ -213,11 +208,9 @@ def _check(value: Any, key: str, seen: set[int]) -> None:
 
 
 def read_torch(data: bytes) -> Any:
-    """The content of a file of torch.save, on the CPU, read with `weights_only`.
-
-    Raises ValueError for a zip archive that takes more memory than the file, or whatever damaged and hostile bytes make
-    zipfile and torch raise; nothing in them is executed.
-    """
+    """The content of a file of torch.save, on the CPU, read with `weights_only`. Raises ValueError for a zip archive
+    that takes more memory than the file, or whatever damaged and hostile bytes make zipfile and torch raise; nothing in
+    them is executed."""
     if data.startswith(b"PK"):  # torch inflates compressed records, and counts one that is listed twice as two
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()

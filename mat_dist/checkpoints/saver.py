@@ -97,10 +97,8 @@ class Saver:
         return True
 
     def finish(self) -> bool:
-        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there.
-
-        Raises OutputError after three failed saves in a row, and whatever else a rank met.
-        """
+        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there. Raises
+        OutputError after three failed saves in a row, and whatever else a rank met."""
         pending, self._pending = self._pending, None
         if pending is None:
             return False

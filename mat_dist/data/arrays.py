@@ -36,8 +36,7 @@ def load_npz(config: DataConfig) -> RawData:
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels, uint8 or float in [0, 1]. Labels are whole
     numbers 0..K-1. `classes` (K strings) is optional, default "0".."K-1".
 
-    Raises:
-        DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
+    Raises DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
     """
     if config.root is None:
         raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
@@ -144,8 +143,7 @@ def generated_images(name: str, shape: tuple[int, int, int], classes: int) -> tu
     Args:
         shape: (C, H, W) that they must have.
 
-    Raises:
-        DataError: no such file, another layout, shape or labels.
+    Raises DataError: no such file, another layout, shape or labels.
     """
     where = f"data.generated={name}"
     path = existing_file(name, where, _GENERATED)

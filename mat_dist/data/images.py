@@ -138,10 +138,8 @@ class ImageSet:
         return ImageSet(self.store, self.labels[indices], rows, self.mapped, self.file)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image.
-
-        Raises DataError if they are mapped from a file that was written to.
-        """
+        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image. Raises DataError if they
+        are mapped from a file that was written to."""
         if self.file is not None:
             self.file.check()
         indices = indices.to(self.device)

@@ -83,8 +83,7 @@ class Heartbeat:
     def _meet(self, point: str, timeout: float) -> None:
         keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
         self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
-        waited: dict[int, float] = {}  # rank -> when its latest beat was first seen
-        seen: dict[int, int] = {}
+        seen: dict[int, tuple[int, float]] = {}  # rank -> its latest beat, and when that was first seen
         pause = 0.002
         while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
             verdict = self._verdict(timeout)
@@ -92,12 +91,10 @@ class Heartbeat:
                 raise self._as_error(verdict)
             now, beats = time.monotonic(), self._beats(timeout)
             for rank in missing:
-                beat = beats.get(rank)
-                if seen.get(rank) != (beat.count if beat else 0):
-                    seen[rank], waited[rank] = (beat.count if beat else 0), now
-            gone = [r for r in missing if self._is_gone(beats.get(r))]
-            stale = [r for r in missing if now - waited.get(r, now) > timeout]
-            if gone or stale:
+                count = beats[rank].count if rank in beats else 0
+                if rank not in seen or seen[rank][0] != count:
+                    seen[rank] = count, now
+            if any(self._is_gone(beats.get(r)) or now - seen[r][1] > timeout for r in missing):
                 raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)

@@ -1,6 +1,5 @@
 """The built-in networks: two small ones, ResNet-18 (He et al., CVPR 2016), its pre-activation form (ECCV 2016) with the
-Wide ResNets (BMVC 2016), and MobileNetV2 (Sandler et al., CVPR 2018) from torchvision.
-"""
+Wide ResNets (BMVC 2016), and MobileNetV2 (Sandler et al., CVPR 2018) from torchvision."""
 
 from __future__ import annotations
 

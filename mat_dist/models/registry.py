@@ -28,12 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:
     """Decorator that makes a builder known as `model.name=<name>`; also for files given with --plugin.
 
-    The builder gets (config, shape, classes), with shape (C, H, W), and returns a module that turns normalised
-    images (B, C, H, W) into raw logits (B, classes). It draws its weights from torch's global generator, which the
-    caller has seeded, and may read `config.width`, `config.activation` and `config.norm`.
+    The builder gets (config, shape, classes), with shape (C, H, W), and returns a module that turns normalised images
+    (B, C, H, W) into raw logits (B, classes). It draws its weights from torch's global generator, which the caller has
+    seeded, and may read `config.width`, `config.activation` and `config.norm`.
 
-    Raises:
-        ConfigError: another builder has the name, or the name starts with torchvision/ or timm/.
+    Raises ConfigError: another builder has the name, or the name starts with torchvision/ or timm/.
     """
 
     def register(builder: AnyBuilder) -> AnyBuilder:
@@ -92,9 +91,8 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
         shape: (C, H, W) of an image.
         mean, std: per channel, in [0, 1] units; std above 0.
 
-    Raises:
-        ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take.
-        EnvironmentFault: timm/<name> without timm.
+    Raises ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take;
+    EnvironmentFault: timm/<name> without timm.
     """
     _check_data(shape, classes, mean, std)
     net = _find_builder(config.name)(config, shape, classes)

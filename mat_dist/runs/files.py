@@ -82,11 +82,8 @@ def write_all(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Replace `path` by `parts`, one after another; a reader sees the old or the new content, never half of it.
-
-    Raises:
-        OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays.
-    """
+    """Replace `path` by `parts`, one after another; a reader sees the old or the new content, never half of it. Raises
+    OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_all(temporary, *parts)

@@ -30,32 +30,18 @@ _NO_KERNEL_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})  #
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock; `started` is its start in clock ticks since boot.
+class Holder(ProcessIdentity):
+    """The process that holds a lock. Where there is no /proc, only the heartbeat tells whether it lives."""
 
-    Where there is no /proc (macOS), `boot_id` is empty and only the heartbeat tells whether a holder lives.
-    """
-
-    host: str
-    pid: int
-    boot_id: str
-    pid_namespace: str
-    started: int
     job_id: str | None
     since: str
     token: str
 
     @classmethod
-    def own(cls, job_id: str | None) -> Holder:
+    def here(cls, job_id: str | None) -> Holder:
         """This process as a holder from now on."""
-        process = ProcessIdentity.own()
-        return cls(process.host, process.pid, process.boot, process.namespace, process.started, job_id,
-                   f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", secrets.token_hex(8))
-
-    @property
-    def process(self) -> ProcessIdentity:
-        """The holder without what concerns the lock."""
-        return ProcessIdentity(self.host, self.boot_id, self.pid_namespace, self.pid, self.started)
+        return cls(**asdict(ProcessIdentity.own()), job_id=job_id, since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+                   token=secrets.token_hex(8))
 
     def __str__(self) -> str:
         job = f" of job {self.job_id}" if self.job_id else ""
@@ -71,7 +57,7 @@ class RunLock:
 
     def __init__(self, folder: RunFolder, job_id: str | None) -> None:
         self.folder = folder
-        self.holder = Holder.own(job_id)
+        self.holder = Holder.here(job_id)
 
     def acquire(self) -> str | None:
         """Take the lock -> a note if it was taken over from a dead holder. Raises OutputError where another process
@@ -169,8 +155,8 @@ class RunLock:
     def _judged(self, holder: Holder | None, modified: float, now: float) -> tuple[str, str | None]:
         """The holder in words, and why the lock may be taken from it; None if it may not."""
         text, age = _named(holder), now - modified
-        if holder is not None and holder.process.shares_pids_with(self.holder.process):
-            return text, None if holder.process.runs() else "that process is gone"
+        if holder is not None and holder.shares_pids_with(self.holder):
+            return text, None if holder.runs() else "that process is gone"
         if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
             return text, "it belongs to the same job"
         return text, f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None

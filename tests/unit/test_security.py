@@ -143,7 +143,7 @@ def test_an_identity_from_the_network_cannot_end_another_program_of_this_user(mo
     with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) as victim:
         found = processes.process_start(victim.pid)
         own = processes.ProcessIdentity.own()
-        named = processes.ProcessIdentity(own.host, own.boot, own.namespace, victim.pid, found[1])
+        named = processes.ProcessIdentity(own.host, own.boot_id, own.pid_namespace, victim.pid, found[1])
         assert named.runs()
         named.kill()
         with pytest.raises(subprocess.TimeoutExpired):

@@ -75,21 +75,14 @@ class Found(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One batch's attack.
+    """One batch's attack."""
 
-    Attributes:
-        threat: position of the threat.
-        stream: key of the start noise.
-        first_row: row of the global batch at which the batch starts.
-        start: (first point, its region, row of the global batch) -> the point to begin at; the first is the settings'.
-        guide_BK: a teacher's logits on the clean images, for losses that need them; such an attack runs eagerly.
-    """
-
-    threat: int
-    stream: int
-    first_row: int
+    threat: int  # its position
+    stream: int  # key of the start noise
+    first_row: int  # row of the global batch at which the batch starts
+    # (first point, by the settings; its region; row of the global batch) -> the point to begin at
     start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
-    guide_BK: Tensor | None = None
+    guide_BK: Tensor | None = None  # a teacher's logits of the clean images, where the loss needs them; runs eagerly
 
 
 class TrainingAttack:

@@ -25,19 +25,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A checkpoint of a run, and what its models need.
-
-    Attributes:
-        folder: of the run.
-        config: its settings.
-        manifest: of the checkpoint.
-        weights: `raw` or `ema`, which the models get.
-    """
+    """A checkpoint of a run, and what its models need."""
 
     folder: RunFolder
     config: Config
     manifest: Manifest
-    weights: str
+    weights: str  # `raw` or `ema`, which the models get
 
     @property
     def images(self) -> Images:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset, root_of
 from mat_dist.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -38,9 +38,7 @@ def load_npz(config: DataConfig) -> RawData:
 
     Raises DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
     """
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
-    path = existing_file(config.root, f"data.root={config.root}", _LAYOUT)
+    path = existing_file(str(root_of(config, _LAYOUT)), f"data.root={config.root}", _LAYOUT)
     try:
         _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:

@@ -163,21 +163,14 @@ class AugmentedView:
 
     A view is what zero-padding, cropping and mirroring show of an image; whatever belongs to the whole image, as its
     perturbation, lies in a frame (C, H + 2 pad, W + 2 pad) of it.
-
-    Attributes:
-        images_B: number of each row's image, int64.
-        count: how many images there are.
-        pad: pixels on each side.
-        row_B, column_B: where in the frame the view begins.
-        mirrored_B: whether it is mirrored left-right.
     """
 
-    images_B: Tensor
-    count: int
-    pad: int
-    row_B: Tensor
+    images_B: Tensor  # number of each row's image, int64
+    count: int  # how many images there are
+    pad: int  # pixels on each side
+    row_B: Tensor  # where in the frame the view begins
     column_B: Tensor
-    mirrored_B: Tensor
+    mirrored_B: Tensor  # left-right
 
     @classmethod
     def plain(cls, images_B: Tensor, count: int) -> AugmentedView:

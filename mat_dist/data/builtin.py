@@ -24,7 +24,7 @@ import torch
 
 from mat_dist import rng
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import RawData, register_dataset
+from mat_dist.data.images import RawData, register_dataset, root_of
 from mat_dist.data.load import complement, stratified
 from mat_dist.data.shared import MOST_BYTES, Source, fetch_once
 from mat_dist.distributed.stopping import StopFlag
@@ -76,10 +76,7 @@ def load_cifar(config: DataConfig, build: bool, stop: StopFlag | None = None) ->
     from torchvision import datasets
 
     published = getattr(datasets, config.name.upper())
-    if config.root is None:
-        raise DataError("data.root is not set", f"data.name={config.name}",
-                        f"set it to the folder of {published.url}, or to where data.download=true may put it")
-    root = Path(os.path.expanduser(config.root))
+    root = root_of(config, f"set it to the folder of {published.url}, or to where data.download=true may put it")
 
     def found() -> list[Path] | None:
         return [path for path in (root / published.filename, root) if path.is_file()][:1] or None
@@ -126,9 +123,7 @@ def load_svhn(config: DataConfig, build: bool, stop: StopFlag | None = None) -> 
 
     sources = [tuple(SVHN.split_list[split]) for split in ("train", "test")]
     names = [name for _, name, _ in sources]
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=svhn", f"set it to the folder of {' and '.join(names)}")
-    root = Path(os.path.expanduser(config.root))
+    root = root_of(config, f"set it to the folder of {' and '.join(names)}")
 
     def found() -> list[Path] | None:
         paths = [root / name for name in names]

@@ -88,19 +88,8 @@ def cache_folder(setting: str | None) -> Path:
 
 
 class Cache:
-    """The cache of a folder of images.
-
-    Args:
-        folder: of all caches.
-        key: name of this one.
-        files: numbers of training and of test files.
-        shape: (C, H, W) of the images.
-
-    Attributes:
-        image_file: the images, uint8.
-        lock_file: held by the process that builds.
-        nbytes: bytes of the images where none is left out.
-    """
+    """The cache `key`, in the folder of all caches, of so many training and test files with images of shape (C, H, W).
+    The process that builds holds `lock_file`; `nbytes` are those of the images where none is left out."""
 
     def __init__(self, folder: Path, key: str, files: tuple[int, int], shape: tuple[int, int, int]) -> None:
         self.folder, self.key, self.files, self.shape = folder, key, files, shape

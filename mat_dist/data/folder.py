@@ -22,7 +22,7 @@ from PIL import Image
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
-from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset, root_of
 from mat_dist.data.shared import once
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError
@@ -270,9 +270,7 @@ class Decoder:
 def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """The images of `data.root`: decoded into memory, or mapped from a cache that one process builds. Raises DataError
     for layout, unreadable images, or images of several sizes without `data.image_size`; OutputError for the cache."""
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=folder", _LAYOUT)
-    listing = list_images(Path(os.path.expanduser(config.root)), stop)
+    listing = list_images(root_of(config, _LAYOUT), stop)
     decoder = Decoder.of(listing, config)
     parts = [decoder.chunks(split.files, tell=build, stop=stop) for split in (listing.train, listing.test)]
     if decoder.maps:

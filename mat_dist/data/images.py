@@ -66,41 +66,29 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class RawData:
-    """What a data-set function returns. Images are (N, C, H, W): uint8, or float in [0, 1].
-
-    Labels are whole numbers 0..K-1, with K = len(classes). Arrays are numpy arrays or tensors on the CPU. `notes`
-    are lines for the log. `image_sha256` are the digests of the train and test image bytes where they are known
-    without reading all images; `mapped` says that the images are a file mapped into memory, `file` which one.
-    """
+    """What a data-set function returns: numpy arrays, or tensors on the CPU. Images are (N, C, H, W), uint8 or float in
+    [0, 1]; labels are whole numbers 0..K-1, with K = len(classes)."""
 
     train_images: Any
     train_labels: Any
     test_images: Any
     test_labels: Any
     classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    image_sha256: tuple[str, str] | None = None
-    mapped: bool = False
-    file: MappedFile | None = None
+    notes: tuple[str, ...] = ()  # lines for the log
+    image_sha256: tuple[str, str] | None = None  # of train and test image bytes, where known without reading them all
+    mapped: bool = False  # the images are a file mapped into memory,
+    file: MappedFile | None = None  # this one
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N labelled images, kept as they are stored; subsets share the storage.
+    """N labelled images, kept as they are stored; subsets share the storage."""
 
-    Args:
-        store: uint8 images (M, C, H, W), or float32 in [0, 1]; in device memory, host memory or a mapped file.
-        labels: int64 (N,), on the same device.
-        rows: int64 (N,), the row of `store` of each image; empty where the set is the whole store.
-        mapped: the store is a mapped file, so reading all of it is expensive.
-        file: that file, looked at before each batch.
-    """
-
-    store: Tensor
-    labels: Tensor
-    rows: Tensor | None = None
-    mapped: bool = False
-    file: MappedFile | None = None
+    store: Tensor  # uint8 (M, C, H, W), or float32 in [0, 1]; in device memory, host memory or a mapped file
+    labels: Tensor  # int64 (N,), on the same device
+    rows: Tensor | None = None  # int64 (N,), the row of `store` of each image; None: the set is the whole store
+    mapped: bool = False  # the store is a mapped file, so reading all of it is expensive
+    file: MappedFile | None = None  # that file, looked at before each batch
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,8 +140,7 @@ class DataSets:
     """The three splits of a data set.
 
     `digest` is the SHA-256 of the whole data set before splitting (name, classes, shapes, labels, image bytes), the
-    same for every residency and rank; generated images, where there are any, change it. `notes` are lines for the
-    log. `generated` are images to mix into the training batches; they stay in their file.
+    same for every residency and rank; generated images, where there are any, change it.
     """
 
     train: ImageSet
@@ -161,8 +148,8 @@ class DataSets:
     test: ImageSet
     classes: tuple[str, ...]
     digest: str
-    notes: tuple[str, ...]
-    generated: ImageSet | None = None
+    notes: tuple[str, ...]  # lines for the log
+    generated: ImageSet | None = None  # images to mix into the training batches; they stay in their file
 
 
 def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -260,6 +247,13 @@ def find_dataset(name: str) -> Loader:
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"unknown data set {name!r}", "data.name",
                       f"{hint}known: {', '.join(dataset_names())}; a plug-in file can register its own")
+
+
+def root_of(config: DataConfig, how: str) -> Path:
+    """`data.root`, `~` expanded. Raises DataError where it is not set."""
+    if config.root is None:
+        raise DataError("data.root is not set", f"data.name={config.name}", how)
+    return Path(os.path.expanduser(config.root))
 
 
 def dataset_names() -> tuple[str, ...]:

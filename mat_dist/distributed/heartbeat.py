@@ -48,7 +48,6 @@ class Heartbeat:
 
     Args:
         store: a store client that nobody else uses, with keys of this launch only.
-        rank, world: of this process.
         node: the ranks on this node.
         peers_of: rank -> peers that live there, for messages.
         stop: the stop request of this rank, passed on to all ranks and set by theirs.
@@ -216,16 +215,12 @@ def _get(store: Any, key: str) -> bytes | None:
 
 
 class StoreThread:
-    """The only user of a store client, whose calls end also when the network is cut.
+    """The only user of a store client, whose calls end also when the network is cut. `regularly` is called with the
+    store every `interval` s, until it raises RuntimeError (the store is gone).
 
     c10d's TCPStore waits in recv() for an answer without a limit, and a cut cable closes no connection: the ranks of
     the cut-off node would wait for ever. So one thread alone talks to the store, and who asks gives up after a while.
     The thread may then stay in recv(); it is a daemon and does not keep the process from ending.
-
-    Args:
-        store: the client.
-        regularly: called with the store every `interval` s, until it raises RuntimeError (the store is gone).
-        interval: seconds between two calls.
     """
 
     def __init__(self, store: Any, regularly: Callable[[Any], None], interval: float) -> None:

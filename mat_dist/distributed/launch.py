@@ -78,21 +78,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is set before a launch.
+    """Where ranks would meet, and through which interface they would talk: what is set before a launch."""
 
-    Attributes:
-        address: MASTER_ADDR.
-        port: MASTER_PORT, else torchrun's default.
-        given: whether MASTER_PORT is set.
-        gloo: GLOO_SOCKET_IFNAME, names of interfaces separated by commas.
-        nccl: NCCL_SOCKET_IFNAME, beginnings of names; `^` excludes, `=` asks for the whole name.
-    """
-
-    address: str | None = None
-    port: int = DEFAULT_PORT
-    given: bool = False
-    gloo: str | None = None
-    nccl: str | None = None
+    address: str | None = None  # MASTER_ADDR
+    port: int = DEFAULT_PORT  # MASTER_PORT
+    given: bool = False  # whether MASTER_PORT is set
+    gloo: str | None = None  # GLOO_SOCKET_IFNAME: names of interfaces separated by commas
+    nccl: str | None = None  # NCCL_SOCKET_IFNAME: beginnings of names; `^` excludes, `=` asks for the whole name
 
     @classmethod
     def from_environment(cls) -> Endpoint:

@@ -41,12 +41,12 @@ class AttackCopy:
         self._called, self._layers, self.reason = model, [], ""
         with frozen(model), torch.autocast(sample.device.type, enabled=False):
             try:
-                found = _Record.of(model, sample)
-                called, layers = _copied(model, found.norms(), casts=dtype is not None)
+                logits_BK, norms = _recorded(model, sample)
+                called, layers = _copied(model, norms, casts=dtype is not None)
                 for layer in layers:
                     layer.refresh()
-                wrong_BK, theirs_BK = called(sample) - found.logits_BK, found.logits_BK
-                if not wrong_BK.abs().max() <= TOLERANCE * theirs_BK.abs().max().clamp(min=1):  # NaN is wrong too
+                error_BK, largest = (called(sample) - logits_BK).abs(), logits_BK.abs().max()
+                if not error_BK.max() <= TOLERANCE * largest.clamp(min=1):  # NaN is wrong too
                     raise ValueError("the copy gives other logits")
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -92,38 +92,25 @@ class _Layer:
             self.own.bias.copy_(bias)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One pass of a model: the modules that were called, with their first input and output, and the logits.
-
-    torch.fx would tell the same, but while it traces it changes nn.Module for all threads of the process.
-    """
-
-    logits_BK: Tensor
-    calls: list[tuple[nn.Module, Any, Any]]
-
-    @classmethod
-    def of(cls, model: nn.Module, sample: Tensor) -> _Record:
-        calls: list[tuple[nn.Module, Any, Any]] = []
-        with ExitStack() as hooks, torch.enable_grad():
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d | _BatchNorm):
-                    hooks.enter_context(module.register_forward_hook(
-                        lambda m, given, out: calls.append((m, given[0], out))))
-            return cls(model(sample.detach().requires_grad_()), calls)
-
-    def norms(self) -> dict[nn.Module, _BatchNorm]:
-        """Convolution -> the batch norm that alone reads its output; each of them is called once."""
-        times = Counter(module for module, _, _ in self.calls)
-        readers = _readers(self.logits_BK)
-        made = {id(out): module for module, _, out in self.calls if type(module) is nn.Conv2d}
-        found: dict[nn.Module, _BatchNorm] = {}
-        for norm, given, _ in self.calls:
-            conv = made.get(id(given))
-            if (isinstance(norm, _BatchNorm) and norm.running_mean is not None and conv is not None
-                    and times[norm] == times[conv] == 1 and readers[given.grad_fn] == 1):
-                found[conv] = norm
-        return found
+def _recorded(model: nn.Module, sample: Tensor) -> tuple[Tensor, dict[nn.Module, _BatchNorm]]:
+    """One pass of a model -> logits (B, K), and by convolution the batch norm that alone reads its output; each of them
+    is called once. torch.fx would tell the same, but while it traces it changes nn.Module for all threads."""
+    calls: list[tuple[nn.Module, Any, Any]] = []  # module, its first input, its output
+    with ExitStack() as hooks, torch.enable_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | _BatchNorm):
+                hooks.enter_context(module.register_forward_hook(
+                    lambda m, given, out: calls.append((m, given[0], out))))
+        logits_BK = model(sample.detach().requires_grad_())
+    times, readers = Counter(module for module, _, _ in calls), _readers(logits_BK)
+    made = {id(out): module for module, _, out in calls if type(module) is nn.Conv2d}
+    found: dict[nn.Module, _BatchNorm] = {}
+    for norm, given, _ in calls:
+        conv = made.get(id(given))
+        if (isinstance(norm, _BatchNorm) and norm.running_mean is not None and conv is not None
+                and times[norm] == times[conv] == 1 and readers[given.grad_fn] == 1):
+            found[conv] = norm
+    return logits_BK, found
 
 
 def _readers(result: Tensor) -> Counter[Any]:

@@ -194,8 +194,8 @@ class AugmentedView:
         return self._each(lambda part: part[first:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> AugmentedView:
-        names = ("images_B", "row_B", "column_B", "mirrored_B")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(self, images_B=change(self.images_B), row_B=change(self.row_B),
+                       column_B=change(self.column_B), mirrored_B=change(self.mirrored_B))
 
     def view(self, frames_BCHW: Tensor) -> Tensor:
         """What the rows show of their images' frames."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ _SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x
 _FLOAT_LEVELS = 65535
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-# Settings, whether this process writes shared files, the stop request of this process -> images
-Loader = Callable[[DataConfig, bool, "StopFlag | None"], "RawData"]
 _LOADERS: dict[str, Loader] = {}
 
 
@@ -215,6 +213,12 @@ def check_memory(nbytes: int, where: str, how: str) -> None:
                         how)
 
 
+class Loader(Protocol):
+    """Settings, whether this process writes shared files, the stop request of this process -> images."""
+
+    def __call__(self, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData: ...
+
+
 def register_dataset(name: str, *, shared: bool = False,
                      stoppable: bool = False) -> Callable[[Callable[..., RawData]], Callable[..., RawData]]:
     """Make a function (DataConfig) -> RawData available as `data.name=<name>`.
@@ -232,8 +236,10 @@ def register_dataset(name: str, *, shared: bool = False,
             raise ConfigError(f"the data set {name!r} is registered twice",
                               f"{function.__module__}.{function.__name__}", "give it another name")
 
-        _LOADERS[name] = lambda config, build, stop=None: function(
-            config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
+        def load(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
+            return function(config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
+
+        _LOADERS[name] = load
         return function
 
     return add

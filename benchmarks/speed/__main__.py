@@ -82,8 +82,7 @@ def run(words: list[str]) -> None:
     config = load_config(options.config, options.words)
 
     from benchmarks.speed.tables import print_result
-    from mat_dist.distributed.device import choose_device, device_name, prepare_torch
-    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.groups import choose_device, device_name, open_mesh, prepare_torch
     from mat_dist.distributed.stopping import watching
     from mat_dist.runs.record import git_revision, versions
 

@@ -23,8 +23,7 @@ from benchmarks.speed.references import Recipe, careful_attack, mutual_losses, n
 from benchmarks.speed.subject import Limit, Subject
 from benchmarks.speed.timing import WARM_UP, Contestant, both, interleaved, of_all_ranks, spreads
 from mat_dist.config.schema import Config
-from mat_dist.distributed.device import prepare_torch
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, prepare_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault, PeerFailed, StopRequested
 from mat_dist.models.modes import frozen

@@ -22,8 +22,8 @@ from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import ConfigError
-from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.models.modes import frozen
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.rng import key, keyed_rng
 
 BATCHES = 4  # made-up batches; an epoch is as long

@@ -25,7 +25,7 @@ from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet, load_data, place
-from mat_dist.distributed.device import choose_device, prepare_torch
+from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attacks import AttackPlan, crafted

@@ -78,8 +78,7 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
         config = new = importing.config(arguments.settings)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
-    from mat_dist.distributed.device import choose_device, prepare_torch
-    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.groups import choose_device, open_mesh, prepare_torch
     from mat_dist.distributed.stopping import watching
     from mat_dist.evaluation.command import evaluate_run
     from mat_dist.evaluation.foreign import import_files

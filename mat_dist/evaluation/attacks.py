@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.random_search import random_search
+from mat_dist.attacks.random_search import noisy, random_search
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.autoattack import Found, autoattack, chunk_seed
 from mat_dist.evaluation.settings import AUTOATTACK, MENU, SQUARE, stand_in

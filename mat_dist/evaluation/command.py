@@ -17,8 +17,7 @@ from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name, ranks_per_device
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name, ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, NotReportable
@@ -39,7 +38,7 @@ from mat_dist.evaluation.survivors import (
 )
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.logs import close_logger, rank_logger
+from mat_dist.runs.session import close_logger, rank_logger
 
 NOT_DIGESTED = ("format", "run", "config", *VOLATILE)
 
@@ -68,13 +67,13 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
     with _logged(folder, mesh):
         agree = Agreement(mesh, f"evaluation of {folder.name}")
         one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
-        agree.settle("loading")
+        agree.sync("loading")
         # Nodes may differ in what they tell of themselves: rank 0's word counts.
         name, digest = mesh.from_lead([one.name, one.about["digest"]])
         work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
         chunks = run_chunks(work, mesh, stop, tell)
         told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
-        agree.settle("results")
+        agree.sync("results")
         path, failed = mesh.from_lead(told)
     if failed:
         raise NotReportable(f"failed checks: {'; '.join(failed[:6])}", path,

@@ -14,8 +14,7 @@ from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidate
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict
@@ -84,7 +83,7 @@ class Evaluations:
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
             own = own_robust(survivors, self.config.peers)
-        agree.settle("records")
+        agree.sync("records")
         told: list[float | None] = self.mesh.from_lead(own)
         return told
 
@@ -137,7 +136,7 @@ class Evaluations:
         for weights in [RAW, EMA] if any(spec.averages for spec in self.config.peers) else [RAW]:
             run = self.opened(manifest, weights)
             models = agree.run("loading", run.models, self.mesh.device)
-            agree.settle(f"models {weights}")
+            agree.sync(f"models {weights}")
             modules = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: run.ensemble(models=models)}
             targets = [Target(name, model, (model,)) for name, model in modules.items()]
             found[weights] = run_chunks(Work(self.config, job, targets, data, samples_N, what), self.mesh, self.stop)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.random_search import random_search
+from mat_dist.attacks.random_search import noisy, random_search
 from mat_dist.evaluation.attacks import (
     FGSM,
     NOISE_DRAWS,

@@ -21,8 +21,8 @@ from mat_dist.evaluation import radii
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target
 from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
 from mat_dist.models import Ensemble
-from mat_dist.models.classifier import Images
 from mat_dist.models.ensemble import RULES
+from mat_dist.models.registry import Images
 from mat_dist.runs.folder import RunFolder
 
 # ------------------------------------------------------------------------------------------------ targets

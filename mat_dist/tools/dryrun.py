@@ -25,7 +25,7 @@ from mat_dist.data.load import default_val_size
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model, parameter_count
-from mat_dist.models.classifier import DTYPES, Images
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.tools.cost import step_passes, total_passes
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.random_search import patch_change
+from mat_dist.attacks.random_search import noisy, patch_change
 from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError

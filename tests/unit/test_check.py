@@ -16,7 +16,7 @@ from mat_dist.config import load_config
 from mat_dist.core.peer import Peer
 from mat_dist.data import Batches
 from mat_dist.distributed.launch import Launch
-from mat_dist.models.classifier import make_model
+from mat_dist.models.registry import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
 from mat_dist.tools.check import data as data_check

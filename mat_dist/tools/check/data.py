@@ -11,10 +11,10 @@ from mat_dist import rng
 from mat_dist.attacks.pgd import likeliest
 from mat_dist.config.schema import Config, DataConfig
 from mat_dist.data import as_float, load_data, training_batches
+from mat_dist.data.arrays import generated_images
 from mat_dist.data.folder import preview_folder
-from mat_dist.data.generated import generated_images
 from mat_dist.errors import DataError
-from mat_dist.models.classifier import DTYPES, Images
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.tools.check.findings import Answer
 from mat_dist.tools.dryrun import KNOWN_IMAGES
 

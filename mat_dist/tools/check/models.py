@@ -16,8 +16,7 @@ from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch
 from mat_dist.errors import NonFinite, PeerFailed
-from mat_dist.models.classifier import make_model
-from mat_dist.models.registry import parameter_count
+from mat_dist.models.registry import make_model, parameter_count
 from mat_dist.tools.check.data import Sample
 from mat_dist.tools.check.findings import Answer
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mat_dist.distributed.endpoint import Endpoint
+from mat_dist.distributed.launch import Endpoint
 from mat_dist.distributed.processes import command_line
 from mat_dist.errors import EnvironmentFault
 from mat_dist.tools.check.findings import Answer

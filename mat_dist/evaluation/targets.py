@@ -15,7 +15,7 @@ from mat_dist.checkpoints.load import ENSEMBLE, open_run
 from mat_dist.config import load_config
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.norms import known_norms
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.schema import Config, EvalConfig, PeerConfig
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import radii
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target
@@ -81,13 +81,18 @@ def make_job(request: Request, config: Config) -> Job:
 
 def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
     """The plan of each gradient attack of our own, by name."""
-    asked: dict[str, Any] = {"steps": request.steps or config.eval.test_steps,
+    asked: dict[str, Any] = {"steps": request.steps or test_steps(config),
                              "restarts": request.restarts or config.eval.restarts,
                              "step_size": request.step_size}
     plans = {name: AttackPlan(**asked | dict(MENU[name].plan)) for name in made_by(request.attacks, "pgd")}
     if TARGETED in plans:
         plans[TARGETED] = replace(plans[TARGETED], targets=request.targets_per_image)
     return plans
+
+
+def test_steps(config: Config) -> int:
+    """PGD steps on test images; the default where the training was told to make no test (0)."""
+    return config.eval.test_steps or EvalConfig().test_steps
 
 
 def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:

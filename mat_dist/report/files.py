@@ -64,7 +64,7 @@ def read_run(path: Path) -> RunFiles:
     records = read_records(folder.metrics, notes)
     evaluations = read_evaluations(folder.eval, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
-        notes.append("no evaluation on the test set: the run has not ended, or has eval.test=false")
+        notes.append("no evaluation on the test set: the run has not ended, or has eval.test_steps=0")
     return RunFiles(folder, config, _document(folder.environment, notes), _document(folder.exit, notes),
                     [one for one in records if one["kind"] == "step"],
                     [one for one in records if one["kind"] == "epoch"], evaluations, notes)

@@ -22,7 +22,7 @@ from mat_dist.data import ImageSet, load_data
 from mat_dist.errors import DataError
 from mat_dist.evaluation.attacks import AttackPlan, correct, craft
 from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
-from mat_dist.evaluation.targets import threats_of
+from mat_dist.evaluation.targets import test_steps, threats_of
 from mat_dist.report.evaluations import Outcome
 from mat_dist.report.files import RunFiles
 from mat_dist.runs.console import duration
@@ -73,7 +73,7 @@ class Victims:
 
     def plan(self) -> AttackPlan:
         """The attack of the test set with one start; its steps are a share of eps."""
-        return AttackPlan(self.config.eval.test_steps)
+        return AttackPlan(test_steps(self.config))
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number of the chunk, images, labels) in the evaluator's chunks, whose number keys the attack's noise."""

@@ -223,7 +223,8 @@ def test_the_attack_of_training_gives_the_best_iterates(threat: Threat) -> None:
     attack = TrainingAttack(model, [threat], config.peers[0].attack, config.step, print)
     x, y = batch(0)
     with frozen(model):
-        expected = apgd(model, x, y, region=threat.region(x, APGD_SHARE), start_BCHW=x, loss="ce", steps=7, step_size=0.3)
+        expected = apgd(model, x, y, region=threat.region(x, APGD_SHARE), start_BCHW=x, loss="ce", steps=7,
+                        step_size=0.3)
     # It attacks a copy with its norms folded: rounding differs.
     values = [F.cross_entropy(model.eval()(z), y, reduction="none") for z in (
         attack(x, y, Plan(0, 0, 0)).adv_BCHW, expected.best_BCHW, x)]

@@ -42,7 +42,6 @@ ALONE = (f"{TRAIN} --plugin {METHOD} methods.centralise={{}}",
          f"{TRAIN} --plugin {NORM} threat=first_channel threat.eps=0.1")
 # Not run, for the reason given, but described by --dry-run.
 DESCRIBED = {
-    TRAIN: "a minute or more; the small commands run the same code",
     f"{TRAIN} --plugin {MODEL} model=my_model": "a minute or more; another command runs the plug-in",
     f"{TRAIN} --plugin {MODEL} peers.0.model=my_model": "a minute or more; another command runs the plug-in",
     f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",

@@ -202,7 +202,7 @@ def test_the_training_commands_run_and_a_run_continues(run, tmp_path, monkeypatc
 @pytest.mark.parametrize("command", ALONE)
 def test_a_command_with_a_method_or_a_norm_of_ones_own_runs(command, tmp_path):
     words = [sys.executable, *shlex.split(command)[1:], *SMALL, f"run.root={tmp_path}", "train.max_steps=2"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "PGD-1 %" in done.stdout, done.stderr
 
 
@@ -210,7 +210,7 @@ def test_a_command_with_a_method_or_a_norm_of_ones_own_runs(command, tmp_path):
 def test_the_examples_of_the_python_interface_run_one_after_the_other(tmp_path):
     text = "\n".join(text for where, text in blocks("python") if where.startswith("docs/api.md"))
     (tmp_path / "examples.py").write_text(text)
-    done = subprocess.run([sys.executable, "examples.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "examples.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
 
 

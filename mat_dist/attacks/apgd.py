@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
 from mat_dist.attacks.pgd import Model, attack_loss, likeliest, loss_and_gradient
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import known_norms
 
 MOMENTUM = 0.75  # weight of the new step; the rest repeats the last move (2020, eq. 3)
 RISES = 0.75  # share of the steps since the last check that must raise the loss (2020, rho)

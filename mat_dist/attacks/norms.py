@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.attacks.l1 import project_l1, random_change, sparse_step
-from mat_dist.config.norms import NormInfo, add_norm, known_norms
+from mat_dist.config.fields import NormInfo, add_norm, known_norms
 from mat_dist.errors import ConfigError
 
 Top = int | Tensor | None

@@ -23,7 +23,7 @@ from mat_dist.config.fields import Section
 from mat_dist.config.gone import is_gone, without_gone
 from mat_dist.config.help import canonical, faulty, nearest, problem, settings
 from mat_dist.config.presets import fill_peer
-from mat_dist.config.registry import check
+from mat_dist.config.rules import check
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.config.tree import (
     ALIASES,

@@ -23,7 +23,7 @@ from mat_dist.config.fields import Section
 from mat_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mat_dist.config.registry import Rule
+    from mat_dist.config.rules import Rule
     from mat_dist.config.schema import Config, PeerConfig
 
 Values = Mapping[str, Any]
@@ -78,7 +78,7 @@ class Method:
         attack_defaults: `attack.loss` and `attack.start` of these attack methods, in place of the preset's.
         pairs: its loss couples the logits on clean images and own AEs.
         guided: its attack losses need the teachers' opinion of the clean images.
-        rules: what is wrong with a complete configuration, as in `config.registry`, with the sections that they read.
+        rules: what is wrong with a complete configuration, as in `config.rules`, with the sections that they read.
         hook: peer -> its hook (`core.hooks.Hook`).
         when: whether a peer with these settings has the hook; default: it has the section.
         kept_bytes: (config, peer, training images, their shape) -> bytes that the hook keeps on the device.

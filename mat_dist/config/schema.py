@@ -10,11 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mat_dist.config.attack import AttackConfig, UnionConfig
-from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.loss import LossConfig
-from mat_dist.config.methods import Methods, Registered
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import Integer, Number, Section, known_norms
+from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, presets, strategies
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
 
@@ -103,6 +100,77 @@ class ThreatConfig(Section):
 
     norm: Annotated[str, Registered(known_norms)] = Field("linf", description="norm of the ball")
     eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
+
+
+class AttackConfig(Section):
+    """How a peer makes its adversarial examples in training."""
+
+    method: Annotated[str, Registered(attack_methods)] = Field(
+        "pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD sets its own steps, the best point "
+                           "counts; n_fgsm: one step from noise of 2 eps, not cut to the ball (linf, steps: 1); free: "
+                           "one step a replay along the image gradient that learning gives (steps: 1, train.replays)")
+    steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
+    step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
+                                                                     "one step 1.25 eps, n_fgsm and free eps; apgd: "
+                                                                     "of the first step, 2 eps, for l1 eps")
+    start: Literal["uniform", "gaussian", "zero"] | None = Field(
+        None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
+    loss: Annotated[str, Registered(attack_losses)] | None = Field(
+        None, description="what the attack raises: cross-entropy (ce), KL to the own clean prediction (kl_clean, "
+                          "TRADES) or to the teachers' (kl_teacher, RSLAD), or the CW margin (margin); default: the "
+                          "preset's (ce)")
+
+
+class UnionConfig(Section):
+    """How one peer trains against several threats at once. Formulas: docs/method.md."""
+
+    strategy: Annotated[str, Registered(strategies)] | None = Field(
+        None, description="learn from all threats evenly (avg); from each image's worst one (max); from one drawn per "
+                          "step (random, SAT); from linf or l1, the less robust one more often (eat, E-AT); from the "
+                          "steepest over the threats in each attack step (msd); max with paired logits (ramp). A "
+                          "generalist without threats of its own learns so from its specialists' AEs (avg, max, ramp)")
+    threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
+                                                  "own; the first one is the peer's threat")
+
+
+class LossConfig(Section):
+    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/method.md."""
+
+    preset: Annotated[str, Registered(presets)] = Field("mat", description="named set of coefficients")
+    hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")
+    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs (w_own), the rest "
+                                                                  "is spread over peers' AEs")
+    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
+    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers on AEs (alpha)")
+    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
+                                                                "over peers' AEs; default an even share (with "
+                                                                "teacher_set owner: 0)")
+    kd_clean: Number | None = Field(None, ge=0, le=1, description="weight of distillation on clean images (RSLAD)")
+    kd_loss: Literal["kl", "mse"] | None = Field(
+        None, description="divergence of softened predictions, or mean squared difference of logits (LBGAT)")
+    kd_where: Literal["all", "teacher_right", "student_wrong"] | None = Field(
+        None, description="images on which a teacher is listened to: all; those that it labels correctly; of these "
+                          "those that the student gets wrong")
+    temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation and of "
+                                                                        "pair_kl (T); both count T squared times")
+    teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(
+        None, description="what a teacher looks at: what the student sees, the teacher's own AE, or the clean image")
+    teacher_set: Literal["all", "owner", "expert", "frozen"] | None = Field(
+        None, description="all other peers; only the peer that made the AE; only peers whose own threat has the norm "
+                          "that the AE was made for; or only peers that do not train")
+    pair_kl: Number | None = Field(None, ge=0, description="weight of KL(clean prediction || own-AE prediction) "
+                                                           "(TRADES: beta)")
+    pair_mse: Number | None = Field(None, ge=0, description="weight of the mean squared difference between clean and "
+                                                            "own-AE logits (ALP)")
+    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on "
+                                                                         "AEs and clean images")
+    warmup_epochs: Number | None = Field(None, ge=0, description="epochs in which the peer learns alone: no "
+                                                                 "distillation, hard labels on own AEs")
+
+    @property
+    def learns_aes(self) -> bool:
+        """Whether a complete loss has a term on AEs; LBGAT's net of clean images has none."""
+        return bool(self.hard_weight or self.kd_weight or self.pair_kl or self.pair_mse)
 
 
 class OptimConfig(Section):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import known_norms
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import known_norms
 from mat_dist.errors import ConfigError
 
 Radii = Mapping[str, float]

@@ -12,8 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from mat_dist.config import load_config
 from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.help import nearest
-from mat_dist.config.options import Options
+from mat_dist.config.help import Options, nearest
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError

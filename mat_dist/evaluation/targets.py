@@ -13,8 +13,7 @@ from torch import nn
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, open_run
 from mat_dist.config import load_config
-from mat_dist.config.fields import parse_threats
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import known_norms, parse_threats
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import radii

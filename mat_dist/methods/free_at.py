@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import entries
+from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.errors import ConfigError

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, Preset, register_method
-from mat_dist.config.registry import asks_for_one_label
+from mat_dist.config.rules import asks_for_one_label
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.errors import ConfigError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.methods import Method, Strategy, register_method
-from mat_dist.config.registry import asks_for_one_label, entries, heard_by
+from mat_dist.config.rules import asks_for_one_label, entries, heard_by
 from mat_dist.config.schema import Config, PeerConfig, UnionConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, without data, run folder or process group."""
+"""`--dry-run`: what a run would do, without data, run folder or process group; its passes, for studies too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
-from mat_dist.config.methods import kept_bytes
+from mat_dist.config.methods import Method, kept_bytes, methods
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
@@ -26,7 +27,6 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model, parameter_count
 from mat_dist.models.classifier import DTYPES, Images
-from mat_dist.tools.cost import step_passes, total_passes
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
@@ -34,6 +34,53 @@ KNOWN_IMAGES = {  # data set: (shape, classes, training images before the valida
 }
 MIB = 1 << 20
 WIDTH = 100
+
+
+class Passes(NamedTuple):
+    """Of one peer: attack and learning (forward and backward), teaching (forward only), and their sums."""
+
+    attack: Fraction
+    learning: Fraction
+    teaching: Fraction
+    forward: Fraction
+    backward: Fraction
+
+
+def step_passes(config: Config, graph: CohortGraph) -> list[Passes]:
+    """The passes of each peer in one step of full attacks."""
+    return [_passes_of(config, graph, index, Fraction(spec.attack.steps)) for index, spec in enumerate(config.peers)]
+
+
+def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, int]:
+    """Forward and backward passes of all peers in `total` steps."""
+    rows = step_passes(config, graph)
+    return math.ceil(total * sum(row.forward for row in rows)), math.ceil(total * sum(row.backward for row in rows))
+
+
+def used_by(spec: PeerConfig) -> Sequence[Method]:
+    """The methods of a peer."""
+    return [method for method in methods().values() if method.uses(spec)]
+
+
+def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) -> Passes:
+    spec, row, used = config.peers[index], graph.peers[index], used_by(config.peers[index])
+    learning = Fraction(len(row.learned) + sum(method.learning(spec, row) for method in used if method.learning))
+    # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
+    again = config.step.memory == "recompute" or config.step.teachers == "ema"
+    teaching = Fraction(len(graph.taught[index] if again else graph.forwarded(index)) + any(graph.guides))
+    # Forwards alone: the clean prediction once, APGD's look at its last point.
+    attack, alone = steps, Fraction((spec.attack.loss == "kl_clean") + (spec.attack.method == "apgd"))
+    views = len(graph.crafted(index))
+    attack, alone = attack * views, alone * views
+    for method in used:
+        if views and method.attack_passes is not None:
+            instead, more = method.attack_passes(spec, steps)
+            attack, alone = attack + instead - steps, alone + more
+    backward = attack + learning
+    return Passes(attack, learning, teaching, backward + teaching + alone, backward)
+
+
+# ------------------------------------------------------------------------------------------------ the whole text
 
 
 def describe_run(config: Config, launch: Launch, device: torch.device) -> str:

@@ -17,8 +17,7 @@ from mat_dist.core.graph import CohortPlan
 from mat_dist.core.step import train_step
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.cost import step_passes
-from mat_dist.tools.dryrun import training_passes
+from mat_dist.tools.dryrun import step_passes, training_passes
 from tests.cohorts import BATCH, batch, build, cohort_config, nets, train
 from tests.ranks.test_step import hashes, largest_difference
 from tests.reference_mat import Reference, Stats, ce, kl, start_noise

@@ -17,7 +17,7 @@ from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
 from mat_dist.attacks.random_search import patch_change
-from mat_dist.config.norms import known_norms
+from mat_dist.config.fields import known_norms
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import attacks

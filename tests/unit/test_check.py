@@ -22,9 +22,8 @@ from mat_dist.runs.lock import GUARD, RunLock
 from mat_dist.tools.check import data as data_check
 from mat_dist.tools.check import memory, network, storage
 from mat_dist.tools.check.__main__ import main
-from mat_dist.tools.check.data import check_data, known_sample
-from mat_dist.tools.check.models import Graph, Measured, _held, check_model
-from mat_dist.tools.check.storage import file_system
+from mat_dist.tools.check.models import Graph, Measured, _held, check_data, check_model, known_sample
+from mat_dist.tools.check.run import file_system
 from tests.small_runs import SMALL, run_small, tree_hash
 from tests.unit.data_files import random_images, write_folder
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import config_warnings, load_config, registry, rules, rules_attack, rules_learning, rules_sharing, rules_unions
+from mat_dist.config import (
+    config_warnings,
+    load_config,
+    registry,
+    rules,
+    rules_attack,
+    rules_learning,
+    rules_sharing,
+    rules_unions,
+)
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"

@@ -18,8 +18,7 @@ from mat_dist.config.schema import Config
 from mat_dist.distributed.endpoint import Endpoint
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.check import network, versions
-from mat_dist.tools.check.findings import Answer, Report
+from mat_dist.tools.check import Answer, Report, machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +37,10 @@ def check(words: list[str], report: Report) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     options = parser.read(words)
     if Launch.from_environment().world > 1:
-        raise EnvironmentFault("mat_dist.tools.check was started as one of several ranks", "torchrun",
+        raise EnvironmentFault("mat_dist.check was started as one of several ranks", "torchrun",
                                "start it as one process: python -m mat_dist.check --ranks N")
     config = report.ask("config", _load, options)
-    torch_works = report.ask("versions", versions.check_versions)
+    torch_works = report.ask("versions", machine.check_versions)
     if torch_works:
         from mat_dist.tools.check import run  # imports torch
 
@@ -49,9 +48,9 @@ def check(words: list[str], report: Report) -> None:
         if config is not None and (config.log.tensorboard or config.log.wandb is not None):
             report.ask("trackers", _trackers, config)
     endpoint = report.ask("environment", _endpoint)
-    report.ask("port", network.check_port, endpoint, options.ranks)
-    report.ask("address", network.check_address, endpoint, options.nodes)
-    report.ask("interfaces", network.check_interfaces, endpoint, options.nodes)
+    report.ask("port", machine.check_port, endpoint, options.ranks)
+    report.ask("address", machine.check_address, endpoint, options.nodes)
+    report.ask("interfaces", machine.check_interfaces, endpoint, options.nodes)
     if options.json:
         print(report.as_json())
     else:

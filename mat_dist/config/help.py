@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from mat_dist.config.fields import Section
+from mat_dist.config.fields import Section, Written
 from mat_dist.config.methods import Registered, methods_model
 from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
 from mat_dist.config.tree import (
@@ -51,10 +51,10 @@ _SUGGEST = 30  # after so many unknown keys no nearest one is searched: difflib 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: `kind` is number, integer, switch, text, choice or numbers (a list)."""
+    """One setting: `kind` is number, integer, switch, text, choice, numbers (a list) or arguments (a mapping)."""
 
     key: str
-    kind: Literal["number", "integer", "switch", "text", "choice", "numbers"]
+    kind: Literal["number", "integer", "switch", "text", "choice", "numbers", "arguments"]
     names: tuple[str, ...] | Registered
     bounds: str
     optional: bool
@@ -69,7 +69,8 @@ class Setting:
     @property
     def type_text(self) -> str:
         """The type and range, for the help."""
-        names = {"integer": "whole number", "numbers": "list of numbers", "switch": "true | false"}
+        names = {"integer": "whole number", "numbers": "list of numbers", "switch": "true | false",
+                 "arguments": "NAME: VALUE, ..."}
         text = " | ".join(self.choices) or f"{names.get(self.kind, self.kind)} {self.bounds}".rstrip()
         return f"{text} | null" if self.optional else text
 
@@ -88,11 +89,14 @@ class Setting:
             more = ", or a name from --plugin" if isinstance(self.names, Registered) else ""
             return f"choose one of {', '.join(self.choices)}{', null' if self.optional else ''}{more}{hint}"
         if self.kind == "text":
+            if self.bounds.startswith("like "):
+                return f"write text {self.bounds}"
             if "letter" in self.bounds:
                 return "write letters, digits, dots, hyphens or underscores, " + self.bounds
             return "write text, in quotes where it looks like a number" + (f", {self.bounds}" if self.bounds else "")
         article = {"number": 'a number such as 0.1, 1e-3 or "8/255"', "integer": "a whole number",
-                   "switch": "true or false", "numbers": "a list of numbers such as [0.5, 0.75]"}[self.kind]
+                   "switch": "true or false", "numbers": "a list of numbers such as [0.5, 0.75]",
+                   "arguments": "names and values, such as {momentum: 0.8, nesterov: true}"}[self.kind]
         text = f"write {article}" + (f", {self.bounds}" if self.bounds else "")
         return f"{text}, or null" if self.optional else text
 
@@ -127,17 +131,19 @@ def _bounds(field: FieldInfo) -> str:
 def _setting(key: str, field: FieldInfo) -> Setting:
     marked, optional = _inner(field.annotation)
     base = getattr(marked, "__origin__", marked) if get_origin(marked) not in (Literal, tuple) else marked
-    kind: Any = {float: "number", int: "integer", bool: "switch", str: "text"}.get(base)
+    kind: Any = {float: "number", int: "integer", bool: "switch", str: "text", dict: "arguments"}.get(base)
     choices: tuple[str, ...] | Registered = ()
     # Where null is allowed too, the mark stands at the type of the other values.
-    marks = [m for m in (*field.metadata, *getattr(marked, "__metadata__", ())) if isinstance(m, Registered)]
-    if marks:
+    marks = [m for m in (*field.metadata, *getattr(marked, "__metadata__", ())) if isinstance(m, (Registered, Written))]
+    if marks and isinstance(marks[0], Registered):
         kind, choices = "choice", marks[0]
     elif get_origin(base) is Literal:
         kind, choices = "choice", get_args(base)
     elif get_origin(base) is tuple:
         kind = "numbers"
-    return Setting(key, kind, choices, _bounds(field), optional, field.default, field.description or "")
+    bounds = f"like {marks[0].like}" if marks and isinstance(marks[0], Written) else _bounds(field)
+    default = field.get_default(call_default_factory=True)
+    return Setting(key, kind, choices, bounds, optional, default, field.description or "")
 
 
 def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> None:
@@ -233,13 +239,14 @@ def problem(error: ErrorDetails, layer: Layer, count: int) -> ConfigError:
     node, depth = layer.locate(path)
     if error["type"] == "extra_forbidden":
         return unknown_key(path, node, search=count < _SUGGEST)
-    if error["type"] in ("missing", "value_error") and canonical(path) not in settings():
+    setting = settings().get(canonical(path))
+    if setting is not None and setting.kind == "arguments" and error["type"] == "value_error":
+        return ConfigError(f"{node.key} cannot be used: {error['msg'][13:]}", node.where, setting.allowed(None))
+    if error["type"] in ("missing", "value_error") and setting is None:
         what = ".".join(map(str, error["loc"]))
         text = "is not given" if error["type"] == "missing" else f"cannot be used: {error['msg'][13:]}"
         return ConfigError(f"{what} {text}", node.where, f"see {canonical(error['loc'])} in --help")
-    key = canonical(path)
-    setting = settings().get(key)
-    found = shown(error["input"])
+    key, found = canonical(path), shown(error["input"])
     if setting is not None and depth == len(path):
         return ConfigError(f"{found} cannot be used for {node.key}", node.where, setting.allowed(error["input"]))
     if key == "peers":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mat_dist.config.fields import known_norms, parse_threats
+from mat_dist.config.fields import known_norms
 from mat_dist.config.methods import methods, methods_model, presets, strategies
 from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerConfig, ThreatConfig, UnionConfig
 
@@ -69,12 +69,8 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
 
 
 def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
-    """A peer's threat: the first one of its union, where it has one that can be read."""
-    try:
-        norm, eps = parse_threats(union.threats or "")[0]
-        return ThreatConfig.model_validate({"norm": norm, "eps": eps})
-    except ValueError:  # also pydantic's
-        return threat
+    """A peer's threat: the first one of its union, where it has one."""
+    return ThreatConfig(norm=union.balls[0][0], eps=union.balls[0][1]) if union.balls else threat
 
 
 def fill_optim(optim: OptimConfig, peer: PeerConfig) -> OptimConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from mat_dist.config.fields import known_norms, parse_threats, real_images
+from mat_dist.config.fields import known_norms, real_images
 from mat_dist.config.methods import methods, presets, strategies
 from mat_dist.config.presets import hears
 from mat_dist.config.schema import Config, PeerConfig
@@ -391,13 +391,9 @@ def _distilled_norms(config: Config, index: int) -> set[str]:
 
 
 def _view_norms(peer: PeerConfig) -> set[str]:
-    """Norms that a peer makes views for; of its own threat where its union cannot be read."""
+    """Norms that a peer makes views for."""
     strategy = strategies().get(peer.union.strategy or "")
-    try:
-        union = parse_threats(peer.union.threats) if peer.union.threats and strategy and strategy.each else []
-    except ValueError:
-        union = []
-    return {norm for norm, _ in union} or {peer.threat.norm}
+    return {norm for norm, _ in peer.union.balls if strategy and strategy.each} or {peer.threat.norm}
 
 
 def _grouped(config: Config, texts: dict[str, list[str]]) -> list[str]:

@@ -6,11 +6,12 @@ stand beside the section; rules between sections in `rules.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mat_dist.config.fields import Integer, Number, Section, known_norms
+from mat_dist.config.fields import Arguments, Integer, Number, Section, Written, known_norms, parse_threats
 from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, presets, strategies
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
@@ -129,8 +130,13 @@ class UnionConfig(Section):
                           "step (random, SAT); from linf or l1, the less robust one more often (eat, E-AT); from the "
                           "steepest over the threats in each attack step (msd); max with paired logits (ramp). A "
                           "generalist without threats of its own learns so from its specialists' AEs (avg, max, ramp)")
-    threats: str | None = Field(None, description="norm:eps of each, such as linf:8/255,l2:1/2,l1:12, for AEs of its "
-                                                  "own; the first one is the peer's threat")
+    threats: Annotated[str, Written(parse_threats, "linf:8/255,l2:1/2,l1:12")] | None = Field(
+        None, description="norm:eps of each, for AEs of its own; the first one is the peer's threat")
+
+    @property
+    def balls(self) -> list[tuple[str, float]]:
+        """Norm and radius of each threat."""
+        return parse_threats(self.threats) if self.threats else []
 
 
 class LossConfig(Section):
@@ -180,9 +186,10 @@ class OptimConfig(Section):
                                                                         "torch.optim, such as RMSprop")
     lr: Number = Field(0.1, gt=0, le=100, description="peak learning rate")
     weight_decay: Number = Field(5e-4, ge=0, le=1, description="weight decay")
-    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the class, such as {nesterov: "
-                                                                   "true} or {betas: [0.9, 0.95]}; sgd has momentum "
-                                                                   "0.9 where they say nothing else")
+    args: Arguments = Field(
+        default_factory=dict, description="further arguments of the class, such as {nesterov: true} or {betas: [0.9, "
+                                          "0.95]}, or one by one: optim.args.momentum=0.8; sgd has momentum 0.9 where "
+                                          "they say nothing else")
     decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
     schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field(
         "piecewise", description="learning-rate schedule")
@@ -263,7 +270,6 @@ class EvalConfig(Section):
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
     test_steps: Integer = Field(20, ge=0, le=10000, description="PGD steps on the test set, at the end; 0: no test")
-    restarts: Integer = Field(1, ge=1, le=1000, description="random starts, the worst one counts per image")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")
     test_size: Integer | None = Field(None, ge=1, description="evaluate on this many test images; default all")
     chunk: Integer = Field(256, ge=1, le=1 << 20, description="images per unit of work; part of the result's seed")
@@ -278,15 +284,25 @@ class CheckpointConfig(Section):
     keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
 
 
+def parse_trackers(text: str | None) -> dict[str, str]:
+    """The trackers of "tensorboard,wandb:PROJECT", with its project. Raises ValueError for others, or one twice."""
+    parts = [] if text is None else [re.fullmatch(r"(tensorboard)|(wandb):(.{1,128})", part.strip())
+                                     for part in text.split(",")]
+    found = {part[1] or part[2]: part[3] or "" for part in parts if part}
+    if len(found) < len(parts):
+        raise ValueError("not trackers")
+    return found
+
+
 class LogConfig(Section):
     """What is written and shown while training."""
 
     every: Integer = Field(50, ge=1, description="steps between log records; only these steps read metrics back")
     console: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="live table where there is a terminal, plain lines elsewhere")
-    tensorboard: bool = Field(False, description="also write records and pictures of AEs for TensorBoard")
-    wandb: str | None = Field(None, min_length=1, max_length=128, description="also send them to this project of "
-                                                                              "Weights & Biases")
+    trackers: Annotated[str, Written(parse_trackers, "tensorboard,wandb:PROJECT")] | None = Field(
+        None, description="where numbers and pictures of AEs are sent too: tensorboard, wandb:PROJECT (Weights & "
+                          "Biases), or both")
 
 
 class Config(Section):

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from mat_dist.config.fields import parse_threats
 from mat_dist.config.methods import Method, Strategy, register_method
 from mat_dist.config.rules import asks_for_one_label, entries, heard_by
-from mat_dist.config.schema import Config, PeerConfig, UnionConfig
+from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError
 from mat_dist.methods import lazy
@@ -237,31 +236,19 @@ def _draws(spec: PeerConfig) -> bool:
 def _attack_passes(spec: PeerConfig, steps: Fraction) -> tuple[Fraction, Fraction]:
     """E-AT looks at PGD's last point, MSD at each step of each norm."""
     looks = spec.union.strategy == "eat" and spec.attack.method == "pgd"
-    tried = len(parse_threats(spec.union.threats or "")) if spec.union.strategy == "msd" else 0
+    tried = len(spec.union.balls) if spec.union.strategy == "msd" else 0
     return steps, looks + steps * tried
 
 
 # ---------------------------------------------------------------- rules
 
 
-def _norms(union: UnionConfig) -> list[str] | None:
-    """Norms of the threats in their order; None where they cannot be read."""
-    try:
-        return [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
-    except ValueError:
-        return None
-
-
 def unions_can_be_read(config: Config) -> list[ConfigError]:
-    """Threats are norms with radii, each norm once, two or more, and come with a strategy."""
+    """Each norm once, two or more, and with a strategy."""
     found = []
     for key, peer in entries(config):
         union, where = peer.union, f"{key}.union.threats"
-        try:
-            given = [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
-        except ValueError as error:
-            found.append(ConfigError(str(error), where, "write norm:eps, such as linf:8/255,l2:0.5"))
-            continue
+        given = [norm for norm, _ in union.balls]
         if given and union.strategy is None:
             found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
                                      "write avg, max, random, eat, msd or ramp"))

@@ -297,14 +297,14 @@ def _schedule(run: _Run) -> list[str]:
                 "the data are read"]
     total = _total(config, per_epoch)
     forward, backward = total_passes(config, run.graph, total)
-    optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
+    optims: list[tuple[OptimConfig, str]] = []  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
-        optims.setdefault(spec.optim, name)
-    marks = sorted({step for optim in optims for step in _marks(total, per_epoch, optim)})
-    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims.items())])
+        optims += [] if any(spec.optim == optim for optim, _ in optims) else [(spec.optim, name)]
+    marks = sorted({step for optim, _ in optims for step in _marks(total, per_epoch, optim)})
+    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims)])
     before: list[str] = []
     for step in marks:
-        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim in optims]
+        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim, _ in optims]
         if rates != before or step == total - 1:
             table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
         before = rates

@@ -19,8 +19,7 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.models.classifier import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
-from mat_dist.tools.check import data as data_check
-from mat_dist.tools.check import memory, network, storage
+from mat_dist.tools.check import machine, memory, run
 from mat_dist.tools.check.__main__ import main
 from mat_dist.tools.check.models import Graph, Measured, _held, check_data, check_model, known_sample
 from mat_dist.tools.check.run import file_system
@@ -194,7 +193,7 @@ def test_a_cache_is_not_built_but_its_images_are_tried(capsys, tmp_path):
 
 def test_a_cache_that_is_there_is_opened(capsys, tmp_path):
     write_folder(tmp_path / "set", train=30, test=6, side=16)
-    data_check.load_data(load_config(None, FOLDER).data, seed=0, batch_size=8)
+    load_data(load_config(None, FOLDER).data, seed=0, batch_size=8)
     assert "training, validation, test" in Checked(capsys, *FOLDER).row("data")["found"]
 
 
@@ -385,7 +384,7 @@ def test_the_file_system_of_a_folder_is_that_of_the_longest_mount(tmp_path, monk
     assert file_system(Path(path), table)[0] == kind
     monkeypatch.setattr(storage, "existing", lambda _: Path(path))
     monkeypatch.setattr(storage, "file_system", lambda folder, _: file_system(folder, table))
-    answer = storage.check_shared(load_config(None), 2)
+    answer = run.check_shared(load_config(None), 2)
     assert bool(answer.warning) is not shared
     if not shared:
         assert "srun --nodes=2" in answer.warning
@@ -425,7 +424,7 @@ def test_a_closed_connection_does_not_count_as_a_port_in_use(monkeypatch):
         accepted, _ = server.accept()
         accepted.close()  # this side waits in TIME_WAIT
         client.close()
-    network._listen(port)
+    machine._listen(port)
 
 
 def test_the_owner_of_a_port_is_told_where_the_process_cannot_be_seen(tmp_path):
@@ -434,8 +433,8 @@ def test_the_owner_of_a_port_is_told_where_the_process_cannot_be_seen(tmp_path):
         "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
         "   0: 0100007F:7148 00000000:0000 0A 00000000:00000000 00:00000000 00000000  4242        0 99 1\n"
         "   1: 0100007F:7149 0100007F:7148 01 00000000:00000000 00:00000000 00000000  4242        0 98 1\n")
-    assert str(network.who_listens(0x7148, tmp_path)) == "a process of user 4242"
-    assert network.who_listens(0x7149, tmp_path) is None  # connected, not listening
+    assert str(machine.who_listens(0x7148, tmp_path)) == "a process of user 4242"
+    assert machine.who_listens(0x7149, tmp_path) is None  # connected, not listening
 
 
 @pytest.mark.parametrize("port", ["many", "0", "65536", "-1", "1" * 5000, "²"])
@@ -452,7 +451,7 @@ def resolves_to(monkeypatch, address: str | None) -> None:
             raise socket.gaierror(-2, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
-    monkeypatch.setattr(network.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(machine.socket, "getaddrinfo", resolve)
     monkeypatch.setattr(network, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
 
 
@@ -487,7 +486,7 @@ def test_interfaces_that_the_environment_names_must_exist(capsys, monkeypatch, v
     ("eth", ["eth0", "eth1"]), ("=eth0", ["eth0"]), ("ib,eth1", ["eth1", "ib0"]), ("=eth", []),
     ("^docker,lo", ["eth0", "eth1", "ib0"]), ("^=eth0", ["lo", "eth1", "ib0", "docker0"])])
 def test_interfaces_are_matched_as_nccl_documents_it(pattern, names):
-    assert network.nccl_matches(pattern, ["lo", "eth0", "eth1", "ib0", "docker0"]) == names
+    assert machine.nccl_matches(pattern, ["lo", "eth0", "eth1", "ib0", "docker0"]) == names
 
 
 def test_several_nodes_also_ask_for_a_shared_folder(capsys, monkeypatch):
@@ -518,5 +517,5 @@ def test_the_first_batch_is_checked_after_augmentation(monkeypatch):
     config = load_config(None, list(QUICK))
     bright = torch.full((4, 1, 8, 8), 1.5), torch.zeros(4, dtype=torch.int64)
     monkeypatch.setattr(Batches, "at", lambda *_: bright)
-    with pytest.raises(data_check.DataError, match=r"pixels from 1\.5 to 1\.5"):
+    with pytest.raises(DataError, match=r"pixels from 1\.5 to 1\.5"):
         check_data(config)

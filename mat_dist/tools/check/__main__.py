@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, count, load_config, load_plugins
-from mat_dist.config.schema import Config
+from mat_dist.config.schema import Config, parse_trackers
 from mat_dist.distributed.endpoint import Endpoint
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
@@ -45,7 +45,7 @@ def check(words: list[str], report: Report) -> None:
         from mat_dist.tools.check import run  # imports torch
 
         run.check_run(report, config, options.ranks, options.nodes, config_name(options.config))
-        if config is not None and (config.log.tensorboard or config.log.wandb is not None):
+        if config is not None and config.log.trackers is not None:
             report.ask("trackers", _trackers, config)
     endpoint = report.ask("environment", _endpoint)
     report.ask("port", machine.check_port, endpoint, options.ranks)
@@ -72,8 +72,7 @@ def _trackers(config: Config) -> Answer[None]:
     from mat_dist.runs.trackers import require_trackers  # imports torch
 
     require_trackers(config.log)
-    asked = ["TensorBoard"] * config.log.tensorboard + ["W&B"] * (config.log.wandb is not None)
-    return Answer(None, f"{' and '.join(asked)} can be imported")
+    return Answer(None, f"{' and '.join(parse_trackers(config.log.trackers))} can be imported")
 
 
 def _endpoint() -> Answer[Endpoint]:

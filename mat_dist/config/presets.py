@@ -74,7 +74,10 @@ def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
 
 
 def fill_optim(optim: OptimConfig, peer: PeerConfig) -> OptimConfig:
-    """`optim` with the averaged weights that belong to a preset, where nothing is said of them; null says: none."""
+    """`optim` with the averaged weights that belong to a preset, where nothing is said of them; null says: none, and so
+    does methods.swa, which averages in its own way."""
+    if "swa" in peer.methods:
+        return optim.model_copy(update={"ema_decay": None})
     decay = presets()[peer.loss.preset].ema_decay
     if decay is None or peer.averages or "ema_decay" in optim.model_fields_set:
         return optim

@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mat_dist.config.methods import Method, Strategy, register_method
-from mat_dist.config.rules import asks_for_one_label, entries, heard_by
+from mat_dist.config.rules import entries, heard_by
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError
@@ -295,11 +295,6 @@ def unions_have_hard_labels(config: Config) -> list[ConfigError]:
             and not peer.loss.hard_weight and not peer.frozen]
 
 
-def one_label(config: Config) -> list[ConfigError]:
-    """It asks which images are classified correctly."""
-    return asks_for_one_label(config, lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max")
-
-
 register_method(Method(
     "unions", "several threats at once", strategies={
         "avg": Strategy("learn from all threats evenly", each=True),
@@ -308,6 +303,7 @@ register_method(Method(
         "eat": Strategy("from linf or l1, the less robust one more often (E-AT)"),
         "msd": Strategy("from the steepest over the threats in each attack step (MSD)")},
     hook=_hook, when=_draws, attack_passes=_attack_passes,
+    one_label=(lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max"),
     rules=((unions_can_be_read, frozenset({"union", "loss"})),
            (unions_of_received_aes_fit, frozenset({"union", "peers", "loss"})),
-           (unions_have_hard_labels, frozenset({"union", "loss"})), (one_label, frozenset({"union", "data"})))))
+           (unions_have_hard_labels, frozenset({"union", "loss"})))))

@@ -14,8 +14,9 @@ import torch
 
 from mat_dist.config import load_config
 from mat_dist.core.peer import Peer
-from mat_dist.data import Batches
+from mat_dist.data import Batches, load_data
 from mat_dist.distributed.launch import Launch
+from mat_dist.errors import DataError
 from mat_dist.models.classifier import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
@@ -334,7 +335,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_named_with_bytes(capsys, mon
     checked = Checked(capsys, "checkpoint.keep=10")
     details = checked.row("disk")["details"]
     assert details["needed"] == 12 * details["checkpoint_bytes"]  # 10, the best, and the one being written
-    monkeypatch.setattr(storage, "free_bytes", lambda _: details["needed"] - 1)
+    monkeypatch.setattr(run, "free_bytes", lambda _: details["needed"] - 1)
     checked = Checked(capsys, "checkpoint.keep=10")
     assert checked.code == 5
     assert "12 checkpoints" in checked.row("disk")["found"]
@@ -382,8 +383,8 @@ def test_the_file_system_of_a_folder_is_that_of_the_longest_mount(tmp_path, monk
     table = tmp_path / "mounts"
     table.write_text(MOUNTS)
     assert file_system(Path(path), table)[0] == kind
-    monkeypatch.setattr(storage, "existing", lambda _: Path(path))
-    monkeypatch.setattr(storage, "file_system", lambda folder, _: file_system(folder, table))
+    monkeypatch.setattr(run, "existing", lambda _: Path(path))
+    monkeypatch.setattr(run, "file_system", lambda folder, _: file_system(folder, table))
     answer = run.check_shared(load_config(None), 2)
     assert bool(answer.warning) is not shared
     if not shared:
@@ -452,7 +453,7 @@ def resolves_to(monkeypatch, address: str | None) -> None:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
     monkeypatch.setattr(machine.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(network, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
+    monkeypatch.setattr(machine, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
 
 
 @pytest.mark.parametrize(("address", "nodes", "status", "text"), [
@@ -491,7 +492,7 @@ def test_interfaces_are_matched_as_nccl_documents_it(pattern, names):
 
 def test_several_nodes_also_ask_for_a_shared_folder(capsys, monkeypatch):
     resolves_to(monkeypatch, "10.0.0.5")
-    monkeypatch.setattr(storage, "file_system", lambda *_: ("nfs4", "/home"))
+    monkeypatch.setattr(run, "file_system", lambda *_: ("nfs4", "/home"))
     assert Checked(capsys, "--ranks=2", "--nodes=2").row("shared folder")["status"] == "ok"
     assert not [one for one in Checked(capsys, "--ranks=2").rows if one["check"] == "shared folder"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -276,16 +277,25 @@ def _memory(run: _Run) -> list[str]:
 
 
 def _travel(run: _Run, rows: int) -> list[str]:
-    """What each rank sends along the peer axis in a step."""
-    graph, place = run.graph, run.place
-    sent, parts = graph.width(place.peers_by_rank()), run.config.step.microbatches
-    width = {"full": DTYPES[run.config.step.precision].itemsize, "fp16": 2, "int8": 1}[run.config.step.wire]
-    aes = parts * sent * rows * math.prod(run.images.shape) * width
-    logits = (parts * place.peers_per_rank * graph.most_taught * rows * run.images.classes
-              * DTYPES[run.config.step.precision].itemsize)
-    home = sum(len(graph.crafted(peer)) for peer in range(place.peers)) - len(graph.travelling)
-    return [f"travels per step: each rank sends {aes / MIB:,.2f} MiB of AEs ({_count(parts * sent, 'view')}) and "
-            f"{logits / MIB:,.2f} MiB of logits; {_count(home, 'view')} stay with their makers"]
+    """What each rank sends along the peer axis in a step, and which views never leave their maker."""
+    graph, place, step = run.graph, run.place, run.config.step
+    who = "each rank sends"
+    if place.peer_ranks == 1:
+        if place.peers == 1:
+            return ["travels per step: nothing, there is one peer"]
+        place, who = Placement.place(place.peers, place.peers, 0), "nothing; with a rank for each peer, each would send"
+    sent, width = graph.width(place.peers_by_rank()), DTYPES[step.precision].itemsize
+    pixels = math.prod(run.images.shape)
+    image = {"full": pixels * width, "fp16": pixels * 2, "int8": pixels + 4}[step.wire]  # int8: and its scale
+    taught = place.peers_per_rank * (graph.most_taught + any(graph.guides))
+    aes = step.microbatches * rows * sent * image
+    logits = step.microbatches * rows * taught * run.images.classes * width
+    lines = [f"travels per step: {who} {aes:,} bytes of AEs",
+             f"  ({_count(sent, 'view')}) and {logits:,} bytes of logits"]
+    home = {name: [row.threat_of(view).label for view in graph.crafted(row.index) if view not in graph.travelling]
+            for name, _, row in run.named()}
+    told = ", ".join(f"{name} ({', '.join(threats)})" for name, threats in home.items() if threats)
+    return lines + textwrap.wrap(f"views that stay with their makers: {told or 'none'}", WIDTH, subsequent_indent="  ")
 
 
 def _schedule(run: _Run) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mat_dist.config import load_config
+from mat_dist.core.graph import CohortGraph
 from mat_dist.core.peer import Peer
 from mat_dist.data import Batches, load_data
 from mat_dist.distributed.launch import Launch
@@ -80,7 +81,7 @@ def test_every_part_of_the_result_is_in_the_json(capsys):
     checked = Checked(capsys, "--ranks", "2")
     assert checked.code == 0
     names = [one["check"] for one in checked.rows]
-    assert names == ["config", "versions", "ranks", "device", "data", "model peers 0-1", "memory", "run folder", "disk",
+    assert names == ["config", "versions", "ranks", "device", "optimizers", "data", "model peers 0-1", "memory", "run folder", "disk",
                      "environment", "port", "address", "interfaces"]
     found = checked.row("versions")["details"]["versions"]
     assert set(found) >= {"python", "torch", "torchvision", "numpy", "pydantic", "CUDA"}
@@ -286,7 +287,7 @@ def test_what_a_graph_holds_follows_from_few_images(model):
     sample = known_sample(config)
     measured = check_model(config, (0, 1, 2, 3), sample, torch.device("cpu")).value
     network_ = make_model(config.peers[0], sample.images, seed=0, step=config.step, device=torch.device("cpu"))
-    peer = Peer(0, config.peers[0], network_, seed=0, step=config.step)
+    peer = Peer(0, config.peers[0], network_, CohortGraph.of(config.peers).peers[0], seed=0, step=config.step)
     held = _held(peer, peer.learn, sample.x_BCHW[:32], (0, 0, 0)).total
     assert abs(measured.learn.at(32) / held - 1) < 0.02
 
@@ -312,7 +313,7 @@ def test_the_need_of_a_rank_is_the_sum_that_a_hand_makes():
     assert need(1).total(saving=False) == 5 + 6 + 12_000 + max(step, evaluation)
     assert need(4).state == 3000
     assert need(8).step < need(4).step  # half of the batch
-    config = load_config(None, ["run.device=cpu", "peers=4", "attack.start=previous", "data.augment.pad=1"])
+    config = load_config(None, ["run.device=cpu", "peers=4", "methods.warm_start.reset_epochs=0", "data.augment.pad=1"])
     sample = dataclasses.replace(sample, train=300)
     assert need(2).state == 2 * (3000 + 300 * 10 * 10 * 2)  # with the perturbations of padded images, in fp16
 

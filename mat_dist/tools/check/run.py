@@ -14,6 +14,7 @@ import torch
 from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
+from mat_dist.core.optim import check_optimizers
 from mat_dist.distributed.device import choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -43,13 +44,15 @@ def check_run(report: Report, config: Config | None, ranks: int, nodes: int, nam
         prepare_torch(config)
     launch = report.ask("ranks", check_ranks, config, ranks, nodes)
     device = report.ask("device", check_device, config, launch)
+    optimizers = report.ask("optimizers", _optimizers, config)
     sample = report.ask("data", check_data, config)
     if sample is None and config is not None:
         sample = known_sample(config)  # noise of the right shape: the models can be tried all the same
     measured: dict[int, Measured] = {}
     for peers in alike(config) if config is not None else []:
         title = f"model {_listed(peers)}"
-        one = report.ask(title, check_model, config, peers, sample, device or torch.device("cpu"))
+        one = report.ask(title, check_model, config if optimizers else None, peers, sample,
+                         device or torch.device("cpu"))
         if one is not None:
             measured |= dict.fromkeys(peers, one)
     whole = measured if config is not None and len(measured) == len(config.peers) else None
@@ -58,6 +61,12 @@ def check_run(report: Report, config: Config | None, ranks: int, nodes: int, nam
     report.ask("disk", check_disk, config, sample, whole)
     if nodes > 1:
         report.ask("shared folder", check_shared, config, nodes)
+
+
+def _optimizers(config: Config) -> Answer[bool]:
+    """Raises ConfigError with all that classes of torch.optim refuse."""
+    check_optimizers(config)
+    return Answer(True, ", ".join(dict.fromkeys(spec.optim.name for spec in config.peers)))
 
 
 def _listed(peers: tuple[int, ...]) -> str:

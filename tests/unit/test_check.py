@@ -81,8 +81,8 @@ def test_every_part_of_the_result_is_in_the_json(capsys):
     checked = Checked(capsys, "--ranks", "2")
     assert checked.code == 0
     names = [one["check"] for one in checked.rows]
-    assert names == ["config", "versions", "ranks", "device", "optimizers", "data", "model peers 0-1", "memory", "run folder", "disk",
-                     "environment", "port", "address", "interfaces"]
+    assert names == ["config", "versions", "ranks", "device", "optimizers", "data", "model peers 0-1", "memory",
+                     "run folder", "disk", "environment", "port", "address", "interfaces"]
     found = checked.row("versions")["details"]["versions"]
     assert set(found) >= {"python", "torch", "torchvision", "numpy", "pydantic", "CUDA"}
 

@@ -62,7 +62,7 @@ class Gone:
 
 def _no_mart(value: Any, sibling: Sibling) -> bool:
     """MART is the boosted cross-entropy on own AEs with the weight of labels, and its KL: not one of them alone."""
-    boosted = sibling("loss.hard_loss") or ("bce" if sibling("loss.preset") == "mart" else "ce")
+    boosted = value if isinstance(value, str) else sibling("loss.hard_loss") or ("bce" if sibling("loss.preset") == "mart" else "ce")
     given, share = sibling("loss.hard_weight"), 1 - (sibling("loss.kd_weight") or 0)
     return value not in (0, None, "ce") and (boosted != "bce" or given not in (None, share)
                                              or sibling("loss.hard_own") not in (None, 1))
@@ -83,9 +83,9 @@ GONE = (
     Gone("loss.teacher_agg", f"distillation is the mean of the divergences: leave it out, {_OLD}", ("mean_kl", None)),
     Gone("loss.t2_scale", f"distillation counts T squared times: leave it out, {_OLD}", (True, None)),
     Gone("loss.base_scale", f"scale the weights of the loss themselves, {_OLD}", (1, None)),
+    Gone("loss.trades_beta", moved="loss.pair_kl"),
     Gone("loss.trades_temperature", f"loss.temperature holds for loss.pair_kl too: leave it out, {_OLD}", (None,),
          unused=lambda value, sibling: not sibling("loss.pair_kl") or value == (sibling("loss.temperature") or 1)),
-    Gone("loss.trades_beta", moved="loss.pair_kl"),
     Gone("loss.pair_weight", moved="loss.pair_mse"),
     Gone("loss.mart_beta", f"use loss.preset: mart, {_OLD}", moved="methods.mart.beta", unfit=_no_mart,
          unused=lambda value, sibling: not value and sibling("loss.hard_loss") != "bce"),
@@ -176,10 +176,11 @@ def _moved(layer: Layer, gone: Gone, path: Path, node: Node, problems: list[Conf
         if by_command == (False, True) or (gone.put is None and not by_command[0]):
             return layer
     if gone.put is None and path[-3:-2] == ("methods",) and node.value in (gone.neutral or ()):
-        return layer.changed(path[:-1], cut)  # what switched a method off
-    value = gone.new_value(node.value, partial(_sibling, layer, path[:2] if path[0] == "peers" else ()))
-    if value is None:
-        return layer if gone.put is not None and not callable(gone.put) else layer.changed(path, cut)
+        path, value = path[:-1], None  # what switched a method off
+    else:
+        value = gone.new_value(node.value, partial(_sibling, layer, path[:2] if path[0] == "peers" else ()))
+        if value is None:
+            return layer if gone.put is not None and not callable(gone.put) else layer.changed(path, cut)
     return layer.changed(path, lambda tree, inside: over(tree, {inside: replace(node, value=value)}))
 
 

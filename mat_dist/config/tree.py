@@ -147,7 +147,10 @@ def section_class(model: type[Section] | None, path: Sequence[str | int]) -> typ
 
 
 def can_be_empty(model: type[Section], path: Sequence[str | int]) -> bool:
-    """Whether null at `path` means nothing given: of a section, and of a mapping of arguments."""
+    """Whether null at `path` means nothing given: of a section, and of a mapping of arguments. At the section of a
+    method it means that the method is not used."""
+    if len(path) == 2 and path[0] == "methods":
+        return False
     inside = section_class(model, path[:-1])
     field = inside.model_fields.get(str(path[-1])) if inside is not None else None
     return section_class(model, path) is not None or (field is not None and get_origin(field.annotation) is dict)

@@ -97,7 +97,7 @@ def free_attacks_fit(config: Config) -> list[ConfigError]:
                 (peer.frozen, "a peer that does not learn", "frozen", "frozen: false"),
                 (not labels, f"preset {peer.loss.preset}, which has no hard labels on own AEs", "loss.preset",
                  "loss.preset: at")):
-            if bad:
+            if bad and (one or where == "attack.method"):
                 found.append(ConfigError(f"attack.method free beside {what}", f"{key}.{where}", f"write {how}"))
     return found
 

@@ -243,56 +243,41 @@ def _attack_passes(spec: PeerConfig, steps: Fraction) -> tuple[Fraction, Fractio
 # ---------------------------------------------------------------- rules
 
 
-def unions_can_be_read(config: Config) -> list[ConfigError]:
-    """Each norm once, two or more, and with a strategy."""
-    found = []
-    for key, peer in entries(config):
-        union, where = peer.union, f"{key}.union.threats"
-        given = [norm for norm, _ in union.balls]
-        if given and union.strategy is None:
-            found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
-                                     "write avg, max, random, eat, msd or ramp"))
-        if len(set(given)) < len(given):
-            found.append(ConfigError("a union with one norm twice", where, "write each norm once"))
-        elif union.strategy and peer.loss.hard_own and len(given) < 2:
-            found.append(ConfigError(f"strategy {union.strategy} with {len(given)} threats", where,
-                                     "write two or more, such as linf:8/255,l2:1/2,l1:12"))
-        elif union.strategy == "eat" and peer.loss.hard_own and not {"linf", "l1"} <= set(given):
-            found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
-        elif union.strategy == "eat" and (more := sorted(set(given) - {"linf", "l2", "l1"})):
-            found.append(ConfigError(f"strategy eat with {', '.join(more)}: E-AT draws linf or l1", where,
-                                     "leave it out, or write strategy: random"))
-    return found
-
-
-def unions_of_received_aes_fit(config: Config) -> list[ConfigError]:
-    """A peer that learns a union from others' AEs hears several norms, and names none that nobody makes."""
+def unions_fit(config: Config) -> list[ConfigError]:
+    """Two or more norms, each once, with a strategy: of own threats, or of those whose AEs a peer learns from. The
+    worst or the mean over several norms is that of plain cross-entropies on AEs."""
     found = []
     for index, (key, peer) in enumerate(entries(config)):
-        union, heard = peer.union, heard_by(config, index)
-        if not union.strategy or peer.loss.hard_own or not heard:
-            continue
-        if union.threats:
-            found.append(ConfigError("union.threats, and this peer learns from the AEs of others alone",
-                                     f"{key}.union.threats",
-                                     "leave them out: the threats of those peers count; or give loss.hard_own a share, "
-                                     "for AEs of its own"))
-        elif union.strategy in HOOKS:
-            found.append(ConfigError(f"strategy {union.strategy} makes AEs, and those of other peers are finished",
-                                     f"{key}.union.threats",
-                                     "name the threats for AEs of its own, or write strategy: avg, max or ramp"))
-        elif len({config.peers[i].threat.norm for i in heard}) < 2:
-            found.append(ConfigError(f"strategy {union.strategy}, and the specialists have one norm",
-                                     f"{key}.union.strategy", "add a specialist for each norm"))
+        union, given = peer.union, [norm for norm, _ in peer.union.balls]
+        strategy, heard = union.strategy, heard_by(config, index)
+        own = bool(strategy and peer.loss.hard_own)
+        received = bool(strategy and not peer.loss.hard_own and heard)
+        eat, combines = strategy == "eat", strategy is not None and strategy not in HOOKS
+        more = sorted(set(given) - {"linf", "l2", "l1"})
+        for bad, what, where, how in (
+                (given and strategy is None, "union.threats without a strategy", "strategy",
+                 "write avg, max, random, eat, msd or ramp"),
+                (len(set(given)) < len(given), "a union with one norm twice", "threats", "write each norm once"),
+                (own and len(given) < 2, f"strategy {strategy} with {len(given)} threats", "threats",
+                 "write two or more, such as linf:8/255,l2:1/2,l1:12"),
+                (own and eat and not {"linf", "l1"} <= set(given), "strategy eat without linf and l1", "threats",
+                 "name both"),
+                (eat and more, f"strategy eat with {', '.join(more)}: E-AT draws linf or l1", "threats",
+                 "leave it out, or write strategy: random"),
+                (received and given, "union.threats, and this peer learns from the AEs of others alone", "threats",
+                 "leave them out: the threats of those peers count; or give loss.hard_own a share, for AEs of its own"),
+                (received and not combines, f"strategy {strategy} makes AEs, and those of other peers are finished",
+                 "threats", "name the threats for AEs of its own, or write strategy: avg, max or ramp"),
+                (received and len({config.peers[i].threat.norm for i in heard}) < 2,
+                 f"strategy {strategy}, and the specialists have one norm", "strategy",
+                 "add a specialist for each norm"),
+                (combines and not peer.loss.hard_weight and not peer.frozen,
+                 f"strategy {strategy} with preset {peer.loss.preset}, which has no hard labels on AEs", "strategy",
+                 "write loss.preset: at, or strategy random, eat or msd")):
+            if bad:
+                found.append(ConfigError(what, f"{key}.union.{where}", how))
+                break
     return found
-
-
-def unions_have_hard_labels(config: Config) -> list[ConfigError]:
-    """The worst or the mean over several norms is that of plain cross-entropies on AEs."""
-    return [ConfigError(f"strategy {peer.union.strategy} with preset {peer.loss.preset}, which has no hard labels on "
-                        "AEs", f"{key}.union.strategy", "write loss.preset: at, or strategy random, eat or msd")
-            for key, peer in entries(config) if peer.union.strategy and peer.union.strategy not in HOOKS
-            and not peer.loss.hard_weight and not peer.frozen]
 
 
 register_method(Method(
@@ -304,6 +289,4 @@ register_method(Method(
         "msd": Strategy("from the steepest over the threats in each attack step (MSD)")},
     hook=_hook, when=_draws, attack_passes=_attack_passes,
     one_label=(lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max"),
-    rules=((unions_can_be_read, frozenset({"union", "loss"})),
-           (unions_of_received_aes_fit, frozenset({"union", "peers", "loss"})),
-           (unions_have_hard_labels, frozenset({"union", "loss"})))))
+    rules=((unions_fit, frozenset({"union", "peers", "loss"})),)))

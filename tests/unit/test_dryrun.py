@@ -65,7 +65,7 @@ MORE = [
     *(UNION + strategy for strategy in ("avg", "max", "ramp", "random", "msd")),
     *(ROLES + f"peers.2.union.strategy={strategy}" for strategy in ("avg", "max", "ramp")),
     ROLES + "peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1",
-    ROLES + "peers.0.loss.kd_weight=0.5", ROLES + "peers.2.union.strategy=random",
+    ROLES + "peers.0.loss.kd_weight=0.5",
     TAUGHT + "ard", UNION + "avg attack.method=apgd attack.loss=kl_clean",
     "peers=2 loss=at methods.awp.gamma=0.01", UNION + "ramp methods.ramp.projection=0.5",
     UNION + "max methods.awp.gamma=0.01",

@@ -151,7 +151,7 @@ def can_be_empty(model: type[Section], path: Sequence[str | int]) -> bool:
     method it means that the method is not used."""
     if len(path) == 2 and path[0] == "methods":
         return False
-    inside = section_class(model, path[:-1])
+    inside = section_class(model, path[:-1]) if path else None
     field = inside.model_fields.get(str(path[-1])) if inside is not None else None
     return section_class(model, path) is not None or (field is not None and get_origin(field.annotation) is dict)
 

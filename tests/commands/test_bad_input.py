@@ -270,7 +270,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
 
 
 def two_epochs(root: Path) -> tuple[str, ...]:
-    return "data.name=npz", "train.epochs=2", "checkpoint.background=false", f"run.root={root}", "run.name=stopped"
+    return "data.name=npz", "train.epochs=2", f"run.root={root}", "run.name=stopped"
 
 
 def test_a_stopped_run_is_refused_with_other_settings_and_goes_on_with_its_own(stopped: Finished, fails: Fail,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from mat_dist.config.help import nearest
+from mat_dist.config.help import Options, nearest
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
@@ -16,33 +15,26 @@ from mat_dist.errors import ConfigError
 EVERY = 5.0  # seconds between two lines about how far a long work is
 
 
-class Parser(argparse.ArgumentParser):
-    """Options by argparse; mistakes are our one line, and words that are no option come back as settings."""
+class Command(Options):
+    """The options of one command of `python -m benchmarks.speed` or `study`; its other words are left as `words`."""
 
-    def __init__(self, **more: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ConfigError."""
-        raise ConfigError(message, COMMAND_LINE, f"see {self.prog} --help")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None  # type: ignore[override]
-                         ) -> tuple[argparse.Namespace, list[str]]:
-        """Namespace and settings. Raises ConfigError for an unknown option."""
-        found, rest = super().parse_known_args(args, namespace)
-        for word in rest:
-            if word.startswith("-"):
-                near = nearest(word.partition("=")[0], re.findall(r"--[\w-]+", self.format_usage()))
-                raise ConfigError(f"unknown option {ascii(word)[1:-1][:80]}", COMMAND_LINE,
-                                  f"did you mean {near}?" if near else f"see {self.prog} --help")
-        return found, rest
+    def __init__(self, name: str, text: str, words: str = "[key=value ...]") -> None:
+        super().__init__("", text, words, needs_words=False)
+        self.prog = f"python -m benchmarks.{name}"
 
 
-def whole_number(text: str) -> int:
-    """Of an option that counts something, 1 to 9,999,999."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 7 and int(text)):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1")
-    return int(text)
+def read_command(words: Sequence[str], commands: Mapping[str, Options], text: str | None) -> Namespace:
+    """The options of the command that the first word names, as `command`. Without a word, `text` and SystemExit(0).
+
+    Raises ConfigError.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(text)
+        raise SystemExit(0)
+    (name,) = chosen(words[:1], list(commands), "command")
+    found = commands[name].read(words[1:])
+    found.command = name
+    return found
 
 
 def chosen(asked: Sequence[Any], known: Sequence[Any], what: str) -> list[Any]:

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, within 9 minutes and without a network: bash benchmarks/gpu.sh [key=value ...]
 # Tests marked gpu, then `benchmarks.speed step` and `naive` for ResNet-18 on 32 x 32, then one table.
 #   key=value   settings for every benchmark, e.g. train.batch_size=256; run.device=cpu tries the script without a GPU
-#   PYTHON      a Python with torch >= 2.9, numpy, torchvision, rich, pydantic, ruamel.yaml, pytest (default: python3)
+#   PYTHON      a Python with what the package needs, and pytest (default: python3)
 #   OUT         folder for the JSON files (default: benchmarks/results/<device>)
 #   ROUNDS      timed rounds (default 15)
 #   BUDGET      seconds after which no further benchmark is started (default 500)
@@ -10,13 +10,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 python="${PYTHON:-python3}" rounds="${ROUNDS:-15}" budget="${BUDGET:-500}" settings=("$@") failed=0
+needs="torch torchvision numpy rich filelock safetensors pydantic jinja2 matplotlib scipy ruamel.yaml pytest"
 
 case " $* " in
     *" run.device=cpu "*) device=cpu ;;
     *)
-        if ! "$python" -c 'import torch, torchvision, numpy, rich, pydantic, ruamel.yaml, pytest' 2>/dev/null; then
-            echo "mat_dist: error: $python lacks torch, torchvision, numpy, rich, pydantic, ruamel.yaml or pytest (PYTHON):" \
-                "set PYTHON to a Python that has them" >&2
+        if ! lacks="$("$python" -c "import ${needs// /, }" 2>&1)"; then
+            echo "mat_dist: error: $python: ${lacks##*$'\n'} (PYTHON): set PYTHON to a Python that has $needs" >&2
             exit 6
         fi
         device="$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')"

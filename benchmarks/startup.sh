@@ -14,7 +14,7 @@ for round in $(seq "${ROUNDS:-5}"); do
     echo "$start $EPOCHREALTIME" >> "$runs/help"
     start="$EPOCHREALTIME"
     "$python" -m torch.distributed.run --standalone --nproc_per_node=4 -m mat_dist.train run.root="$runs" \
-        run.name="$round" train.max_steps=1 log.every=1 log.console=off eval.every=0 eval.test=false > /dev/null
+        run.name="$round" train.max_steps=1 log.every=1 log.console=off eval.every=0 eval.test_steps=0 > /dev/null
     echo "$start $(stat -c %.6Y "$runs/$round/metrics.jsonl")" >> "$runs/first_step"
 done
 for what in help first_step; do

@@ -32,8 +32,7 @@ def train(words: list[str]) -> None:
     from mat_dist.core.optim import check_optimizers
     from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
-    from mat_dist.distributed.device import choose_device, prepare_torch, ranks_per_device
-    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.groups import choose_device, open_mesh, prepare_torch, ranks_per_device
     from mat_dist.distributed.stopping import watching
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run

@@ -8,7 +8,7 @@ python -m benchmarks.speed summary FOLDER                      one table of the 
 torchrun --nproc_per_node=2 -m benchmarks.speed step peers=2   the same on several ranks
 
 CPU times are of all threads; compare machines with one thread per rank (run.threads=1, the default). Ctrl-C ends a
-measurement: the figures are then those of the rounds until there.
+measurement: the figures are then those of the rounds until there. A command with --help lists its options.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import Parser, Watch, whole_number
+from benchmarks.command import Command, Watch, read_command
 from mat_dist.cli import run_entry, tell
 from mat_dist.config import load_config, load_plugins
+from mat_dist.config.help import count
 from mat_dist.config.schema import Config
+from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
+from mat_dist.errors import ConfigError
 from mat_dist.runs.files import write_text
 
-COMMANDS = {"step": ("parts of a step, its limit, what the guards cost", 15),  # what, rounds
-            "naive": ("the step against a naive and a careful trainer", 3),
-            "scale": ("a cost model over batch, image size and attack steps", 15),
-            "memory": ("peak memory against the naive trainer", 1)}
+COMMANDS = {"step": ("Parts of a step, its limit, what the guards cost", 15),  # what, rounds
+            "naive": ("The step against a naive and a careful trainer", 3),
+            "scale": ("A cost model over batch, image size and attack steps", 15),
+            "memory": ("Peak memory against the naive trainer", 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,29 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry(lambda: run(words))
 
 
-def parser() -> Parser:
-    """The options, all but key=value."""
-    top = Parser(prog="python -m benchmarks.speed", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options; all words that are none are `words`. Raises ConfigError."""
+    commands = {"summary": Command("speed summary", "One table of the JSON files of a folder.", "FOLDER")}
     for name, (what, rounds) in COMMANDS.items():
-        one = commands.add_parser(name, help=what, description=f"{what}; key=value: as for mat_dist.train")
-        one.add_argument("--rounds", type=whole_number, default=rounds, metavar="N",
+        commands[name] = one = Command(f"speed {name}", f"{what}. key=value: as for mat_dist.train.")
+        one.add_argument("--rounds", type=count, default=rounds, metavar="N",
                          help="timed rounds, in each of which all contestants take turns (default %(default)s)")
         one.add_argument("--image", type=_shape, default=(3, 32, 32), metavar="CxHxW",
                          help="shape of the images (default 3x32x32)")
-        one.add_argument("--classes", type=whole_number, default=10, metavar="K", help="classes (default %(default)s)")
+        one.add_argument("--classes", type=count, default=10, metavar="K", help="classes (default %(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
         one.add_argument("--config", default="bench_small", metavar="FILE",
                          help="settings (default %(default)s: the small CNN with 4 peers)")
-        one.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="models of your own")
-    commands.add_parser("summary", help="one table of a folder of JSON files").add_argument("folder", type=Path)
-    return top
+        one.add_plugin()
+    return read_command(words, commands, __doc__)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
     """CxHxW."""
     try:
-        channels, height, width = map(whole_number, text.split("x"))
+        channels, height, width = map(count, text.split("x"))
     except (argparse.ArgumentTypeError, ValueError):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not three whole numbers such as 3x32x32") from None
     return channels, height, width
@@ -69,21 +70,19 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def run(words: list[str]) -> None:
     """Settings, ranks, measurement, table. Raises MatError."""
-    if not words:
-        parser().print_help()
-        return
-    options, settings = parser().parse_known_args(words)
+    options = read_options(words)
     if options.command == "summary":
         from benchmarks.speed.tables import print_summary
 
-        print_summary(options.folder)
+        if len(options.words) != 1:
+            raise ConfigError(f"{len(options.words)} folders", COMMAND_LINE, "write the folder of benchmarks/gpu.sh")
+        print_summary(Path(options.words[0]))
         return
     load_plugins(options.plugin)
-    config = load_config(options.config, settings)
+    config = load_config(options.config, options.words)
 
     from benchmarks.speed.tables import print_result
-    from mat_dist.distributed.device import choose_device, device_name, prepare_torch
-    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.groups import choose_device, device_name, open_mesh, prepare_torch
     from mat_dist.distributed.stopping import watching
     from mat_dist.runs.record import git_revision, versions
 
@@ -100,8 +99,8 @@ def run(words: list[str]) -> None:
     if not launch.speaks_for():
         return
     result = {"command": options.command, "what": what, "device": device_name(device), "versions": versions(),
-              "git": git_revision(), "ranks": launch.world,
-              "arguments": [options.command, "--config", options.config, "--rounds", str(options.rounds), *settings],
+              "git": git_revision(), "ranks": launch.world, "arguments": [
+                  options.command, "--config", options.config, "--rounds", str(options.rounds), *options.words],
               "figures": figures}
     print_result(result)
     if options.json:
@@ -126,15 +125,13 @@ def measure(options: argparse.Namespace, config: Config, mesh: Any, watch: Watch
 
 def describe(config: Config, options: argparse.Namespace, launch: Launch, device: str) -> str:
     """What is measured, in one line."""
-    shape = "x".join(map(str, options.image))
+    def number(of: int, noun: str) -> str:
+        return f"{of} {noun}{'' if of == 1 else 's'}"
+
     models = ", ".join(sorted({peer.model.name for peer in config.peers}))
-    return (f"{models}, {shape}, batch {config.train.batch_size}, {_count(len(config.peers), 'peer')} on "
-            f"{_count(launch.world, 'rank')}, {config.peers[0].attack.steps} attack steps, "
-            f"{config.step.precision}, {device}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return (f"{models}, {'x'.join(map(str, options.image))}, batch {config.train.batch_size}, "
+            f"{number(len(config.peers), 'peer')} on {number(launch.world, 'rank')}, "
+            f"{config.peers[0].attack.steps} attack steps, {config.step.precision}, {device}")
 
 
 if __name__ == "__main__":

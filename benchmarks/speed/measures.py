@@ -23,8 +23,7 @@ from benchmarks.speed.references import Recipe, careful_attack, mutual_losses, n
 from benchmarks.speed.subject import Limit, Subject
 from benchmarks.speed.timing import WARM_UP, Contestant, both, interleaved, of_all_ranks, spreads
 from mat_dist.config.schema import Config
-from mat_dist.distributed.device import prepare_torch
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, prepare_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault, PeerFailed, StopRequested
 from mat_dist.models.modes import frozen
@@ -89,7 +88,7 @@ def trainer(subject: Subject, name: str) -> Callable[[], object]:
     Raises ConfigError for settings that it does not know.
     """
     recipe, models, device = recipe_of(subject.config), subject.plain_models(), subject.mesh.device
-    optimizers = [torch.optim.SGD(m.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=o.lr, weight_decay=o.weight_decay, **{"momentum": 0.9, **o.args})
                   for m, o in zip(models, (spec.optim for spec in subject.config.peers), strict=True)]
     batches = references.batches(subject.images.permute(0, 2, 3, 1).contiguous(), subject.labels,
                                  subject.config.train.batch_size)
@@ -105,7 +104,8 @@ def check_equal(subject: Subject, recipe: Recipe) -> dict[str, float]:
 
     Raises PeerFailed where they are too large.
     """
-    models, (x_BCHW, y_B), attacks = subject.plain_models(), subject.batch(), subject.attacks()
+    models, batch, attacks = subject.plain_models(), subject.batch(), subject.attacks()
+    x_BCHW, y_B = batch.x_BCHW, batch.y_B
     aes = [ae.float() for _, ae in attacks]
     theirs = torch.stack([loss.detach() for loss in mutual_losses(copy.deepcopy(models), aes, y_B, recipe)])
     strengths = [_strength(model, ae, y_B) / _strength(
@@ -136,6 +136,8 @@ def recipe_of(config: Config) -> Recipe:
         "peers that differ": any((p.threat, p.attack, p.loss) != (first.threat, first.attack, first.loss)
                                  for p in peers),
         "data.augment.cutmix (0)": bool(config.data.augment.cutmix),
+        "optim.name (sgd)": any(p.optim.name.lower() != "sgd" for p in peers),
+        "methods (none)": any(p.methods for p in peers),
         "attack.method (pgd)": first.attack.method != "pgd",
         "attack.start (uniform)": first.attack.start != "uniform", "attack.loss (ce)": first.attack.loss != "ce",
     }.items() if unfit]

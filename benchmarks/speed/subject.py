@@ -6,6 +6,7 @@ The only file of the benchmark that knows how the core of mat_dist is made.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,14 +16,14 @@ from benchmarks.speed.timing import synchronise
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.opinions import AllLogits
-from mat_dist.core.step import Clock, train_step
+from mat_dist.core.graph import CohortGraph, View
+from mat_dist.core.step import Batch, Clock, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import ConfigError
-from mat_dist.models.classifier import DTYPES, Images
 from mat_dist.models.modes import frozen
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.rng import key, keyed_rng
 
 BATCHES = 4  # made-up batches; an epoch is as long
@@ -51,17 +52,14 @@ class Subject:
 
         Raises ConfigError for settings with which steps differ from each other or from what is compared.
         """
-        for peer in config.peers:
-            attack = peer.attack
-            for bad, where, how in ((attack.split_batch, "attack.split_batch", "split_batch: false"),
-                                  (attack.method == "free", "attack.method", "method: pgd"),
-                                  (attack.start == "previous", "attack.start", "start: uniform"),
-                                  (attack.steps_warmup_epochs > 0, "attack.steps_warmup_epochs", "0"),
-                                  (peer.loss.attackers != "all", "loss.attackers", "attackers: all"),
-                                  (bool(peer.union.projection_beta), "union.projection_beta", "0")):
+        graph = CohortGraph.of(config.peers)
+        for peer, guides in zip(config.peers, graph.guides, strict=True):
+            for bad, where, how in ((peer.attack.method == "free", "attack.method", "write method: pgd"),
+                                    ("warm_start" in peer.methods, "methods.warm_start", "leave it out"),
+                                    (bool(guides), "attack.loss", "write loss: ce")):
                 if bad:
                     raise ConfigError("the benchmark measures steps that are all alike, in which every peer attacks "
-                                      "the whole batch", where, f"write {how}")
+                                      "by itself", where, how)
         count = BATCHES * config.train.batch_size
         with keyed_rng(key(config.run.seed, "bench")):
             images = torch.randint(256, (count, *shape), dtype=torch.uint8)
@@ -80,39 +78,45 @@ class Subject:
     @property
     def sources(self) -> int:
         """Inputs that a peer learns on, the largest number over the peers."""
-        return max(len(plan.learned) for plan in self.cohort.plan.peers)
+        return max(len(row.learned) for row in self.cohort.graph.peers)
+
+    @property
+    def places(self) -> list[str]:
+        """What ranks exchange in a step, in order."""
+        cohort, several = self.cohort, self.mesh.placement.replicas > 1
+        part = ["AEs", *["climb"] * (cohort.climbs and several), "logits", *["counts"] * cohort.counts]
+        return [*part * cohort.step.microbatches, *["gradients"] * several, "vote"]
 
     def notes(self) -> list[str]:
         """What the peers of all ranks have to tell, e.g. that an engine cannot run."""
         told = self.mesh.gather_json([note for peer in self.cohort.peers for note in peer.notes])
         return [note for rank in told for note in rank]
 
-    def batch(self) -> tuple[Tensor, Tensor]:
+    def batch(self) -> Batch:
         """The next batch, as the trainer gets it."""
-        return self.batches.at(self.number)
+        return Batch(*self.batches.at(self.number), self.number, self.cohort.rows.start)
 
     def step(self) -> None:
         """One whole training step, data included; its phases are kept in `clocks`."""
-        clock = PhaseClock(self.mesh.device)
-        x_BCHW, y_B = self.batch()
+        clock = PhaseClock(self.mesh.device, self.places)
+        batch = self.batch()
         clock.lap("data")
-        train_step(self.cohort, x_BCHW, y_B, self.number, clock=clock)
+        train_step(self.cohort, batch, clock=clock)
         self.clocks.append(clock.seconds)
         self.number += 1
 
     def logged_step(self) -> Tensor:
         """One whole training step that also measures what a log step does -> loss of each peer, (P,)."""
-        x_BCHW, y_B = self.batch()
-        loss_P = train_step(self.cohort, x_BCHW, y_B, self.number, log=True).loss_P
+        loss_P = train_step(self.cohort, self.batch(), log=True).loss_P
         self.number += 1
         assert loss_P is not None
         return loss_P
 
     def attacks(self) -> list[tuple[Tensor, Tensor]]:
         """Where each peer of this rank begins its attack on the next batch, and the AEs that it reaches."""
-        x_BCHW, y_B = self.batch()
-        return [(peer.threat.region(x_BCHW).start("uniform", stream=peer.stream("attack", self.number)),
-                 peer.attack(x_BCHW, y_B, self.number)) for peer in self.cohort.peers]
+        batch = self.batch()
+        return [(peer.threat.region(batch.x_BCHW).start("uniform", stream=peer.stream("attack", self.number)),
+                 peer.attack(batch, [View(peer.index)])[View(peer.index)]) for peer in self.cohort.peers]
 
     def plain_models(self) -> list[nn.Module]:
         """Copies of the peers' models in fp32 and contiguous layout."""
@@ -120,26 +124,35 @@ class Subject:
                 for peer in self.cohort.peers]
 
     def unguarded_step(self) -> None:
-        """The same mathematics without headers, vote, checksum, finite checks and clocks."""
-        cohort, number = self.cohort, self.number
-        x_BCHW, y_B = self.batch()
-        plan, peers = cohort.plan, cohort.peers
-        first = cohort.rows.start
-        aes = torch.stack([peer.attack(x_BCHW, y_B, number, first) for peer in peers])
-        inputs = [*cohort.mesh.gather_peers(aes), x_BCHW]
-        known = [{slot: peer.learn(inputs[slot], (number, slot, first)) for slot in plan.peers[peer.index].learned}
-                 for peer in peers]
-        told = aes.new_empty(0)
-        if plan.most_taught:
-            told = cohort.mesh.gather_peers(torch.stack(
-                [torch.stack([logits[slot].detach() for slot in plan.taught[peer.index]])
-                 for peer, logits in zip(peers, known, strict=True)]))
-        opinions = AllLogits(told, plan.position)
-        for peer, logits in zip(peers, known, strict=True):
-            peer.loss(plan.peers[peer.index].learned, logits, opinions, y_B).backward()
-            peer.clip()
-        cohort.update(number)
+        """The same mathematics without headers, vote, checksum, finite checks, rollback and clocks."""
+        cohort, batch = self.cohort, self.batch()
+        for part in batch.split(cohort.step.microbatches):
+            self._learn(part)
+        cohort.mesh.average_replicas(cohort.gradients())
+        for peer in cohort.peers:
+            peer.reduced()
+        cohort.update(batch.step)
         self.number += 1
+
+    def _learn(self, part: Batch) -> None:
+        cohort, graph, peers = self.cohort, self.cohort.graph, self.cohort.peers
+        made = [peer.attack(part, cohort.makes(peer, False)) for peer in peers]
+        views = cohort.unpacked(self._gathered(cohort.packed(made, part, False)), made, part, False)
+        climbs = [peer.climb(part, views) for peer in peers]
+        cohort.mesh.average_replicas([one for climb in climbs for tensors in climb for one in tensors])
+        inputs = [peer.begin_learning(climb, views) for peer, climb in zip(peers, climbs, strict=True)]
+        known = [peer.forward(part, seen, graph.taught[peer.index])
+                 for peer, seen in zip(peers, inputs, strict=True)]
+        told = self._gathered(cohort.told([peer.opinions(seen, logits, graph.taught[peer.index]) for peer, seen, logits
+                                           in zip(peers, inputs, known, strict=True)], known, part))
+        for peer, seen, logits in zip(peers, inputs, known, strict=True):
+            counts = peer.counts(part, seen, logits) if cohort.counts else [None] * len(peer.hooks)
+            cohort.mesh.average_replicas([one for one in counts if one is not None])
+            peer.backward(part, seen, logits, lambda teacher, view: told[teacher, graph.position[teacher, view]],
+                          counts)
+
+    def _gathered(self, local: Tensor) -> Tensor:
+        return self.mesh.gather_peers(local) if len(local) else local
 
 
 class Limit:
@@ -151,14 +164,13 @@ class Limit:
 
     def __init__(self, subject: Subject) -> None:
         self._cohort, self._steps = subject.cohort, [spec.attack.steps for spec in subject.config.peers]
-        x_BCHW, _ = subject.batch()
-        self._x = subject.cohort.peers[0].arrange(x_BCHW)
+        self._x = subject.cohort.peers[0].arrange(subject.batch().x_BCHW)
         self._models = [copy.deepcopy(peer.model) for peer in subject.cohort.peers]
         self._called: list[AttackCopy | nn.Module] = []
         dtype = torch.bfloat16 if subject.config.step.precision == "bf16" else None
         for model in self._models:
-            made = AttackCopy(model, self._x[:2], dtype) if subject.config.step.attack_copy else model
-            self._called.append(made)
+            folds = subject.config.step.attack_engine != "model"
+            self._called.append(AttackCopy(model, self._x[:2], dtype) if folds else model)
 
     def __call__(self) -> None:
         for peer, model, called in zip(self._cohort.peers, self._models, self._called, strict=True):
@@ -167,7 +179,7 @@ class Limit:
                     x_BCHW = self._x.detach().requires_grad_()
                     torch.autograd.grad(called(x_BCHW).sum(), x_BCHW)
             graphs = []
-            for _ in self._cohort.plan.peers[peer.index].learned:
+            for _ in peer.row.learned:
                 with peer.precision():
                     graphs.append(model(self._x).sum())
             torch.stack(graphs).sum().backward()
@@ -176,19 +188,22 @@ class Limit:
 
 
 class PhaseClock(Clock):
-    """Names the waits and exchanges of a step after their place, and waits for the device at each lap."""
+    """Names the waits and exchanges of a step after their place, and waits for the device at each lap.
 
-    PLACES = ("AEs", "logits", "vote")
+    Args:
+        places: what is exchanged in a step, in order; the last one is the vote, which is a header alone.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._seen = device, {"wait": 0, "exchange": 0}
+    def __init__(self, device: torch.device, places: Sequence[str]) -> None:
+        self._device, self._places, self._seen = device, places, {"wait": 0, "exchange": 0}
         synchronise(device)
         super().__init__()
 
     def lap(self, phase: str) -> None:
         synchronise(self._device)
         if phase in self._seen:
-            place = self.PLACES[min(self._seen[phase], len(self.PLACES) - 1)]
+            place = self._places[self._seen[phase]]
             self._seen[phase] += 1
-            phase = place if place == "vote" else f"{place}, {'header' if phase == 'wait' else 'exchange'}"
+            vote = self._seen[phase] == len(self._places)
+            phase = place if vote else f"{place}, {'header' if phase == 'wait' else 'exchange'}"
         super().lap(phase)

@@ -4,7 +4,8 @@ python -m benchmarks.study evidence --suite cpu data.root=FOLDER [key=value ...]
 python -m benchmarks.study search --suite cpu data.root=FOLDER [key=value ...]     settings of the mutual loss
 python -m benchmarks.study reasons RUN [images=500] [key=value ...]                what peers do with each other's AEs
 
-Finished runs and evaluations are not repeated. Results are written after every run and say what is missing.
+Finished runs and evaluations are not repeated. Results are written after every run and say what is missing. A command
+with --help lists its options.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.command import Parser, whole_number
+from benchmarks.command import Command, read_command
 from mat_dist.cli import run_entry
+from mat_dist.config.help import count
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
 
@@ -41,56 +43,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry(lambda: run(words))
 
 
-def parser() -> Parser:
-    """The options, all but key=value."""
-    top = Parser(prog="python -m benchmarks.study", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, about, only, alias in (("evidence", EVIDENCE, "ROW", "--file"), ("search", SEARCH, "FAMILY", "--space")):
-        one = commands.add_parser(name, help=about.partition(".")[0], description=about)
-        one.add_argument("--suite", default="cpu", metavar="NAME", help="suite of the file (default %(default)s)")
-        one.add_argument("--only", type=_names, default=(), metavar=f"{only},...",
-                         help="these alone; the tables keep what others have")
-        one.add_argument("--seeds", type=_seeds, default=(), metavar="0,1", help="these seeds alone")
-        one.add_argument("--jobs", type=_jobs, default=1, metavar="N",
-                         help="runs at a time, each on one thread (default 1); on a GPU all share it")
-        one.add_argument("--budget", type=_seconds, metavar="SECONDS",
-                         help="after these, save and stop with exit code 75; the same command goes on")
-        one.add_argument("--root", type=Path, metavar="FOLDER", help=f"of the runs (default runs/{name}_<suite>)")
-        one.add_argument(alias, dest="file", type=Path, default=HERE / f"{name}.yaml", metavar="FILE",
-                         help=f"another plan (default benchmarks/{name}.yaml)")
-        one.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER",
-                         help="of the results (default benchmarks/results)")
-        one.add_argument("--dry-run", action="store_true", help="print runs and passes, and what cannot be trained")
-    reasons = commands.add_parser("reasons", help=REASONS.partition(":")[0], description=REASONS)
-    reasons.add_argument("run", help="folder of a finished run")
-    reasons.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="models of your own")
-    reasons.add_argument("--dry-run", action="store_true", help="print what would be measured")
-    return top
-
-
 def read_options(words: Sequence[str]) -> argparse.Namespace:
-    """The options, with the words key=value as `settings`. Raises ConfigError."""
-    found, settings = parser().parse_known_args(list(words))
-    found.settings = tuple(settings)
+    """The options; all words that are none are `words`. Raises ConfigError."""
+    reasons = Command("study reasons", REASONS, "RUN [key=value ...]")
+    reasons.add_plugin()
+    reasons.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    found = read_command(words, {"evidence": _of_runs("evidence", EVIDENCE, "ROW", "--file"), "reasons": reasons,
+                                 "search": _of_runs("search", SEARCH, "FAMILY", "--space")}, __doc__)
     if found.command != "reasons":
         found.root = found.root or Path("runs", f"{found.command}_{found.suite}")
     return found
 
 
+def _of_runs(name: str, about: str, only: str, alias: str) -> Command:
+    """The options of a study that trains."""
+    one = Command(f"study {name}", about)
+    one.add_argument("--suite", default="cpu", metavar="NAME", help="suite of the file (default %(default)s)")
+    one.add_argument("--only", type=lambda text: tuple(filter(None, text.split(","))), default=(),
+                     metavar=f"{only},...", help="these alone; the tables keep what others have")
+    one.add_argument("--seeds", type=_seeds, default=(), metavar="0,1", help="these seeds alone")
+    one.add_argument("--jobs", type=_jobs, default=1, metavar="N",
+                     help="runs at a time, each on one thread (default 1); on a GPU all share it")
+    one.add_argument("--budget", type=_seconds, metavar="SECONDS",
+                     help="after these, save and stop with exit code 75; the same command goes on")
+    one.add_argument("--root", type=Path, metavar="FOLDER", help=f"of the runs (default runs/{name}_<suite>)")
+    one.add_argument(alias, dest="file", type=Path, default=HERE / f"{name}.yaml", metavar="FILE",
+                     help=f"another plan (default benchmarks/{name}.yaml)")
+    one.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER",
+                     help="of the results (default benchmarks/results)")
+    one.add_argument("--dry-run", action="store_true", help="print runs and passes, and what cannot be trained")
+    return one
+
+
 def run(words: list[str]) -> None:
     """One of the commands. Raises MatError."""
-    if not words:
-        parser().print_help()
-        return
     options = read_options(words)
     if Launch.from_environment().world > 1:
         raise EnvironmentFault("several ranks", options.command, "start it without torchrun: it starts its own runs")
     study: Callable[[argparse.Namespace], None] = importlib.import_module(f"benchmarks.study.{options.command}").main
     study(options)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -101,7 +92,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _jobs(text: str) -> int:
-    if (value := whole_number(text)) > 256:
+    if (value := count(text)) > 256:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is more than 256")
     return value
 

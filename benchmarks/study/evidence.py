@@ -6,18 +6,17 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import chosen
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Suite, TablePlan, read_evidence
 from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
-from benchmarks.study.scores import evaluate, find, labels
-from benchmarks.study.tables import Entry, table_document
+from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
 from benchmarks.study.why import explain, write_charts
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
+from mat_dist.evaluation.results import show
 from mat_dist.tools.dryrun import training_passes
 
 
@@ -55,7 +54,7 @@ def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
             images = suite.reasons.images if suite.reasons and row.peers > 1 else 0
             entry = Entry(name, table=title, row=row, reasons=images)
             entry.plan(suite, options.root, (f"peers={row.peers}", *suite.settings, *table.settings, *row.settings,
-                                             *options.settings))
+                                             *options.words))
             entries.append(entry)
     return entries
 
@@ -129,8 +128,7 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
         table.add_row(entry.table, entry.name, str(entry.row.peers), str(len(entry.jobs)),
                       str(passes[0]) if passes else "?", f"{trained * len(entry.jobs):.2f}", f"{tested:.2f}")
     table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}")
-    screen = Console()
-    (screen if screen.is_terminal else Console(width=120)).print(table)
+    show(table)
     print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
 
 

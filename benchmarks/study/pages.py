@@ -276,7 +276,8 @@ def search_page(document: Mapping[str, Any]) -> str:
                 for name, one in document["families"].items()]
     lines += ["", "*Cost*: forward and backward passes against the cheapest setting. Each run: `python -m "
               f"mat_dist.train --config {document['config']} peers={document['peers']} "
-              f"{' '.join(document['base_settings'])} COMMON SETTING run.seed=S eval.test=false`.", "",
+              f"{' '.join(document['base_settings'])} COMMON SETTING run.seed=S "
+              f"{document.get('untested', 'eval.test=false')}`.", "",  # as version 0.1 wrote it
               "## Families", "",
               *markdown_table(["family", "what is varied", "settings", "finished runs", "common"], families,
                               text_columns=2)]

@@ -8,31 +8,30 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.command import Watch
-from benchmarks.speed.subject import Subject
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
+from mat_dist.checkpoints.load import EMA, RAW, FinishedRun, candidates
 from mat_dist.cli import tell
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet, load_data, place
-from mat_dist.distributed.device import choose_device, prepare_torch
+from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.attacks import EMA, RAW, AttackPlan, candidates, load_models, restarts
+from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
-from mat_dist.evaluation.command import check_images
+from mat_dist.evaluation.command import check_images, open_asked
+from mat_dist.evaluation.results import show as show_table
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
@@ -49,8 +48,10 @@ def main(options: Namespace) -> None:
 
     Raises ConfigError, CheckpointError, DataError, OutputError.
     """
+    if not options.words:
+        raise ConfigError("no run is named", COMMAND_LINE, "give the folder of a finished run, e.g. runs/NAME")
     plugins = [word for file in options.plugin for word in ("--plugin", file)]
-    arguments = parse([options.run, *options.settings, *plugins])
+    arguments = parse([*options.words, *plugins])
     if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
         raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
     label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "last"
@@ -61,50 +62,50 @@ def main(options: Namespace) -> None:
     config = load_config(str(folder.config), arguments.settings)
     if len(config.peers) < 2:
         raise ConfigError("a run of one peer, which has nobody to learn from", str(folder.path), "give a cohort's")
-    subject = Subject.find(folder, config, arguments.request.model_copy(update={"images": images, "checkpoint": label}))
-    file = place_of(folder, identity(subject.manifest, subject.weights, images))
+    run, _ = open_asked(folder, config, arguments.request.model_copy(update={"checkpoint": label}))
+    file = place_of(run, images)
     if options.dry_run:
         steps = sum(spec.attack.steps for spec in config.peers)
-        print(f"{folder.name}, step {subject.manifest.step}: at most {images} validation and {images} training images, "
+        print(f"{folder.name}, step {run.manifest.step}: at most {images} validation and {images} training images, "
               f"{2 * steps * images} passes of one image in the attacks; "
               f"{'measured already, and measured again' if file.is_file() else 'not measured yet'} ({file})")
         return
-    document = make(subject, config, images)
+    document = make(run, images)
     with reported(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, document)
     show(document)
 
 
-def make(subject: Subject, config: Config, images: int) -> dict[str, Any]:
+def make(run: FinishedRun, images: int) -> dict[str, Any]:
     """Measure a run, at most so many images of each split -> JSON values."""
-    watch = Watch(tell=tell)
+    watch, config = Watch(tell=tell), run.config
     device = choose_device(config, local_rank=0, local_world=1)
     prepare_torch(config)
     watch.say(f"{len(config.peers)} peers, {images} validation and {images} training images, {device}")
     with watching() as stop:
         data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size, stop=stop)
-    check_images(data, subject)
+    check_images(data, run)
     data = place(data, config.data.residency, device)
-    models = load_models(config, subject.manifest, subject.images, subject.weights, device)
-    return {**identity(subject.manifest, subject.weights, images), "step": subject.manifest.step,
-            **measured(models, config, data.val, data.train, images, device, watch)}
+    return {**identity(run, images), "step": run.manifest.step,
+            **measured(run.models(device), config, data.val, data.train, images, device, watch)}
 
 
-def identity(manifest: checkpoints.Manifest, weights: str, images: int) -> dict[str, Any]:
+def identity(run: FinishedRun, images: int) -> dict[str, Any]:
     """What a file of this command belongs to: weights of a checkpoint, and how many images were asked for."""
-    return {"asked": images, "weights": weights, "files": {entry.name: entry.sha256 for entry in manifest.files}}
+    return {"asked": images, "weights": run.weights,
+            "files": {entry.name: entry.sha256 for entry in run.manifest.files}}
 
 
-def place_of(folder: RunFolder, about: dict[str, Any]) -> Path:
-    """The file that belongs to an `identity`."""
-    return folder.eval / "reasons" / f"{checkpoints.json_digest(about)[:12]}.json"
+def place_of(run: FinishedRun, images: int) -> Path:
+    """The file of an `identity`."""
+    return run.folder.eval / "reasons" / f"{checkpoints.json_digest(identity(run, images))[:12]}.json"
 
 
 def find(folder: RunFolder, config: Config, images: int) -> dict[str, Any] | None:
     """What was measured of the last checkpoint of a run, None where it was not."""
-    weights = EMA if any(peer.optim.averages for peer in config.peers) else RAW
-    file = place_of(folder, identity(checkpoints.load_manifest(folder), weights, images))
+    weights = EMA if any(peer.averages for peer in config.peers) else RAW
+    file = place_of(FinishedRun(folder, config, checkpoints.load_manifest(folder), weights), images)
     if not file.is_file():
         return None
     document: dict[str, Any] = parse_json(file.read_bytes())
@@ -120,8 +121,7 @@ def show(document: dict[str, Any]) -> None:
         for source, name in enumerate(names):
             table.add_row(names[student], name, *(f"{100 * found[key][student][source]:.1f}" for key in SHOWN),
                           f"{found['kl'][student][source]:.3f}")
-    screen = Console()
-    (screen if screen.is_terminal else Console(width=140)).print(table)
+    show_table(table)
     learned = document["training"]["right"]
     for student in document["students"]:
         print(f"{names[student]}: {100 * learned[student][0]:.1f} % right on own AEs of "
@@ -156,61 +156,42 @@ def opinions(logits_PBK: Tensor, y_B: Tensor) -> dict[str, Tensor]:
     return {name: found[name].double().sum(-1) for name in MEASURES}
 
 
-@dataclass(frozen=True)
-class TrainedPeers:
-    """The peers of a finished run.
+def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
+             device: torch.device, watch: Watch) -> dict[str, Any]:
+    """All that `reasons` finds out, as JSON values; at most `size` images of each split.
 
-    Attributes:
-        models: in eval mode, over images in [0, 1].
-        config: whose threats and numbers of steps make the AEs.
-        watch: told how far it is.
+    Each peer attacks with PGD on its own threat, with as many steps as in training. `training` has `right` alone,
+    [student][own AEs, clean images].
+
+    Args:
+        models: of all peers, in eval mode, over images in [0, 1].
     """
+    names, seed = [str(spec.name) for spec in config.peers], config.run.seed
+    attacks = [(Threat(spec.threat.norm, spec.threat.eps), AttackPlan(steps=spec.attack.steps))
+               for spec in config.peers]
 
-    models: Sequence[nn.Module]
-    config: Config
-    device: torch.device
-    watch: Watch
-
-    @property
-    def attacks(self) -> list[tuple[Threat, AttackPlan]]:
-        """How the AEs of each peer are made."""
-        return [(Threat(spec.threat.norm, spec.threat.eps), AttackPlan(steps=spec.attack.steps))
-                for spec in self.config.peers]
-
-    @torch.no_grad()
-    def logits(self, x_BCHW: Tensor) -> Tensor:
-        """Of all peers -> (P, B, K)."""
-        return torch.stack([model(x_BCHW) for model in self.models])
-
-    def measure(self, data: ImageSet, size: int, what: str) -> dict[str, Any]:
-        """The mean of each of MEASURES on `size` images of a split, as lists [student][source], clean images last."""
-        samples, peers = chosen_images(len(data), size, self.config.run.seed), len(self.models)
-        sums = {name: torch.zeros(peers, peers + 1, dtype=torch.float64) for name in MEASURES}
-        with strict_arithmetic():
-            for chunk, first in enumerate(range(0, len(samples), self.config.eval.chunk)):
-                self.watch.now(f"AEs of {what} images: {first} of {len(samples)}")
-                x_BCHW, y_B = pixels(data, samples[first:first + self.config.eval.chunk], self.device, self.config)
-                crafted = [next(restarts(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk))
-                           for model, (threat, plan) in zip(self.models, self.attacks, strict=True)]
-                for source, adv_BCHW in enumerate([*crafted, x_BCHW]):
-                    for name, value_P in opinions(self.logits(adv_BCHW), y_B).items():
-                        sums[name][:, source] += value_P.cpu()
+    def measure(data: ImageSet, what: str) -> dict[str, Any]:
+        """The mean of each of MEASURES on images of a split, as lists [student][source], clean images last."""
+        samples = chosen_images(len(data), size, seed)
+        sums = {name: torch.zeros(len(models), len(models) + 1, dtype=torch.float64) for name in MEASURES}
+        for chunk, first in enumerate(range(0, len(samples), config.eval.chunk)):
+            watch.now(f"AEs of {what} images: {first} of {len(samples)}")
+            x_BCHW, y_B = pixels(data, samples[first:first + config.eval.chunk], device, config)
+            advs = [next(crafted(model, x_BCHW, y_B, threat, plan, seed=seed, chunk=chunk))
+                    for model, (threat, plan) in zip(models, attacks, strict=True)]
+            for source, adv_BCHW in enumerate([*advs, x_BCHW]):
+                with torch.no_grad():
+                    logits_PBK = torch.stack([model(adv_BCHW) for model in models])
+                for name, value_P in opinions(logits_PBK, y_B).items():
+                    sums[name][:, source] += value_P.cpu()
         return {"images": len(samples), **{name: [[round(value / len(samples), 6) for value in row]
                                                   for row in table.tolist()] for name, table in sums.items()}}
 
-
-def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
-             device: torch.device, watch: Watch | None = None) -> dict[str, Any]:
-    """All that `reasons` finds out, as JSON values; at most `size` images of each split.
-
-    `training` has `right` alone, [student][own AEs, clean images].
-    """
-    peers = TrainedPeers(models, config, device, watch or Watch())
-    names = [str(spec.name) for spec in config.peers]
-    known = peers.measure(training, size, "training")
-    return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
-            "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
-                       for threat, plan in peers.attacks],
-            "validation": peers.measure(validation, size, "validation"),
-            "training": {"images": known["images"],
-                         "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}
+    with strict_arithmetic():
+        known = measure(training, "training")
+        return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
+                "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
+                           for threat, plan in attacks],
+                "validation": measure(validation, "validation"),
+                "training": {"images": known["images"],
+                             "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}

@@ -114,7 +114,7 @@ class Job:
             return []
         try:
             held = load_config(str(self.folder.config)).model_dump(mode="json")
-        except ConfigError as error:  # of a version with other settings
+        except MatError as error:  # of a version with other settings
             return [f"they cannot be read: {error}"]
         for theirs, mine in zip(held["peers"], self.config.peers, strict=False):
             source = Path(mine.init_from or "")
@@ -209,7 +209,7 @@ def head_document(options: Namespace, suite: Suite | SearchSuite, units: Sequenc
     """What the results of every study begin with, as JSON values."""
     return {"suite": options.suite, "file": options.file.name,
             "file_digest": hashlib.sha256(options.file.read_bytes()).hexdigest(),
-            "settings": [word for word in options.settings if word.partition("=")[0] not in PLACES],
+            "settings": [word for word in options.words if word.partition("=")[0] not in PLACES],
             "config": suite.config, "base_settings": list(suite.settings), "seeds": list(suite.seeds),
             "git": git_revision(), "machines": machines(job for unit in units for job in unit.jobs.values()),
             "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -336,61 +336,39 @@ def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner]
 
     Raises StopRequested where the time was over or a signal came.
     """
-    left = [f"{unit.name}_{seed}" for unit, seed, _ in work]
-
-    def one_ended(number: int, error: Exception | None) -> None:
-        unit, seed, _ = work[number]
-        if isinstance(error, MatError):
-            unit.failures[seed] = str(error)
-        elif error is None:
-            left.remove(f"{unit.name}_{seed}")
-        ended(unit)
-
+    left = {number: f"{unit.name}_{seed}" for number, (unit, seed, _) in enumerate(work)}
+    over, count, began = False, 0, time.monotonic()
     with watching() as stop:
         runner = Runner(stop, options.budget, tell)
         tasks = [(unit.jobs[seed], partial(do, runner)) for unit, seed, do in work]
         try:
-            run_all(tasks, options.jobs, runner, one_ended, write)
-        except Enough:
-            raise StopRequested(f"the time is over or a signal came; {len(left)} runs are left: {', '.join(left[:12])}"
-                                f"{', ...' if len(left) > 12 else ''}", f"suite {options.suite}",
-                                "start the same command again to continue") from None
+            with closing(side_by_side(tasks, options.jobs)) as finished, runner.ending():
+                for number, future in finished:
+                    unit, seed, _ = work[number]
+                    try:
+                        future.result()
+                        del left[number]
+                    except Enough:
+                        over = True
+                    except MatError as error:
+                        unit.failures[seed] = str(error)
+                        tell(f"warning: {unit.name}, seed {seed}: {error}")
+                    ended(unit)
+                    if not over:
+                        write()
+                        count += 1
+                        rest = duration((time.monotonic() - began) / count * (len(work) - count))
+                        tell(f"{unit.name}, seed {seed}: {count} of {len(work)} runs, about {rest} left")
         finally:
             write()
+    if over:
+        names = list(left.values())
+        raise StopRequested(f"the time is over or a signal came; {len(names)} runs are left: {', '.join(names[:12])}"
+                            f"{', ...' if len(names) > 12 else ''}", f"suite {options.suite}",
+                            "start the same command again to continue")
 
 
 Task = tuple[Job, Callable[[], Any]]
-
-
-def run_all(tasks: Sequence[Task], jobs: int, runner: Runner, ended: Callable[[int, Exception | None], None],
-            write: Callable[[], None]) -> None:
-    """Run tasks, `jobs` at a time; one that fails stops no other.
-
-    Args:
-        ended: called with the number of each task that has ended, and its MatError or Enough, where it has one.
-        write: called after that, as long as the time is not over.
-
-    Raises:
-        Enough: the time was over; what was under way has saved.
-    """
-    over, count, began = False, 0, time.monotonic()
-    with closing(side_by_side(tasks, jobs)) as finished, runner.ending():
-        for number, future in finished:
-            error, job = None, tasks[number][0]
-            try:
-                future.result()
-            except (Enough, MatError) as raised:
-                error, over = raised, over or isinstance(raised, Enough)
-                if not isinstance(raised, Enough):
-                    runner.tell(f"warning: {job.row}, seed {job.seed}: {raised}")
-            ended(number, error)
-            if not over:
-                write()
-                count += 1
-                left = duration((time.monotonic() - began) / count * (len(tasks) - count))
-                runner.tell(f"{job.row}, seed {job.seed}: {count} of {len(tasks)} runs, about {left} left")
-    if over:
-        raise Enough
 
 
 def side_by_side(tasks: Sequence[Task], jobs: int) -> Generator[tuple[int, Future[Any]]]:

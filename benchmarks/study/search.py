@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from benchmarks.study.plan import SearchSuite, Words, read_search
 from benchmarks.study.runs import Job, Trained, carry_out, head_document, train, write_results
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, validation_file
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.attacks import EMA, ENSEMBLE, RAW
-from mat_dist.runs.files import parse_json
+from mat_dist.evaluation.results import CLEAN, UNION, read_result
 
-NEVER_TESTED = "eval.test=false"
+NEVER_TESTED = "eval.test_steps=0"
 
 
 @dataclass
@@ -74,7 +75,7 @@ def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
         for point in family.points():
             key = hashlib.sha256("\n".join((*common, *point)).encode()).hexdigest()[:8]
             one = Candidate(f"{title}_{key}", family=title, point=point)
-            one.plan(suite, options.root, (*common, *point, *options.settings, NEVER_TESTED))
+            one.plan(suite, options.root, (*common, *point, *options.words, NEVER_TESTED))
             found.append(one)
     return found
 
@@ -82,20 +83,17 @@ def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
 def scores(job: Job, weights: str) -> dict[str, float]:
     """Validation accuracies of the last epoch: of the mean peer and the ensemble under PGD, and clean."""
     step = checkpoints.load_manifest(job.folder).step
-    file = job.folder.eval / f"validation_{checkpoints.step_name(step)}.json"
-    try:
-        rows = parse_json(file.read_bytes())["targets"]
-    except (OSError, ValueError, KeyError) as error:
-        raise NotReportable(f"no validation after the last epoch: {error}", str(file), "set eval.every to 1 or more") \
-            from error
-    kept = EMA if weights == "auto" and any(row["weights"] == EMA for row in rows) else weights
-    rows = [row for row in rows if row["weights"] == (RAW if kept == "auto" else kept)]
-    peers = [row["accuracy"] for row in rows if row["target"] != ENSEMBLE]
-    if not peers:
+    file = validation_file(job.folder, step)
+    if not file.is_file():
+        raise NotReportable("no validation after the last epoch", str(file), "set eval.every to 1 or more")
+    rows = read_result(file).targets
+    kept = (EMA if any(row.weights == EMA for row in rows) else RAW) if weights == "auto" else weights
+    found = {row.target: row.accuracy for row in rows if row.weights == kept}
+    if not found:
         raise NotReportable(f"the run keeps no {kept} weights", str(file), "set optim.ema_decay, or weights: raw")
-    return {"mean": sum(one["union"] for one in peers) / len(peers),
-            "clean": sum(one["clean"] for one in peers) / len(peers),
-            "ensemble": next(row["accuracy"]["union"] for row in rows if row["target"] == ENSEMBLE)}
+    ensemble = found.pop(ENSEMBLE)
+    return {"mean": statistics.fmean(one[UNION] for one in found.values()),
+            "clean": statistics.fmean(one[CLEAN] for one in found.values()), "ensemble": ensemble[UNION]}
 
 
 def candidate_document(one: Candidate, cheapest: int | None, weights: str) -> dict[str, Any]:
@@ -115,6 +113,7 @@ def write(options: Namespace, suite: SearchSuite, found: Sequence[Candidate]) ->
     tried.sort(key=lambda one: -one["scores"]["mean"]["mean"] if one["scores"] else 1.0)
     runs = [job for one in found for job in one.jobs.values()]
     document = {**head_document(options, suite, found), "peers": suite.peers, "weights": suite.weights,
+                "untested": NEVER_TESTED,
                 "runs": {"done": sum(job.done for job in runs), "all": len(found) * len(suite.seeds)},
                 "families": {name: {"says": family.says, "settings": list(family.settings),
                                     "tried": sum(one.family == name for one in found),

@@ -9,11 +9,10 @@ from typing import Any
 
 from benchmarks.study import reasons
 from benchmarks.study.runs import Job, Runner, failure
+from mat_dist.checkpoints.load import candidates
 from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.attacks import candidates
-from mat_dist.report.book import Book
-from mat_dist.report.charts import Series, line_chart
+from mat_dist.report.charts import Axis, Chart, Series, line_chart
 from mat_dist.report.files import read_records
 from mat_dist.runs.files import reported, write_bytes
 from mat_dist.runs.folder import RunFolder
@@ -59,7 +58,7 @@ def curves(config: Config, folders: Sequence[RunFolder]) -> dict[str, Curve]:
     `ensemble_robust`; in batches of the training: `own_aes` and `peers_aes`, accuracy on own AEs and on the others'.
     """
     students = [[str(peer.name) for peer in config.peers].index(name) for name in candidates(config.peers)]
-    prefix = "ema_" if any(peer.optim.averages for peer in config.peers) else ""
+    prefix = "ema_" if any(peer.averages for peer in config.peers) else ""
     runs = [_of_run(read_records(folder.metrics, []), students, prefix) for folder in folders]
     found: dict[str, Curve] = {}
     for name in dict.fromkeys(name for run in runs for name in run):
@@ -146,22 +145,19 @@ def reference(row: Mapping[str, Any], table: Mapping[str, Any]) -> Mapping[str, 
 
 def charts(document: Mapping[str, Any]) -> dict[str, bytes]:
     """Name of the file -> SVG, for every trained cohort of a suite."""
-    book = Book()
-    for table in document["tables"].values():
-        for row in table["rows"]:
-            if row["peers"] > 1 and row["why"]["curves"]:
-                book.figure(row["row"], _chart(row, reference(row, table)))
-    return book.files
+    return {f"{row['row']}.svg": _chart(row, reference(row, table)).render("svg")
+            for table in document["tables"].values() for row in table["rows"]
+            if row["peers"] > 1 and row["why"]["curves"]}
 
 
-def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Any:
+def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Chart:
     found = row["why"]["curves"]
     series = [Series(title, [tuple(point) for point in found[name]], number)
               for number, (name, title) in enumerate(LINES.items()) if name in found]
     if other is not None and "robust" in other["why"]["curves"]:
         theirs = [tuple(point) for point in other["why"]["curves"]["robust"]]
         series.append(Series(f"robust, {other['row']}", theirs, -1))
-    return line_chart(row["row"], series, x_label="epoch", y_label="accuracy, %", percent=True)
+    return line_chart(row["row"], series, Axis("epoch"), Axis("accuracy, %", percent=True))
 
 
 def write_charts(out: Path, document: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from mat_dist.attacks.apgd import APGD_L1_SHARE, Apgd, apgd
 from mat_dist.attacks.norms import L1, L2, Linf, Region, Threat, register_norm
 from mat_dist.attacks.pgd import ATTACK_LOSSES, margin, pgd
-from mat_dist.config.fields import NormInfo
+from mat_dist.config.norms import NormInfo
 
 __all__ = [
            "APGD_L1_SHARE",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
 from mat_dist.attacks.pgd import Model, attack_loss, likeliest, loss_and_gradient
-from mat_dist.config.fields import known_norms
+from mat_dist.config.norms import known_norms
 
 MOMENTUM = 0.75  # weight of the new step; the rest repeats the last move (2020, eq. 3)
 RISES = 0.75  # share of the steps since the last check that must raise the loss (2020, rho)
@@ -28,13 +28,8 @@ APGD_L1_SHARE = 0.2  # of the values move in the first l1 steps of an evaluation
 
 
 class Apgd(NamedTuple):
-    """What was found.
-
-    Attributes:
-        best_BCHW: the iterate with the highest loss, the start included.
-        wrong_BCHW: the newest iterate that is misclassified; where none is, the best one.
-        held_B: whether all iterates are classified correctly (bool).
-    """
+    """The iterate with the highest loss, the start included; the newest one that is misclassified, where none is the
+    best one; whether all iterates are classified correctly (bool)."""
 
     best_BCHW: Tensor
     wrong_BCHW: Tensor
@@ -43,16 +38,11 @@ class Apgd(NamedTuple):
 
 def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
          step_size: float | None = None, teacher_BK: Tensor | None = None) -> Apgd:
-    """Auto-PGD. `steps` gradients and steps + 1 forwards; the model is frozen by the caller, as for `pgd`.
+    """Auto-PGD: `steps` gradients and steps + 1 forwards; arguments as those of `pgd`, but for two.
 
     Args:
-        model: images in [0, 1] -> logits.
-        region: feasible set of x_BCHW; the `share` of a sparse one is that of the first steps.
-        start_BCHW: first iterate, inside the region.
-        loss: `ce`, `kl_clean`, `kl_teacher` or `margin`.
-        steps: number of gradient steps, >= 1.
+        region: the `share` of a sparse one is that of the first steps.
         step_size: length of the first step; default: the norm's `apgd_step`.
-        teacher_BK: a teacher's logits of x_BCHW, for `kl_teacher`.
     """
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     if step_size is None:
@@ -115,12 +105,8 @@ class _Halving:
         return new
 
     def check(self, best_BCHW: Tensor, best_B: Tensor, rises_B: Tensor) -> Tensor:
-        """Set the step length anew -> the images that go back to their best point (bool (B,)).
-
-        Args:
-            best_BCHW, best_B: the best iterate and its loss.
-            rises_B: steps since the last check that raised the loss.
-        """
+        """Set the step length anew, from the best iterate, its loss, and the number of steps since the last check that
+        raised the loss -> the images that go back to their best point (bool (B,))."""
         swings_B = rises_B <= RISES * self._distances[self._passed]
         stuck_B = ~self._halved_B & (self._best_B >= best_B)
         self._halved_B = swings_B | stuck_B

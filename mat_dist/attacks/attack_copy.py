@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -40,11 +41,12 @@ class AttackCopy:
         self._called, self._layers, self.reason = model, [], ""
         with frozen(model), torch.autocast(sample.device.type, enabled=False):
             try:
-                found = _Record.of(model, sample)
-                called, layers = _copied(model, found, casts=dtype is not None)
+                logits_BK, norms = _recorded(model, sample)
+                called, layers = _copied(model, norms, casts=dtype is not None)
                 for layer in layers:
                     layer.refresh()
-                if not _agree(called(sample), found.logits_BK):
+                error_BK, largest = (called(sample) - logits_BK).abs(), logits_BK.abs().max()
+                if not error_BK.max() <= TOLERANCE * largest.clamp(min=1):  # NaN is wrong too
                     raise ValueError("the copy gives other logits")
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -90,42 +92,25 @@ class _Layer:
             self.own.bias.copy_(bias)
 
 
-@dataclass
-class _Record:
-    """One pass of a model: the modules that were called, with their first input and output, and the logits.
-
-    torch.fx would tell the same, but while it traces it changes nn.Module for all threads of the process.
-    """
-
-    logits_BK: Tensor
-    calls: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, model: nn.Module, sample: Tensor) -> _Record:
-        calls: list[tuple[nn.Module, Any, Any]] = []
-        kinds = (nn.Conv2d, _BatchNorm)
-        hooks = [module.register_forward_hook(lambda m, given, out: calls.append((m, given[0], out)))
-                 for module in model.modules() if isinstance(module, kinds)]
-        try:
-            with torch.enable_grad():
-                logits_BK = model(sample.detach().requires_grad_())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return cls(logits_BK, calls)
-
-    def norms(self) -> dict[nn.Module, _BatchNorm]:
-        """Convolution -> the batch norm that alone reads its output; each of them is called once."""
-        times = Counter(module for module, _, _ in self.calls)
-        readers = _readers(self.logits_BK)
-        made = {id(out): module for module, _, out in self.calls if type(module) is nn.Conv2d}
-        found: dict[nn.Module, _BatchNorm] = {}
-        for norm, given, _ in self.calls:
-            conv = made.get(id(given))
-            if (isinstance(norm, _BatchNorm) and norm.running_mean is not None and conv is not None
-                    and times[norm] == times[conv] == 1 and readers[given.grad_fn] == 1):
-                found[conv] = norm
-        return found
+def _recorded(model: nn.Module, sample: Tensor) -> tuple[Tensor, dict[nn.Module, _BatchNorm]]:
+    """One pass of a model -> logits (B, K), and by convolution the batch norm that alone reads its output; each of them
+    is called once. torch.fx would tell the same, but while it traces it changes nn.Module for all threads."""
+    calls: list[tuple[nn.Module, Any, Any]] = []  # module, its first input, its output
+    with ExitStack() as hooks, torch.enable_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | _BatchNorm):
+                hooks.enter_context(module.register_forward_hook(
+                    lambda m, given, out: calls.append((m, given[0], out))))
+        logits_BK = model(sample.detach().requires_grad_())
+    times, readers = Counter(module for module, _, _ in calls), _readers(logits_BK)
+    made = {id(out): module for module, _, out in calls if type(module) is nn.Conv2d}
+    found: dict[nn.Module, _BatchNorm] = {}
+    for norm, given, _ in calls:
+        conv = made.get(id(given))
+        if (isinstance(norm, _BatchNorm) and norm.running_mean is not None and conv is not None
+                and times[norm] == times[conv] == 1 and readers[given.grad_fn] == 1):
+            found[conv] = norm
+    return logits_BK, found
 
 
 def _readers(result: Tensor) -> Counter[Any]:
@@ -142,20 +127,18 @@ def _readers(result: Tensor) -> Counter[Any]:
     return found
 
 
-def _copied(model: nn.Module, record: _Record, *, casts: bool) -> tuple[nn.Module, list[_Layer]]:
+def _copied(model: nn.Module, norms: dict[nn.Module, _BatchNorm], *, casts: bool) -> tuple[nn.Module, list[_Layer]]:
     """A model with the same tensors, but own ones in the layers that gain by it -> it, and these layers."""
     tensors = chain(model.parameters(), model.buffers())
-    called = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    norms, layers = record.norms(), []
+    called, layers = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval(), []
     names = {module: name for name, module in model.named_modules()}
     for source, name in names.items():
-        if not isinstance(source, nn.Conv2d | nn.Linear) or type(source) not in (nn.Conv2d, nn.Linear):
-            continue
-        if source._forward_pre_hooks or source._forward_hooks:
-            continue  # weight normalisation and the like make the weight anew in every pass
         norm = norms.get(source)
-        if norm is None and not casts:
+        # Hooks: weight normalisation and the like make the weight anew in every pass.
+        if (type(source) not in (nn.Conv2d, nn.Linear) or source._forward_pre_hooks or source._forward_hooks
+                or (norm is None and not casts)):
             continue
+        assert isinstance(source, nn.Conv2d | nn.Linear)
         own = called.get_submodule(name)
         assert isinstance(own, nn.Conv2d | nn.Linear)
         own.weight = nn.Parameter(torch.empty_like(source.weight), requires_grad=False)
@@ -165,7 +148,3 @@ def _copied(model: nn.Module, record: _Record, *, casts: bool) -> tuple[nn.Modul
             called.set_submodule(names[norm], nn.Identity())
         layers.append(_Layer(own, source, norm))
     return called, layers
-
-
-def _agree(ours_BK: Tensor, theirs_BK: Tensor) -> bool:
-    return bool((ours_BK - theirs_BK).abs().max() <= TOLERANCE * theirs_BK.abs().max().clamp(min=1))

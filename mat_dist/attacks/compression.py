@@ -1,12 +1,10 @@
-"""Adversarial examples as they travel: all bits, or the perturbation in fewer of them.
+"""Compression: adversarial examples as they travel, all bits, or the perturbation in fewer of them.
 
 The perturbation is sent, not the image: bf16 of an image errs by half a grey level (0.5/255), int8 of a perturbation
 within 8/255 by 0.0039 eps. Everybody trains on what is received, the sender too, so all peers see the same images.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,9 +40,3 @@ def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
         delta = sent[:, :-4].contiguous().view(torch.int8) * scale_B1.to(x_BCHW.dtype)
     return threat.region(x_BCHW).inside(x_BCHW + delta.view_as(x_BCHW))
 
-
-def encode_all(form: str, aes_LBCHW: Tensor, clean: Sequence[Tensor]) -> Tensor:
-    """`encode` for the AEs of each local peer, of the `clean` images (B, C, H, W) of each -> (L, B, ...)."""
-    if form == "full":
-        return aes_LBCHW
-    return torch.stack([encode(form, aes, x_BCHW) for aes, x_BCHW in zip(aes_LBCHW, clean, strict=True)])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.attacks.l1 import project_l1, random_change, sparse_step
-from mat_dist.config.fields import NormInfo, add_norm, known_norms
+from mat_dist.config.norms import NormInfo, add_norm, known_norms
 from mat_dist.errors import ConfigError
 
 Top = int | Tensor | None
@@ -283,12 +283,10 @@ class Threat:
 
     @property
     def kind(self) -> type[Region]:
-        """The class of the norm."""
         return _REGIONS[self.norm]
 
     @property
     def info(self) -> NormInfo:
-        """What else is known of the norm."""
         return known_norms()[self.norm]
 
     @property
@@ -297,7 +295,6 @@ class Threat:
         return f"{self.norm} {eps_text(self.eps)}"
 
     def scaled(self, factor: float) -> Threat:
-        """The threat of `factor` times the radius."""
         return self if factor == 1 else Threat(self.norm, factor * self.eps)
 
     def region(self, x_BCHW: Tensor, share: float | None = None) -> Region:

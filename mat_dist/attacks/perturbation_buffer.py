@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from mat_dist.attacks.norms import Region, per_image
-from mat_dist.data.shown import AugmentedView
+from mat_dist.data.augment import AugmentedView
 
 STORED = torch.float16  # an error of 2^-12 of a perturbation, which is a start and is projected again
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What is known of the rows of a batch.
-
-    Attributes:
-        delta_BCHW: perturbations.
-        known_B: whether there is one.
-    """
+    """What is known of the rows of a batch: their perturbations, and whether there is one."""
 
     delta_BCHW: Tensor
     known_B: Tensor
@@ -38,11 +33,8 @@ class PerturbationBuffer:
     """A perturbation for each of a number of images (or rows of a batch), in memory of one device.
 
     A step reads with `at`, proposes with `propose`, and ends with `commit` or `forget`. The content is a function of
-    the committed steps alone: every replica commits what all have proposed.
-
-    Args:
-        device: where they lie.
-        dtype: how they are stored; None: as they come.
+    the committed steps alone: every replica commits what all have proposed. They are stored in `dtype`; None: as they
+    come.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = STORED) -> None:
@@ -54,13 +46,8 @@ class PerturbationBuffer:
         self._proposed: list[tuple[Tensor, Tensor]] = []  # image numbers, frames
 
     def begin(self, shown: AugmentedView, first_row: int, *, forget: bool) -> None:
-        """Before each step.
-
-        Args:
-            shown: the images of this process's rows of the batch.
-            first_row: where in the whole batch these begin.
-            forget: drop all perturbations.
-        """
+        """Before each step: the images of this process's rows of the batch, where in the whole batch these begin, and
+        whether all perturbations are dropped."""
         self._shown, self._first_row = shown, first_row
         if forget:
             self._known.zero_()
@@ -86,13 +73,8 @@ class PerturbationBuffer:
         self._proposed.append((shown.images_B, shown.put(before, views_BCHW)))
 
     def commit(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Keep what was proposed here and on the other replicas.
-
-        Args:
-            gather: (B, ...) here -> the rows of all replicas.
-        """
-        self._proposed = [(gather(images_B), gather(frames_BCHW)) for images_B, frames_BCHW in self._proposed]
-        for images_B, frames_BCHW in self._proposed:
+        """Keep what was proposed here and on other replicas; `gather`: (B, ...) here -> the rows of all replicas."""
+        for images_B, frames_BCHW in [(gather(images_B), gather(frames)) for images_B, frames in self._proposed]:
             if self._frames is None:
                 assert self._shown is not None
                 self._frames = frames_BCHW.new_zeros(self._shown.count, *frames_BCHW.shape[1:])
@@ -110,7 +92,6 @@ class PerturbationBuffer:
         return {} if self._frames is None else {"frames": self._frames, "known": self._known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
         self._frames, self._known = None, torch.zeros(0, dtype=torch.bool, device=self._device)
         if state:
             self._frames = state["frames"].to(self._device, copy=True)

@@ -2,6 +2,7 @@
 
 FGSM with a random start (Wong et al., "Fast is better than free", ICLR 2020) is steps=1 of the same loop, and
 MI-FGSM (Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) is the loop with a momentum of 1.
+N-FGSM (de Jorge et al., "Make some noise", NeurIPS 2022) is one step from strong noise, not cut to the ball.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mat_dist import rng
 from mat_dist.attacks.norms import Region, per_image
 
 Model = Callable[[Tensor], Tensor]
+NOISE = 2.0  # half-width of the uniform noise in units of eps (the paper's k)
 
 
 def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
     Args:
         y_B: labels; for all losses but `margin` and `ce_targeted` also mixed ones (B, K).
         teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`; where there is none, as while
-            all teachers are in quarantine, that loss is `kl_clean`.
+            all teachers warm up, that loss is `kl_clean`.
     """
     clean_BK = teacher_BK
     if loss == "kl_clean" or (loss == "kl_teacher" and teacher_BK is None):
@@ -124,3 +127,19 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
         with torch.no_grad():
             right.append(model(found).argmax(-1) == likeliest(y_B))
     return found
+
+
+def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: float, loss: str, stream: int,
+           first_row: int) -> Tensor:
+    """x + noise + step_size sign(gradient there), in [0, 1]; up to (NOISE + step_size / eps) eps from x in linf.
+
+    Args:
+        model: frozen by the caller as for `pgd`.
+        eps: the linf radius that the noise is scaled with.
+        step_size: length of the step; the paper's is eps.
+        stream, first_row: key of the noise, and the row of the global batch at which x_BCHW starts.
+    """
+    u = rng.uniform(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
+    noisy = (x_BCHW + (2 * u - 1) * (NOISE * eps)).clamp_(0, 1)
+    _, _, grad = loss_and_gradient(model, attack_loss(model, x_BCHW, y_B, loss), noisy)
+    return (noisy + step_size * grad.sign()).clamp_(0, 1)

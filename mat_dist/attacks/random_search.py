@@ -1,8 +1,5 @@
-"""A gradient-free attack: random search with square patches, for finding out whether gradients lie.
-
-The idea of Square (Andriushchenko et al., ECCV 2020), in a small form for any region: propose a square patch of one
-random colour, project, and keep what raises the margin. It needs only predictions.
-"""
+"""Attacks without a gradient: noise, the floor that every attack must beat, and random search, for finding out whether
+gradients lie."""
 
 from __future__ import annotations
 
@@ -14,6 +11,22 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import margin
 
 FIRST_SHARE = 0.5  # side of the first patches as a share of the image's; falls linearly to one pixel
+
+
+def noisy(kind: str, x_BCHW: Tensor, threat: Threat, *, stream: int) -> Tensor:
+    """x plus one draw of noise, in the ball and in [0, 1] -> (B, C, H, W).
+
+    Args:
+        kind: `uniform` in the ball, or `gaussian`: normal noise about as long as the ball is wide, projected. For linf
+            its standard deviation is eps / 2; for l2 and l1 the expected (squared) length is eps.
+        stream: key of the draw.
+    """
+    region = threat.region(x_BCHW)
+    if kind == "uniform":
+        return region.start("uniform", stream=stream)
+    std = threat.eps * (threat.kind.noise / threat.kind.span(torch.ones(x_BCHW.shape[1:])))
+    noise = rng.normal(stream, x_BCHW.shape, device=x_BCHW.device, dtype=x_BCHW.dtype)
+    return region.inside(x_BCHW + std * noise)
 
 
 def patch_change(threat: Threat, x_BCHW: Tensor) -> float:
@@ -30,12 +43,10 @@ def patch_change(threat: Threat, x_BCHW: Tensor) -> float:
 @torch.no_grad()
 def random_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, queries: int,
                   stream: int) -> Tensor:
-    """The best of `queries` proposals, image by image -> adversarial batch (B, C, H, W).
+    """The best of `queries` proposals, each a model call, image by image -> adversarial batch (B, C, H, W).
 
-    Args:
-        model: images in [0, 1] -> logits.
-        queries: number of model calls.
-        stream: key of all draws.
+    The idea of Square (Andriushchenko et al., ECCV 2020), in a small form for any region: propose a square patch of one
+    random colour, project, and keep what raises the margin. It needs only predictions.
     """
     region, size = threat.region(x_BCHW), patch_change(threat, x_BCHW)
     count, channels, height, width = x_BCHW.shape

@@ -13,17 +13,57 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.apgd import apgd
 from mat_dist.attacks.attack_copy import AttackCopy
-from mat_dist.attacks.fgsm import n_fgsm
-from mat_dist.attacks.graphed import GraphedAttack
 from mat_dist.attacks.norms import Region, Threat
-from mat_dist.attacks.pgd import Model, pgd
+from mat_dist.attacks.pgd import Model, n_fgsm, pgd
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.modes import frozen
 
-APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
 # (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
 Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # graph, inputs, results
+WARM_UP = 3  # calls before the capture: cuDNN tries its kernels and autograd starts its threads
+APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
+
+
+class GraphedAttack:
+    """`attack` as one CUDA graph for each shape that it meets: its few thousand small kernels are launched at once.
+
+    What a graph reads must stay where it is, so inputs are copied into fixed tensors; weights are read where the model
+    keeps them, and may change between calls. Random numbers are drawn before: a captured draw would repeat itself.
+
+    Args:
+        attack: deterministic, without a synchronisation with the host; always with the same model.
+
+    Raises RuntimeError in a call where the capture fails; the attack itself can still be called then.
+    """
+
+    def __init__(self, attack: Engine) -> None:
+        self._attack = attack
+        self._graphs: dict[torch.Size, Captured] = {}
+
+    def __call__(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> tuple[Tensor, ...]:
+        if x_BCHW.shape not in self._graphs:
+            self._graphs[x_BCHW.shape] = self._capture(x_BCHW, y_B, start_BCHW)
+        graph, inputs, result = self._graphs[x_BCHW.shape]
+        for fixed, given in zip(inputs, (x_BCHW, y_B, start_BCHW), strict=True):
+            fixed.copy_(given)
+        graph.replay()
+        return tuple(part.clone() for part in result)
+
+    def _capture(self, *given: Tensor) -> Captured:
+        x_BCHW, y_B, start_BCHW = (tensor.detach().clone() for tensor in given)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._attack(x_BCHW, y_B, start_BCHW)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog thread asks its events meanwhile, which a global capture would forbid.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self._attack(x_BCHW, y_B, start_BCHW)
+        return graph, (x_BCHW, y_B, start_BCHW), result
 
 
 class Found(NamedTuple):
@@ -35,21 +75,14 @@ class Found(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One batch's attack.
+    """One batch's attack."""
 
-    Attributes:
-        threat: position of the threat.
-        start: (first point, its region, row of the global batch) -> the point to begin at; the first is the settings'.
-        stream: key of the start noise.
-        first_row: row of the global batch at which the batch starts.
-        guide_BK: a teacher's logits on the clean images, for losses that need them; such an attack runs eagerly.
-    """
-
-    threat: int
-    stream: int
-    first_row: int
+    threat: int  # its position
+    stream: int  # key of the start noise
+    first_row: int  # row of the global batch at which the batch starts
+    # (first point, by the settings; its region; row of the global batch) -> the point to begin at
     start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
-    guide_BK: Tensor | None = None
+    guide_BK: Tensor | None = None  # a teacher's logits of the clean images, where the loss needs them; runs eagerly
 
 
 class TrainingAttack:
@@ -58,8 +91,6 @@ class TrainingAttack:
     Args:
         model: the peer's live model; an attack leaves it as it was.
         threats: what to attack with; the first is the peer's own, to which the step length belongs.
-        settings: complete settings.
-        step: precision and engine.
         tell: gets one line where memory runs out, or a copy or an engine cannot be used.
 
     Attributes:
@@ -137,17 +168,15 @@ class TrainingAttack:
         region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
-        eager = self._step.attack_engine in ("eager", "model") or plan.guide_BK is not None
         with self.ready(x_BCHW):
-            if eager:
-                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
-            try:
-                return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
-                self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                return Found(*self._attack(x_BCHW, y_B, start, plan, region))
+            if self._step.attack_engine not in ("eager", "model") and plan.guide_BK is None:
+                try:
+                    return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
+                    self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
+            return Found(*self._attack(x_BCHW, y_B, start, plan, region))
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,
                 region: Region | None = None) -> tuple[Tensor, ...]:
@@ -182,7 +211,7 @@ class TrainingAttack:
         elif step.attack_engine == "cuda_graph" and not x_BCHW.is_cuda:
             self._fall_back("a CUDA graph needs a GPU")
         elif step.attack_engine == "cuda_graph":
-            self._engines = [GraphedAttack(engine) for engine in self._eager()]
+            self._engines = [GraphedAttack(engine) for engine in self._engines]
 
     def _fall_back(self, why: str) -> None:
         self._tell(f"step.attack_engine={self._step.attack_engine} cannot run, attacks go on eagerly: {why}")

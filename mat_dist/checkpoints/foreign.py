@@ -31,31 +31,20 @@ MOST_NAMES = 3  # of each kind in a message
 
 @dataclass(frozen=True)
 class StateDict:
-    """Tensors of a file by name, in the file's order.
-
-    Attributes:
-        file: where they were.
-        sha256: of the file.
-        ordered: the order is that of the modules in the network that was saved.
-        notes: what was unwrapped, in words.
-        mean, std: per channel, where the file has a normalisation; it is not among the tensors.
-    """
+    """Tensors of a file by name, in the file's order."""
 
     file: Path
     tensors: dict[str, Tensor]
-    sha256: str
-    ordered: bool
-    notes: tuple[str, ...]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    sha256: str  # of the file
+    ordered: bool  # the order is that of the modules in the network that was saved
+    notes: tuple[str, ...]  # what was unwrapped, in words
+    mean: tuple[float, ...] | None = None  # per channel, where the file has a normalisation,
+    std: tuple[float, ...] | None = None  # which is not among the tensors
 
 
 def read_state_dict(file: Path) -> StateDict:
-    """The state dict in a file, without what DataParallel and torch.compile put before names.
-
-    Raises:
-        CheckpointError: no such file, or something else than tensors and plain values, or no state dict in it.
-    """
+    """The state dict in a file, without what DataParallel and torch.compile put before names. Raises CheckpointError:
+    no such file, or something else than tensors and plain values, or no state dict in it."""
     try:
         data = file.read_bytes()
     except OSError as error:

@@ -15,7 +15,7 @@ from mat_dist.config import load_config
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
-from mat_dist.models.classifier import Images, make_model
+from mat_dist.models.registry import Images, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 
@@ -25,19 +25,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A checkpoint of a run, and what its models need.
-
-    Attributes:
-        folder: of the run.
-        config: its settings.
-        manifest: of the checkpoint.
-        weights: `raw` or `ema`, which the models get.
-    """
+    """A checkpoint of a run, and what its models need."""
 
     folder: RunFolder
     config: Config
     manifest: Manifest
-    weights: str
+    weights: str  # `raw` or `ema`, which the models get
 
     @property
     def images(self) -> Images:
@@ -50,7 +43,7 @@ class FinishedRun:
 
     @property
     def peers(self) -> list[str]:
-        """Names of the peers, in their order."""
+        """Their names, in their order."""
         return [str(spec.name) for spec in self.config.peers]
 
     def index(self, peer: str | int) -> int:
@@ -98,12 +91,8 @@ class FinishedRun:
 
     def ensemble(self, rule: str | None = None, device: torch.device = CPU,
                  models: Sequence[nn.Module] | None = None) -> Ensemble:
-        """The ensemble of the peers that train, in eval mode.
-
-        Args:
-            rule: default the run's own.
-            models: those of all peers, where they are loaded already.
-        """
+        """The ensemble of the peers that train, in eval mode; rule: default the run's own; models: those of all peers,
+        where they are loaded already."""
         models = self.models(device) if models is None else models
         voters = [model for model, spec in zip(models, self.config.peers, strict=True) if not spec.frozen]
         return Ensemble(voters, rule or self.config.eval.ensemble).eval()
@@ -119,9 +108,8 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
         weights: `raw` or `ema`; default ema where the run keeps averaged weights.
         config: its settings, where something of them was changed; default those of the folder.
 
-    Raises:
-        CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read; a
-            run with a plug-in needs the plug-in imported before.
+    Raises CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read;
+    a run with a plug-in needs the plug-in imported before.
     """
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
@@ -146,8 +134,7 @@ def load(run: str | Path, peer: str | int = BEST, *, which: str = BEST, weights:
         which, weights: see `open_run`.
         device: where the model shall be.
 
-    Raises:
-        CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
+    Raises CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
     """
     opened = open_run(run, which, weights)
     if peer == ENSEMBLE:
@@ -214,10 +201,7 @@ def trained_state(source: str, images: Images) -> dict[str, Tensor]:
     Args:
         source: folder of a run, for its best peer, or RUN:PEER; the best checkpoint counts, with averaged weights where
             they are kept.
-        images: what the new model is for.
-
-    Raises:
-        CheckpointError: no such run, checkpoint or peer, or one for images of other size or number of classes.
+        images: what the new model is for; CheckpointError where the run's are of another size or number of classes.
     """
     path, colon, name = source.rpartition(":")
     run, peer = (path, name) if colon and not Path(source).is_dir() else (source, BEST)

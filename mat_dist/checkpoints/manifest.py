@@ -38,21 +38,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Meta:
-    """What the trainer says about a checkpoint.
+    """What the trainer says about a checkpoint."""
 
-    Args:
-        epoch: epochs finished.
-        peers: names of the peers; peer i is in `peer_<i>.safetensors`.
-        config_digest: digest of the settings that must not change on resume (see `json_digest`).
-        data_digest: digest of the data set.
-        extra: anything else, plain JSON values.
-    """
-
-    epoch: int
-    peers: tuple[str, ...]
-    config_digest: str
+    epoch: int  # epochs finished
+    peers: tuple[str, ...]  # names; peer i is in `peer_<i>.safetensors`
+    config_digest: str  # of the settings that must not change on resume (`json_digest`)
     data_digest: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # anything else, plain JSON values
 
 
 @dataclass(frozen=True)
@@ -91,12 +83,8 @@ def document_of(step: int, attempt: int, meta: Meta, files: tuple[FileEntry, ...
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest in `directory`; its own digest and form are checked, the peers' files are not (see `verify`).
-
-    Raises:
-        TooNew: a later mat_dist wrote it.
-        CheckpointError: it is missing or damaged.
-    """
+    """The manifest in `directory`; its own digest and form are checked, the peers' files are not (see `verify`). Raises
+    TooNew where a later mat_dist wrote it, CheckpointError where it is missing or damaged."""
     file = directory / MANIFEST
     document = _load(file)
     if document.pop("digest", None) != json_digest(document):
@@ -115,11 +103,8 @@ def verify(manifest: Manifest) -> None:
 
 
 def read_file(manifest: Manifest, index: int) -> bytes:
-    """The content of the file of peer `index`.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be read, or differs from what was saved.
-    """
+    """The content of the file of peer `index`. Raises CheckpointError where it is missing, cannot be read, or differs
+    from what was saved."""
     entry = manifest.files[index]
     file = manifest.directory / entry.name
     try:
@@ -160,14 +145,12 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _known_version(document: dict[str, Any], file: Path) -> int:
     version, versions = document.get("format"), document.get("versions")
-    if type(version) is not int:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"unknown checkpoint format {version!r}", str(file), _HOW)
     if version > FORMAT:
         writer = versions.get("mat_dist", "a later one") if isinstance(versions, dict) else "a later one"
         raise TooNew(f"needs mat_dist >= {writer}: checkpoint format {version}, this mat_dist reads up to {FORMAT}",
                      str(file), "update mat_dist")
-    if version < 1:
-        raise CheckpointError(f"unknown checkpoint format {version}", str(file), "use the mat_dist that wrote it")
     return version
 
 

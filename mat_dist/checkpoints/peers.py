@@ -53,23 +53,16 @@ def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
 
 
 def snapshot(state: dict[str, Any]) -> Snapshot:
-    """Copy `state`. Dictionaries of any kind become plain ones.
-
-    Raises:
-        CheckpointError: something is neither a dense tensor, a number, text, None, nor a list, tuple or dict of
-            those; the text gives its key.
-    """
+    """Copy `state`. Dictionaries of any kind become plain ones. Raises CheckpointError, with its key, for what is
+    neither a dense tensor, a number, text, None, nor a list, tuple or dict of those."""
     tensors: dict[str, Tensor] = {}
     return Snapshot(tensors, _packed(state, "", tensors))
 
 
 def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
-    """Write what `snapshot` gave as `directory/peer_<index>.safetensors`: whole, with fsync, or not at all.
-
-    Raises:
-        NonFinite: a tensor has NaN or infinite values; nothing is written.
-        OutputError: the disk is full, read-only, gone, ...; no part of the file stays.
-    """
+    """Write what `snapshot` gave as `directory/peer_<index>.safetensors`: whole, with fsync, or not at all. Raises
+    NonFinite: a tensor has NaN or infinite values; nothing is written; OutputError: the disk is full, read-only, gone,
+    ...; no part of the file stays."""
     for key, tensor in copy.tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFinite("NaN or infinite values in what would be saved", f"peer {index}, {key}",
@@ -84,17 +77,8 @@ def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
 
 
 def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
-    """What was saved for peer `index`, on the CPU, in whatever format.
-
-    The bytes whose SHA-256 is compared are the bytes that are loaded.
-
-    Args:
-        manifest: from `find_newest` or `load_manifest`.
-        index: peer, 0 to P - 1.
-
-    Raises:
-        CheckpointError: no such peer, or the file is missing, damaged or harmful.
-    """
+    """What was saved for peer `index`, on the CPU, in whatever format. The bytes whose SHA-256 is compared are those
+    that are loaded. Raises CheckpointError: no such peer, or the file is missing, damaged or harmful."""
     if not 0 <= index < len(manifest.files):
         raise CheckpointError(f"there is no peer {index}", str(manifest.directory),
                               f"choose one of 0 to {len(manifest.files) - 1}")
@@ -165,9 +149,7 @@ def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 def read_safetensors(data: bytes) -> Any:
     """The content of a safetensors file, on the CPU: the state that `write_peer` put there, else tensors by name.
-
-    Raises what damaged or hostile bytes make safetensors and the reader of JSON raise.
-    """
+    Raises what damaged or hostile bytes make safetensors and the reader of JSON raise."""
     size = int.from_bytes(data[:8], "little")  # of the header, which is JSON
     rest = parse_json(data[8:8 + size]).get("__metadata__", {}).get(PART)
     tensors = load(data)
@@ -226,11 +208,9 @@ def _check(value: Any, key: str, seen: set[int]) -> None:
 
 
 def read_torch(data: bytes) -> Any:
-    """The content of a file of torch.save, on the CPU, read with `weights_only`.
-
-    Raises ValueError for a zip archive that takes more memory than the file, or whatever damaged and hostile bytes make
-    zipfile and torch raise; nothing in them is executed.
-    """
+    """The content of a file of torch.save, on the CPU, read with `weights_only`. Raises ValueError for a zip archive
+    that takes more memory than the file, or whatever damaged and hostile bytes make zipfile and torch raise; nothing in
+    them is executed."""
     if data.startswith(b"PK"):  # torch inflates compressed records, and counts one that is listed twice as two
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()

@@ -46,13 +46,8 @@ def _in_background(write: Callable[[], list[checkpoints.FileEntry]]) -> Future[l
 
 
 class Saver:
-    """Writes the checkpoints of a run. All verbs but `ready` are called by all ranks together.
-
-    Args:
-        run: the open run.
-        keep: newest checkpoints to keep.
-        note: tells the user.
-    """
+    """Writes the checkpoints of a run, and keeps the newest `keep`. All verbs but `ready` are called by all ranks
+    together; `note` tells the user."""
 
     def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
         self.run, self.keep, self.note = run, keep, note
@@ -83,8 +78,7 @@ class Saver:
             states: for each local peer (by index) a function that makes its state, a nested dictionary. Called on all
                 ranks that host the peer, though only one of them writes it.
         """
-        if self.pending:
-            self.finish()
+        self.finish()
         mesh = self.run.mesh
         agree = Agreement(mesh, f"checkpoint after step {done}", done)
         if mesh.placement.is_lead:
@@ -103,10 +97,8 @@ class Saver:
         return True
 
     def finish(self) -> bool:
-        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there.
-
-        Raises OutputError after three failed saves in a row, and whatever else a rank met.
-        """
+        """Wait for all files, add the manifest, forget old checkpoints -> whether the checkpoint is there. Raises
+        OutputError after three failed saves in a row, and whatever else a rank met."""
         pending, self._pending = self._pending, None
         if pending is None:
             return False
@@ -137,7 +129,7 @@ class Saver:
     def _passes(self, agree: Agreement, point: str, done: int) -> bool:
         """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""
         try:
-            agree.settle(point)
+            agree.sync(point)
         except OutputError as error:
             self._failures += 1
             if self.run.mesh.placement.is_lead:

@@ -69,7 +69,6 @@ def _directories(folder: RunFolder) -> list[tuple[int, Path]]:
 
 
 def _names(folder: RunFolder) -> str:
-    """All checkpoints for an error text, newest first."""
     return ", ".join(entry.name for _, entry in _directories(folder)) or "none"
 
 
@@ -101,11 +100,7 @@ def _delete(directory: Path) -> None:
 
 
 def begin(folder: RunFolder, step: int, attempt: int) -> Path:
-    """Make an empty `partial_directory` and remove what earlier, killed saves left.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
+    """Make an empty `partial_directory` and remove what earlier, killed saves left. Raises OutputError."""
     partial = partial_directory(folder, step, attempt)
     with reported(partial):
         folder.checkpoints.mkdir(exist_ok=True)
@@ -125,13 +120,9 @@ def abandon(folder: RunFolder, step: int, attempt: int) -> None:
 def commit(folder: RunFolder, step: int, attempt: int, entries: Iterable[FileEntry], meta: Meta) -> Manifest:
     """Turn the partial directory into the checkpoint of `step` and let `latest` name it.
 
-    An intact checkpoint of this step with the same bytes is kept, one with other bytes is replaced, a damaged
-    one is renamed to `step_<n>.damaged`.
-
-    Raises:
-        OutputError: the disk is full, ..., or a peer's file is not there; the partial directory is removed and
-            earlier checkpoints are untouched.
-        ValueError: `entries` are not one file per peer.
+    An intact checkpoint of this step with the same bytes is kept, one with other bytes is replaced, a damaged one is
+    renamed to `step_<n>.damaged`. Raises OutputError where the disk is full, ..., or a peer's file is not there; the
+    partial directory is then removed and earlier checkpoints are untouched.
     """
     partial, target = partial_directory(folder, step, attempt), folder.checkpoints / step_name(step)
     by_name = {entry.name: entry for entry in entries}
@@ -143,7 +134,10 @@ def commit(folder: RunFolder, step: int, attempt: int, entries: Iterable[FileEnt
                            versions={"mat_dist": mat_dist.__version__, "torch": str(torch.__version__)})
     try:
         with reported(partial):
-            _check_present(partial, files)
+            for entry in files:
+                if not (file := partial / entry.name).is_file() or file.stat().st_size != entry.size:
+                    raise OutputError(f"{entry.name} is not there as its owner wrote it", str(partial),
+                                      "run.root must be one folder that all nodes share")
             write_json(partial / MANIFEST, document)
             if _make_way(target, files):
                 os.rename(partial, target)
@@ -169,14 +163,6 @@ def _remove_leftover(entry: Path) -> None:
             entry.unlink()
 
 
-def _check_present(partial: Path, files: tuple[FileEntry, ...]) -> None:
-    for entry in files:
-        file = partial / entry.name
-        if not file.is_file() or file.stat().st_size != entry.size:
-            raise OutputError(f"{entry.name} is not there as its owner wrote it", str(partial),
-                              "run.root must be one folder that all nodes share")
-
-
 def _make_way(target: Path, files: tuple[FileEntry, ...]) -> bool:
     """Clear `target` for a new checkpoint; False if the same one is there already."""
     if not os.path.lexists(target):
@@ -197,14 +183,9 @@ def _make_way(target: Path, files: tuple[FileEntry, ...]) -> bool:
 
 
 def find_newest(folder: RunFolder) -> tuple[Manifest, list[str]] | None:
-    """The newest checkpoint whose files all have their digests, and a note for each newer one that has not.
-
-    None if the run has no checkpoint at all. Writes nothing; see `adopt`.
-
-    Raises:
-        TooNew: the newest one is of a later mat_dist.
-        CheckpointError: there are checkpoints, but all are damaged.
-    """
+    """The newest checkpoint whose files all have their digests, and a note for each newer one that has not; None if the
+    run has no checkpoint at all. Writes nothing; see `adopt`. Raises TooNew where the newest one is of a later
+    mat_dist, CheckpointError where there are checkpoints, but all are damaged."""
     refused: list[tuple[int, Path, str]] = []
     for step, directory in _directories(folder):
         try:
@@ -219,9 +200,8 @@ def find_newest(folder: RunFolder) -> tuple[Manifest, list[str]] | None:
                           f"redone" for old_step, old, what in refused]
     if refused:
         _, newest, what = refused[0]
-        raise CheckpointError(f"all {len(refused)} checkpoints are damaged; {newest.name}: {what}",
-                              str(folder.checkpoints), "restore the folder from a copy, or start a new run with "
-                                                       "another run.name")
+        raise CheckpointError(f"all {len(refused)} checkpoints are damaged; {newest.name}: {what}", str(
+            folder.checkpoints), "restore the folder from a copy, or start a new run with another run.name")
     return None
 
 
@@ -229,14 +209,8 @@ def adopt(folder: RunFolder, manifest: Manifest) -> list[str]:
     """Make `manifest` (from `find_newest`) the latest checkpoint, before the training goes on from it.
 
     Newer ones, which `find_newest` has refused, are renamed to `step_<n>.damaged`: they must not count as kept
-    checkpoints, nor pass for the newest one later. For the holder of the run's lock.
-
-    Returns:
-        A note for each renamed one.
-
-    Raises:
-        CheckpointError: the checkpoint is not in this folder.
-        OutputError: the folder cannot be written.
+    checkpoints, nor pass for the newest one later. For the holder of the run's lock -> a note for each renamed one.
+    Raises CheckpointError where the checkpoint is not in this folder.
     """
     there = [directory for _, directory in _directories(folder)]
     if manifest.directory not in there:
@@ -254,11 +228,8 @@ def adopt(folder: RunFolder, manifest: Manifest) -> list[str]:
 
 
 def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
-    """The manifest of `latest`, `best`, `step_<n>` or step n. Only `load_peer` and `verify` check the files.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or its manifest is damaged.
-    """
+    """The manifest of `latest`, `best`, `step_<n>` or step n. Only `load_peer` and `verify` check the files. Raises
+    CheckpointError where there is no such checkpoint, or its manifest is damaged."""
     if which in ("latest", "best"):
         step = _pointer(folder, str(which))
     else:
@@ -284,12 +255,8 @@ class Best:
 
 
 def mark_best(folder: RunFolder, step: int, score: float, meta: Mapping[str, Any]) -> None:
-    """Let `best` name the checkpoint of `step`; `score.json` inside it tells why.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-        OutputError: the folder cannot be written.
-    """
+    """Let `best` name the checkpoint of `step`; `score.json` inside it tells why. Raises CheckpointError where there is
+    none."""
     directory = load_manifest(folder, step).directory
     write_json(directory / _SCORE, {"score": score, "meta": dict(meta)})
     write_text(folder.checkpoints / "best", f"{directory.name}\n")
@@ -305,16 +272,11 @@ def read_best(folder: RunFolder) -> Best | None:
 
 
 def prune(folder: RunFolder, keep: int) -> tuple[list[int], list[str]]:
-    """Remove all but the newest `keep` complete checkpoints and the best one.
+    """Remove all but the newest `keep` complete checkpoints and the best one -> the steps that were removed, and a note
+    for each one that could not be.
 
-    Nothing goes before one of those that stay has been read back and found intact; if none is, the newest
-    intact one stays as well. Damaged checkpoints neither count nor go.
-
-    Returns:
-        The steps that were removed, and a note for each one that could not be.
-
-    Raises:
-        ValueError: `keep` is below 1.
+    Nothing goes before one of those that stay has been read back and found intact; if none is, the newest intact one
+    stays as well. Damaged checkpoints neither count nor go.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")

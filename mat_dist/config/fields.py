@@ -1,25 +1,17 @@
-"""What all sections of the configuration are made of: their base class, numbers that accept fractions, norms, threats.
-
-The geometry of a norm is a class in attacks/norms.py; `register_norm` there adds a norm of the user's own to both.
-
-Standard radii are those of RobustBench and AutoAttack (Croce and Hein, ICML 2020), for l1 of E-AT (Croce and Hein,
-ICML 2022); for MNIST of MSD (Maini et al., ICML 2020); ImageNet's are E-AT's; SVHN's l2 is that of HAT (Rade and
-Moosavi-Dezfooli, ICLR 2022), and nobody's l1 is a standard there. Fashion-MNIST is attacked with MNIST's.
-"""
+"""What all sections of the configuration are made of: their base class, numbers that accept fractions, threats."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import core_schema
 
-from mat_dist.errors import ConfigError
+from mat_dist.config.norms import known_norms
 
 
 def parse_number(value: Any) -> Any:
@@ -80,48 +72,6 @@ class Section(BaseModel):
     """A group of settings: immutable, no unknown keys, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class NormInfo:
-    """What is known of a norm beside its geometry. The defaults fit a norm of which nothing is published.
-
-    Attributes:
-        largest: the radius from which on the ball holds every image: a larger one is a mistake.
-        apgd_step: default length of APGD's first step, in radii.
-        autoattack: what AutoAttack calls the norm; None where it does not have it.
-        radii: standard radii for images in [0, 1], by data set.
-    """
-
-    largest: float = math.inf
-    apgd_step: float = 2.0
-    autoattack: str | None = None
-    radii: Mapping[str, float] = field(default_factory=dict)
-
-
-_NORMS = {
-    "linf": NormInfo(largest=1.0, autoattack="Linf", radii={
-        "cifar10": 8 / 255, "cifar100": 8 / 255, "svhn": 8 / 255, "mnist": 0.3, "fashion_mnist": 0.3,
-        "imagenet": 4 / 255}),
-    "l2": NormInfo(autoattack="L2", radii={
-        "cifar10": 0.5, "cifar100": 0.5, "svhn": 128 / 255, "mnist": 2.0, "fashion_mnist": 2.0, "imagenet": 2.0}),
-    # The diameter of the ball is the first step of APGD (ICML 2020), in l1 the radius (Croce and Hein, ICML 2021).
-    "l1": NormInfo(apgd_step=1.0, autoattack="L1", radii={
-        "cifar10": 12.0, "cifar100": 12.0, "mnist": 10.0, "fashion_mnist": 10.0, "imagenet": 255.0}),
-}
-
-
-def known_norms() -> Mapping[str, NormInfo]:
-    """The built-in norms and those that plug-ins have registered, by name."""
-    return _NORMS
-
-
-def add_norm(name: str, info: NormInfo, where: str) -> None:
-    """Make a norm known to the settings. Raises ConfigError for a name that is no plain lower-case word."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,15}", name):
-        raise ConfigError(f"{ascii(name)[:60]} cannot name a norm", where,
-                          "use at most 16 lower-case letters, digits and _, a letter first")
-    _NORMS[name] = info
 
 
 SMALLEST_EPS, LARGEST_EPS = 1e-6, 1e4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mat_dist.config.fields import known_norms
 from mat_dist.config.methods import methods, methods_model, presets, strategies
+from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerConfig, ThreatConfig, UnionConfig
 
 BASE: dict[str, Any] = {

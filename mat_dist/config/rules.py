@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from mat_dist.config.fields import known_norms, real_images
+from mat_dist.config.fields import real_images
 from mat_dist.config.methods import methods, presets, strategies
+from mat_dist.config.norms import known_norms
 from mat_dist.config.presets import hears
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mat_dist.config.fields import Arguments, Integer, Number, Section, Written, known_norms, parse_threats
+from mat_dist.config.fields import Arguments, Integer, Number, Section, Written, parse_threats
 from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, presets, strategies
+from mat_dist.config.norms import known_norms
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
 

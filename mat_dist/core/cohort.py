@@ -20,12 +20,12 @@ from mat_dist.core.hooks import Views
 from mat_dist.core.losses import accuracy
 from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
-from mat_dist.data.shown import AugmentedView
+from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.models.classifier import Images, make_model
 from mat_dist.models.modes import bn_buffers
+from mat_dist.models.registry import Images, make_model
 
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch

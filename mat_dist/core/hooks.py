@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mat_dist.core.graph import PeerGraph, View
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.data.shown import AugmentedView
+    from mat_dist.data.augment import AugmentedView
 
 Views = Mapping["View", "Tensor"]  # the images of each view (B, C, H, W), or a model's logits on them (B, K)
 

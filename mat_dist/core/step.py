@@ -147,7 +147,7 @@ def learn(cohort: Cohort, guard: Guard, part: Batch, log: bool) -> Learned:
     loss = guard.each("backward", lambda peer, inputs, known, count: peer.backward(
         part, inputs, known, teaching, count), peers, inputs, known, counts)
     return guard.run("records", lambda: Learned(
-        torch.stack([torch.stack([all_finite(adv.values(), loss), all_finite([*logits.values(), *told], loss)])
+        torch.stack([torch.stack([all_finite(adv.values(), loss), all_finite(told or [*logits.values()][:1], loss)])
                      for adv, logits, told, loss in zip(made, known, opinions, loss, strict=True)]), torch.stack(loss),
         cohort.transfer(part, views, known) if log else torch.empty(0)))
 

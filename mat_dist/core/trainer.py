@@ -19,7 +19,7 @@ from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
-from mat_dist.models.classifier import DTYPES, Images
+from mat_dist.models.registry import DTYPES, Images
 from mat_dist.runs.metrics import Reporter, device_memory
 from mat_dist.runs.session import Run
 
@@ -183,7 +183,7 @@ class Trainer:
         marked = checkpoints.read_best(self.run.folder) if self.mesh.placement.is_lead else None
         step = self.mesh.from_lead(marked.step if marked else None)
         manifest = None if step is None else agree.run("best", checkpoints.load_manifest, self.run.folder, step)
-        agree.settle("best checkpoint")
+        agree.sync("best checkpoint")
         return manifest
 
     def save(self, done: int, *, needed: bool, wait: bool) -> None:
@@ -218,7 +218,7 @@ class Trainer:
             if newest is not None:
                 adopted = agree.run("search", checkpoints.adopt, self.run.folder, newest[0])
                 found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])]}
-        agree.settle("search")
+        agree.sync("search")
         found = self.mesh.from_lead(found)
         if found is None:
             self.run.together("initial weights", initialise, self.cohort.peers, self.images)
@@ -226,7 +226,7 @@ class Trainer:
         manifest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, found["step"])
         for peer in self.cohort.peers:
             agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoints.load_peer(manifest, p.index)))
-        agree.settle("loading")
+        agree.sync("loading")
         self.saver.newest = manifest
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])

@@ -1,7 +1,8 @@
-"""`npz`: a user's own images as numpy arrays in one file; and how such files are looked at before they are believed."""
+"""Images as numpy arrays in one .npz file, which is looked at before it is believed: `npz`, and generated images."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tokenize
@@ -10,10 +11,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import RawData, check_memory
-from mat_dist.data.registry import register_dataset
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset, root_of
 from mat_dist.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -23,6 +24,9 @@ _RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
           LookupError, OverflowError, tokenize.TokenError)
 _LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
+_PROBED = 256  # images whose pixels enter the digest, evenly spread over the file
+_LOCAL_HEADER = 30  # bytes of a zip member's local header before its name
+_GENERATED = "expected an uncompressed .npz (numpy.savez) with image, uint8 (N, H, W, C), and label"
 
 
 @register_dataset("npz")
@@ -32,12 +36,9 @@ def load_npz(config: DataConfig) -> RawData:
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels, uint8 or float in [0, 1]. Labels are whole
     numbers 0..K-1. `classes` (K strings) is optional, default "0".."K-1".
 
-    Raises:
-        DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
+    Raises DataError: no such file or arrays, arrays that memory cannot hold, pickled objects.
     """
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=npz", _LAYOUT)
-    path = existing_file(config.root, f"data.root={config.root}", _LAYOUT)
+    path = existing_file(str(root_of(config, _LAYOUT)), f"data.root={config.root}", _LAYOUT)
     try:
         _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
@@ -45,7 +46,7 @@ def load_npz(config: DataConfig) -> RawData:
             names = stored["classes"] if "classes" in stored.files else None
     except DAMAGE as problem:
         raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
-    classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(str(name) for name in names.reshape(-1))
+    classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(map(str, names.reshape(-1)))
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
                    y_test, classes)
 
@@ -69,11 +70,8 @@ def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
 
 
 def _check_sizes(path: Path) -> None:
-    """Look at the arrays' headers only: nothing large is allocated for a file that lies.
-
-    Raises:
-        DataError: arrays are missing, hold objects, do not fit into memory, or are compressed beyond belief.
-    """
+    """Look at the arrays' headers only, so that nothing large is allocated for a file that lies: DataError for arrays
+    that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
     total = 0
     with zipfile.ZipFile(path) as archive:
         members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
@@ -106,10 +104,8 @@ def members_by_name(archive: zipfile.ZipFile, needed: tuple[str, ...], where: st
 
 def read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str
                 ) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether it lies column by column, type and header length of an array.
-
-    numpy bounds the header to 10 000 characters.
-    """
+    """Shape, whether it lies column by column, type and header length of an array; numpy bounds the header to 10 000
+    characters."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -133,3 +129,64 @@ def channels_first(images: np.ndarray, where: str) -> np.ndarray:
             return images.transpose(0, 3, 1, 2)
     raise DataError(f"images have shape {images.shape}", where,
                     "give (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels")
+
+
+def generated_images(name: str, shape: tuple[int, int, int], classes: int) -> tuple[ImageSet, str]:
+    """Generated images with labels, as the public EDM files hold them (Wang et al., ICML 2023) -> set, digest.
+
+    The images stay in the file, whose pages are read when they are used; labels are held in memory, a byte each (eight
+    for more than 256 classes). The digest is the SHA-256 over shape, labels, the file's own checksum of the images, and
+    the pixels of some of them.
+
+    Args:
+        shape: (C, H, W) that they must have.
+
+    Raises DataError: no such file, another layout, shape or labels.
+    """
+    where = f"data.generated={name}"
+    path = existing_file(name, where, _GENERATED)
+    try:
+        file = MappedFile.of(path)
+        with zipfile.ZipFile(path) as archive:
+            members = members_by_name(archive, ("image", "label"), where, _GENERATED)
+            pixels, labels = (_mapped(archive, members[key], path, f"{where}, {key}") for key in ("image", "label"))
+    except DAMAGE as problem:
+        raise DataError(f"cannot read the file ({problem})", where, _GENERATED) from problem
+    if pixels.dtype != np.uint8:
+        raise DataError(f"images are {pixels.dtype} of shape {pixels.shape}", where, "store one or more as uint8")
+    images = torch.from_numpy(channels_first(pixels, where))
+    if tuple(images.shape[1:]) != shape:
+        raise DataError(f"generated images are (C, H, W) = {tuple(images.shape[1:])}, the training images {shape}",
+                        where, "give images of the same data set")
+    if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.ndim > 2:
+        raise DataError(f"labels are {labels.dtype} of shape {labels.shape} for {len(images)} images", where,
+                        "give one whole number per image")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels from {low} to {high}, the data set has {classes} classes", where,
+                        f"labels count from 0 to {classes - 1}, in the order of the data set's classes")
+    digest = hashlib.sha256(f"{tuple(images.shape)} {members['image'].CRC}".encode())
+    for index in np.linspace(0, len(pixels) - 1, min(_PROBED, len(pixels))).astype(int):
+        digest.update(np.ascontiguousarray(pixels[index]).data)
+    digest.update(np.ascontiguousarray(labels).data)
+    kept = torch.from_numpy(labels.reshape(-1).astype(np.uint8 if classes <= 256 else np.int64))
+    return ImageSet(images, kept, mapped=True, file=file), digest.hexdigest()
+
+
+def _mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, where: str) -> np.ndarray:
+    """One array of the file, mapped (numpy maps .npy files only)."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise DataError("the array is compressed, which cannot be mapped into memory", where,
+                        "unpack the file and pack it again with zip -0, or write it with numpy.savez")
+    shape, fortran, dtype, start = read_header(archive, info, where)
+    size = math.prod(shape) * dtype.itemsize
+    if size + start != info.file_size or fortran or size == 0:
+        raise DataError(f"{info.file_size - start} bytes for shape {shape}{', column by column' if fortran else ''}",
+                        where, "write the file again with numpy.savez from contiguous arrays")
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(_LOCAL_HEADER)
+    # Lengths of name and extra field; the central directory may have others.
+    skipped = _LOCAL_HEADER + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    # Copy-on-write only because torch wants writable memory; nothing writes to it.
+    return np.memmap(path, dtype, mode="c", offset=info.header_offset + skipped + start, shape=shape)

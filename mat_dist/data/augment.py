@@ -1,4 +1,4 @@
-"""Training augmentation of a whole batch on its device, with keyed draws.
+"""Training augmentation of a whole batch on its device, with keyed draws, and what a batch shows of its images.
 
 Every draw is a row of a stream keyed by (seed, operation, step), so a replica that holds rows 64..127 of a batch
 draws what a process with the whole batch draws for them. Images stay in [0, 1]. CutMix takes the whole batch.
@@ -7,7 +7,8 @@ draws what a process with the whole batch draws for them. Images stay in [0, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,13 @@ def augment_batch(x_BCHW: Tensor, config: AugmentConfig, *, seed: int, step: int
 
     Args:
         x_BCHW: images in [0, 1], rows [first_row, first_row + B) of the whole batch.
-        config: which augmentations, with their sizes in pixels.
-        seed: the run's seed.
-        step: training step.
-        first_row: place of these rows in the whole batch.
     """
     draw = draws(len(x_BCHW), seed=seed, step=step, first_row=first_row, device=x_BCHW.device)
     if config.pad:
         x_BCHW = pad_crop(x_BCHW, config.pad, *draw("crop", 2))
     if config.random_resized_crop:
-        height, width = x_BCHW.shape[2:]
-        x_BCHW = resized_crop(x_BCHW, crop_boxes(*draw("resize", 4), size=(height, width),
-                                                 smallest=config.random_resized_crop))
+        boxes_B4 = crop_boxes(*draw("resize", 4), size=x_BCHW.shape[2:], smallest=config.random_resized_crop)
+        x_BCHW = resized_crop(x_BCHW, boxes_B4)
     if config.flip:
         x_BCHW = flip(x_BCHW, *draw("flip", 1))
     if config.idbh != "off":
@@ -49,8 +45,7 @@ def draws(count: int, *, seed: int, step: int, first_row: int, device: torch.dev
     """(operation, n) -> n tensors (B,) of uniform float64 numbers in [0, 1), for `count` rows from `first_row` on."""
     def draw(operation: str, numbers: int) -> tuple[Tensor, ...]:
         stream = rng.key(seed, f"augment-{operation}", step)
-        return rng.uniform(stream, (count, numbers), first_row=first_row, device=device,
-                               dtype=torch.float64).unbind(1)
+        return rng.uniform(stream, (count, numbers), first_row=first_row, device=device, dtype=torch.float64).unbind(1)
     return draw
 
 
@@ -81,7 +76,7 @@ def mirror(x_BCHW: Tensor, which_B: Tensor) -> Tensor:
     return torch.where(which_B[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
 
 
-def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: tuple[int, int],
+def crop_boxes(area_B: Tensor, ratio_B: Tensor, top_B: Tensor, left_B: Tensor, *, size: Sequence[int],
                smallest: float) -> Tensor:
     """Boxes (B, 4) of top, left, height, width in whole pixels, from four uniform numbers.
 
@@ -124,14 +119,6 @@ def _sample_points(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
     return first_B[:, None] + inside
 
 
-
-def _covered(u_B: Tensor, side: int, count: int) -> Tensor:
-    """Which of `count` positions the square covers: bool (B, count)."""
-    first_B = (u_B * count).long() - side // 2
-    place = torch.arange(count, device=u_B.device)
-    return (place >= first_B[:, None]) & (place < first_B[:, None] + side)
-
-
 def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, seed: int, step: int
            ) -> tuple[Tensor, Tensor]:
     """Images with a window of another one of the batch, and mixed labels (B, K) in the images' type.
@@ -148,7 +135,6 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, see
     Args:
         x_BCHW, y_B: a whole batch, all replicas' rows of it.
         probability: of an image to be mixed, in (0, 1].
-        classes: number of classes (K).
     """
     count, (height, width) = len(x_BCHW), x_BCHW.shape[2:]
     u_B, kept_B, row_B, column_B = rng.uniform(
@@ -169,3 +155,63 @@ def _in_window(u_B: Tensor, side_B: Tensor, count: int) -> Tensor:
     half_B, centre_B = (side_B * count).long() // 2, (u_B * count).long()
     place = torch.arange(count, device=u_B.device)
     return (place >= (centre_B - half_B)[:, None]) & (place < (centre_B + half_B)[:, None])
+
+
+@dataclass(frozen=True)
+class AugmentedView:
+    """Rows of a batch as views of padded training images.
+
+    A view is what zero-padding, cropping and mirroring show of an image; whatever belongs to the whole image, as its
+    perturbation, lies in a frame (C, H + 2 pad, W + 2 pad) of it.
+    """
+
+    images_B: Tensor  # number of each row's image, int64
+    count: int  # how many images there are
+    pad: int  # pixels on each side
+    row_B: Tensor  # where in the frame the view begins
+    column_B: Tensor
+    mirrored_B: Tensor  # left-right
+
+    @classmethod
+    def plain(cls, images_B: Tensor, count: int) -> AugmentedView:
+        nothing = torch.zeros_like(images_B)
+        return cls(images_B, count, 0, nothing, nothing, nothing.bool())
+
+    @classmethod
+    def augmented(cls, images_B: Tensor, count: int, augment: AugmentConfig, *, seed: int, step: int,
+                  first_row: int) -> AugmentedView:
+        """What `augment_batch` shows; of its operations `pad` and `flip` alone."""
+        draw = draws(len(images_B), seed=seed, step=step, first_row=first_row, device=images_B.device)
+        one = cls.plain(images_B, count)
+        row_B, column_B = (crop_corner(u_B, augment.pad) for u_B in draw("crop", 2))
+        mirrored_B = draw("flip", 1)[0] < 0.5 if augment.flip else one.mirrored_B
+        return cls(images_B, count, augment.pad, row_B, column_B, mirrored_B)
+
+    def to(self, device: torch.device) -> AugmentedView:
+        return self._each(lambda part: part.to(device))
+
+    def rows(self, first: int, end: int) -> AugmentedView:
+        return self._each(lambda part: part[first:end])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AugmentedView:
+        return replace(self, images_B=change(self.images_B), row_B=change(self.row_B),
+                       column_B=change(self.column_B), mirrored_B=change(self.mirrored_B))
+
+    def view(self, frames_BCHW: Tensor) -> Tensor:
+        """What the rows show of their images' frames."""
+        height, width = (side - 2 * self.pad for side in frames_BCHW.shape[2:])
+        return mirror(crop(frames_BCHW, height, width, self.row_B, self.column_B), self.mirrored_B)
+
+    def put(self, frames_BCHW: Tensor, views_BCHW: Tensor) -> Tensor:
+        """The frames with these views in their places; what the rows do not show stays."""
+        if self.pad == 0:
+            return mirror(views_BCHW, self.mirrored_B)
+        channels, height, width = views_BCHW.shape[1:]
+        row_BY = torch.arange(frames_BCHW.shape[2], device=frames_BCHW.device) - self.row_B[:, None]
+        column_BX = torch.arange(frames_BCHW.shape[3], device=frames_BCHW.device) - self.column_B[:, None]
+        rows_BCYW = row_BY.clamp(0, height - 1)[:, None, :, None].expand(-1, channels, -1, width)
+        spread = mirror(views_BCHW, self.mirrored_B).gather(2, rows_BCYW)
+        columns_BCYX = column_BX.clamp(0, width - 1)[:, None, None, :].expand(-1, channels, spread.shape[2], -1)
+        spread = spread.gather(3, columns_BCYX)
+        inside_BYX = ((row_BY >= 0) & (row_BY < height))[:, :, None] & ((column_BX >= 0) & (column_BX < width))[:, None]
+        return torch.where(inside_BYX[:, None], spread, frames_BCHW)

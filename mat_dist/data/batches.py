@@ -8,9 +8,8 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import AugmentConfig, Config
-from mat_dist.data.augment import augment_batch, cutmix
+from mat_dist.data.augment import AugmentedView, augment_batch, cutmix
 from mat_dist.data.images import DataSets, ImageSet, as_float
-from mat_dist.data.shown import AugmentedView
 
 
 def steps_per_epoch(count: int, batch_size: int, generated_share: float = 0.0, replays: int = 1) -> int:
@@ -39,11 +38,8 @@ class Batches:
 
     Args:
         train: the training images, wherever they lie.
-        seed: the run's seed.
         batch_size: images of a whole batch (B).
-        augment: which augmentations are on.
         device: where batches are needed and augmented.
-        dtype: float32 or float64.
         rows: the rows of the whole batch that this process needs; default all.
         generated: more images, of the same shape and classes.
         share: of the generated images in a batch.
@@ -74,7 +70,7 @@ class Batches:
         self._classes = classes
         # CutMix takes windows of any image of the batch, also of those in other replicas' rows.
         self._whole = Batches(train, seed=seed, batch_size=batch_size, augment=augment, device=device, dtype=dtype,
-                              generated=generated, share=share, classes=classes,
+                              generated=generated, share=share, classes=classes
                               ) if augment.cutmix and last - first < batch_size else None
 
     def indices(self, step: int) -> Tensor:
@@ -91,8 +87,7 @@ class Batches:
         """Which generated images (int64) are the other rows of this process at `step`."""
         assert self.generated is not None
         before, count = self.first - self._real[0], self.last - self.first - (self._real[1] - self._real[0])
-        u_B = rng.uniform(rng.key(self.seed, "generated", step), (count,), first_row=before,
-                              dtype=torch.float64)
+        u_B = rng.uniform(rng.key(self.seed, "generated", step), (count,), first_row=before, dtype=torch.float64)
         return (u_B * len(self.generated)).long()
 
     def shown(self, step: int) -> AugmentedView:

@@ -24,9 +24,8 @@ import torch
 
 from mat_dist import rng
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.images import RawData
+from mat_dist.data.images import RawData, register_dataset, root_of
 from mat_dist.data.load import complement, stratified
-from mat_dist.data.registry import register_dataset
 from mat_dist.data.shared import MOST_BYTES, Source, fetch_once
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, OutputError
@@ -42,7 +41,7 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def scale_levels(levels: np.ndarray) -> np.ndarray:
-    """Counts 0..16 as bytes: round(255 v / 16), so 0 stays 0 and 16 becomes 255."""
+    """Counts 0..16 as bytes: round(255 v / 16)."""
     return ((levels.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
 
 
@@ -77,10 +76,7 @@ def load_cifar(config: DataConfig, build: bool, stop: StopFlag | None = None) ->
     from torchvision import datasets
 
     published = getattr(datasets, config.name.upper())
-    if config.root is None:
-        raise DataError("data.root is not set", f"data.name={config.name}",
-                        f"set it to the folder of {published.url}, or to where data.download=true may put it")
-    root = Path(os.path.expanduser(config.root))
+    root = root_of(config, f"set it to the folder of {published.url}, or to where data.download=true may put it")
 
     def found() -> list[Path] | None:
         return [path for path in (root / published.filename, root) if path.is_file()][:1] or None
@@ -127,9 +123,7 @@ def load_svhn(config: DataConfig, build: bool, stop: StopFlag | None = None) -> 
 
     sources = [tuple(SVHN.split_list[split]) for split in ("train", "test")]
     names = [name for _, name, _ in sources]
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=svhn", f"set it to the folder of {' and '.join(names)}")
-    root = Path(os.path.expanduser(config.root))
+    root = root_of(config, f"set it to the folder of {' and '.join(names)}")
 
     def found() -> list[Path] | None:
         paths = [root / name for name in names]

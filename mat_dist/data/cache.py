@@ -67,11 +67,8 @@ class Manifest:
 
 
 def cache_folder(setting: str | None) -> Path:
-    """The folder of all caches, made with mode 0700 if it is missing.
-
-    Raises:
-        OutputError: it cannot be made, belongs to another user, or others may write into it.
-    """
+    """The folder of all caches, made with mode 0700 if it is missing. Raises OutputError where it cannot be made,
+    belongs to another user, or others may write into it."""
     folder = Path(os.path.expanduser(setting or DEFAULT_FOLDER))
     how = "set data.cache to a folder of your own"
     if folder.parts[0].startswith("~"):
@@ -90,36 +87,14 @@ def cache_folder(setting: str | None) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
 class Cache:
-    """The cache of a folder of images.
+    """The cache `key`, in the folder of all caches, of so many training and test files with images of shape (C, H, W).
+    The process that builds holds `lock_file`; `nbytes` are those of the images where none is left out."""
 
-    Attributes:
-        folder: of all caches.
-        key: name of this one.
-        files: numbers of training and of test files.
-        shape: (C, H, W) of the images.
-    """
-
-    folder: Path
-    key: str
-    files: tuple[int, int]
-    shape: tuple[int, int, int]
-
-    @property
-    def image_file(self) -> Path:
-        """The images, uint8."""
-        return self.folder / f"{self.key}.u8"
-
-    @property
-    def lock_file(self) -> Path:
-        """Held by the process that builds."""
-        return self.folder / f"{self.key}.lock"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the images where none is left out."""
-        return sum(self.files) * math.prod(self.shape)
+    def __init__(self, folder: Path, key: str, files: tuple[int, int], shape: tuple[int, int, int]) -> None:
+        self.folder, self.key, self.files, self.shape = folder, key, files, shape
+        self.image_file, self.lock_file = folder / f"{key}.u8", folder / f"{key}.lock"
+        self.nbytes = sum(files) * math.prod(shape)
 
     def look(self) -> tuple[Manifest | None, str]:
         """The manifest of a cache that is whole, or None and what is wrong (empty: there is none yet)."""
@@ -156,19 +131,14 @@ class Cache:
         return both[:train], both[train:]
 
     def check_space(self) -> None:
-        """Raises OutputError where the images do not fit on the disk."""
         free = shutil.disk_usage(self.folder).free
         if free < self.nbytes:
             raise OutputError(f"the cache of decoded images needs {self.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} "
                               "GiB are free", str(self.folder), MORE_SPACE)
 
     def build(self, train: Iterable[Chunk], test: Iterable[Chunk]) -> None:
-        """Write the images of both splits and the manifest; memory holds one chunk at a time.
-
-        Raises:
-            OutputError: the disk is full or fails.
-            Whatever `train` and `test` raise. Either way nothing is left behind.
-        """
+        """Write the images of both splits and the manifest; memory holds one chunk at a time, and an error leaves
+        nothing behind. Raises OutputError for a full disk, or whatever `train` and `test` raise."""
         part = self.folder / f"{self.key}.{os.uname().nodename}.part"  # a node has one builder, so a killed one left it
         try:
             part.unlink(missing_ok=True)

@@ -22,8 +22,7 @@ from PIL import Image
 
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
-from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory
-from mat_dist.data.registry import register_dataset
+from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset, root_of
 from mat_dist.data.shared import once
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError
@@ -48,7 +47,7 @@ _LAYOUT = "expected train/CLASS/*.jpg and test/CLASS/*.jpg below data.root"
 
 @dataclass(frozen=True)
 class Split:
-    """The image files of one split, sorted by class and path, as paths below the root; labels int64 (N,)."""
+    """The image files of a split, sorted by class and path, as paths below the root; labels int64 (N,)."""
 
     files: tuple[str, ...]
     labels: np.ndarray
@@ -72,12 +71,8 @@ class Listing:
 
 
 def list_images(root: Path, stop: StopFlag | None = None) -> Listing:
-    """The classes and files below `root`; opens no image.
-
-    Raises:
-        DataError: the folder is missing, not readable or not laid out as expected, or a class has no image.
-        StopRequested: this process was asked to stop.
-    """
+    """The classes and files below `root`; opens no image. Raises DataError where the folder is missing, not readable or
+    not laid out as expected, or a class has no image."""
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise DataError(f"the folder {found}", f"data.root={root}", _LAYOUT)
@@ -181,13 +176,7 @@ def read_image(path: Path, side: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the files of a folder become arrays.
-
-    Attributes:
-        listing: the files.
-        config: the section `data`.
-        shape: (3, H, W) of every decoded image.
-    """
+    """How the files of a folder become arrays, all of them of `shape` (3, H, W)."""
 
     listing: Listing
     config: DataConfig
@@ -215,8 +204,7 @@ class Decoder:
         return self.config.residency == "mmap" or (self.config.residency == "auto" and large)
 
     def cache(self) -> Cache:
-        """The cache; its name is a digest of the files and of the settings that change the decoded images. Raises
-        OutputError for an unsafe folder."""
+        """The cache; its name is a digest of the files and of the settings that change the decoded images."""
         train, test = len(self.listing.train.files), len(self.listing.test.files)
         text = f"{self.listing.digest} {self.config.image_size} {self.config.on_bad} {train}"
         return Cache(cache_folder(self.config.cache), hashlib.sha256(text.encode()).hexdigest()[:32], (train, test),
@@ -232,9 +220,7 @@ class Decoder:
             tell: print a line every half minute.
             stop: looked at between two images.
 
-        Raises:
-            DataError: an unreadable file, too many of them, or images of several sizes.
-            StopRequested: this process was asked to stop.
+        Raises DataError for an unreadable file, too many of them, or images of several sizes.
         """
         if allowed is None:
             allowed = int(len(files) * SKIP_SHARE) if self.config.on_bad == "skip" else 0
@@ -272,8 +258,7 @@ class Decoder:
     def _refuse(self, name: str, reason: str, bad: int, allowed: int, total: int) -> None:
         path = str(self.listing.root / name)
         if self.config.on_bad == "stop":
-            raise DataError(f"cannot read the image ({reason})", path,
-                            "repair or remove it, or set data.on_bad=skip")
+            raise DataError(f"cannot read the image ({reason})", path, "repair or remove it, or set data.on_bad=skip")
         raise DataError(f"{bad} or more of {total} images cannot be read, at most {allowed} (0.1 %) may be skipped; "
                         f"one reason: {reason}", path, "repair or remove them")
 
@@ -283,16 +268,9 @@ class Decoder:
 
 @register_dataset("folder", shared=True, stoppable=True)
 def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
-    """The images of `data.root`: decoded into memory, or mapped from a cache that one process builds.
-
-    Raises:
-        DataError: layout, unreadable images, images of several sizes without `data.image_size`.
-        OutputError: the cache cannot be written.
-        StopRequested: this process was asked to stop.
-    """
-    if config.root is None:
-        raise DataError("data.root is not set", "data.name=folder", _LAYOUT)
-    listing = list_images(Path(os.path.expanduser(config.root)), stop)
+    """The images of `data.root`: decoded into memory, or mapped from a cache that one process builds. Raises DataError
+    for layout, unreadable images, or images of several sizes without `data.image_size`; OutputError for the cache."""
+    listing = list_images(root_of(config, _LAYOUT), stop)
     decoder = Decoder.of(listing, config)
     parts = [decoder.chunks(split.files, tell=build, stop=stop) for split in (listing.train, listing.test)]
     if decoder.maps:
@@ -316,10 +294,10 @@ def _in_memory(chunks: Iterator[Chunk], shape: tuple[int, ...]) -> tuple[np.ndar
 
 def _raw(listing: Listing, train: Any, test: Any, skipped: Sequence[Sequence[str]], **other: Any) -> RawData:
     """Images with the labels of those that were not left out, and the notes."""
-    gone = {name for names in skipped for name in names}
+    gone = dict.fromkeys(name for names in skipped for name in names)
     train_labels, test_labels = (split.labels[[name not in gone for name in split.files]] if gone else split.labels
                                  for split in (listing.train, listing.test))
-    notes = (f"{len(gone)} unreadable images were left out: {', '.join(name for names in skipped for name in names)}",)
+    notes = (f"{len(gone)} unreadable images were left out: {', '.join(gone)}",)
     return RawData(train, train_labels, test, test_labels, listing.classes,
                    (*listing.notes, *(notes if gone else ()), *other.pop("notes", ())), **other)
 
@@ -346,12 +324,8 @@ def _from_cache(decoder: Decoder, parts: Sequence[Iterator[Chunk]], build: bool,
 
 def preview_folder(config: DataConfig, count: int) -> tuple[ImageSet, Listing, Cache] | None:
     """About `count` training images, evenly spread, without building a cache; None where a run would read all images
-    at once or open its cache.
-
-    Raises:
-        DataError: as loading does, for the images that are looked at.
-        OutputError: the cache cannot be built in its folder.
-    """
+    at once or open its cache. Raises as loading does, for the images that are looked at, and OutputError where the
+    cache cannot be built in its folder."""
     if config.root is None or not os.path.isdir(os.path.expanduser(config.root)):
         return None  # loading says what is wrong
     listing = list_images(Path(os.path.expanduser(config.root)))

@@ -34,13 +34,7 @@ _GREY_LEVELS = 65535  # of the exact sums behind a mean
 
 
 def idbh(x_BCHW: Tensor, strength: Literal["weak", "strong"], draw: Draw) -> Tensor:
-    """CropShift, colour or shape transform, erasing -> images in [0, 1].
-
-    Args:
-        x_BCHW: images in [0, 1].
-        strength: how often an image is erased: half of them, or all.
-        draw: (operation, n) -> n tensors (B,) of uniform float64 numbers in [0, 1), the same for the same rows.
-    """
+    """CropShift, colour or shape transform, erasing (of half of the images with `weak`, of all with `strong`)."""
     x_BCHW = crop_shift(x_BCHW, *draw("cropshift", 6))
     x_BCHW = color_shape(x_BCHW, *draw("colorshape", 4))
     return erase(x_BCHW, ERASED[strength], *draw("erase", 3 + 2 * TRIES))
@@ -86,8 +80,8 @@ def color_shape(x_BCHW: Tensor, kind_B: Tensor, amount_B: Tensor, sign_B: Tensor
     for number, (name, (low, high)) in enumerate(BLENDS.items()):
         weight_B = (low + (high - low) * amount_B).to(x_BCHW.dtype)
         x_BCHW = _where(kind_B == number, partial(blend, name), x_BCHW, weight_B)
-    x_BCHW = _where(kind_B == OPERATIONS.index("autocontrast"), autocontrast, x_BCHW)
-    x_BCHW = _where(kind_B == OPERATIONS.index("equalize"), equalize, x_BCHW)
+    for name, change in (("autocontrast", autocontrast), ("equalize", equalize)):
+        x_BCHW = _where(kind_B == OPERATIONS.index(name), change, x_BCHW)
     side_B = torch.where(sign_B < 0.5, -1.0, 1.0).to(amount_B.dtype)
     shears_B, turns_B = kind_B == OPERATIONS.index("shear"), kind_B == OPERATIONS.index("rotate")
     tilt_B = torch.tan(side_B * (SHEAR[0] + (SHEAR[1] - SHEAR[0]) * amount_B)) * shears_B

@@ -1,18 +1,26 @@
-"""Image sets: what a data set is once it is read, how a batch is taken from it, its means, its place in memory."""
+"""Data sets: their names, what their readers return, how a batch is taken, means, place in memory.
+
+A plug-in file adds its own with `@register_dataset("name")`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mat_dist import rng
-from mat_dist.errors import DataError
+from mat_dist.config.schema import DataConfig
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import ConfigError, DataError
 
 MAPPED_IMAGES = 50_000  # of a mapped set are looked at for means: all of ImageNet would be read from disk
 LEAST_STD = 1 / 255  # a constant channel must not divide by zero
@@ -20,6 +28,7 @@ _SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x
 _FLOAT_LEVELS = 65535
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_LOADERS: dict[str, Loader] = {}
 
 
 @dataclass(frozen=True)
@@ -55,41 +64,29 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class RawData:
-    """What a data-set function returns. Images are (N, C, H, W): uint8, or float in [0, 1].
-
-    Labels are whole numbers 0..K-1, with K = len(classes). Arrays are numpy arrays or tensors on the CPU. `notes`
-    are lines for the log. `image_sha256` are the digests of the train and test image bytes where they are known
-    without reading all images; `mapped` says that the images are a file mapped into memory, `file` which one.
-    """
+    """What a data-set function returns: numpy arrays, or tensors on the CPU. Images are (N, C, H, W), uint8 or float in
+    [0, 1]; labels are whole numbers 0..K-1, with K = len(classes)."""
 
     train_images: Any
     train_labels: Any
     test_images: Any
     test_labels: Any
     classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    image_sha256: tuple[str, str] | None = None
-    mapped: bool = False
-    file: MappedFile | None = None
+    notes: tuple[str, ...] = ()  # lines for the log
+    image_sha256: tuple[str, str] | None = None  # of train and test image bytes, where known without reading them all
+    mapped: bool = False  # the images are a file mapped into memory,
+    file: MappedFile | None = None  # this one
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N labelled images, kept as they are stored; subsets share the storage.
+    """N labelled images, kept as they are stored; subsets share the storage."""
 
-    Args:
-        store: uint8 images (M, C, H, W), or float32 in [0, 1]; in device memory, host memory or a mapped file.
-        labels: int64 (N,), on the same device.
-        rows: int64 (N,), the row of `store` of each image; empty where the set is the whole store.
-        mapped: the store is a mapped file, so reading all of it is expensive.
-        file: that file, looked at before each batch.
-    """
-
-    store: Tensor
-    labels: Tensor
-    rows: Tensor | None = None
-    mapped: bool = False
-    file: MappedFile | None = None
+    store: Tensor  # uint8 (M, C, H, W), or float32 in [0, 1]; in device memory, host memory or a mapped file
+    labels: Tensor  # int64 (N,), on the same device
+    rows: Tensor | None = None  # int64 (N,), the row of `store` of each image; None: the set is the whole store
+    mapped: bool = False  # the store is a mapped file, so reading all of it is expensive
+    file: MappedFile | None = None  # that file, looked at before each batch
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,7 +99,6 @@ class ImageSet:
 
     @property
     def device(self) -> torch.device:
-        """Where the images lie."""
         return self.store.device
 
     @property
@@ -128,10 +124,8 @@ class ImageSet:
         return ImageSet(self.store, self.labels[indices], rows, self.mapped, self.file)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image.
-
-        Raises DataError if they are mapped from a file that was written to.
-        """
+        """Images as stored (B, C, H, W) and labels (B,) at `indices`; reads no other image. Raises DataError if they
+        are mapped from a file that was written to."""
         if self.file is not None:
             self.file.check()
         indices = indices.to(self.device)
@@ -144,8 +138,7 @@ class DataSets:
     """The three splits of a data set.
 
     `digest` is the SHA-256 of the whole data set before splitting (name, classes, shapes, labels, image bytes), the
-    same for every residency and rank; generated images, where there are any, change it. `notes` are lines for the
-    log. `generated` are images to mix into the training batches; they stay in their file.
+    same for every residency and rank; generated images, where there are any, change it.
     """
 
     train: ImageSet
@@ -153,8 +146,8 @@ class DataSets:
     test: ImageSet
     classes: tuple[str, ...]
     digest: str
-    notes: tuple[str, ...]
-    generated: ImageSet | None = None
+    notes: tuple[str, ...]  # lines for the log
+    generated: ImageSet | None = None  # images to mix into the training batches; they stay in their file
 
 
 def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,11 +182,8 @@ def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]
     for part in rows.split(_SUMMED):
         images = train.batch(part)[0]
         words = images.to(torch.int32) if levels == 255 else (images.double() * levels).round().to(torch.int64)
-        first = words.sum((0, 2, 3), dtype=torch.int64).tolist()
-        second = words.square_().sum((0, 2, 3), dtype=torch.int64).tolist()
-        for k in range(channels):
-            sums[k] += first[k]
-            squares[k] += second[k]
+        sums = [*map(int.__add__, sums, words.sum((0, 2, 3), dtype=torch.int64).tolist())]
+        squares = [*map(int.__add__, squares, words.square_().sum((0, 2, 3), dtype=torch.int64).tolist())]
     pixels = count * train.shape[1] * train.shape[2]
     means = [Fraction(total, pixels) for total in sums]
     variances = [Fraction(total, pixels) - mean**2 for total, mean in zip(squares, means, strict=True)]
@@ -203,25 +193,16 @@ def channel_stats(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def available_bytes() -> int:
     """Memory that this process can still get, in bytes: the kernel's estimate, or less in a limited container."""
-    amounts = [_machine_bytes()]
-    try:
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, StopIteration):  # not Linux
+        amounts.append(next(int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines()
+                            if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError, KeyError):  # no container limit that can be read
         limit, used, detail = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
         if limit.strip() != "max":
             file_pages = int(dict(line.split() for line in detail.splitlines())["file"])  # given back when needed
             amounts.append(int(limit) - int(used) + file_pages)
-    except (OSError, ValueError, KeyError):
-        pass  # no container limit that can be read
     return max(0, min(amounts))
-
-
-def _machine_bytes() -> int:
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(nbytes: int, where: str, how: str) -> None:
@@ -230,3 +211,57 @@ def check_memory(nbytes: int, where: str, how: str) -> None:
     if nbytes > free:
         raise DataError(f"the images need {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", where,
                         how)
+
+
+class Loader(Protocol):
+    """Settings, whether this process writes shared files, the stop request of this process -> images."""
+
+    def __call__(self, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData: ...
+
+
+def register_dataset(name: str, *, shared: bool = False,
+                     stoppable: bool = False) -> Callable[[Callable[..., RawData]], Callable[..., RawData]]:
+    """Make a function (DataConfig) -> RawData available as `data.name=<name>`.
+
+    Args:
+        name: the name, which no other data set has.
+        shared: the function takes a second argument `build` (bool) and writes files that ranks share (a download, a
+            cache): a call with build=True may write them, a call with build=False waits until they are there.
+        stoppable: the function also takes `stop` (a StopFlag or None) and calls `leave_if`
+            (distributed.stopping) now and then; without it a stop request is noticed when the data are there.
+    """
+
+    def add(function: Callable[..., RawData]) -> Callable[..., RawData]:
+        if name in _LOADERS:
+            raise ConfigError(f"the data set {name!r} is registered twice",
+                              f"{function.__module__}.{function.__name__}", "give it another name")
+
+        def load(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
+            return function(config, *([build] if shared else []), **({"stop": stop} if stoppable else {}))
+
+        _LOADERS[name] = load
+        return function
+
+    return add
+
+
+def find_dataset(name: str) -> Loader:
+    """The function (DataConfig, build, stop) -> RawData of a data set. Raises ConfigError for an unknown name."""
+    if name in _LOADERS:
+        return _LOADERS[name]
+    near = difflib.get_close_matches(name, _LOADERS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"unknown data set {name!r}", "data.name",
+                      f"{hint}known: {', '.join(dataset_names())}; a plug-in file can register its own")
+
+
+def root_of(config: DataConfig, how: str) -> Path:
+    """`data.root`, `~` expanded. Raises DataError where it is not set."""
+    if config.root is None:
+        raise DataError("data.root is not set", f"data.name={config.name}", how)
+    return Path(os.path.expanduser(config.root))
+
+
+def dataset_names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    return tuple(sorted(_LOADERS))

@@ -12,9 +12,8 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.generated import generated_images
-from mat_dist.data.images import DataSets, ImageSet, RawData, sampled_rows
-from mat_dist.data.registry import find_dataset
+from mat_dist.data.arrays import generated_images
+from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError
 
@@ -35,13 +34,12 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     The images stay in host memory or in a mapped file: `place` moves them to a device.
 
     Args:
-        config: the section `data`.
-        seed: the run's seed; it draws the validation images and the training subset, but not the test subset.
+        seed: it draws the validation images and the training subset, but not the test subset.
         batch_size: images of a whole training batch.
         build_cache: this process may write files that ranks share (a cache, a download); others wait for them. True
             for the first rank of a node.
-        stop: the stop request of this process; looked at between images while a folder is listed or decoded, while
-            a download runs, and while waiting for another process that does these.
+        stop: looked at between images while a folder is listed or decoded, while a download runs, and while waiting
+            for another process that does these.
 
     Raises:
         ConfigError: settings that do not go together.
@@ -116,13 +114,11 @@ def place(data: DataSets, residency: str, device: torch.device | str, *, sharing
     """Move the images into device memory where `data.residency` says so; on the CPU nothing is to do.
 
     Args:
-        data: the splits.
         residency: data.residency. auto moves where all three splits fill less than a quarter of the free memory.
         device: where the models are.
         sharing: processes on that device.
 
-    Raises:
-        DataError: residency is device, and the images do not fit.
+    Raises DataError where residency is device, and the images do not fit.
     """
     device = torch.device(device)
     if device.type != "cuda" or residency in ("host", "mmap"):
@@ -142,12 +138,9 @@ def place(data: DataSets, residency: str, device: torch.device | str, *, sharing
 
 
 def check_raw(raw: RawData, where: str) -> RawData:
-    """The same data as uint8 or float32 tensors (N, C, H, W) and int64 labels, checked.
+    """The same data as uint8 or float32 tensors (N, C, H, W) and int64 labels, checked; `where` names it in messages.
 
     Floats that are all multiples of 1/255 become uint8, in both splits or in none. Reads no pixel of uint8 images.
-
-    Raises:
-        DataError: see the messages; `where` names the data set in them.
     """
     classes = tuple(str(name) for name in raw.classes)
     if len(classes) < 2 or len(set(classes)) < len(classes):
@@ -213,9 +206,8 @@ def _check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: 
 
 def _same_type(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Both as uint8 where no value is lost, else both as float32, with a note."""
-    small = [_as_bytes(images) for images in (train, test)]
-    if small[0] is not None and small[1] is not None:
-        return small[0], small[1], ()
+    if (small := _as_bytes(train)) is not None and (small_test := _as_bytes(test)) is not None:
+        return small, small_test, ()
     train, test = (images if images.dtype == np.float32 else images.astype(np.float32) / 255
                    for images in (train, test))
     return train, test, ("images are kept as float32: their values are no multiples of 1/255",)
@@ -252,8 +244,7 @@ def allot(sizes: list[int], caps: list[int], count: int) -> list[int]:
     parts = [min(count * size // total, cap) for size, cap in zip(sizes, caps, strict=True)]
     by_remainder = sorted(range(len(sizes)), key=lambda k: (-(count * sizes[k] % total), k))
     while (missing := count - sum(parts)) > 0:
-        open_classes = [k for k in by_remainder if parts[k] < caps[k]]
-        for k in open_classes[:missing]:
+        for k in [k for k in by_remainder if parts[k] < caps[k]][:missing]:
             parts[k] += 1
     return parts
 
@@ -262,7 +253,6 @@ def stratified(labels: Tensor, count: int, stream: int, *, leave_one: bool = Fal
     """Indices (sorted, int64) of `count` images with the class shares of `labels`.
 
     Args:
-        labels: int64 (N,).
         count: size of the subset, at most N (N minus the number of classes with `leave_one`).
         stream: key of the draw.
         leave_one: take all but one image of a class at most.
@@ -296,13 +286,8 @@ def default_val_size(train: int) -> int:
 
 
 def split_train(labels: Tensor, *, seed: int, val_size: int | None, train_size: int | None) -> tuple[Tensor, Tensor]:
-    """Indices (train, val) of the training images with these labels.
-
-    The validation images are taken first, so they do not depend on `train_size`.
-
-    Raises:
-        DataError: val_size or train_size does not fit.
-    """
+    """Indices (train, val) of the training images with these labels; the validation images are taken first, so they do
+    not depend on `train_size`. Raises DataError where val_size or train_size does not fit."""
     total, classes = len(labels), len(labels.unique())
     size = default_val_size(total) if val_size is None else val_size
     if not 1 <= size <= total - classes:

@@ -31,7 +31,6 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
 
     Args:
         ready: looks for a finished product; called often.
-        make: makes it.
         lock: the lock file, which stays.
         build: this process may make it; others only wait.
         what: name of the product in messages.
@@ -46,7 +45,7 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
     owner, held, deadline = FileLock(lock, timeout=0, mode=0o600), False, time.monotonic() + PATIENCE
     while (found := ready()) is None:
         try:
-            owner.acquire()
+            holding = owner.acquire()
         except Timeout:
             if held:  # twice in a row: a maker, not merely another process that looks
                 deadline = time.monotonic() + GRACE
@@ -56,11 +55,9 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
                               "choose a folder that you may write") from problem
         else:
             held = False
-            try:
+            with holding:
                 if build:
                     return _made(ready, make, lock, what)
-            finally:
-                owner.release()
         if not build and time.monotonic() > deadline:
             raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
@@ -70,8 +67,7 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
 
 
 def _made(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, what: str) -> T:
-    found = ready()  # another process may have finished between our look and our lock
-    if found is None:
+    if (found := ready()) is None:  # another process may have finished between our look and our lock
         make()
         found = ready()
     if found is None:
@@ -82,13 +78,8 @@ def _made(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, w
 
 def fetch_once(found: Callable[[], T | None], sources: Sequence[Source], folder: Path, *, build: bool, name: str,
                stop: StopFlag | None = None) -> T:
-    """What `found` returns after the files of `sources` are in `folder`. Files come into place whole.
-
-    Raises:
-        DataError: no network, a wrong file, or nobody downloads.
-        OutputError: the folder cannot be written.
-        StopRequested: this process was asked to stop; files that are whole stay.
-    """
+    """What `found` returns after the files of `sources` are in `folder`; those that are whole stay after a stop. Raises
+    as `once`, and DataError where there is no network, or a wrong file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -1,8 +1,8 @@
 """Agreement between ranks: headers before every exchange, and the commit vote before every update.
 
-A rank that fails inside a local phase does not leave: it arrives at the next header with a code, so that all
-ranks stop on the same step and print the same text. Headers also compare what gloo would accept in silence:
-another step, shape, type or batch on one rank.
+A rank that fails inside a local phase does not leave: it arrives at the next header with a code, so that all ranks stop
+on the same step and print the same text. Headers also compare what gloo would accept in silence: another step, shape,
+type or batch on one rank.
 """
 
 from __future__ import annotations
@@ -72,18 +72,12 @@ class Agreement:
 
         Raises the first failure of any rank, or PeerFailed for a mismatch, with the same text on all ranks.
         """
-        self.mesh.where = f"{self.where}, {point}"
         form = f"{tuple(payload.shape)} {payload.dtype}" if payload is not None else "nothing"
-        code = 0 if self.failure is None else _code(self.failure)
-        rows = self.mesh.gather_world([code, self.number, _crc(point), _crc(form), checksum])
-        if any(row[0] for row in rows):
-            self._raise_together()
-        self._compare([row[1] for row in rows], STEP_NUMBER)
-        self._compare([row[2] for row in rows], "the exchange that comes next")
-        if len({row[3] for row in rows}) > 1:
+        rows = self._gather(point, [checksum, *(zlib.crc32(text.encode()) for text in (point, form))])
+        self._compare([row[1] for row in rows], "the exchange that comes next")
+        if len({row[2] for row in rows}) > 1:
             self._mismatch("the shape or type of the data to exchange", self.mesh.gather_json(form))
-        for ranks in self.mesh.placement.peer_axis():
-            self._compare([rows[r][4] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
+        self._compare_batches(rows)
 
     def vote(self, finite_L4: Tensor, *, stop: bool = False, ready: bool = True, checksum: int = 0) -> Verdict:
         """Decide together whether this step is committed.
@@ -97,19 +91,13 @@ class Agreement:
 
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
         """
-        self.mesh.where = f"{self.where}, vote"
         local = self.mesh.placement.peers_per_rank
         bits = [0] * 4 * local if self.failure is not None else finite_L4.reshape(-1).tolist()
-        code = 0 if self.failure is None else _code(self.failure)
-        rows = self.mesh.gather_world([code, self.number, int(stop), int(ready), checksum, *map(int, bits)])
-        if any(row[0] for row in rows):
-            self._raise_together()
-        self._compare([row[1] for row in rows], STEP_NUMBER)
-        for ranks in self.mesh.placement.peer_axis():
-            self._compare([rows[r][4] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
+        rows = self._gather("vote", [checksum, int(stop), int(ready), *map(int, bits)])
+        self._compare_batches(rows)
         for stage, name in enumerate(STAGES):
             guilty = sorted({rank % self.mesh.placement.peer_ranks * local + i for rank, row in enumerate(rows)
-                             for i in range(local) if not row[5 + 4 * i + stage]})
+                             for i in range(local) if not row[3 + 4 * i + stage]})
             if guilty:
                 listed = ", ".join(map(str, guilty))
                 found = NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
@@ -117,14 +105,27 @@ class Agreement:
                                   "intact")
                 found.peers = tuple(guilty)
                 raise found
-        return Verdict(stop=any(row[2] for row in rows), ready=all(row[3] for row in rows))
+        return Verdict(stop=any(row[1] for row in rows), ready=all(row[2] for row in rows))
 
-    def settle(self, point: str) -> None:
+    def sync(self, point: str) -> None:
         """End a phase of unknown length together: raise if any rank failed in it. Waits as long as all ranks live."""
         self.mesh.meet(f"{self.where}, {point}")
         self.header(point)
 
     # ---------------------------------------------------------------- inside
+
+    def _gather(self, point: str, numbers: list[int]) -> list[list[int]]:
+        """The numbers of all ranks, by rank, where none has failed and all are at one step."""
+        self.mesh.where = f"{self.where}, {point}"
+        rows = self.mesh.gather_world([_code(self.failure), self.number, *numbers])
+        if any(row[0] for row in rows):
+            self._raise_together()
+        self._compare([row[1] for row in rows], STEP_NUMBER)
+        return [row[2:] for row in rows]
+
+    def _compare_batches(self, rows: list[list[int]]) -> None:
+        for ranks in self.mesh.placement.peer_axis():
+            self._compare([rows[r][0] for r in ranks], "the batch (checksum of pixels and labels)", ranks)
 
     def _raise_together(self) -> NoReturn:
         """All ranks raise the failure of the lowest failing rank."""
@@ -165,12 +166,8 @@ def described(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
     return {"code": PeerFailed.code, "what": text, "where": where, "how": how}
 
 
-def _code(error: Exception) -> int:
-    return error.code if isinstance(error, MatError) else PeerFailed.code
-
-
-def _crc(text: str) -> int:
-    return zlib.crc32(text.encode())
+def _code(error: Exception | None) -> int:
+    return 0 if error is None else error.code if isinstance(error, MatError) else PeerFailed.code
 
 
 def batch_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The mesh: collectives between ranks. The only file that touches torch.distributed.
+"""The mesh: process groups, collectives between ranks, devices. The only file that touches torch.distributed.
 
 Verbs act along an axis of the placement; an axis of size 1 has no group and its verbs return their input, so
 callers never ask how many ranks there are. Nothing that arrives is unpickled: tensors and JSON bytes only.
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mat_dist.config.schema import CommConfig
+from mat_dist.config.schema import CommConfig, Config
 from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -56,28 +56,10 @@ class Mesh:
         """(L, ...) here -> (P, ...) on every rank, in peer order, contiguous, without gradient."""
         return self._gather(local_L.detach(), self._peer)
 
-    def sum_peers(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks of the peer axis, on every one of them, without gradient; in no fixed order."""
-        if self._peer is None:
-            return tensor.detach()
-        total = tensor.detach().cpu() if self._staged else tensor.detach().clone()
-        with self._naming("sum"):
-            dist.all_reduce(total, group=self._peer)
-        return total.to(tensor.device)
-
     def gather_world(self, row: Sequence[int]) -> list[list[int]]:
         """One row of integers here -> the rows of all ranks, by rank. Travels over the control group."""
         table = self._gather(torch.tensor([list(row)], dtype=torch.int64), self._world)
         return table.tolist()
-
-    def sum_world(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over all ranks, on every rank."""
-        if self._world is None:
-            return tensor
-        total = tensor.clone()
-        with self._naming("sum"):
-            dist.all_reduce(total, group=self._world)
-        return total
 
     def average_replicas(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one type by their mean over the replicas, in place, in one flat all-reduce."""
@@ -88,10 +70,8 @@ class Mesh:
         with self._naming("gradient average"):
             dist.all_reduce(moved, group=self._replica)
         flat = moved.to(flat.device).div_(self.placement.replicas)
-        start = 0
-        for t in tensors:
-            t.copy_(flat[start:start + t.numel()].view_as(t))
-            start += t.numel()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view_as(t))
 
     def gather_replicas(self, local_B: Tensor) -> Tensor:
         """(B, ...) here -> the rows of all replicas in their order, on every one of them, without gradient."""
@@ -229,3 +209,34 @@ def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:
         return None
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in axis]
     return next(g for g, ranks in zip(groups, axis, strict=True) if rank in ranks)
+
+
+def choose_device(config: Config, *, local_rank: int, local_world: int) -> torch.device:
+    """The device of this rank. Raises EnvironmentFault when there are GPUs but too few: never a silent CPU run."""
+    count = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    if config.run.device == "cuda" and count == 0:
+        raise EnvironmentFault("no GPU is visible", "run.device=cuda",
+                               "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
+    if count == 0:
+        return torch.device("cpu")
+    if local_world > count and config.comm.backend != "gloo":
+        raise EnvironmentFault(f"{local_world} ranks on this node but {count} GPUs", "run.device",
+                               "use run.device=cpu, or comm.backend=gloo to let ranks share a GPU, or fewer ranks")
+    return torch.device("cuda", local_rank % count)
+
+
+def ranks_per_device(device: torch.device, local_world: int) -> int:
+    """How many ranks of this node share a device, at most."""
+    return -(-local_world // torch.cuda.device_count()) if device.type == "cuda" else local_world
+
+
+def prepare_torch(config: Config) -> None:
+    """Threads per rank, and deterministic kernels where they are asked for."""
+    torch.set_num_threads(config.run.threads)
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.run.deterministic
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -9,19 +9,23 @@ the others print the same one. Under torchrun the store lives in the agent, so i
 from __future__ import annotations
 
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mat_dist.distributed.processes import ProcessIdentity
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.distributed.store_thread import StoreThread
 from mat_dist.errors import MatError, PeerSilent, error_class
 
 INTERVAL = 0.5  # seconds between beats
 STALE = 4.0  # seconds without a beat after which a rank counts as stopped (8 beats)
+CLOSE_SECONDS = 1.0  # a healthy store answers within milliseconds
 VERDICT, STOP = "verdict", "stop"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,6 @@ class Beat:
     arrived: int
     where: str
     process: ProcessIdentity
-
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: bytes) -> Beat:
@@ -47,7 +48,6 @@ class Heartbeat:
 
     Args:
         store: a store client that nobody else uses, with keys of this launch only.
-        rank, world: of this process.
         node: the ranks on this node.
         peers_of: rank -> peers that live there, for messages.
         stop: the stop request of this rank, passed on to all ranks and set by theirs.
@@ -82,8 +82,7 @@ class Heartbeat:
     def _meet(self, point: str, timeout: float) -> None:
         keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
         self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
-        waited: dict[int, float] = {}  # rank -> when its latest beat was first seen
-        seen: dict[int, int] = {}
+        seen: dict[int, tuple[int, float]] = {}  # rank -> its latest beat, and when that was first seen
         pause = 0.002
         while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
             verdict = self._verdict(timeout)
@@ -91,18 +90,15 @@ class Heartbeat:
                 raise self._as_error(verdict)
             now, beats = time.monotonic(), self._beats(timeout)
             for rank in missing:
-                beat = beats.get(rank)
-                if seen.get(rank) != (beat.count if beat else 0):
-                    seen[rank], waited[rank] = (beat.count if beat else 0), now
-            gone = [r for r in missing if self._is_gone(beats.get(r))]
-            stale = [r for r in missing if now - waited.get(r, now) > timeout]
-            if gone or stale:
+                count = beats[rank].count if rank in beats else 0
+                if rank not in seen or seen[rank][0] != count:
+                    seen[rank] = count, now
+            if any(self._is_gone(beats.get(r)) or now - seen[r][1] > timeout for r in missing):
                 raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
 
     def close(self) -> None:
-        """End the thread."""
         self._store.close()
 
     # ---------------------------------------------------------------- when something is wrong
@@ -167,21 +163,17 @@ class Heartbeat:
         return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
 
     def _as_error(self, verdict: dict[str, Any]) -> MatError:
-        guilty = list(verdict["ranks"])
-        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in guilty)
         if "error" in verdict:
             told = verdict["error"]
             return error_class(told["code"])(told["what"], told["where"], told["how"])
-        if guilty:
-            last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
-            found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}",
-                               "start again to continue from the newest checkpoint; see its rank_<r>.log; raise "
-                               "comm.timeout if it was only slow")
-        else:
-            found = PeerSilent("an exchange failed though all ranks answer", verdict["what"],
-                               "check the network between the nodes, then start again to continue from the newest "
-                               "checkpoint")
-        found.guilty = tuple(guilty)
+        if not verdict["ranks"]:
+            return PeerSilent("an exchange failed though all ranks answer", verdict["what"], "check the network "
+                              "between the nodes, then start again to continue from the newest checkpoint")
+        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in verdict["ranks"])
+        last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
+        found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}", "start again to continue from "
+                           "the newest checkpoint; see its rank_<r>.log; raise comm.timeout if it was only slow")
+        found.guilty = tuple(verdict["ranks"])
         return found
 
     def _is_gone(self, beat: Beat | None) -> bool:
@@ -208,7 +200,8 @@ class Heartbeat:
     def _beat(self, store: Any) -> None:
         """Sign of life; passes a stop request on, to the others or from them. In the store's thread."""
         self._count += 1
-        store.set(f"beat/{self._rank}", Beat(self._count, self._arrived, self._where, self._process).dump())
+        beat = Beat(self._count, self._arrived, self._where, self._process)
+        store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         if not self._told_stop and self._stop.requested:
             self._told_stop = True
             store.set(STOP, "1")
@@ -219,3 +212,59 @@ class Heartbeat:
 
 def _get(store: Any, key: str) -> bytes | None:
     return store.get(key) if store.check([key]) else None
+
+
+class StoreThread:
+    """The only user of a store client, whose calls end also when the network is cut. `regularly` is called with the
+    store every `interval` s, until it raises RuntimeError (the store is gone).
+
+    c10d's TCPStore waits in recv() for an answer without a limit, and a cut cable closes no connection: the ranks of
+    the cut-off node would wait for ever. So one thread alone talks to the store, and who asks gives up after a while.
+    The thread may then stay in recv(); it is a daemon and does not keep the process from ending.
+    """
+
+    def __init__(self, store: Any, regularly: Callable[[Any], None], interval: float) -> None:
+        self._store, self._regularly, self._interval = store, regularly, interval
+        self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def ask(self, work: Callable[[Any], T], patience: float) -> T:
+        """`work(store)` -> its result. Raises RuntimeError if the store is gone or silent for `patience` s."""
+        answer: Future[T] = Future()
+        self._asked.put((work, answer))
+        try:
+            return answer.result(timeout=patience)
+        except TimeoutError:
+            raise RuntimeError(f"no answer within {patience:g} s") from None
+
+    def close(self) -> None:
+        """End the thread, if the store lets it."""
+        self._asked.put(None)
+        self._thread.join(timeout=CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        due: float | None = time.monotonic() + self._interval
+        while True:
+            try:
+                task = self._asked.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                due = self._tick()
+                continue
+            if task is None:
+                return
+            work, answer = task
+            try:
+                answer.set_result(work(self._store))
+            except Exception as error:
+                answer.set_exception(error)
+            if due is not None and time.monotonic() >= due:
+                due = self._tick()
+
+    def _tick(self) -> float | None:
+        """Do what is done regularly -> when it is due again; never, if the store is gone."""
+        try:
+            self._regularly(self._store)
+        except RuntimeError:
+            return None
+        return time.monotonic() + self._interval

@@ -1,4 +1,7 @@
-"""What the launcher said about this process. The only file that reads RANK and WORLD_SIZE; it does not import torch."""
+"""What the launcher said of this process, and where ranks would meet. The only file that reads RANK and MASTER_ADDR.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from mat_dist.errors import EnvironmentFault
 
 LOOPBACK_INTERFACE = "lo"
+DEFAULT_PORT = 29500  # torchrun's --master-port
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,24 @@ class Launch:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""
         sound = [rank for rank in range(self.world) if rank not in guilty]
         return bool(sound) and self.rank == sound[0]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where ranks would meet, and through which interface they would talk: what is set before a launch."""
+
+    address: str | None = None  # MASTER_ADDR
+    port: int = DEFAULT_PORT  # MASTER_PORT
+    given: bool = False  # whether MASTER_PORT is set
+    gloo: str | None = None  # GLOO_SOCKET_IFNAME: names of interfaces separated by commas
+    nccl: str | None = None  # NCCL_SOCKET_IFNAME: beginnings of names; `^` excludes, `=` asks for the whole name
+
+    @classmethod
+    def from_environment(cls) -> Endpoint:
+        """Raises EnvironmentFault for a MASTER_PORT that is no port."""
+        env = os.environ
+        text = env.get("MASTER_PORT") or str(DEFAULT_PORT)
+        if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 65536 and len(text) < 6):
+            raise EnvironmentFault(f"{text[:40]!r} is no port", "MASTER_PORT", "set it to a number from 1024 to 65535")
+        return cls(env.get("MASTER_ADDR") or None, int(text), bool(env.get("MASTER_PORT")),
+                   env.get("GLOO_SOCKET_IFNAME") or None, env.get("NCCL_SOCKET_IFNAME") or None)

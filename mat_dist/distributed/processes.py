@@ -12,25 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from a later one with the same pid.
-
-    Attributes:
-        host: host name.
-        boot: boot id of the machine; with `namespace` it tells whether pids mean the same here.
-        namespace: pid namespace.
-        pid: process id.
-        started: start in clock ticks since boot.
-    """
+    """A process, told apart from a later one with the same pid. Where there is no /proc (macOS), `boot_id` is empty."""
 
     host: str
-    boot: str
-    namespace: str
+    boot_id: str  # of the machine; with the namespace it tells whether pids mean the same here
+    pid_namespace: str
     pid: int
-    started: int
+    started: int  # in clock ticks since boot
 
     @classmethod
     def own(cls) -> ProcessIdentity:
-        """Of this process."""
         namespace = ""
         with suppress(OSError):
             namespace = os.readlink("/proc/self/ns/pid")
@@ -40,8 +31,8 @@ class ProcessIdentity:
 
     def shares_pids_with(self, other: ProcessIdentity) -> bool:
         """Whether both live where a pid means the same process; never where there is no /proc (macOS)."""
-        place = (self.host, self.boot, self.namespace)
-        return all(place) and place == (other.host, other.boot, other.namespace)
+        place = (self.host, self.boot_id, self.pid_namespace)
+        return all(place) and place == (other.host, other.boot_id, other.pid_namespace)
 
     def runs(self) -> bool:
         """Whether the process still runs; ask only where `shares_pids_with`. Zombies do not run."""

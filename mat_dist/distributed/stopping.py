@@ -33,12 +33,9 @@ class StopFlag:
         self.signal = self.signal or signal.SIGTERM
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: the first request lets the step end and be saved, the second one does not.
-
-        Raises:
-            StopRequested: for a signal more than SAME_REQUEST s after the first, or the third one; like any local
-                error it reaches the next header, so all ranks leave together and nothing half-saved becomes visible.
-        """
+        """Signal handler: the first request lets the step end and be saved, the second one does not. Raises
+        StopRequested: for a signal more than SAME_REQUEST s after the first, or the third one; like any local error it
+        reaches the next header, so all ranks leave together and nothing half-saved becomes visible."""
         now = time.monotonic()
         self._count += 1
         if self._count == 1:

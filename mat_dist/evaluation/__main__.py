@@ -26,14 +26,12 @@ from mat_dist.evaluation.settings import (
     MENU,
     Arguments,
     FileOptions,
-    Importing,
     Request,
     find_run,
     is_file,
     options,
     parse,
     refuse_unfinished,
-    split_words,
 )
 
 
@@ -47,21 +45,19 @@ def evaluate(words: Sequence[str]) -> None:
     """Settings, ranks, then the evaluation or the comparison."""
     if not words or {"-h", "--help"} & set(words):
         options(__doc__, settings_text()).read(words)  # shows the help, and ends here
-    importing, rest = split_words(words)
-    arguments = parse(rest)
+    arguments = parse(words)
     if arguments.compare:
         from mat_dist.evaluation.compare import compare
 
         compare([find_run(run) for run in arguments.runs])
         return
-    load_plugins(arguments.plugins)
-    run(arguments, importing, list(words))
+    run(arguments, list(words))
 
 
-def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> None:
+def run(arguments: Arguments, words: list[str]) -> None:
     """Evaluate one run, or one file, on the ranks of this launch."""
-    subject = arguments.runs[0]
-    for word in (subject, *arguments.request.sources):
+    importing, request, subject = arguments.importing, arguments.request, arguments.runs[0]
+    for word in (subject, *request.sources):
         if is_file(word) and not Path(word).is_file():
             raise ConfigError(f"there is no file {word[:200]!r}", COMMAND_LINE, "give a state dict, or a run's folder")
     load_plugins(arguments.plugins)
@@ -72,14 +68,13 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
         new = importing.config(arguments.settings, config, folder.path) if importing is not None else config
     else:
         assert importing is not None
-        if not arguments.request.threats:
+        if not request.threats:
             raise ConfigError("a state dict does not tell which threats it was trained for", "threats",
                               "write threats=linf:8/255, or others")
         config = new = importing.config(arguments.settings)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
-    from mat_dist.distributed.device import choose_device, prepare_torch
-    from mat_dist.distributed.groups import open_mesh
+    from mat_dist.distributed.groups import choose_device, open_mesh, prepare_torch
     from mat_dist.distributed.stopping import watching
     from mat_dist.evaluation.command import evaluate_run
     from mat_dist.evaluation.foreign import import_files
@@ -88,7 +83,6 @@ def run(arguments: Arguments, importing: Importing | None, words: list[str]) -> 
     launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)
-    request = arguments.request
     # Chunks, not peers, are shared: any number of ranks fits.
     with watching() as stop, open_mesh(launch.world, config.comm, device, launch, stop=stop) as mesh:
         if importing is not None:

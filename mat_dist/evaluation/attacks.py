@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.random_search import random_search
+from mat_dist.attacks.random_search import noisy, random_search
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.autoattack import Found, autoattack, chunk_seed
+from mat_dist.evaluation.autoattack import AutoAttacked, autoattack, chunk_seed
 from mat_dist.evaluation.settings import AUTOATTACK, MENU, SQUARE, stand_in
 from mat_dist.models.modes import frozen
 
 NOISE_DRAWS = 20  # of `uniform` and of `gaussian`
+PICTURES = 6
 TRANSFER = "transfer"
 FROM = f"{TRANSFER} from "  # how AEs of another run are called in results: transfer from RUN/peer
 NO_ANSWER = -1  # the prediction of logits that are not finite
@@ -118,7 +118,7 @@ class Job:
 
 
 def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
-         found: list[Found]) -> Iterator[Tensor]:
+         found: list[AutoAttacked]) -> Iterator[Tensor]:
     """The AEs that one attack makes with one module; `found` gets what pyautoattack told."""
     maker = MENU[name].maker
     if maker == "pgd":
@@ -287,7 +287,7 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
     tried = Tried()
     more = stand_in(job.attacks) if target.surrogates else None
     for name in (*job.attacks, *([more] if more else [])):
-        found: list[Found] = []
+        found: list[AutoAttacked] = []
         models = target.attacked if MENU[name].white_box else (target.model,)
         # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
         advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found))
@@ -346,6 +346,17 @@ def strongest(tried: Tried, y_B: Tensor) -> Tensor:
         best = torch.where((open_B & wrong_B).view(-1, 1, 1, 1), adv_BCHW, best)
         open_B &= ~wrong_B
     return best
+
+
+def shown_rows(fooled_B: Tensor) -> list[int]:
+    """Rows to show as pictures: up to half whose AE fools the model, then others, in their order."""
+    fooled = fooled_B.nonzero()[:, 0].tolist()[:PICTURES // 2]
+    return [*fooled, *[row for row in range(len(fooled_B)) if row not in fooled][:PICTURES - len(fooled)]]
+
+
+def scaled(change_CHW: Tensor) -> Tensor:
+    """A perturbation as an image: 0 is grey, its largest pixel white or black."""
+    return 0.5 + change_CHW / (2 * (float(change_CHW.abs().amax()) or 1.0))
 
 
 def rounded(adv_BCHW: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
-from mat_dist.config.fields import known_norms
+from mat_dist.config.norms import known_norms
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
@@ -28,7 +28,7 @@ _JUDGED_ELSEWHERE = ("Square Attack has decreased", "classes it is not possible"
 
 
 @dataclass(frozen=True)
-class Found:
+class AutoAttacked:
     """What AutoAttack did on one chunk.
 
     Attributes:
@@ -96,7 +96,7 @@ def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str
 
 
 def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *, version: str, custom: Sequence[str],
-               seed: int, alone: str | None = None) -> Found:
+               seed: int, alone: str | None = None) -> AutoAttacked:
     """Run AutoAttack, or one of its attacks, on one chunk, the chunk being one batch.
 
     Args:
@@ -118,7 +118,7 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
         attack.square.perturb = _counting(attack.square.perturb, model, broke)
         adv, prediction = attack.run_standard_evaluation(x_BCHW, y_B, batch_size=len(y_B))
     warnings = dict.fromkeys(text for text in heard if not any(part in text for part in _JUDGED_ELSEWHERE))
-    return Found(adv.detach(), prediction, sum(broke), tuple(attack.attacks_to_run), tuple(warnings))
+    return AutoAttacked(adv.detach(), prediction, sum(broke), tuple(attack.attacks_to_run), tuple(warnings))
 
 
 def _counting(perturb: Callable[..., Tensor], model: nn.Module, broke: list[int]) -> Callable[..., Tensor]:

@@ -40,7 +40,7 @@ from mat_dist.evaluation.attacks import (
     transfer_counts,
 )
 from mat_dist.evaluation.soundness import examine
-from mat_dist.models.classifier import DTYPES
+from mat_dist.models.registry import DTYPES
 from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
 
 FORMAT = 2  # of a chunk's file
@@ -177,7 +177,7 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
     agree = Agreement(mesh, work.what)
     lead = mesh.placement.is_lead
     missing = agree.run("looking for finished chunks", _missing, work) if lead else None
-    agree.settle("finished chunks")
+    agree.sync("finished chunks")
     missing = mesh.from_lead(missing)
     if lead and len(missing) < work.count:
         tell(f"{work.count - len(missing)} of {work.count} chunks are there already")
@@ -191,7 +191,7 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
             each = (monotonic() - began) / done
             left = f"about {each * (len(mine) - done) / 60:.1f} min left" if done < len(mine) else "done on this rank"
             tell(f"chunk {done} of {len(mine)} on this rank, {each:.1f} s each, {left}")
-    agree.settle("chunks")
+    agree.sync("chunks")
     if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
         again = ": finished chunks are not repeated" if work.folder else " from its beginning"
         raise StopRequested(f"stopped by a signal during the {work.what}", str(work.folder or "eval"),
@@ -200,7 +200,7 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
         pairs = [pair for rank in mesh.gather_json([[chunk, unsaved[chunk]] for chunk in mine]) for pair in rank]
         return [found for _, found in sorted(pairs, key=lambda pair: pair[0])] if lead else []
     found = agree.run("collecting the chunks", _collect, work) if lead else []
-    agree.settle("collected chunks")
+    agree.sync("collected chunks")
     return found
 
 

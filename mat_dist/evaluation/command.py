@@ -17,15 +17,14 @@ from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name, ranks_per_device
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name, ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
-from mat_dist.evaluation.results import CLEAN, UNION, show
+from mat_dist.evaluation.results import CLEAN, UNION, new_table, show
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.survivors import (
     VOLATILE,
@@ -39,7 +38,7 @@ from mat_dist.evaluation.survivors import (
 )
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.logs import close_logger, rank_logger
+from mat_dist.runs.session import close_logger, rank_logger
 
 NOT_DIGESTED = ("format", "run", "config", *VOLATILE)
 
@@ -68,13 +67,13 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
     with _logged(folder, mesh):
         agree = Agreement(mesh, f"evaluation of {folder.name}")
         one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
-        agree.settle("loading")
+        agree.sync("loading")
         # Nodes may differ in what they tell of themselves: rank 0's word counts.
         name, digest = mesh.from_lead([one.name, one.about["digest"]])
         work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
         chunks = run_chunks(work, mesh, stop, tell)
         told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
-        agree.settle("results")
+        agree.sync("results")
         path, failed = mesh.from_lead(told)
     if failed:
         raise NotReportable(f"failed checks: {'; '.join(failed[:6])}", path,
@@ -187,18 +186,14 @@ def as_table(title: str, found: Sequence[Survivors]) -> Table:
     """A row per target: per cent with half the 95 % interval, worst over attacks; whether it may be reported."""
     threats = list(found[0].held)
     shown = [CLEAN, *threats, *([UNION] if len(threats) > 1 else [])]
-    table = Table(title=title)
-    for name in ("target", "weights"):
-        table.add_column(name, no_wrap=True)
-    for name in (*(f"{name} %" for name in shown), "n"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(title, ("target", "weights"), (*(f"{name} %" for name in shown), "n"))
     table.add_column("reportable", overflow="fold", min_width=len("reportable"))
     for one in found:
         row = one.summary()
-        cells = [f"{100 * row['accuracy'][name]:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+        cells = [f"{100 * row['accuracy'][name]:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]"
                  for name in shown for low, high in [row["interval_95"][name]]]
         failed = ", ".join(dict.fromkeys(v.check for v in one.failed))
-        table.add_row(one.target, one.weights, *(cell.replace("[", r"\[") for cell in cells), str(row["n"]),
+        table.add_row(one.target, one.weights, *cells, str(row["n"]),
                       f"NO: {failed}" if failed else "yes" if one.reportable else "not checked")
     return table
 
@@ -207,11 +202,7 @@ def attacks_table(found: Sequence[Survivors]) -> Table:
     """A row per target and threat: per cent that withstand each attack alone."""
     names = list(dict.fromkeys(name for one in found for held in one.held.values() for name in held
                                if not name.startswith(FROM)))
-    table = Table(title="Accuracy under each attack alone, %")
-    for name in ("target", "threat"):
-        table.add_column(name, no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("Accuracy under each attack alone, %", ("target", "threat"), names)
     for one in found:
         for threat, held in one.held.items():
             table.add_row(one.target, threat, *(f"{100 * share(held[name]):.2f}" if name in held else "-"
@@ -221,11 +212,7 @@ def attacks_table(found: Sequence[Survivors]) -> Table:
 
 def sources_table(found: Sequence[Survivors]) -> Table:
     """A row per other checkpoint and threat: per cent of each target that withstand that one's AEs."""
-    table = Table(title="Accuracy on AEs of other checkpoints, %")
-    for name in ("source", "threat"):
-        table.add_column(name, no_wrap=True)
-    for one in found:
-        table.add_column(one.target, justify="right", no_wrap=True)
+    table = new_table("Accuracy on AEs of other checkpoints, %", ("source", "threat"), (one.target for one in found))
     for threat, held in found[0].held.items():
         for name in held:
             if name.startswith(FROM):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import UNION, Images, Result, read_results, show
+from mat_dist.evaluation.results import UNION, Answers, Result, new_table, read_results, show
 from mat_dist.evaluation.statistics import Paired
 from mat_dist.runs.folder import RunFolder
 
@@ -18,19 +17,6 @@ from mat_dist.runs.folder import RunFolder
 SAME = ("threats", "attacks", "plans", "autoattack", "queries", "transfer", "sources", "split", "n", "data_digest",
         "chunk")
 SHA256_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The newest evaluation of a run, and its images by target."""
-
-    run: str
-    result: Result
-    images: Mapping[str, Images]
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        return self.result.document
 
 
 def compare(folders: Sequence[RunFolder]) -> None:
@@ -44,18 +30,23 @@ def compare(folders: Sequence[RunFolder]) -> None:
     first, *others = [read(folder) for folder in folders]
     for other in others:
         check_same(first, other)
-        shared = [target for target in first.images if target in other.images]
+        mine, theirs = answers(first), answers(other)
+        shared = [target for target in mine if target in theirs]
         if not shared:
             raise ConfigError(f"{first.run} and {other.run} share no target", "command line",
-                              f"evaluate both with the same targets; found {', '.join(first.images)} and "
-                              f"{', '.join(other.images)}")
+                              f"evaluate both with the same targets; found {', '.join(mine)} and {', '.join(theirs)}")
         show(as_table(first, other, shared))
-        if first.result.transfer and set(first.images) != set(other.images):
+        if first.transfer and set(mine) != set(theirs):
             tell("AEs of other targets count too, and these runs were evaluated with other targets: transfer=false "
                  "gives both the same attacks")
 
 
-def read(folder: RunFolder) -> Evaluated:
+def answers(result: Result) -> dict[str, Answers]:
+    """The images by target: an evaluation that is not of a training has one kind of weights."""
+    return {target: one for (target, _), one in result.images.items()}
+
+
+def read(folder: RunFolder) -> Result:
     """The newest evaluation of a run. Raises NotReportable."""
     found = read_results(folder.eval, "evaluate_*")
     if not found:
@@ -64,20 +55,19 @@ def read(folder: RunFolder) -> Evaluated:
     if not found[-1].reportable:
         raise NotReportable(f"the newest evaluation of {folder.name} failed its checks, or had none",
                             str(found[-1].file), "see its checks, and docs/evaluation.md")
-    return Evaluated(folder.path.resolve().name, found[-1],
-                     {target: images for (target, _), images in found[-1].images.items()})
+    return found[-1]
 
 
-def check_same(one: Evaluated, other: Evaluated) -> None:
+def check_same(one: Result, other: Result) -> None:
     """Raises ConfigError with the first thing in which two evaluations differ."""
-    values = [{key: run.about.get(key) for key in SAME} for run in (one, other)]
+    values = [{key: run.document.get(key) for key in SAME} for run in (one, other)]
     for found, run in zip(values, (one, other), strict=True):
-        found["data.test_size"] = run.result.config.get("data", {}).get("test_size")
-        if run.result.split != "test":  # the other splits are drawn by the seed
-            found["run.seed"] = run.about.get("subset_seed")
-        found["images_digest"] = run.about.get("images_digest")
+        found["data.test_size"] = run.config.get("data", {}).get("test_size")
+        if run.split != "test":  # the other splits are drawn by the seed
+            found["run.seed"] = run.document.get("subset_seed")
+        found["images_digest"] = run.document.get("images_digest")
     how = "evaluate both runs with the same settings"
-    if one.about.get("subset_seed") != other.about.get("subset_seed"):
+    if one.document.get("subset_seed") != other.document.get("subset_seed"):
         how += "; of other seeds, with all images, since run.seed draws subsets and the validation split"
     for key, mine in values[0].items():
         if mine != values[1].get(key):
@@ -99,20 +89,19 @@ def pair(one: Mapping[int, bool], other: Mapping[int, bool]) -> Paired:
     return Paired(len(one), sum(other[k] and not one[k] for k in one), sum(one[k] and not other[k] for k in one))
 
 
-def as_table(one: Evaluated, other: Evaluated, targets: Sequence[str]) -> Table:
+def as_table(one: Result, other: Result, targets: Sequence[str]) -> Table:
     """A row per target and accuracy."""
-    table = Table(title=f"{other.run} minus {one.run}, the same {one.result.targets[0].n} images, points")
-    table.add_column("target", no_wrap=True)
-    table.add_column("accuracy", no_wrap=True)
-    for name in (one.run, other.run, "difference", "95 % interval", "gained", "lost", "p (McNemar)"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(f"{other.run} minus {one.run}, the same {one.targets[0].n} images, points",
+                      ("target", "accuracy"),
+                      (one.run, other.run, "difference", "95 % interval", "gained", "lost", "p (McNemar)"))
     for target in targets:
-        names = [name for name in one.images[target].correct if name != UNION or len(one.result.threats) > 1]
-        for name in names:
-            mine = one.images[target].correct[name]
-            found = pair(mine, other.images[target].correct[name])
+        mine, theirs = answers(one)[target].correct, answers(other)[target].correct
+        for name in mine:
+            if name == UNION and len(one.threats) == 1:
+                continue
+            found = pair(mine[name], theirs[name])
             low, high = found.interval
-            shares = [100 * sum(flags.values()) / len(flags) for flags in (mine, other.images[target].correct[name])]
+            shares = [100 * sum(flags.values()) / len(flags) for flags in (mine[name], theirs[name])]
             table.add_row(target, name, *(f"{share:.2f}" for share in shares), f"{100 * found.difference:+.2f}",
                           f"{100 * low:+.2f} to {100 * high:+.2f}", str(found.gained), str(found.lost),
                           f"{found.p:.3g}")

@@ -14,11 +14,10 @@ from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidate
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
-from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks, strict_arithmetic
 from mat_dist.evaluation.results import CLEAN, UNION
 from mat_dist.evaluation.survivors import (
@@ -35,7 +34,6 @@ from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run
 from mat_dist.runs.trackers import Picture
 
-PICTURES = 6
 LOOKED_AT = 64  # images of which the pictures are chosen
 
 Found = Mapping[str, Chunks]  # weights -> chunks; empty on all ranks but the first
@@ -84,7 +82,7 @@ class Evaluations:
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
             own = own_robust(survivors, self.config.peers)
-        agree.settle("records")
+        agree.sync("records")
         told: list[float | None] = self.mesh.from_lead(own)
         return told
 
@@ -137,7 +135,7 @@ class Evaluations:
         for weights in [RAW, EMA] if any(spec.averages for spec in self.config.peers) else [RAW]:
             run = self.opened(manifest, weights)
             models = agree.run("loading", run.models, self.mesh.device)
-            agree.settle(f"models {weights}")
+            agree.sync(f"models {weights}")
             modules = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: run.ensemble(models=models)}
             targets = [Target(name, model, (model,)) for name, model in modules.items()]
             found[weights] = run_chunks(Work(self.config, job, targets, data, samples_N, what), self.mesh, self.stop)
@@ -236,12 +234,6 @@ def gallery(run: FinishedRun, data: ImageSet, job: Job, survivors: Sequence[Surv
     with strict_arithmetic():
         adv_BCHW = craft(model, x_BCHW, y_B, Threat(threat.norm, threat.eps), job.plans["pgd"], seed=job.seed, chunk=0)
         clean_B, attacked_B = predict(model, x_BCHW), predict(model, adv_BCHW)
-    fooled = ((clean_B == y_B) & (attacked_B != y_B)).nonzero()[:, 0].tolist()[:PICTURES // 2]
-    rest = [row for row in range(len(y_B)) if row not in fooled][:PICTURES - len(fooled)]
-    found = []
-    for row in (*fooled, *rest):
-        change = adv_BCHW[row] - x_BCHW[row]
-        grey = 0.5 + change / (2 * (float(change.abs().amax()) or 1.0))
-        found.append(Picture(x_BCHW[row], grey, adv_BCHW[row], f"class {int(y_B[row])}, {best} says "
-                             f"{int(clean_B[row])}, under attack {int(attacked_B[row])}"))
-    return found
+    return [Picture(x_BCHW[row], scaled(adv_BCHW[row] - x_BCHW[row]), adv_BCHW[row], f"class {int(y_B[row])}, {best} "
+                    f"says {int(clean_B[row])}, under attack {int(attacked_B[row])}")
+            for row in shown_rows((clean_B == y_B) & (attacked_B != y_B))]

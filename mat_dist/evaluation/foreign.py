@@ -21,15 +21,14 @@ from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluation.attacks import correct
 from mat_dist.evaluation.chunks import pixels
 from mat_dist.evaluation.settings import Importing
-from mat_dist.models.classifier import Images, make_model
+from mat_dist.models.registry import Images, make_model
 from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
@@ -67,7 +66,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
     agree = Agreement(mesh, "reading a checkpoint")
     data = agree.run("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
-    agree.settle("data")
+    agree.sync("data")
     paths: list[str] = []
     if mesh.placement.is_lead:
         config = _with_threat(config, threats)
@@ -77,7 +76,7 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
             paths.append(str(folder.path) if folder else "")
     if agree.failure is not None and not isinstance(agree.failure, MatError):
         print_exception(agree.failure)  # a bug of ours; there may be no run folder yet with a log to look into
-    agree.settle("import")
+    agree.sync("import")
     return [RunFolder(Path(path)) for path in mesh.from_lead(paths)]
 
 

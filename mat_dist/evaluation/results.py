@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ from mat_dist.errors import NotReportable
 from mat_dist.runs.files import parse_json
 
 FORMAT = 2
-CLEAN, UNION = "clean", "union"
+CLEAN, UNION, ENSEMBLE = "clean", "union", "ensemble"
+UNCHECKED = "no checks were made"
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
 REPAIR = "remove it, or run the evaluation again"
@@ -70,8 +71,19 @@ class TargetResult:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the checks that failed."""
+        """Names of the checks that failed, or UNCHECKED; the numbers must not be reported then."""
+        if self.checks == ():  # a training's own evaluations have no checks at all
+            return (UNCHECKED,)
         return tuple(dict.fromkeys(check.check for check in self.checks or () if not check.passed))
+
+    @property
+    def is_peer(self) -> bool:
+        return is_peer(self.target)
+
+
+def is_peer(target: str) -> bool:
+    """Whether a target is a peer; `ensemble` is by the run's rule, `ensemble:vote` and the like by theirs."""
+    return target != ENSEMBLE and not target.startswith(f"{ENSEMBLE}:")
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class ThreatName:
 
 
 @dataclass(frozen=True)
-class Images:
+class Answers:
     """One target image by image: position in the split -> class; accuracy's name -> position -> correct."""
 
     labels: dict[int, int] = field(default_factory=dict)
@@ -115,6 +127,11 @@ class Result:
     document: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def run(self) -> str:
+        """Name of the run's folder."""
+        return self.file.resolve().parents[1].name
+
+    @property
     def number(self) -> int:
         found = re.search(r"-(\d+)$", self.file.stem)
         return int(found[1]) if found else 1
@@ -136,7 +153,7 @@ class Result:
         yield from (f"transfer from {one['run']}" for one in self.sources)
 
     @cached_property
-    def images(self) -> dict[tuple[str, str], Images]:
+    def images(self) -> dict[tuple[str, str], Answers]:
         """(target, weights) -> its images. Raises NotReportable where the table is missing or damaged."""
         return read_images(self.file.with_suffix(".csv"))
 
@@ -190,13 +207,13 @@ def _upgraded(document: dict[str, Any], file: Path) -> dict[str, Any]:
             "checkpoint": label[1] if label else None}
 
 
-def read_images(file: Path) -> dict[tuple[str, str], Images]:
+def read_images(file: Path) -> dict[tuple[str, str], Answers]:
     """The table of images: (target, weights) -> images. Raises NotReportable where it is missing or damaged."""
-    found: dict[tuple[str, str], Images] = {}
+    found: dict[tuple[str, str], Answers] = {}
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
-                one, sample = found.setdefault((row["target"], row["weights"]), Images()), int(row["sample"])
+                one, sample = found.setdefault((row["target"], row["weights"]), Answers()), int(row["sample"])
                 one.labels[sample] = int(row["label"])
                 old = "clean_correct" in row  # version 0.1: there the column attack has the threat
                 clean = row["clean_correct"] == "1" if old else row["clean_prediction"] == row["label"]
@@ -207,6 +224,16 @@ def read_images(file: Path) -> dict[tuple[str, str], Images]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise NotReportable(f"not a table of images: {type(error).__name__}: {error}", str(file), REPAIR) from error
     return found
+
+
+def new_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table; texts to the left, numbers to the right, none is wrapped."""
+    table = Table(title=title)
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def show(table: Table) -> None:

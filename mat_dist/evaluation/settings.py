@@ -6,17 +6,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mat_dist.config import load_config
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.help import Options, nearest
+from mat_dist.config.norms import UNIONS
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError
-from mat_dist.evaluation.radii import UNIONS
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 
@@ -125,7 +125,7 @@ class Request(Section):
     attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
         ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
     steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
-                                                                     "eval.test_steps")
+                                                                     "eval.test_steps, or 20 where that is 0")
     restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default 2.5 eps / "
                                                              "steps, for mifgsm eps / steps")
@@ -161,83 +161,14 @@ class Request(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The command line: runs, the evaluation's settings, and what is passed on."""
-
-    runs: tuple[str, ...]
-    request: Request
-    settings: tuple[str, ...]
-    plugins: tuple[str, ...]
-    compare: bool
-
-
-def parse(words: Sequence[str]) -> Arguments:
-    """Read the command line. Raises ConfigError; `problems` has all of them."""
-    runs: list[str] = []
-    own: dict[str, str] = {}
-    settings: list[str] = []
-    asked = options("").read(words)
-    problems: list[ConfigError] = []
-    for word in asked.words:
-        key, equals, value = word.partition("=")
-        if not equals or "/" in key or not key:
-            runs.append(word)
-        elif key in Request.model_fields:
-            own[key] = value
-        elif key.startswith(FREE_SETTINGS):
-            settings.append(word)
-        else:
-            problems.append(_unknown(key))
-    request = Request()
-    try:
-        request = Request(**own)
-    except ValidationError as error:
-        problems += [_problem(one, Request) for one in error.errors()]
-    if asked.compare and (own or settings):
-        problems.append(ConfigError("settings with --compare", COMMAND_LINE, "leave them out: results are only read"))
-    if not runs or (len(runs) > 1 and not asked.compare):
-        problems.append(ConfigError(f"{len(runs)} runs", COMMAND_LINE, "give the folder of one run, e.g. runs/NAME"))
-    if problems:
-        raise joined(problems, COMMAND_LINE)
-    return Arguments(tuple(runs), request, tuple(settings), tuple(asked.plugin), asked.compare)
-
-
-def options(text: str | None, epilog: str | None = None) -> Options:
-    """The options of the command, with its help."""
-    found = Options("evaluate", text, "RUN [key=value ...]", epilog=epilog)
-    found.add_argument("--compare", action="store_true", help="compare the results of several runs")
-    found.add_plugin()
-    return found
-
-
-def _unknown(key: str) -> ConfigError:
-    shown = ascii(key)[1:-1][:80]
-    if "." in key:
-        return ConfigError(f"{shown} cannot be changed for a run that is there", COMMAND_LINE,
-                           f"what may change: {', '.join(FREE_SETTINGS)}")
-    near = nearest(key, Request.model_fields)
-    return ConfigError(f"unknown setting {shown}", COMMAND_LINE,
-                       f"did you mean {near}?" if near else f"settings are {', '.join(Request.model_fields)}")
-
-
-def _problem(error: Any, section: type[Section]) -> ConfigError:
-    """One of pydantic's errors in our words."""
-    text = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:
-        return ConfigError(text, COMMAND_LINE, "see --help")
-    key = str(error["loc"][0])
-    how = section.model_fields[key].description if key in section.model_fields else "see --help"
-    return ConfigError(f"{key}: {text}, found {str(error['input'])[:80]!r}", COMMAND_LINE, str(how))
-
-
 # ------------------------------------------------------------------------------------------------ state dicts
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
 TEXTS = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".py", ".txt", ".log", ".html")  # of a run, given by mistake
-# Settings of the run that an imported checkpoint gets. For a file beside a run, the run gives the data.
+# Settings of the run that a file becomes.
 MODEL_SETTINGS = ("model", "model.")
 RUN_SETTINGS = ("data.", "run.seed", "run.root", "step.precision")
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class FileOptions(Section):
@@ -306,45 +237,106 @@ def is_file(word: str) -> bool:
     return (path.is_file() and path.suffix not in TEXTS) or (path.suffix in SUFFIXES and not path.is_dir())
 
 
-def split_words(words: Sequence[str]) -> tuple[Importing | None, list[str]]:
-    """What the command line says about files, and all other words; None where it names no file, or compares runs.
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line: runs or a file, the evaluation's settings, what is passed on, and how files are to be read."""
+
+    runs: tuple[str, ...]
+    request: Request
+    settings: tuple[str, ...]
+    plugins: tuple[str, ...]
+    compare: bool
+    importing: Importing | None = None
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """Read the command line. Raises ConfigError; `problems` has all of them.
 
     A file is evaluated alone unless targets=... says more: its ensemble has one member.
     """
-    names, sources, skip = [], [], False
-    for word in words:
+    asked = options("").read(words)
+    runs: list[str] = []
+    given: list[tuple[str, str]] = []
+    for word in asked.words:
         key, equals, value = word.partition("=")
-        if skip:
-            skip = False
-        elif word == "--plugin":
-            skip = True
-        elif key == "sources":
-            sources += value.strip("[]").split(",")
-        elif not word.startswith("-") and (not equals or "/" in key):
-            names.append(word)
-    subject = Path(names[0]) if names and is_file(names[0]) else None
-    if "--compare" in words or (subject is None and not any(is_file(source.strip()) for source in sources)):
-        return None, list(words)
-    mine = {key for key in FileOptions.model_fields if subject is not None or key != "out"}
-    owned = (*MODEL_SETTINGS, *(RUN_SETTINGS if subject is not None else ()))
-    own: dict[str, str] = {}
-    settings, rest = [], []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in mine:
-            own[key] = value
-        elif equals and not key.startswith(FREE_SETTINGS) and any(
-                key.startswith(name) if name.endswith(".") else key == name for name in owned):
-            settings.append(word)
+        if equals and key and "/" not in key:
+            given.append((key, value))
         else:
-            rest.append(word)
-    if subject is not None and not any(word.startswith("targets=") for word in words):
-        rest.append("targets=peers")
+            runs.append(word)
+    subject = Path(runs[0]) if runs and not asked.compare and is_file(runs[0]) else None
+    sources = [name.strip() for key, value in given if key == "sources" for name in value.strip("[]").split(",")]
+    importing = not asked.compare and (subject is not None or any(map(is_file, sources)))
+    own: dict[str, str] = {} if subject is None else {"targets": PEERS}
+    about: dict[str, str] = {}
+    settings: list[str] = []
+    model: list[str] = []
+    problems: list[ConfigError] = []
+    for key, value in given:
+        if key in Request.model_fields:
+            own[key] = value
+        elif importing and key in FileOptions.model_fields and (key != "out" or subject is not None):
+            about[key] = value
+        elif key.startswith(FREE_SETTINGS):
+            settings.append(f"{key}={value}")
+        elif importing and _of_a_file(key, subject is not None):
+            model.append(f"{key}={value}")
+        else:
+            problems.append(_unknown(key))
+    request, told = _checked(Request, own, problems), _checked(FileOptions, about, problems)
+    if asked.compare and (own or settings):
+        problems.append(ConfigError("settings with --compare", COMMAND_LINE, "leave them out: results are only read"))
+    if not runs or (len(runs) > 1 and not asked.compare):
+        problems.append(ConfigError(f"{len(runs)} runs", COMMAND_LINE, "give the folder of one run, e.g. runs/NAME"))
+    if problems:
+        raise joined(problems, COMMAND_LINE)
+    return Arguments(tuple(runs), request, tuple(settings), tuple(asked.plugin), asked.compare,
+                     Importing(subject, told, tuple(model)) if importing else None)
+
+
+def _of_a_file(key: str, subject: bool) -> bool:
+    """Whether a setting belongs to the run that a file becomes; beside a run, the run gives the data."""
+    owned = (*MODEL_SETTINGS, *(RUN_SETTINGS if subject else ()))
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in owned)
+
+
+def _checked(section: type[AnySection], values: dict[str, str], problems: list[ConfigError]) -> AnySection:
+    """The settings of a section; the defaults where `problems` gets what is wrong."""
     try:
-        options = FileOptions(**own)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise joined([_problem(one, FileOptions) for one in error.errors()], COMMAND_LINE) from None
-    return Importing(subject, options, tuple(settings)), rest
+        problems += [_problem(one, section) for one in error.errors()]
+        return section()
+
+
+def options(text: str | None, epilog: str | None = None) -> Options:
+    """The options of the command, with its help."""
+    found = Options("evaluate", text, "RUN [key=value ...]", epilog=epilog)
+    found.add_argument("--compare", action="store_true", help="compare the results of several runs")
+    found.add_plugin()
+    return found
+
+
+def _unknown(key: str) -> ConfigError:
+    shown = ascii(key)[1:-1][:80]
+    if "." in key:
+        return ConfigError(f"{shown} cannot be changed for a run that is there", COMMAND_LINE,
+                           f"what may change: {', '.join(FREE_SETTINGS)}")
+    near = nearest(key, Request.model_fields)
+    return ConfigError(f"unknown setting {shown}", COMMAND_LINE,
+                       f"did you mean {near}?" if near else f"settings are {', '.join(Request.model_fields)}")
+
+
+def _problem(error: Any, section: type[Section]) -> ConfigError:
+    """One of pydantic's errors in our words."""
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return ConfigError(text, COMMAND_LINE, "see --help")
+    key = str(error["loc"][0])
+    how = section.model_fields[key].description if key in section.model_fields else "see --help"
+    return ConfigError(f"{key}: {text}, found {str(error['input'])[:80]!r}", COMMAND_LINE, str(how))
 
 
 # ------------------------------------------------------------------------------------------------ run folders

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
-from mat_dist.attacks.random_search import random_search
+from mat_dist.attacks.random_search import noisy, random_search
 from mat_dist.evaluation.attacks import (
     FGSM,
     NOISE_DRAWS,
@@ -130,11 +129,14 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
         counts["transfer"] = int((held_B & (tried.predictions[TRANSFER] != y_B)).sum())
 
     def held_under(radius: Threat, plan: AttackPlan, first: int = 0) -> Tensor:
-        held = torch.ones_like(held_B)
-        for model in target.attacked:
-            for adv in crafted(model, x_BCHW, y_B, radius, plan, seed=job.seed, chunk=chunk, first=first):
-                held &= predict(target.model, adv) == y_B
-        return held
+        return _withstands(target.model, (adv for model in target.attacked for adv in crafted(
+            model, x_BCHW, y_B, radius, plan, seed=job.seed, chunk=chunk, first=first)), y_B)
+
+    noise = (noisy(kind, x_BCHW, threat, stream=rng.key(job.seed, f"{purpose}-{threat.norm}", draw, chunk))
+             for kind, purpose in (("uniform", "eval-noise"), ("gaussian", "eval-gaussian-noise"))
+             for draw in range(NOISE_DRAWS))
+    search = (random_search(target.model, x_BCHW, y_B, threat=threat, queries=SEARCH_QUERIES, stream=stream)
+              for stream in [rng.key(job.seed, f"eval-search-{threat.norm}", chunk)])
 
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
     one = AttackPlan(plan.steps)
@@ -146,9 +148,9 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     if threat.kind.allowed(white).min() == 1:  # else values that stay as they are may tell the class
         counts["large eps"] = int(held_under(large, AttackPlan(max(OWN_STEPS, plan.steps))).sum())
     return counts | {
-        "noise": int((held_B & ~_withstands_noise(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
+        "noise": int((held_B & ~_withstands(target.model, noise, y_B)).sum()),
         "one step": int((held_B & ~held_under(threat, FGSM)).sum()),
-        "gradient-free": int((held_B & ~_withstands_search(target.model, x_BCHW, y_B, threat, job.seed, chunk)).sum()),
+        "gradient-free": int((held_B & ~_withstands(target.model, search, y_B)).sum()),
         "more steps": int((held_B & ~held_under(threat, more, first=plan.restarts)).sum()),
         **{name: int(held.sum()) for name, held in held_at.items()},
     }
@@ -165,19 +167,12 @@ def _outside(adv_BCHW: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     return ~(in_box & (threat.distance(adv_BCHW, x_BCHW) <= threat.eps * (1 + 1e-6) + rounding))
 
 
-def _withstands_noise(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
+def _withstands(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor) -> Tensor:
+    """Whether each image is right in all of `advs` -> bool (B,)."""
     held_B = torch.ones_like(y_B, dtype=torch.bool)
-    for kind, purpose in (("uniform", "eval-noise"), ("gaussian", "eval-gaussian-noise")):
-        for draw in range(NOISE_DRAWS):
-            stream = rng.key(seed, f"{purpose}-{threat.norm}", draw, chunk)
-            held_B &= predict(model, noisy(kind, x_BCHW, threat, stream=stream)) == y_B
+    for adv in advs:
+        held_B &= predict(model, adv) == y_B
     return held_B
-
-
-def _withstands_search(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, seed: int, chunk: int) -> Tensor:
-    adv = random_search(model, x_BCHW, y_B, threat=threat, queries=SEARCH_QUERIES,
-                        stream=rng.key(seed, f"eval-search-{threat.norm}", chunk))
-    return predict(model, adv) == y_B
 
 
 # ------------------------------------------------------------------------------------------------ judgement

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from torch import nn
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, open_run
 from mat_dist.config import load_config
-from mat_dist.config.fields import known_norms, parse_threats
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.fields import parse_threats
+from mat_dist.config.norms import UNIONS, data_sets, known_norms, standard_radii, union_radii
+from mat_dist.config.schema import Config, EvalConfig, PeerConfig
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation import radii
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target
 from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
 from mat_dist.models import Ensemble
-from mat_dist.models.classifier import Images
 from mat_dist.models.ensemble import RULES
+from mat_dist.models.registry import Images
 from mat_dist.runs.folder import RunFolder
 
 # ------------------------------------------------------------------------------------------------ targets
@@ -80,13 +80,18 @@ def make_job(request: Request, config: Config) -> Job:
 
 def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
     """The plan of each gradient attack of our own, by name."""
-    asked: dict[str, Any] = {"steps": request.steps or config.eval.test_steps,
+    asked: dict[str, Any] = {"steps": request.steps or test_steps(config),
                              "restarts": request.restarts or 1,
                              "step_size": request.step_size}
     plans = {name: AttackPlan(**asked | dict(MENU[name].plan)) for name in made_by(request.attacks, "pgd")}
     if TARGETED in plans:
         plans[TARGETED] = replace(plans[TARGETED], targets=request.targets_per_image)
     return plans
+
+
+def test_steps(config: Config) -> int:
+    """PGD steps on test images; the default where the training was told to make no test (0)."""
+    return config.eval.test_steps or EvalConfig().test_steps
 
 
 def threats_of(peers: Sequence[PeerConfig]) -> list[Threat]:
@@ -123,18 +128,21 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
 def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
     """norm:eps, norm:standard, norm:DATA, standard (the peers' norms) or union:NAME -> its threats."""
     norm, _, eps = (part.strip() for part in text.partition(":"))
-    if norm == radii.UNION:
-        return [Threat(*one) for one in radii.union(eps).items()]
-    if text == radii.STANDARD:
-        return [Threat(*one) for one in radii.standard(data, trained).items()]
-    if norm in known_norms() and (eps == radii.STANDARD or eps in radii.data_sets()):
-        return [Threat(*one) for one in radii.standard(data if eps == radii.STANDARD else eps, [norm]).items()]
+    found: Iterable[tuple[str, float]]
     try:
-        return [Threat(*one) for one in parse_threats(text)]
+        if norm == "union":
+            found = union_radii(eps).items()
+        elif text == "standard":
+            found = standard_radii(data, trained).items()
+        elif norm in known_norms() and eps in ("standard", *data_sets()):
+            found = standard_radii(data if eps == "standard" else eps, [norm]).items()
+        else:
+            found = parse_threats(text)
+        return [Threat(*one) for one in found]
     except ValueError as error:
         raise ConfigError(str(error), "threats",
                           f"write norm:eps, such as linf:8/255, norm:standard, standard, or union: and one of "
-                          f"{', '.join(radii.UNIONS)}") from error
+                          f"{', '.join(UNIONS)}") from error
 
 
 # ------------------------------------------------------------------------------------------------ sources

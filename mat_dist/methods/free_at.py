@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mat_dist.attacks.training_attack import TrainingAttack
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.data import shown
+    from mat_dist.data import augment
 else:
-    torch, shown = lazy("torch"), lazy("mat_dist.data.shown")
+    torch, augment = lazy("torch"), lazy("mat_dist.data.augment")
     perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 
 
@@ -38,9 +38,9 @@ class FreePerturbation(Hook):
         self.device = next(peer.model.parameters()).device
         self.buffer = perturbation_buffer.PerturbationBuffer(self.device, dtype=None)
 
-    def begin(self, step: int, shown_at: Callable[[int], shown.AugmentedView] | None) -> None:
+    def begin(self, step: int, shown_at: Callable[[int], augment.AugmentedView] | None) -> None:
         rows = torch.arange(self.peer.rows.start, self.peer.rows.stop, device=self.device)
-        self.buffer.begin(shown.AugmentedView.plain(rows, self.peer.batch_size), self.peer.rows.start, forget=False)
+        self.buffer.begin(augment.AugmentedView.plain(rows, self.peer.batch_size), self.peer.rows.start, forget=False)
 
     def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
         known = self.buffer.at(part.first_row, part.x_BCHW)

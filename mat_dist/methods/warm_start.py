@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mat_dist.attacks.training_attack import Found
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.data.shown import AugmentedView
+    from mat_dist.data.augment import AugmentedView
 else:
     perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 

@@ -27,8 +27,7 @@ class Ensemble(nn.Module):
         models: the members, at least one, in peer order (the sum's order).
         rule: "prob", "logit" or "vote".
 
-    Raises:
-        ConfigError: no member, or an unknown rule.
+    Raises ConfigError: no member, or an unknown rule.
     """
 
     def __init__(self, models: Sequence[nn.Module], rule: str = "prob") -> None:

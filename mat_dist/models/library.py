@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.models.rewrite import applies_relu, has_batch_norm, no_in_place, replace_batch_norms, replace_relus
+from mat_dist.models.blocks import make_activation, norm_groups
+from mat_dist.models.modes import frozen
 
 PREFIXES = ("torchvision/", "timm/")
 _AUXILIARY = ("googlenet", "inception_v3")  # with auxiliary heads they return a tuple in train mode
+RELUS = (nn.ReLU, nn.ReLU6)
+_RELU_OPERATORS = frozenset({"relu", "relu_", "hardtanh", "hardtanh_"})  # relu6 is hardtanh from 0 to 6
 
 
 class RepeatChannels(nn.Module):
@@ -100,12 +105,17 @@ def _unknown(library: str, name: str, known: Sequence[str]) -> ConfigError:
                        f"the nearest are {', '.join(near)}" if near else f"see {library}'s list of models")
 
 
+def _has_batch_norm(net: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
 def _set_norm(net: nn.Module, norm: str, name: str) -> None:
-    if not has_batch_norm(net):
+    if not _has_batch_norm(net):
         raise ConfigError("the network has no batch norm", f"model.name={name}", "leave model.norm empty")
     if norm == "group":
-        replace_batch_norms(net)
-        if has_batch_norm(net):
+        _replace(net, (nn.BatchNorm2d,), lambda old: nn.GroupNorm(norm_groups(old.num_features), old.num_features,
+                                                                  eps=old.eps, affine=old.affine))
+        if _has_batch_norm(net):
             raise ConfigError("some batch norms of the network are of a type of their own", f"model.name={name}",
                               "leave model.norm empty or choose another network")
 
@@ -113,6 +123,46 @@ def _set_norm(net: nn.Module, norm: str, name: str) -> None:
 def _set_activation(net: nn.Module, activation: str, name: str, shape: tuple[int, int, int]) -> None:
     if not replace_relus(net, activation):
         raise ConfigError("the network has no ReLU modules", f"model.name={name}", "leave model.activation empty")
-    if activation != "relu" and applies_relu(net, torch.full((1, *shape), 0.5)):
+    if activation == "relu":
+        return
+    with frozen(net), torch.no_grad(), _Operators() as seen:
+        net(torch.full((1, *shape), 0.5))
+    if not _RELU_OPERATORS.isdisjoint(seen.names):
         raise ConfigError("the network calls ReLU as a function, so it cannot be replaced", f"model.name={name}",
                           "leave model.activation empty or choose another network")
+
+
+def no_in_place(net: nn.Module) -> None:
+    """Turn in-place activations and dropout off: an attack may use the overwritten tensor a second time."""
+    for module in net.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # a plain attribute
+
+
+def replace_relus(net: nn.Module, activation: str) -> int:
+    """Replace every module of exact type ReLU or ReLU6; other activations stay. Returns how many were found."""
+    return _replace(net, RELUS, lambda old: make_activation(activation))
+
+
+def _replace(net: nn.Module, kinds: tuple[type[nn.Module], ...], new: Callable[[Any], nn.Module]) -> int:
+    """Replace submodules of exactly these types; a module that stands in several places stays one module."""
+    done: dict[nn.Module, nn.Module] = {}
+    for parent in list(net.modules()):
+        for name, child in parent._modules.items():  # named_children leaves repeated modules out
+            if child is not None and type(child) in kinds:
+                if child not in done:
+                    done[child] = new(child)
+                parent._modules[name] = done[child]
+    return len(done)
+
+
+class _Operators(TorchDispatchMode):
+    """Collects the names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,58 +17,37 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
-def synchronised(model: nn.Module) -> bool:
-    """Whether forwards in train mode are collective calls: with SyncBatchNorm, on replicas on GPUs."""
-    return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-
-
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its own training flag back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
+def _kept(objects: Iterable[Any], attribute: str) -> Iterator[None]:
+    """Give every object its own value of the attribute back at the end, also after an exception."""
+    values = [(one, getattr(one, attribute)) for one in objects]
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for one, value in values:
+            setattr(one, attribute, value)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and parameters without gradient inside, as an attack needs it.
-
-    At the end, also after an exception, every module has its own training flag again and every parameter its own
-    requires_grad.
-    """
-    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with _modes_kept(model):
-        try:
-            model.eval()
-            # Set as an attribute: the method refuses parameters of lazy layers that have no shape yet.
-            for parameter, _ in wants:
-                parameter.requires_grad = False
-            yield
-        finally:
-            for parameter, requires_grad in wants:
-                parameter.requires_grad = requires_grad
+    """Eval mode and parameters without gradient inside, as an attack needs it; afterwards all is as it was."""
+    with _kept(model.modules(), "training"), _kept(model.parameters(), "requires_grad"):
+        model.eval()
+        # Set as an attribute: the method refuses parameters of lazy layers that have no shape yet.
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        yield
 
 
 @contextmanager
 def batch_stats_only(model: nn.Module) -> Iterator[None]:
-    """Train mode inside: batch norm uses the batch's statistics, running buffers and counters are not touched.
-
-    At the end, also after an exception, every module's training and track_running_stats are as before.
-    """
-    tracked = [(layer, layer.track_running_stats) for layer in _batch_norms(model)]
-    with _modes_kept(model):
-        try:
-            model.train()
-            for layer, _ in tracked:
-                layer.track_running_stats = False
-            yield
-        finally:
-            for layer, tracking in tracked:
-                layer.track_running_stats = tracking
+    """Train mode inside: batch norm uses the batch's statistics, running buffers and counters are not touched;
+    afterwards all is as it was."""
+    with _kept(model.modules(), "training"), _kept(_batch_norms(model), "track_running_stats"):
+        model.train()
+        for layer in _batch_norms(model):
+            layer.track_running_stats = False
+        yield
 
 
 def set_bn_forwards(model: nn.Module, count: int) -> None:
@@ -97,10 +77,8 @@ def bn_buffers(model: nn.Module) -> list[Tensor]:
 
 
 def split_norm_bias(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """All parameters as (decayed, spared): spared from weight decay are biases and whatever has at most one dimension.
-
-    These are the weights and biases of norm layers and all biases.
-    """
+    """All parameters as (decayed, spared): spared from weight decay are biases and the weights of norm layers, which
+    have at most one dimension."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -1,17 +1,19 @@
-"""Networks by name, and the finished classifier: normalisation, then the network."""
+"""Networks by name, and the finished classifier: normalisation, then the network with its initial weights."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mat_dist.config.schema import ModelConfig
+from mat_dist import rng
+from mat_dist.config.schema import ModelConfig, PeerConfig, StepConfig
 from mat_dist.errors import ConfigError
 from mat_dist.models.library import PREFIXES, library_builder
 from mat_dist.models.modes import frozen
@@ -19,19 +21,18 @@ from mat_dist.models.modes import frozen
 Shape = tuple[int, int, int]
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
-
 _BUILDERS: dict[str, Builder] = {}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of images, AEs and losses
 
 
 def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:
     """Decorator that makes a builder known as `model.name=<name>`; also for files given with --plugin.
 
-    The builder gets (config, shape, classes), with shape (C, H, W), and returns a module that turns normalised
-    images (B, C, H, W) into raw logits (B, classes). It draws its weights from torch's global generator, which the
-    caller has seeded, and may read `config.width`, `config.activation` and `config.norm`.
+    The builder gets (config, shape, classes), with shape (C, H, W), and returns a module that turns normalised images
+    (B, C, H, W) into raw logits (B, classes). It draws its weights from torch's global generator, which the caller has
+    seeded, and may read `config.width`, `config.activation` and `config.norm`.
 
-    Raises:
-        ConfigError: another builder has the name, or the name starts with torchvision/ or timm/.
+    Raises ConfigError: another builder has the name, or the name starts with torchvision/ or timm/.
     """
 
     def register(builder: AnyBuilder) -> AnyBuilder:
@@ -83,18 +84,15 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
                 std: Sequence[float]) -> nn.Module:
     """A classifier over float images (B, C, H, W) in [0, 1] that returns raw logits (B, classes).
 
-    A Sequential of `normalize` and `net` on torch's default device. Weights are drawn from torch's
-    global generator: wrap the call in `streams.keyed_rng`. One image is passed through before the model is returned.
+    A Sequential of `normalize` and `net` on torch's default device. Weights are drawn from torch's global generator:
+    wrap the call in `rng.keyed_rng`. One image is passed through before the model is returned.
 
     Args:
-        config: name, width, activation, norm.
         shape: (C, H, W) of an image.
-        classes: number of classes K, at least 2.
         mean, std: per channel, in [0, 1] units; std above 0.
 
-    Raises:
-        ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take.
-        EnvironmentFault: timm/<name> without timm.
+    Raises ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take;
+    EnvironmentFault: timm/<name> without timm.
     """
     _check_data(shape, classes, mean, std)
     net = _find_builder(config.name)(config, shape, classes)
@@ -146,3 +144,25 @@ def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> N
     if not logits_BK.is_meta and not logits_BK.isfinite().all():
         raise ConfigError("a fresh model returns logits that are not finite", f"model.name={name}",
                           "check its initial weights")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the models must fit: image shape (C, H, W), number of classes, mean and deviation of each channel."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Images:
+        """From what a checkpoint's manifest tells."""
+        return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
+
+
+def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:
+    """A peer's model with its keyed initial weights, in the precision and layout of the run."""
+    with rng.keyed_rng(rng.key(seed, "init", spec.stream or 0)):
+        model = build_model(spec.model, shape=images.shape, classes=images.classes, mean=images.mean, std=images.std)
+    return model.to(device=device, dtype=DTYPES[step.precision]).to(memory_format=torch.channels_last)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mat_dist.report.files import RunFiles
     from mat_dist.report.measure import Measured, Victims
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code of architecture.md."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,7 +59,7 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
 
     opened = open_run(run.folder.path, config=run.config)
     try:
-        victims = load_victims(run, opened, options.images, choose(options.device))
+        victims = load_victims(opened, options.images, choose(options.device))
     except (CheckpointError, EnvironmentFault):
         raise
     except MatError as error:  # images that are elsewhere, a plug-in that was not given: the files still tell a lot

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import config_differences
+from mat_dist.evaluation.results import ENSEMBLE
 from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
 from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned
-from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.files import RunFiles
 from mat_dist.report.page import (
     Page,
@@ -69,7 +69,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
             continue
         targets = chosen(run, one)
         peers = [t for t in targets if t.is_peer]
-        ensemble = next((t for t in targets if t.name == ENSEMBLE), None)
+        ensemble = next((t for t in targets if t.target == ENSEMBLE), None)
         label = f"{name} (not reportable)" if ensemble and any(t.failed for t in targets) else name
         shown: list[object] = ["-", "-"]
         if ensemble is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mat_dist.evaluation.results import ENSEMBLE
 from mat_dist.report.charts import Axis, Chart, Figure, Series, heat_map, line_chart, stacked_bars
-from mat_dist.report.evaluations import ENSEMBLE
 from mat_dist.report.files import RunFiles
 
 MOST_RANKS = 32  # bars of the chart of phases

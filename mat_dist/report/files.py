@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.errors import ConfigError, OutputError
-from mat_dist.report.evaluations import Evaluation, read_evaluations
+from mat_dist.errors import ConfigError, NotReportable, OutputError
+from mat_dist.evaluation.results import ENSEMBLE, Answers, Result, TargetResult, read_result
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
+
+_RESULT = re.compile(
+    r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12})(?:-\d+)?)?")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result file, in which the ensemble by the run's own rule is just the ensemble.
+
+    Attributes:
+        images: which images these are.
+        attack, attacks: short (PGD-20, worst attack), and complete.
+        answers: (target, weights) -> image by image; empty where there is no table of images.
+    """
+
+    file: str
+    images: str
+    split: str
+    step: int
+    attack: str
+    attacks: str
+    threats: tuple[str, ...]
+    targets: tuple[TargetResult, ...]
+    answers: dict[tuple[str, str], Answers]
 
 
 @dataclass(frozen=True)
@@ -64,10 +89,47 @@ def read_run(path: Path) -> RunFiles:
     records = read_records(folder.metrics, notes)
     evaluations = read_evaluations(folder.eval, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
-        notes.append("no evaluation on the test set: the run has not ended, or has eval.test=false")
+        notes.append("no evaluation on the test set: the run has not ended, or has eval.test_steps=0")
     return RunFiles(folder, config, _document(folder.environment, notes), _document(folder.exit, notes),
                     [one for one in records if one["kind"] == "step"],
                     [one for one in records if one["kind"] == "epoch"], evaluations, notes)
+
+
+def read_evaluations(folder: Path, rule: str, notes: list[str]) -> list[Evaluation]:
+    """All result files, the most telling first: mat_dist.evaluate on the test set (with AutoAttack, then more images),
+    tests of the best checkpoint, of the last, anything else; newest first. `rule` is the run's of the ensemble."""
+    found: list[tuple[tuple[object, ...], Evaluation]] = []
+    for file in sorted(folder.glob("*.json")):
+        name = _RESULT.fullmatch(file.stem)
+        if name is None:
+            notes.append(f"eval/{file.name} is not shown: its name is not that of a result file")
+            continue
+        try:
+            result = read_result(file)
+            one = _evaluation(result, rule)
+        except NotReportable as error:
+            notes.append(f"eval/{file.name} is left out: {error.what}")
+            continue
+        order = ("evaluate" if name[1].startswith("evaluate") else name[1], one.split)
+        rank = {("evaluate", "test"): 0, ("test_best", "test"): 1, ("test_last", "test"): 2}.get(order, 3)
+        strong = "autoattack" in result.attacks, one.targets[0].n if rank == 0 else 0
+        found.append(((-rank, *strong, *result.age), one))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def _evaluation(result: Result, rule: str) -> Evaluation:
+    def shown(target: str) -> str:
+        return ENSEMBLE if target == f"{ENSEMBLE}:{rule}" else target
+
+    images, label = "validation split" if result.split == "val" else f"{result.split} set", result.checkpoint
+    # A validation belongs to the checkpoint of its step; only a choice is worth a word.
+    images += f", {label} checkpoint" if label and not result.file.stem.startswith("validation") else ""
+    told = list(result.told())
+    found = result.images if result.file.with_suffix(".csv").is_file() else {}
+    return Evaluation(result.file.name, images, result.split, result.step, "worst attack" if len(told) > 1 else told[0],
+                      ", ".join(told), tuple(threat.label for threat in result.threats),
+                      tuple(replace(one, target=shown(one.target)) for one in result.targets),
+                      {(shown(target), weights): one for (target, weights), one in found.items()})
 
 
 def _document(file: Path, notes: list[str]) -> dict[str, Any]:

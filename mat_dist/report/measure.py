@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +20,15 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, FinishedRun, candidates
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
-from mat_dist.errors import DataError
-from mat_dist.evaluation.attacks import AttackPlan, correct, craft
+from mat_dist.errors import CheckpointError, DataError
+from mat_dist.evaluation.attacks import AttackPlan, correct, craft, shown_rows
 from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
-from mat_dist.evaluation.targets import threats_of
-from mat_dist.report.evaluations import Outcome
-from mat_dist.report.files import RunFiles
+from mat_dist.evaluation.results import CLEAN, UNION, Answers
+from mat_dist.evaluation.targets import test_steps, threats_of
 from mat_dist.runs.console import duration
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEPS = (1, 2, 5, 10, 20, 50)
-EXAMPLES = 6
 PICTURE_SIDE = 96  # smaller images are enlarged by a whole factor to about this many pixels
 SURFACE_IMAGES = 16
 SURFACE_PLACES = 21
@@ -43,7 +42,7 @@ class Victims:
 
     Attributes:
         targets: the peers in their order, then the ensemble; eval mode.
-        source: the peer that the gallery attacks, the best one of the newest evaluation of this checkpoint.
+        source: the peer that the gallery attacks: `mat_dist.load`'s best, or the first candidate.
         data, samples_N: the test set, and the positions of the images that are attacked.
         classes: their names.
     """
@@ -73,7 +72,7 @@ class Victims:
 
     def plan(self) -> AttackPlan:
         """The attack of the test set with one start; its steps are a share of eps."""
-        return AttackPlan(self.config.eval.test_steps)
+        return AttackPlan(test_steps(self.config))
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number of the chunk, images, labels) in the evaluator's chunks, whose number keys the attack's noise."""
@@ -86,7 +85,7 @@ class Victims:
         return craft(model, x_BCHW, y_B, threat, plan, seed=self.config.run.seed, chunk=chunk)
 
 
-def load_victims(run: RunFiles, opened: FinishedRun, images: int, device: torch.device) -> Victims:
+def load_victims(opened: FinishedRun, images: int, device: torch.device) -> Victims:
     """Load models and `images` test images (a keyed random subset, or all).
 
     Raises CheckpointError for a damaged checkpoint, DataError for images that are missing or others than those of the
@@ -98,22 +97,12 @@ def load_victims(run: RunFiles, opened: FinishedRun, images: int, device: torch.
     if data.digest != opened.manifest.meta.data_digest:
         raise DataError("the images are not those of the training", f"data.name={config.data.name}",
                         "give the report the same data, in the place that config.yaml names")
-    targets = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: opened.ensemble(models=models)}
+    targets = {**dict(zip(opened.peers, models, strict=True)), ENSEMBLE: opened.ensemble(models=models)}
     samples_N = chosen_images(len(data.test), images, config.run.seed)
-    source = best_peer(run, opened.manifest.step, opened.weights)
+    source = candidates(config.peers)[0]
+    with suppress(CheckpointError):  # a damaged result: the page says that it is left out
+        source = opened.chosen_peer() or source
     return Victims(config, targets, source, data.test, samples_N, data.classes, device)
-
-
-def best_peer(run: RunFiles, step: int, weights: str) -> str:
-    """The peer with the highest robust accuracy on the validation split at `step`, as `mat_dist.load` chooses; the
-    first one where there is no such evaluation."""
-    names = candidates(run.config.peers)
-    for one in run.evaluations:
-        if one.step == step and one.file.startswith("validation"):
-            robust = {t.name: t.accuracy["union"] for t in one.targets if t.weights == weights and t.name in names}
-            if robust:
-                return max(robust, key=lambda name: (robust[name], -names.index(name)))
-    return names[0]
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ class Measured:
     Attributes:
         transfer: by threat, [target][source peer, ..., clean]; the targets are the peers and the ensemble.
         by_eps, by_steps: by threat and target, (radius or steps, robust accuracy).
-        outcomes: by target, what each image met.
+        answers: by target, right without and under attack, image by image.
         places, surface, slices: the loss around images, over multiples of the radius; surface is [random][adversarial].
         examples: the gallery.
     """
@@ -155,7 +144,7 @@ class Measured:
     transfer: dict[str, list[list[float]]]
     by_eps: dict[str, dict[str, Points]]
     by_steps: dict[str, dict[str, Points]]
-    outcomes: dict[str, list[Outcome]]
+    answers: dict[str, Answers]
     places: list[float]
     surface: list[list[float]]
     slices: list[Slices]
@@ -172,7 +161,7 @@ def measure(victims: Victims, say: Say) -> Measured:
     with strict_arithmetic():
         say("transfer and classes")
         began = time.monotonic()
-        transfer, outcomes = _transfer(victims)
+        transfer, answers = _transfer(victims)
         # That was one attack on every target for each threat; these are the others, by their gradient steps.
         steps = victims.plan().steps
         others = len(EPS_FACTORS) - 1 + sum({*STEPS, steps}) / steps
@@ -180,21 +169,24 @@ def measure(victims: Victims, say: Say) -> Measured:
         by_eps, by_steps = {}, {}
         for threat in victims.threats:
             say(f"accuracy against the radius, {threat.norm}")
-            by_eps[threat.label] = _by_eps(victims, threat)
+            by_eps[threat.label] = _curves(victims, [
+                (threat.eps * factor, threat.scaled(factor) if factor else None, victims.plan())
+                for factor in EPS_FACTORS])
             say(f"accuracy against attack steps, {threat.norm}")
-            by_steps[threat.label] = _by_steps(victims, threat)
+            by_steps[threat.label] = _curves(victims, [
+                (count, threat, AttackPlan(count)) for count in sorted({*STEPS, steps})])
         say("loss surface and pictures")
         places = torch.linspace(-1, 1, SURFACE_PLACES).tolist()
         surface, slices = _around(victims, places)
-        return Measured(len(victims.samples_N), transfer, by_eps, by_steps, outcomes, places, surface, slices,
+        return Measured(len(victims.samples_N), transfer, by_eps, by_steps, answers, places, surface, slices,
                         _examples(victims))
 
 
-def _transfer(victims: Victims) -> tuple[dict[str, list[list[float]]], dict[str, list[Outcome]]]:
+def _transfer(victims: Victims) -> tuple[dict[str, list[list[float]]], dict[str, Answers]]:
     """Accuracy of every target on the AEs of every peer, last column clean; and each target under its own AEs."""
     shape = len(victims.targets), len(victims.peers) + 1
     right = {threat.label: torch.zeros(shape, dtype=torch.float64) for threat in victims.threats}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in victims.targets}
+    answers = {name: Answers(correct={CLEAN: {}, UNION: {}}) for name in victims.targets}
     for chunk, x_BCHW, y_B in victims.batches():
         held = {name: correct(model, x_BCHW, y_B) for name, model in victims.targets.items()}
         clean = dict(held)
@@ -208,10 +200,12 @@ def _transfer(victims: Victims) -> tuple[dict[str, list[list[float]]], dict[str,
                         right[threat.label][row, source] += correct(target, adv, y_B).sum().cpu()
             for row, name in enumerate(victims.targets):
                 right[threat.label][row, -1] += clean[name].sum().cpu()
-        for name in victims.targets:
-            outcomes[name] += [Outcome(*one) for one in zip(y_B.tolist(), clean[name].tolist(), held[name].tolist(),
-                                                            strict=True)]
-    return {label: (table / len(victims.samples_N)).tolist() for label, table in right.items()}, outcomes
+        samples = victims.samples_N.split(victims.config.eval.chunk)[chunk].tolist()
+        for name, one in answers.items():
+            for key, values in ((CLEAN, clean[name]), (UNION, held[name])):
+                one.correct[key].update(zip(samples, values.tolist(), strict=True))
+            one.labels.update(zip(samples, y_B.tolist(), strict=True))
+    return {label: (table / len(victims.samples_N)).tolist() for label, table in right.items()}, answers
 
 
 def robust_share(victims: Victims, model: nn.Module, threat: Threat | None, plan: AttackPlan) -> float:
@@ -225,25 +219,15 @@ def robust_share(victims: Victims, model: nn.Module, threat: Threat | None, plan
     return held / len(victims.samples_N)
 
 
-def _by_eps(victims: Victims, threat: Threat) -> dict[str, Points]:
-    found = {}
-    for name, model in victims.targets.items():
-        found[name] = [(threat.eps * factor,
-                        robust_share(victims, model, Threat(threat.norm, threat.eps * factor) if factor else None,
-                                     victims.plan())) for factor in EPS_FACTORS]
-    return found
-
-
-def _by_steps(victims: Victims, threat: Threat) -> dict[str, Points]:
-    """With steps of 2.5 eps / steps."""
-    return {name: [(steps, robust_share(victims, model, threat, AttackPlan(steps)))
-                   for steps in sorted({*STEPS, victims.plan().steps})] for name, model in victims.targets.items()}
+def _curves(victims: Victims, attacks: Sequence[tuple[float, Threat | None, AttackPlan]]) -> dict[str, Points]:
+    """Of each target (x, robust accuracy) for each (x, threat, plan)."""
+    return {name: [(x, robust_share(victims, model, threat, plan)) for x, threat, plan in attacks]
+            for name, model in victims.targets.items()}
 
 
 def _random_direction(threat: Threat, x_BCHW: Tensor, seed: int) -> Tensor:
     """A random perturbation of length eps: the norm's steepest step along a normal gradient, of all values."""
-    noise = rng.normal(rng.key(seed, "report-direction"), x_BCHW.shape, device=x_BCHW.device,
-                           dtype=x_BCHW.dtype)
+    noise = rng.normal(rng.key(seed, "report-direction"), x_BCHW.shape, device=x_BCHW.device, dtype=x_BCHW.dtype)
     return threat.region(x_BCHW, share=1.0).step(x_BCHW, noise, threat.eps) - x_BCHW
 
 
@@ -275,10 +259,8 @@ def _examples(victims: Victims) -> list[Example]:
     _, x_BCHW, y_B = next(victims.batches())
     model = victims.targets[victims.source]
     adv = victims.craft(model, x_BCHW, y_B, victims.source_threat, victims.plan(), 0)
-    clean_B = correct(model, x_BCHW, y_B)
-    fooled = (clean_B & ~correct(model, adv, y_B)).nonzero()[:, 0].tolist()[:EXAMPLES // 2]
-    rest = [row for row in range(len(y_B)) if row not in fooled][:EXAMPLES - len(fooled)]
-    rows = torch.tensor([*fooled, *rest], device=x_BCHW.device)
+    chosen = shown_rows(correct(model, x_BCHW, y_B) & ~correct(model, adv, y_B))
+    rows = torch.tensor(chosen, device=x_BCHW.device)
     answers: list[list[tuple[str, int, float, int, float]]] = [[] for _ in rows]
     for name, target in victims.targets.items():
         with torch.no_grad():
@@ -288,7 +270,7 @@ def _examples(victims: Victims) -> list[Example]:
         for found, one in zip(answers, zip(*(column.tolist() for column in columns), strict=True), strict=True):
             found.append((name, *one))
     return [Example(int(victims.samples_N[row]), int(y_B[row]), x_BCHW[row].cpu(), adv[row].cpu(), tuple(found))
-            for row, found in zip(rows.tolist(), answers, strict=True)]
+            for row, found in zip(chosen, answers, strict=True)]
 
 
 def png(image_CHW: Tensor) -> bytes:
@@ -303,9 +285,3 @@ def png(image_CHW: Tensor) -> bytes:
     picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(
         stream, "PNG", optimize=True)
     return stream.getvalue()
-
-
-def scaled(perturbation_CHW: Tensor) -> Tensor:
-    """A perturbation as an image: 0 is grey, its largest pixel white or black."""
-    largest = float(perturbation_CHW.abs().amax()) or 1.0
-    return 0.5 + perturbation_CHW / (2 * largest)

@@ -17,11 +17,11 @@ import mat_dist
 from mat_dist.attacks.norms import Threat, eps_text
 from mat_dist.config import dump_config
 from mat_dist.errors import DONE
+from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, Answers, TargetResult, is_peer
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval_chart, line_chart, surface
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
-from mat_dist.report.evaluations import ENSEMBLE, Evaluation, Outcome, Target, is_peer
-from mat_dist.report.files import RunFiles
+from mat_dist.report.files import Evaluation, RunFiles
 from mat_dist.runs.console import duration
 from mat_dist.runs.files import reported, write_bytes, write_text
 
@@ -188,24 +188,24 @@ def with_interval(share: float, n: int) -> Cell:
     return Cell(percent(share), f"{percent(low, 1)} – {percent(high, 1)}")
 
 
-def chosen(run: RunFiles, one: Evaluation) -> list[Target]:
+def chosen(run: RunFiles, one: Evaluation) -> list[TargetResult]:
     """The rows that count: averaged weights where they are kept."""
     averaged = [target for target in one.targets if target.weights == "ema"]
     return averaged if run.averaged and averaged else list(one.targets)
 
 
-def accuracy_table(caption: str, one: Evaluation, targets: Sequence[Target]) -> Table:
+def accuracy_table(caption: str, one: Evaluation, targets: Sequence[TargetResult]) -> Table:
     """Accuracies with n and interval: clean, each threat, their union where there are several."""
     columns = {"clean": "clean %", **{threat: f"{one.attack}, {threat} %" for threat in one.threats}}
     if len(one.threats) > 1:
         columns["union"] = "all threats %"
     several = len({target.weights for target in targets}) > 1
-    rows = [[Cell(t.name, t.weights if several else "", "not reportable" if t.failed else ""),
+    rows = [[Cell(t.target, t.weights if several else "", "not reportable" if t.failed else ""),
              *(with_interval(t.accuracy[key], t.n) for key in columns), t.n] for t in targets]
     return Table(caption, ["target", *columns.values(), "n"], rows)
 
 
-def interval_row(target: Target) -> list[tuple[float, float, float]]:
+def interval_row(target: TargetResult) -> list[tuple[float, float, float]]:
     """(share, low, high) of clean and robust accuracy."""
     shares = target.accuracy["clean"], target.accuracy["union"]
     return [(share, *wilson_interval(share, target.n)) for share in shares]
@@ -219,32 +219,33 @@ def result_section(run: RunFiles) -> dict[str, Any]:
     targets = chosen(run, one)
     weights = "averaged weights" if targets[0].weights == "ema" else "raw weights"
     chart = interval_chart(
-        f"Accuracy with 95 % intervals, n = {targets[0].n}", [(t.name, interval_row(t)) for t in targets],
+        f"Accuracy with 95 % intervals, n = {targets[0].n}", [(t.target, interval_row(t)) for t in targets],
         ["clean", f"robust ({one.attack})"],
-        description=f"Clean and robust accuracy of {', '.join(t.name for t in targets)}")
+        description=f"Clean and robust accuracy of {', '.join(t.target for t in targets)}")
     validations = [e for e in run.evaluations if e.file.startswith("validation")]
     return {
         "table": accuracy_table(f"{one.images}, step {one.step}, {weights}, {one.attacks}", one, targets),
         "figures": [Figure("accuracy", chart)], "headline": _headline(one, targets),
-        "unsound": [f"{t.name}: {', '.join(t.failed)}" for t in targets if t.failed],
+        "unsound": [f"{t.target}: {', '.join(t.failed)}" for t in targets if t.failed],
         "autoattack": "autoattack" in one.attacks, "alone": list(_alone(one, targets)),
         "others": [accuracy_table(f"{e.images}, step {e.step}, {e.attacks} ({e.file})", e, e.targets)
                    for e in run.evaluations if e not in validations[1:]]}
 
 
-def _alone(one: Evaluation, targets: Sequence[Target]) -> Iterator[Table]:
+def _alone(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[Table]:
     """Accuracy under each attack alone, where there was more than one."""
     for threat in one.threats:
-        names = list(dict.fromkeys(name for t in targets for name in t.alone.get(threat, {})))
+        names = list(dict.fromkeys(name for t in targets for name in t.attacks.get(threat, {})))
         if len(names) > 1:
+            alone = [(t.target, t.attacks.get(threat, {})) for t in targets]
             yield Table(f"accuracy under each attack alone, {threat}, %", ["target", *names],
-                        [[t.name, *(percent(t.alone.get(threat, {}).get(name)) for name in names)] for t in targets])
+                        [[target, *(percent(shares.get(name)) for name in names)] for target, shares in alone])
 
 
-def _headline(one: Evaluation, targets: Sequence[Target]) -> Iterator[tuple[str, str, str]]:
+def _headline(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[tuple[str, str, str]]:
     """The numbers that a reader looks for first: label, per cent, small print."""
     n = targets[0].n
-    for label, these in (("ensemble", [t for t in targets if t.name == ENSEMBLE]),
+    for label, these in (("ensemble", [t for t in targets if t.target == ENSEMBLE]),
                          ("mean of the peers", [t for t in targets if t.is_peer])):
         for key, name in (("union", f"robust, {one.attack}"), ("clean", "clean")) if these else ():
             shares = [t.accuracy[key] for t in these]
@@ -254,34 +255,35 @@ def _headline(one: Evaluation, targets: Sequence[Target]) -> Iterator[tuple[str,
             yield f"{label}, {name}", f"{percent(share)} %", f"{extra}, n = {n}"
 
 
-def class_shares(outcomes: Sequence[Outcome], classes: int) -> list[tuple[int, float | None, float | None]]:
+def class_shares(found: Answers, classes: int) -> list[tuple[int, float | None, float | None]]:
     """(n, clean, robust) per class; None for a class without images."""
     counts = [[0, 0, 0] for _ in range(classes)]
-    for one in outcomes:
-        counts[one.label][0] += 1
-        counts[one.label][1] += one.clean
-        counts[one.label][2] += one.robust
+    for image, label in found.labels.items():
+        counts[label][0] += 1
+        counts[label][1] += found.correct[CLEAN][image]
+        counts[label][2] += found.correct[UNION][image]
     return [(n, c / n if n else None, r / n if n else None) for n, c, r in counts]
 
 
 def _classes(run: RunFiles, victims: Victims | None, measured: Measured | None) -> dict[str, Any] | None:
     """From the evaluation's table of images, else from the images that the report attacked."""
     weights = "ema" if run.averaged else "raw"
-    one = next((e for e in run.evaluations if e.outcomes), None)
-    found: Mapping[str, Sequence[Outcome]] = {}
+    one = next((e for e in run.evaluations if e.answers), None)
+    found: Mapping[str, Answers] = {}
     if one is not None:
-        found = {target: rows for (target, kind), rows in one.outcomes.items() if kind == weights}
-        source = f"{one.attacks}, step {one.step}, all {len(next(iter(found.values()), []))} images of {one.file}"
+        found = {target: images for (target, kind), images in one.answers.items() if kind == weights}
+        count = len(next(iter(found.values())).labels) if found else 0
+        source = f"{one.attacks}, step {one.step}, all {count} images of {one.file}"
     if not found and measured is not None:
-        found, source = measured.outcomes, f"{measured.n} test images, attacked for this report"
-    return class_section(found, victims.classes if victims else (), source) if any(found.values()) else None
+        found, source = measured.answers, f"{measured.n} test images, attacked for this report"
+    return class_section(found, victims.classes if victims else (), source) if found else None
 
 
-def class_section(outcomes: Mapping[str, Sequence[Outcome]], names: Sequence[str], source: str) -> dict[str, Any]:
+def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: str) -> dict[str, Any]:
     """Clean and robust accuracy of every class; `source` tells which images these are."""
-    count = max([len(names), *(one.label + 1 for all_of in outcomes.values() for one in all_of)])
+    count = max([len(names), *(label + 1 for one in answers.values() for label in one.labels.values())])
     labels = [*names, *(f"class {k}" for k in range(len(names), count))]
-    shares = {target: class_shares(found, count) for target, found in outcomes.items()}
+    shares = {target: class_shares(found, count) for target, found in answers.items()}
     targets = list(shares)
 
     def mean(k: int, part: int) -> float | None:
@@ -310,7 +312,8 @@ def class_section(outcomes: Mapping[str, Sequence[Outcome]], names: Sequence[str
 
 def _gallery_section(victims: Victims, measured: Measured) -> dict[str, Any]:
     """Clean image, perturbation, AE and what every target says, for some test images."""
-    from mat_dist.report.measure import png, scaled
+    from mat_dist.evaluation.attacks import scaled
+    from mat_dist.report.measure import png
 
     def name(index: int) -> str:
         return victims.classes[index] if index < len(victims.classes) else f"class {index}"

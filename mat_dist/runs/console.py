@@ -75,33 +75,19 @@ def per_peer(value: Any, peers: int) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One evaluated target.
+    """One evaluated target; shares in [0, 1]."""
 
-    Attributes:
-        target: name of a peer, or `ensemble`.
-        weights: `raw` or `EMA`.
-        checkpoint: `best` or `last`.
-        clean_acc: share of images classified correctly, in [0, 1].
-        robust_acc: share still correct under PGD; None where it was not attacked.
-        pgd_steps: gradient steps of the PGD attack.
-        images: number of images behind the shares.
-    """
-
-    target: str
-    weights: str
-    checkpoint: str
+    target: str  # name of a peer, or `ensemble`
+    weights: str  # `raw` or `EMA`
+    checkpoint: str  # `best` or `last`
     clean_acc: float
-    robust_acc: float | None
+    robust_acc: float | None  # under PGD; None where it was not attacked
     pgd_steps: int
     images: int
 
 
 def results_table(rows: Sequence[TableRow]) -> Table:
-    """A row per result: target, weights, checkpoint, clean %, PGD-<steps> %, number of images.
-
-    Raises:
-        ValueError: the rows were attacked with different numbers of steps, so one column cannot hold them.
-    """
+    """A row per result. Raises ValueError for different numbers of steps, which one column cannot hold."""
     steps = sorted({row.pgd_steps for row in rows})
     if len(steps) > 1:
         raise ValueError(f"one table for PGD with {steps} steps")
@@ -111,8 +97,8 @@ def results_table(rows: Sequence[TableRow]) -> Table:
     for name in ("clean %", f"PGD-{steps[0]} %" if steps else "PGD %", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.target, row.weights, row.checkpoint, percent(row.clean_acc, 2),
-                      percent(row.robust_acc, 2), str(row.images))
+        table.add_row(row.target, row.weights, row.checkpoint, percent(row.clean_acc, 2), percent(row.robust_acc, 2),
+                      str(row.images))
     return table
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,8 @@ def write_all(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Replace `path` by `parts`, one after another; a reader sees the old or the new content, never half of it.
-
-    Raises:
-        OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays.
-    """
+    """Replace `path` by `parts`, one after another; a reader sees the old or the new content, never half of it. Raises
+    OutputError: the disk is full, read-only, gone, ...; the old file is untouched, no temporary file stays."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_all(temporary, *parts)
@@ -98,12 +96,12 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8; as `write_bytes`."""
+    """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace `path` by `document` as indented JSON; NaN and infinities raise ValueError; as `write_bytes`."""
+    """As `write_bytes`, as indented JSON; NaN and infinities raise ValueError."""
     write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
@@ -136,10 +134,7 @@ def parse_json(text: bytes) -> Any:
 
 def set_aside(path: Path) -> Path:
     """Rename the damaged `path` to `<name>.damaged`, `.damaged-2`, ... and return the new path. Raises OSError."""
-    number = 1
-    while True:
-        aside = path.with_name(path.name + (".damaged" if number == 1 else f".damaged-{number}"))
-        if not os.path.lexists(aside):
-            os.rename(path, aside)
-            return aside
-        number += 1
+    names = (f"{path.name}.damaged" + (f"-{number}" if number > 1 else "") for number in count(1))
+    aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    os.rename(path, aside)
+    return aside

@@ -30,32 +30,18 @@ _NO_KERNEL_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})  #
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock; `started` is its start in clock ticks since boot.
+class Holder(ProcessIdentity):
+    """The process that holds a lock. Where there is no /proc, only the heartbeat tells whether it lives."""
 
-    Where there is no /proc (macOS), `boot_id` is empty and only the heartbeat tells whether a holder lives.
-    """
-
-    host: str
-    pid: int
-    boot_id: str
-    pid_namespace: str
-    started: int
     job_id: str | None
     since: str
     token: str
 
     @classmethod
-    def own(cls, job_id: str | None) -> Holder:
+    def here(cls, job_id: str | None) -> Holder:
         """This process as a holder from now on."""
-        process = ProcessIdentity.own()
-        return cls(process.host, process.pid, process.boot, process.namespace, process.started, job_id,
-                   f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", secrets.token_hex(8))
-
-    @property
-    def process(self) -> ProcessIdentity:
-        """The holder without what concerns the lock."""
-        return ProcessIdentity(self.host, self.boot_id, self.pid_namespace, self.pid, self.started)
+        return cls(**asdict(ProcessIdentity.own()), job_id=job_id, since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+                   token=secrets.token_hex(8))
 
     def __str__(self) -> str:
         job = f" of job {self.job_id}" if self.job_id else ""
@@ -65,22 +51,17 @@ class Holder:
 class RunLock:
     """The right to write into a run folder. One process per run holds it, the others rely on that one.
 
-    Args:
-        folder: an existing run folder.
-        job_id: SLURM job or torchrun run id; a process of the same job takes the lock over from a process on
-            another machine without waiting for the heartbeat to grow stale (a requeued job).
+    A process of the same job (SLURM job or torchrun run id) takes the lock over from a process on another machine
+    without waiting for the heartbeat to grow stale: a requeued job.
     """
 
     def __init__(self, folder: RunFolder, job_id: str | None) -> None:
         self.folder = folder
-        self.holder = Holder.own(job_id)
+        self.holder = Holder.here(job_id)
 
     def acquire(self) -> str | None:
-        """Take the lock; returns a note if it was taken over from a dead holder.
-
-        Raises:
-            OutputError: another process holds it (the text says which), or the folder cannot be written.
-        """
+        """Take the lock -> a note if it was taken over from a dead holder. Raises OutputError where another process
+        holds it (the text says which), or the folder cannot be written."""
         note = None
         with self._guarded() as now:
             found = self._read()
@@ -95,22 +76,15 @@ class RunLock:
         return note
 
     def held_by(self) -> str | None:
-        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing.
-
-        Raises:
-            OutputError: the folder cannot be read.
-        """
+        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing."""
         found = self._read()
         # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
         text, reason = self._judged(*found, time()) if found else ("", "free")
         return text if reason is None else None
 
     def check(self) -> None:
-        """Whether the lock is still ours; one small read, cheap enough before every write.
-
-        Raises:
-            OutputError: the lock is gone or another process has taken it over; stop without writing.
-        """
+        """Raise OutputError where the lock is gone or another process has taken it over: stop without writing. One
+        small read, cheap enough before every write."""
         found = self._read()
         if found is None or found[0] is None or found[0].token != self.holder.token:
             told = f"{_named(found[0])} has taken the lock over" if found else "the lock file has been removed"
@@ -181,8 +155,8 @@ class RunLock:
     def _judged(self, holder: Holder | None, modified: float, now: float) -> tuple[str, str | None]:
         """The holder in words, and why the lock may be taken from it; None if it may not."""
         text, age = _named(holder), now - modified
-        if holder is not None and holder.process.shares_pids_with(self.holder.process):
-            return text, None if holder.process.runs() else "that process is gone"
+        if holder is not None and holder.shares_pids_with(self.holder):
+            return text, None if holder.runs() else "that process is gone"
         if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
             return text, "it belongs to the same job"
         return text, f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None

@@ -86,18 +86,16 @@ class Reporter:
 class JsonlReporter(Reporter):
     """Writes `metrics.jsonl` and `summary.csv` into the run folder and shows progress on the console.
 
-    Both files are appended to, so a resumed run continues them; `attempt` tells its records from earlier ones of the
-    same step, the highest attempt counts.
+    Both files are appended to, so a resumed run continues them; `attempt` (from 1) tells its records from earlier ones
+    of the same step, the highest attempt counts.
 
     Args:
         folder: the run folder; it exists.
         console: `live`, `plain`, `off`, or `auto`: live where standard output is a terminal.
-        attempt: number of this start of the run, from 1.
         screen: the rich console to use instead of standard output.
         clock: monotonic seconds.
 
-    Raises:
-        OutputError: (also from `log` and `epoch`) the folder cannot be written.
+    Raises OutputError, also from `log` and `epoch`, where the folder cannot be written.
     """
 
     def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 1,
@@ -163,10 +161,8 @@ def json_line(record: Mapping[str, Any]) -> str:
     """`record` as one line of strict JSON.
 
     NaN and infinities, which JSON does not have, become null and are named under `non_finite`:
-    `{"loss": [1.0, NaN]}` gives `{"loss": [1.0, null], "non_finite": {"loss.1": "nan"}}`.
-
-    Raises:
-        TypeError: a value that is no number, text, truth value, None, list, tuple or mapping of those.
+    `{"loss": [1.0, NaN]}` gives `{"loss": [1.0, null], "non_finite": {"loss.1": "nan"}}`. Raises TypeError for a value
+    that is no number, text, truth value, None, list, tuple or mapping of those.
     """
     marks: dict[str, str] = {}
     plain = {key: _finite(value, key, marks) for key, value in record.items()}
@@ -188,11 +184,8 @@ def _finite(value: Any, where: str, marks: dict[str, str]) -> Any:
 
 
 def start_summary(path: Path) -> None:
-    """Write the header of summary.csv once; a resumed run appends below what is there.
-
-    Raises:
-        OutputError: the file has other columns, or cannot be read or written.
-    """
+    """Write the header of summary.csv once; a resumed run appends below what is there. Raises OutputError for other
+    columns."""
     drop_partial_line(path)
     header = ",".join(SUMMARY_COLUMNS)
     with reported(path):
@@ -222,15 +215,10 @@ def images_per_second(images: int, seconds: float) -> float | None:
 
 
 def eta_seconds(step: int, total_steps: int, first_step: int, elapsed_s: float) -> float | None:
-    """Seconds left after `step` of `total_steps`, at the mean speed since `first_step`.
+    """Seconds left after `step` of `total_steps`, at the mean speed since `first_step`, where this attempt began; None
+    while it has done no step.
 
-    Args:
-        step: steps done so far, earlier attempts included.
-        first_step: steps that were done when this attempt began; they took none of `elapsed_s`.
-        elapsed_s: wall seconds of this attempt. Evaluations and checkpoints count, as they will come again.
-
-    Returns:
-        None while this attempt has done no step.
+    Evaluations and checkpoints count in its wall seconds `elapsed_s`, as they will come again.
     """
     done = step - first_step
     return max(total_steps - step, 0) * elapsed_s / done if done > 0 else None
@@ -239,19 +227,18 @@ def eta_seconds(step: int, total_steps: int, first_step: int, elapsed_s: float) 
 def device_memory(device: torch.device | str = "cpu") -> dict[str, float]:
     """Memory of this process on `device`, in MiB, since it started.
 
-    Returns:
-        CPU: `host_peak_mib`, the largest resident set. CUDA: also `device_allocated_mib` (tensors now),
-        `device_peak_mib` (tensors, at most), `device_reserved_mib` (held by the allocator) and, where the driver's
-        management library is installed, `device_busy_percent` (share of the last sample period with a kernel running).
+    CPU: `host_peak_mib`, the largest resident set. CUDA: also `device_allocated_mib` (tensors now), `device_peak_mib`
+    (tensors, at most), `device_reserved_mib` (held by the allocator) and, where the driver's management library is
+    installed, `device_busy_percent` (share of the last sample period with a kernel running).
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     values = {"host_peak_mib": round(peak * unit / _MIB, 1)}
     device = torch.device(device)
     if device.type == "cuda":
-        values["device_allocated_mib"] = round(torch.cuda.memory_allocated(device) / _MIB, 1)
-        values["device_peak_mib"] = round(torch.cuda.max_memory_allocated(device) / _MIB, 1)
-        values["device_reserved_mib"] = round(torch.cuda.memory_reserved(device) / _MIB, 1)
+        for name, measure in (("allocated", torch.cuda.memory_allocated), ("peak", torch.cuda.max_memory_allocated),
+                              ("reserved", torch.cuda.memory_reserved)):
+            values[f"device_{name}_mib"] = round(measure(device) / _MIB, 1)
         with suppress(ModuleNotFoundError, RuntimeError):  # the library is absent; containers, MIG
             values["device_busy_percent"] = float(torch.cuda.utilization(device))
     return values

@@ -34,19 +34,14 @@ _PACKAGES = ("torch", "torchvision", "numpy")
 
 def write_environment(folder: RunFolder, *, attempt: int, argv: Sequence[str], devices: Sequence[str], seed: int,
                       placement: Mapping[str, Any], job_id: str | None) -> None:
-    """Record the environment of `attempt`; those of earlier attempts stay in the list `attempts`.
+    """Record the environment of `attempt`; those of earlier attempts stay in the list `attempts`. Raises OutputError.
 
     Args:
-        folder: the run folder.
         attempt: number from `next_attempt`; call this early, so that a killed attempt counts too.
         argv: the command line; values of secrets are replaced.
         devices: the name of each rank's device.
-        seed: `run.seed`.
         placement: peers, ranks, replicas and whatever else tells where peers lie; plain JSON values.
         job_id: SLURM job or torchrun run id.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     record = {
         "attempt": attempt, "started": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(),
@@ -114,37 +109,27 @@ def _git(folder: Path, *command: str) -> str | None:
 
 
 def write_exit(folder: RunFolder, attempt: int, error: BaseException | None, state: str) -> None:
-    """Record how `attempt` ended; the records of other attempts stay, an earlier one of this attempt is replaced.
+    """Record how `attempt` ended; the records of other attempts stay, an earlier one of this is replaced. Raises
+    OutputError.
 
     Args:
-        folder: the run folder.
-        attempt: number from `next_attempt`.
         error: why it ended; None: it is done (code 0). Errors that are no `MatError` are bugs (code 70).
         state: one word for people and scripts: done, stopped, failed, ...
-
-    Raises:
-        OutputError: the file cannot be written.
     """
-    what, where, how = "", "", ""
+    code, what, where, how = DONE, "", "", ""
     if isinstance(error, MatError):
-        what, where, how = error.what, error.where, error.how
+        code, what, where, how = error.code, error.what, error.where, error.how
     elif error is not None:
-        what, where = " ".join(f"{type(error).__name__}: {error}".split()), "internal error"
+        code, what, where = BUG, " ".join(f"{type(error).__name__}: {error}".split()), "internal error"
         how = "please report it with the traceback in rank_<r>.log"
-    code = DONE if error is None else error.code if isinstance(error, MatError) else BUG
     record = {"attempt": attempt, "code": code, "state": state, "what": what, "where": where, "how": how,
               "time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname()}
     _write_attempt(folder.exit, {"code": code, "state": state}, read_exit(folder), record)
 
 
 def read_exit(folder: RunFolder) -> dict[str, Any] | None:
-    """`exit.json` as {"code", "state", "attempts": [{"attempt", "code", "state", "what", ...}]}, newest last.
-
-    None if there is none.
-
-    Raises:
-        OutputError: the file cannot be read, or a damaged one cannot be renamed.
-    """
+    """`exit.json` as {"code", "state", "attempts": [{"attempt", "code", "state", "what", ...}]}, newest last; None if
+    there is none. Raises OutputError: it cannot be read, or a damaged one cannot be renamed."""
     return _read_attempts(folder.exit, ("attempt", "code", "state"))
 
 

@@ -1,4 +1,4 @@
-"""A run from opening to its end: the folder, the lock, the rank's log, and `exit.json`."""
+"""A run from opening to its end: the folder, the lock, the log of each rank, and `exit.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from mat_dist.cli import LOGGED
 from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
 from mat_dist.config.schema import Config
 from mat_dist.distributed.agreement import Agreement, described
-from mat_dist.distributed.device import device_name
-from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import (
     FINAL_CODES,
@@ -34,7 +34,6 @@ from mat_dist.errors import (
 from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
-from mat_dist.runs.logs import close_logger, rank_logger
 from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ class Run:
         """The result of local work; if it fails on any rank, all ranks raise that error."""
         agree = Agreement(self.mesh, what)
         result = agree.run(what, work, *args, **kwargs)
-        agree.settle(what)
+        agree.sync(what)
         return result
 
 
@@ -71,7 +70,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
     _same_settings(mesh, config)
     lead = mesh.placement.is_lead
     opened = agree.run("run folder", _open_folder, config, launch, config_name) if lead else None
-    agree.settle("run folder")
+    agree.sync("run folder")
     with contextlib.ExitStack() as stack:
         if opened is not None:
             stack.enter_context(_held(opened[1]))
@@ -86,7 +85,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
                       seed=config.run.seed, placement={"peers": mesh.placement.peers, "ranks": mesh.placement.world,
                                                        "plugins": plugins}, job_id=launch.job_id)
             agree.run("config", _record_config, folder, config, attempt)
-        agree.settle("environment")
+        agree.sync("environment")
         log.info("attempt %d, %s, device %s", attempt, mesh.placement.describe(), device_name(mesh.device))
         try:
             yield Run(folder, attempt, log, told["notes"], mesh)
@@ -208,3 +207,38 @@ def _held(lock: RunLock) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(OutputError):
             lock.release()
+
+
+class _QuietFileHandler(logging.FileHandler):
+    """A full disk is reported once, by the writer of metrics or checkpoints, not by every log line of every rank."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return None
+
+
+def rank_logger(folder: Path | str, rank: int) -> logging.Logger:
+    """A logger that appends to `<folder>/rank_<rank>.log` from level INFO and to nothing else, in UTC.
+
+    It is not registered with the `logging` module, so it has no parent, leaves the application's own logging alone,
+    and two runs in one process do not share handlers. Raises OutputError.
+    """
+    path = Path(folder) / f"rank_{rank}.log"
+    try:
+        handler = _QuietFileHandler(path, mode="a", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot open the log file: {error.strerror}", str(path),
+                          "make the run folder writable or choose another run.root") from error
+    form = logging.Formatter(f"%(asctime)s.%(msecs)03dZ [rank {rank}] %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    form.converter = time.gmtime
+    handler.setFormatter(form)
+    logger = logging.Logger(f"mat_dist.rank_{rank}", level=logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    return logger
+
+
+def close_logger(logger: logging.Logger) -> None:
+    """Close the files of `logger`."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,6 @@ def require_trackers(settings: LogConfig) -> None:
                                    f"{command}, or leave {package} out") from None
 
 
-def choose_trackers(folder: Path, settings: LogConfig, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers that are asked for. `config`: what W&B shows of the run's settings."""
-    return [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config)
-            for name, told in parse_trackers(settings.trackers).items()]
-
-
 def series(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, float]:
     """The numbers of a record by name: `loss/<peer>`, `transfer/<peer>/<source>`, `phases_s/rank0/attack`, ...
 
@@ -163,7 +158,8 @@ def open_reporter(run: Run, config: Config) -> Reporter:
         return Reporter()
     folder = run.folder.path
     files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
-    trackers = choose_trackers(folder, config.log, config.model_dump(mode="json"))
+    trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))
+                for name, told in parse_trackers(config.log.trackers).items()]
     return TrackedReporter(files, trackers) if trackers else files
 
 
@@ -185,16 +181,12 @@ class TrackedReporter(Reporter):
         self._inner.start(total_steps, peers, first_step=first_step)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        try:
+        with self._sending(record):
             self._inner.log(record)
-        finally:
-            self._scalars(record)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        try:
+        with self._sending(record):
             self._inner.epoch(record)
-        finally:
-            self._scalars(record)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         self._inner.pictures(step, group, pictures)
@@ -210,14 +202,18 @@ class TrackedReporter(Reporter):
         self._each(lambda tracker: tracker.close())
         self._inner.close()
 
-    def _scalars(self, record: Mapping[str, Any]) -> None:
+    @contextmanager
+    def _sending(self, record: Mapping[str, Any]) -> Iterator[None]:
         """The record of an epoch repeats the rate of a step's: a point is sent once."""
-        step = record["step"]
-        if step != self._sent[0]:
-            self._sent = (step, set())
-        new = {tag: value for tag, value in series(record, self._peers).items() if tag not in self._sent[1]}
-        self._sent[1].update(new)
-        self._each(lambda tracker: tracker.scalars(step, new))
+        try:
+            yield
+        finally:
+            step = record["step"]
+            if step != self._sent[0]:
+                self._sent = (step, set())
+            new = {tag: value for tag, value in series(record, self._peers).items() if tag not in self._sent[1]}
+            self._sent[1].update(new)
+            self._each(lambda tracker: tracker.scalars(step, new))
 
     def _each(self, tell: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):

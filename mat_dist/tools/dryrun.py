@@ -27,7 +27,7 @@ from mat_dist.data.load import default_val_size
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model, parameter_count
-from mat_dist.models.classifier import DTYPES, Images
+from mat_dist.models.registry import DTYPES, Images
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),

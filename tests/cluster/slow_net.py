@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from mat_dist.models import register_model
-from mat_dist.models.small import tiny_cnn
+from mat_dist.models.networks import tiny_cnn
 
 PAUSE = float(os.environ.get("PAUSE", "0"))
 

@@ -16,7 +16,7 @@ from mat_dist.core.step import train_step
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import NonFinite
-from mat_dist.models.classifier import Images
+from mat_dist.models.registry import Images
 from tests.cohorts import batch, build, nets, train
 from tests.ranks.test_baselines import TEACHER, Case, Slot, Z, agree, at, images, mat, mine, reference_step, ring
 from tests.ranks.test_baselines_step import configured

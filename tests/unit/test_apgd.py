@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.attacks import APGD_L1_SHARE, apgd, pgd
 from mat_dist.attacks.norms import L1, Threat
+from mat_dist.attacks.training_attack import Plan, TrainingAttack
 from mat_dist.config import load_config
 from mat_dist.config.schema import DataConfig
-from mat_dist.core.peer import Peer
 from mat_dist.data import as_float, load_data
 from mat_dist.evaluation.attacks import AttackPlan, correct, craft
 from mat_dist.models.modes import frozen
-from tests.cohorts import CLASSES, batch, cohort_config, nets
+from tests.cohorts import CLASSES, batch, nets
 
 THREATS = [Threat("linf", 0.06), Threat("l2", 0.2), Threat("l1", 0.3)]
 NORMS = pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
@@ -217,16 +217,16 @@ def test_l1_apgd_breaks_at_least_what_sparse_pgd_breaks(steps: int, trained: tup
 
 @NORMS
 def test_a_peer_trains_on_the_best_iterates(threat: Threat) -> None:
-    attack = {"steps": 7, "method": "apgd", "step_size": 0.3, "start": "zero", "l1_share": 0.1}
-    config = cohort_config("at", 1, norm=threat.norm, eps=threat.eps, entry={"attack": attack})
+    config = load_config(None, ["attack.method=apgd", "attack.steps=7", "attack.step_size=0.3", "attack.start=zero",
+                                f"threat.norm={threat.norm}", f"threat.eps={threat.eps}"])
     model = nets(1)[0]
-    peer = Peer(0, config.peers[0], model, seed=0, step=config.step)
     x, y = batch(0)
+    attack = TrainingAttack(model, [threat], config.peers[0].attack, config.step, print)
+    adv = attack(x, y, Plan(threat=0, stream=0, first_row=0)).adv_BCHW
     with frozen(model):
-        expected = apgd(model, x, y, region=threat.region(x, 0.1), start_BCHW=x, loss="ce", steps=7, step_size=0.3)
+        expected = apgd(model, x, y, region=threat.region(x, 0.05), start_BCHW=x, loss="ce", steps=7, step_size=0.3)
     # The peer attacks a copy with its norms folded: rounding differs.
-    values = [F.cross_entropy(model.eval()(z), y, reduction="none") for z in (
-        peer.attack(x, y, 0), expected.best_BCHW, x)]
+    values = [F.cross_entropy(model.eval()(z), y, reduction="none") for z in (adv, expected.best_BCHW, x)]
     assert torch.allclose(values[0], values[1], rtol=1e-3, atol=1e-3)
     assert (values[0] >= values[2] - 1e-4).all() and len(values[0].unique()) > CLASSES - 2
 
@@ -237,4 +237,3 @@ def test_the_first_step_is_the_diameter_of_the_ball_and_for_l1_its_radius(norm: 
     assert {peer.attack.step_size for peer in config.peers} == {size}
     given = load_config(None, ["attack.method=apgd", f"threat.norm={norm}", "attack.step_size=0.01"])
     assert given.peers[0].attack.step_size == 0.01
-    assert [load_config(None, [f"attack.method={m}"]).peers[0].attack.l1_share for m in ("pgd", "apgd")] == [0.01, 0.05]

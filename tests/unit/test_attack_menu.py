@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE
-from mat_dist.attacks.noise import noisy
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
-from mat_dist.attacks.random_search import patch_change
-from mat_dist.config.fields import known_norms
+from mat_dist.attacks.random_search import noisy, patch_change
+from mat_dist.config import load_config
+from mat_dist.config.norms import UNIONS, data_sets, known_norms
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import attacks
@@ -32,8 +32,7 @@ from mat_dist.evaluation.attacks import (
     predict,
     strongest,
 )
-from mat_dist.evaluation.autoattack import Found, chunk_seed
-from mat_dist.evaluation.radii import UNIONS, data_sets
+from mat_dist.evaluation.autoattack import AutoAttacked, chunk_seed
 from mat_dist.evaluation.settings import MENU, Request, parse, stand_in
 from mat_dist.evaluation.soundness import examine
 from mat_dist.evaluation.targets import attack_plans, make_targets, threats_asked
@@ -262,12 +261,12 @@ def package(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
     calls = []
 
     def fake(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *, version: str, custom: tuple[str, ...],
-             seed: int, alone: str | None = None) -> Found:
+             seed: int, alone: str | None = None) -> AutoAttacked:
         assert (version, custom, seed) == ("standard", (), chunk_seed(0, threat.norm, 2))
         calls.append((alone or "autoattack", model))
         adv = x_BCHW.clone()
         adv[:3] = 1 - adv[:3]
-        return Found(adv, y_B, 7, (), ())
+        return AutoAttacked(adv, y_B, 7, (), ())
 
     monkeypatch.setattr(attacks, "autoattack", fake)
     return calls
@@ -309,6 +308,11 @@ def test_a_vote_gets_a_gradient_free_attack_unless_one_is_asked_for() -> None:
 def asked(*threats: str, data: str = "cifar10", attacks: str = "autoattack") -> list[Threat]:
     request = parse(["runs/x", f"threats={','.join(threats)}", f"attacks={attacks}"]).request
     return threats_asked(request, [Threat("linf", 0.1), Threat("linf", 0.2), Threat("l2", 0.3)], data)
+
+
+def test_a_run_that_made_no_test_is_attacked_with_the_default_number_of_steps() -> None:
+    config = load_config(None, ["eval.test_steps=0"])
+    assert attack_plans(Request(attacks=("pgd",)), config)["pgd"].steps == 20
 
 
 def test_radii_by_name_are_those_of_the_literature() -> None:

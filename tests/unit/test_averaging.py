@@ -14,7 +14,7 @@ from mat_dist.config import load_config
 from mat_dist.core import averaging
 from mat_dist.core.schedules import swa_count, swa_decay_at
 from mat_dist.data import as_float, load_data, training_batches
-from mat_dist.models.classifier import Images, make_model
+from mat_dist.models.registry import Images, make_model
 from tests.small_runs import SMALL, Finished, run_small
 
 SWA = ("train.epochs=4", "optim.swa_start=0.5")  # 4 epochs of 4 steps: the averages of steps 8, 12 and 16

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.command import Watch
 from benchmarks.speed import references
-from benchmarks.speed.__main__ import main, parser
+from benchmarks.speed.__main__ import main, read_options
 from benchmarks.speed.measures import check_equal, recipe_of
 from benchmarks.speed.references import Recipe
 from benchmarks.speed.scale import IMAGENET, NETWORKS, Costs, Point, predictions
@@ -39,12 +39,24 @@ def subject(*overrides: str) -> Subject:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def test_the_step_without_guards_is_the_same_step() -> None:
-    ours, bare = subject(), subject()
+@pytest.mark.parametrize("changed", [
+    (), ("step.microbatches=2", "step.memory=recompute", "step.wire=int8"), ("methods.awp.gamma=0.01",),
+    ("peers.0.union.strategy=avg", "peers.0.union.threats=linf:0.1,l2:1"), ("loss=at", "peers=1"),
+    ("step.teachers=ema", "optim.ema_decay=0.9", "optim.clip_norm=0.1")])
+def test_the_step_without_guards_is_the_same_step(changed: tuple[str, ...]) -> None:
+    ours, bare = subject(*changed), subject(*changed)
     for _ in range(3):
         ours.step()
         bare.unguarded_step()
     assert [state_hash(p.state()) for p in ours.cohort.peers] == [state_hash(p.state()) for p in bare.cohort.peers]
+
+
+@pytest.mark.parametrize("changed", ["attack.method=free", "methods.warm_start.reset_epochs=0",
+                                     "attack.loss=kl_teacher"])
+def test_steps_that_are_not_alike_are_refused(changed: str) -> None:
+    free = ("attack.steps=1", "train.replays=2") if "free" in changed else ()
+    with pytest.raises(ConfigError, match="steps that are all alike"):
+        subject(changed, *free)
 
 
 def test_the_references_compute_the_same_loss_and_attack() -> None:
@@ -73,7 +85,7 @@ def test_the_naive_trainer_learns() -> None:
 
 def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     """K attack passes and P learning passes for each of P = 3 peers."""
-    made = subject("step.attack_copy=false")
+    made = subject("step.attack_engine=model")
     limit, calls = Limit(made), []
     for model in limit._models:
         model.register_forward_hook(lambda m, given, out: calls.append(m.training))
@@ -83,8 +95,17 @@ def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     assert [state_hash(p.state()) for p in made.cohort.peers] == before
 
 
+@pytest.mark.parametrize("changed", [(), ("step.microbatches=2", "methods.awp.gamma=0.01")])
+def test_a_step_has_all_its_phases_in_order(changed: tuple[str, ...]) -> None:
+    """Micro-batches add to the same ones."""
+    made = subject(*changed)
+    made.step()
+    assert list(made.clocks[0]) == ["data", "attack", "AEs, header", "AEs, exchange", "forward", "logits, header",
+                                    "logits, exchange", "backward", "vote", "optimizer"]
+
+
 def test_phases_are_named_after_their_place() -> None:
-    clock = PhaseClock(CPU)
+    clock = PhaseClock(CPU, ["AEs", "logits", "vote"])
     for phase in ("attack", "wait", "exchange", "forward", "wait", "exchange", "backward", "wait"):
         clock.lap(phase)
     assert list(clock.seconds) == ["attack", "AEs, header", "AEs, exchange", "forward", "logits, header",
@@ -193,7 +214,8 @@ def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["fast"], "choose from 'step', 'naive', 'scale', 'memory'"), (["step", "--rounds", "0"], "a whole number from 1"),
+    (["fast"], "there are summary, step, naive, scale, memory"), (["stap"], "did you mean step?"),
+    (["step", "--rounds", "0"], "a whole number from 1"),
     (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"),
     (["step", "--rounds"], "expected one argument"),
     (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
@@ -226,10 +248,11 @@ def test_the_old_command_says_where_it_went(capsys: Any) -> None:
 
 
 def test_options_may_have_an_equals_sign() -> None:
-    options, rest = parser().parse_known_args(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
-    assert (options.rounds, options.image, options.json, rest) == (3, (1, 28, 28), Path("a.json"), ["peers=2"])
-    with pytest.raises(ConfigError):
-        parser().parse_known_args(["step", "--classes=x"])
+    options = read_options(["step", "--rounds=3", "--image", "1x28x28", "peers=2", "--json=a.json"])
+    assert (options.rounds, options.image, options.json) == (3, (1, 28, 28), Path("a.json"))
+    assert options.words == ("peers=2",)
+    with pytest.raises(ConfigError, match="--classes: 'x' is not a whole number"):
+        read_options(["step", "--classes=x"])
 
 
 def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys: Any) -> None:

@@ -18,7 +18,7 @@ from mat_dist.core.peer import Peer
 from mat_dist.data import Batches, load_data
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DataError
-from mat_dist.models.classifier import make_model
+from mat_dist.models.registry import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
 from mat_dist.tools.check import machine, memory, run

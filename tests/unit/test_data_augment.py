@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torchvision.transforms import functional as reference
 
 from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
-from mat_dist.data.augment import augment_batch, crop_boxes, cutout, flip, pad_crop, resized_crop
+from mat_dist.data.augment import augment_batch, crop_boxes, flip, pad_crop, resized_crop
 
-ALL = AugmentConfig(pad=2, flip=True, random_resized_crop=0.08, cutout=5)
+ALL = AugmentConfig(pad=2, flip=True, random_resized_crop=0.08)
 
 
 def images(count: int = 16, channels: int = 3, height: int = 12, width: int = 10) -> torch.Tensor:
@@ -76,18 +74,6 @@ def test_crop_boxes_lie_in_the_image_and_have_the_stated_distribution():
     assert abs(float((tall * wide).mean()) / 64**2 - 0.54) < 0.03  # (0.08 + 1) / 2, less what the cuts take
 
 
-def test_cutout_zeroes_the_square_that_loops_would_zero():
-    x, (row, column) = images(16) + 0.01, uniform(16, 2)
-    expected = x.clone()
-    for b in range(16):
-        top, left = math.floor(row[b] * 12) - 5 // 2, math.floor(column[b] * 10) - 5 // 2
-        for i in range(top, top + 5):
-            for j in range(left, left + 5):
-                if 0 <= i < 12 and 0 <= j < 10:
-                    expected[b, :, i, j] = 0
-    assert torch.equal(cutout(x, 5, row, column), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_augmented_images_stay_in_the_unit_interval_and_keep_their_type(dtype):
     x = (images(32) > 0.5).to(dtype)  # zeros and ones: overshoot would show
@@ -98,7 +84,7 @@ def test_augmented_images_stay_in_the_unit_interval_and_keep_their_type(dtype):
     assert float(result.max()) <= 1
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(pad=2), AugmentConfig(flip=True), AugmentConfig(cutout=4),
+@pytest.mark.parametrize("config", [AugmentConfig(pad=2), AugmentConfig(flip=True),
                                     AugmentConfig(random_resized_crop=0.3), ALL])
 def test_rows_of_a_batch_are_bitwise_those_of_the_whole_batch(config):
     x = images(24)

@@ -10,7 +10,7 @@ from mat_dist.config.schema import AugmentConfig
 from mat_dist.data import Batches, ImageSet, as_float, steps_per_epoch
 from tests.unit.data_files import random_images
 
-AUGMENT = AugmentConfig(pad=1, flip=True, random_resized_crop=0.5, cutout=3)
+AUGMENT = AugmentConfig(pad=1, flip=True, random_resized_crop=0.5)
 
 
 def image_set(count: int = 37) -> ImageSet:

@@ -14,7 +14,7 @@ from mat_dist.config import load_config
 from mat_dist.config.plugins import load_plugins
 from mat_dist.config.schema import AugmentConfig, DataConfig
 from mat_dist.data import Batches, ImageSet, load_data, place, steps_per_epoch
-from mat_dist.data.generated import generated_images
+from mat_dist.data.arrays import generated_images
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DataError
 from mat_dist.tools.check.models import check_data

@@ -9,8 +9,8 @@ import torch
 from mat_dist.config.schema import AugmentConfig, DataConfig
 from mat_dist.data import Batches, DataSets, ImageSet, RawData, channel_stats, load_data, place
 from mat_dist.data import images as images_module
+from mat_dist.data.images import _LOADERS
 from mat_dist.data.load import data_digest
-from mat_dist.data.registry import _LOADERS
 from mat_dist.errors import ConfigError, DataError
 from tests.unit.data_files import random_images
 
@@ -115,7 +115,7 @@ def test_images_that_do_not_fit_on_the_device_are_refused(monkeypatch):
 def test_batches_of_a_set_on_the_gpu_equal_those_of_a_set_on_the_host():
     data = load_data(DataConfig(), seed=0, batch_size=32)
     moved = place(data, "device", "cuda")
-    augment = AugmentConfig(pad=1, flip=True, cutout=3)
+    augment = AugmentConfig(pad=1, flip=True)
     reference = Batches(data.train, seed=0, batch_size=32, augment=augment)
     for train in (data.train, moved.train):
         batches = Batches(train, seed=0, batch_size=32, augment=augment, device="cuda")

@@ -20,8 +20,8 @@ from torchvision import datasets
 from mat_dist.config.schema import DataConfig
 from mat_dist.data import RawData, builtin, dataset_names, load_data, register_dataset
 from mat_dist.data.builtin import IDX_FILES, load_digits, load_fashion_mnist, read_idx, scale_levels
+from mat_dist.data.images import _LOADERS, find_dataset
 from mat_dist.data.load import check_raw
-from mat_dist.data.registry import _LOADERS, find_dataset
 from mat_dist.errors import ConfigError, DataError, OutputError
 from tests.unit.data_files import random_images
 
@@ -270,7 +270,7 @@ def test_svhn_without_files_names_them(tmp_path):
 
 
 def test_a_plugin_registers_its_own_data_set_and_passes_the_same_checks(monkeypatch):
-    monkeypatch.setattr("mat_dist.data.registry._LOADERS", dict(_LOADERS))
+    monkeypatch.setattr("mat_dist.data.images._LOADERS", dict(_LOADERS))
     labels = np.arange(60) % 3
 
     @register_dataset("mine")

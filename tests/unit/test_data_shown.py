@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mat_dist.config.schema import AugmentConfig
-from mat_dist.data.augment import augment_batch
-from mat_dist.data.shown import AugmentedView
+from mat_dist.data.augment import AugmentedView, augment_batch
 
 COUNT, SHAPE = 9, (2, 5, 6)
 AUGMENTS = [AugmentConfig(), AugmentConfig(flip=True), AugmentConfig(pad=2), AugmentConfig(pad=3, flip=True)]

@@ -18,7 +18,7 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
-from mat_dist.models.classifier import Images
+from mat_dist.models.registry import Images
 from mat_dist.tools.check.__main__ import main as check
 from mat_dist.tools.dryrun import KNOWN_IMAGES, describe_run, training_passes
 

@@ -18,11 +18,11 @@ from mat_dist import checkpoints, train
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
-from mat_dist.errors import OutputError
+from mat_dist.errors import ConfigError, OutputError
 from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import FROM, AttackPlan, craft
-from mat_dist.evaluation.settings import split_words
+from mat_dist.evaluation.settings import Request, parse
 from mat_dist.report.__main__ import main as report
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -296,12 +296,16 @@ def test_a_damaged_run_is_one_line_as_a_subject_and_as_a_source(damage: Callable
 def test_words_about_a_file_are_told_from_all_others() -> None:
     words = ["a.pt", "model=x", "model.width=2", "mean=0.5", "std=1", "out=b", "data.name=digits", "data.root=/d",
              "attacks=pgd", "--plugin", "p.py", "threats=linf:1/8"]
-    importing, rest = split_words(words)
+    found = parse(words)
+    importing = found.importing
     assert importing is not None and importing.subject == Path("a.pt") and importing.options.mean == (0.5,)
     assert importing.settings == ("model=x", "model.width=2", "data.name=digits") and importing.options.out == "b"
-    assert rest == ["a.pt", "data.root=/d", "attacks=pgd", "--plugin", "p.py", "threats=linf:1/8", "targets=peers"]
-    assert split_words(["runs/x", "model=y", "--plugin", "a.pt"]) == (None, ["runs/x", "model=y", "--plugin", "a.pt"])
-    assert split_words(["--compare", "a.pt", "b.pt"])[0] is None
+    assert (found.runs, found.settings, found.plugins) == (("a.pt",), ("data.root=/d",), ("p.py",))
+    assert found.request == Request(attacks=("pgd",), threats=("linf:1/8",), targets=("peers",))
+    assert parse(["runs/x", "--plugin", "a.pt"]).importing is None
+    with pytest.raises(ConfigError, match="unknown setting model"):
+        parse(["runs/x", "model=y"])
+    assert parse(["--compare", "a.pt", "b.pt"]).importing is None
 
 
 # ------------------------------------------------------------------------------------------------ sources

@@ -31,7 +31,7 @@ from mat_dist.evaluation.results import read_result
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.evaluation.survivors import Survivors, gather, write_result
 from mat_dist.models import Ensemble, build_model
-from mat_dist.models.classifier import Images
+from mat_dist.models.registry import Images
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run

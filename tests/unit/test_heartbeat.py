@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from mat_dist.distributed import heartbeat
-from mat_dist.distributed.heartbeat import Heartbeat
+from mat_dist.distributed.heartbeat import Heartbeat, StoreThread
 from mat_dist.distributed.processes import ProcessIdentity
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.distributed.store_thread import StoreThread
 from mat_dist.errors import PeerSilent
 
 

@@ -16,7 +16,7 @@ from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError
 from mat_dist.models import Normalize, build_model, model_names, parameter_count, register_model, registry
 from mat_dist.models.blocks import norm_groups, scaled
-from mat_dist.models.resnet import PreActBlock
+from mat_dist.models.networks import PreActBlock
 
 BUILT_IN = ["mobilenet_v2", "preact_resnet18", "resnet18", "small_cnn", "tiny_cnn", "wrn_28_10", "wrn_34_10"]
 

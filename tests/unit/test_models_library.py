@@ -15,7 +15,7 @@ from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.models import build_model, parameter_count
-from mat_dist.models.rewrite import replace_relus
+from mat_dist.models.library import replace_relus
 
 
 def build(name: str, shape: tuple[int, int, int] = (3, 64, 64), classes: int = 5, **settings: Any) -> nn.Module:

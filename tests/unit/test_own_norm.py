@@ -14,8 +14,8 @@ import torch
 from mat_dist import rng
 from mat_dist.attacks import norms
 from mat_dist.attacks.norms import Linf, Threat, register_norm
-from mat_dist.config import fields as names
 from mat_dist.config import load_config, load_plugins
+from mat_dist.config import norms as names
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation import soundness
 from mat_dist.evaluation.__main__ import main as evaluate

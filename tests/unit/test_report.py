@@ -22,15 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mat_dist.checkpoints.load import open_run
+from mat_dist.checkpoints.load import open_run, validation_file
+from mat_dist.evaluation.attacks import scaled
+from mat_dist.evaluation.results import Answers
 from mat_dist.report import measure as measuring
 from mat_dist.report.__main__ import main
 from mat_dist.report.charts import Axis, Series, heat_map, interval_chart, line_chart, stacked_bars, surface
 from mat_dist.report.compare import unlike
 from mat_dist.report.curves import phase_means, thinned
-from mat_dist.report.evaluations import Evaluation, Outcome, Target
 from mat_dist.report.files import read_run
-from mat_dist.report.measure import Measured, Victims, best_peer, load_victims, measure, png, scaled
+from mat_dist.report.measure import Measured, Victims, load_victims, measure, png
 from mat_dist.report.page import class_shares, run_page
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -100,8 +101,7 @@ def copy(run, tmp_path) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def victims(run) -> Victims:
-    files = read_run(run.folder.path)
-    return load_victims(files, open_run(run.folder.path), 40, CPU)
+    return load_victims(open_run(run.folder.path), 40, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_attacks_for_the_page_are_those_of_the_evaluation(run, measured):
             by_eps = dict(measured.by_eps["linf 1/10"][target])
             assert (by_eps[0.0], by_eps[0.1]) == (clean / n, robust / n)
             assert dict(measured.by_steps["linf 1/10"][target])[2] == robust / n
-            assert sum(one.robust for one in measured.outcomes[target]) == robust
+            assert sum(measured.answers[target].correct["union"].values()) == robust
     table = measured.transfer["linf 1/10"]
     assert [row[-1] for row in table] == [dict(measured.by_eps["linf 1/10"][t])[0.0]
                                           for t in ("peer0", "peer1", "ensemble")]
@@ -195,8 +195,8 @@ def test_pictures_are_the_images_and_their_answers(victims, measured):
 
 
 def test_classes_are_counted_by_hand():
-    outcomes = [Outcome(0, True, True), Outcome(0, True, False), Outcome(2, False, False)]
-    assert class_shares(outcomes, 3) == [(2, 1.0, 0.5), (0, None, None), (1, 0.0, 0.0)]
+    found = Answers({7: 0, 8: 0, 9: 2}, {"clean": {7: True, 8: True, 9: False}, "union": {7: True, 8: False, 9: False}})
+    assert class_shares(found, 3) == [(2, 1.0, 0.5), (0, None, None), (1, 0.0, 0.0)]
 
 
 def test_phases_are_means_over_the_log_steps_of_the_newest_number_of_ranks():
@@ -467,9 +467,10 @@ def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_n
     one = read_run(copy.path).headline
     assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json"
     assert one.attacks.lower() == "pgd-20 x 5, autoattack"
-    assert [target.name for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
-    assert [(o.clean, o.robust) for o in one.outcomes["peer0", "ema"]] == [(True, True), (True, False), (True, False),
-                                                                           (False, False)]
+    assert [target.target for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
+    correct = one.answers["peer0", "ema"].correct
+    assert [list(correct[name].values()) for name in ("clean", "union")] == [[True, True, True, False],
+                                                                             [True, False, False, False]]
     assert main(["--no-attack", str(copy.path)]) == 0
     text = page_of(copy)
     rows = Page(text).rows
@@ -489,15 +490,16 @@ def test_an_evaluation_without_checks_is_marked(copy):
     assert "Do not report these numbers" in text and "peer0: no checks were made" in text
 
 
-def test_a_frozen_peer_is_not_chosen(copy):
-    run = read_run(copy.path)
-    robust = {"peer0": 0.5, "peer1": 0.4}
-    one = Evaluation("validation_step_8.json", "", "val", 8, "", "", (), tuple(
-        Target(name, "raw", 4, {"union": share}, {}, ()) for name, share in robust.items()), {})
-    peers = run.config.peers
-    teacher = peers[0].model_copy(update={"frozen": True})
-    taught = run.config.model_copy(update={"peers": (teacher, *peers[1:])})
-    chosen = [best_peer(replace(run, config=config, evaluations=[one]), 8, "raw") for config in (run.config, taught)]
+def test_a_frozen_peer_is_not_the_source_of_the_gallery(copy):
+    opened = open_run(copy.path)
+    file = validation_file(copy, opened.manifest.step)
+    document = json.loads(file.read_text())
+    for one in document["targets"]:
+        one["accuracy"]["union"] = 0.5 if one["target"] == "peer0" else 0.4
+    file.write_text(json.dumps(document))
+    teacher = opened.config.peers[0].model_copy(update={"frozen": True})
+    taught = opened.config.model_copy(update={"peers": (teacher, *opened.config.peers[1:])})
+    chosen = [load_victims(one, 10, CPU).source for one in (opened, replace(opened, config=taught))]
     assert chosen == ["peer0", "peer1"]
 
 

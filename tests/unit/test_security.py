@@ -24,10 +24,10 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.cache import cache_folder
 from mat_dist.data.folder import load_folder
-from mat_dist.data.registry import find_dataset
+from mat_dist.data.images import find_dataset
 from mat_dist.distributed import processes
 from mat_dist.distributed.launch import Launch
-from mat_dist.distributed.rendezvous import LocalRendezvous
+from mat_dist.distributed.torchrun_plugin import LocalRendezvous
 from mat_dist.errors import ConfigError, EnvironmentFault, OutputError
 from mat_dist.models import build_model
 from mat_dist.runs import record
@@ -143,7 +143,7 @@ def test_an_identity_from_the_network_cannot_end_another_program_of_this_user(mo
     with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) as victim:
         found = processes.process_start(victim.pid)
         own = processes.ProcessIdentity.own()
-        named = processes.ProcessIdentity(own.host, own.boot, own.namespace, victim.pid, found[1])
+        named = processes.ProcessIdentity(own.host, own.boot_id, own.pid_namespace, victim.pid, found[1])
         assert named.runs()
         named.kill()
         with pytest.raises(subprocess.TimeoutExpired):

@@ -31,7 +31,7 @@ suites:
   cpu:
     config: digits
     settings: [train.epochs=1, train.batch_size=256, attack.steps=1, eval.every=1, eval.size=20, eval.steps=1,
-               optim.ema_decay=null, eval.test=false]
+               optim.ema_decay=null, eval.test_steps=0]
     seeds: [0, 1]
     tables:
       main:
@@ -227,8 +227,6 @@ def test_passes_of_a_training_by_hand() -> None:
     assert training_passes(load_config("digits", settings)) == (10, 80, 80)
     shared = load_config("digits", ["peers=2", "loss=mat_share", *settings[2:]])
     assert training_passes(shared) == (10, 10 * 2 * 9, 10 * 2 * 9)
-    growing = load_config("digits", [*settings, "attack.steps_warmup_epochs=1"])  # 5 steps: ceil of 7/5, 14/5, ...
-    assert training_passes(growing) == (10, 2 + 3 + 5 + 6 + 7 + 5 * 7 + 10, 2 + 3 + 5 + 6 + 7 + 5 * 7 + 10)
     unread = load_config("digits", ["data.name=folder", "data.root=x", "data.image_size=8", *settings])
     assert training_passes(unread) is None and training_passes(unread, 10) == (10, 80, 80)
 

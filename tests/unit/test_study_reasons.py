@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import Watch
 from benchmarks.study import reasons
 from benchmarks.study.__main__ import main
 from benchmarks.study.pages import verdict_lines, why_lines
@@ -83,7 +84,6 @@ def test_every_pair_has_one_sentence_with_points_interval_and_cost() -> None:
 
 @pytest.mark.parametrize(("settings", "mutual"), [
     (["peers=3", "loss=at"], False), (["peers=3", "loss=mat"], True), (["peers=2", "loss=mat_share"], True),
-    (["peers=2", "loss=at", "attack.split_batch=true"], True), (["peers=2", "loss=at", "step.pull=0.5"], True),
     (["peers=2", "loss=lbgat"], True), (["peers=1", "loss=trades"], False),
     (["peers=2", "loss=ard", "peers.1.frozen=true", "peers.1.init_from=RUN"], False),  # its teacher does not train
     (["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2", "peers.2.role=generalist"],
@@ -150,7 +150,7 @@ def test_every_peer_meets_the_aes_of_every_peer_on_the_validation_split() -> Non
                                     "attack.steps=3", "eval.chunk=7", "data.val_size=60"])
     data = load_data(config.data, seed=0, batch_size=64)
     models = [Straight(1), Straight(2)]
-    found = measured(models, config, data.val, data.train, 20, torch.device("cpu"))
+    found = measured(models, config, data.val, data.train, 20, torch.device("cpu"), Watch())
 
     def reference(split: ImageSet) -> tuple[list[list[list[list[float]]]], list[int]]:
         """Logits [source][model][image], clean images last, and labels."""
@@ -285,7 +285,7 @@ suites:
   cpu:
     config: digits
     settings: [train.max_steps=4, train.batch_size=16, attack.steps=1, model.width=0.25, eval.every=1, eval.size=20,
-               eval.steps=1, log.every=2, optim.ema_decay=null, eval.test=false, data.train_size=64]
+               eval.steps=1, log.every=2, optim.ema_decay=null, eval.test_steps=0, data.train_size=64]
     seeds: [0]
     reasons: {images: 20}
     tables:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mat_dist.errors import OutputError
 from mat_dist.runs import metrics
 from mat_dist.runs.console import per_peer
-from mat_dist.runs.logs import close_logger, rank_logger
 from mat_dist.runs.metrics import JsonlReporter, Reporter
+from mat_dist.runs.session import close_logger, rank_logger
 
 EPOCH = {"epoch": 1, "step": 12, "loss": [1.5, math.nan], "clean_acc": [0.5, 0.25], "robust_acc": [0.4, None],
          "images_per_s": 100.0, "lr": 0.1}

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mat_dist import rng
-from mat_dist.attacks.fgsm import n_fgsm
-from mat_dist.attacks.pgd import attack_loss
+from mat_dist.attacks.pgd import attack_loss, n_fgsm
 from mat_dist.core.graph import CohortPlan
 from mat_dist.core.peer import Peer
 from mat_dist.methods.curriculum import attack_steps_at

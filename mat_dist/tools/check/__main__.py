@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, count, load_config, load_plugins
 from mat_dist.config.schema import Config, parse_trackers
-from mat_dist.distributed.endpoint import Endpoint
-from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.launch import Endpoint, Launch
 from mat_dist.errors import EnvironmentFault
 from mat_dist.tools.check import Answer, Report, machine
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mat_dist.distributed.endpoint import Endpoint
+from mat_dist.distributed.launch import Endpoint
 from mat_dist.distributed.processes import command_line
 from mat_dist.errors import EnvironmentFault
 from mat_dist.runs.record import versions

@@ -14,7 +14,7 @@ from mat_dist.config.schema import Config
 from mat_dist.core.graph import CohortGraph
 from mat_dist.data.images import available_bytes
 from mat_dist.data.load import DEVICE_SHARE
-from mat_dist.distributed.device import ranks_per_device
+from mat_dist.distributed.groups import ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault

@@ -18,11 +18,10 @@ from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch
 from mat_dist.data import as_float, load_data, training_batches
+from mat_dist.data.arrays import generated_images
 from mat_dist.data.folder import preview_folder
-from mat_dist.data.generated import generated_images
 from mat_dist.errors import DataError, NonFinite, PeerFailed
-from mat_dist.models.classifier import DTYPES, Images, make_model
-from mat_dist.models.registry import parameter_count
+from mat_dist.models.registry import DTYPES, Images, make_model, parameter_count
 from mat_dist.tools.check import Answer
 from mat_dist.tools.dryrun import KNOWN_IMAGES
 

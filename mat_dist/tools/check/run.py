@@ -15,7 +15,7 @@ from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.optim import check_optimizers
-from mat_dist.distributed.device import choose_device, prepare_torch
+from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, OutputError

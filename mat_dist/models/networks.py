@@ -1,16 +1,74 @@
-"""ResNet-18 (He et al., CVPR 2016), and its pre-activation form (ECCV 2016) with the Wide ResNets (BMVC 2016)."""
+"""The built-in networks: two small ones, ResNet-18 (He et al., CVPR 2016), its pre-activation form (ECCV 2016) with the
+Wide ResNets (BMVC 2016), and MobileNetV2 (Sandler et al., CVPR 2018) from torchvision."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from mat_dist.config.schema import ModelConfig
 from mat_dist.models.blocks import GlobalPool, conv3x3, conv_norm_act, initialise, make_activation, make_norm, scaled
+from mat_dist.models.library import no_in_place, replace_relus
 from mat_dist.models.registry import register_model
 
 SMALL_IMAGE = 64  # pixels a side up to which the CIFAR form of a network is used
+# Expansion, channels, blocks, stride of each stage (the paper's table 2); for small images the first two reductions
+# (stem and second stage) are left out, as in the CIFAR versions of the network.
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+def _halved(size: int) -> int:
+    """Side of the map after a 3x3 convolution of stride 2 with padding 1."""
+    return (size + 1) // 2
+
+
+@register_model("tiny_cnn")
+def tiny_cnn(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Three 3x3 convolutions (16, 32, 96 channels, strides 1, 2, 2) and a linear layer on the flattened map.
+
+    For 8x8 to 32x32 images: 36,538 parameters on 1x8x8, 94,426 on 3x32x32 with 10 classes. Of eight designs tried
+    with PGD-7 training on 8x8 digits it is the cheapest within noise of the best (docs/models.md).
+    """
+    channels, height, width = shape
+    first, second, third = (scaled(c, config.width) for c in (16, 32, 96))
+    cells = _halved(_halved(height)) * _halved(_halved(width))
+    return initialise(nn.Sequential(
+        conv_norm_act(channels, first, 1, config),
+        conv_norm_act(first, second, 2, config),
+        conv_norm_act(second, third, 2, config),
+        nn.Flatten(),
+        nn.Linear(third * cells, classes),
+    ))
+
+
+@register_model("small_cnn")
+def small_cnn(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Four 3x3 convolutions (32, 32, 64, 64 channels), mean-pooled to at most 4x4, and two linear layers.
+
+    98,890 parameters and 24.5 million multiply-adds on 3x32x32 with 10 classes: the network of the benchmark.
+    """
+    channels, height, width = shape
+    low, high = scaled(32, config.width), scaled(64, config.width)
+    # Windows of ceil(side / 4) cells; ceil mode averages what a last window holds. Adaptive pooling would do the
+    # same, but its gradient is not deterministic on a GPU.
+    sides = [_halved(height), _halved(width)]
+    windows = [-(-side // 4) for side in sides]
+    cells = -(-sides[0] // windows[0]) * -(-sides[1] // windows[1])
+    return initialise(nn.Sequential(
+        conv_norm_act(channels, low, 1, config),
+        conv_norm_act(low, low, 1, config),
+        conv_norm_act(low, high, 2, config),
+        conv_norm_act(high, high, 1, config),
+        nn.AvgPool2d((windows[0], windows[1]), ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(high * cells, low),
+        make_activation(config.activation),
+        nn.Linear(low, classes),
+    ))
 
 
 class BasicBlock(nn.Module):
@@ -108,3 +166,26 @@ def wrn_28_10(config: ModelConfig, shape: tuple[int, int, int], classes: int) ->
 def wrn_34_10(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Wide ResNet of depth 34, widening factor 10, no dropout: 46,160,474 parameters on 3x32x32 with 10 classes."""
     return _pre_activation(16, (160, 320, 640), 5, config, shape, classes)
+
+
+@register_model("mobilenet_v2")
+def mobilenet_v2(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """MobileNetV2. Up to 64x64 pixels the map is reduced 8 times instead of 32 (stride 1 in stem and second stage).
+
+    2,236,682 parameters with 10 classes, 3,504,872 with 1000, both on 3 channels. The activation is ReLU6 unless set.
+    No dropout, as in the CIFAR versions. Initial weights: torchvision's, He for convolutions, normal with deviation
+    0.01 for the last layer.
+    """
+    models: Any = importlib.import_module("torchvision.models")
+    small = max(shape[1:]) <= SMALL_IMAGE
+    stages = [[t, c, n, 1 if small and c == 24 else s] for t, c, n, s in _STAGES]
+    net: Any = models.MobileNetV2(num_classes=classes, width_mult=config.width, inverted_residual_setting=stages,
+                                  norm_layer=partial(make_norm, config.norm), dropout=0.0)
+    # torchvision's stem is for 3 channels and stride 2.
+    stem = net.features[0]
+    stem[0] = conv3x3(shape[0], stem[0].out_channels, 1 if small else 2)
+    initialise(stem)
+    no_in_place(net)
+    if config.activation is not None:
+        replace_relus(net, config.activation)
+    return cast(nn.Module, net)

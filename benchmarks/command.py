@@ -7,8 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mat_dist.config.help import nearest
-from mat_dist.config.options import Options
+from mat_dist.config.help import Options, nearest
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.command import Command, Watch, read_command
 from mat_dist.cli import run_entry, tell
 from mat_dist.config import load_config, load_plugins
-from mat_dist.config.options import count
+from mat_dist.config.help import count
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch

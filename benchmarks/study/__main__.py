@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.command import Command, read_command
 from mat_dist.cli import run_entry
-from mat_dist.config.options import count
+from mat_dist.config.help import count
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.study.plan import KINDS
 from benchmarks.study.why import FOLDER, reference
-from mat_dist.tools.markdown import markdown_table
+from mat_dist.tools.table import markdown_table
 
 COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs %",
            "training_aes": "own AEs, training %", "gap": "gap", "confidence": "student's confidence %",

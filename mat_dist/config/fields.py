@@ -1,11 +1,15 @@
-"""What all sections of the configuration are made of: numbers that accept fractions, and their base class."""
+"""What all sections of the configuration are made of: their base class, numbers that accept fractions, threats."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import core_schema
 
 from mat_dist.config.norms import known_norms
 
@@ -34,8 +38,34 @@ def parse_integer(value: Any) -> Any:
     return value
 
 
+def check_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments: numbers, truth values, text, null, or lists of these."""
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            finite = not isinstance(one, float) or math.isfinite(one)
+            if not name.isidentifier() or not finite or not isinstance(one, (bool, int, float, str, type(None))):
+                raise ValueError(f"{name} is neither a finite number, true, false, text nor a list of these")
+    return values
+
+
 Number = Annotated[float, BeforeValidator(parse_number)]
 Integer = Annotated[int, BeforeValidator(parse_integer)]
+Arguments = Annotated[dict[str, Any], AfterValidator(check_arguments)]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Marks a setting of text that `read` understands; it raises ValueError where it does not. `like`: an example."""
+
+    read: Callable[[str], Any]
+    like: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        self.read(value)
+        return value
 
 
 class Section(BaseModel):

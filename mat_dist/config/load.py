@@ -23,7 +23,7 @@ from mat_dist.config.fields import Section
 from mat_dist.config.gone import is_gone, without_gone
 from mat_dist.config.help import canonical, faulty, nearest, problem, settings
 from mat_dist.config.presets import fill_peer
-from mat_dist.config.registry import check
+from mat_dist.config.rules import check
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.config.tree import (
     ALIASES,
@@ -34,6 +34,7 @@ from mat_dist.config.tree import (
     Path,
     Tree,
     both_names,
+    can_be_empty,
     cut,
     joined,
     locate,
@@ -42,7 +43,6 @@ from mat_dist.config.tree import (
     parse,
     printable,
     read,
-    section_class,
 )
 from mat_dist.errors import ConfigError
 
@@ -231,7 +231,7 @@ def _apply(layer: Layer, override: Override, source: str, problems: list[ConfigE
 
 def _laid(tree: Tree, path: Path, override: Override, model: type[Section], problems: list[ConfigError]) -> Tree:
     """The top level or a peer with an override at `path`."""
-    if override.empty and section_class(model, path) is not None:
+    if override.empty and can_be_empty(model, path):
         return cut(tree, path)
     given = {(*path, *inner): node for inner, node in override.value.items()}
     return over(tree, normalised(given, problems, model))

@@ -23,7 +23,7 @@ from mat_dist.config.fields import Section
 from mat_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mat_dist.config.registry import Rule
+    from mat_dist.config.rules import Rule
     from mat_dist.config.schema import Config, PeerConfig
 
 Values = Mapping[str, Any]
@@ -39,7 +39,6 @@ class Preset:
         methods: settings of method sections that it needs, by index, e.g. ({"mart": {"beta": 6}},).
         roles: coefficients that replace those of `parts` in a cohort with roles.
         ema_decay: decay of the averaged weights, where the settings say nothing of them.
-        pair: it is for exactly two peers.
     """
 
     parts: tuple[Values, ...] = ({},)
@@ -47,7 +46,6 @@ class Preset:
     methods: tuple[Values, ...] = ({},)
     roles: Mapping[str, Values] = field(default_factory=dict)
     ema_decay: float | None = None
-    pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ class Method:
         attack_defaults: `attack.loss` and `attack.start` of these attack methods, in place of the preset's.
         pairs: its loss couples the logits on clean images and own AEs.
         guided: its attack losses need the teachers' opinion of the clean images.
-        rules: what is wrong with a complete configuration, as in `config.registry`, with the sections that they read.
+        rules: what is wrong with a complete configuration, as in `config.rules`, with the sections that they read.
+        one_label: whether it asks if predictions of a peer are right, which images with mixed labels do not tell; the
+            setting that asks; what to use instead.
         hook: peer -> its hook (`core.hooks.Hook`).
         when: whether a peer with these settings has the hook; default: it has the section.
         kept_bytes: (config, peer, training images, their shape) -> bytes that the hook keeps on the device.
@@ -98,6 +98,7 @@ class Method:
     pairs: bool = False
     guided: bool = False
     rules: Sequence[tuple[Rule, frozenset[str]]] = ()
+    one_label: tuple[Callable[[PeerConfig], bool], str, str] | None = None
     hook: Callable[[Any], Any] | None = None
     when: Callable[[PeerConfig], bool] | None = None
     climbs: bool = False

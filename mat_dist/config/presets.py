@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mat_dist.config.attack import AttackConfig, UnionConfig
-from mat_dist.config.fields import parse_threats
 from mat_dist.config.methods import methods, methods_model, presets, strategies
 from mat_dist.config.norms import known_norms
-from mat_dist.config.schema import LossConfig, OptimConfig, PeerConfig, ThreatConfig
+from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerConfig, ThreatConfig, UnionConfig
 
 BASE: dict[str, Any] = {
     "hard_weight": None, "hard_own": 1.0, "clean_weight": 0.0, "kd_weight": 0.0, "kd_own": None, "kd_clean": 0.0,
@@ -70,16 +69,15 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
 
 
 def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
-    """A peer's threat: the first one of its union, where it has one that can be read."""
-    try:
-        norm, eps = parse_threats(union.threats or "")[0]
-        return ThreatConfig.model_validate({"norm": norm, "eps": eps})
-    except ValueError:  # also pydantic's
-        return threat
+    """A peer's threat: the first one of its union, where it has one."""
+    return ThreatConfig(norm=union.balls[0][0], eps=union.balls[0][1]) if union.balls else threat
 
 
 def fill_optim(optim: OptimConfig, peer: PeerConfig) -> OptimConfig:
-    """`optim` with the averaged weights that belong to a preset, where nothing is said of them; null says: none."""
+    """`optim` with the averaged weights that belong to a preset, where nothing is said of them; null says: none, and so
+    does methods.swa, which averages in its own way."""
+    if "swa" in peer.methods:
+        return optim.model_copy(update={"ema_decay": None})
     decay = presets()[peer.loss.preset].ema_decay
     if decay is None or peer.averages or "ema_decay" in optim.model_fields_set:
         return optim
@@ -110,3 +108,38 @@ def step_size(method: str, steps: int, norm: str, eps: float) -> float:
     if method in ("n_fgsm", "free"):
         return eps
     return (2.5 if steps > 1 else 1.25) * eps / steps
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
+
+    hard_weight: float
+    hard_own: float
+    clean_weight: float
+    kd_weight: float
+    kd_own: float
+    kd_clean: float
+    kd_loss: str
+    kd_where: str
+    temperature: float
+    teacher_input: str
+    teacher_set: str
+    pair_kl: float
+    pair_mse: float
+    label_smoothing: float
+    warmup_epochs: float
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> LossWeights:
+        """From a complete section (`fill_loss`). Raises ValueError naming the fields that are empty."""
+        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
+        empty = [f"loss.{name}" for name, value in values.items() if value is None]
+        if empty:
+            raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
+        return cls(**values)
+
+    def alone(self) -> LossWeights:
+        """While the peer warms up: all weight of labels and teachers is on the labels of own AEs."""
+        hard = self.hard_weight + self.kd_weight + self.kd_clean if self.hard_weight else 0.0
+        return replace(self, hard_weight=hard, hard_own=1.0, kd_weight=0.0, kd_clean=0.0)

@@ -1,17 +1,61 @@
-"""Rules between settings but those that a method brings with it (`mat_dist/methods/`). Data and model names are not
-checked here: a plug-in may register more.
+"""Rules between settings but those that a method brings with it (`mat_dist/methods/`).
+
+Each takes a complete configuration and returns what is wrong; `where` is a key. Data and model names are not checked
+here: a plug-in may register more.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
-from mat_dist.config.fields import parse_threats, real_images
-from mat_dist.config.methods import presets, strategies
+from mat_dist.config.fields import real_images
+from mat_dist.config.methods import methods, presets, strategies
 from mat_dist.config.norms import known_norms
-from mat_dist.config.registry import asks_for_one_label, entries, heard_by, learns_alone, rule
+from mat_dist.config.presets import hears
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
+
+Rule = Callable[[Config], list[ConfigError]]
+_RULES: list[tuple[Rule, frozenset[str]]] = []
+
+
+def rule(*sections: str) -> Callable[[Rule], Rule]:
+    """Register a rule that reads `sections` ("peers" are names, streams and number)."""
+    def register(function: Rule) -> Rule:
+        _RULES.append((function, frozenset(sections)))
+        return function
+    return register
+
+
+def check(config: Config, broken: frozenset[str] = frozenset()) -> list[ConfigError]:
+    """All problems of all rules, those of methods too, but of rules that read a section of which some values are
+    unknown (`broken`)."""
+    rules = [*_RULES, *(one for method in methods().values() for one in method.rules)]
+    return [found for function, sections in rules if not sections & broken for found in function(config)]
+
+
+def entries(config: Config) -> Iterator[tuple[str, PeerConfig]]:
+    """Key and entry of every peer."""
+    for index, peer in enumerate(config.peers):
+        yield f"peers.{index}", peer
+
+
+def heard_by(config: Config, index: int) -> list[int]:
+    """The peers that a peer learns from."""
+    me = config.peers[index]
+    return [i for i, other in enumerate(config.peers) if i != index and hears(me.role, other.role, other.frozen)]
+
+
+def learns_alone(peer: PeerConfig) -> bool:
+    """Whether its loss has terms on own AEs or clean images that need no teacher."""
+    c = peer.loss
+    pairs = c.pair_kl or c.pair_mse or any(methods()[name].pairs for name in peer.methods)
+    return bool((c.hard_weight and c.hard_own) or c.clean_weight or pairs)
+
+
+# ---------------------------------------------------------------- the rules
 
 # Words with a meaning where a peer is asked for: `mat_dist.load(run, peer="best")`, `peers.all.model=...`.
 RESERVED_NAMES = ("all", "best", "ensemble", "last", "latest")
@@ -61,21 +105,35 @@ def streams_are_unique(config: Config) -> list[ConfigError]:
     return _twice(config, "stream", "give each peer its own stream, or leave it out")
 
 
-@rule("optim", "train")
-def schedule_fits_training(config: Config) -> list[ConfigError]:
-    """Warm-up ends within the training; milestones are increasing shares of it."""
+@rule("optim")
+def milestones_rise(config: Config) -> list[ConfigError]:
+    """Milestones are increasing shares of the training."""
     found = []
     for key, peer in entries(config):
-        o = peer.optim
-        if o.warmup_epochs >= config.train.epochs:
-            rise = "rise of onecycle" if o.schedule == "onecycle" else "warm-up"
-            found.append(ConfigError(f"the {rise} lasts {o.warmup_epochs:g} of {config.train.epochs} epochs",
-                                     f"{key}.optim.warmup_epochs", "make it shorter than train.epochs"))
-        inside = all(0 < m < 1 for m in o.milestones)
-        if not inside or any(a >= b for a, b in zip(o.milestones, o.milestones[1:], strict=False)):
-            shown = ", ".join(f"{m:g}" for m in o.milestones)
+        marks = (0, *peer.optim.milestones, 1)
+        if any(a >= b for a, b in pairwise(marks)):
+            shown = ", ".join(f"{m:g}" for m in peer.optim.milestones)
             found.append(ConfigError(f"milestones [{shown}] are not increasing shares between 0 and 1",
                                      f"{key}.optim.milestones", "write shares of the training: [100/110, 105/110]"))
+    return found
+
+
+@rule("optim", "loss", "train", "methods")
+def warm_ups_end(config: Config) -> list[ConfigError]:
+    """Rates that never reach their peak, mutual terms that never begin, and peers with nothing to learn before."""
+    found, epochs = [], config.train.epochs
+    for key, peer in entries(config):
+        loss, where = peer.loss, f"{key}.loss.warmup_epochs"
+        if peer.optim.warmup_epochs >= epochs:
+            rise = "rise of onecycle" if peer.optim.schedule == "onecycle" else "warm-up"
+            found.append(ConfigError(f"the {rise} lasts {peer.optim.warmup_epochs:g} of {epochs} epochs",
+                                     f"{key}.optim.warmup_epochs", "make it shorter than train.epochs"))
+        if (loss.warmup_epochs or 0) >= epochs:
+            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {epochs} epochs", where,
+                                     "make it shorter than train.epochs, or write preset: at"))
+        elif loss.warmup_epochs and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
+            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
+                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
     return found
 
 
@@ -110,23 +168,16 @@ def data_fill_a_batch(config: Config) -> list[ConfigError]:
                         f"write {real} or more, or a smaller train.batch_size")]
 
 
-@rule("data")
-def idbh_crops_and_erases_itself(config: Config) -> list[ConfigError]:
-    """IDBH with another crop or another hidden square is no longer what was published."""
-    augment = config.data.augment
-    both = [name for name in ("pad", "random_resized_crop") if getattr(augment, name)]
-    if augment.idbh == "off" or not both:
-        return []
-    return [ConfigError(f"idbh {augment.idbh} crops and erases itself, {both[0]} would come on top",
-                        f"data.augment.{both[0]}", f"write {both[0]}: 0, or idbh: off")]
-
-
-@rule("data", "loss", "attack")
+@rule("data", "loss", "attack", "union", "methods")
 def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
     """CutMix gives an image two labels: what asks whether a prediction is right has no answer."""
-    return [*asks_for_one_label(config, lambda peer: not peer.frozen and peer.loss.kd_where != "all", "loss.kd_where",
-                                "kd_where: all"),
-            *asks_for_one_label(config, lambda peer: peer.attack.loss == "margin", "attack.loss", "attack.loss: ce")]
+    asking = [(lambda peer: not peer.frozen and peer.loss.kd_where != "all", "loss.kd_where", "kd_where: all"),
+              (lambda peer: peer.attack.loss == "margin", "attack.loss", "attack.loss: ce"),
+              *(method.one_label for method in methods().values() if method.one_label is not None)]
+    return [ConfigError(f"{where} (preset {peer.loss.preset}) asks for one label per image, and cutmix mixes two",
+                        f"{key}.{where}", f"write data.augment.cutmix: 0, or {use}")
+            for asks, where, use in asking for key, peer in entries(config)
+            if config.data.augment.cutmix and asks(peer)]
 
 
 @rule("data")
@@ -136,9 +187,7 @@ def data_can_be_found(config: Config) -> list[ConfigError]:
     if data.name in ("folder", "npz") and data.root is None:
         what = "a folder with train/<class>/ and test/<class>/" if data.name == "folder" else "an .npz file"
         return [ConfigError(f"{data.name} data without data.root", "data.root", f"write the path of {what}")]
-    if data.name in ("folder", "npz", "digits") and data.download:
-        return [ConfigError(f"{data.name} data cannot be downloaded", "data.download", "write download: false")]
-    if data.root is None and (data.name in ("cifar10", "cifar100", "svhn") or data.download):
+    if data.root is None and data.name != "digits" and (data.name in ("cifar10", "cifar100", "svhn") or data.download):
         return [ConfigError(f"{data.name} data without data.root", "data.root",
                             "write the folder that holds the data, or where download: true may put them")]
     return []
@@ -191,16 +240,6 @@ def n_fgsm_fits(config: Config) -> list[ConfigError]:
 def _value(peer: PeerConfig, key: str) -> object:
     section, name = key.split(".")
     return getattr(getattr(peer, section), name)
-
-
-@rule("loss", "peers")
-def smoothing_has_a_cross_entropy(config: Config) -> list[ConfigError]:
-    """Smoothing does nothing without hard labels in a plain cross-entropy"""
-    return [ConfigError(f"label_smoothing {c.label_smoothing:g} of preset {c.preset}, which has no cross-entropy that "
-                        "takes it", f"{key}.loss.label_smoothing", "write label_smoothing: 0, or give clean_weight or "
-                                                                   "hard_weight a weight")
-            for key, peer in entries(config) for c in [peer.loss] if c.label_smoothing and not peer.frozen
-            and not c.clean_weight and not c.hard_weight]
 
 
 @rule("loss", "peers")
@@ -263,44 +302,12 @@ def frozen_peers_have_weights(config: Config) -> list[ConfigError]:
     return found
 
 
-@rule("loss", "peers")
-def presets_for_two(config: Config) -> list[ConfigError]:
-    """Presets whose two nets have different parts."""
-    return [ConfigError(f"preset {peer.loss.preset} is for 2 peers, here are {len(config.peers)}", f"{key}.loss.preset",
-                        "write peers: 2")
-            for key, peer in entries(config) if presets()[peer.loss.preset].pair and len(config.peers) != 2]
-
-
-@rule("loss")
-def shares_add_up(config: Config) -> list[ConfigError]:
-    """`mat`, `mat_kd` and `dml_at` divide one loss between labels and teachers: (1 - alpha) and alpha."""
-    return [ConfigError(f"hard_weight {c.hard_weight:g} and kd_weight {c.kd_weight:g} of preset {c.preset} do not add "
-                        "up to 1", f"{key}.loss.hard_weight", "leave hard_weight out, or write preset: at with weights")
-            for key, peer in entries(config) if (c := peer.loss).preset in ("mat", "mat_kd", "dml_at")
-            and c.hard_weight is not None and c.kd_weight is not None and abs(c.hard_weight + c.kd_weight - 1) > 1e-6]
-
-
 @rule("loss")
 def single_images_have_a_divergence(config: Config) -> list[ConfigError]:
     """Which images a teacher is listened to on is asked of the divergence alone."""
     return [ConfigError(f"kd_where {peer.loss.kd_where} with kd_loss {peer.loss.kd_loss}", f"{key}.loss.kd_loss",
                         "write kd_loss: kl")
             for key, peer in entries(config) if peer.loss.kd_where != "all" and peer.loss.kd_loss != "kl"]
-
-
-@rule("loss", "train")
-def warm_up_ends(config: Config) -> list[ConfigError]:
-    """Mutual terms that never begin, and peers that have nothing to learn before they do."""
-    found = []
-    for key, peer in entries(config):
-        loss, where = peer.loss, f"{key}.loss.warmup_epochs"
-        if (loss.warmup_epochs or 0) >= config.train.epochs:
-            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {config.train.epochs} "
-                                     "epochs", where, "make it shorter than train.epochs, or write preset: at"))
-        elif loss.warmup_epochs and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
-            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
-                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
-    return found
 
 
 @rule("step", "optim", "loss")
@@ -342,13 +349,9 @@ def _distilled_norms(config: Config, index: int) -> set[str]:
 
 
 def _view_norms(peer: PeerConfig) -> set[str]:
-    """Norms that a peer makes views for; of its own threat where its union cannot be read."""
+    """Norms that a peer makes views for."""
     strategy = strategies().get(peer.union.strategy or "")
-    try:
-        union = parse_threats(peer.union.threats) if peer.union.threats and strategy and strategy.each else []
-    except ValueError:
-        union = []
-    return {norm for norm, _ in union} or {peer.threat.norm}
+    return {norm for norm, _ in peer.union.balls if strategy and strategy.each} or {peer.threat.norm}
 
 
 def _grouped(config: Config, texts: dict[str, list[str]]) -> list[str]:
@@ -366,9 +369,13 @@ def config_warnings(config: Config) -> list[str]:
     for peer in config.peers:
         eps, size = peer.threat.eps, peer.attack.step_size
         meant = as_fraction(size) if size is not None else None
+        if peer.loss.label_smoothing and not peer.frozen and not peer.loss.clean_weight and not peer.loss.hard_weight:
+            note(f"loss.label_smoothing: preset {peer.loss.preset} has no cross-entropy that takes it", peer)
+        if "ramp" in peer.methods and peer.union.strategy != "ramp":
+            note("methods.ramp does nothing without union.strategy ramp", peer)
         if size is not None and size > 2 * eps:
             note(f"attack.step_size {size:g} is more than 2 eps = {2 * eps:g}" + (f"; {meant}?" if meant else ""), peer)
-    found = _grouped(config, texts)
+    found, augment = _grouped(config, texts), config.data.augment
     for name in {peer.loss.preset for peer in config.peers}:
         preset, users = presets()[name], sum(peer.loss.preset == name for peer in config.peers)
         if len(preset.parts) > 1 and users != len(config.peers):
@@ -376,12 +383,15 @@ def config_warnings(config: Config) -> list[str]:
         elif len(preset.parts) > 1 and users != len(preset.parts):
             found.append(f"loss.preset {name} was published for {len(preset.parts)} peers; here kinds alternate and "
                          "distillation is the mean")
-    if config.data.augment.cutmix and not any(peer.averages for peer in config.peers):
+    if augment.cutmix and not any(peer.averages for peer in config.peers):
         found.append("data.augment.cutmix helps adversarial training with averaged weights (Rebuffi et al., NeurIPS "
                      "2021), and no peer has optim.ema_decay or methods.swa")
+    if augment.idbh != "off" and (augment.pad or augment.random_resized_crop):
+        found.append(f"data.augment.idbh {augment.idbh} crops and erases itself; pad or random_resized_crop comes on "
+                     "top")
     if config.data.name == "folder" and config.data.image_size is None:
         found.append("data.image_size is not set: all images of the folder must have one size")
-    if config.data.name in ("digits", "svhn") and config.data.augment.flip:
+    if config.data.name in ("digits", "svhn") and augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
     return found + _role_warnings(config)
 

@@ -6,14 +6,13 @@ stand beside the section; rules between sections in `rules.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mat_dist.config.attack import AttackConfig, UnionConfig
-from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.loss import LossConfig
-from mat_dist.config.methods import Methods, Registered
+from mat_dist.config.fields import Arguments, Integer, Number, Section, Written, parse_threats
+from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, presets, strategies
 from mat_dist.config.norms import known_norms
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
@@ -105,6 +104,82 @@ class ThreatConfig(Section):
     eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
 
 
+class AttackConfig(Section):
+    """How a peer makes its adversarial examples in training."""
+
+    method: Annotated[str, Registered(attack_methods)] = Field(
+        "pgd", description="pgd: equal steps, the last point counts; apgd: Auto-PGD sets its own steps, the best point "
+                           "counts; n_fgsm: one step from noise of 2 eps, not cut to the ball (linf, steps: 1); free: "
+                           "one step a replay along the image gradient that learning gives (steps: 1, train.replays)")
+    steps: Integer = Field(10, ge=1, le=1000, description="gradient steps; 1 with a uniform start is FGSM-RS")
+    step_size: Number | None = Field(None, gt=0, le=1e5, description="length of a step; default 2.5 eps / steps, for "
+                                                                     "one step 1.25 eps, n_fgsm and free eps; apgd: "
+                                                                     "of the first step, 2 eps, for l1 eps")
+    start: Literal["uniform", "gaussian", "zero"] | None = Field(
+        None, description="start noise; gaussian is TRADES' 0.001 normal; default: the preset's (uniform)")
+    loss: Annotated[str, Registered(attack_losses)] | None = Field(
+        None, description="what the attack raises: cross-entropy (ce), KL to the own clean prediction (kl_clean, "
+                          "TRADES) or to the teachers' (kl_teacher, RSLAD), or the CW margin (margin); default: the "
+                          "preset's (ce)")
+
+
+class UnionConfig(Section):
+    """How one peer trains against several threats at once. Formulas: docs/method.md."""
+
+    strategy: Annotated[str, Registered(strategies)] | None = Field(
+        None, description="learn from all threats evenly (avg); from each image's worst one (max); from one drawn per "
+                          "step (random, SAT); from linf or l1, the less robust one more often (eat, E-AT); from the "
+                          "steepest over the threats in each attack step (msd); max with paired logits (ramp). A "
+                          "generalist without threats of its own learns so from its specialists' AEs (avg, max, ramp)")
+    threats: Annotated[str, Written(parse_threats, "linf:8/255,l2:1/2,l1:12")] | None = Field(
+        None, description="norm:eps of each, for AEs of its own; the first one is the peer's threat")
+
+    @property
+    def balls(self) -> list[tuple[str, float]]:
+        """Norm and radius of each threat."""
+        return parse_threats(self.threats) if self.threats else []
+
+
+class LossConfig(Section):
+    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/method.md."""
+
+    preset: Annotated[str, Registered(presets)] = Field("mat", description="named set of coefficients")
+    hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")
+    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs (w_own), the rest "
+                                                                  "is spread over peers' AEs")
+    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
+    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers on AEs (alpha)")
+    kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
+                                                                "over peers' AEs; default an even share (with "
+                                                                "teacher_set owner: 0)")
+    kd_clean: Number | None = Field(None, ge=0, le=1, description="weight of distillation on clean images (RSLAD)")
+    kd_loss: Literal["kl", "mse"] | None = Field(
+        None, description="divergence of softened predictions, or mean squared difference of logits (LBGAT)")
+    kd_where: Literal["all", "teacher_right", "student_wrong"] | None = Field(
+        None, description="images on which a teacher is listened to: all; those that it labels correctly; of these "
+                          "those that the student gets wrong")
+    temperature: Number | None = Field(None, gt=0, le=1000, description="softmax temperature of distillation and of "
+                                                                        "pair_kl (T); both count T squared times")
+    teacher_input: Literal["same_ae", "own_ae", "clean"] | None = Field(
+        None, description="what a teacher looks at: what the student sees, the teacher's own AE, or the clean image")
+    teacher_set: Literal["all", "owner", "expert", "frozen"] | None = Field(
+        None, description="all other peers; only the peer that made the AE; only peers whose own threat has the norm "
+                          "that the AE was made for; or only peers that do not train")
+    pair_kl: Number | None = Field(None, ge=0, description="weight of KL(clean prediction || own-AE prediction) "
+                                                           "(TRADES: beta)")
+    pair_mse: Number | None = Field(None, ge=0, description="weight of the mean squared difference between clean and "
+                                                            "own-AE logits (ALP)")
+    label_smoothing: Number | None = Field(None, ge=0, lt=1, description="label smoothing of the cross-entropies on "
+                                                                         "AEs and clean images")
+    warmup_epochs: Number | None = Field(None, ge=0, description="epochs in which the peer learns alone: no "
+                                                                 "distillation, hard labels on own AEs")
+
+    @property
+    def learns_aes(self) -> bool:
+        """Whether a complete loss has a term on AEs; LBGAT's net of clean images has none."""
+        return bool(self.hard_weight or self.kd_weight or self.pair_kl or self.pair_mse)
+
+
 class OptimConfig(Section):
     """An optimizer of torch.optim and a schedule that is a pure function of the step."""
 
@@ -112,9 +187,10 @@ class OptimConfig(Section):
                                                                         "torch.optim, such as RMSprop")
     lr: Number = Field(0.1, gt=0, le=100, description="peak learning rate")
     weight_decay: Number = Field(5e-4, ge=0, le=1, description="weight decay")
-    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the class, such as {nesterov: "
-                                                                   "true} or {betas: [0.9, 0.95]}; sgd has momentum "
-                                                                   "0.9 where they say nothing else")
+    args: Arguments = Field(
+        default_factory=dict, description="further arguments of the class, such as {nesterov: true} or {betas: [0.9, "
+                                          "0.95]}, or one by one: optim.args.momentum=0.8; sgd has momentum 0.9 where "
+                                          "they say nothing else")
     decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
     schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field(
         "piecewise", description="learning-rate schedule")
@@ -195,7 +271,6 @@ class EvalConfig(Section):
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
     test_steps: Integer = Field(20, ge=0, le=10000, description="PGD steps on the test set, at the end; 0: no test")
-    restarts: Integer = Field(1, ge=1, le=1000, description="random starts, the worst one counts per image")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")
     test_size: Integer | None = Field(None, ge=1, description="evaluate on this many test images; default all")
     chunk: Integer = Field(256, ge=1, le=1 << 20, description="images per unit of work; part of the result's seed")
@@ -210,15 +285,25 @@ class CheckpointConfig(Section):
     keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
 
 
+def parse_trackers(text: str | None) -> dict[str, str]:
+    """The trackers of "tensorboard,wandb:PROJECT", with its project. Raises ValueError for others, or one twice."""
+    parts = [] if text is None else [re.fullmatch(r"(tensorboard)|(wandb):(.{1,128})", part.strip())
+                                     for part in text.split(",")]
+    found = {part[1] or part[2]: part[3] or "" for part in parts if part}
+    if len(found) < len(parts):
+        raise ValueError("not trackers")
+    return found
+
+
 class LogConfig(Section):
     """What is written and shown while training."""
 
     every: Integer = Field(50, ge=1, description="steps between log records; only these steps read metrics back")
     console: Literal["auto", "live", "plain", "off"] = Field(
         "auto", description="live table where there is a terminal, plain lines elsewhere")
-    tensorboard: bool = Field(False, description="also write records and pictures of AEs for TensorBoard")
-    wandb: str | None = Field(None, min_length=1, max_length=128, description="also send them to this project of "
-                                                                              "Weights & Biases")
+    trackers: Annotated[str, Written(parse_trackers, "tensorboard,wandb:PROJECT")] | None = Field(
+        None, description="where numbers and pictures of AEs are sent too: tensorboard, wandb:PROJECT (Weights & "
+                          "Biases), or both")
 
 
 class Config(Section):

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_origin
 
 from mat_dist.config.fields import Section
 from mat_dist.config.methods import methods_model
@@ -146,6 +146,16 @@ def section_class(model: type[Section] | None, path: Sequence[str | int]) -> typ
     return model
 
 
+def can_be_empty(model: type[Section], path: Sequence[str | int]) -> bool:
+    """Whether null at `path` means nothing given: of a section, and of a mapping of arguments. At the section of a
+    method it means that the method is not used."""
+    if len(path) == 2 and path[0] == "methods":
+        return False
+    inside = section_class(model, path[:-1]) if path else None
+    field = inside.model_fields.get(str(path[-1])) if inside is not None else None
+    return section_class(model, path) is not None or (field is not None and get_origin(field.annotation) is dict)
+
+
 def both_names(alias: Node, setting: Node) -> ConfigError:
     """The problem of a setting that is given under both of its names."""
     return ConfigError(f"{alias.key} is another name for {setting.key}, and both are given",
@@ -160,7 +170,7 @@ def normalised(tree: Tree, problems: list[ConfigError], model: type[Section]) ->
     """
     tree = {(path[0], SHORTHANDS[str(path[0])]) if len(path) == 1 and path[0] in SHORTHANDS and
             isinstance(node.value, str) else path: node for path, node in tree.items()
-            if node.value is not None or section_class(model, path) in (None, model)}
+            if node.value is not None or not path or not can_be_empty(model, path)}
     for alias in ALIASES:
         moved, twice = tree.pop(("attack", alias), None), tree.get(("threat", alias))
         if moved is not None and twice is not None:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.fields import parse_threats
-from mat_dist.config.loss import LossWeights
 from mat_dist.config.methods import methods, strategies
-from mat_dist.config.presets import hears
+from mat_dist.config.presets import LossWeights, hears
 from mat_dist.config.schema import PeerConfig
 
 

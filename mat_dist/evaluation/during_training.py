@@ -118,7 +118,7 @@ class Evaluations:
 
     def job(self, steps: int) -> Job:
         """PGD of so many steps with every threat of the cohort."""
-        plan = AttackPlan(steps, self.config.eval.restarts)
+        plan = AttackPlan(steps, 1)
         return Job(tuple(threats_of(self.config.peers)), {"pgd": plan}, ("pgd",), transfer=False,
                    seed=self.config.run.seed, keep=False)
 

@@ -12,9 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from mat_dist.config import load_config
 from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.help import nearest
+from mat_dist.config.help import Options, nearest
 from mat_dist.config.norms import UNIONS
-from mat_dist.config.options import Options
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError
@@ -127,7 +126,7 @@ class Request(Section):
         ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
     steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
                                                                      "eval.test_steps, or 20 where that is 0")
-    restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default eval.restarts")
+    restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default 2.5 eps / "
                                                              "steps, for mifgsm eps / steps")
     targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import entries, learns_alone
+from mat_dist.config.rules import entries, learns_alone
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.errors import ConfigError

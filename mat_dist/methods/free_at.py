@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import entries
+from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.errors import ConfigError
@@ -97,7 +97,7 @@ def free_attacks_fit(config: Config) -> list[ConfigError]:
                 (peer.frozen, "a peer that does not learn", "frozen", "frozen: false"),
                 (not labels, f"preset {peer.loss.preset}, which has no hard labels on own AEs", "loss.preset",
                  "loss.preset: at")):
-            if bad:
+            if bad and (one or where == "attack.method"):
                 found.append(ConfigError(f"attack.method free beside {what}", f"{key}.{where}", f"write {how}"))
     return found
 

@@ -4,7 +4,7 @@ and PeerAiD (Jung et al., CVPR 2024). The core tells the attack the mean of its 
 from __future__ import annotations
 
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import heard_by
+from mat_dist.config.rules import heard_by
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 

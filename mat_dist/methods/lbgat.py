@@ -9,4 +9,4 @@ from mat_dist.config.methods import Method, Preset, register_method
 register_method(Method("lbgat", "learnable boundary guided adversarial training (LBGAT)", presets={"lbgat": Preset(
     ({"hard_weight": 0.0, "clean_weight": 1.0, "kd_clean": 1.0, "kd_loss": "mse", "teacher_input": "own_ae"},
      {"hard_weight": 0.0, "kd_weight": 1.0, "kd_own": 1.0, "kd_loss": "mse", "teacher_input": "clean"}),
-    ({"loss": "kl_clean", "start": "gaussian"},), pair=True)}))
+    ({"loss": "kl_clean", "start": "gaussian"},))}))

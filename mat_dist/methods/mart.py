@@ -9,10 +9,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, Preset, register_method
-from mat_dist.config.registry import asks_for_one_label
-from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
-from mat_dist.errors import ConfigError
 from mat_dist.methods import lazy
 
 if TYPE_CHECKING:
@@ -68,12 +65,8 @@ class Mart(Hook):
         return boosted + self.settings.beta * weighted_kl(logits[clean], logits[own], y_B)
 
 
-def one_label(config: Config) -> list[ConfigError]:
-    """It asks which images are classified correctly."""
-    return asks_for_one_label(config, lambda peer: "mart" in peer.methods, "loss.preset", "another preset")
-
-
 register_method(Method(
     "mart", "boosted cross-entropy and a KL on images that are wrong when clean (MART)", section=MartConfig, hook=Mart,
-    pairs=True, rules=((one_label, frozenset({"methods", "data"})),), presets={"mart": Preset(
+    pairs=True, one_label=(lambda peer: "mart" in peer.methods, "loss.preset", "another preset"),
+    presets={"mart": Preset(
         ({"hard_weight": 0.0},), ({"loss": "ce", "start": "gaussian"},), ({"mart": {}},))}))  # start: its code

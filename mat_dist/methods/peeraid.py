@@ -9,4 +9,4 @@ from mat_dist.config.methods import Method, Preset, register_method
 register_method(Method("peeraid", "peer tutoring on the student's AEs (PeerAiD)", presets={"peeraid": Preset(
     ({"hard_weight": 1.0, "hard_own": 0.0, "kd_weight": 0.01, "kd_own": 0.0},
      {"hard_weight": 0.0, "kd_weight": 0.1, "kd_own": 1.0, "temperature": 5.0, "pair_kl": 0.1}),
-    ({}, {"loss": "kl_teacher", "start": "gaussian"}), pair=True)}))
+    ({}, {"loss": "kl_teacher", "start": "gaussian"}))}))

@@ -12,10 +12,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, Strategy, register_method
-from mat_dist.config.registry import asks_for_one_label, entries
-from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
-from mat_dist.errors import ConfigError
 from mat_dist.methods import lazy
 
 if TYPE_CHECKING:
@@ -127,21 +124,9 @@ class Ramp(Hook):
         self._natural = []
 
 
-def ramp_has_its_strategy(config: Config) -> list[ConfigError]:
-    """The settings belong to the strategy."""
-    return [ConfigError(f"methods.ramp with union.strategy {peer.union.strategy}", f"{key}.methods.ramp",
-                        "leave it out, or write union.strategy: ramp")
-            for key, peer in entries(config) if "ramp" in peer.methods and peer.union.strategy != "ramp"]
-
-
-def one_label(config: Config) -> list[ConfigError]:
-    """It asks which images are classified correctly."""
-    return asks_for_one_label(config, lambda peer: peer.union.strategy == "ramp", "union.strategy", "strategy: max")
-
-
 register_method(Method(
     "ramp", "paired logits and projected gradients for unions (RAMP)", section=RampConfig, hook=Ramp, counts=True,
     learning=lambda spec, row: int(getattr(spec.methods.get("ramp"), "projection", 0.0) > 0 and not spec.frozen),
     when=lambda spec: spec.union.strategy == "ramp",
     strategies={"ramp": Strategy("max with paired logits (RAMP)", each=True, worst=True)},
-    rules=((ramp_has_its_strategy, frozenset({"methods", "union"})), (one_label, frozenset({"union", "data"})))))
+    one_label=(lambda peer: peer.union.strategy == "ramp", "union.strategy", "strategy: max")))

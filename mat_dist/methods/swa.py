@@ -11,10 +11,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import entries
-from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook
-from mat_dist.errors import ConfigError
 from mat_dist.methods import lazy
 
 if TYPE_CHECKING:
@@ -81,12 +78,5 @@ class WeightAverage(Hook):
                     peer.ema[name].copy_(buffer)
 
 
-def one_average(config: Config) -> list[ConfigError]:
-    """A peer keeps one average of its weights."""
-    return [ConfigError("two averages of the weights, optim.ema_decay and methods.swa", f"{key}.methods.swa",
-                        "write ema_decay: null, or leave methods.swa out")
-            for key, peer in entries(config) if peer.optim.ema_decay is not None and "swa" in peer.methods]
-
-
 register_method(Method("swa", "even average of the weights of later epochs (SWA)", section=SwaConfig,
-                       hook=WeightAverage, rules=((one_average, frozenset({"methods", "optim"})),)))
+                       hook=WeightAverage))

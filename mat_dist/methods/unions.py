@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from mat_dist.config.fields import parse_threats
 from mat_dist.config.methods import Method, Strategy, register_method
-from mat_dist.config.registry import asks_for_one_label, entries, heard_by
-from mat_dist.config.schema import Config, PeerConfig, UnionConfig
+from mat_dist.config.rules import entries, heard_by
+from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError
 from mat_dist.methods import lazy
@@ -237,80 +236,48 @@ def _draws(spec: PeerConfig) -> bool:
 def _attack_passes(spec: PeerConfig, steps: Fraction) -> tuple[Fraction, Fraction]:
     """E-AT looks at PGD's last point, MSD at each step of each norm."""
     looks = spec.union.strategy == "eat" and spec.attack.method == "pgd"
-    tried = len(parse_threats(spec.union.threats or "")) if spec.union.strategy == "msd" else 0
+    tried = len(spec.union.balls) if spec.union.strategy == "msd" else 0
     return steps, looks + steps * tried
 
 
 # ---------------------------------------------------------------- rules
 
 
-def _norms(union: UnionConfig) -> list[str] | None:
-    """Norms of the threats in their order; None where they cannot be read."""
-    try:
-        return [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
-    except ValueError:
-        return None
-
-
-def unions_can_be_read(config: Config) -> list[ConfigError]:
-    """Threats are norms with radii, each norm once, two or more, and come with a strategy."""
-    found = []
-    for key, peer in entries(config):
-        union, where = peer.union, f"{key}.union.threats"
-        try:
-            given = [norm for norm, _ in parse_threats(union.threats)] if union.threats else []
-        except ValueError as error:
-            found.append(ConfigError(str(error), where, "write norm:eps, such as linf:8/255,l2:0.5"))
-            continue
-        if given and union.strategy is None:
-            found.append(ConfigError("union.threats without a strategy", f"{key}.union.strategy",
-                                     "write avg, max, random, eat, msd or ramp"))
-        if len(set(given)) < len(given):
-            found.append(ConfigError("a union with one norm twice", where, "write each norm once"))
-        elif union.strategy and peer.loss.hard_own and len(given) < 2:
-            found.append(ConfigError(f"strategy {union.strategy} with {len(given)} threats", where,
-                                     "write two or more, such as linf:8/255,l2:1/2,l1:12"))
-        elif union.strategy == "eat" and peer.loss.hard_own and not {"linf", "l1"} <= set(given):
-            found.append(ConfigError("strategy eat without linf and l1", where, "name both"))
-        elif union.strategy == "eat" and (more := sorted(set(given) - {"linf", "l2", "l1"})):
-            found.append(ConfigError(f"strategy eat with {', '.join(more)}: E-AT draws linf or l1", where,
-                                     "leave it out, or write strategy: random"))
-    return found
-
-
-def unions_of_received_aes_fit(config: Config) -> list[ConfigError]:
-    """A peer that learns a union from others' AEs hears several norms, and names none that nobody makes."""
+def unions_fit(config: Config) -> list[ConfigError]:
+    """Two or more norms, each once, with a strategy: of own threats, or of those whose AEs a peer learns from. The
+    worst or the mean over several norms is that of plain cross-entropies on AEs."""
     found = []
     for index, (key, peer) in enumerate(entries(config)):
-        union, heard = peer.union, heard_by(config, index)
-        if not union.strategy or peer.loss.hard_own or not heard:
-            continue
-        if union.threats:
-            found.append(ConfigError("union.threats, and this peer learns from the AEs of others alone",
-                                     f"{key}.union.threats",
-                                     "leave them out: the threats of those peers count; or give loss.hard_own a share, "
-                                     "for AEs of its own"))
-        elif union.strategy in HOOKS:
-            found.append(ConfigError(f"strategy {union.strategy} makes AEs, and those of other peers are finished",
-                                     f"{key}.union.threats",
-                                     "name the threats for AEs of its own, or write strategy: avg, max or ramp"))
-        elif len({config.peers[i].threat.norm for i in heard}) < 2:
-            found.append(ConfigError(f"strategy {union.strategy}, and the specialists have one norm",
-                                     f"{key}.union.strategy", "add a specialist for each norm"))
+        union, given = peer.union, [norm for norm, _ in peer.union.balls]
+        strategy, heard = union.strategy, heard_by(config, index)
+        own = bool(strategy and peer.loss.hard_own)
+        received = bool(strategy and not peer.loss.hard_own and heard)
+        eat, combines = strategy == "eat", strategy is not None and strategy not in HOOKS
+        more = sorted(set(given) - {"linf", "l2", "l1"})
+        for bad, what, where, how in (
+                (given and strategy is None, "union.threats without a strategy", "strategy",
+                 "write avg, max, random, eat, msd or ramp"),
+                (len(set(given)) < len(given), "a union with one norm twice", "threats", "write each norm once"),
+                (own and len(given) < 2, f"strategy {strategy} with {len(given)} threats", "threats",
+                 "write two or more, such as linf:8/255,l2:1/2,l1:12"),
+                (own and eat and not {"linf", "l1"} <= set(given), "strategy eat without linf and l1", "threats",
+                 "name both"),
+                (eat and more, f"strategy eat with {', '.join(more)}: E-AT draws linf or l1", "threats",
+                 "leave it out, or write strategy: random"),
+                (received and given, "union.threats, and this peer learns from the AEs of others alone", "threats",
+                 "leave them out: the threats of those peers count; or give loss.hard_own a share, for AEs of its own"),
+                (received and not combines, f"strategy {strategy} makes AEs, and those of other peers are finished",
+                 "threats", "name the threats for AEs of its own, or write strategy: avg, max or ramp"),
+                (received and len({config.peers[i].threat.norm for i in heard}) < 2,
+                 f"strategy {strategy}, and the specialists have one norm", "strategy",
+                 "add a specialist for each norm"),
+                (combines and not peer.loss.hard_weight and not peer.frozen,
+                 f"strategy {strategy} with preset {peer.loss.preset}, which has no hard labels on AEs", "strategy",
+                 "write loss.preset: at, or strategy random, eat or msd")):
+            if bad:
+                found.append(ConfigError(what, f"{key}.union.{where}", how))
+                break
     return found
-
-
-def unions_have_hard_labels(config: Config) -> list[ConfigError]:
-    """The worst or the mean over several norms is that of plain cross-entropies on AEs."""
-    return [ConfigError(f"strategy {peer.union.strategy} with preset {peer.loss.preset}, which has no hard labels on "
-                        "AEs", f"{key}.union.strategy", "write loss.preset: at, or strategy random, eat or msd")
-            for key, peer in entries(config) if peer.union.strategy and peer.union.strategy not in HOOKS
-            and not peer.loss.hard_weight and not peer.frozen]
-
-
-def one_label(config: Config) -> list[ConfigError]:
-    """It asks which images are classified correctly."""
-    return asks_for_one_label(config, lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max")
 
 
 register_method(Method(
@@ -321,6 +288,5 @@ register_method(Method(
         "eat": Strategy("from linf or l1, the less robust one more often (E-AT)"),
         "msd": Strategy("from the steepest over the threats in each attack step (MSD)")},
     hook=_hook, when=_draws, attack_passes=_attack_passes,
-    rules=((unions_can_be_read, frozenset({"union", "loss"})),
-           (unions_of_received_aes_fit, frozenset({"union", "peers", "loss"})),
-           (unions_have_hard_labels, frozenset({"union", "loss"})), (one_label, frozenset({"union", "data"})))))
+    one_label=(lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max"),
+    rules=((unions_fit, frozenset({"union", "peers", "loss"})),)))

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mat_dist.config.fields import Integer, Section
 from mat_dist.config.methods import Method, register_method
-from mat_dist.config.registry import entries
+from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError

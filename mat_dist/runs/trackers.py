@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mat_dist.config.schema import Config, LogConfig
+from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
 from mat_dist.runs.console import TableRow
 from mat_dist.runs.files import reported, write_text
@@ -91,8 +91,8 @@ class WandB(Tracker):
                                            resume="allow", dir=str(self._folder), config=dict(self._settings),
                                            settings=self._library.Settings(console="off"))  # the screen is ours
         except Exception as error:  # not logged in, no network, no such project: all types of the library's own
-            raise EnvironmentFault(f"W&B cannot begin: {error}", f"log.wandb={self._project}",
-                                   "run wandb login, set WANDB_MODE=offline, or log.wandb=null") from error
+            raise EnvironmentFault(f"W&B cannot begin: {error}", "log.trackers", "run wandb login, set "
+                                   "WANDB_MODE=offline, or leave wandb out") from error
 
     def _id(self) -> str:
         file = self._folder / "wandb" / "mat_dist_id"
@@ -119,15 +119,13 @@ class WandB(Tracker):
 
 def require_trackers(settings: LogConfig) -> None:
     """Raises EnvironmentFault where a tracker is asked for whose library cannot be imported."""
-    for asked, setting, package, command in (
-            (settings.tensorboard, "log.tensorboard", "tensorboard", "pip install 'mat_dist[logging]'"),
-            (settings.wandb is not None, "log.wandb", "wandb", "pip install wandb")):
-        if asked:
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise EnvironmentFault(f"the package {package} cannot be imported: {error}", setting,
-                                       f"{command}, or leave {setting} out") from None
+    for package in parse_trackers(settings.trackers):  # they have the names of their libraries
+        command = {"tensorboard": "pip install 'mat_dist[logging]'"}.get(package, f"pip install {package}")
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise EnvironmentFault(f"the package {package} cannot be imported: {error}", "log.trackers",
+                                   f"{command}, or leave {package} out") from None
 
 
 def series(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, float]:
@@ -160,9 +158,8 @@ def open_reporter(run: Run, config: Config) -> Reporter:
         return Reporter()
     folder = run.folder.path
     files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
-    trackers: list[Tracker] = [TensorBoard(folder)] if config.log.tensorboard else []
-    if config.log.wandb is not None:
-        trackers.append(WandB(folder, config.log.wandb, config.model_dump(mode="json")))
+    trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))
+                for name, told in parse_trackers(config.log.trackers).items()]
     return TrackedReporter(files, trackers) if trackers else files
 
 

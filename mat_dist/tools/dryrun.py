@@ -1,13 +1,15 @@
-"""`--dry-run`: what a run would do, without data, run folder or process group."""
+"""`--dry-run`: what a run would do, without data, run folder or process group; its passes, for studies too."""
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
-from mat_dist.config.methods import kept_bytes
+from mat_dist.config.methods import Method, kept_bytes, methods
 from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
@@ -26,7 +28,6 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.models import build_model, parameter_count
 from mat_dist.models.registry import DTYPES, Images
-from mat_dist.tools.cost import step_passes, total_passes
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
@@ -34,6 +35,53 @@ KNOWN_IMAGES = {  # data set: (shape, classes, training images before the valida
 }
 MIB = 1 << 20
 WIDTH = 100
+
+
+class Passes(NamedTuple):
+    """Of one peer: attack and learning (forward and backward), teaching (forward only), and their sums."""
+
+    attack: Fraction
+    learning: Fraction
+    teaching: Fraction
+    forward: Fraction
+    backward: Fraction
+
+
+def step_passes(config: Config, graph: CohortGraph) -> list[Passes]:
+    """The passes of each peer in one step of full attacks."""
+    return [_passes_of(config, graph, index, Fraction(spec.attack.steps)) for index, spec in enumerate(config.peers)]
+
+
+def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, int]:
+    """Forward and backward passes of all peers in `total` steps."""
+    rows = step_passes(config, graph)
+    return math.ceil(total * sum(row.forward for row in rows)), math.ceil(total * sum(row.backward for row in rows))
+
+
+def used_by(spec: PeerConfig) -> Sequence[Method]:
+    """The methods of a peer."""
+    return [method for method in methods().values() if method.uses(spec)]
+
+
+def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) -> Passes:
+    spec, row, used = config.peers[index], graph.peers[index], used_by(config.peers[index])
+    learning = Fraction(len(row.learned) + sum(method.learning(spec, row) for method in used if method.learning))
+    # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
+    again = config.step.memory == "recompute" or config.step.teachers == "ema"
+    teaching = Fraction(len(graph.taught[index] if again else graph.forwarded(index)) + any(graph.guides))
+    # Forwards alone: the clean prediction once, APGD's look at its last point.
+    attack, alone = steps, Fraction((spec.attack.loss == "kl_clean") + (spec.attack.method == "apgd"))
+    views = len(graph.crafted(index))
+    attack, alone = attack * views, alone * views
+    for method in used:
+        if views and method.attack_passes is not None:
+            instead, more = method.attack_passes(spec, steps)
+            attack, alone = attack + instead - steps, alone + more
+    backward = attack + learning
+    return Passes(attack, learning, teaching, backward + teaching + alone, backward)
+
+
+# ------------------------------------------------------------------------------------------------ the whole text
 
 
 def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
@@ -229,16 +277,25 @@ def _memory(run: _Run) -> list[str]:
 
 
 def _travel(run: _Run, rows: int) -> list[str]:
-    """What each rank sends along the peer axis in a step."""
-    graph, place = run.graph, run.place
-    sent, parts = graph.width(place.peers_by_rank()), run.config.step.microbatches
-    width = {"full": DTYPES[run.config.step.precision].itemsize, "fp16": 2, "int8": 1}[run.config.step.wire]
-    aes = parts * sent * rows * math.prod(run.images.shape) * width
-    logits = (parts * place.peers_per_rank * graph.most_taught * rows * run.images.classes
-              * DTYPES[run.config.step.precision].itemsize)
-    home = sum(len(graph.crafted(peer)) for peer in range(place.peers)) - len(graph.travelling)
-    return [f"travels per step: each rank sends {aes / MIB:,.2f} MiB of AEs ({_count(parts * sent, 'view')}) and "
-            f"{logits / MIB:,.2f} MiB of logits; {_count(home, 'view')} stay with their makers"]
+    """What each rank sends along the peer axis in a step, and which views never leave their maker."""
+    graph, place, step = run.graph, run.place, run.config.step
+    who = "each rank sends"
+    if place.peer_ranks == 1:
+        if place.peers == 1:
+            return ["travels per step: nothing, there is one peer"]
+        place, who = Placement.place(place.peers, place.peers, 0), "nothing; with a rank for each peer, each would send"
+    sent, width = graph.width(place.peers_by_rank()), DTYPES[step.precision].itemsize
+    pixels = math.prod(run.images.shape)
+    image = {"full": pixels * width, "fp16": pixels * 2, "int8": pixels + 4}[step.wire]  # int8: and its scale
+    taught = place.peers_per_rank * (graph.most_taught + any(graph.guides))
+    aes = step.microbatches * rows * sent * image
+    logits = step.microbatches * rows * taught * run.images.classes * width
+    lines = [f"travels per step: {who} {aes:,} bytes of AEs",
+             f"  ({_count(sent, 'view')}) and {logits:,} bytes of logits"]
+    home = {name: [row.threat_of(view).label for view in graph.crafted(row.index) if view not in graph.travelling]
+            for name, _, row in run.named()}
+    told = ", ".join(f"{name} ({', '.join(threats)})" for name, threats in home.items() if threats)
+    return lines + textwrap.wrap(f"views that stay with their makers: {told or 'none'}", WIDTH, subsequent_indent="  ")
 
 
 def _schedule(run: _Run) -> list[str]:
@@ -250,14 +307,14 @@ def _schedule(run: _Run) -> list[str]:
                 "the data are read"]
     total = _total(config, per_epoch)
     forward, backward = total_passes(config, run.graph, total)
-    optims: dict[OptimConfig, str] = {}  # each schedule with the first peer that has it
+    optims: list[tuple[OptimConfig, str]] = []  # each schedule with the first peer that has it
     for name, spec, _ in run.named():
-        optims.setdefault(spec.optim, name)
-    marks = sorted({step for optim in optims for step in _marks(total, per_epoch, optim)})
-    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims.items())])
+        optims += [] if any(spec.optim == optim for optim, _ in optims) else [(spec.optim, name)]
+    marks = sorted({step for optim, _ in optims for step in _marks(total, per_epoch, optim)})
+    table = _table([], ["step", "epoch", *(f"lr of {name} ({optim.schedule})" for optim, name in optims)])
     before: list[str] = []
     for step in marks:
-        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim in optims]
+        rates = [f"{lr_at(step, total_steps=total, steps_per_epoch=per_epoch, optim=optim):.4g}" for optim, _ in optims]
         if rates != before or step == total - 1:
             table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
         before = rates

@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,12 +20,18 @@ from mat_dist.cli import run_entry
 from mat_dist.config import Options
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import Result, read_results, show
-from mat_dist.tools.markdown import markdown_table
 
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
 # Sections that do not change what is trained or how it is evaluated; run holds the seed.
 _FREE = ("run", "comm", "log", "checkpoint")
 LEAD = ("runs", "target", "weights", "checkpoint", "attack")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> list[str]:
+    """The lines of a table; the first `text_columns` columns to the left, the others to the right."""
+    rule = ["---" if number < text_columns else "---:" for number in range(len(columns))]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return [f"| {' | '.join(line)} |" for line in (columns, rule, *escaped)]
 
 
 @dataclass(frozen=True)

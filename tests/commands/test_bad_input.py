@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mat_dist import train
+from mat_dist.checkpoints import saver
 from mat_dist.core import trainer
 from mat_dist.errors import OutputError
 from mat_dist.runs.folder import RunFolder
@@ -262,7 +265,13 @@ def test_having_to_resume_a_run_without_name_ends_with_2(fails: Fail, earlier: F
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
     """A run of two epochs on arrays that ended in the second one, after its checkpoint of step 4."""
+    def at_once(write: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(write())
+        return done
+
     with monkeypatch.context() as patch:
+        patch.setattr(saver, "_in_background", at_once)
         interrupted(patch, (trainer, "train_step"), 6, lambda: OutputError("the disk is on fire", "disk", "put it out"))
         run = run_small(tmp_path, "stopped", *two_epochs(tmp_path), write_npz(tmp_path / "a.npz"))
     assert run.code == 5 and run.steps() == [4]
@@ -270,7 +279,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
 
 
 def two_epochs(root: Path) -> tuple[str, ...]:
-    return "data.name=npz", "train.epochs=2", "checkpoint.background=false", f"run.root={root}", "run.name=stopped"
+    return "data.name=npz", "train.epochs=2", f"run.root={root}", "run.name=stopped"
 
 
 def test_a_stopped_run_is_refused_with_other_settings_and_goes_on_with_its_own(stopped: Finished, fails: Fail,

@@ -76,7 +76,7 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "threats=linf:8/255 mean=0.4914,0.4822,0.4465 std=0.2471,0.2435,0.2616",
                             "python -m mat_dist.evaluate runs/NAME sources=runs/B,runs/C:peer1"),
                            "tests/unit/test_evaluate_foreign.py"),
-           **dict.fromkeys((f"{TRAIN} log.tensorboard=true", "tensorboard --logdir runs"),
+           **dict.fromkeys((f"{TRAIN} log.trackers=tensorboard", "tensorboard --logdir runs"),
                            "tests/unit/test_trackers.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "python -m mat_dist.report runs/first": "test_the_training_commands_...",

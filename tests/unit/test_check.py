@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from mat_dist.config import load_config
+from mat_dist.core.graph import CohortGraph
 from mat_dist.core.peer import Peer
-from mat_dist.data import Batches
+from mat_dist.data import Batches, load_data
 from mat_dist.distributed.launch import Launch
+from mat_dist.errors import DataError
 from mat_dist.models.registry import make_model
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
-from mat_dist.tools.check import data as data_check
-from mat_dist.tools.check import memory, network, storage
+from mat_dist.tools.check import machine, memory, run
 from mat_dist.tools.check.__main__ import main
-from mat_dist.tools.check.data import check_data, known_sample
-from mat_dist.tools.check.models import Graph, Measured, _held, check_model
-from mat_dist.tools.check.storage import file_system
+from mat_dist.tools.check.models import Graph, Measured, _held, check_data, check_model, known_sample
+from mat_dist.tools.check.run import file_system
 from tests.small_runs import SMALL, run_small, tree_hash
 from tests.unit.data_files import random_images, write_folder
 
@@ -81,8 +81,8 @@ def test_every_part_of_the_result_is_in_the_json(capsys):
     checked = Checked(capsys, "--ranks", "2")
     assert checked.code == 0
     names = [one["check"] for one in checked.rows]
-    assert names == ["config", "versions", "ranks", "device", "data", "model peers 0-1", "memory", "run folder", "disk",
-                     "environment", "port", "address", "interfaces"]
+    assert names == ["config", "versions", "ranks", "device", "optimizers", "data", "model peers 0-1", "memory",
+                     "run folder", "disk", "environment", "port", "address", "interfaces"]
     found = checked.row("versions")["details"]["versions"]
     assert set(found) >= {"python", "torch", "torchvision", "numpy", "pydantic", "CUDA"}
 
@@ -195,7 +195,7 @@ def test_a_cache_is_not_built_but_its_images_are_tried(capsys, tmp_path):
 
 def test_a_cache_that_is_there_is_opened(capsys, tmp_path):
     write_folder(tmp_path / "set", train=30, test=6, side=16)
-    data_check.load_data(load_config(None, FOLDER).data, seed=0, batch_size=8)
+    load_data(load_config(None, FOLDER).data, seed=0, batch_size=8)
     assert "training, validation, test" in Checked(capsys, *FOLDER).row("data")["found"]
 
 
@@ -287,7 +287,7 @@ def test_what_a_graph_holds_follows_from_few_images(model):
     sample = known_sample(config)
     measured = check_model(config, (0, 1, 2, 3), sample, torch.device("cpu")).value
     network_ = make_model(config.peers[0], sample.images, seed=0, step=config.step, device=torch.device("cpu"))
-    peer = Peer(0, config.peers[0], network_, seed=0, step=config.step)
+    peer = Peer(0, config.peers[0], network_, CohortGraph.of(config.peers).peers[0], seed=0, step=config.step)
     held = _held(peer, peer.learn, sample.x_BCHW[:32], (0, 0, 0)).total
     assert abs(measured.learn.at(32) / held - 1) < 0.02
 
@@ -313,7 +313,7 @@ def test_the_need_of_a_rank_is_the_sum_that_a_hand_makes():
     assert need(1).total(saving=False) == 5 + 6 + 12_000 + max(step, evaluation)
     assert need(4).state == 3000
     assert need(8).step < need(4).step  # half of the batch
-    config = load_config(None, ["run.device=cpu", "peers=4", "attack.start=previous", "data.augment.pad=1"])
+    config = load_config(None, ["run.device=cpu", "peers=4", "methods.warm_start.reset_epochs=0", "data.augment.pad=1"])
     sample = dataclasses.replace(sample, train=300)
     assert need(2).state == 2 * (3000 + 300 * 10 * 10 * 2)  # with the perturbations of padded images, in fp16
 
@@ -336,7 +336,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_named_with_bytes(capsys, mon
     checked = Checked(capsys, "checkpoint.keep=10")
     details = checked.row("disk")["details"]
     assert details["needed"] == 12 * details["checkpoint_bytes"]  # 10, the best, and the one being written
-    monkeypatch.setattr(storage, "free_bytes", lambda _: details["needed"] - 1)
+    monkeypatch.setattr(run, "free_bytes", lambda _: details["needed"] - 1)
     checked = Checked(capsys, "checkpoint.keep=10")
     assert checked.code == 5
     assert "12 checkpoints" in checked.row("disk")["found"]
@@ -384,9 +384,9 @@ def test_the_file_system_of_a_folder_is_that_of_the_longest_mount(tmp_path, monk
     table = tmp_path / "mounts"
     table.write_text(MOUNTS)
     assert file_system(Path(path), table)[0] == kind
-    monkeypatch.setattr(storage, "existing", lambda _: Path(path))
-    monkeypatch.setattr(storage, "file_system", lambda folder, _: file_system(folder, table))
-    answer = storage.check_shared(load_config(None), 2)
+    monkeypatch.setattr(run, "existing", lambda _: Path(path))
+    monkeypatch.setattr(run, "file_system", lambda folder, _: file_system(folder, table))
+    answer = run.check_shared(load_config(None), 2)
     assert bool(answer.warning) is not shared
     if not shared:
         assert "srun --nodes=2" in answer.warning
@@ -426,7 +426,7 @@ def test_a_closed_connection_does_not_count_as_a_port_in_use(monkeypatch):
         accepted, _ = server.accept()
         accepted.close()  # this side waits in TIME_WAIT
         client.close()
-    network._listen(port)
+    machine._listen(port)
 
 
 def test_the_owner_of_a_port_is_told_where_the_process_cannot_be_seen(tmp_path):
@@ -435,8 +435,8 @@ def test_the_owner_of_a_port_is_told_where_the_process_cannot_be_seen(tmp_path):
         "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
         "   0: 0100007F:7148 00000000:0000 0A 00000000:00000000 00:00000000 00000000  4242        0 99 1\n"
         "   1: 0100007F:7149 0100007F:7148 01 00000000:00000000 00:00000000 00000000  4242        0 98 1\n")
-    assert str(network.who_listens(0x7148, tmp_path)) == "a process of user 4242"
-    assert network.who_listens(0x7149, tmp_path) is None  # connected, not listening
+    assert str(machine.who_listens(0x7148, tmp_path)) == "a process of user 4242"
+    assert machine.who_listens(0x7149, tmp_path) is None  # connected, not listening
 
 
 @pytest.mark.parametrize("port", ["many", "0", "65536", "-1", "1" * 5000, "²"])
@@ -453,8 +453,8 @@ def resolves_to(monkeypatch, address: str | None) -> None:
             raise socket.gaierror(-2, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
-    monkeypatch.setattr(network.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(network, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
+    monkeypatch.setattr(machine.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(machine, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
 
 
 @pytest.mark.parametrize(("address", "nodes", "status", "text"), [
@@ -488,12 +488,12 @@ def test_interfaces_that_the_environment_names_must_exist(capsys, monkeypatch, v
     ("eth", ["eth0", "eth1"]), ("=eth0", ["eth0"]), ("ib,eth1", ["eth1", "ib0"]), ("=eth", []),
     ("^docker,lo", ["eth0", "eth1", "ib0"]), ("^=eth0", ["lo", "eth1", "ib0", "docker0"])])
 def test_interfaces_are_matched_as_nccl_documents_it(pattern, names):
-    assert network.nccl_matches(pattern, ["lo", "eth0", "eth1", "ib0", "docker0"]) == names
+    assert machine.nccl_matches(pattern, ["lo", "eth0", "eth1", "ib0", "docker0"]) == names
 
 
 def test_several_nodes_also_ask_for_a_shared_folder(capsys, monkeypatch):
     resolves_to(monkeypatch, "10.0.0.5")
-    monkeypatch.setattr(storage, "file_system", lambda *_: ("nfs4", "/home"))
+    monkeypatch.setattr(run, "file_system", lambda *_: ("nfs4", "/home"))
     assert Checked(capsys, "--ranks=2", "--nodes=2").row("shared folder")["status"] == "ok"
     assert not [one for one in Checked(capsys, "--ranks=2").rows if one["check"] == "shared folder"]
 
@@ -519,5 +519,5 @@ def test_the_first_batch_is_checked_after_augmentation(monkeypatch):
     config = load_config(None, list(QUICK))
     bright = torch.full((4, 1, 8, 8), 1.5), torch.zeros(4, dtype=torch.int64)
     monkeypatch.setattr(Batches, "at", lambda *_: bright)
-    with pytest.raises(data_check.DataError, match=r"pixels from 1\.5 to 1\.5"):
+    with pytest.raises(DataError, match=r"pixels from 1\.5 to 1\.5"):
         check_data(config)

@@ -2,32 +2,194 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mat_dist.config import dump_config, load_config
-from mat_dist.config import gone as gone_module
+from mat_dist.config import config_differences, load_config
 from mat_dist.config.gone import GONE, Gone, is_gone
 from mat_dist.config.help import settings
+from mat_dist.config.schema import Config
 from mat_dist.errors import CheckpointError, ConfigError
 
-TABLE = (
-    Gone("loss.rotate", "leave it out", ("all", None)),
-    Gone("peers.N.birth", "use stream", (None,)),
-    Gone("step.squeeze", "leave it out", (0,)),
-    Gone("step.squeeze_every", "leave it out together with step.squeeze", None),
-    Gone("optim.shake", neutral=(0,), moved="methods.shake.gamma"),
-    Gone("optim.rate", neutral=(), moved="optim.lr"),
-    Gone("step.wire", "use full", values=("int4",)),
-)
+# `config.yaml` as version 0.1 wrote it, of a run with one peer and preset mart.
+TOP = """\
+run:
+  root: runs
+  seed: 0
+  device: cpu
+  threads: 1
+  resume: auto
+  deterministic: false
+comm:
+  backend: auto
+  timeout: 600.0
+data:
+  name: digits
+  root: null
+  download: false
+  image_size: null
+  train_size: 120
+  val_size: 60
+  test_size: 30
+  residency: auto
+  cache: null
+  on_bad: stop
+  generated: null
+  generated_share: 0.0
+  poison: null
+  augment:
+    pad: 0
+    flip: false
+    random_resized_crop: 0.0
+    cutout: 0
+    idbh: 'off'
+    cutmix: 0.0
+peers:
+"""
+PEER = """\
+- name: peer0
+  stream: 0
+  init_stream: null
+  role: peer
+  frozen: false
+  init_from: null
+  union:
+    strategy: null
+    threats: null
+    ramp_weight: 5.0
+    projection_beta: 0.0
+  model:
+    name: tiny_cnn
+    width: 0.25
+    activation: null
+    norm: null
+  threat:
+    norm: linf
+    eps: 0.1
+  attack:
+    method: pgd
+    steps: 7
+    step_size: 0.03571428571428571
+    l1_share: 0.01
+    eps_warmup_epochs: 0.0
+    steps_warmup_epochs: 0.0
+    split_batch: false
+    start: gaussian
+    reset_epochs: 0
+    loss: ce
+  loss:
+    preset: mart
+    hard_weight: 1.0
+    hard_own: 1.0
+    hard_loss: bce
+    clean_weight: 0.0
+    kd_weight: 0.0
+    kd_own: 1.0
+    kd_clean: 0.0
+    kd_loss: kl
+    kd_where: all
+    gate: 0.0
+    attackers: all
+    temperature: 1.0
+    t2_scale: true
+    teacher_input: same_ae
+    teacher_agg: mean_kl
+    teacher_set: all
+    trades_beta: 0.0
+    trades_temperature: 1.0
+    mart_beta: 6.0
+    pair_weight: 0.0
+    base_scale: 1.0
+    label_smoothing: 0.0
+    warmup_epochs: 0.0
+  optim:
+    lr: 0.2
+    momentum: 0.9
+    nesterov: false
+    weight_decay: 0.0005
+    decay_norm_bias: true
+    schedule: onecycle
+    milestones:
+    - 0.5
+    - 0.75
+    gamma: 0.1
+    warmup_epochs: 0.0
+    clip_norm: null
+    awp_gamma: 0.0
+    awp_warmup_epochs: 0.0
+    ema_decay: 0.99
+    swa_start: null
+"""
+BOTTOM = """\
+step:
+  precision: fp32
+  memory: keep
+  microbatches: 1
+  bn: separate
+  channels_last: true
+  attack_copy: true
+  attack_engine: eager
+  wire: full
+  opinions: all
+  teachers: raw
+  pull: 0.0
+  pull_every: 10
+  on_nonfinite: abort
+train:
+  epochs: 1
+  batch_size: 12
+  replays: 1
+  max_steps: 1
+eval:
+  every: 0
+  steps: 10
+  test_steps: 20
+  step_size: null
+  restarts: 1
+  size: null
+  test_size: null
+  chunk: 48
+  ensemble: prob
+  test: false
+checkpoint:
+  every: 1
+  every_steps: null
+  background: true
+  keep: 3
+log:
+  every: 11
+  console: 'off'
+  tensorboard: false
+  wandb: null
+"""
+
+PLAIN = {"preset": "at", "start": "uniform", "hard_loss": "ce", "mart_beta": "0.0"}  # beside PEER
+SMALL = ("run.device=cpu", "data.train_size=120", "data.val_size=60", "data.test_size=30", "train.batch_size=12",
+         "train.max_steps=1", "train.epochs=1", "optim.warmup_epochs=0", "model.width=0.25", "eval.every=0",
+         "eval.test_steps=0", "log.console=off")
 
 
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gone_module, "GONE", TABLE)
+def written(text: str, **changed: Any) -> str:
+    """`text` with other values of some settings, each of which stands there once."""
+    for name, value in changed.items():
+        before, mark, after = text.partition(f" {name}: ")
+        assert mark and f" {name}: " not in after, name
+        text = before + mark + str(value) + after[after.index("\n"):]
+    return text
+
+
+def old_run(folder: Path, *peers: dict[str, Any], **changed: Any) -> str:
+    """The `config.yaml` of a run of version 0.1: PEER with changes for each peer, the rest with `changed`."""
+    top = {name: value for name, value in changed.items() if f" {name}: " in TOP}
+    bottom = {name: value for name, value in changed.items() if name not in top}
+    entries = [written(PEER.replace("peer0", f"peer{n}").replace("stream: 0", f"stream: {n}", 1), **one)
+               for n, one in enumerate(peers)]
+    folder.mkdir()
+    (folder / "config.yaml").write_text(written(TOP, **top) + "".join(entries) + written(BOTTOM, **bottom))
+    (folder / "environment.json").write_text("{}")
+    return str(folder / "config.yaml")
 
 
 def told(path: str, *words: str) -> list[str]:
@@ -37,91 +199,206 @@ def told(path: str, *words: str) -> list[str]:
     return [str(problem) for problem in caught.value.problems]
 
 
-@pytest.mark.usefixtures("table")
+def small(*words: str) -> Config:
+    return load_config("digits", [*SMALL, *words])
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
 @pytest.mark.parametrize("word,what,how", [
-    ("loss.rotate=one", "loss.rotate went in version 0.2", "leave it out"),
-    ("loss.rotate=all", "loss.rotate went in version 0.2", "leave it out"),
-    ("loss={rotate: one}", "loss.rotate went in version 0.2", "leave it out"),
-    ("peers.1.loss.rotate=one", "peers.1.loss.rotate went in version 0.2", "leave it out"),
-    ("peers.all.loss.rotate=one", "peers.all.loss.rotate went in version 0.2", "leave it out"),
-    ("peers.2.birth=3", "peers.2.birth went in version 0.2", "use stream"),
-    ("step.wire=int4", "step.wire=int4 went in version 0.2", "use full"),
-    ("optim.shake=0.1", "optim.shake has another name since version 0.2", "write methods.shake.gamma"),
-    ("peers.0.optim.rate=0.1", "peers.0.optim.rate has another name since version 0.2", "write peers.0.optim.lr"),
+    ("loss.attackers=one", "loss.attackers went in version 0.2", "version 0.1 of mat_dist"),
+    ("loss.attackers=all", "loss.attackers went in version 0.2", "leave it out"),
+    ("loss={attackers: one}", "loss.attackers went in version 0.2", "leave it out"),
+    ("peers.1.loss.gate=1", "peers.1.loss.gate went in version 0.2", "loss.kd_where"),
+    ("peers.all.loss.gate=1", "peers.all.loss.gate went in version 0.2", "loss.kd_where"),
+    ("peers.2.init_stream=3", "peers.2.init_stream went in version 0.2", "use stream"),
+    ("step.on_nonfinite=quarantine", "step.on_nonfinite=quarantine went in version 0.2", "use skip"),
+    ("step.pull_every=3", "step.pull_every went in version 0.2", "together with step.pull"),
+    ("eval.restarts=3", "eval.restarts went in version 0.2", "mat_dist.evaluate takes restarts="),
+    ("data.poison=x", "data.poison went in version 0.2", "docs/examples/poisoned_data.py"),
+    ("loss.mart_beta=3", "loss.mart_beta went in version 0.2", "use loss.preset: mart"),  # without the boosted one
 ])
 def test_on_the_command_line_it_is_one_line_with_the_way_out(word: str, what: str, how: str) -> None:
     (line,) = told("digits", word)
-    assert line.startswith(f"{what} (command line, ") and line.endswith(f": {how}")
+    assert line.startswith(f"{what} (command line, ") and how in line.rpartition("): ")[2]
 
 
-@pytest.mark.usefixtures("table")
-def test_in_a_file_it_is_told_with_its_line_beside_all_other_mistakes(tmp_path: Path) -> None:
+def test_it_is_told_beside_all_other_mistakes(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("step:\n  squeeze: 1\nloss: {rotate: all}\npeers:\n- {loss: {rotate: one}}\n- {birth: 2}\n"
+    file.write_text("step:\n  pull: 1\nloss: {gate: 0}\npeers:\n- {loss: {attackers: one}}\n- {init_stream: 2}\n"
                     "train: {epoch: 3}\n")
-    lines = told(str(file))
-    for number, key in ((2, "step.squeeze"), (3, "loss.rotate"), (5, "peers.0.loss.rotate"), (6, "peers.1.birth"),
+    lines = told(str(file), "step.bn=joint", "eval.stepz=3")
+    for number, key in ((2, "step.pull"), (3, "loss.gate"), (5, "peers.0.loss.attackers"), (6, "peers.1.init_stream"),
                         (7, "train.epoch")):
         assert sum(f"{file}:{number}, {key}" in line for line in lines) == 1
-    assert len(lines) == 5
+    assert sum("(command line, step.bn)" in line or "(command line, eval.stepz)" in line for line in lines) == 2
+    assert len(lines) == 7
 
 
-def old_run(folder: Path, **changed: Any) -> str:
-    """The `config.yaml` of a run whose version had the settings of TABLE."""
-    text = dump_config(load_config("digits", ["peers=2"]))
-    values = {"rotate": "all", "birth": "null", "squeeze": "0.0", "shake": "0.0", "rate": "0.3"} | changed
-    text = text.replace("  loss:\n", f"  birth: {values['birth']}\n  loss:\n    rotate: {values['rotate']}\n")
-    text = re.sub(" {4}lr: .*\n", f"    rate: {values['rate']}\n    shake: {values['shake']}\n", text)
-    text = text.replace("step:\n", f"step:\n  squeeze: {values['squeeze']}\n  squeeze_every: 7\n")
-    assert all(text.count(f" {name}: ") == 2 for name in ("rotate", "birth", "rate", "shake"))
-    folder.mkdir()
-    (folder / "config.yaml").write_text(text)
-    (folder / "environment.json").write_text("{}")
-    return str(folder / "config.yaml")
+WENT = [gone for gone in GONE if not gone.moved]
 
 
-@pytest.mark.usefixtures("table")
-def test_in_a_run_of_the_version_before_what_changed_nothing_is_dropped_and_what_moved_is_moved(tmp_path: Path) -> None:
-    config = load_config(old_run(tmp_path / "run"))
-    assert [peer.optim.lr for peer in config.peers] == [0.3, 0.3]
-    assert config == load_config("digits", ["peers=2", "optim.lr=0.3"])
+@pytest.mark.parametrize("gone", WENT, ids=lambda gone: gone.key)
+def test_each_entry_of_the_table_is_told_at_the_command_line_and_in_a_file(gone: Gone, tmp_path: Path) -> None:
+    for value in gone.values or (3,):
+        key = gone.key.replace(".N.", ".1.")
+        lines = told("digits", f"{key}={value}")
+        if not gone.key.startswith("peers"):
+            file = tmp_path / "a.yaml"
+            section, _, name = key.rpartition(".")
+            file.write_text(f"{section}: {{{name}: {value}}}\n" if "." not in section else
+                            f"data: {{augment: {{{name}: {value}}}}}\n")
+            lines += told(str(file))
+            assert f"{file}:1, {key}" in lines[1]
+        for line in lines:
+            what = f"{key}={value}" if gone.values else key
+            assert line.startswith(f"{what} went in version 0.2 (") and line.endswith(f": {gone.how}")
 
 
-@pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("changed,names", [({"rotate": "one"}, "peers.0.loss.rotate=one, peers.1.loss.rotate=one"),
-                                           ({"birth": 5}, "peers.0.birth=5, peers.1.birth=5"),
-                                           ({"squeeze": 0.5}, "step.squeeze=0.5")])
-def test_a_run_that_was_trained_with_it_ends_with_4_and_names_the_version(changed: dict[str, Any], names: str,
-                                                                         tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        load_config(old_run(tmp_path / "run", **changed), ["run.device=cpu"])
-    assert caught.value.code == 4 and f": {names} (" in str(caught.value) and "version 0.1" in caught.value.how
-    assert caught.value.where == str(tmp_path / "run" / "config.yaml")
-
-
-@pytest.mark.usefixtures("table")
-def test_the_command_line_is_told_of_it_also_with_a_run(tmp_path: Path) -> None:
-    (line,) = told(old_run(tmp_path / "run"), "step.squeeze=0")
-    assert "step.squeeze went in version 0.2 (command line, step.squeeze)" in line
-
-
-def test_what_the_schema_still_has_is_left_alone() -> None:
+def test_the_table_names_the_way_out_and_nothing_that_is_still_there() -> None:
     for gone in GONE:
         known = settings().get(gone.key)
         assert known is None or not gone.tells(known.default)
-        assert gone.moved or gone.how
+        assert gone.moved in settings() or gone.moved.startswith("optim.args.") if gone.moved else gone.how
+        for word in gone.how.replace(",", " ").replace(":", " ").split():  # settings that a message names are there
+            if "." in word.strip(".") and word.split(".")[0] in Config.model_fields:
+                assert word in settings() or word in {one.key for one in GONE}, word
     assert is_gone(("peers", 3, "loss", "attackers")) and is_gone(("step", "pull")) and not is_gone(("train", "epochs"))
 
 
-@pytest.mark.parametrize("gone", [gone for gone in GONE if gone.key not in settings() and not gone.values], ids=str)
-def test_each_setting_of_the_table_that_went_is_told(gone: Gone) -> None:
-    (line,) = told("digits", f"{gone.key.replace('.N.', '.1.')}=3")
-    assert "0.2" in line
+# ------------------------------------------------------------------------------------------------ what moved
+
+MOVED = [  # as version 0.1 was asked, and as this one is
+    ("attack.start=previous", "methods.warm_start={}"),
+    ("attack.start=previous attack.reset_epochs=3", "methods.warm_start.reset_epochs=3"),
+    ("attack.reset_epochs=3 attack.start=previous", "methods.warm_start.reset_epochs=3"),
+    ("step.attack_copy=false", "step.attack_engine=model"),
+    ("step.attack_copy=true step.attack_engine=compile", "step.attack_engine=compile"),
+    ("optim.momentum=0.8", "optim.args.momentum=0.8"),
+    ("optim.momentum=0.9", "optim.args.momentum=0.9"),
+    ("optim.nesterov=true peers.1.optim.momentum=0.5", "optim.args.nesterov=true peers.1.optim.args.momentum=0.5"),
+    ("peers.all.optim.momentum=0.8", "peers.all.optim.args.momentum=0.8"),
+    ("loss.trades_beta=3", "loss.pair_kl=3"),
+    ("loss=trades loss.trades_beta=0 loss.hard_weight=1", "loss=trades loss.pair_kl=0 loss.hard_weight=1"),
+    ("peers.1.loss.pair_weight=2", "peers.1.loss.pair_mse=2"),
+    ("loss=mart loss.mart_beta=5", "loss=mart methods.mart.beta=5"),
+    ("loss=at loss.hard_loss=bce loss.mart_beta=5", "loss=at loss.hard_weight=0 methods.mart.beta=5"),
+    ("optim.awp_gamma=0.005", "methods.awp.gamma=0.005"),
+    ("methods.awp.gamma=0.01 peers.1.optim.awp_gamma=0", "methods.awp.gamma=0.01 peers.1.methods.awp=null"),
+    ("optim.swa_start=0.6", "methods.swa.start=0.6"),
+    ("loss=at union.threats=linf:0.1,l2:1 union.strategy=ramp union.ramp_weight=2 union.projection_beta=0.5",
+     "loss=at union.threats=linf:0.1,l2:1 union.strategy=ramp methods.ramp.weight=2 methods.ramp.projection=0.5"),
+    ("eval.test=false", "eval.test_steps=0"), ("eval.test=true eval.test_steps=7", "eval.test_steps=7"),
+    ("eval.test=false eval.test_steps=7", "eval.test_steps=0"),
+    ("log.tensorboard=true", "log.trackers=tensorboard"), ("log.wandb=mine", "log.trackers=wandb:mine"),
+    ("log.wandb=mine log.tensorboard=true", "log.trackers=tensorboard,wandb:mine"),
+    ("log.trackers=tensorboard,wandb:mine log.wandb=null", "log.trackers=tensorboard"),
+    ("log.tensorboard=false", "log.trackers=null"),
+]
 
 
-@pytest.mark.parametrize("key,value", [(gone.key, value) for gone in GONE for value in gone.values])
-def test_each_value_of_the_table_that_went_is_told(key: str, value: str) -> None:
-    if value in settings()[key].choices:
-        pytest.skip("the schema has it")
-    (line,) = told("digits", f"{key}={value}")
-    assert f"{key}={value} went in version 0.2" in line
+@pytest.mark.parametrize("old,new", MOVED, ids=[old for old, _ in MOVED])
+def test_what_moved_is_understood_under_its_old_name(old: str, new: str) -> None:
+    assert config_differences(small(*new.split()), small(*old.split())) == []
+
+
+def test_each_setting_that_moved_is_tried_above() -> None:
+    assert {gone.key for gone in GONE if gone.moved} == {
+        word.split("=")[0].replace("peers.1.", "").replace("peers.all.", "") for old, _ in MOVED for word in old.split()
+        } & {gone.key for gone in GONE}
+
+
+def test_what_moved_is_understood_in_files_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("defaults: [digits]\noptim: {momentum: 0.8, awp_gamma: 0.005}\nlog: {tensorboard: true}\n"
+                    "eval: {test: false}\npeers:\n- {}\n- optim: {momentum: 0.5}\n")
+    new = ["peers=2", "optim.args.momentum=0.8", "peers.1.optim.args.momentum=0.5", "methods.awp.gamma=0.005",
+           "log.trackers=tensorboard", "eval.test_steps=0"]
+    assert load_config(str(file)) == load_config("digits", new)
+    new[1], new[4] = "optim.args.momentum=0.7", "log.trackers=wandb:mine"  # the command line comes last
+    words = ["optim.args.momentum=0.7", "log.tensorboard=false", "log.wandb=mine"]
+    assert load_config(str(file), words) == load_config("digits", new)
+
+
+def test_both_names_of_what_moved_are_refused(tmp_path: Path) -> None:
+    (line,) = told("digits", "optim.momentum=0.8", "optim.args.momentum=0.7")
+    assert "optim.momentum is another name for optim.args.momentum, and both are given" in line
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {momentum: 0.8, args: {momentum: 0.7}}\n")
+    assert "both are given" in told(str(file))[0]
+
+
+def test_a_bad_value_of_what_moved_is_told_under_its_old_name(tmp_path: Path) -> None:
+    (line,) = told("digits", "optim.swa_start=2")
+    assert "2 cannot be used for optim.swa_start (command line, optim.swa_start): write a number" in line
+
+
+# ------------------------------------------------------------------------------------------------ old runs
+
+MAT = {"preset": "mat", "start": "uniform", "hard_loss": "ce", "mart_beta": "0.0", "hard_weight": 0.5, "kd_weight": 0.5,
+       "kd_own": 0.25}
+AWP = {**MAT, "preset": "mat_trades", "start": "gaussian", "hard_weight": "0.0", "clean_weight": "1.0", "kd_own": 0.5,
+       "trades_beta": "6.0", "awp_gamma": 0.005}
+AWP_ATTACK = ("loss: ce\n  loss:\n    preset: mat_trades", "loss: kl_clean\n  loss:\n    preset: mat_trades")
+
+
+@pytest.mark.parametrize("peers,words", [
+    ([MAT] * 4, []), ([{}], ["peers=1", "loss=mart"]), ([AWP] * 2, ["peers=2", "loss=mat_trades",
+                                                                    "methods.awp.gamma=0.005"]),
+    ([{**PLAIN, "strategy": "ramp", "threats": "linf:0.1,l2:1", "projection_beta": 0.5}],
+     ["peers=1", "loss=at", "union.strategy=ramp", "union.threats=linf:0.1,l2:1", "methods.ramp.projection=0.5"]),
+    ([{**PLAIN, "ema_decay": "null", "swa_start": 0.5}], ["peers=1", "loss=at", "methods.swa.start=0.5"]),
+    ([{**PLAIN, "momentum": 0.8, "nesterov": "true"}],
+     ["peers=1", "loss=at", "optim.args.momentum=0.8", "optim.args.nesterov=true"]),
+    ([{**PLAIN, "start": "previous", "reset_epochs": 5}], ["peers=1", "loss=at", "methods.warm_start.reset_epochs=5"]),
+], ids=["mat", "mart", "mat_trades with awp", "ramp", "swa", "nesterov", "previous"])
+def test_the_settings_of_a_run_of_version_01_are_the_same_here(peers: list[dict[str, Any]], words: list[str],
+                                                               tmp_path: Path) -> None:
+    path = old_run(tmp_path / "run", *peers)
+    Path(path).write_text(Path(path).read_text().replace(*AWP_ATTACK))
+    here = small(*words)
+    assert config_differences(here, load_config(path)) == []
+    assert load_config(path) == here.model_copy(update={"run": here.run.model_copy(update={"root": "runs"})})
+
+
+def test_settings_of_the_whole_run_that_moved_are_moved(tmp_path: Path) -> None:
+    path = old_run(tmp_path / "run", PLAIN, test="true", tensorboard="true", wandb="mine", attack_copy="false")
+    config = load_config(path, ["run.device=cpu"])
+    assert (config.eval.test_steps, config.log.trackers, config.step.attack_engine) == (
+        20, "tensorboard,wandb:mine", "model")
+
+
+LOST = [({**PLAIN, "attackers": "one"}, {}, "peers.0.loss.attackers=one"),
+        ({**PLAIN, "init_stream": 5}, {}, "peers.0.init_stream=5"),
+        ({**PLAIN, "l1_share": 0.3}, {}, "peers.0.attack.l1_share=0.3"),
+        ({**PLAIN, "trades_temperature": "2.0", "trades_beta": "1.0"}, {}, "peers.0.loss.trades_temperature=2.0"),
+        ({**PLAIN, "mart_beta": "6.0"}, {}, "peers.0.loss.mart_beta=6.0"),  # not the boosted cross-entropy
+        ({"hard_weight": 0.3}, {}, "peers.0.loss.hard_loss=bce"),
+        ({**PLAIN, "awp_warmup_epochs": "2.0", "awp_gamma": 0.01}, {}, "peers.0.optim.awp_warmup_epochs=2.0"),
+        (PLAIN, {"pull": 0.5}, "step.pull=0.5"), (PLAIN, {"bn": "joint"}, "step.bn=joint"),
+        (PLAIN, {"on_nonfinite": "quarantine"}, "step.on_nonfinite=quarantine"),
+        (PLAIN, {"restarts": 4}, "eval.restarts=4"), (PLAIN, {"poison": "x"}, "data.poison=x")]
+
+
+@pytest.mark.parametrize("peer,changed,names", LOST, ids=[names for _, _, names in LOST])
+def test_a_run_that_was_trained_with_what_went_ends_with_4_and_names_the_version(
+        peer: dict[str, Any], changed: dict[str, Any], names: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_config(old_run(tmp_path / "run", peer, **changed), ["run.device=cpu"])
+    assert caught.value.code == 4 and names in str(caught.value) and "version 0.1" in caught.value.how
+    assert caught.value.where == str(tmp_path / "run" / "config.yaml")
+
+
+@pytest.mark.parametrize("peer,changed", [
+    ({**PLAIN, "trades_temperature": "2.0"}, {}), ({**PLAIN, "awp_warmup_epochs": "2.0"}, {}),
+    ({**PLAIN, "ramp_weight": "3.0"}, {}), ({**PLAIN, "method": "apgd", "l1_share": 0.05}, {}),
+    (PLAIN, {"pull_every": 3, "background": "false"})])
+def test_what_had_no_effect_beside_the_other_settings_is_dropped_in_silence(
+        peer: dict[str, Any], changed: dict[str, Any], tmp_path: Path) -> None:
+    assert load_config(old_run(tmp_path / "run", peer, **changed)).peers[0].loss.preset == "at"
+
+
+def test_the_command_line_is_told_of_it_also_with_a_run(tmp_path: Path) -> None:
+    (line,) = told(old_run(tmp_path / "run", PLAIN), "step.pull=0")
+    assert "step.pull went in version 0.2 (command line, step.pull)" in line

@@ -103,10 +103,10 @@ def test_text_that_looks_like_something_else_survives_the_dump(text: str, tmp_pa
 def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "train: {epochs: 3, batch_size: 10}\noptim: {lr: 0.5}\n")
     write(tmp_path, "b.yaml", "defaults: a\ntrain: {epochs: 4}\n")
-    write(tmp_path, "c.yaml", "optim: {lr: 0.25, momentum: 0.5}\n")
-    config = load(tmp_path, "defaults: [b, c.yaml]\ntrain: {max_steps: 9}\n", "optim.momentum=0.75")
+    write(tmp_path, "c.yaml", "optim: {lr: 0.25, args: {momentum: 0.5}}\n")
+    config = load(tmp_path, "defaults: [b, c.yaml]\ntrain: {max_steps: 9}\n", "optim.args.momentum=0.75")
     assert (config.train.epochs, config.train.batch_size, config.train.max_steps) == (4, 10, 9)
-    assert (config.peers[0].optim.lr, config.peers[0].optim.momentum) == (0.25, 0.75)
+    assert (config.peers[0].optim.lr, config.peers[0].optim.args) == (0.25, {"momentum": 0.75})
 
 
 def test_an_empty_section_keeps_what_lower_layers_gave(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_short_forms_and_other_names(tmp_path: Path) -> None:
         tmp_path, "{}", "model=resnet18", "model.width=2", "attack.norm=l2", "attack.eps=128/255", "loss=trades"
     ).peers[0]
     assert (peer.model.name, peer.model.width, peer.threat.norm, peer.threat.eps) == ("resnet18", 2, "l2", 128 / 255)
-    assert peer.loss.trades_beta == 6
+    assert peer.loss.pair_kl == 6
     config = load(tmp_path, "peers: [{attack: {eps: 2/255, norm: l2}, model: a}, {threat: l2, loss: at}]")
     assert [p.threat.eps for p in config.peers] == [2 / 255, 0.1]
     assert [p.threat.norm for p in config.peers] == ["l2", "l2"]
@@ -161,17 +161,34 @@ def test_peers_are_laid_over_the_shared_sections(tmp_path: Path) -> None:
         tmp_path,
         """
 model: {name: resnet18, width: 2}
-optim: {lr: 0.5, momentum: 0.5}
+optim: {lr: 0.5, args: {momentum: 0.5}}
 peers:
   - {}
   - {model: wrn_28_10, optim: {lr: 0.25}}
   -
 """,
-        "peers.2.optim.momentum=0.25", "peers.0.name=first", "peers.2.stream=9",
+        "peers.2.optim.args.momentum=0.25", "peers.0.name=first", "peers.2.stream=9",
     )
     assert [(p.model.name, p.model.width) for p in config.peers] == [("resnet18", 2), ("wrn_28_10", 2), ("resnet18", 2)]
-    assert [(p.optim.lr, p.optim.momentum) for p in config.peers] == [(0.5, 0.5), (0.25, 0.5), (0.5, 0.25)]
+    assert [(p.optim.lr, p.optim.args["momentum"]) for p in config.peers] == [(0.5, 0.5), (0.25, 0.5), (0.5, 0.25)]
     assert [(p.name, p.stream) for p in config.peers] == [("first", 0), ("peer1", 1), ("peer2", 9)]
+
+
+def test_arguments_of_the_optimizer_are_laid_over_each_other_name_by_name(tmp_path: Path) -> None:
+    """In files, at the command line, per peer; they survive the dump, and null forgets them."""
+    text = "optim: {name: adamw, args: {betas: [0.9, 0.95], amsgrad: true}}\npeers: [{}, {optim: {args: {eps: 1e-6}}}]"
+    config = load(tmp_path, text, "peers.0.optim.args.betas=[0.8, 0.9]")
+    assert [peer.optim.args for peer in config.peers] == [
+        {"betas": [0.8, 0.9], "amsgrad": True}, {"betas": [0.9, 0.95], "amsgrad": True, "eps": 1e-6}]
+    assert load(tmp_path, dump_config(config)) == config
+    assert "      betas:\n      - 0.9\n      - 0.95\n      amsgrad: true\n      eps: 1.0e-06\n" in dump_config(config)
+    assert config_differences(load(tmp_path, text), config) == [
+        "peers.0.optim.args.betas: [0.9, 0.95] -> [0.8, 0.9]"]
+    plain = load(tmp_path, text, "optim.args=null", "optim.name=sgd", "optim.args={momentum: 0.8}")
+    assert [peer.optim.args for peer in plain.peers] == [{"momentum": 0.8}, {"momentum": 0.8, "eps": 1e-6}]
+    assert load(tmp_path, "optim: {args: }").peers[0].optim.args == {}
+    assert resume_conflicts(load(tmp_path, "{}"), load(tmp_path, "{}", "optim.args.momentum=0.8"))[0] == (
+        "peers.0.optim.args.momentum: null -> 0.8")
 
 
 def test_a_number_of_peers_is_that_many_equal_ones(tmp_path: Path) -> None:
@@ -223,9 +240,9 @@ def test_coefficients_of_presets_by_hand(tmp_path: Path) -> None:
     assert (loss("dml_at").teacher_input, loss("dml_at").kd_own) == ("own_ae", 1)
     assert (loss("mat", 0, "loss.kd_weight=0.9").hard_weight, loss("at").hard_weight) == (pytest.approx(0.1), 1)
     cat = [loss("cat", i) for i in range(4)]
-    assert [c.trades_beta for c in cat] == [6, 0, 6, 0]
-    assert [c.pair_weight for c in cat] == [0, 1, 0, 1]
-    assert {(c.base_scale, c.kd_weight) for c in cat} == {(1 / 20, 19 / 20)}
+    assert [c.pair_kl for c in cat] == [pytest.approx(0.3), 0, pytest.approx(0.3), 0]  # 6 times a share of 1/20
+    assert [c.pair_mse for c in cat] == [0, 1 / 20, 0, 1 / 20]
+    assert {c.kd_weight for c in cat} == {19 / 20}
     assert loss("mat", 0, "loss.teacher_set=owner").kd_own == 0
     assert all(value is not None for value in mat.model_dump().values())
 
@@ -306,7 +323,7 @@ def test_only_a_longer_training_may_be_resumed(tmp_path: Path, old: str, new: st
 def test_a_setting_that_an_old_run_did_not_know_has_its_default(tmp_path: Path) -> None:
     config = load(tmp_path, "{}")
     values = config.model_dump(mode="json")
-    del values["step"]["bn"]
+    del values["step"]["wire"]
     assert resume_conflicts(values, config) == []
     values["step"]["gone"] = 1
     assert resume_conflicts(values, config)[-1] == "step.gone: 1 -> null"

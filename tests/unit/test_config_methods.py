@@ -10,10 +10,11 @@ import pytest
 from pydantic import Field, model_validator
 
 from mat_dist import train
-from mat_dist.config import config_differences, dump_config, load_config, register_section, schema_json
-from mat_dist.config import fields as fields_module
+from mat_dist.config import config_differences, dump_config, load_config, schema_json
+from mat_dist.config import methods as registry
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.help import settings_help
+from mat_dist.config.methods import Method, register_method
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError
 
@@ -25,9 +26,13 @@ class Shake(Section):
     often: bool = Field(False, description="shake in every step")
 
 
+def register_section(name: str, section: type[Section], says: str) -> None:
+    register_method(Method(name, says, section=section))
+
+
 @pytest.fixture(autouse=True)
 def shake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fields_module, "_METHODS", {})
+    monkeypatch.setattr(registry, "_METHODS", {"presets": registry.methods()["presets"]})  # mat, the default, and at
     register_section("shake", Shake, "a method that shakes")
     yield
 
@@ -53,6 +58,15 @@ def test_it_survives_a_dump(tmp_path):
 @pytest.mark.parametrize("item", ["methods=null", "methods.shake=null", "methods={}", "methods={shake: null}"])
 def test_an_empty_section_is_absent(item):
     assert all(peer.methods == {} for peer in load_config("digits", [item]).peers)
+
+
+def test_a_peer_may_do_without_the_method_of_the_others(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("methods: {shake: {gamma: 1/4}}\npeers: [{}, {methods: {shake: null}}, {}]\n")
+    config = load_config(str(file), ["peers.2.methods.shake=null"])
+    assert [sorted(peer.methods) for peer in config.peers] == [["shake"], [], []]
+    (tmp_path / "b.yaml").write_text("defaults: [a.yaml]\nmethods: {shake: null}\n")
+    assert not any(peer.methods for peer in load_config(str(tmp_path / "b.yaml")).peers)
 
 
 def test_a_section_without_settings_is_there_with_its_defaults():
@@ -114,16 +128,16 @@ def test_a_name_is_one_word_and_registered_once():
     register_section("shake", Shake, "again: a plug-in may be loaded twice")
     with pytest.raises(ConfigError, match="registered twice"):
         register_section("shake", type("Other", (Section,), {}), "another one")
-    with pytest.raises(ConfigError, match="cannot name a section"):
+    with pytest.raises(ConfigError, match="cannot name a method"):
         register_section("sh.ake", Shake, "a dot")
 
 
 def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
     plugin = tmp_path / "wobble.py"
-    plugin.write_text("from pydantic import Field\nfrom mat_dist.config import register_section\n"
+    plugin.write_text("from pydantic import Field\nfrom mat_dist.config.methods import Method, register_method\n"
                       "from mat_dist.config.fields import Number, Section\n\n\nclass Wobble(Section):\n"
                       "    by: Number = Field(1, description='how far')\n\n\n"
-                      "register_section('wobble', Wobble, 'wobbles')\n")
+                      "register_method(Method('wobble', 'wobbles', section=Wobble))\n")
     words = ["--plugin", str(plugin), "peers.1.methods.wobble.by=1/4", "run.device=cpu", "--dry-run"]
     assert train.main(words) == 0
     assert "    wobble:\n      by: 0.25\n" in capsys.readouterr().out

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
 
-from mat_dist.config import (
-    config_warnings,
-    load_config,
-    registry,
-    rules,
-    rules_attack,
-    rules_learning,
-    rules_sharing,
-    rules_unions,
-)
+from mat_dist.config import config_warnings, load_config, rules
+from mat_dist.config.methods import methods
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
-# rule, overrides of the default that break it, part of the message, overrides that keep it
 GUIDED = "peers=2 peers.1.frozen=true peers.1.init_from=x"
-SPLIT = "loss=at attack.split_batch=true"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
+EXPERT = f"{COHORT} peers.2.union.strategy=msd peers.2.loss.teacher_set=expert peers.2.loss.kd_own=0.5"
+# rule, overrides of the default that break it, part of the message, overrides that keep it
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
     ("radius_fits_pixels", "attack.eps=16", "write eps: 16/255", "attack.eps=1"),
     ("radius_fits_pixels", "threat.eps=1.5", "such as 8/255", "threat.eps=1.5 threat.norm=l2"),
-    (
-        "radius_fits_pixels", "peers.2.threat.eps=4", "(command line, peers.2.threat.eps)",
-        "peers.2.threat={norm: l2, eps: 4}",
-    ),
+    ("radius_fits_pixels", "peers.2.threat.eps=4", "(command line, peers.2.threat.eps)",
+     "peers.2.threat={norm: l2, eps: 4}"),
     ("attack_can_start", "attack.loss=kl_clean attack.start=zero", "no gradient at its start", "attack.start=zero"),
     ("attack_can_start", "peers.1.loss=trades attack.start=zero", "write start: gaussian", "peers.1.loss=trades"),
     ("names_are_unique", "peers.0.name=a peers.3.name=a", "peers.0 and peers.3 have the same name a", "peers.0.name=a"),
@@ -45,69 +34,29 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
-    ("batches_can_be_split", SPLIT + " loss=mat", "preset mat (kd_own 0.25), which tells own AEs",
-     SPLIT + " loss=mat_kd"),
-    ("batches_can_be_split", SPLIT + " loss=mat_share", "preset mat_share (hard_own 0.25), which tells own", SPLIT),
-    ("batches_can_be_split", SPLIT + " peers=2 loss=peeraid", "preset peeraid", SPLIT + " loss=dml_at"),
-    ("batches_can_be_split", SPLIT + " peers=1", "a split batch with one peer", SPLIT),
-    ("batches_can_be_split", SPLIT + " peers=3 train.batch_size=64", "64 images (per micro-batch) for 3 peers",
-     SPLIT + " peers=3 train.batch_size=63"),
-    ("batches_can_be_split", SPLIT + " peers.1.attack.split_batch=false", "a split batch with some peers only", SPLIT),
-    ("batches_can_be_split", SPLIT + " peers.1.frozen=true peers.1.init_from=run", "roles or frozen peers", SPLIT),
-    ("batches_can_be_split", SPLIT + " peers.1.threat=l2", "threats that differ", SPLIT + " threat=l2"),
-    ("batches_can_be_split", SPLIT + " attack.start=previous", "that a peer carries on", SPLIT),
-    ("batches_can_be_split", SPLIT + " optim.awp_gamma=0.01", "before the batch is whole", SPLIT),
-    ("batches_can_be_split", SPLIT + " union.strategy=avg union.threats=linf:0.1,l2:1", "union.strategy avg", SPLIT),
-    ("batches_can_be_split", SPLIT + " step.on_nonfinite=quarantine", "a part would be missing", SPLIT),
-    ("free_attacks_fit", "train.replays=2", "no attack.method is free", FREE),
-    ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "with one replay of a batch", FREE),
-    ("free_attacks_fit", FREE + " attack.steps=3", "write attack.steps: 1", FREE),
-    ("free_attacks_fit", FREE + " attack.start=uniform", "write start: zero", FREE + " attack.start=zero"),
-    ("free_attacks_fit", FREE + " attack.loss=margin", "write attack.loss: ce", FREE + " attack.loss=ce"),
-    ("free_attacks_fit", FREE + " loss=trades", "which has no hard labels on own AEs", FREE + " loss=mat"),
-    ("free_attacks_fit", FREE + " peers.1.attack.method=pgd", "beside peers with free", FREE),
-    ("free_attacks_fit", FREE + " peers.1.frozen=true peers.1.init_from=run", "a peer that does not learn", FREE),
-    ("free_attacks_fit", FREE + " peers.1.union.strategy=avg peers.1.union.threats=linf:0.1,l2:1",
-     "free with union.strategy avg", FREE),
-    ("previous_perturbations_fit", "peers=1 loss=at attack.start=previous data.augment.cutmix=1", "data.augment.cutmix",
-     "peers=1 loss=at attack.start=previous"),
-    ("previous_perturbations_fit", "attack.start=previous data.augment.cutout=2", "data.augment.cutout",
-     "attack.start=previous data.augment.pad=2 data.augment.flip=true"),
-    ("previous_perturbations_fit", "attack.start=previous attack.method=n_fgsm attack.steps=1", "a start of its own",
-     "attack.method=n_fgsm attack.steps=1"),
-    ("previous_perturbations_fit", "peers=1 loss=at attack.start=previous union.strategy=max "
-     "union.threats=linf:0.1,l2:1", "kept for one threat", "attack.start=previous"),
-    ("previous_perturbations_fit", "attack.start=previous data.generated=x.npz data.generated_share=0.5",
-     "not kept for generated images", "attack.start=previous"),
-    ("previous_perturbations_fit", "attack.reset_epochs=3", "and none are kept",
-     "attack.start=previous attack.reset_epochs=3"),
-    ("attack_steps_grow", "attack.steps=1 attack.steps_warmup_epochs=2", "grows up to 1",
-     "attack.steps=2 attack.steps_warmup_epochs=2"),
-    ("attack_steps_grow", "train.epochs=3 attack.steps_warmup_epochs=4", "grows for 4 of 3 epochs",
-     "train.epochs=3 attack.steps_warmup_epochs=3"),
+    ("free_attacks_fit", "train.replays=2", "train.replays 2 with attack.method pgd", FREE),
+    ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "write 8 (Free-AT on CIFAR-10)", FREE),
+    ("free_attacks_fit", f"{FREE} attack.steps=3", "write attack.steps: 1", FREE),
+    ("free_attacks_fit", f"{FREE} attack.start=uniform", "write start: zero", f"{FREE} attack.start=zero"),
+    ("free_attacks_fit", f"{FREE} attack.loss=margin", "write attack.loss: ce", f"{FREE} attack.loss=ce"),
+    ("free_attacks_fit", f"{FREE} loss=trades", "which has no hard labels on own AEs", f"{FREE} loss=mat"),
+    ("free_attacks_fit", f"{FREE} peers.1.attack.method=pgd", "write attack.method: free for all peers", FREE),
+    ("free_attacks_fit", f"{FREE} peers.1.frozen=true peers.1.init_from=run", "a peer that does not learn", FREE),
+    ("free_attacks_fit", f"{FREE} peers.1.union.strategy=avg peers.1.union.threats=linf:0.1,l2:1",
+     "free beside union.strategy avg", FREE),
+    ("perturbations_can_be_kept", "peers=1 loss=at methods.warm_start.reset_epochs=0 data.augment.cutmix=1",
+     "data.augment.cutmix", "peers=1 loss=at methods.warm_start.reset_epochs=0"),
+    ("perturbations_can_be_kept", "methods.warm_start.reset_epochs=0 attack.method=n_fgsm attack.steps=1",
+     "the peer has attack.method n_fgsm", "attack.method=n_fgsm attack.steps=1"),
+    ("perturbations_can_be_kept", f"{UNION} union.strategy=max methods.warm_start.reset_epochs=0",
+     "kept for one threat", "methods.warm_start.reset_epochs=0"),
+    ("perturbations_can_be_kept", "methods.warm_start.reset_epochs=0 data.generated=x.npz data.generated_share=0.5",
+     "switch data.generated off", "methods.warm_start.reset_epochs=0"),
     ("somebody_is_there_to_learn_from", "peers=1", "preset mat distils from other peers", "peers=1 loss=at"),
     ("somebody_is_there_to_learn_from", "peers=1 loss=mat_kd", "write loss.preset: at (or trades)",
      "peers=1 loss=trades"),
-    (
-        "somebody_is_there_to_learn_from", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
-        "peers=1 loss=mat_share",
-    ),
-    (
-        "some_term_counts", "loss=at loss.hard_weight=0", "all terms of the loss have weight 0",
-        "loss=at loss.hard_weight=0 loss.clean_weight=1",
-    ),
-    ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
-    ("smoothing_has_a_cross_entropy", "peers=2 loss=lbgat loss.label_smoothing=0.2", "no cross-entropy that takes it",
-     "peers=2 loss=lbgat peers.0.loss.label_smoothing=0.2"),
-    ("smoothing_has_a_cross_entropy", "peers=1 loss=mart loss.label_smoothing=0.2",
-     "no cross-entropy that takes it",
-     "peers=1 loss=mart loss.label_smoothing=0.2 loss.clean_weight=0.5"),
-    ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
-    (
-        "owner_is_a_peer", "loss.teacher_set=owner loss.kd_own=1", "no teacher on own examples, kd_own is 1",
-        "loss=at loss.teacher_set=owner loss.kd_own=1",
-    ),
-    ("owner_is_a_peer", "loss.teacher_set=owner loss.kd_clean=0.2", "no teacher on clean images", "loss.kd_clean=0.2"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=at loss.hard_own=0.5", "other peers' examples",
+     "peers=1 loss=mat_share"),
     ("somebody_is_there_to_learn_from", "peers=1 loss=at peers.0.role=generalist", "a generalist without specialists",
      "peers=1 loss=at peers.0.role=generalist union.strategy=max union.threats=linf:0.1,l2:1"),
     ("somebody_is_there_to_learn_from", "peers=2 peers.all.role=generalist", "a generalist without specialists",
@@ -116,61 +65,68 @@ CASES = [
      "no peer that a specialist learns from", "peers=2 peers.all.role=specialist"),
     ("somebody_is_there_to_learn_from", "peers=2 peers.0.loss=rslad", "a frozen teacher, and there is none",
      "peers=2 peers.0.loss=rslad peers.1.frozen=true peers.1.init_from=x"),
-    ("somebody_is_there_to_learn_from", "peers=1 loss=at attack.loss=kl_teacher", "needs a teacher",
+    ("somebody_guides", "peers=1 loss=at attack.loss=kl_teacher", "needs a teacher",
      "peers=2 loss=at attack.loss=kl_teacher"),
+    ("somebody_is_there_to_learn_from", "peers=3 peers.2.role=generalist", "a generalist without specialists",
+     "peers=3 peers.2.role=generalist peers.0.role=specialist"),
+    ("some_term_counts", "loss=at loss.hard_weight=0", "all terms of the loss have weight 0",
+     "loss=at loss.hard_weight=0 loss.clean_weight=1"),
+    ("some_term_counts", "loss.kd_weight=1", "no peer learns from labels", "peers.1.loss.kd_weight=1"),
+    ("teachers_know_the_view", "loss.teacher_set=owner loss.kd_own=0.5", "write kd_own: 0", "loss.teacher_set=owner"),
+    ("teachers_know_the_view", "loss.teacher_set=owner loss.kd_own=1", "no teacher on own examples, kd_own is 1",
+     "loss=at loss.teacher_set=owner loss.kd_own=1"),
+    ("teachers_know_the_view", "loss.teacher_set=owner loss.kd_clean=0.2", "no teacher on clean images",
+     "loss.kd_clean=0.2"),
+    ("teachers_know_the_view", "loss.teacher_set=expert loss.kd_clean=0.2", "expert leaves no teacher on clean images",
+     "loss.teacher_set=expert"),
+    ("teachers_know_the_view", f"{EXPERT} peers.2.union.threats=l1:9,linf:0.1", "learns from defends l1",
+     f"{EXPERT} peers.2.union.threats=linf:0.1,l1:9"),
     ("frozen_peers_have_weights", "peers.1.frozen=true", "without trained weights",
      "peers.1.frozen=true peers.1.init_from=x"),
     ("frozen_peers_have_weights", "peers.all.frozen=true peers.all.init_from=x", "all peers are frozen",
      "peers.0.frozen=true peers.0.init_from=x"),
-    ("presets_for_two", "loss=lbgat", "preset lbgat is for 2 peers, here are 4", "peers=2 loss=lbgat"),
-    ("presets_for_two", "loss=peeraid", "write peers: 2", "peers=2 loss=peeraid"),
-    ("shares_add_up", "loss.hard_weight=1", "hard_weight 1 and kd_weight 0.5 of preset mat", "loss.hard_weight=0.5"),
-    ("trust_is_per_teacher", "loss.gate=0.1 loss.teacher_agg=mean_prob", "write teacher_agg: mean_kl", "loss.gate=0.1"),
-    ("trust_is_per_teacher", "loss.kd_where=student_wrong loss.kd_loss=mse", "write kd_loss: kl",
+    ("single_images_have_a_divergence", "loss.kd_where=student_wrong loss.kd_loss=mse", "write kd_loss: kl",
      "loss.kd_where=student_wrong"),
-    ("warm_up_ends", "loss.warmup_epochs=5 train.epochs=5", "learns alone for 5 of 5 epochs",
+    ("warm_ups_end", "loss.warmup_epochs=5 train.epochs=5", "learns alone for 5 of 5 epochs",
      "loss.warmup_epochs=4 train.epochs=5"),
+    ("warm_ups_end", "optim.warmup_epochs=5 train.epochs=5", "the rise of onecycle lasts 5 of 5 epochs",
+     "optim.warmup_epochs=4 train.epochs=5"),
+    ("warm_ups_end", "optim.schedule=cosine peers.1.optim.warmup_epochs=99", "the warm-up lasts 99",
+     "optim.schedule=cosine peers.1.optim.warmup_epochs=1"),
+    ("warm_ups_end", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.1.loss.warmup_epochs=1",
+     "learns from teachers only", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.loss.warmup_epochs=1"),
     ("mixed_labels_are_understood", "loss=mart data.augment.cutmix=1",
-     "loss.hard_loss bce, loss.mart_beta 6.0 (preset mart) asks for one label per image",
-     "loss=trades data.augment.cutmix=1"),
+     "loss.preset (preset mart) asks for one label per image", "loss=trades data.augment.cutmix=1"),
+    ("mixed_labels_are_understood", "loss.kd_where=teacher_right data.augment.cutmix=0.5", "or kd_where: all",
+     "data.augment.cutmix=0.5"),
+    ("mixed_labels_are_understood", f"{UNION} union.strategy=ramp data.augment.cutmix=0.5", "or strategy: max",
+     f"{UNION} union.strategy=max data.augment.cutmix=0.5"),
     ("mixed_labels_are_understood", "peers=1 loss=at attack.loss=margin data.augment.cutmix=0.5", "attack.loss: ce",
      "peers=1 loss=at data.augment.cutmix=0.5"),
     ("mixed_labels_are_understood", f"{GUIDED} peers.1.attack.loss=margin data.augment.cutmix=1", "attack.loss: ce",
      f"{GUIDED} data.augment.cutmix=1"),
-    ("mixed_labels_are_understood", "loss.gate=1 data.augment.cutmix=0.5", "cutmix: 0, or loss.gate: 0", "loss.gate=1"),
-    ("mixed_labels_are_understood", f"{UNION} union.strategy=eat data.augment.cutmix=0.5", "union.strategy eat",
+    ("mixed_labels_are_understood", f"{UNION} union.strategy=eat data.augment.cutmix=0.5", "union.strategy (preset at)",
      f"{UNION} union.strategy=msd data.augment.cutmix=0.5"),
-    ("projection_belongs_to_ramp", f"{UNION} union.strategy=max union.projection_beta=0.5", "with strategy max",
-     f"{UNION} union.strategy=ramp union.projection_beta=0.5"),
-    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats",
-     f"{UNION} union.strategy=max"),
-    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
+    ("unions_fit", "peers=1 loss=at union.strategy=max", "strategy max with 0 threats", f"{UNION} union.strategy=max"),
+    ("unions_fit", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1", "with 1 threats",
      f"{UNION} union.strategy=avg"),
-    ("unions_can_be_read", "peers=1 loss=at union.strategy=avg union.threats=linf:0.1,lol:1", "'lol:1' is not a threat",
-     f"{UNION} union.strategy=ramp"),
-    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=msd", "AEs of other peers are finished",
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=msd", "those of other peers are finished",
      f"{COHORT} peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1"),
-    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=random peers.1.threat=linf",
-     "the specialists have 1 norms",
-     f"{COHORT} peers.2.union.strategy=random"),
-    ("unions_of_own_aes_fit", f"{COHORT} peers.2.union.strategy=eat peers.2.loss=at", "strategy eat with 0 threats",
-     f"{COHORT} peers.2.union.strategy=eat"),
-    ("unions_can_be_read", UNION, "without a strategy", f"{UNION} union.strategy=random"),
-    ("unions_can_be_read", f"{UNION},l2:1 union.strategy=msd", "one norm twice", f"{UNION} union.strategy=msd"),
-    ("unions_of_own_aes_fit", "peers=1 loss=at union.strategy=eat union.threats=linf:0.1,l2:1", "without linf and l1",
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=eat peers.2.loss=at", "strategy eat with 0 threats",
+     f"{COHORT} peers.2.union.strategy=avg"),
+    ("unions_fit", UNION, "without a strategy", f"{UNION} union.strategy=random"),
+    ("unions_fit", f"{UNION},l2:1 union.strategy=msd", "one norm twice", f"{UNION} union.strategy=msd"),
+    ("unions_fit", "peers=1 loss=at union.strategy=eat union.threats=linf:0.1,l2:1", "without linf and l1",
      f"{UNION} union.strategy=eat"),
-    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=max peers.1.threat=linf",
-     "the specialists have 1 norms",
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=max peers.1.threat=linf", "the specialists have one norm",
      f"{COHORT} peers.2.union.strategy=max"),
-    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=avg peers.1.threat=linf",
-     "the specialists have 1 norms", f"{COHORT} peers.2.union.strategy=avg"),
-    ("unions_of_received_aes_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1",
-     "from the AEs of others alone", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1 "
-                                     "peers.2.loss.hard_own=0.5"),
-    ("somebody_is_there_to_learn_from", "peers=3 peers.2.role=generalist", "a generalist without specialists",
-     "peers=3 peers.2.role=generalist peers.0.role=specialist"),
-    ("idbh_crops_and_erases_itself", "data.augment.idbh=weak data.augment.pad=4", "write pad: 0",
-     "data.augment.idbh=weak data.augment.pad=0 data.augment.flip=true"),
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=avg peers.1.threat=linf", "the specialists have one norm",
+     f"{COHORT} peers.2.union.strategy=avg"),
+    ("unions_fit", f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1",
+     "from the AEs of others alone",
+     f"{COHORT} peers.2.union.strategy=avg peers.2.union.threats=linf:0.1,l2:1 peers.2.loss.hard_own=0.5"),
+    ("unions_fit", "peers=1 loss=trades union.strategy=max union.threats=linf:0.1,l2:1",
+     "preset trades, which has no hard labels", "peers=1 loss=trades union.strategy=msd union.threats=linf:0.1,l2:1"),
     ("data_fill_a_batch", "data.generated=x.npz", "images in data.generated, 0 of them",
      "data.generated=x.npz data.generated_share=0.7"),
     ("data_fill_a_batch", "data.generated_share=0.7", "no images in data.generated, 67 of them",
@@ -179,103 +135,29 @@ CASES = [
      "train.batch_size=8 data.generated=x.npz data.generated_share=0.9"),
     ("data_fill_a_batch", "data.train_size=28 data.generated=x.npz data.generated_share=0.7",
      "do not fill a batch of 29", "data.train_size=29 data.generated=x.npz data.generated_share=0.7"),
+    ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
     ("paths_are_plain", "data.generated=a\nb data.generated_share=0.5", "control character",
      "data.generated=ab data.generated_share=0.5"),
-    ("one_average", "optim.ema_decay=0.9 peers.1.optim.swa_start=0.5", "two averages",
-     "optim.ema_decay=null optim.swa_start=0.5"),
+    ("paths_are_plain", "run.root=a\nb", "a control character", "run.root=../some/where"),
+    ("paths_are_plain", "data.root=\0", "a control character", "data.root=/a"),
     ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),
-    (
-        "schedule_fits_training", "optim.warmup_epochs=5 train.epochs=5", "the rise of onecycle lasts 5 of 5 epochs",
-        "optim.warmup_epochs=4 train.epochs=5",
-    ),
-    (
-        "schedule_fits_training", "optim.schedule=cosine peers.1.optim.warmup_epochs=99", "the warm-up lasts 99",
-        "optim.schedule=cosine peers.1.optim.warmup_epochs=1",
-    ),
-    ("schedule_fits_training", "optim.milestones=[0.5,0.5]", "not increasing shares", "optim.milestones=[0.5,0.6]"),
-    ("schedule_fits_training", "optim.milestones=[0.5,1]", "[100/110, 105/110]", "optim.milestones=[]"),
-    (
-        "schedule_fits_training", "optim.milestones=[100,105]", "not increasing shares",
-        "optim.milestones=[100/110,105/110]",
-    ),
-    ("schedule_fits_training", "optim.milestones=[0,0.75]", "not increasing shares", "optim.milestones=[0.1,0.75]"),
-    (
-        "schedule_fits_training", "optim.nesterov=true optim.momentum=0", "nesterov without momentum",
-        "optim.nesterov=true",
-    ),
+    ("milestones_rise", "optim.milestones=[0.5,0.5]", "not increasing shares", "optim.milestones=[0.5,0.6]"),
+    ("milestones_rise", "optim.milestones=[0.5,1]", "[100/110, 105/110]", "optim.milestones=[]"),
+    ("milestones_rise", "optim.milestones=[100,105]", "not increasing shares", "optim.milestones=[100/110,105/110]"),
+    ("milestones_rise", "optim.milestones=[0,0.75]", "not increasing shares", "optim.milestones=[0.1,0.75]"),
     ("batch_can_be_split", "train.batch_size=1", "a batch of one image", "train.batch_size=2"),
-    (
-        "batch_can_be_split", "train.batch_size=100 step.microbatches=3", "a divisor of 100",
-        "train.batch_size=99 step.microbatches=3",
-    ),
-    (
-        "batch_can_be_split", "train.batch_size=8 step.microbatches=8", "write at most 4",
-        "train.batch_size=8 step.microbatches=4",
-    ),
-    (
-        "joint_norms_need_all_graphs", "step.bn=joint step.memory=recompute", "write bn: separate",
-        "step.bn=joint step.memory=keep",
-    ),
-    (
-        "sums_are_enough", "step.opinions=summed step.on_nonfinite=quarantine", "a peer in quarantine",
-        "step.opinions=summed step.on_nonfinite=skip",
-    ),
-    *(("sums_are_enough", f"step.opinions=summed peers.0.loss.{broken}", f"summed opinions with {broken.split('=')[0]}",
-       f"step.opinions=summed peers.0.loss.{kept}")
-      for broken, kept in [("kd_weight=0", "kd_weight=1"), ("kd_own=1", "kd_own=0.9"), ("kd_own=0", "kd_own=0.1"),
-                           ("teacher_input=clean", "teacher_input=same_ae"), ("teacher_agg=mean_logit",
-                                                                               "teacher_agg=mean_prob"),
-                           ("temperature=2", "temperature=1"), ("kd_clean=0.1", "kd_clean=0"),
-                           ("kd_loss=mse", "kd_loss=kl"), ("gate=0.1", "gate=0"), ("kd_where=teacher_right",
-                                                                                  "kd_where=all"),
-                           ("warmup_epochs=1", "warmup_epochs=0"), ("attackers=one", "attackers=all")]),
-    ("sums_are_enough", "step.opinions=summed peers.1.frozen=true peers.1.init_from=x", "roles and frozen peers",
-     "step.opinions=summed"),
-    ("warm_up_ends", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.1.loss.warmup_epochs=1",
-     "learns from teachers only", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.loss.warmup_epochs=1"),
-    ("weights_climb_an_own_loss", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat optim.awp_gamma=0.01",
-     "preset lbgat has none here", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.optim.awp_gamma=0.01"),
-    ("unions_have_hard_labels", "peers=1 loss=trades union.strategy=max union.threats=linf:0.1,l2:1",
-     "preset trades, which has no hard labels",
-     "peers=1 loss=trades union.strategy=msd union.threats=linf:0.1,l2:1"),
-    ("unions_have_hard_labels", "peers=1 loss=at loss.hard_loss=bce union.strategy=max union.threats=linf:0.1,l2:1",
-     "and hard_loss is bce", "peers=1 loss=mart union.strategy=avg union.threats=linf:0.1,l2:1"),
-    ("attackers_can_rotate", "peers=1 loss=at loss.attackers=one", "attackers one without another peer",
-     "peers=2 loss=at loss.attackers=one"),
-    ("attackers_can_rotate", f"{COHORT} peers.0.loss.attackers=one", "one with role specialist", COHORT),
-    ("attackers_can_rotate", f"{UNION} union.strategy=msd peers=2 loss.attackers=one", "one with strategy msd",
-     f"{UNION} union.strategy=msd peers=2"),
-    ("attackers_can_rotate", "loss.attackers=one optim.awp_gamma=0.01", "one with adversarial weight perturbation",
-     "loss.attackers=partner optim.awp_gamma=0.01"),
-    ("attackers_can_rotate", "loss.attackers=one loss.teacher_set=owner", "the attacker has no teacher",
-     "loss.attackers=partner loss.teacher_set=owner"),
-    ("attackers_can_rotate", "loss=mat_kd loss.attackers=partner", "gives the partner's AEs no weight",
-     "loss=mat_kd loss.attackers=one"),
-    ("attackers_can_rotate", "loss=mat_kd loss.attackers=one attack.split_batch=true", "that all peers make together",
-     "loss=mat_kd attack.split_batch=true"),
-    ("attackers_can_rotate", "loss=mat loss.attackers=one attack.method=free attack.steps=1 train.replays=2",
-     "from the gradient of learning", "loss=mat attack.method=free attack.steps=1 train.replays=2"),
-    ("attackers_can_rotate", "loss.attackers=one attack.start=previous", "perturbations that are carried on",
-     "attack.start=previous"),
-    ("weights_can_be_pulled", "peers=1 loss=at step.pull=0.5", "there is one peer", "peers=2 loss=at step.pull=0.5"),
-    ("weights_can_be_pulled", "step.pull=0.5 peers.2.frozen=true peers.2.init_from=x", "peer2 does not train",
-     "step.pull=0.5 peers.2.init_from=x"),
-    ("weights_can_be_pulled", "step.pull=0.5 peers.2.model.width=2", "peer0 and peer2 have different models",
-     "step.pull=0.5 model.width=2"),
-    ("initial_weights_are_drawn", "peers.1.init_stream=0 peers.1.init_from=x", "leave init_stream or init_from out",
-     "peers.1.init_stream=0 peers.2.init_from=x"),
-    ("data_fill_a_batch", "data.train_size=95", "95 training images do not fill a batch of 96", "data.train_size=96"),
+    ("batch_can_be_split", "train.batch_size=100 step.microbatches=3", "a divisor of 100",
+     "train.batch_size=99 step.microbatches=3"),
+    ("batch_can_be_split", "train.batch_size=8 step.microbatches=8", "write at most 4",
+     "train.batch_size=8 step.microbatches=4"),
+    ("weights_climb_an_own_loss", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat methods.awp.gamma=0.01",
+     "preset lbgat has none here", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.methods.awp.gamma=0.01"),
     ("data_can_be_found", "data.name=folder", "train/<class>/", "data.name=folder data.root=x"),
     ("data_can_be_found", "data.name=npz", "an .npz file", "data.name=npz data.root=x"),
     ("data_can_be_found", "data.name=cifar10", "cifar10 data without data.root", "data.name=cifar10 data.root=x"),
-    (
-        "data_can_be_found", "data.name=svhn data.download=true", "where download: true may put them",
-        "data.name=svhn data.root=x data.download=true",
-    ),
+    ("data_can_be_found", "data.name=svhn data.download=true", "where download: true may put them",
+     "data.name=svhn data.root=x data.download=true"),
     ("data_can_be_found", "data.name=cifar100", "cifar100 data without data.root", "data.name=fashion_mnist"),
-    ("data_can_be_found", "data.download=true", "digits data cannot be downloaded", "data.name=of_a_plugin"),
-    ("paths_are_plain", "run.root=a\nb", "a control character", "run.root=../some/where"),
-    ("paths_are_plain", "data.root=\0", "a control character", "data.root=/a"),
     ("backend_fits_device", "run.device=cpu comm.backend=nccl", "nccl needs GPUs", "run.device=cpu comm.backend=gloo"),
 ]
 
@@ -301,17 +183,9 @@ def test_a_broken_rule_is_the_one_problem_and_its_neighbour_passes(
 
 
 def test_every_rule_has_a_case() -> None:
-    public = {
-        name
-        for module in (rules, rules_attack, rules_learning, rules_sharing, rules_unions)
-        for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and value.__module__ == module.__name__
-        and not name.startswith("_")
-        and name not in ("as_fraction", "config_warnings", "sharing_warnings")
-    }
-    assert public == {case[0] for case in CASES}
-    assert {function.__name__ for function, _ in registry._RULES} == public
+    """Those of methods too."""
+    found = [*rules._RULES, *(one for method in methods().values() for one in method.rules)]
+    assert {function.__name__ for function, _ in found} == {case[0] for case in CASES}
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:
@@ -336,13 +210,15 @@ def test_a_rule_is_silent_where_a_value_it_reads_is_unknown(tmp_path: Path) -> N
         ("attack.step_size=0.3", "attack.step_size 0.3 is more than 2 eps = 0.2"),
         ("attack.step_size=2", "is more than 2 eps = 0.2; 2/255?"),
         ("peers.1.attack.step_size=0.3 peers.3.attack.step_size=0.3", "(peer1, peer3)"),
-        ("eval.step_size=0.3", "eval.step_size 0.3 is more than 2 eps"),
+        ("data.augment.idbh=weak data.augment.pad=4", "data.augment.idbh weak crops and erases itself"),
+        ("peers=2 loss=lbgat peers.1.loss.label_smoothing=0.2", "no cross-entropy that takes it (peer1)"),
+        ("methods.ramp.weight=1", "methods.ramp does nothing without union.strategy ramp"),
+        ("peers=4 loss=lbgat", "lbgat was published for 2 peers"),
         ("loss=cat", "published for 2 peers"),
         ("peers.1.loss=cat", "cat is meant for all peers"),
         ("data.name=folder data.root=x", "data.image_size is not set"),
         ("data.augment.flip=true", "mirrors the digits of digits"),
-        ("step.pull=0.5 peers.1.init_stream=0", "step.pull draws peers together that start from different weights"),
-        ("peers.0.attack.start=zero peers.2.attack.start=zero peers.2.init_stream=0", "they stay equal"),
+        ("peers.0.attack.start=zero peers.0.init_from=x peers.2.attack.start=zero peers.2.init_from=x", "stay equal"),
     ],
 )
 def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None:
@@ -352,8 +228,7 @@ def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None
 
 def test_ordinary_settings_are_not_warned_about() -> None:
     for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
-                      ["step.pull=0.5", "peers.all.init_stream=3"], ["attack.start=zero"],
-                      ["peers.all.init_stream=3"]):
+                      ["attack.start=zero"], ["peers.all.init_from=x"]):
         assert config_warnings(load_config("digits", overrides)) == []
 
 
@@ -371,7 +246,12 @@ def test_the_average_of_a_preset_can_be_switched_off() -> None:
     words = ["peers=1", "loss=at_wa"]
     assert load_config("base", words).peers[0].optim.ema_decay == 0.9995
     config = load_config("base", [*words, "optim.ema_decay=null"])
-    assert not config.peers[0].optim.averages
+    assert not config.peers[0].averages
+
+
+def test_the_even_average_takes_the_place_of_the_decaying_one() -> None:
+    peers = load_config("digits", ["optim.ema_decay=0.9", "peers.1.methods.swa.start=0.5"]).peers
+    assert [peer.optim.ema_decay for peer in peers] == [0.9, None, 0.9, 0.9] and all(peer.averages for peer in peers)
 
 
 def test_specialists_that_nobody_learns_from_are_warned_of() -> None:

@@ -17,7 +17,7 @@ from mat_dist.data import Batches, ImageSet, load_data, place, steps_per_epoch
 from mat_dist.data.arrays import generated_images
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DataError
-from mat_dist.tools.check.data import check_data
+from mat_dist.tools.check.models import check_data
 from mat_dist.tools.dryrun import describe_run
 from tests.documents import POISONED
 from tests.small_runs import SMALL, run_small

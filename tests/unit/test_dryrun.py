@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from mat_dist import train
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.step import train_step
+from mat_dist.core.step import Batch, train_step
 from mat_dist.data import load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
 from mat_dist.models.registry import Images
+from mat_dist.tools.check.__main__ import main as check
 from mat_dist.tools.dryrun import KNOWN_IMAGES, describe_run, training_passes
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -63,22 +65,22 @@ MORE = [
     *(UNION + strategy for strategy in ("avg", "max", "ramp", "random", "msd")),
     *(ROLES + f"peers.2.union.strategy={strategy}" for strategy in ("avg", "max", "ramp")),
     ROLES + "peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1",
-    ROLES + "peers.0.loss.kd_weight=0.5", ROLES + "peers.2.union.strategy=random",
+    ROLES + "peers.0.loss.kd_weight=0.5",
     TAUGHT + "ard", UNION + "avg attack.method=apgd attack.loss=kl_clean",
-    "peers=2 loss=at optim.awp_gamma=0.01",
-    UNION + "ramp union.projection_beta=0.5",
-    UNION + "max optim.awp_gamma=0.01", "peers=2 loss=mat optim.awp_gamma=0.01 optim.ema_decay=0.9 step.teachers=ema",
+    "peers=2 loss=at methods.awp.gamma=0.01", UNION + "ramp methods.ramp.projection=0.5",
+    UNION + "max methods.awp.gamma=0.01",
+    "peers=2 loss=mat methods.awp.gamma=0.01 optim.ema_decay=0.9 step.teachers=ema",
     "peers=2 loss=mat attack.loss=kl_teacher attack.method=apgd"]
 
 
 @pytest.mark.parametrize("memory", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [
-    "peers=2 loss=mat", TAUGHT + "rslad", UNION + "eat", "peers=2 loss=trades optim.awp_gamma=0.01",
+    "peers=2 loss=mat", TAUGHT + "rslad", UNION + "eat", "peers=2 loss=trades methods.awp.gamma=0.01",
     *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)])
 def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None:
     steps = 1 if "free" in settings else 2
     config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", f"attack.steps={steps}",
-                       "step.attack_copy=false")  # the hooks below count calls of the model, not of its copy
+                       "step.attack_engine=model")  # the hooks below count calls of the model, not of its copy
     told, count = cells(description(config), "passes"), len(config.peers)
     cohort = Cohort.build(config, Mesh(Placement.place(count, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
                           steps_per_epoch=1)
@@ -90,36 +92,8 @@ def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None
 
     for peer in cohort.peers:
         peer.model.register_forward_hook(lambda *_, name=peer.name: passes(name))
-    train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
+    train_step(cohort, Batch(torch.rand(8, 1, 8, 8), torch.arange(8), 0))
     assert counts == {name: [int(n) for n in told[name][-2:]] for name in counts}
-
-
-@pytest.mark.parametrize("attackers,period", [("one", 3), ("partner", 2)])
-def test_the_passes_of_attackers_in_turn_are_those_of_a_round(attackers: str, period: int) -> None:
-    config = config_of("peers=3", f"loss.attackers={attackers}", "peers.1.attack.steps=4", "train.batch_size=8",
-                       "attack.steps=2", "step.attack_copy=false", "data.train_size=8", "train.epochs=7",
-                       "optim.warmup_epochs=0")
-    cohort = Cohort.build(config, Mesh(Placement.place(3, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
-                          steps_per_epoch=1)
-    counts = torch.zeros(7, 3, 2, dtype=torch.int64)
-
-    def passes(peer: int, step: int) -> None:
-        counts[step, peer, 0] += 1
-        counts[step, peer, 1] += torch.is_grad_enabled()
-
-    for step in range(7):
-        cohort.begin(step)
-        hooks = [p.model.register_forward_hook(lambda *_, n=p.index, s=step: passes(n, s)) for p in cohort.peers]
-        train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), step)
-        for hook in hooks:
-            hook.remove()
-    text = description(config)
-    told = cells(text, "passes")
-    assert f"in the mean over {period} steps" in text
-    for peer in range(3):
-        mean = counts[:period, peer].double().mean(0)
-        assert [float(n) for n in told[f"peer{peer}"][-2:]] == pytest.approx(mean.tolist(), abs=0.005)
-    assert training_passes(config) == (7, *counts.sum((0, 1)).tolist())
 
 
 def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:
@@ -131,10 +105,10 @@ def test_passes_of_unions_awp_and_msd_are_those_computed_by_hand() -> None:
     assert row(*threats, "union.strategy=random") == ["10", "1", "0", "11", "11"]
     assert row(*threats, "union.strategy=msd") == ["10", "1", "0", "41", "11"]  # and a look at each norm's step
     assert row(*threats, "union.strategy=eat") == ["10", "1", "0", "12", "11"]  # and PGD's last point
-    ramp = ("union.strategy=ramp", "union.projection_beta=0.5")  # and the gradient on clean images
+    ramp = ("union.strategy=ramp", "methods.ramp.projection=0.5")  # and the gradient on clean images
     assert row(*threats, *ramp) == ["30", "4", "0", "34", "34"]
-    assert row("peers=1", "loss=at", "optim.awp_gamma=0.01") == ["10", "2", "0", "12", "12"]
-    assert row("peers=1", "loss=trades", "optim.awp_gamma=0.01") == ["10", "4", "0", "15", "14"]  # the clean one
+    assert row("peers=1", "loss=at", "methods.awp.gamma=0.01") == ["10", "2", "0", "12", "12"]
+    assert row("peers=1", "loss=trades", "methods.awp.gamma=0.01") == ["10", "4", "0", "15", "14"]  # the clean one
 
 
 def test_free_training_has_no_passes_but_those_of_learning_and_longer_epochs() -> None:
@@ -176,7 +150,7 @@ def test_the_state_has_the_bytes_of_the_tensors_of_a_trained_peer() -> None:
     config = config_of("peers=2", "peers.1.optim.ema_decay=null", "peers.1.model.width=4", "train.batch_size=8")
     cohort = Cohort.build(config, Mesh(Placement.place(2, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
                           steps_per_epoch=1)
-    train_step(cohort, torch.rand(8, 1, 8, 8), torch.arange(8), 0)
+    train_step(cohort, Batch(torch.rand(8, 1, 8, 8), torch.arange(8), 0))
 
     def tensors(value: object) -> int:
         if isinstance(value, torch.Tensor):
@@ -191,13 +165,76 @@ def test_the_state_has_the_bytes_of_the_tensors_of_a_trained_peer() -> None:
 
 
 def test_perturbations_of_all_padded_images_are_held() -> None:
-    kept = cells(description(config_of("attack.start=previous", "data.val_size=100", "data.augment.pad=1")), "memory")
+    settings = ("methods.warm_start.reset_epochs=0", "data.val_size=100", "data.augment.pad=1")
+    kept = cells(description(config_of(*settings)), "memory")
     assert float(kept["perturbations"][0]) == round(4 * 1337 * 10 * 10 * 2 / 2**20, 2)  # 4 peers, 2 bytes a value
+
+
+def travels(*overrides: str, world: int, config: str | None = None) -> str:
+    text = description(config_of(*overrides, config=config), world).split("\ntravels per step: ")[1]
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def test_the_bytes_that_travel_in_a_plain_cohort_are_those_counted_by_hand() -> None:
+    """Digits, 4 peers, mat: each peer's AEs go to all, and each teaches on those of all four; 64 pixels, 10 classes."""
+    aes, logits = 96 * 64 * 4, 4 * 96 * 10 * 4
+    told = f"{aes:,} bytes of AEs (1 view) and {logits:,} bytes of logits views that stay with their makers: none"
+    assert travels(world=4) == f"each rank sends {told}"
+    assert travels(world=8) == f"each rank sends {told.replace(f'{aes:,}', f'{aes // 2:,}')}".replace(
+        f"{logits:,}", f"{logits // 2:,}")  # two replicas of each peer, half of the batch on each
+    assert travels(world=1) == f"nothing; with a rank for each peer, each would send {told}"
+    assert f" {2 * aes:,} bytes of AEs (2 views)" in travels(world=2)  # two peers on each rank
+    assert f" {96 * 64 * 2:,} bytes of AEs" in travels("step.wire=fp16", world=4)
+    assert f" {96 * (64 + 4):,} bytes of AEs" in travels("step.wire=int8", world=4)  # and a scale for each image
+    assert f" {logits + 96 * 10 * 4:,} bytes of logits" in travels("attack.loss=kl_teacher", world=4)  # clean ones
+    assert travels("loss=at", world=4) == "each rank sends 0 bytes of AEs (0 views) and 0 bytes of logits views that " \
+        "stay with their makers: peer0 (linf 1/10), peer1 (linf 1/10), peer2 (linf 1/10), peer3 (linf 1/10)"
+    assert travels("loss=at", "peers=1", world=1) == "nothing, there is one peer"
+
+
+EXPERTS = (*ROLES.split(), "threat.eps=0.1", "peers.2.union.strategy=max", "peers.2.union.threats=linf:0.1,l2:1",
+           "peers.2.loss.hard_own=0.5", "peers.2.loss.kd_own=0.5", "peers.2.loss.teacher_set=expert")
+
+
+def test_of_a_generalist_with_experts_the_bytes_are_those_counted_by_hand() -> None:
+    """The generalist makes two views, which travel, since the specialist of each norm teaches on it; the specialists
+    make one view, from which the generalist learns. So every rank sends two, those of the specialists padded. Each
+    specialist teaches on its own view and on one of the generalist's."""
+    aes, logits = 2 * 96 * 64 * 4, 2 * 96 * 10 * 4
+    assert travels(*EXPERTS, world=3) == (f"each rank sends {aes:,} bytes of AEs (2 views) and {logits:,} bytes of "
+                                          "logits views that stay with their makers: none")
+    # Taught on the specialists' views alone, the generalist keeps its own ones; nobody waits for padding.
+    assert travels(*EXPERTS, "peers.2.loss.kd_own=0", world=3) == (
+        f"each rank sends {aes // 2:,} bytes of AEs (1 view) and {logits // 2:,} bytes of logits views that stay with "
+        "their makers: peer2 (linf 1/10, l2 1)")
+
+
+def test_the_passes_of_a_training_are_those_of_its_steps() -> None:
+    assert training_passes(config_of("data.train_size=200", "train.batch_size=50", "train.epochs=3")) == (12, 528, 528)
+    assert training_passes(config_of("data.name=folder", "data.root=x")) is None
+    assert training_passes(config_of("data.name=folder", "data.root=x"), 10) == (10, 440, 440)
+
+
+def test_optimizers_that_torch_refuses_are_told_for_all_peers_before_a_run_folder_is_made(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["peers.0.optim.name=foo", "peers.1.optim.args.betas=[0.9, 0.95]", "peers.2.optim.name=adamw",
+             "peers.2.optim.args.betas=[2, 0.95]", f"run.root={tmp_path / 'runs'}", "run.device=cpu"]
+    for words in (["--dry-run", *wrong], wrong):
+        assert train.main(words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(" (peers.")[0] for line in lines] == [
+            "mat_dist: error: there is no optimizer foo", "mat_dist: error: SGD has no argument betas",
+            "mat_dist: error: AdamW refuses its settings: Invalid beta parameter at index 0: 2"]
+        assert "momentum, nesterov" in lines[1]
+    assert not (tmp_path / "runs").exists()
+    assert check(wrong) == 2
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error ")]
+    assert [row.split()[1] for row in rows] == ["optimizers"] * 3
 
 
 def test_a_cohort_that_shares_nothing_holds_only_its_own_examples() -> None:
     text = description(config_of("loss=at", config="cifar10_resnet18"), world=4)
-    assert cells(text, "memory")["AEs"][:4] == ["1.50", "of", "1", "peer,"]
+    assert cells(text, "memory")["AEs"][:4] == ["1.50", "1", "view", "of"]
     assert cells(text, "memory")["logits"][0] == "0.00"
 
 

@@ -24,6 +24,8 @@ from PIL import Image
 from mat_dist import checkpoints, train
 from mat_dist.config import schema
 from mat_dist.config.fields import Section
+from mat_dist.config.methods import methods
+from mat_dist.config.presets import LossWeights
 from mat_dist.config.schema import Config
 from mat_dist.core import trainer
 from mat_dist.core.peer import Peer
@@ -80,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def leaves() -> set[tuple[str, str]]:
     """(section class, field) of every setting that holds a value."""
     found = set()
-    for cls in vars(schema).values():
+    for cls in (*vars(schema).values(), *(method.section for method in methods().values())):
         if isinstance(cls, type) and issubclass(cls, Section) and cls not in (Section, Config):
             for name, field in cls.model_fields.items():
                 if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
@@ -95,30 +97,43 @@ def meet_nobody(config: Config) -> None:
         pass
 
 
-def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    read: dict[tuple[str, str], set[str]] = {}
-    plain = Section.__getattribute__
+def spoil_step_2(monkeypatch: Patch) -> None:
+    """Peer 1's logits of that step are infinite."""
+    learn = Peer.learn
+    monkeypatch.setattr(Peer, "learn", lambda peer, x, draw: learn(peer, x, draw) * (
+        float("inf") if draw[0] == 2 and peer.index == 1 else 1.0))
 
-    def recording(section: Section, name: str) -> Any:
-        if name in type(section).model_fields:
+
+def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    read: set[tuple[str, str]] = set()
+
+    def recording(plain: Callable[[Any, str], Any], owner: str | None = None) -> Callable[[Any, str], Any]:
+        def get(section: Any, name: str) -> Any:
             reader = sys._getframe(1).f_globals["__name__"]
             if reader.startswith("mat_dist.") and not reader.startswith("mat_dist.config"):
-                read.setdefault((type(section).__name__, name), set()).add(reader)
-        return plain(section, name)
+                read.add((owner or type(section).__name__, name))
+            return plain(section, name)
+        return get
 
-    monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
+    monkeypatch.setattr(Section, "__getattribute__", recording(Section.__getattribute__), raising=False)
+    monkeypatch.setattr(LossWeights, "__getattribute__", recording(LossWeights.__getattribute__, "LossConfig"))
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "optim.awp_gamma=0.01", "eval.test_steps=1", "checkpoint.every_steps=1", "step.pull=0.5",
-                  "attack.start=previous")
+                  "methods.awp.gamma=0.01", "eval.test=true", "checkpoint.every_steps=1",
+                  "methods.warm_start.reset_epochs=1",
+                  "peers.0.loss=mart", "peers.1.optim.ema_decay=null", "peers.1.methods.swa.start=0.5")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
+    ramp = (*UNION.replace("avg", "ramp").split(), "methods.ramp.weight=1", "methods.ramp.projection=0.5")
+    assert run_small(tmp_path, "ramp", *SHORT, *ramp).code == 0
     assert train.main([*SMALL, "--dry-run"]) == 0
     images = ("data.name=folder", f"data.root={folder}", "data.image_size=8", "data.residency=mmap",
               f"data.cache={tmp_path / 'cache'}")
     assert run_small(tmp_path, "images", *SHORT, *images).code == 0
     assert run_small(tmp_path, "cifar", "data.name=cifar10", f"data.root={tmp_path}").code == 3
     meet_nobody(Config())
-    assert leaves() - set(read) == set()
-    assert len(leaves()) > 80 and ("LossConfig", "temperature") in leaves()
+    spoil_step_2(monkeypatch)
+    assert run_small(tmp_path, "spoiled").code == 15
+    assert leaves() - read == set()
+    assert len(leaves()) > 80 and {("LossConfig", "temperature"), ("AwpConfig", "gamma")} <= leaves()
     assert ("DataConfig", "augment") not in leaves()
 
 
@@ -126,38 +141,31 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
 ALONE = """
     run.seed=1 data.train_size=48 data.val_size=50 data.augment.pad=2 data.augment.flip=true
-    data.augment.random_resized_crop=0.3 data.augment.cutout=4 data.augment.idbh=weak data.augment.cutmix=1
+    data.augment.random_resized_crop=0.3 data.augment.idbh=weak data.augment.cutmix=1
     model.name=small_cnn model.width=0.5 model.activation=silu model.norm=group
     threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
     attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin
     attack.loss=kl_clean attack.loss=kl_teacher loss.preset=trades loss.preset=mart loss.preset=at_wa
-    loss.hard_loss=bce loss.kd_clean=0.2 loss.kd_loss=mse loss.kd_where=teacher_right loss.kd_where=student_wrong
-    loss.gate=1 loss.attackers=one loss.mart_beta=6
-    loss.warmup_epochs=0.25 optim.awp_gamma=0.01 loss.hard_own=0.5 loss.clean_weight=0.5
+    loss.kd_clean=0.2 loss.kd_loss=mse loss.kd_where=teacher_right loss.kd_where=student_wrong
+    loss.warmup_epochs=0.25 methods.awp.gamma=0.01 loss.hard_own=0.5 loss.clean_weight=0.5
     loss.kd_weight=0.9 loss.kd_own=1 loss.temperature=4 loss.teacher_input=own_ae loss.teacher_input=clean
-    loss.trades_beta=6 loss.pair_weight=1 loss.base_scale=0.5 loss.label_smoothing=0.1 optim.lr=0.05
-    optim.momentum=0.5 optim.nesterov=true
+    loss.pair_kl=6 loss.pair_mse=1 loss.label_smoothing=0.1 methods.mart.beta=6 optim.lr=0.05
+    optim.name=adamw optim.name=RMSprop optim.args.momentum=0.5 optim.args.nesterov=true
     optim.weight_decay=0.05 optim.schedule=cosine optim.clip_norm=0.01 peers.0.stream=9 peers.1.optim.lr=0.01
-    peers.1.init_stream=0
-    step.precision=bf16 step.precision=fp64 step.bn=joint step.wire=fp16 step.wire=int8 step.microbatches=2
+    step.precision=bf16 step.precision=fp64 step.wire=fp16 step.wire=int8 step.microbatches=2
     train.batch_size=8 train.max_steps=3"""
 UNION = "loss=at union.strategy=avg union.threats=linf:0.1,l2:1,l1:2"
 WITH_OTHERS = {  # setting: what else is set on both sides
-    "loss.t2_scale=false": "loss.temperature=4", "loss.teacher_agg=mean_prob": "peers=3",
-    "loss.teacher_agg=mean_logit": "peers=3", "loss.teacher_set=owner": "peers=3",
-    "loss.attackers=partner": "peers=3", "step.pull=0.5": "step.pull_every=1", "step.pull_every=2": "step.pull=0.5",
-    "loss.trades_temperature=3": "loss=trades", "optim.awp_warmup_epochs=0.25": "optim.awp_gamma=0.01",
+    "loss.teacher_set=owner": "peers=3", "loss.teacher_set=expert": "peers=4 peers.1.threat=l2 peers.3.threat=l2",
     "step.teachers=ema": "optim.ema_decay=0.5", "peers.0.role=generalist": "peers.1.role=specialist",
     "peers.0.role=specialist": "peers=3", "union.threats=linf:0.1,l2:1": UNION,
     **{f"union.strategy={strategy}": UNION for strategy in ("max", "random", "eat", "msd", "ramp")},
-    "union.ramp_weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
-    "union.projection_beta=0.5": UNION.replace("avg", "ramp"),
-    "loss.hard_weight=0.9": "loss=at",
+    "methods.ramp.weight=1": UNION.replace("avg", "ramp").replace("linf:0.1", "linf:0.001"),  # some images are right
+    "methods.ramp.projection=0.5": UNION.replace("avg", "ramp"), "methods.mart.beta=1": "loss=mart",
+    "loss.hard_weight=0.9": "loss=at", "optim.args.betas=[0.5, 0.6]": "optim.name=adamw",
     "train.replays=3": "loss=at attack.method=free train.replays=2 train.max_steps=3",
-    "attack.split_batch=true": "loss=at", "attack.steps_warmup_epochs=1": "attack.steps=4",
-    "attack.start=previous": "train.epochs=2 train.max_steps=7",
-    "attack.reset_epochs=1": "attack.start=previous train.epochs=2 train.max_steps=7",
-    "attack.l1_share=0.5": "threat.norm=l1", "optim.gamma=0.5": "optim.schedule=piecewise",
+    "methods.warm_start.reset_epochs=0": "train.epochs=2 train.max_steps=7",
+    "methods.warm_start.reset_epochs=1": "methods.warm_start.reset_epochs=0 train.epochs=2 train.max_steps=7",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",
     "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.decay_norm_bias=false": "optim.weight_decay=0.5",
     "optim.schedule=constant": "train.max_steps=4",
@@ -174,16 +182,15 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
 
 
 @pytest.mark.parametrize("settings", [
-    "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.restarts=2 eval.size=20 eval.step_size=0.1",
-    "eval.test_steps=1 eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
-    "checkpoint.every_steps=1 checkpoints.keep=2", "checkpoint.background=false", "data.residency=host",
-    "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "optim.swa_start=0.5",
-    "step.on_nonfinite=quarantine"])
+    "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.size=20",
+    "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
+    "checkpoint.every_steps=1 checkpoint.keep=2", "data.residency=host", "comm.timeout=9", "run.resume=never",
+    "peers.0.name=first", "optim.ema_decay=0.5", "methods.swa.start=0.5", "step.on_nonfinite=skip"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
     assert cached(*settings.split()).hashes(key="model") == cached().hashes(key="model")
 
 
-@pytest.mark.parametrize("setting", ["step.memory=recompute", "step.channels_last=false", "step.attack_copy=false"])
+@pytest.mark.parametrize("setting", ["step.memory=recompute", "step.attack_engine=model"])
 def test_memory_settings_change_rounding_only(setting: str, cached: Run) -> None:
     base = ("step.precision=fp64",)
     for mine, theirs in zip(cached(*base).peers(), cached(*base, setting).peers(), strict=True):
@@ -217,27 +224,24 @@ def test_checkpoints_are_made_and_kept_as_asked(tmp_path: Path) -> None:
     assert run_small(tmp_path, "c", two, "checkpoint.every_steps=1", "checkpoint.keep=2").steps() == [7, 8]
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
-def test_training_waits_for_a_slow_disk_only_without_background_saves(background: str, tmp_path: Path,
-                                                                      monkeypatch: Patch) -> None:
+def test_training_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: Patch) -> None:
     slow, write, step = threading.Event(), checkpoints.write_peer, trainer.train_step
     began: list[bool] = []
 
     def waiting(*args: Any) -> Any:
-        slow.wait(0.2 if background == "false" else 20)
+        slow.wait(20)
         return write(*args)
 
-    def noting(cohort: Any, x: Any, y: Any, number: int, **kwargs: Any) -> Any:
+    def noting(cohort: Any, batch: Any, **kwargs: Any) -> Any:
         began.append((tmp_path / "run" / "checkpoints" / "step_00000002").exists())
-        if number == 3:
+        if batch.step == 3:
             slow.set()
-        return step(cohort, x, y, number, **kwargs)
+        return step(cohort, batch, **kwargs)
 
     monkeypatch.setattr(checkpoints, "write_peer", waiting)
     monkeypatch.setattr(trainer, "train_step", noting)
-    run = run_small(tmp_path, "run", "checkpoint.every_steps=2", f"checkpoint.background={background}")
-    assert run.steps() == [2, 4]
-    assert began == [False, False, background == "false", background == "false"]
+    run = run_small(tmp_path, "run", "checkpoint.every_steps=2")
+    assert run.steps() == [2, 4] and began == [False] * 4
 
 
 def test_evaluations_take_place_as_often_as_asked(tmp_path: Path) -> None:
@@ -249,19 +253,18 @@ def test_evaluations_take_place_as_often_as_asked(tmp_path: Path) -> None:
 
 
 def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
-    run = cached("eval.every=1", "eval.test_steps=1", "eval.steps=2", "eval.test_steps=3", "eval.restarts=2",
-                 "eval.size=12", "eval.test_size=11", "eval.step_size=0.07", "eval.ensemble=logit", "eval.chunk=5")
+    run = cached("eval.every=1", "eval.test=true", "eval.steps=2", "eval.test_steps=3",
+                 "eval.size=12", "eval.test_size=11", "eval.ensemble=logit", "eval.chunk=5")
     validation, test = run.result("validation_step_00000002"), run.result("test_last_step_00000002")
-    assert [d["attack"]["steps"] for d in (validation, test)] == [2, 3]
+    assert [d["plans"]["pgd"]["steps"] for d in (validation, test)] == [2, 3] and test["ensemble"] == "logit"
     assert [t["n"] for d in (validation, test) for t in d["targets"]] == [12] * 3 + [11] * 3
-    assert test["attack"]["restarts"] == 2 and test["attack"]["step_size"] == {"linf 1/10": 0.07}
+    assert test["chunk"] == 5
 
 
-TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test_steps=1", "threat.eps=0.2")
+TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test=true", "threat.eps=0.2")
 
 
-@pytest.mark.parametrize("setting", ["eval.test_steps=9", "eval.restarts=4", "eval.step_size=0.02", "eval.chunk=7",
-                                     "eval.ensemble=logit"])
+@pytest.mark.parametrize("setting", ["eval.test_steps=9", "eval.chunk=7", "eval.ensemble=logit"])
 def test_an_evaluation_setting_changes_the_outcome_per_image(setting: str, cached: Run) -> None:
     def outcomes(run: Finished) -> list[tuple[str, ...]]:
         with next(run.folder.eval.glob("test_last_*.csv")).open(newline="") as file:
@@ -307,18 +310,11 @@ def test_the_timeout_is_that_of_the_process_group(monkeypatch: Patch) -> None:
     assert seen["timeout"].total_seconds() == 17 and seen["backend"] == "gloo"
 
 
-@pytest.mark.parametrize("policy,code", [("abort", 15), ("skip", 0), ("quarantine", 0)])
+@pytest.mark.parametrize("policy,code", [("abort", 15), ("skip", 0)])
 def test_what_follows_a_non_finite_step(policy: str, code: int, tmp_path: Path, monkeypatch: Patch) -> None:
-    learn, calls = Peer.learn, [0]
-
-    def spoiled(peer: Peer, x: torch.Tensor, draw: Any) -> torch.Tensor:
-        calls[0] += draw[0] == 2 and peer.index == 1
-        return learn(peer, x, draw) * (float("inf") if draw[0] == 2 and peer.index == 1 else 1.0)
-
-    monkeypatch.setattr(Peer, "learn", spoiled)
-    saves = ("checkpoint.every_steps=2", "checkpoint.background=false")
-    run = run_small(tmp_path, "run", f"step.on_nonfinite={policy}", *saves)
-    assert run.code == code and calls[0] > 0
+    spoil_step_2(monkeypatch)
+    run = run_small(tmp_path, "run", f"step.on_nonfinite={policy}", "checkpoint.every_steps=2")
+    assert run.code == code
     assert run.steps() == ([2] if code else [2, 4])
 
 
@@ -340,8 +336,8 @@ def test_the_rate_follows_the_schedule(cached: Run) -> None:
         return [record["lr"][0] for record in run.records("step")]
 
     assert rates("optim.schedule=constant") == pytest.approx([0.1] * 4)
-    piecewise = ("optim.schedule=piecewise", "optim.milestones=[0.5, 0.75]", "optim.gamma=0.5")
-    assert rates(*piecewise) == pytest.approx([0.1, 0.1, 0.05, 0.025])
+    piecewise = ("optim.schedule=piecewise", "optim.milestones=[0.5, 0.75]")
+    assert rates(*piecewise) == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert rates("optim.schedule=cosine") == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
     assert rates("optim.schedule=constant", "optim.warmup_epochs=0.75") == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
 

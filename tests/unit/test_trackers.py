@@ -141,8 +141,8 @@ def test_a_full_disk_does_not_keep_numbers_from_the_trackers(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("setting", "package", "command"), [
-    ("log.tensorboard=true", "tensorboard", "pip install 'mat_dist[logging]'"),
-    ("log.wandb=project", "wandb", "pip install wandb")])
+    ("log.trackers=tensorboard", "tensorboard", "pip install 'mat_dist[logging]'"),
+    ("log.trackers=wandb:project", "wandb", "pip install wandb")])
 def test_a_missing_library_ends_with_6_before_anything_is_made(setting: str, package: str, command: str,
                                                                tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_missing_library_ends_with_6_before_anything_is_made(setting: str, pac
 def test_the_preflight_looks_for_the_libraries_too(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert check([*SMALL, f"run.root={tmp_path}", "log.wandb=project"]) == 6
+    assert check([*SMALL, f"run.root={tmp_path}", "log.trackers=wandb:project"]) == 6
     shown = capsys.readouterr()
     assert "trackers" in shown.out and "pip install wandb" in shown.out + shown.err
 
@@ -176,7 +176,7 @@ def accumulated(folder: Path) -> Any:
     return accumulator.EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.tensorboard=true")
+RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.trackers=tensorboard")
 
 
 def points(found: Any) -> dict[str, list[tuple[int, float]]]:
@@ -232,7 +232,7 @@ def test_a_resumed_run_has_each_point_once(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_trackers_do_not_change_a_bit_of_the_weights(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with_it, without = run_small(tmp_path, "a", *RUN), run_small(tmp_path, "b", *RUN, "log.tensorboard=false")
+    with_it, without = run_small(tmp_path, "a", *RUN), run_small(tmp_path, "b", *RUN, "log.trackers=null")
     assert with_it.hashes() == without.hashes() and not (tmp_path / "b" / "tensorboard").exists()
 
 
@@ -310,7 +310,7 @@ class FakeWandb(types.ModuleType):
         return data.shape, caption
 
 
-WANDB = (*RUN[:-1], "log.wandb=robustness", "log.every=1")
+WANDB = (*RUN[:-1], "log.trackers=wandb:robustness", "log.every=1")
 
 
 def test_wandb_gets_the_same_numbers_and_pictures_and_is_continued(tmp_path: Path,

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, count, load_config, load_plugins
-from mat_dist.config.schema import Config
+from mat_dist.config.schema import Config, parse_trackers
 from mat_dist.distributed.launch import Endpoint, Launch
 from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.check import network, versions
-from mat_dist.tools.check.findings import Answer, Report
+from mat_dist.tools.check import Answer, Report, machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,20 +36,20 @@ def check(words: list[str], report: Report) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     options = parser.read(words)
     if Launch.from_environment().world > 1:
-        raise EnvironmentFault("mat_dist.tools.check was started as one of several ranks", "torchrun",
+        raise EnvironmentFault("mat_dist.check was started as one of several ranks", "torchrun",
                                "start it as one process: python -m mat_dist.check --ranks N")
     config = report.ask("config", _load, options)
-    torch_works = report.ask("versions", versions.check_versions)
+    torch_works = report.ask("versions", machine.check_versions)
     if torch_works:
         from mat_dist.tools.check import run  # imports torch
 
         run.check_run(report, config, options.ranks, options.nodes, config_name(options.config))
-        if config is not None and (config.log.tensorboard or config.log.wandb is not None):
+        if config is not None and config.log.trackers is not None:
             report.ask("trackers", _trackers, config)
     endpoint = report.ask("environment", _endpoint)
-    report.ask("port", network.check_port, endpoint, options.ranks)
-    report.ask("address", network.check_address, endpoint, options.nodes)
-    report.ask("interfaces", network.check_interfaces, endpoint, options.nodes)
+    report.ask("port", machine.check_port, endpoint, options.ranks)
+    report.ask("address", machine.check_address, endpoint, options.nodes)
+    report.ask("interfaces", machine.check_interfaces, endpoint, options.nodes)
     if options.json:
         print(report.as_json())
     else:
@@ -72,8 +71,7 @@ def _trackers(config: Config) -> Answer[None]:
     from mat_dist.runs.trackers import require_trackers  # imports torch
 
     require_trackers(config.log)
-    asked = ["TensorBoard"] * config.log.tensorboard + ["W&B"] * (config.log.wandb is not None)
-    return Answer(None, f"{' and '.join(asked)} can be imported")
+    return Answer(None, f"{' and '.join(parse_trackers(config.log.trackers))} can be imported")
 
 
 def _endpoint() -> Answer[Endpoint]:

@@ -18,9 +18,8 @@ from mat_dist.distributed.groups import ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.check.data import Sample
-from mat_dist.tools.check.findings import Answer
-from mat_dist.tools.check.models import Measured
+from mat_dist.tools.check import Answer
+from mat_dist.tools.check.models import Measured, Sample
 
 GIB = 1 << 30
 CUDA_CONTEXT = 700 << 20  # context, cuBLAS and cuDNN workspaces, NCCL buffers of one process: 0.5 to 1 GiB

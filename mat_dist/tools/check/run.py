@@ -1,25 +1,41 @@
-"""The checks that need torch: ranks, device, data, models, memory, run folder."""
+"""The checks that need torch: ranks, device, data, models, memory, and where a run writes."""
 
 from __future__ import annotations
 
 import os
+import re
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
+from mat_dist.core.optim import check_optimizers
 from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.check import memory, storage
-from mat_dist.tools.check.data import check_data, known_sample
-from mat_dist.tools.check.findings import Answer, Report
-from mat_dist.tools.check.models import Measured, alike, check_model
+from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, OutputError
+from mat_dist.runs.files import free_bytes, output_error
+from mat_dist.runs.folder import RunFolder, create_or_open
+from mat_dist.runs.lock import RunLock
+from mat_dist.runs.session import check_continues
+from mat_dist.tools.check import Answer, Report
+from mat_dist.tools.check.memory import check_memory
+from mat_dist.tools.check.models import Measured, Sample, alike, check_data, check_model, known_sample
 
 GIB = 1 << 30
 BUSY = 0.1  # share of a GPU's memory that others may use before a warning
+SPARE = 1.05  # manifest, evaluation results, logs beside the weights
+# Types of /proc/mounts that several machines can have mounted; what stands behind `fuse.` counts too.
+SHARED = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "cephfs", "panfs", "wekafs",
+                    "glusterfs", "pvfs2", "orangefs", "ocfs2", "gfs2", "afs", "cifs", "smb3", "smbfs", "9p", "virtiofs",
+                    "juicefs", "quobyte", "quobyte-client", "moosefs", "mfs", "lizardfs", "sshfs", "s3fs", "daos",
+                    "dvs", "vastnfs", "exafs"})
+MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 
 def check_run(report: Report, config: Config | None, ranks: int, nodes: int, name: str) -> None:
@@ -28,21 +44,29 @@ def check_run(report: Report, config: Config | None, ranks: int, nodes: int, nam
         prepare_torch(config)
     launch = report.ask("ranks", check_ranks, config, ranks, nodes)
     device = report.ask("device", check_device, config, launch)
+    optimizers = report.ask("optimizers", _optimizers, config)
     sample = report.ask("data", check_data, config)
     if sample is None and config is not None:
         sample = known_sample(config)  # noise of the right shape: the models can be tried all the same
     measured: dict[int, Measured] = {}
     for peers in alike(config) if config is not None else []:
         title = f"model {_listed(peers)}"
-        one = report.ask(title, check_model, config, peers, sample, device or torch.device("cpu"))
+        one = report.ask(title, check_model, config if optimizers else None, peers, sample,
+                         device or torch.device("cpu"))
         if one is not None:
             measured |= dict.fromkeys(peers, one)
     whole = measured if config is not None and len(measured) == len(config.peers) else None
-    report.ask("memory", memory.check_memory, config, launch, device, sample, whole)
-    report.ask("run folder", storage.check_run_folder, config, name)
-    report.ask("disk", storage.check_disk, config, sample, whole)
+    report.ask("memory", check_memory, config, launch, device, sample, whole)
+    report.ask("run folder", check_run_folder, config, name)
+    report.ask("disk", check_disk, config, sample, whole)
     if nodes > 1:
-        report.ask("shared folder", storage.check_shared, config, nodes)
+        report.ask("shared folder", check_shared, config, nodes)
+
+
+def _optimizers(config: Config) -> Answer[bool]:
+    """Raises ConfigError with all that classes of torch.optim refuse."""
+    check_optimizers(config)
+    return Answer(True, ", ".join(dict.fromkeys(spec.optim.name for spec in config.peers)))
 
 
 def _listed(peers: tuple[int, ...]) -> str:
@@ -93,3 +117,102 @@ def _cpu(config: Config, launch: Launch) -> Answer[torch.device]:
         warning = f"{threads} threads share {cores} cores, steps take that much longer: use fewer ranks or threads"
     found = f"cpu, {cores} cores for {threads} threads of all ranks"
     return Answer(torch.device("cpu"), found, warning)
+
+
+# ---------------------------------------------------------------- where a run writes
+
+
+def root_of(config: Config) -> Path:
+    """run.root as an absolute path. Raises ConfigError where it is none."""
+    try:
+        return Path(config.run.root).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ConfigError(f"{config.run.root[:80]!r} leads nowhere: {error}", "run.root",
+                          "give the path of a folder") from None
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(one for one in (path, *path.parents) if os.path.lexists(one))
+
+
+def check_run_folder(config: Config, name: str) -> Answer[Path]:
+    """Whether the run could be opened; what is made to find that out is removed.
+
+    Raises what a run would: OutputError (cannot be written, finished, in use), CheckpointError (other settings,
+    nothing to continue), ConfigError.
+    """
+    root = root_of(config)
+    path = root / config.run.name if config.run.name else None
+    if path is None or not os.path.lexists(path):
+        if config.run.resume == "must":
+            raise CheckpointError("there is no run to continue", str(path or root),
+                                  "check run.root and run.name, or set run.resume=auto")
+        _probe(existing(root))
+        found = f"{path or root / f'{name}-TIME'}, new" + ("" if root.exists() else "; run.root will be made")
+        return Answer(root, found)
+    folder = create_or_open(root, config.run.name, config_name=name, resume=config.run.resume, job_id=None,
+                            now=datetime.now(UTC))
+    holder = RunLock(folder, None).held_by()
+    if holder is not None:
+        raise OutputError(f"the run is in use by {holder}", str(folder.path),
+                          "wait until it ends, stop it, or choose another run.name")
+    check_continues(folder, config)
+    return Answer(root, f"{folder.path}, to be continued")
+
+
+def _probe(folder: Path) -> None:
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".mat_dist-check-", dir=folder))
+    except OSError as error:
+        raise output_error(error, folder) from error
+
+
+def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured]) -> Answer[int]:
+    """Whether keep + best + the one being written fit. Raises OutputError."""
+    root = root_of(config)
+    each = int(sum(one.state + kept_bytes(config, config.peers[index], sample.train or 0,
+                                          tuple(sample.x_BCHW.shape[1:])) for index, one in measured.items()) * SPARE)
+    count = config.checkpoint.keep + 2
+    folder = RunFolder(root / config.run.name) if config.run.name else None
+    held = sum(file.stat().st_size for file in folder.checkpoints.rglob("peer_*.*")) if folder else 0
+    needed = max(each, count * each - held)
+    free = free_bytes(existing(root))
+    found = (f"{count} checkpoints of {each / GIB:.3f} GiB need {needed / GIB:.2f} GiB more below {root}, "
+             f"{(free or 0) / GIB:.2f} GiB are free")
+    details = {"checkpoint_bytes": each, "needed": needed, "free": free}
+    if free is None:
+        return Answer(needed, found, "the free space cannot be told here: look yourself", details)
+    if free < needed:
+        raise OutputError(found, "run.root", "free space, choose another run.root, or lower checkpoint.keep")
+    return Answer(needed, found, "", details)
+
+
+def check_shared(config: Config, nodes: int) -> Answer[str]:
+    """Whether the nodes see one run.root, by the type of its file system."""
+    folder = existing(root_of(config))
+    kind, mount = file_system(folder, Path("/proc/mounts"))
+    if kind.removeprefix("fuse.") in SHARED:
+        return Answer(kind, f"{folder} is on {kind} (mounted at {mount}), which nodes can share")
+    how = (f"run.root must be one folder on all nodes; to see: srun --nodes={nodes} --ntasks-per-node=1 bash -c "
+           f"'touch {folder}/seen-by-$(hostname); sleep 5; ls {folder}' must list a file of every node")
+    only = " in the memory of this node" if kind in MEMORY else ", usually a disk of this node"
+    return Answer(kind, f"{folder} is on {kind or 'an unknown file system'} (mounted at {mount}){only}", how)
+
+
+def file_system(path: Path, table: Path) -> tuple[str, str]:
+    """(type, mount point) of the file system of `path`, from a table like /proc/mounts; ("", "") if it is not there."""
+    found = ("", "")
+    try:
+        lines = table.read_bytes().decode(errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        columns = line.split(" ")
+        if len(columns) < 3:
+            continue
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), columns[1])  # \040 is a space
+        inside = mount == "/" or path == Path(mount) or Path(mount) in path.parents
+        if inside and len(mount) >= len(found[1]):  # of several at one place the last one is on top
+            found = (columns[2], mount)
+    return found

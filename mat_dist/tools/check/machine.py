@@ -1,4 +1,4 @@
-"""Ports, addresses and interfaces of this node. Reads the kernel's tables; imports no torch."""
+"""This node: versions, port, address, interfaces. Reads the kernel's tables; imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import ipaddress
 import os
+import platform
 import pwd
 import re
 import socket
@@ -13,13 +14,16 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from mat_dist.distributed.launch import Endpoint
 from mat_dist.distributed.processes import command_line
 from mat_dist.errors import EnvironmentFault
-from mat_dist.tools.check.findings import Answer
+from mat_dist.runs.record import versions
+from mat_dist.tools.check import Answer
 
+OLDEST_TORCH = (2, 9)
 LISTENING = "0A"  # state in /proc/net/tcp
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
@@ -204,3 +208,30 @@ def nccl_matches(pattern: str, names: list[str]) -> list[str]:
         return any(name == part.partition(":")[0] if whole else name.startswith(part) for part in parts)
 
     return [name for name in names if fits(name) != excludes]
+
+
+# ---------------------------------------------------------------- versions
+
+
+def check_versions() -> Answer[bool]:
+    """Python, torch, torchvision, numpy, pydantic, CUDA, NCCL. Raises EnvironmentFault where torch cannot be used."""
+    found = {**{name: one for name, one in versions().items() if name != "system"},
+             "pydantic": metadata.version("pydantic")}
+    try:
+        import torch
+        import torchvision  # noqa: F401  (its compiled part must fit torch)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise EnvironmentFault(f"torch or torchvision cannot be imported: {error}", _listed(found),
+                               "install a torchvision that was made for this torch: pip install torch torchvision") \
+            from error
+    found["CUDA"] = str(torch.version.cuda or "none")
+    if hasattr(torch._C, "_nccl_version"):  # not in builds for the CPU
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if numbers < OLDEST_TORCH:
+        raise EnvironmentFault(f"torch {torch.__version__}", _listed(found), "install torch 2.9 or later")
+    return Answer(True, f"{_listed(found)}, {platform.system()}", details={"versions": found})
+
+
+def _listed(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())

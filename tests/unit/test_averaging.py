@@ -41,7 +41,7 @@ def test_the_recursion_is_the_equal_mean_of_the_epochs_ends() -> None:
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return run_small(tmp_path_factory.mktemp("runs"), "a", *SWA, "eval.every=2", "eval.test=true")
+    return run_small(tmp_path_factory.mktemp("runs"), "a", *SWA, "eval.every=2", "eval.test_steps=1")
 
 
 def parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
 
     monkeypatch.setattr(Section, "__getattribute__", recording, raising=False)
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "optim.awp_gamma=0.01", "eval.test=true", "checkpoint.every_steps=1", "step.pull=0.5",
+                  "optim.awp_gamma=0.01", "eval.test_steps=1", "checkpoint.every_steps=1", "step.pull=0.5",
                   "attack.start=previous")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
     assert train.main([*SMALL, "--dry-run"]) == 0
@@ -175,7 +175,7 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
 
 @pytest.mark.parametrize("settings", [
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.restarts=2 eval.size=20 eval.step_size=0.1",
-    "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
+    "eval.test_steps=1 eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
     "checkpoint.every_steps=1 checkpoints.keep=2", "checkpoint.background=false", "data.residency=host",
     "comm.timeout=9", "run.resume=never", "peers.0.name=first", "optim.ema_decay=0.5", "optim.swa_start=0.5",
     "step.on_nonfinite=quarantine"])
@@ -249,7 +249,7 @@ def test_evaluations_take_place_as_often_as_asked(tmp_path: Path) -> None:
 
 
 def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
-    run = cached("eval.every=1", "eval.test=true", "eval.steps=2", "eval.test_steps=3", "eval.restarts=2",
+    run = cached("eval.every=1", "eval.test_steps=1", "eval.steps=2", "eval.test_steps=3", "eval.restarts=2",
                  "eval.size=12", "eval.test_size=11", "eval.step_size=0.07", "eval.ensemble=logit", "eval.chunk=5")
     validation, test = run.result("validation_step_00000002"), run.result("test_last_step_00000002")
     assert [d["attack"]["steps"] for d in (validation, test)] == [2, 3]
@@ -257,7 +257,7 @@ def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
     assert test["attack"]["restarts"] == 2 and test["attack"]["step_size"] == {"linf 1/10": 0.07}
 
 
-TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test=true", "threat.eps=0.2")
+TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test_steps=1", "threat.eps=0.2")
 
 
 @pytest.mark.parametrize("setting", ["eval.test_steps=9", "eval.restarts=4", "eval.step_size=0.02", "eval.chunk=7",

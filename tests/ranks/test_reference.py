@@ -352,25 +352,25 @@ CASES |= {
 
 
 def experts(strategy: str, norms: tuple[Threat, ...] = (LINF, L2, L1), **generalist: Any) -> list[dict[str, Any]]:
-    """Specialists of these norms, and a generalist with AEs of its own for three norms, on which the specialist of the
+    """Specialists of these norms, and a generalist with AEs of its own for each norm, on which the specialist of the
     same norm teaches."""
     entries = [{"role": "specialist", "threat": {"norm": t.norm, "eps": t.eps}, "loss": "mat"} for t in norms]
     loss = {"preset": "mat", "hard_own": 1.0, "kd_weight": 0.4, "kd_own": 1.0, "teacher_set": "expert", **generalist}
-    return [*entries, {"role": "generalist", "loss": loss, "union": {"strategy": strategy, "threats": THREE}}]
+    threats = ",".join(f"{t.norm}:{t.eps}" for t in norms)
+    return [*entries, {"role": "generalist", "loss": loss, "union": {"strategy": strategy, "threats": threats}}]
 
 
-def taught_by_experts(hard: Callable[[Z, Tensor], Tensor], count: int = 3) -> Formula:
-    """The generalist, the last peer, on its AE of each norm: opinion of the specialist of that norm, where there is
-    one."""
+def taught_by_experts(hard: Callable[[Z, Tensor], Tensor], g: int = 3) -> Formula:
+    """Specialists alone; generalist g, on its AE of each norm, also by the opinion of the specialist of that norm."""
     def loss(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
-        if k < count:
+        if k < g:
             return ce(z(k, k), y)
-        return 0.6 * hard(z, y) + 0.4 / 3 * sum(kl(t(n, (count, n)), z(count, (count, n))) for n in range(count))
+        return 0.6 * hard(z, y) + 0.4 / g * sum(kl(t(n, (g, n)), z(g, (g, n))) for n in range(g))
     return loss
 
 
-def own_mean(g: int) -> Callable[[Z, Tensor], Tensor]:
-    return lambda z, y: sum(ce(z(g, (g, n)), y) for n in range(3)) / 3  # type: ignore[return-value]
+def own_mean(g: int = 3) -> Callable[[Z, Tensor], Tensor]:
+    return lambda z, y: sum(ce(z(g, (g, n)), y) for n in range(g)) / g  # type: ignore[return-value]
 
 
 def own_worst(z: Z, y: Tensor) -> Tensor:
@@ -385,14 +385,14 @@ def fed_back(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
     """Specialists learn from the generalist's three views too, half of the labels and three quarters of the opinions,
     all of which are the generalist's."""
     if k == 3:
-        return taught_by_experts(own_mean(3))(k, z, t, y, step)
+        return taught_by_experts(own_mean())(k, z, t, y, step)
     hard = 0.5 * ce(z(k, k), y) + 0.5 * sum(ce(z(k, (3, n)), y) for n in range(3)) / 3
     soft = 0.25 * kl(t(3, k), z(k, k)) + 0.75 * sum(kl(t(3, (3, n)), z(k, (3, n))) for n in range(3)) / 3
     return 0.5 * hard + 0.5 * soft
 
 
-def by_generalist_looks(*received: Look, g: int = 3) -> Callable[[int, int], list[Look]]:
-    return lambda k, step: [*received, (g, 1), (g, 2), g] if k == g else [k]
+def generalist_looks(*received: Look, g: int = 3) -> Callable[[int, int], list[Look]]:
+    return lambda k, step: [*received, *((g, n) for n in range(1, g)), g] if k == g else [k]
 
 
 def feeding_back() -> list[dict[str, Any]]:
@@ -402,14 +402,13 @@ def feeding_back() -> list[dict[str, Any]]:
 
 
 EXPERTS = {
-    "experts, avg": Case(experts("avg"), taught_by_experts(own_mean(3)), by_generalist_looks()),
-    "experts, max": Case(experts("max"), taught_by_experts(own_worst), by_generalist_looks()),
+    "experts, avg": Case(experts("avg"), taught_by_experts(own_mean()), generalist_looks()),
+    "experts, max": Case(experts("max"), taught_by_experts(own_worst), generalist_looks()),
     "experts, avg and received": Case(experts("avg", hard_own=0.5), taught_by_experts(
-        lambda z, y: 0.5 * own_mean(3)(z, y) + 0.5 * mean_of(z, y)), by_generalist_looks(0, 1, 2)),
+        lambda z, y: 0.5 * own_mean()(z, y) + 0.5 * mean_of(z, y)), generalist_looks(0, 1, 2)),
     "experts, max and received": Case(experts("max", hard_own=0.5), taught_by_experts(worst_of_six),
-                                      by_generalist_looks(0, 1, 2)),
-    "two experts of three norms": Case(experts("avg", (LINF, L2)), taught_by_experts(own_mean(2), 2),
-                                       by_generalist_looks(g=2)),
+                                      generalist_looks(0, 1, 2)),
+    "two experts": Case(experts("avg", (LINF, L1)), taught_by_experts(own_mean(2), 2), generalist_looks(g=2)),
     "experts, fed back": Case(feeding_back(), fed_back, lambda k, step: [
         *([] if k == 3 else [3]), (3, 1), (3, 2), k]),
 }

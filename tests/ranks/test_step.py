@@ -33,7 +33,7 @@ from tests.cohorts import (
     train,
 )
 from tests.ranks.test_placement import EAT, TOGETHER
-from tests.ranks.test_reference import AWP, CASES, TEACHER, experts
+from tests.ranks.test_reference import AWP, CASES, L2, LINF, TEACHER, experts
 from tests.reference_mat import configured
 
 Run = Callable[..., list[Any]]
@@ -55,7 +55,7 @@ def test_an_attack_and_teaching_leave_no_trace_in_a_peer(run_ranks: Run) -> None
 def test_the_transfer_table_is_the_accuracy_of_each_peer_on_each_first_view_and_clean_images(run_ranks: Run) -> None:
     """Also where nobody needs an AE but its maker, or more views travel than the table shows."""
     for config in (cohort_config(["at", "mat", "trades"], 3),
-                   configured([experts("avg")[i] for i in (0, 1, 3)], precision="fp32")):
+                   configured(experts("avg", (LINF, L2)), precision="fp32")):
         models = nets(3)
         tables = run_ranks(lambda mesh, c=config, m=models: one_step(build(c, mesh, m), 0, log=True).transfer_PS, 3, 3)
         def expected(mesh: Mesh, config: Any = config, models: Any = models) -> Tensor:

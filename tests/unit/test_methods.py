@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
+from mat_dist.core.graph import View
 from mat_dist.methods.ramp import project
 from mat_dist.methods.unions import EatChoice, msd
-from tests.cohorts import BATCH, batch, cohort_config, first_view, make_peer, nets
+from tests.cohorts import BATCH, batch, cohort_config, complete, first_view, make_peer, nets
 
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
 SIZES = [0.03, 0.15, 0.5]
@@ -144,6 +145,23 @@ def test_eat_goes_on_from_its_state() -> None:
     assert other.weights() == pytest.approx([0.7 / 1.3, 0.6 / 1.3])
     assert [other.choose(stream=rng.key(1, s)) for s in range(50)] == [
         EatChoice([3, 4], [10, 10]).choose(stream=rng.key(1, s)) for s in range(50)]
+
+
+# ------------------------------------------------------------------------------------------------ paired logits
+
+
+@pytest.mark.parametrize("norms,pair", [(("l2", "linf", "l1"), (1, 2)), (("l1", "linf", "l2"), (1, 0)),
+                                        (("l2", "linf"), (0, 1)), (("l2", "l1"), (0, 1))])
+def test_ramp_pairs_linf_with_l1_or_else_the_first_norm_with_the_last(norms: tuple[str, ...],
+                                                                      pair: tuple[int, int]) -> None:
+    """Of specialists' AEs, and of its own."""
+    config = complete({"peers": [*({"role": "specialist", "threat": {"norm": norm}} for norm in norms),
+                                 {"role": "generalist", "union": {"strategy": "ramp"}}]})
+    (hook,) = make_peer(nets(1)[0], config, index=len(norms)).hooks
+    assert hook.couples(hook.peer.row) == tuple(View(place) for place in pair)
+    union = {"strategy": "ramp", "threats": ",".join(f"{norm}:0.5" for norm in norms)}
+    (hook,) = make_peer(nets(1)[0], cohort_config("at", 1, entry={"union": union})).hooks
+    assert hook.couples(hook.peer.row) == tuple(View(0, place) for place in pair)
 
 
 # ------------------------------------------------------------------------------------------------ gradient projection

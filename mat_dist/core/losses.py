@@ -21,7 +21,7 @@ def cross_entropy(logits_BK: Tensor, y_B: Tensor, label_smoothing: float = 0.0) 
     """Mean cross-entropy with label smoothing in [0, 1) (Szegedy et al., CVPR 2016) -> scalar.
 
     Args:
-        y_B: labels, or mixed ones (B, K) that sum to 1 (CutMix).
+        y_B: labels, or mixed ones (B, K) that sum to 1.
     """
     return F.cross_entropy(logits_BK, y_B, label_smoothing=label_smoothing)
 

@@ -176,7 +176,11 @@ def accumulated(folder: Path) -> Any:
     return accumulator.EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
+<<<<<<< HEAD
 RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.trackers=tensorboard")
+=======
+RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.tensorboard=true")
+>>>>>>> refs/heads/coretests
 
 
 def points(found: Any) -> dict[str, list[tuple[int, float]]]:

@@ -176,11 +176,7 @@ def accumulated(folder: Path) -> Any:
     return accumulator.EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-<<<<<<< HEAD
 RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.trackers=tensorboard")
-=======
-RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.tensorboard=true")
->>>>>>> refs/heads/coretests
 
 
 def points(found: Any) -> dict[str, list[tuple[int, float]]]:
@@ -351,4 +347,4 @@ def test_wandb_without_login_ends_with_6_in_one_line(tmp_path: Path, capsys: pyt
     assert err.count("\n") == 1 and "wandb login" in err and "api_key not configured (no-tty)" in err
     with pytest.raises(EnvironmentFault):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        require_trackers(LogConfig(wandb="x"))
+        require_trackers(LogConfig(trackers="wandb:x"))

@@ -347,4 +347,4 @@ def test_wandb_without_login_ends_with_6_in_one_line(tmp_path: Path, capsys: pyt
     assert err.count("\n") == 1 and "wandb login" in err and "api_key not configured (no-tty)" in err
     with pytest.raises(EnvironmentFault):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        require_trackers(LogConfig(wandb="x"))
+        require_trackers(LogConfig(trackers="wandb:x"))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.config.presets import fill_attack, fill_loss, fill_threat
+from mat_dist.config.presets import fill_peer
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort, state_hash
-from mat_dist.core.step import train_step
+from mat_dist.core.graph import CohortGraph, View
+from mat_dist.core.peer import Peer
+from mat_dist.core.step import Batch, Outcome, train_step
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, NonFinite
 
@@ -24,15 +26,8 @@ SHAPE, CLASSES, BATCH = (2, 6, 6), 5, 8
 def complete(raw: dict[str, Any]) -> Config:
     """A resolved configuration from a plain dict whose `peers` is a list of complete or partial entries."""
     config = Config.model_validate(raw)
-    peers = []
-    for i, peer in enumerate(config.peers):
-        loss = fill_loss(peer.loss, i, len(config.peers), peer.role, peer.union)
-        threat = fill_threat(peer.threat, peer.union)
-        attack = fill_attack(peer.attack, peer.loss.preset, i, threat)
-        stream = i if peer.stream is None else peer.stream
-        peers.append(peer.model_copy(update={"loss": loss, "threat": threat, "attack": attack, "stream": stream,
-                                             "name": peer.name or f"peer{i}"}))
-    return config.model_copy(update={"peers": tuple(peers)})
+    return config.model_copy(update={"peers": tuple(
+        fill_peer(peer, i, len(config.peers)) for i, peer in enumerate(config.peers))})
 
 
 def cohort_config(preset: str | list[str] = "mat", peers: int = 4, *, norm: str = "linf", eps: float = 0.1,
@@ -77,72 +72,109 @@ def batch(step: int, rows: int = BATCH, dtype: torch.dtype = torch.float32) -> t
     return x, y.long()
 
 
-def build(config: Config, mesh: Mesh, models: list[nn.Module]) -> Cohort:
+def build(config: Config, mesh: Mesh, models: list[nn.Module], *, steps_per_epoch: int = 10) -> Cohort:
     """The cohort of one rank round copies of the models of all peers."""
     mine = [copy.deepcopy(models[i]) for i in mesh.placement.local_peers]
-    return Cohort.build(config, mesh, None, steps_per_epoch=10, models=mine)  # type: ignore[arg-type]
+    return Cohort.build(config, mesh, None, steps_per_epoch=steps_per_epoch, models=mine)  # type: ignore[arg-type]
 
 
-def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, dtype: torch.dtype = torch.float32,
-          log: bool = False, data: Callable[..., tuple[Tensor, Tensor]] = batch) -> Cohort:
-    """Run some steps; the batch is a function of the step, each replica takes its rows."""
-    cohort = build(config, mesh, models)
-    for step in range(steps):
-        cohort.begin(step)
-        x, y = data(step, config.train.batch_size, dtype)
-        train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
+def make_peer(model: nn.Module, config: Config, index: int = 0) -> Peer:
+    """One peer of a configuration round this model."""
+    row = CohortGraph.of(config.peers).peers[index]
+    return Peer(index, config.peers[index], model, row, seed=config.run.seed, step=config.step)
+
+
+def first_view(peer: Peer, x: Tensor, y: Tensor, step: int = 0, first_row: int = 0) -> Tensor:
+    """The AEs of a peer's first view."""
+    view = View(peer.index)
+    return peer.attack(Batch(x, y, step, first_row), [view])[view]
+
+
+def local(cohort: Cohort, step: int, data: Callable[..., tuple[Tensor, Tensor]] = batch) -> Batch:
+    """This replica's rows of the batch of a step, in the precision of the cohort."""
+    x, y = data(step, BATCH, torch.float64 if cohort.step.precision == "fp64" else torch.float32)
+    return Batch(x[cohort.rows], y[cohort.rows], step, cohort.rows.start)
+
+
+def one_step(cohort: Cohort, step: int, *, data: Callable[..., tuple[Tensor, Tensor]] = batch,
+             **options: Any) -> Outcome:
+    """One step on the batch of that step, with options of `train_step`."""
+    cohort.begin(step)
+    return train_step(cohort, local(cohort, step, data), **options)
+
+
+def train(config: Config, mesh: Mesh, models: list[nn.Module], steps: int, *, log: bool = False,
+          data: Callable[..., tuple[Tensor, Tensor]] = batch, cohort: Cohort | None = None, first: int = 0) -> Cohort:
+    """Run the steps from `first` on; the batch is a function of the step, each replica takes its rows."""
+    cohort = cohort or build(config, mesh, models)
+    for step in range(first, steps):
+        one_step(cohort, step, data=data, log=log)
     return cohort
 
 
-def resumed_and_refused(train: Callable[..., Cohort], steps: int, cut: int) -> tuple[str, str]:
-    """What peer 0 is after `steps` in one go, and when it was stored after `cut` and resumed -> hashes of its state.
+def broken(*args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a method that fails."""
+    raise RuntimeError("the cat sat on the cable")
 
-    On the way a step that is refused after the cut must leave no trace.
+
+def exploding(peer: Peer) -> None:
+    """Let a peer's logits be infinite where it learns."""
+    peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
+
+
+def states(cohorts: list[Cohort]) -> dict[int, dict[str, Any]]:
+    """State of every peer, of the first replica that has it."""
+    return {peer.index: peer.state() for cohort in reversed(cohorts) for peer in cohort.peers}
+
+
+def state_hashes(cohort: Cohort) -> dict[int, str]:
+    """Of the local peers."""
+    return {peer.index: state_hash(peer.state()) for peer in cohort.peers}
+
+
+def resumed_and_refused(train: Callable[..., Cohort], steps: int, cut: int) -> None:
+    """A run that is stored after `cut` steps and resumed ends as one in one go, and a step that is refused after the
+    cut leaves no trace.
 
     Args:
         train: (steps, cohort=, first=) -> the cohort after them.
     """
     whole, first, resumed = train(steps), train(cut), train(0)
-    resumed.peers[0].load(first.peers[0].state())
+    for peer, stored in zip(resumed.peers, first.peers, strict=True):
+        peer.load(copy.deepcopy(stored.state()))
     train(steps, cohort=resumed, first=cut)
-    before, peer = state_hash(first.peers[0].state()), first.peers[0]
-    peer.learn = lambda x, draw, learn=peer.learn: learn(x, draw) * float("inf")  # type: ignore[method-assign]
+    assert state_hashes(whole) == state_hashes(resumed)
+    before = state_hashes(first)
+    exploding(first.peers[0])
     with pytest.raises(NonFinite):
         train(cut + 1, cohort=first, first=cut)
-    assert state_hash(peer.state()) == before
-    return state_hash(whole.peers[0].state()), state_hash(resumed.peers[0].state())
+    assert state_hashes(first) == before
 
 
-def failed_step(cohort: Cohort, method: str, text: str, *, here: bool) -> str:
-    """What a rank says of a step in which `method` of the first peer of some rank raises RuntimeError(text).
+def failed_step(cohort: Cohort, method: str, *, here: bool, step: int = 0) -> MatError:
+    """The error of a step in which `method` of the first peer of some rank is `broken`.
 
     Args:
         here: whether it is this rank's.
     """
-    def broken(*args: Any) -> Any:
-        raise RuntimeError(text)
-
     if here:
         setattr(cohort.peers[0], method, broken)
-    x, y = batch(0)
     with pytest.raises(MatError) as caught:
-        train_step(cohort, x[cohort.rows], y[cohort.rows], 0)
-    return str(caught.value)
+        one_step(cohort, step)
+    return caught.value
 
 
 def hashes(cohorts: list[Cohort]) -> dict[int, str]:
     """State hash of every peer; replicas must agree."""
     found: dict[int, set[str]] = {}
     for cohort in cohorts:
-        for peer in cohort.peers:
-            found.setdefault(peer.index, set()).add(state_hash(peer.state()))
+        for index, one in state_hashes(cohort).items():
+            found.setdefault(index, set()).add(one)
     assert all(len(h) == 1 for h in found.values())
     return {i: h.pop() for i, h in sorted(found.items())}
 
 
 def largest_difference(one: list[Cohort], other: list[Cohort]) -> float:
     """Over all weights and buffers of all peers."""
-    def states(cohorts: list[Cohort]) -> dict[int, dict[str, torch.Tensor]]:
-        return {p.index: p.model.state_dict() for c in cohorts for p in c.peers}
     a, b = states(one), states(other)
-    return max((a[i][k].double() - b[i][k].double()).abs().max().item() for i in a for k in a[i])
+    return max((v.double() - b[i]["model"][k].double()).abs().max().item() for i in a for k, v in a[i]["model"].items())

@@ -1,4 +1,4 @@
-"""What README.md and docs/ hold, for the tests that compare it with the code."""
+"""What README.md, CONTRIBUTING.md and docs/ hold, for the tests that compare it with the code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL, DATA = "docs/examples/my_model.py", "docs/examples/my_data.py"
-POISONED = "docs/examples/poisoned_data.py"
+METHOD, NORM, POISONED = (f"docs/examples/{name}.py" for name in ("my_method", "my_norm", "poisoned_data"))
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:

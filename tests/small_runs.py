@@ -19,7 +19,7 @@ from mat_dist.runs.folder import RunFolder
 SMALL = (
     "run.device=cpu", "log.console=off", "peers=2", "model.width=0.25", "attack.steps=1", "data.train_size=64",
     "data.val_size=40", "data.test_size=40", "train.batch_size=16", "train.epochs=1", "optim.ema_decay=null",
-    "eval.every=0", "eval.test=false", "eval.steps=1", "eval.test_steps=1", "eval.chunk=20", "checkpoint.keep=20")
+    "eval.every=0", "eval.test_steps=0", "eval.steps=1", "eval.chunk=20", "checkpoint.keep=20")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from mat_dist.config import plugins
+from mat_dist.config.methods import attack_methods, presets, strategies
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mat_dist"
@@ -34,11 +39,19 @@ ROWS = (
     ("__main__",),
     ("bench",),
 )
-TO_MEND = {"attacks": {"core", "methods"}, "core": {"methods"}}
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 OBJECT_READERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MOST_FUNCTION_LINES = 60
+CORE = PACKAGE / "core"
+MOST_CORE_FILES, MOST_CORE_LINES, MOST_STEP_LINES = 12, 250, 150
+# Methods that the core may not name, beside the presets and strategies of mat_dist/methods/.
+PUBLISHED = {"trades", "mart", "awp", "ramp", "free_at", "free-at", "cat", "lbgat", "peeraid", "ard", "rslad", "msd",
+             "eat", "e-at", "sat", "swa", "alp", "iad", "atta", "fgsm", "n_fgsm", "n-fgsm", "madry", "dml", "cutmix",
+             "idbh", "mtard", "croce", "hinton", "tramer", "wong", "kannan", "zhang"}
+ENGLISH = {"mat", "at", "avg", "max", "random", "free"}  # and the package's own name
+AUTHORS_IN = {"losses.py", "optim.py", "monitor.py"}  # where a formula's source, its authors and venue, is stated
+AUTHORS = {"madry", "croce", "hinton", "tramer", "wong", "kannan", "zhang"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
 
@@ -99,7 +112,7 @@ def graph() -> dict[str, frozenset[str]]:
 @pytest.mark.parametrize("unit", sorted(units()))
 def test_a_unit_imports_only_from_rows_above_its_own(unit):
     assert unit in ROW, f"give {unit} a row in {Path(__file__).name}"
-    wrong = {target for target in graph()[unit] if ROW[target] >= ROW[unit]} - TO_MEND.get(unit, set())
+    wrong = {target for target in graph()[unit] if ROW[target] >= ROW[unit]}
     assert not wrong, f"{unit} must not import {sorted(wrong)}, see ROWS in {Path(__file__).name}"
 
 
@@ -113,6 +126,60 @@ def test_only_distributed_touches_torch_distributed_and_launcher_variables():
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in LAUNCHER_VARIABLES:
             wrong.append(f"{where} names {node.value}")
     assert not wrong
+
+
+# ------------------------------------------------------------------------------------------------ the core
+
+
+def test_the_core_is_a_dozen_files_that_each_fit_one_sitting():
+    lines = {path.name: path.read_text().count("\n") for path in CORE.glob("*.py")}
+    assert len(lines) <= MOST_CORE_FILES and not list(CORE.glob("*/*.py"))
+    assert not {name: count for name, count in lines.items() if count > MOST_CORE_LINES}
+
+
+def test_the_core_names_no_method():
+    """In code, comments and strings; `torch.cat` is no method."""
+    named = {*PUBLISHED, *presets(), *strategies(), *attack_methods()} - ENGLISH - {"pgd", "apgd"}
+    wrong = []
+    for path in sorted(CORE.glob("*.py")):
+        words = named - (AUTHORS if path.name in AUTHORS_IN else set())
+        pattern = re.compile(rf"(?<![\w.-])({'|'.join(sorted(map(re.escape, words)))})(?![\w-])", re.IGNORECASE)
+        wrong += [f"{path.name}:{number} {found}" for number, line in enumerate(path.read_text().splitlines(), 1)
+                  for found in pattern.findall(line)]
+    assert not wrong
+
+
+def test_only_a_string_of_the_settings_leads_to_the_methods():
+    """Deleting a file of mat_dist/methods/ breaks nothing, because nothing below names one."""
+    below = [unit for unit in units() if ROW[unit] < ROW["methods"]]
+    assert not [unit for unit in below if "methods" in graph()[unit]]
+    spoken = {where.partition(":")[0] for where, node in nodes(*(units() - set(below)))
+              if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
+              and re.match(r"mat_dist[./]methods", node.value)}
+    assert spoken == {"mat_dist/config/methods.py"}
+
+
+def test_a_step_fits_one_screen():
+    """`train_step` and all that it calls in its file, whatever it is called through."""
+    file = tree(CORE / "step.py")
+    known = {node.name: node for node in file.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    reached: set[str] = set()
+    waiting = ["train_step"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting += {node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)} & set(known) - reached
+    functions = [known[name] for name in reached if isinstance(known[name], ast.FunctionDef)]
+    assert {"train_step", "learn", "finite"} <= reached
+    assert sum(node.end_lineno - node.lineno + 1 for node in functions) < MOST_STEP_LINES
+
+
+def test_the_new_places_of_modules_of_version_0_1_exist():
+    for place in plugins._MOVED.values():
+        importlib.import_module(place.partition(":")[0])
+
+
+# ------------------------------------------------------------------------------------------------ all files
 
 
 def test_imports_are_absolute_and_name_what_they_take():

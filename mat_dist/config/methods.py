@@ -196,8 +196,10 @@ Methods = Annotated[dict[str, SerializeAsAny[Section]], BeforeValidator(_read_me
 
 
 def presets() -> dict[str, Preset]:
-    """All presets by name."""
-    return {name: preset for method in methods().values() for name, preset in method.presets.items()}
+    """All presets by name, but those whose attack needs a method that is not there."""
+    losses = attack_losses()
+    return {name: preset for method in methods().values() for name, preset in method.presets.items()
+            if all(part.get("loss", "ce") in losses for part in preset.attack)}
 
 
 def kept_bytes(config: Config, spec: PeerConfig, images: int, shape: tuple[int, ...]) -> int:

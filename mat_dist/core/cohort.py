@@ -135,15 +135,16 @@ class Cohort:
         return (first, *made) if log and first not in made else made
 
     def packed(self, made: Sequence[Mapping[View, Tensor]], part: Batch, log: bool) -> Tensor:
-        """What this rank sends of its peers' AEs -> (W, B, ...), zeros where others send more views."""
+        """What this rank sends of its peers' AEs -> (W, B, ...), padded where others send more views."""
         own = {view: adv for one in made for view, adv in one.items()}
-        sent = [compression.encode(self.step.wire, own[view], part.x_BCHW)
-                for view in self.graph.sent(self.mesh.placement.local_peers, log)]
+        sent = [own[view] for view in self.graph.sent(self.mesh.placement.local_peers, log)]
         width = self.graph.width(self.mesh.placement.peers_by_rank(), log)
         if width == 0:
             return part.x_BCHW.new_empty(0)
-        like = sent[0] if sent else compression.encode(self.step.wire, part.x_BCHW, part.x_BCHW)
-        return torch.stack([*sent, *[torch.zeros_like(like)] * (width - len(sent))])
+        sent += [part.x_BCHW] * (width - len(sent))  # nobody looks at the padding
+        if self.step.wire != "full":
+            sent = [compression.encode(self.step.wire, adv, part.x_BCHW) for adv in sent]
+        return torch.stack(sent)
 
     def unpacked(self, sent: Tensor, made: Sequence[Mapping[View, Tensor]], part: Batch,
                  log: bool) -> dict[View, Tensor]:
@@ -155,8 +156,10 @@ class Cohort:
             for place, view in enumerate(self.graph.sent(peers, log)):
                 # A view that travels for the transfer table alone is learnt as it was made.
                 if view not in views or view in self.graph.travelling:
-                    views[view] = compression.decode(self.step.wire, sent[rank * width + place], part.x_BCHW,
-                                                     self.graph.peers[view.maker].threat_of(view))
+                    views[view] = sent[rank * width + place]
+                    if self.step.wire != "full":
+                        views[view] = compression.decode(self.step.wire, views[view], part.x_BCHW,
+                                                         self.graph.peers[view.maker].threat_of(view))
         return views
 
     def told(self, opinions: Sequence[Sequence[Tensor]], known: Sequence[Views], part: Batch) -> Tensor:

@@ -1,8 +1,8 @@
 """What a method may add to a peer: a hook with a verb for each moment of a step. By default a verb does nothing.
 
-The order in a step, for each micro-batch: `choose`, `craft` or `start`, `attacked`, `climb` and (after
-replicas have averaged what it gave) `before_forward`, `inputs`, `count` (averaged likewise), `loss`, `after_backward`.
-Then, once: `gradients` (averaged with the peer's own), `after_reduce`, and `commit` or `abort`. Nothing of torch is
+The order in a step, for each micro-batch: `craft`, or else `choose`, `start` and `attacked`; `climb` and (after replicas
+have averaged what it gave) `before_forward`, `inputs`, `count` (averaged likewise), `loss`, `after_backward`. Then,
+once: `gradients` (averaged with the peer's own), `after_reduce`, and `commit` or `abort`. Nothing of torch is
 imported here: methods are read for `--help` too.
 """
 

@@ -21,7 +21,7 @@ def cross_entropy(logits_BK: Tensor, y_B: Tensor, label_smoothing: float = 0.0) 
     """Mean cross-entropy with label smoothing in [0, 1) (Szegedy et al., CVPR 2016) -> scalar.
 
     Args:
-        y_B: labels, or mixed ones (B, K) that sum to 1 (CutMix).
+        y_B: labels, or mixed ones (B, K) that sum to 1.
     """
     return F.cross_entropy(logits_BK, y_B, label_smoothing=label_smoothing)
 
@@ -69,28 +69,27 @@ def listened(teacher_BK: Tensor, student_BK: Tensor, y_B: Tensor, where: str) ->
     return right_B & (student_BK.detach().argmax(-1) != y_B) if where == "student_wrong" else right_B
 
 
-def distillation(student_BK: Tensor, teachers_BK: Sequence[Tensor], *, temperature: float = 1.0,
-                 where_B: Sequence[Tensor] | None = None) -> Tensor:
-    """Mean over teachers of KL(teacher's softened prediction || student's), times T squared -> scalar.
+def distillation(student_BK: Tensor, teachers_BK: Sequence[Tensor], y_B: Tensor, *, kind: str = "kl",
+                 where: str = "all", temperature: float = 1.0) -> Tensor:
+    """How far a student is from its teachers, mean over teachers -> scalar.
 
     Args:
         teachers_BK: logits of each teacher, in peer order; summed in that order.
+        kind: `kl`: KL(teacher's softened prediction || student's) times T squared; `mse`: mean squared difference of
+            the logits.
+        where: `all` images, or those of `listened`; for `kl`.
         temperature: T > 0 of both softmaxes (Hinton et al., 2015); T squared keeps the gradient's size.
-        where_B: for each teacher the images on which it is listened to; default all.
     """
+    if kind == "mse":
+        return _mean([F.mse_loss(student_BK, t) for t in teachers_BK])
     log_student = (student_BK / temperature).log_softmax(-1)
     logs = [(t / temperature).log_softmax(-1) for t in teachers_BK]
-    if where_B is None:
+    if where == "all":
         value = _mean([kl_divergence(log, log_student) for log in logs])
     else:
-        value = _mean([(on_B * kl_per_image(log, log_student)).mean()
-                       for log, on_B in zip(logs, where_B, strict=True)])
+        value = _mean([(listened(t, student_BK, y_B, where) * kl_per_image(log, log_student)).mean()
+                       for t, log in zip(teachers_BK, logs, strict=True)])
     return value * temperature**2
-
-
-def logit_distillation(student_BK: Tensor, teachers_BK: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of the student's logits from each teacher's, mean over teachers -> scalar."""
-    return _mean([F.mse_loss(student_BK, t) for t in teachers_BK])
 
 
 def _mean(terms: Sequence[Tensor]) -> Tensor:

@@ -30,7 +30,9 @@ def partial_loss(row: PeerGraph, views: Sequence[View], logits: Mapping[View, Te
             total = total + row.hard[view] * losses.cross_entropy(logits[view], y_B, row.weights.label_smoothing)
         if teachers := row.teachers(view):
             told = [teaching(i, row.teacher_view(i, view)) for i in teachers]
-            total = total + row.distilled[view] * _distillation(row, logits[view], told, y_B)
+            total = total + row.distilled[view] * losses.distillation(
+                logits[view], told, y_B, kind=row.weights.kd_loss, where=row.weights.kd_where,
+                temperature=row.weights.temperature)
     if row.paired and row.mine[0] in views:
         total = total + _paired(row, logits[CLEAN], logits[row.mine[0]])
     if row.rivals and row.rivals[0] in views:
@@ -59,16 +61,6 @@ def own_loss(row: PeerGraph, logits: Mapping[View, Tensor], y_B: Tensor, hooks: 
         if (coupled := hook.couples(row)) and set(coupled) <= set(logits):
             total = total + hook.loss(row, logits, y_B, None)
     return total
-
-
-def _distillation(row: PeerGraph, student_BK: Tensor, teachers_BK: Sequence[Tensor], y_B: Tensor) -> Tensor:
-    c = row.weights
-    if c.kd_loss == "mse":
-        return losses.logit_distillation(student_BK, teachers_BK)
-    where_B = None
-    if c.kd_where != "all":
-        where_B = [losses.listened(t, student_BK, y_B, c.kd_where) for t in teachers_BK]
-    return losses.distillation(student_BK, teachers_BK, temperature=c.temperature, where_B=where_B)
 
 
 def _paired(row: PeerGraph, clean_BK: Tensor, own_BK: Tensor) -> Tensor:

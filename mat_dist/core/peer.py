@@ -25,6 +25,8 @@ from mat_dist.models.modes import batch_stats_only, draws_in_forward, frozen, se
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch
 
+LAYOUT = torch.channels_last  # the same on every path, since the layout of images changes rounding
+
 
 class Peer:
     """One classifier of the cohort.
@@ -98,7 +100,7 @@ class Peer:
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Train-mode logits (B, K) with a graph; running BN statistics move. `draw` keys dropout (`Batch.draw`)."""
         with torch.enable_grad(), self.precision(), self.drawing(draw):
-            return self.logits(x_BCHW)
+            return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits without a graph or a trace in the BN buffers; of a frozen peer in eval mode."""
@@ -115,19 +117,16 @@ class Peer:
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         """Of the model as it is, in x's type."""
-        return self.model(self.arrange(x_BCHW)).to(x_BCHW.dtype)
+        return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
 
     def forward(self, part: Batch, views: Views, taught: Sequence[View]) -> dict[View, Tensor]:
         """Logits by view: with graph where the peer learns (memory: keep), without where it only teaches."""
         known: dict[View, Tensor] = {}
         if self.step.memory == "keep":
-            known = self._learned(part, views, self.row.learned)
+            known = {view: self.learn(views[view], part.draw(self.row.number(view))) for view in self.row.learned}
         if self.step.teachers == "raw":
             known.update((view, self.constant(part, views, known, view)) for view in taught if view not in known)
         return known
-
-    def _learned(self, part: Batch, views: Views, wanted: Sequence[View]) -> dict[View, Tensor]:
-        return {view: self.learn(views[view], part.draw(self.row.number(view))) for view in wanted}
 
     def opinions(self, views: Views, known: Views, taught: Sequence[View]) -> list[Tensor]:
         """What the peer teaches: its logits (B, K) on each of `taught`, detached."""
@@ -163,7 +162,8 @@ class Peer:
         total = torch.zeros((), dtype=part.x_BCHW.dtype, device=part.y_B.device)
         recomputes, extras = self.step.memory == "recompute", list(zip(self.hooks, counts, strict=True))
         for group in filter(None, self.row.groups() if recomputes else [self.row.learned]):
-            logits = self._learned(part, views, group) if recomputes else known
+            logits = known if not recomputes else {
+                view: self.learn(views[view], part.draw(self.row.number(view))) for view in group}
             loss = partial_loss(self.row, group, logits, teaching, part.y_B, extras)
             (loss / part.parts).backward()
             total += loss.detach()
@@ -234,8 +234,8 @@ class Peer:
         return rng.key(self.seed, purpose, *indices, self.spec.stream or 0)
 
     def arrange(self, x_BCHW: Tensor) -> Tensor:
-        """Images in the layout of a run, channels last; the same on every path, since layout changes rounding."""
-        return x_BCHW.contiguous(memory_format=torch.channels_last)
+        """Images in the layout of a run."""
+        return x_BCHW.contiguous(memory_format=LAYOUT)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The scope in which this run calls models: autocast with bf16."""

@@ -109,7 +109,7 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
     Raises EnvironmentFault where pyautoattack is missing.
     """
     checks = require().checks
-    with frozen(model), _generators_kept(x_BCHW.device), _warnings_heard(checks) as heard:
+    with frozen(model), _generators_kept(x_BCHW.device), _warnings_kept(checks) as texts:
         with torch.no_grad():
             classes = model(x_BCHW[:1]).shape[-1]
         attack = make(model, threat, version=version, custom=custom, seed=seed, classes=classes, device=x_BCHW.device,
@@ -117,7 +117,7 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
         broke: list[int] = []
         attack.square.perturb = _counting(attack.square.perturb, model, broke)
         adv, prediction = attack.run_standard_evaluation(x_BCHW, y_B, batch_size=len(y_B))
-    warnings = dict.fromkeys(text for text in heard if not any(part in text for part in _JUDGED_ELSEWHERE))
+    warnings = dict.fromkeys(text for text in texts if not any(part in text for part in _JUDGED_ELSEWHERE))
     return AutoAttacked(adv.detach(), prediction, sum(broke), tuple(attack.attacks_to_run), tuple(warnings))
 
 
@@ -138,28 +138,28 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Ear(logging.Handler):
+class _Texts(logging.Handler):
     """Keeps the texts of warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.heard: list[str] = []
+        self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.heard.append(record.getMessage().partition(" See flags_doc")[0])
+        self.texts.append(record.getMessage().partition(" See flags_doc")[0])
 
 
 @contextmanager
-def _warnings_heard(checks: Any) -> Iterator[list[str]]:
+def _warnings_kept(checks: Any) -> Iterator[list[str]]:
     """pyautoattack's warnings as a list, kept off the screen; its logger is restored."""
-    logger, ear = logging.getLogger("auto-attack"), _Ear()
+    logger, kept = logging.getLogger("auto-attack"), _Texts()
     before = logger.propagate
     # Counted over the life of the process there: one dynamic model would make all later ones dynamic.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger.addHandler(ear)
+    logger.addHandler(kept)
     logger.propagate = False
     try:
-        yield ear.heard
+        yield kept.texts
     finally:
-        logger.removeHandler(ear)
+        logger.removeHandler(kept)
         logger.propagate = before

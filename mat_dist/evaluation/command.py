@@ -30,10 +30,10 @@ from mat_dist.evaluation.survivors import (
     VOLATILE,
     Chunks,
     Survivors,
+    about_job,
+    about_run,
     gather,
     share,
-    told_of_job,
-    told_of_run,
     write_result,
 )
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
@@ -118,7 +118,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     targets = make_targets(names, run.peers, run.models(mesh.device),
                            [str(spec.name) for spec in config.peers if spec.frozen])
     sources, told = load_sources(request.sources, run.images, config, mesh.device)
-    about = told_of_run(run, label, device_name(mesh.device)) | asked(request, config, job, names) | {
+    about = about_run(run, label, device_name(mesh.device)) | asked(request, config, job, names) | {
         "n": len(samples_N), "data_digest": data.digest, "weights": run.weights,
         "chosen_on_validation": run.chosen_peer(), **({"sources": told} if told else {})}
     if made_by(job.attacks, "package"):
@@ -141,7 +141,7 @@ def check_images(data: DataSets, run: FinishedRun) -> None:
 
 def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> dict[str, Any]:
     """What a document says that is known before anything is loaded: a result with the same values answers it."""
-    return told_of_job(job, config.eval.chunk) | {
+    return about_job(job, config.eval.chunk) | {
         "split": request.split, "names": list(names), "saved": request.save, "checked_images": request.checks,
         "autoattack": {"version": job.version, "custom": list(job.custom)} if AUTOATTACK in job.attacks else None,
         "queries": job.queries}

@@ -23,9 +23,9 @@ from mat_dist.evaluation.results import CLEAN, UNION
 from mat_dist.evaluation.survivors import (
     Chunks,
     Survivors,
+    about_job,
+    about_run,
     gather,
-    told_of_job,
-    told_of_run,
     write_result,
 )
 from mat_dist.evaluation.targets import threats_of
@@ -148,7 +148,7 @@ class Evaluations:
     def about(self, manifest: Manifest, job: Job, label: str, split: str) -> dict[str, Any]:
         """What a result file says about an evaluation."""
         run = self.opened(manifest, RAW)
-        return told_of_run(run, label, device_name(self.mesh.device)) | told_of_job(job, self.config.eval.chunk) | {
+        return about_run(run, label, device_name(self.mesh.device)) | about_job(job, self.config.eval.chunk) | {
             "split": split, "names": [*run.peers, ENSEMBLE], "ensemble": self.config.eval.ensemble,
             "data_digest": self.data.digest, "attempt": self.run.attempt}
 

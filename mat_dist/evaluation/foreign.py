@@ -176,7 +176,7 @@ def write_run(found: Imported, config: Config, data: DataSets, out: str | None, 
         if not _is_there(folder, digest):
             meta = checkpoints.Meta(epoch=0, peers=(str(config.peers[0].name),), config_digest=digest,
                                    data_digest=data.digest, extra={
-                "classes": list(data.classes), "imported": found.identity, "muted": {},
+                "classes": list(data.classes), "imported": found.identity,
                 "images": asdict(found.images)})
             partial = checkpoints.begin(folder, STEP, ATTEMPT)
             state: dict[str, Tensor] = found.model.state_dict()

@@ -141,7 +141,7 @@ class Result:
         """Orders results from the oldest to the newest."""
         return self.time, self.step, self.number
 
-    def told(self) -> Iterator[str]:
+    def named_attacks(self) -> Iterator[str]:
         """Each attack with its steps and restarts: pgd-20 x 5, autoattack, transfer; of a training's own: PGD-20."""
         for name in self.attacks:
             plan = self.plans.get(name)

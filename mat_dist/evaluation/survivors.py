@@ -124,7 +124,7 @@ def transfer_table(chunks: Chunks) -> dict[str, dict[str, dict[str, float]]]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def told_of_run(run: FinishedRun, label: str, device: str) -> dict[str, Any]:
+def about_run(run: FinishedRun, label: str, device: str) -> dict[str, Any]:
     """What a document says of the run and the machine. `label`: best, last or step_N."""
     found = versions()
     system = found.pop("system")
@@ -135,7 +135,7 @@ def told_of_run(run: FinishedRun, label: str, device: str) -> dict[str, Any]:
                                                                                  exclude={"run": {"name"}})}
 
 
-def told_of_job(job: Job, chunk: int) -> dict[str, Any]:
+def about_job(job: Job, chunk: int) -> dict[str, Any]:
     """What a document says of the attacks. `chunk`: images of one."""
     plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
              for name, plan in job.plans.items()}
@@ -150,7 +150,7 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
     A file of that name which says anything else but for the time stays, and -2, -3, ... is appended.
 
     Args:
-        about: what `told_of_run` and `told_of_job` and the caller say.
+        about: what `about_run` and `about_job` and the caller say.
         found: weights -> chunks.
         checked: whether soundness checks were wanted.
         images: write the table too.

@@ -124,7 +124,7 @@ def _evaluation(result: Result, rule: str) -> Evaluation:
     images, label = "validation split" if result.split == "val" else f"{result.split} set", result.checkpoint
     # A validation belongs to the checkpoint of its step; only a choice is worth a word.
     images += f", {label} checkpoint" if label and not result.file.stem.startswith("validation") else ""
-    told = list(result.told())
+    told = list(result.named_attacks())
     found = result.images if result.file.with_suffix(".csv").is_file() else {}
     return Evaluation(result.file.name, images, result.split, result.step, "worst attack" if len(told) > 1 else told[0],
                       ", ".join(told), tuple(threat.label for threat in result.threats),

@@ -104,8 +104,8 @@ def read_run(folder: Path) -> list[Value]:
 def _values(folder: Path, label: str, result: Result) -> list[Value]:
     settings = {key: value for key, value in result.config.items() if key not in _FREE}
     group = json.dumps([settings, result.attacks, result.plans], sort_keys=True)
-    return [Value(group, folder.resolve().name, result.seed, one.target, one.weights, label, ", ".join(result.told()),
-                  dict(one.accuracy)) for one in result.targets]
+    return [Value(group, folder.resolve().name, result.seed, one.target, one.weights, label,
+                  ", ".join(result.named_attacks()), dict(one.accuracy)) for one in result.targets]
 
 
 def summarise(values: Sequence[Value]) -> list[Row]:

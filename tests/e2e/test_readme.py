@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/ work.
+"""The commands in README.md, CONTRIBUTING.md and docs/ work.
 
 Every command in a bash block is in one of the tables below; a new one fails until somebody says how it is checked.
 """
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mat_dist.__main__ import main as mat_dist_main
 from mat_dist.train import main
-from tests.documents import DATA, MODEL, ROOT, blocks, table
+from tests.documents import DATA, METHOD, MODEL, NORM, ROOT, blocks, table
 
 TRAIN = "python -m mat_dist.train"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -36,9 +37,11 @@ MADE_SMALL = (
     f"{TRAIN} run.name=first",
     f"{TRAIN} run.name=first train.epochs=30",
 )
+# The same, each in a process of its own, because it would add a method or a norm to this one.
+ALONE = (f"{TRAIN} --plugin {METHOD} methods.centralise={{}}",
+         f"{TRAIN} --plugin {NORM} threat=first_channel threat.eps=0.1")
 # Not run, for the reason given, but described by --dry-run.
 DESCRIBED = {
-    TRAIN: "a minute or more; the small commands run the same code",
     f"{TRAIN} --plugin {MODEL} model=my_model": "a minute or more; another command runs the plug-in",
     f"{TRAIN} --plugin {MODEL} peers.0.model=my_model": "a minute or more; another command runs the plug-in",
     f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",
@@ -56,6 +59,14 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "bash launch/test.sh": "it would start this test again; tests/unit/test_launch.py",
            "sbatch --array=0-5 --gres=gpu:4 --time=24:00:00 launch/slurm_array.sbatch --seeds 1,2,3 "
            "--configs cifar10_at,cifar10_trades": "SLURM; tests/cluster",
+           **dict.fromkeys(("python3 -m venv .venv", "source .venv/bin/activate", "pip install --editable ."),
+                           "launch/env.sh does the same; the wheel is built in tests/unit/test_packaging.py"),
+           "bash launch/test.sh --fast": "as bash launch/test.sh",
+           "ruff check .": "a check of the style", "python -m mypy": "a check of the types",
+           **dict.fromkeys(("python tests/record_hashes.py before.json",
+                            "python tests/record_hashes.py --compare before.json after.json"),
+                           "minutes of training; it is what tells two versions apart"),
+           "python -m mat_dist.evaluate runs/first attacks=pgd,cw": "test_the_training_commands_...",
            **dict.fromkeys(("python -m mat_dist.evaluate runs/NAME",
                             "python -m mat_dist.evaluate runs/NAME attacks=pgd,cw steps=100 restarts=5 images=1000",
                             "torchrun --standalone --nproc_per_node=4 -m mat_dist.evaluate runs/NAME "
@@ -65,10 +76,10 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "threats=linf:8/255 mean=0.4914,0.4822,0.4465 std=0.2471,0.2435,0.2616",
                             "python -m mat_dist.evaluate runs/NAME sources=runs/B,runs/C:peer1"),
                            "tests/unit/test_evaluate_foreign.py"),
-           **dict.fromkeys((f"{TRAIN} log.tensorboard=true", "tensorboard --logdir runs"),
+           **dict.fromkeys((f"{TRAIN} log.trackers=tensorboard", "tensorboard --logdir runs"),
                            "tests/unit/test_trackers.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
-           "python -m mat_dist.report runs/first": "tests/unit/test_report.py",
+           "python -m mat_dist.report runs/first": "test_the_training_commands_...",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first runs/second": "tests/unit/test_report.py",
            "python -m mat_dist.report runs/first --figures pdf": "tests/unit/test_report.py",
@@ -136,7 +147,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_every_command_of_the_documents_is_checked_somewhere():
-    listed = AS_WRITTEN | set(MADE_SMALL) | set(DESCRIBED) | set(SCRIPTS)
+    listed = AS_WRITTEN | set(MADE_SMALL) | set(ALONE) | set(DESCRIBED) | set(SCRIPTS)
     found = commands()
     assert not {command: where for command, where in found.items() if command not in listed}
     assert not listed - set(found), "no document has these commands any more"
@@ -160,22 +171,47 @@ def test_a_training_command_is_understood(command, run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_training_commands_run_and_a_run_continues(run, tmp_path):
-    for command in MADE_SMALL:
-        out = run(*trainer_words(command)[0], *SMALL, f"run.root={tmp_path}")
+def test_the_training_commands_run_and_a_run_continues(run, tmp_path, monkeypatch, capsys):
+    for number, command in enumerate(MADE_SMALL):
+        name = [] if "run.name" in command else [f"run.name=run{number}"]
+        out = run(*trainer_words(command)[0], *SMALL, *name, f"run.root={tmp_path}/runs")
         assert "PGD-1 %" in out
     assert "continuing after step 15 of 30" in out
-    folder = tmp_path / "first"
+    folder = tmp_path / "runs" / "first"
+    monkeypatch.chdir(tmp_path)
+    assert mat_dist_main(["evaluate", "runs/first", "attacks=pgd,cw", "checks=0", "run.device=cpu"]) == 0
+    assert mat_dist_main(["report", "runs/first"]) == 0
+    assert (folder / "report" / "index.html").is_file()
+    capsys.readouterr()
+    (shown,) = [text for where, text in blocks("python") if where.startswith("README.md")]
+    exec(compile(shown, "README.md", "exec"), {})
+    assert "labelled as the ensemble does:" in capsys.readouterr().out
     rows = [row.split(",")[:4] for row in (folder / "summary.csv").read_text().splitlines()]
     assert (rows[1], rows[-1]) == (["15.0", "15", "1", "peer0"], ["30.0", "30", "2", "peer3"])
-    for path, _ in table("README.md", "## The run folder"):
+    for path, _ in table("docs/architecture.md", "## The run folder"):
         base = ""
         for name in re.findall(r"`([^`]+)`", path):
             base = name.rpartition("/")[0] if "/" in name else base  # `checkpoints/latest`, `best`
             name = name if "/" in name or not base else f"{base}/{name}"
-            assert list(folder.glob(re.sub(r"<\w>", "*", name).rstrip("/"))), f"README.md promises {name}"
-    err = run(*trainer_words(MADE_SMALL[-1])[0], *SMALL, f"run.root={tmp_path}", code=5)
+            assert list(folder.glob(re.sub(r"<\w>", "*", name).rstrip("/"))), f"architecture.md promises {name}"
+    err = run(*trainer_words(MADE_SMALL[-1])[0], *SMALL, f"run.root={tmp_path}/runs", code=5)
     assert "the run is finished" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ALONE)
+def test_a_command_with_a_method_or_a_norm_of_ones_own_runs(command, tmp_path):
+    words = [sys.executable, *shlex.split(command)[1:], *SMALL, f"run.root={tmp_path}", "train.max_steps=2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "PGD-1 %" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_python_interface_run_one_after_the_other(tmp_path):
+    text = "\n".join(text for where, text in blocks("python") if where.startswith("docs/api.md"))
+    (tmp_path / "examples.py").write_text(text)
+    done = subprocess.run([sys.executable, "examples.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_mistakes_in_the_documents_are_answered_as_shown(run):

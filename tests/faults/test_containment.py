@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mat_dist.core.cohort import Cohort, state_hash
-from mat_dist.core.step import train_step
+from mat_dist.core.cohort import Cohort
 from mat_dist.distributed.agreement import Agreement, batch_checksum
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, NonFinite, PeerFailed
-from tests.cohorts import batch, build, cohort_config, nets
+from tests.cohorts import batch, build, cohort_config, exploding, nets, one_step, state_hashes
 from tests.ranks.conftest import run_ranks  # noqa: F401  a fixture
 
 Run = Callable[..., list[Any]]
@@ -28,11 +27,12 @@ def spoil(cohort: Cohort, peer_index: int, place: str) -> None:
         if place == "weights":
             next(peer.model.parameters()).data.view(-1)[3] = float("nan")
         elif place == "logits":
-            peer.learn = lambda x, draw, real=peer.learn: real(x, draw) * float("inf")  # type: ignore[method-assign]
+            exploding(peer)
         elif place == "AE":
-            peer.attack = lambda *args, real=peer.attack: real(*args) * float("nan")  # type: ignore[method-assign]
+            peer.attack = lambda *args, real=peer.attack: {  # type: ignore[method-assign]
+                view: adv * float("nan") for view, adv in real(*args).items()}
         else:
-            peer.loss = lambda *args, real=peer.loss: real(*args) * float("nan")  # type: ignore[method-assign]
+            peer.backward = lambda *args, real=peer.backward: real(*args) * float("nan")  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("place", ["weights", "logits", "loss", "AE"])
@@ -43,12 +43,12 @@ def test_the_other_peers_are_bit_equal_to_before(guilty: int, place: str, run_ra
     def one(mesh: Mesh) -> tuple[MatError, dict[int, bool]]:
         cohort = build(cohort_config("mat", 4, optim={"ema_decay": 0.9}), mesh, models)
         for step in range(AT):
-            train_step(cohort, *batch(step), step)
-        before = {peer.index: state_hash(peer.state()) for peer in cohort.peers}
+            one_step(cohort, step)
+        before = state_hashes(cohort)
         spoil(cohort, guilty, place)
         with pytest.raises(NonFinite) as caught:
-            train_step(cohort, *batch(AT), AT)
-        return caught.value, {peer.index: state_hash(peer.state()) == before[peer.index] for peer in cohort.peers}
+            one_step(cohort, AT)
+        return caught.value, {index: found == before[index] for index, found in state_hashes(cohort).items()}
 
     ends = run_ranks(one, 4, 4)
     texts = {str(error) for error, _ in ends}

@@ -1,4 +1,4 @@
-"""The step under every placement, memory setting and failure."""
+"""One step: it leaves no trace where it may not, names who failed on all ranks alike, and gives back what was moved."""
 
 from __future__ import annotations
 
@@ -7,107 +7,36 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mat_dist.core.cohort import Cohort, state_hash
-from mat_dist.core.step import train_step
+from mat_dist.core.graph import CLEAN
+from mat_dist.core.hooks import Hook
+from mat_dist.core.step import Ask, Batch, train_step
 from mat_dist.distributed.groups import Mesh
-from mat_dist.errors import MatError, NonFinite, PeerFailed
+from mat_dist.errors import EnvironmentFault, MatError, NonFinite, PeerFailed
 from mat_dist.models.modes import batch_stats_only
-from tests.cohorts import BATCH, batch, build, cohort_config, failed_step, hashes, largest_difference, nets, train
+from tests.cohorts import (
+    BATCH,
+    batch,
+    broken,
+    build,
+    cohort_config,
+    exploding,
+    failed_step,
+    first_view,
+    largest_difference,
+    local,
+    nets,
+    one_step,
+    state_hashes,
+    train,
+)
+from tests.ranks.test_placement import EAT, TOGETHER
+from tests.ranks.test_reference import AWP, CASES, L2, LINF, TEACHER, experts
+from tests.reference_mat import configured
 
 Run = Callable[..., list[Any]]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("preset", ["mat", "cat", ["at", "mat_kd", "trades", "dml_at"]])
-def test_placement_does_not_change_a_bit(preset: Any, world: int, run_ranks: Run) -> None:
-    models = nets(4)
-    config = cohort_config(preset, 4, optim={"ema_decay": 0.9, "clip_norm": 1.0})
-    alone = run_ranks(lambda mesh: train(config, mesh, models, 6), 4, 1)
-    spread = run_ranks(lambda mesh: train(config, mesh, models, 6, log=True), 4, world)
-    assert hashes(spread) == hashes(alone)
-
-
-def test_eight_ranks_agree_with_four_to_1e_9_in_fp64(run_ranks: Run) -> None:
-    models = nets(4, norm="group", dtype=torch.float64)
-    config = cohort_config("mat", 4, step={"precision": "fp64"}, optim={"clip_norm": 0.5, "ema_decay": 0.9})
-    four = run_ranks(lambda mesh: train(config, mesh, models, 5, dtype=torch.float64), 4, 4)
-    eight = run_ranks(lambda mesh: train(config, mesh, models, 5, dtype=torch.float64), 4, 8)
-    hashes(eight)
-    assert 0 < largest_difference(four, eight) < 1e-9
-
-
-def test_replicas_on_the_cpu_keep_equal_running_statistics(run_ranks: Run) -> None:
-    models = nets(2)
-    hashes(run_ranks(lambda mesh: train(cohort_config("mat", 2), mesh, models, 3), 2, 4))
-
-
-@pytest.mark.parametrize("index", [0, 2, 3])
-def test_an_at_peer_of_four_is_bitwise_a_cohort_of_one(index: int, run_ranks: Run) -> None:
-    models = nets(4)
-    four = run_ranks(lambda mesh: train(cohort_config("at", 4), mesh, models, 5), 4, 2)
-    config = cohort_config("at", 1, entry={"stream": index, "name": f"peer{index}"})
-    one = run_ranks(lambda mesh: train(config, mesh, [models[index]], 5), 1, 1)
-    assert hashes(four)[index] == hashes(one)[0]
-
-
-@pytest.mark.parametrize("agg", ["mean_kl", "mean_prob"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_summed_opinions_teach_what_all_logits_teach(agg: str, world: int, run_ranks: Run) -> None:
-    models = nets(4, dtype=torch.float64)
-    runs = []
-    for opinions, ranks in (("all", 1), ("summed", world)):
-        config = cohort_config("mat", 4, step={"precision": "fp64", "opinions": opinions},
-                               loss={"teacher_agg": agg, "temperature": 2.0})
-        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 4, ranks))
-    assert 0 < largest_difference(*runs) < 1e-9
-
-
-@pytest.mark.parametrize("form", ["fp16", "int8"])
-@pytest.mark.parametrize("preset", ["mat", "at"])
-def test_shortened_aes_are_the_same_for_every_placement_and_move_the_weights_little(preset: str, form: str,
-                                                                                   run_ranks: Run) -> None:
-    """Also with `at`, where only log steps exchange AEs: logging must not change what a peer trains on."""
-    models = nets(4)
-    config = cohort_config(preset, 4, step={"wire": form})
-    alone = run_ranks(lambda mesh: train(config, mesh, models, 4), 4, 1)
-    spread = run_ranks(lambda mesh: train(config, mesh, models, 4, log=True), 4, 4)
-    assert hashes(spread) == hashes(alone)
-    full = run_ranks(lambda mesh: train(cohort_config(preset, 4), mesh, models, 1), 4, 1)
-    short = run_ranks(lambda mesh: train(config, mesh, models, 1), 4, 1)
-    assert 0 < largest_difference(full, short) < 1e-2
-
-
-@pytest.mark.parametrize("preset", ["at", "mat", "mat_share", "mat_trades", "cat", "dml_at"])
-def test_recompute_equals_keep(preset: str, run_ranks: Run) -> None:
-    models = nets(3, dtype=torch.float64)
-    runs = []
-    for memory in ("keep", "recompute"):
-        config = cohort_config(preset, 3, step={"precision": "fp64", "memory": memory})
-        runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 3, 1))
-    assert largest_difference(*runs) < 1e-11
-
-
-@pytest.mark.parametrize("preset", ["mat", "mat_trades"])
-def test_microbatches_and_joint_forwards_equal_the_plain_step_without_batch_norm(preset: str, run_ranks: Run) -> None:
-    models = nets(3, norm="group", dtype=torch.float64)
-    reference = cohort_config(preset, 3, step={"precision": "fp64"})
-    plain = run_ranks(lambda mesh: train(reference, mesh, models, 4, dtype=torch.float64), 3, 1)
-    for setting in ({"microbatches": 4}, {"bn": "joint"}, {"channels_last": False}):
-        config = cohort_config(preset, 3, step={"precision": "fp64", **setting})
-        other = run_ranks(lambda mesh, c=config: train(c, mesh, models, 4, dtype=torch.float64), 3, 3)
-        assert largest_difference(plain, other) < 1e-10
-
-
-def test_joint_batch_norm_sees_one_batch_of_all_sources(run_ranks: Run) -> None:
-    models = nets(2)
-    results = []
-    for bn in ("separate", "joint"):
-        config = cohort_config("mat", 2, step={"bn": bn})
-        results.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 1), 2, 1))
-    assert largest_difference(*results) > 1e-4
-    counts = [c[0].peers[0].model.state_dict()["body.1.num_batches_tracked"].item() for c in results]
-    assert counts == [2, 1]
 
 
 def test_an_attack_and_teaching_leave_no_trace_in_a_peer(run_ranks: Run) -> None:
@@ -115,7 +44,7 @@ def test_an_attack_and_teaching_leave_no_trace_in_a_peer(run_ranks: Run) -> None
         cohort = build(cohort_config("mat", 1, loss={"kd_weight": 0.0}), mesh, nets(1))
         peer, (x, y) = cohort.peers[0], batch(0)
         before, flags = state_hash(peer.state()), [m.training for m in peer.model.modules()]
-        peer.attack(x, y, 0)
+        first_view(peer, x, y)
         peer.teach(x, (0, 0, 0))
         assert state_hash(peer.state()) == before
         assert [m.training for m in peer.model.modules()] == flags
@@ -123,83 +52,101 @@ def test_an_attack_and_teaching_leave_no_trace_in_a_peer(run_ranks: Run) -> None
     run_ranks(probe, 1, 1)
 
 
-def test_the_transfer_table_is_the_accuracy_of_each_peer_on_each_source(run_ranks: Run) -> None:
+def test_the_transfer_table_is_the_accuracy_of_each_peer_on_each_first_view_and_clean_images(run_ranks: Run) -> None:
+    """Also where nobody needs an AE but its maker, or more views travel than the table shows."""
+    for config in (cohort_config(["at", "mat", "trades"], 3),
+                   configured(experts("avg", (LINF, L2)), precision="fp32")):
+        models = nets(3)
+        tables = run_ranks(lambda mesh, c=config, m=models: one_step(build(c, mesh, m), 0, log=True).transfer_PS, 3, 3)
+        def expected(mesh: Mesh, config: Any = config, models: Any = models) -> Tensor:
+            cohort, (x, y), rows = build(config, mesh, models), batch(0), []
+            inputs = [first_view(p, x, y) for p in cohort.peers] + [x]
+            for peer in cohort.peers:
+                with torch.no_grad(), batch_stats_only(peer.model):
+                    rows.append(torch.tensor([(peer.model(s).argmax(1) == y).float().mean() for s in inputs]))
+            return torch.stack(rows)
+        (direct,) = run_ranks(expected, 3, 1)
+        assert all(torch.equal(t, direct) for t in tables)
+
+
+def test_the_losses_that_are_logged_are_the_mean_over_micro_batches_and_replicas(run_ranks: Run) -> None:
+    models = nets(2, norm="group", dtype=torch.float64)
+    def logged(world: int, parts: int) -> list[Tensor]:
+        config = cohort_config("mat", 2, step={"precision": "fp64", "microbatches": parts})
+        return run_ranks(lambda mesh: one_step(build(config, mesh, models), 0, log=True).loss_P, 2, world)
+    (whole,) = logged(1, 1)
+    for found in (*logged(1, 4), *logged(2, 1), *logged(4, 2)):
+        assert torch.allclose(found, whole, atol=1e-6) and len(found) == 2
+
+
+def test_a_part_of_a_batch_knows_its_rows() -> None:
+    whole = Batch(torch.arange(8.0), torch.arange(8), step=3, first_row=16)
+    parts = list(whole.split(4))
+    assert [(p.x_BCHW.tolist(), p.y_B.tolist(), p.step, p.first_row, p.parts) for p in parts] == [
+        ([2.0 * n, 2.0 * n + 1], [2 * n, 2 * n + 1], 3, 16 + 2 * n, 4) for n in range(4)]
+    assert parts[1].draw(7) == (3, 7, 18)
+
+
+def test_micro_batches_that_do_not_divide_the_rows_of_a_replica_are_refused(run_ranks: Run) -> None:
+    config, models = cohort_config("at", 2, step={"microbatches": 8}), nets(2)
+    errors = run_ranks(lambda mesh: build(config, mesh, models), 2, 4, errors="return")
+    assert all(isinstance(e, EnvironmentFault) and "4 images per replica" in str(e) for e in errors)
+
+
+def test_frozen_peers_do_not_change(run_ranks: Run) -> None:
     models = nets(3)
-    config = cohort_config(["at", "mat", "trades"], 3)
-    def one(mesh: Mesh) -> torch.Tensor:
-        cohort = build(config, mesh, models)
-        x, y = batch(0)
-        table = train_step(cohort, x, y, 0, log=True).transfer_PS
-        assert table is not None
-        return table
-    tables = run_ranks(one, 3, 3)
-    def expected(mesh: Mesh) -> torch.Tensor:
-        cohort = build(config, mesh, models)
-        x, y = batch(0)
-        inputs = [p.attack(x, y, 0) for p in cohort.peers] + [x]
-        rows = []
-        for peer in cohort.peers:
-            with torch.no_grad(), batch_stats_only(peer.model):
-                rows.append(torch.tensor([(peer.model(s).argmax(1) == y).float().mean() for s in inputs]))
-        return torch.stack(rows)
-    (direct,) = run_ranks(expected, 3, 1)
-    assert all(torch.equal(t, direct) for t in tables)
+    teacher = {**TEACHER, **AWP, "optim": {"ema_decay": 0.9}}
+    config = configured([{"loss": "rslad"}, teacher, {"loss": "mat"}], precision="fp32")
+    (cohort,) = run_ranks(lambda mesh: train(config, mesh, models, 2, log=True), 3, 1)
+    assert state_hash(cohort.peers[1].model.state_dict()) == state_hash(models[1].state_dict())
+    assert all(state_hash(cohort.peers[i].model.state_dict()) != state_hash(models[i].state_dict()) for i in (0, 2))
 
 
-# ------------------------------------------------------------------------------------------------ failures
+def test_a_guide_thinks_with_the_weights_of_the_step_in_each_micro_batch(run_ranks: Run) -> None:
+    """The perturbation of the first micro-batch is gone when the second one asks for guidance."""
+    entries = [{**entry, **AWP} for entry in CASES["peeraid"].peers]
+    models, seen = nets(2, norm="group"), []
+    def one(mesh: Mesh) -> None:
+        cohort = build(configured(entries, precision="fp32", microbatches=2), mesh, models)
+        guide = cohort.peers[0]
+        before, teach = state_hash(guide.model.state_dict()), guide.teach
+        def noting(x: Tensor, draw: Any) -> Tensor:
+            if draw[1] == guide.row.number(CLEAN):
+                seen.append(state_hash(guide.model.state_dict()) == before)
+            return teach(x, draw)
+        guide.teach = noting  # type: ignore[method-assign]
+        one_step(cohort, 0)
+    run_ranks(one, 2, 1)
+    assert seen == [True, True]
 
 
-def poisoned(mesh: Mesh, models: list[Any], spoil: Callable[[Cohort, int], None], steps: int = 3,
-             at: int = 2) -> tuple[Cohort, dict[int, str]]:
-    """Train, spoil something before step `at`; the error and the state hashes from before it."""
-    cohort = build(cohort_config("mat", 4), mesh, models)
-    for step in range(at):
-        x, y = batch(step)
-        train_step(cohort, x, y, step)
-    before = {p.index: state_hash(p.state()) for p in cohort.peers}
-    spoil(cohort, at)
-    x, y = batch(at)
-    with pytest.raises(MatError) as caught:
-        train_step(cohort, x, y, at)
-    after = {p.index: state_hash(p.state()) for p in cohort.peers}
-    assert all(p.grad is None for peer in cohort.peers for p in peer.model.parameters())
-    return caught.value, {i: h for i, h in after.items() if h == before[i]}  # type: ignore[return-value]
+def test_each_moment_of_a_step_reaches_a_hook_once_in_the_stated_order(run_ranks: Run) -> None:
+    """As mat_dist/core/hooks.py states it."""
+    order = ["begin", "craft", "choose", "start", "attacked", "climb", "before_forward", "inputs", "after_backward",
+             "gradients", "after_reduce", "commit"]
+    models = nets(1)
+
+    def one(mesh: Mesh) -> None:
+        told: list[str] = []
+
+        class Noting(Hook):
+            def __getattribute__(self, name: str) -> Any:
+                if name in order or name == "abort":
+                    told.append(name)
+                return super().__getattribute__(name)
+
+        cohort = build(cohort_config("at", 1), mesh, models)
+        cohort.peers[0].hooks.append(Noting(cohort.peers[0]))
+        one_step(cohort, 0)
+        assert told == order
+        told.clear()
+        failed_step(cohort, "backward", here=True)
+        assert told[-1] == "abort" and "commit" not in told
+
+    run_ranks(one, 1, 2)  # replicas, which average gradients
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("what", ["weight", "loss"])
-def test_a_non_finite_peer_is_named_and_changes_nobody(what: str, world: int, run_ranks: Run) -> None:
-    def spoil(cohort: Cohort, step: int) -> None:
-        for peer in cohort.peers:
-            if peer.index == 2 and what == "weight":
-                with torch.no_grad():
-                    next(peer.model.parameters())[0] = float("nan")
-            if peer.index == 2 and what == "loss":
-                peer.learn = lambda x, draw, f=peer.learn: f(x, draw) * float("inf")  # type: ignore[method-assign]
-    models = nets(4)
-    results = run_ranks(lambda mesh: poisoned(mesh, models, spoil), 4, world)
-    assert {str(error) for error, _ in results} == {str(results[0][0])}
-    assert isinstance(results[0][0], NonFinite) and "peer 2 " in str(results[0][0]) and "step 2" in str(results[0][0])
-    unchanged = {i for _, same in results for i in same}
-    assert unchanged >= {0, 1, 3}  # weights, optimizer, averaged weights and BN buffers
-
-
-@pytest.mark.parametrize("phase", ["attack", "learn", "clip"])
-def test_an_error_in_one_peer_stops_all_ranks_with_one_text(phase: str, run_ranks: Run) -> None:
-    def spoil(cohort: Cohort, step: int) -> None:
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError("the cat sat on the cable")
-        for peer in cohort.peers:
-            if peer.index == 1:
-                setattr(peer, phase, broken)
-    models = nets(4)
-    results = run_ranks(lambda mesh: poisoned(mesh, models, spoil), 4, 4)
-    texts = {str(error) for error, _ in results}
-    assert len(texts) == 1
-    text = texts.pop()
-    assert "the cat sat on the cable" in text and "peer1" in text and "rank 1" in text and "step 2" in text
-    assert isinstance(results[0][0], PeerFailed)
-    assert {i for _, same in results for i in same} == {0, 1, 2, 3}
+# ------------------------------------------------------------------------------------------------ agreement
 
 
 @pytest.mark.parametrize("what,names", [
@@ -209,72 +156,188 @@ def test_other_data_on_one_rank_is_found_before_it_is_used(what: str, names: str
     models = nets(4)
     def one(mesh: Mesh) -> str:
         cohort = build(cohort_config("mat", 4), mesh, models)
-        x, y = batch(0)
-        odd = mesh.placement.rank == 2
+        (x, y), odd = batch(0), mesh.placement.rank == 2
         if odd and what == "batch":
             x = x.flip(0)
         if odd and what == "shape":
             x, y = x[:4], y[:4]
         if odd and what == "type":
-            cohort.peers[0].attack = lambda *a, f=cohort.peers[0].attack: f(*a).double()  # type: ignore[method-assign]
+            plain = cohort.peers[0].attack
+            cohort.peers[0].attack = lambda *a: {  # type: ignore[method-assign]
+                view: adv.double() for view, adv in plain(*a).items()}
         with pytest.raises(PeerFailed) as caught:
-            train_step(cohort, x, y, 7 if odd and what == "step" else 0)
+            train_step(cohort, Batch(x, y, 7 if odd and what == "step" else 0))
         return str(caught.value)
     texts = run_ranks(one, 4, 4)
     assert len(set(texts)) == 1 and names in texts[0]
 
 
-def test_a_stop_request_of_one_rank_reaches_all_at_the_same_step(run_ranks: Run) -> None:
+@pytest.mark.parametrize("preset", ["mat", "at"])
+def test_what_one_rank_asks_reaches_all_at_the_same_step(preset: str, run_ranks: Run) -> None:
     models = nets(4)
-    def one(mesh: Mesh) -> list[bool]:
-        cohort = build(cohort_config("mat", 4), mesh, models)
-        return [train_step(cohort, *batch(s), s, stop=mesh.placement.rank == 3 and s == 1).stop for s in range(3)]
-    assert run_ranks(one, 4, 4) == [[False, True, False]] * 4
+    def one(mesh: Mesh) -> list[tuple[bool, bool]]:
+        cohort, last = build(cohort_config(preset, 4), mesh, models), mesh.placement.rank == 3
+        told = [one_step(cohort, s, ask=Ask(stop=last and s == 1, ready=not (last and s == 2))) for s in range(4)]
+        return [(outcome.stop, outcome.ready) for outcome in told]
+    assert run_ranks(one, 4, 4) == [[(False, True), (True, True), (False, False), (False, True)]] * 4
 
 
-def test_replicas_survive_a_failure_between_backward_and_average(run_ranks: Run) -> None:
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def refused(cohort: Cohort, spoil: Callable[[Cohort], None], at: int = 2) -> tuple[MatError, set[int]]:
+    """Train, spoil something before step `at` -> its error, and the peers whose whole state is as it was before it."""
+    for step in range(at):
+        one_step(cohort, step)
+    before = state_hashes(cohort)
+    spoil(cohort)
+    with pytest.raises(MatError) as caught:
+        one_step(cohort, at)
+    assert all(p.grad is None for peer in cohort.peers for p in peer.model.parameters())
+    return caught.value, {i for i, found in state_hashes(cohort).items() if found == before[i]}
+
+
+def at_peer(index: int, change: Callable[[Any], None]) -> Callable[[Cohort], None]:
+    """Do this to one peer, where it lives."""
+    return lambda cohort: [change(peer) for peer in cohort.peers if peer.index == index]  # type: ignore[return-value]
+
+
+def breaking(method: str) -> Callable[[Any], None]:
+    return lambda peer: setattr(peer, method, broken)
+
+
+def spoil_weight(peer: Any) -> None:
+    with torch.no_grad():
+        next(peer.model.parameters())[0] = float("nan")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("spoil", [spoil_weight, exploding])
+def test_a_non_finite_peer_is_named_and_changes_nobody(spoil: Any, world: int, run_ranks: Run) -> None:
+    config, models = cohort_config("mat", 4), nets(4)
+    results = run_ranks(lambda mesh: refused(build(config, mesh, models), at_peer(2, spoil)), 4, world)
+    assert {str(error) for error, _ in results} == {str(results[0][0])}
+    assert isinstance(results[0][0], NonFinite) and "peer 2 " in str(results[0][0]) and "step 2" in str(results[0][0])
+    assert {i for _, same in results for i in same} >= {0, 1, 3}  # weights, optimizer, averaged weights, BN buffers
+
+
+PHASES = ["attack", "climb", "begin_learning", "learn", "forward", "opinions", "backward", "reduced"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_error_in_one_peer_stops_all_ranks_with_one_text(phase: str, run_ranks: Run) -> None:
+    config, models = cohort_config("mat", 4), nets(4)
+    results = run_ranks(lambda mesh: refused(build(config, mesh, models), at_peer(1, breaking(phase))), 4, 4)
+    (text,) = {str(error) for error, _ in results}
+    assert "the cat sat on the cable" in text and "peer1" in text and "rank 1" in text and "step 2" in text
+    assert isinstance(results[0][0], PeerFailed)
+    assert {i for _, same in results for i in same} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name,world", [("mat", 4), ("awp", 2), ("awp", 4)])
+def test_replicas_survive_a_failure_before_any_of_their_exchanges(name: str, world: int, run_ranks: Run) -> None:
+    """Of a step up in weights (AWP), and of gradients."""
     models = nets(2)
-    def one(mesh: Mesh) -> str:
-        cohort = build(cohort_config("mat", 2), mesh, models)
-        return failed_step(cohort, "loss", "no gradient today", here=mesh.placement.rank == 3)
-    texts = run_ranks(one, 2, 4)
-    assert len(set(texts)) == 1 and "no gradient today" in texts[0]
+    config = cohort_config("mat", 2) if name == "mat" else configured(TOGETHER["awp"] * 2, precision="fp32")
+    method = "backward" if name == "mat" else "climb"
+    texts = run_ranks(lambda mesh: str(failed_step(build(config, mesh, models), method,
+                                                   here=mesh.placement.rank == world - 1)), 2, world)
+    assert len(set(texts)) == 1 and "the cat sat on the cable" in texts[0]
 
 
-def test_a_batch_is_split_over_replicas_in_order(run_ranks: Run) -> None:
-    models = nets(2)
-    rows = run_ranks(lambda mesh: build(cohort_config("at", 2), mesh, models).rows, 2, 4)
-    assert rows == [slice(0, BATCH // 2)] * 2 + [slice(BATCH // 2, BATCH)] * 2
+REFUSED = [{**EAT, **TOGETHER["awp"][0], "union": EAT["union"]}, *CASES["mat+awp"].peers[:1]]
 
 
-def test_turns_go_on_after_everybody_was_muted(run_ranks: Run) -> None:
-    """The step, not what was heard before it, says whose turn it is: a run resumed there could not know."""
-    def one(mesh: Mesh) -> list[Any]:
-        cohort = build(cohort_config("mat", 2, loss={"attackers": "one"}), mesh, two)
-        cohort.mute([0, 1], until=3)
-        cohort.begin(2)
-        cohort.begin(3)
-        resumed = build(cohort_config("mat", 2, loss={"attackers": "one"}), mesh, two)
-        resumed.begin(3)
-        return [row.learned for row in cohort.plan.peers] + [row.learned for row in resumed.plan.peers]
-
-    two = nets(2)
-    (found,) = run_ranks(one, 2, 1)
-    assert found[:2] == found[2:]
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("spoil", [exploding, breaking("learn")], ids=["infinite", "error"])
+def test_a_refused_step_gives_perturbed_weights_and_counts_back(spoil: Any, world: int, run_ranks: Run) -> None:
+    models, config = nets(2), configured(REFUSED, precision="fp32")
+    results = run_ranks(lambda mesh: refused(build(config, mesh, models), at_peer(1, spoil)), 2, world)
+    assert {i for _, same in results for i in same} == {0, 1}
 
 
-def test_nobody_learns_from_a_muted_peer_until_its_quarantine_ends(run_ranks: Run) -> None:
-    def one(mesh: Mesh) -> list[Any]:
-        cohort = build(cohort_config("mat", 3, loss={"hard_own": 0.5}), mesh, nets3)
-        before = cohort.plan
-        cohort.mute([1], until=4)
-        muted = cohort.plan
-        cohort.begin(3)
-        assert cohort.plan is muted
-        cohort.begin(4)
-        assert cohort.plan == before
-        return [muted.peers[0].hard, muted.peers[0].distilled, muted.peers[0].teachers(2), muted.peers[1].learned]
-    nets3 = nets(3)
-    (found,) = run_ranks(one, 3, 1)
-    assert found[0] == pytest.approx({0: 0.25, 2: 0.25}) and found[1] == pytest.approx({0: 1 / 6, 2: 1 / 3})
-    assert found[2] == (2,) and found[3] == (0, 2, 1)
+@pytest.mark.parametrize("name", ["projection", "eat", "ramp"])
+def test_a_step_after_a_refused_one_is_as_if_it_had_not_been(name: str, run_ranks: Run) -> None:
+    models, config = nets(1), configured(TOGETHER[name], precision="fp32")
+    def one(mesh: Mesh) -> tuple[dict[int, str], ...]:
+        plain, cohort = train(config, mesh, models, 3), train(config, mesh, models, 2)
+        learn = cohort.peers[0].learn
+        refused(cohort, at_peer(0, exploding), 0)
+        cohort.peers[0].learn = learn  # type: ignore[method-assign]
+        return state_hashes(plain), state_hashes(train(config, mesh, models, 3, cohort=cohort, first=2))
+    ((plain, other),) = run_ranks(one, 1, 1)
+    assert plain == other
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def short_of_memory(peer: Any, where: str) -> None:
+    """Let memory run out in each forward or backward pass of a peer's learning."""
+    def lacking(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    def learn(x: Tensor, draw: Any, plain: Any = peer.learn) -> Tensor:
+        logits: Tensor = plain(x, draw)
+        logits.register_hook(lacking)  # the graph ends in a node that fails
+        return logits
+
+    peer.learn = lacking if where == "forward" else learn
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("preset,world", [("mat", 2), ("at", 2), ("at", 1)])
+def test_lack_of_memory_stops_all_changes_nobody_and_says_what_to_set(where: str, preset: str, world: int,
+                                                                     run_ranks: Run) -> None:
+    config, models = cohort_config(preset, 2), nets(2)
+    results = run_ranks(lambda mesh: refused(build(config, mesh, models), at_peer(
+        1, lambda peer: short_of_memory(peer, where))), 2, world)
+    (text,) = {str(error) for error, _ in results}
+    assert "step.memory=recompute" in text and "step.microbatches" in text and "peer1" in text
+    assert {i for _, same in results for i in same} == {0, 1}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_attack_that_lacks_memory_goes_on_in_halves_with_equal_weights_and_then_stops_all(world: int,
+                                                                                            run_ranks: Run) -> None:
+    config, models = cohort_config("mat", 2, step={"precision": "fp64"}), nets(2, dtype=torch.float64)
+
+    def one(mesh: Mesh, most: int) -> Cohort:
+        cohort = build(config, mesh, models)
+        for peer in cohort.peers:
+            if peer.index == 1:
+                def found(x: Tensor, *args: Any, plain: Any = peer.attack_of_training._found) -> Any:
+                    if len(x) > most:
+                        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+                    return plain(x, *args)
+                peer.attack_of_training._found = found  # type: ignore[method-assign]
+        train(config, mesh, models, 3, cohort=cohort)
+        for peer in cohort.peers:
+            assert [note for note in peer.notes if "halves" in note] == peer.notes and len(peer.notes) == peer.index
+        return cohort
+
+    plain = run_ranks(lambda mesh: train(config, mesh, models, 3), 2, world)
+    halves = run_ranks(lambda mesh: one(mesh, BATCH // 2), 2, world)
+    assert largest_difference(plain, halves) < 1e-11
+    errors = run_ranks(lambda mesh: one(mesh, 1), 2, world, errors="return")
+    assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
+
+
+def test_norms_that_replicas_share_are_called_as_often_on_each_of_them(run_ranks: Run) -> None:
+    """A failed forward is not called again: it would meet another call of the other replicas."""
+    def one(mesh: Mesh) -> int:
+        cohort, calls = build(cohort_config("at", 1), mesh, models), []
+        (peer,) = cohort.peers
+        peer.model = nn.SyncBatchNorm.convert_sync_batchnorm(peer.model)
+
+        def short(*args: Any) -> Any:
+            calls.append(1)
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+        peer.learn = short  # type: ignore[method-assign]
+        with pytest.raises(MatError, match=r"tried to allocate.*step\.memory=recompute"):
+            train_step(cohort, local(cohort, 0))
+        return len(calls)
+
+    models = nets(1)
+    assert run_ranks(one, 1, 1) == [1]

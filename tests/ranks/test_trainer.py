@@ -119,7 +119,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_weights(stop: int, cohort_
 
 
 def test_perturbations_of_the_epoch_before_survive_a_stop_and_a_move(cohort_run: Run, uninterrupted: Run) -> None:
-    settings = ("loss=at", "attack.start=previous", "data.augment.pad=1", "data.augment.flip=true")
+    settings = ("loss=at", "methods.warm_start.reset_epochs=0", "data.augment.pad=1", "data.augment.flip=true")
     assert cohort_run("stopped", 2, *settings, stop_after=5).steps()[-1] == 5  # in the second epoch
     assert cohort_run("stopped", 1, *settings).hashes() == uninterrupted(*settings).hashes()
 
@@ -261,7 +261,7 @@ def test_an_evaluation_that_was_done_is_not_repeated(cohort_run: Run) -> None:
 
 
 def test_an_interrupted_test_is_repeated_without_training(cohort_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = (*EVALUATED, "eval.test=true")
+    settings = (*EVALUATED, "eval.test_steps=1")
     original = Evaluations.attack
 
     def failing(self: Evaluations, manifest: Any, job: Any, split: str, size: Any) -> Any:
@@ -294,12 +294,12 @@ def test_a_damaged_best_checkpoint_does_not_keep_the_last_one_from_its_test(coho
     monkeypatch.setattr(Evaluations, "attack", damaged)
     monkeypatch.setattr(Trainer, "best", lambda self: load_manifest(self.run.folder, 4))
     with pytest.raises(CheckpointError, match="peer_0"):
-        cohort_run("half", 1, *EVALUATED, "eval.test=true")
+        cohort_run("half", 1, *EVALUATED, "eval.test_steps=1")
     assert last == [4] and [p.stem for p in tmp_path.rglob("test_*.json")] == ["test_last_step_00000008"]
 
 
 def test_without_evaluations_only_the_last_checkpoint_is_tested(cohort_run: Run) -> None:
-    run = cohort_run("unjudged", 1, "eval.test=true", "eval.every=0")
+    run = cohort_run("unjudged", 1, "eval.test_steps=1", "eval.every=0")
     assert [p.name for p in run.folder.eval.glob("*.json")] == ["test_last_step_00000006.json"]
     assert read_best(run.folder) is None
 
@@ -317,7 +317,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def baselines(teacher: Finished) -> tuple[str, ...]:
     """E-AT with AWP, a student of a frozen teacher, a generalist, a specialist."""
     return ("peers=4", "loss=at", "peers.0.union.strategy=eat", "peers.0.union.threats=linf:0.1,l1:2",
-            "peers.0.optim.awp_gamma=0.02", "peers.0.optim.awp_warmup_epochs=0.5", "peers.1.loss=rslad",
+            "peers.0.methods.awp.gamma=0.02", "peers.1.loss=rslad",
             "peers.2.frozen=true", f"peers.2.init_from={teacher.folder.path}:second", "peers.3.role=generalist",
             "peers.3.loss=mat", "peers.3.loss.warmup_epochs=1")
 
@@ -330,21 +330,20 @@ def test_eat_awp_frozen_teachers_and_warm_ups_go_on_as_if_nothing_had_happened(
     assert cohort_run("stopped", worlds[0], *settings, stop_after=stop).code == 75
     again = cohort_run("stopped", worlds[1], *settings)
     assert again.hashes() == whole.hashes()
-    assert sum(whole.peers()[0]["eat"]["seen"]) == STEPS * 16 and again.peers()[0]["eat"] == whole.peers()[0]["eat"]
+    told = [run.peers()[0]["methods"]["unions"]["eat"] for run in (whole, again)]
+    assert told[0] == told[1] and sum(told[0]["seen"]) == STEPS * 16
 
 
 @pytest.mark.parametrize("worlds", [(1, 4), (4, 2)], ids=str)
-def test_draws_of_specialists_go_on_as_if_nothing_had_happened(worlds: tuple[int, int], cohort_run: Run,
-                                                               uninterrupted: Run) -> None:
+def test_experts_that_teach_on_the_views_of_a_generalist_go_on_after_a_move(worlds: tuple[int, int], cohort_run: Run,
+                                                                           uninterrupted: Run) -> None:
     settings = ("peers=4", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2",
-                "peers.2.role=generalist", "peers.2.union.strategy=eat", "peers.3.role=generalist",
-                "peers.3.union.strategy=random", "threat.eps=0.02")
+                "peers.2.role=specialist", "peers.2.threat=l1", "peers.3.role=generalist", "loss.hard_own=0.5",
+                "peers.3.union.strategy=max", "peers.3.union.threats=linf:0.1,l2:0.5,l1:2", "peers.3.loss.kd_own=1",
+                "peers.3.loss.teacher_set=expert", "optim.ema_decay=0.9")
     whole = uninterrupted(*settings)
     assert cohort_run("stopped", worlds[0], *settings, stop_after=3).code == 75
-    again = cohort_run("stopped", worlds[1], *settings)
-    assert again.hashes() == whole.hashes()
-    told = [load_manifest(run.folder).meta.extra["drawn"] for run in (whole, again)]
-    assert told[0] == told[1] and list(told[0]) == ["2"] and sum(told[0]["2"]["seen"]) == STEPS * 16
+    assert cohort_run("stopped", worlds[1], *settings).hashes() == whole.hashes()
 
 
 def test_a_run_with_cutmix_moves_to_other_rank_counts(cohort_run: Run, uninterrupted: Run) -> None:
@@ -404,7 +403,7 @@ def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
 
 
 def test_swa_is_the_same_on_every_placement_and_after_a_stop(cohort_run: Run) -> None:
-    settings = ("train.max_steps=null", "train.epochs=4", "optim.swa_start=0.5", "checkpoint.every_steps=1")
+    settings = ("train.max_steps=null", "train.epochs=4", "methods.swa.start=0.5", "checkpoint.every_steps=1")
     whole = cohort_run("whole", 1, *settings)
     assert cohort_run("split", 2, *settings).hashes() == whole.hashes()
     stopped = cohort_run("stopped", 1, *settings, stop_after=10)

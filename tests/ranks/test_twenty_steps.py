@@ -8,7 +8,7 @@ test run; the others are thorough ones (launch/test.sh --all).
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from mat_dist import load
 from mat_dist.config import load_config
 from mat_dist.config.fields import Section
+from mat_dist.config.methods import Registered, methods_model, strategies
 from mat_dist.config.schema import (
     AttackConfig,
     AugmentConfig,
@@ -36,48 +37,46 @@ from tests.small_runs import SMALL, Finished, run_small
 PARTS, STEPS = 10, 20
 TRAINED = (*SMALL, "train.epochs=5", "checkpoint.every=5", "log.every=1")  # 64 images, 16 in a batch
 SECTIONS: dict[str, type[Section]] = {"loss": LossConfig, "attack": AttackConfig, "optim": OptimConfig,
-                                      "union": UnionConfig, "threat": ThreatConfig, "data.augment": AugmentConfig}
+                                      "union": UnionConfig, "threat": ThreatConfig, "data.augment": AugmentConfig,
+                                      **{f"methods.{name}": field.annotation  # type: ignore[dict-item]
+                                         for name, field in methods_model().model_fields.items()}}
 AT, MAT = ("loss=at",), ("loss=mat",)
 TEACHER = ("peers.1.frozen=true", "peers.1.init_from=TEACHER")
 THREE = ("peers=1", "loss=at", "union.threats=linf:0.1,l2:0.5,l1:2")
 COHORT = ("peers=3", "loss=mat", "peers.0.role=specialist", "peers.1.role=specialist",
           "peers.1.threat={norm: l2, eps: 0.5}", "peers.2.role=generalist")
+OWN_VIEWS = ("peers.2.union.strategy=avg", "peers.2.union.threats=linf:0.1,l2:0.5", "peers.2.loss.hard_own=1",
+             "peers.2.loss.kd_own=1", "peers.2.loss.teacher_set=all")
+RAMP = (*THREE, "union.strategy=ramp")
 # What a setting, or one value of it, needs beside it. Alone, this is the control that it must differ from.
 CONTEXT: dict[str, tuple[str, ...]] = {
     "loss": MAT, "loss.preset": AT, "loss.preset=ard": (*AT, *TEACHER), "loss.preset=rslad": (*AT, *TEACHER),
-    "loss.hard_loss": ("loss=mart", "loss.hard_loss=ce"), "loss.hard_weight": AT, "loss.clean_weight": AT,
-    "loss.trades_temperature": ("loss=trades",), "loss.t2_scale": (*MAT, "loss.temperature=2"),
-    "loss.teacher_input": ("loss=mat_kd",), "loss.teacher_agg": (*MAT, "peers=3"),
-    "loss.attackers": (*MAT, "peers=3"), "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
+    "loss.hard_weight": AT, "loss.clean_weight": AT, "loss.teacher_input": ("loss=mat_kd",),
+    "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
+    "loss.teacher_set=expert": (*MAT, "peers=4", *(f"peers.{i}.threat={{norm: l2, eps: 0.5}}" for i in (0, 1))),
     "loss.teacher_set=frozen": (*MAT, *TEACHER, "peers=3"),
-    "attack.loss=kl_teacher": MAT, "attack.l1_share": (*AT, "threat.norm=l1", "attack.eps=2"),
-    "attack.steps": (*AT, "attack.step_size=0.05"), "attack.steps_warmup_epochs": (*AT, "attack.steps=3"),
-    "attack.reset_epochs": (*AT, "attack.start=previous"), "attack.split_batch": ("loss=mat_kd",),
-    "optim.awp_warmup_epochs": (*AT, "optim.awp_gamma=0.02"), "optim.milestones": (*AT, "optim.schedule=piecewise"),
-    "optim.gamma": (*AT, "optim.schedule=piecewise"), "optim.nesterov": (*AT, "optim.momentum=0.9"),
-    "union.strategy": ("peers=1", "loss=at"), "union.ramp_weight": (*THREE, "union.strategy=ramp"),
-    "union.threats": (*THREE, "union.strategy=max"), "union.projection_beta": (*THREE, "union.strategy=ramp"),
+    "attack.loss=kl_teacher": MAT, "attack.steps": (*AT, "attack.step_size=0.05"),
+    "optim.milestones": (*AT, "optim.schedule=piecewise"),
+    "union.strategy": ("peers=1", "loss=at"), "union.threats": (*THREE, "union.strategy=max"),
+    "methods.ramp": RAMP, "methods.mart": ("loss=mart",),
 }
 MORE: dict[str, tuple[str, ...]] = {  # what a value needs that its control may not have
     **{f"union.strategy={name}": (THREE[2],) for name in ("avg", "max", "random", "msd", "ramp")},
     "union.strategy=eat": ("union.threats=linf:0.1,l1:2",), "attack.method=n_fgsm": ("attack.steps=1",),
     "attack.method=free": ("attack.steps=1", "train.replays=2", "train.batch_size=32"),
-    "threat.norm=l2": ("attack.eps=0.5",), "threat.norm=l1": ("attack.eps=2",),
+    "threat.norm=l2": ("attack.eps=0.5",), "threat.norm=l1": ("attack.eps=2",), "optim.name=adamw": ("optim.lr=0.01",),
 }
 # Of every number and text: a value that is not the default.
 VALUES: dict[str, Any] = {
     "loss.hard_weight": 0.5, "loss.hard_own": 0.5, "loss.clean_weight": 0.5, "loss.kd_weight": 0.8, "loss.kd_own": 1,
-    "loss.kd_clean": 0.3, "loss.gate": 0.5, "loss.temperature": 3, "loss.trades_beta": 2, "loss.trades_temperature": 3,
-    "loss.mart_beta": 2, "loss.pair_weight": 0.5, "loss.base_scale": 0.5, "loss.label_smoothing": 0.2,
-    "loss.warmup_epochs": 2,
-    "attack.steps": 3, "attack.step_size": 0.03, "attack.l1_share": 0.2, "attack.eps_warmup_epochs": 2,
-    "attack.steps_warmup_epochs": 2, "attack.reset_epochs": 2,
-    "optim.lr": 0.05, "optim.momentum": 0.5, "optim.weight_decay": 0.01, "optim.milestones": "[0.2, 0.4]",
-    "optim.gamma": 0.5, "optim.warmup_epochs": 1, "optim.clip_norm": 0.5, "optim.awp_gamma": 0.02,
-    "optim.awp_warmup_epochs": 2, "optim.ema_decay": 0.9, "optim.swa_start": 0.5,
-    "union.ramp_weight": 1, "union.threats": "linf:0.1,l1:2", "threat.eps": 0.05,
-    "data.augment.pad": 1, "data.augment.random_resized_crop": 0.5, "data.augment.cutout": 3,
-    "union.projection_beta": 0.5, "data.augment.cutmix": 1,
+    "loss.kd_clean": 0.3, "loss.temperature": 3, "loss.pair_kl": 2, "loss.pair_mse": 0.5, "loss.label_smoothing": 0.2,
+    "loss.warmup_epochs": 2, "attack.steps": 3, "attack.step_size": 0.03,
+    "optim.name": "adamw", "optim.args": "{momentum: 0.5, nesterov: true}", "optim.lr": 0.05,
+    "optim.weight_decay": 0.01, "optim.milestones": "[0.2, 0.4]", "optim.warmup_epochs": 1, "optim.clip_norm": 0.5,
+    "optim.ema_decay": 0.9, "union.threats": "linf:0.1,l1:2", "threat.eps": 0.05,
+    "methods.awp.gamma": 0.02, "methods.mart.beta": 2, "methods.ramp.projection": 0.5, "methods.ramp.weight": 1,
+    "methods.swa.start": 0.5, "methods.warm_start.reset_epochs": 2,
+    "data.augment.pad": 1, "data.augment.random_resized_crop": 0.5, "data.augment.cutmix": 1,
 }
 # What is no single setting.
 COHORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> control, settings beside it
@@ -88,13 +87,10 @@ COHORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> contr
        for name in ("random", "msd")},
     "generalist eat": (COHORT, ("peers.1.threat={norm: l1, eps: 2}", "peers.2.union.strategy=eat",
                                 "peers.2.union.threats=linf:0.1,l1:2")),
-    **{f"generalist {name} of one specialist": (COHORT, (f"peers.2.union.strategy={name}",))
-       for name in ("random", "eat")},
+    "experts on the views of a generalist": ((*COHORT, *OWN_VIEWS), ("peers.2.loss.teacher_set=expert",)),
     "fine-tuned": (AT, ("peers.0.init_from=TEACHER",)),
     "averaged teachers": ((*MAT, "optim.ema_decay=0.9"), ("step.teachers=ema",)),
-    "joint batch norm": (MAT, ("step.bn=joint",)),
-    "one start": (MAT, ("peers.all.init_stream=0",)),
-    "pulled together": ((*MAT, "peers.all.init_stream=0"), ("step.pull=0.5", "step.pull_every=3")),
+    "one of each optimizer": (MAT, ("peers.1.optim={name: adamw, lr: 0.01}",)),
 }
 
 
@@ -106,15 +102,19 @@ class Case:
     control: tuple[str, ...]
 
 
-def choices(annotation: Any) -> tuple[Any, ...] | None:
+def choices(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, ...] | None:
     """The values of a choice (True and False of a switch), None for a number or a text."""
+    for mark in metadata:
+        if isinstance(mark, Registered):
+            return tuple(mark.known())
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if annotation is bool:
         return (True, False)
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        inner = [one for one in get_args(annotation) if one is not NoneType]
-        return choices(inner[0])
+    if get_origin(annotation) is Annotated:
+        return choices(get_args(annotation)[0], annotation.__metadata__)
+    if get_origin(annotation) in (Union, UnionType):
+        return choices(next(one for one in get_args(annotation) if one is not NoneType))
     return None
 
 
@@ -122,7 +122,7 @@ def case_of(key: str, value: Any) -> Case:
     """A value of a setting in its context."""
     text = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
     word = f"{key}={text}"
-    section = key.partition(".")[0]
+    section = key.rpartition(".")[0]
     control = next((CONTEXT[name] for name in (word, key, section) if name in CONTEXT), AT)
     return Case((*control, *MORE.get(word, ()), word), control)
 
@@ -133,7 +133,7 @@ def all_cases() -> dict[str, Case]:
     for section, model in SECTIONS.items():
         for name, field in model.model_fields.items():
             key = f"{section}.{name}"
-            values = choices(field.annotation) or ((VALUES[key],) if key in VALUES else ())
+            values = choices(field.annotation, field.metadata) or ((VALUES[key],) if key in VALUES else ())
             found |= {f"{key}={value}".lower(): case_of(key, value) for value in values}
     return found | {name: Case((*control, *more), control) for name, (control, more) in COHORTS.items()}
 
@@ -218,13 +218,12 @@ def test_every_setting_has_a_case() -> None:
     assert sorted(keys - {case.partition("=")[0] for case in named}) == []
     assert sorted(key for key in VALUES if key not in keys) == []
     assert sorted(name for name in (*CONTEXT, *MORE) if name.partition("=")[0] not in {*keys, *SECTIONS}) == []
-    known = {"name", "stream", "init_stream", "role", "frozen", "init_from", "model",
+    known = {"name", "stream", "role", "frozen", "init_from", "model", "methods",
              *(s for s in SECTIONS if "." not in s)}
     assert set(PeerConfig.model_fields) == known
     roles = set(get_args(PeerConfig.model_fields["role"].annotation))
     assert roles == {"peer", "specialist", "generalist"}  # all in COHORTS
-    strategies = choices(UnionConfig.model_fields["strategy"].annotation)
-    assert strategies is not None and {f"generalist {name}" for name in strategies} <= set(COHORTS)
+    assert {f"generalist {name}" for name in strategies()} <= set(COHORTS)
 
 
 def test_the_parts_are_all_the_cases_and_today_has_one() -> None:

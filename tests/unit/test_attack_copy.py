@@ -14,7 +14,7 @@ from mat_dist.config.schema import ModelConfig
 from mat_dist.core.peer import Peer
 from mat_dist.models import build_model
 from mat_dist.models.modes import frozen
-from tests.cohorts import cohort_config
+from tests.cohorts import cohort_config, first_view, make_peer
 
 SHAPE = (3, 16, 16)
 
@@ -154,11 +154,10 @@ class Locked(nn.Module):
 @pytest.mark.parametrize(("made", "reason"), [(Peeking, "other logits"), (Locked, "cannot copy")])
 def test_a_model_that_cannot_be_copied_is_attacked_itself_and_the_user_is_told(made: type[nn.Module],
                                                                               reason: str) -> None:
-    config = cohort_config("at", 1)
-    peer = Peer(0, config.peers[0], made(), seed=0, step=config.step)
+    peer = make_peer(made(), cohort_config("at", 1))
     x, y = torch.rand(4, *SHAPE), torch.arange(4)
-    peer.attack(x, y, 0)
-    peer.attack(x, y, 1)
+    for step in range(2):
+        first_view(peer, x, y, step)
     assert len(peer.notes) == 1 and reason in peer.notes[0] and "peer0" in peer.notes[0]
 
 
@@ -177,13 +176,11 @@ def test_layers_with_hooks_keep_their_own_weights() -> None:
 def test_an_attack_on_the_copy_is_as_strong(precision: str, differ: float, weaker: float) -> None:
     """Cross-entropy of the AEs by the fp32 model. Signs of gradients near zero flip: 30 % of the pixels in bf16, with a
     copy or without, since this net has seen four batches."""
-    config = cohort_config("at", 1, eps=0.05, steps=5)
     x, y = torch.rand(32, *SHAPE), torch.randint(10, (32,))
     found = []
-    for step in (config.step.model_copy(update={"attack_copy": False}),
-                 config.step.model_copy(update={"precision": precision})):
-        peer = Peer(0, config.peers[0], trained("small_cnn"), seed=0, step=step)
-        aes = peer.attack(x, y, 0)
+    for step in ({"attack_engine": "model"}, {"precision": precision}):
+        peer = make_peer(trained("small_cnn"), cohort_config("at", 1, eps=0.05, steps=5, step=step))
+        aes = first_view(peer, x, y)
         with frozen(peer.model), torch.no_grad():
             found.append((aes, F.cross_entropy(peer.model(aes), y)))
     (plain, reference), (fast, ce) = found
@@ -196,13 +193,12 @@ def test_an_attack_on_the_copy_is_as_strong(precision: str, differ: float, weake
 
 def attacked(engine: str, device: str = "cpu", precision: str = "fp32") -> tuple[Peer, Tensor]:
     """A peer and its AEs of the second of two batches, its weights changed in between."""
-    config = cohort_config("at", 1, eps=0.05, steps=4)
-    step = config.step.model_copy(update={"attack_engine": engine, "precision": precision})
-    peer = Peer(0, config.peers[0], trained("small_cnn").to(device), seed=0, step=step)
+    config = cohort_config("at", 1, eps=0.05, steps=4, step={"attack_engine": engine, "precision": precision})
+    peer = make_peer(trained("small_cnn").to(device), config)
     torch.manual_seed(1)
     for number in range(2):
         x, y = torch.rand(16, *SHAPE).to(device), torch.randint(10, (16,)).to(device)
-        aes = peer.attack(x, y, number)
+        aes = first_view(peer, x, y, number)
         with torch.no_grad():
             for parameter in peer.model.parameters():
                 parameter *= 1.1

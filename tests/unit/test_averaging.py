@@ -11,29 +11,32 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoints
 from mat_dist.config import load_config
-from mat_dist.core import averaging
-from mat_dist.core.schedules import swa_count, swa_decay_at
 from mat_dist.data import as_float, load_data, training_batches
+from mat_dist.methods import swa
 from mat_dist.models.registry import Images, make_model
+from tests.cohorts import cohort_config, make_peer, nets
 from tests.small_runs import SMALL, Finished, run_small
 
-SWA = ("train.epochs=4", "optim.swa_start=0.5")  # 4 epochs of 4 steps: the averages of steps 8, 12 and 16
+SWA = ("train.epochs=4", "methods.swa.start=0.5")  # 4 epochs of 4 steps: the averages of steps 8, 12 and 16
 
 
 def test_the_average_begins_at_the_end_of_the_first_epoch_from_its_share_on() -> None:
     def counts(start: float) -> list[int]:
-        return [swa_count(done, start, total_steps=20, steps_per_epoch=4) for done in range(4, 21, 4)]
+        return [swa.averaged_epochs(done, start, total_steps=20, steps_per_epoch=4) for done in range(4, 21, 4)]
     assert counts(0.0) == [1, 2, 3, 4, 5] == counts(0.2)
     assert counts(0.21) == counts(0.4) == [0, 1, 2, 3, 4]
     assert counts(0.99) == [0, 0, 0, 0, 1]
-    assert swa_count(100, 0.55, total_steps=100, steps_per_epoch=5) == 10  # 0.55 * 100 is a little above 55
-    assert [swa_count(done, 0.5, total_steps=8, steps_per_epoch=4) for done in (3, 4, 7, 8)] == [0, 1, 1, 2]
+    assert swa.averaged_epochs(100, 0.55, total_steps=100, steps_per_epoch=5) == 10  # 0.55 * 100 is a little above 55
+    assert [swa.averaged_epochs(done, 0.5, total_steps=8, steps_per_epoch=4) for done in (3, 4, 7, 8)] == [0, 1, 1, 2]
 
 
 def test_the_recursion_is_the_equal_mean_of_the_epochs_ends() -> None:
+    peer = make_peer(nets(1)[0], cohort_config("at", 1, entry={"methods": {"swa": {"start": 0.4}}}))
+    peer.total_steps, peer.steps_per_epoch = 20, 4
+    (hook,) = peer.hooks
     values, average = [float(3 * t % 11) for t in range(20)], 0.0
     for step, value in enumerate(values):
-        decay = swa_decay_at(step, 0.4, total_steps=20, steps_per_epoch=4)
+        decay = hook.kept_share(step)
         average = decay * average + (1 - decay) * value
         last = [values[t] for t in (7, 11, 15, 19) if t <= step]
         assert average == pytest.approx(sum(last) / len(last) if last else value)
@@ -41,7 +44,7 @@ def test_the_recursion_is_the_equal_mean_of_the_epochs_ends() -> None:
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return run_small(tmp_path_factory.mktemp("runs"), "a", *SWA, "eval.every=2", "eval.test=true")
+    return run_small(tmp_path_factory.mktemp("runs"), "a", *SWA, "eval.every=2", "eval.test_steps=1")
 
 
 def parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,8 +96,8 @@ def test_norm_statistics_are_the_mean_over_the_training_batches(averaged: Finish
 
 
 def test_a_pass_is_bounded_by_the_stated_number_of_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(averaging, "NORM_IMAGES", 17)
-    done = run_small(tmp_path, "a", "optim.swa_start=0")
+    monkeypatch.setattr(swa, "NORM_IMAGES", 17)
+    done = run_small(tmp_path, "a", "methods.swa.start=0")
     counts = [int(v) for k, v in done.peers()[0]["ema"].items() if k.endswith("tracked")]
     assert counts and set(counts) == {2}  # 17 images are two batches of 16
 
@@ -109,6 +112,6 @@ def test_averaging_does_not_change_the_training_nor_do_more_checkpoints_change_t
 
 
 def test_a_preset_with_ema_takes_swa_instead_where_it_is_asked_for() -> None:
-    config = load_config(None, ["peers=1", "loss=at_wa", "optim.ema_decay=null", "optim.swa_start=0.5"])
+    config = load_config(None, ["peers=1", "loss=at_wa", "optim.ema_decay=null", "methods.swa.start=0.5"])
     assert config.peers[0].optim.ema_decay is None
     assert load_config(None, ["peers=1", "loss=at_wa"]).peers[0].optim.ema_decay is not None

@@ -176,5 +176,5 @@ def test_runs_on_generated_images_train_and_resume_only_on_the_same(tmp_path, ca
 def test_a_run_on_poisoned_images_is_tested_on_clean_ones(tmp_path):
     config = poisoned(tmp_path / "b.npz", random_images(1437, 8, 8, 1))
     done = run_small(tmp_path, "b", f"--plugin={POISONED}", "data.name=poisoned", f"data.root={config.root}",
-                     "eval.every=1", "eval.test=true", "eval.size=20")
+                     "eval.every=1", "eval.test_steps=1", "eval.size=20")
     assert done.code == 0 and done.result("test_last_step_00000004")

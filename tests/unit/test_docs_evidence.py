@@ -1,4 +1,4 @@
-"""The accuracies that docs/evidence.md quotes are those of the committed results."""
+"""The accuracies that docs/evidence.md and README.md quote are those of the committed results."""
 
 from __future__ import annotations
 
@@ -57,3 +57,23 @@ def test_the_union_is_quoted_as_measured() -> None:
         kind = "best" if "mean" not in row["accuracy"]["last"] else "mean"
         assert cells == [percent(row, kind, column) for column in columns], name
         assert str(seeds(row, "union")) == count, name
+
+
+# The rows of README.md in their order: suite and table of the committed results.
+QUOTED = (("cpu", "linf"), ("cpu", "overfit"), ("cpu_cifar10", "linf"), ("gpu", "linf"))
+
+
+def test_the_readme_quotes_accuracies_and_differences_as_measured() -> None:
+    rows = table("README.md", "## What it is worth")
+    assert len(rows) == len(QUOTED)
+    for (suite, title), (_, _, count, *cells) in zip(QUOTED, rows, strict=True):
+        document = json.loads((ROOT / f"benchmarks/results/{suite}.json").read_text(encoding="utf-8"))["tables"][title]
+        column = document["primary"]
+        by_name = {row["row"].removeprefix("over_").replace("_x2", "_x3"): row for row in document["rows"]}
+        found = [one for one in document["differences"] if one["kind"] == "mean" and one["checkpoint"] == "last"
+                 and one["column"] == column and one["row"] == by_name["mat"]["row"]
+                 and one["control"] == by_name["at_x3"]["row"]]
+        assert len(found) == 1
+        points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * found[0][key] for key in ("mean", "low", "high")))
+        assert cells == [percent(by_name["at_x3"], "mean", column), percent(by_name["mat"], "mean", column), points]
+        assert seeds(by_name["mat"], column) == int(count)

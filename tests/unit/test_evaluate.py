@@ -31,7 +31,7 @@ from mat_dist.evaluation.settings import MENU
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
-from tests.small_runs import interrupted, run_small, tree_hash
+from tests.small_runs import as_format_1, interrupted, run_small, tree_hash
 from tests.unit.test_evaluator import SEED, noise
 
 pytestmark = pytest.mark.slow  # half a minute of attacks
@@ -106,6 +106,21 @@ def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: st
     assert 0 < sum(row[4] == "1" for row in ours) < len(ours)
     others = {(r["target"], r["attack"]) for r in found["rows"] if r["attack"] != "pgd"}
     assert others == {("ensemble:prob", "transfer")}  # its members' AEs, asked for or not
+
+
+def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tmp_path: Path,
+                                                   evaluate: Evaluate) -> None:
+    """Its checkpoints are of format 1, its config.yaml has settings that went; eval.test=false is no 0 steps here."""
+    old = Path(shutil.copytree(trained, tmp_path / "old"))
+    for directory in old.glob("checkpoints/step_*"):
+        as_format_1(directory)
+    text = (old / "config.yaml").read_text()
+    assert "eval:\n" in text
+    (old / "config.yaml").write_text(text.replace("eval:\n", "eval:\n  test: false\n  step_size: null\n"))
+    words = ("attacks=pgd,fgsm", "checks=0", "steps=2", "weights=ema")
+    found, ours = evaluate(old, *words), evaluate(run, *words)
+    assert found["rows"] == ours["rows"] and len(ours["rows"]) > 40
+    assert evaluate(old, "attacks=pgd", "checks=0", "images=4")["plans"]["pgd"]["steps"] == 20
 
 
 def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, evaluate: Evaluate) -> None:

@@ -313,7 +313,7 @@ def test_a_result_file_says_what_was_done_to_whom(trained: Trained, tmp_path: Pa
     assert row["n"] == 4 and row["accuracy"] == {"clean": 0.75, "linf 3/20": 0.5, "l2 3/5": 0.25, "union": 0.25}
     assert row["interval_95"]["union"] == pytest.approx(wilson_interval(0.25, 4))
     read = read_result(path)
-    assert read.targets[0].accuracy == row["accuracy"] and list(read.told()) == ["PGD-5"]
+    assert read.targets[0].accuracy == row["accuracy"] and list(read.named_attacks()) == ["PGD-5"]
     assert (read.checkpoint, read.reportable, read.targets[0].checks) == ("best", None, None)
 
 

@@ -48,7 +48,7 @@ def test_citation_and_changelog_name_the_version_of_the_package():
 
 
 def test_every_third_party_import_is_a_declared_dependency(setup_cfg):
-    # import name: the requirement that it comes with (torchvision needs Pillow, jinja2 MarkupSafe)
+    # import name: the requirement that it comes with (torchvision needs Pillow)
     packages = {"ruamel": "ruamel.yaml", "PIL": "torchvision", "pydantic_core": "pydantic",
                 "markupsafe": "jinja2"}
     core = requirement_names(setup_cfg["options"]["install_requires"])

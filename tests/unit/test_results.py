@@ -42,7 +42,7 @@ def write(folder: Path, document: Any, table: str = "new", name: str = "test_bes
 def test_three_formats_are_one_result(document: dict[str, Any], table: str, tmp_path: Path) -> None:
     found = read_result(write(tmp_path, document, table))
     assert (found.step, found.split, found.seed, found.checkpoint) == (8, "test", 3, "best")
-    assert (found.attacks, found.plans) == (("pgd",), NEW["plans"]) and list(found.told()) == ["PGD-20 x 2"]
+    assert (found.attacks, found.plans) == (("pgd",), NEW["plans"]) and list(found.named_attacks()) == ["PGD-20 x 2"]
     assert [one.label for one in found.threats] == ["linf 1/10"] and found.targets[0].accuracy == SHARES
     one = found.images["peer0", "raw"]
     assert one.labels == {3: 1, 5: 0}

@@ -176,7 +176,7 @@ def accumulated(folder: Path) -> Any:
     return accumulator.EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-RUN = ("train.epochs=2", "eval.every=1", "eval.test=true", "log.every=2", "log.trackers=tensorboard")
+RUN = ("train.epochs=2", "eval.every=1", "eval.test_steps=1", "log.every=2", "log.trackers=tensorboard")
 
 
 def points(found: Any) -> dict[str, list[tuple[int, float]]]:

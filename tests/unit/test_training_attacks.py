@@ -1,4 +1,4 @@
-"""N-FGSM against its formula, written here from the paper; attacks guided by teachers; growing attacks."""
+"""N-FGSM against its formula, written here from the paper; attacks guided by teachers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch.nn.functional as F
 
 from mat_dist import rng
 from mat_dist.attacks.pgd import attack_loss, n_fgsm
-from mat_dist.core.graph import CohortPlan
-from mat_dist.core.peer import Peer
-from mat_dist.methods.curriculum import attack_steps_at
-from tests.cohorts import batch, cohort_config, nets
+from tests.cohorts import batch, cohort_config, first_view, make_peer, nets
 
 EPS = 0.05
 
@@ -38,32 +35,14 @@ def test_a_peer_trains_with_it() -> None:
     assert config.peers[0].attack.step_size == pytest.approx(EPS)
     (model,) = nets(1)
     x, y = batch(0)
-    adv = Peer(0, config.peers[0], model, seed=0, step=config.step).attack(x, y, 0)
+    adv = first_view(make_peer(model, config), x, y)
     assert adv.min() >= 0 and adv.max() <= 1 and (adv - x).abs().max() > EPS
 
 
 def test_an_attack_without_a_teacher_moves_away_from_its_own_clean_prediction() -> None:
-    """As while all teachers are in quarantine."""
     (model,) = nets(1)
     x, y = batch(0)
     logits = model.eval()(x + 0.1)
     alone = attack_loss(model, x, y, "kl_teacher")(logits)
     assert torch.equal(alone, attack_loss(model, x, y, "kl_clean")(logits))
     assert not torch.equal(alone, attack_loss(model, x, y, "kl_teacher", torch.zeros_like(logits))(logits))
-
-
-@pytest.mark.parametrize("method", ["pgd", "apgd"])
-def test_the_number_of_steps_grows_over_its_warm_up_and_their_length_stays(method: str) -> None:
-    """2 epochs of 4 training steps up to 5 attack steps: at training step t the smallest k >= 5 (t + 1) / 8."""
-    def peer(steps: int, warmup: float, size: float | None = None) -> Peer:
-        attack = {"method": method, "steps": steps, "step_size": size, "steps_warmup_epochs": warmup}
-        config = cohort_config("at", 1, eps=0.1, entry={"attack": attack})
-        made = Peer(0, config.peers[0], nets(1)[0], seed=0, step=config.step)
-        made.follow(CohortPlan.of(config.peers).peers[0], forwards=1, steps_per_epoch=4)
-        return made
-
-    growing, (x, y) = peer(5, 2), batch(0)
-    for step, steps in enumerate((1, 2, 2, 3, 4, 4, 5, 5, 5, 5)):
-        assert attack_steps_at(step, 5, 8) == steps
-        plain = peer(steps, 0, growing.spec.attack.step_size)
-        assert torch.equal(growing.attack(x, y, step), plain.attack(x, y, step))

@@ -12,11 +12,20 @@ from torch import Tensor
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Cohort
-from mat_dist.core.step import train_step
 from mat_dist.distributed.groups import Mesh
-from tests.cohorts import BATCH, batch, build, complete, nets, resumed_and_refused
-from tests.ranks.test_step import hashes, largest_difference
+from tests import cohorts
+from tests.cohorts import (
+    BATCH,
+    batch,
+    build,
+    complete,
+    first_view,
+    hashes,
+    largest_difference,
+    nets,
+    one_step,
+    resumed_and_refused,
+)
 from tests.reference_mat import Reference, Stats, ce, kl, project, step_along
 
 Run = Callable[..., list[Any]]
@@ -31,15 +40,12 @@ def configured(preset: str = "at", peers: int = 2, *, norm: str = "linf", precis
                      "train": {"batch_size": BATCH, "epochs": 1000, "replays": REPLAYS}})
 
 
-def train(config: Config, mesh: Mesh, models: list[Any], steps: int = STEPS, cohort: Cohort | None = None,
-          first: int = 0, log: bool = False) -> Cohort:
-    cohort = cohort or build(config, mesh, models)
-    dtype = torch.float64 if config.step.precision == "fp64" else torch.float32
-    for step in range(first, steps):
-        cohort.begin(step)
-        x, y = batch(step // config.train.replays, dtype=dtype)
-        train_step(cohort, x[cohort.rows], y[cohort.rows], step, log=log)
-    return cohort
+def replayed(step: int, *shape: Any) -> tuple[Tensor, Tensor]:
+    """Each batch several times."""
+    return batch(step // REPLAYS, *shape)
+
+
+train = partial(cohorts.train, data=replayed)
 
 
 def published(models: list[Any], preset: str, norm: str) -> list[Reference]:
@@ -80,7 +86,7 @@ def test_free_training_equals_the_published_algorithm(preset: str, norm: str, st
                                                       run_ranks: Run) -> None:
     models = nets(2, dtype=torch.float64)
     config = configured(preset, norm=norm, **step)
-    (cohort,) = run_ranks(lambda mesh: train(config, mesh, models), 2, 1)
+    (cohort,) = run_ranks(lambda mesh: train(config, mesh, models, STEPS), 2, 1)
     for ours, theirs in zip(cohort.peers, published(models, preset, norm), strict=True):
         assert theirs.differences(ours.model.state_dict()) < 1e-9
 
@@ -92,9 +98,9 @@ def test_the_first_replay_of_all_is_of_the_clean_images_and_later_batches_begin_
         far = []
         for step in range(REPLAYS + 1):
             cohort.begin(step)
-            x, y = batch(step // REPLAYS, dtype=torch.float64)
-            far.append((cohort.peers[0].attack(x, y, step) - x).abs().max().item())
-            train_step(cohort, x, y, step)
+            x, y = replayed(step, BATCH, torch.float64)
+            far.append((first_view(cohort.peers[0], x, y, step) - x).abs().max().item())
+            one_step(cohort, step, data=replayed)
         return far
     (far,) = run_ranks(one, 1, 1)
     assert far[0] == 0 and far[1:] == pytest.approx([EPS] * REPLAYS)
@@ -102,43 +108,18 @@ def test_the_first_replay_of_all_is_of_the_clean_images_and_later_batches_begin_
 
 def test_placement_micro_batches_and_replicas_do_not_change_free_training(run_ranks: Run) -> None:
     models, config = nets(2), configured("mat", precision="fp32")
-    alone = hashes(run_ranks(lambda mesh: train(config, mesh, models), 2, 1))
-    assert alone == hashes(run_ranks(lambda mesh: train(config, mesh, models, log=True), 2, 2))
+    alone = hashes(run_ranks(lambda mesh: train(config, mesh, models, STEPS), 2, 1))
+    assert alone == hashes(run_ranks(lambda mesh: train(config, mesh, models, STEPS, log=True), 2, 2))
     exact = nets(2, norm="group", dtype=torch.float64)
-    plain = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 1)
+    plain = run_ranks(lambda mesh: train(configured(), mesh, exact, STEPS), 2, 1)
     assert largest_difference(plain, run_ranks(
-        lambda mesh: train(configured(microbatches=2), mesh, exact), 2, 1)) < 1e-10
-    replicas = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 4)
+        lambda mesh: train(configured(microbatches=2), mesh, exact, STEPS), 2, 1)) < 1e-10
+    replicas = run_ranks(lambda mesh: train(configured(), mesh, exact, STEPS), 2, 4)
     assert largest_difference(plain, replicas) < 1e-9
-    kept = [c.peers[0].crafter.state()["carried"]["frames"] for c in (plain[0], *replicas) if c.peers[0].index == 0]
+    kept = [c.peers[0].state()["methods"]["free_at"]["frames"] for c in (plain[0], *replicas) if c.peers[0].index == 0]
     assert len(kept) == 3 and all(torch.allclose(kept[0], other, atol=1e-9) for other in kept[1:])
 
 
 def test_free_perturbations_survive_a_checkpoint_and_not_a_refused_step(run_ranks: Run) -> None:
     models, config = nets(1), configured(peers=1, precision="fp32")
-    def one(mesh: Mesh) -> tuple[str, str]:
-        return resumed_and_refused(partial(train, config, mesh, models), STEPS, 4)
-    ((whole, resumed),) = run_ranks(one, 1, 1)
-    assert whole == resumed
-
-
-def test_lack_of_memory_in_the_backward_pass_does_not_change_the_image_gradient(run_ranks: Run) -> None:
-    models, config = nets(1, dtype=torch.float64), configured(peers=1)
-    def one(mesh: Mesh, short: bool) -> Cohort:
-        cohort, calls = build(config, mesh, models), []
-        peer = cohort.peers[0]
-        def learn(x: Tensor, draw: Any, plain: Any = peer.learn) -> Tensor:
-            logits = plain(x, draw)
-            def lacking(gradient: Tensor) -> None:
-                if short and not calls:
-                    x.grad = torch.ones_like(x)  # as a backward pass that got so far would leave it
-                    calls.append(1)
-                    raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-            logits.register_hook(lacking)
-            return logits
-        peer.learn = learn  # type: ignore[method-assign]
-        train(config, mesh, models, cohort=cohort)
-        assert bool(calls) == short
-        return cohort
-    plain, lacking = (run_ranks(lambda mesh, s=short: one(mesh, s), 1, 1) for short in (False, True))
-    assert largest_difference(plain, lacking) < 1e-11
+    run_ranks(lambda mesh: resumed_and_refused(partial(train, config, mesh, models), STEPS, 4), 1, 1)

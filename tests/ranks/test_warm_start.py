@@ -15,12 +15,11 @@ from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import AugmentConfig, Config
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.step import train_step
+from mat_dist.core.step import Batch, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
-from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, nets, resumed_and_refused
-from tests.ranks.test_step import hashes, largest_difference
+from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, hashes, largest_difference, nets, resumed_and_refused
 from tests.reference_mat import Reference, ce, project, start_noise, step_along
 
 Run = Callable[..., list[Any]]
@@ -37,9 +36,8 @@ def image_set() -> ImageSet:
 
 def configured(peers: int = 2, *, precision: str = "fp64", norm: str = "linf", reset: int = 0, pad: int = 2,
                **step: Any) -> Config:
-    attack = {"steps": 2, "start": "previous", "reset_epochs": reset}
-    entry = {"threat": {"norm": norm, "eps": EPS}, "attack": attack, "loss": {"preset": "at"},
-             "optim": {"lr": 0.1, "schedule": "constant"}}
+    entry = {"threat": {"norm": norm, "eps": EPS}, "attack": {"steps": 2}, "loss": {"preset": "at"},
+             "methods": {"warm_start": {"reset_epochs": reset}}, "optim": {"lr": 0.1, "schedule": "constant"}}
     return complete({"peers": [entry] * peers, "train": {"batch_size": BATCH, "epochs": 1000},
                      "data": {"augment": {"pad": pad, "flip": pad > 0}}, "step": {"precision": precision, **step}})
 
@@ -47,16 +45,12 @@ def configured(peers: int = 2, *, precision: str = "fp64", norm: str = "linf", r
 def train(config: Config, mesh: Mesh, models: list[Any], steps: int = STEPS, cohort: Cohort | None = None,
           first: int = 0) -> Cohort:
     dtype = torch.float64 if config.step.precision == "fp64" else torch.float32
-    if cohort is None:
-        cohort = build(config, mesh, models)
-        cohort.steps_per_epoch = PER_EPOCH
-        cohort.begin(0)
-        cohort._tell_peers()
+    cohort = cohort or build(config, mesh, models, steps_per_epoch=PER_EPOCH)
     batches = Batches(image_set(), seed=config.run.seed, batch_size=BATCH, augment=config.data.augment, dtype=dtype,
                       rows=cohort.rows)
     for step in range(first, steps):
         cohort.begin(step, batches.shown)
-        train_step(cohort, *batches.at(step), step)
+        train_step(cohort, Batch(*batches.at(step), step, cohort.rows.start))
     return cohort
 
 
@@ -66,7 +60,8 @@ class Remembering:
     def __init__(self, config: Config, index: int, model: Any) -> None:
         spec = config.peers[index]
         self.net, self.index, self.threat = Reference(model), index, Threat(spec.threat.norm, spec.threat.eps)
-        self.reset, self.pad, self.frames = spec.attack.reset_epochs, config.data.augment.pad, dict[int, Tensor]()
+        self.reset, self.pad = spec.methods["warm_start"].reset_epochs, config.data.augment.pad
+        self.frames: dict[int, Tensor] = {}
         self.data = image_set()
 
     def views(self, step: int) -> list[tuple[int, int, int, bool]]:
@@ -118,15 +113,14 @@ def test_perturbations_are_carried_from_epoch_to_epoch_as_in_a_plain_loop(norm: 
         for step in range(STEPS):
             loop.step(step)
         assert loop.net.differences(peer.model.state_dict()) < 1e-9
-        kept = peer.crafter.state()["carried"]
+        kept = peer.state()["methods"]["warm_start"]
         assert {n for n in range(N) if kept["known"][n]} == set(loop.frames)
         assert all(torch.allclose(kept["frames"][n].double(), frame, atol=1e-6) for n, frame in loop.frames.items())
 
 
 def test_a_start_from_the_epoch_before_is_another_start(run_ranks: Run) -> None:
     models, config = nets(1), configured(1, precision="fp32")
-    fresh = config.model_copy(update={"peers": tuple(p.model_copy(update={
-        "attack": p.attack.model_copy(update={"start": "uniform"})}) for p in config.peers)})
+    fresh = config.model_copy(update={"peers": tuple(p.model_copy(update={"methods": {}}) for p in config.peers)})
     one, other = (run_ranks(lambda mesh, c=c: train(c, mesh, models, 3), 1, 1) for c in (config, fresh))
     assert largest_difference(one, other) > 1e-4
     early = [run_ranks(lambda mesh, c=c: train(c, mesh, models, PER_EPOCH), 1, 1) for c in (config, fresh)]
@@ -144,14 +138,12 @@ def test_placement_and_micro_batches_do_not_change_what_is_remembered(run_ranks:
     replicas = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 4)
     assert largest_difference(plain, replicas) < 1e-9
     for cohort in replicas:
-        mine, theirs = cohort.peers[0].crafter.state(), plain[0].peers[cohort.peers[0].index].crafter.state()
-        assert torch.equal(mine["carried"]["known"], theirs["carried"]["known"])
-        assert torch.allclose(mine["carried"]["frames"], theirs["carried"]["frames"], atol=1e-6)
+        mine, theirs = (c.peers[p].state()["methods"]["warm_start"]
+                        for c, p in ((cohort, 0), (plain[0], cohort.peers[0].index)))
+        assert torch.equal(mine["known"], theirs["known"])
+        assert torch.allclose(mine["frames"], theirs["frames"], atol=1e-6)
 
 
 def test_what_is_remembered_survives_a_checkpoint_and_not_a_refused_step(run_ranks: Run) -> None:
     models, config = nets(1), configured(1, precision="fp32")
-    def one(mesh: Mesh) -> tuple[str, str]:
-        return resumed_and_refused(partial(train, config, mesh, models), STEPS, 3)
-    ((whole, resumed),) = run_ranks(one, 1, 1)
-    assert whole == resumed
+    run_ranks(lambda mesh: resumed_and_refused(partial(train, config, mesh, models), STEPS, 3), 1, 1)

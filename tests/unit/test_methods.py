@@ -1,4 +1,4 @@
-"""Several norms for one peer, against loops over images and norms."""
+"""Parts of methods alone: unions against loops over images and norms, gradient projection against numbers by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
-from mat_dist.core.peer import Peer
-from mat_dist.methods.unions import EatChoice, msd, random_norm
-from tests.cohorts import batch, cohort_config, nets
+from mat_dist.core.graph import View
+from mat_dist.methods.ramp import project
+from mat_dist.methods.unions import EatChoice, msd
+from tests.cohorts import BATCH, batch, cohort_config, complete, first_view, make_peer, nets
 
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.5), Threat("l1", 1.5)]
 SIZES = [0.03, 0.15, 0.5]
@@ -76,10 +77,14 @@ def test_an_msd_example_lies_in_one_of_the_regions() -> None:
 
 
 def test_a_random_norm_is_keyed_and_even() -> None:
-    drawn = [random_norm(3, stream=rng.key(1, step)) for step in range(3000)]
-    assert drawn == [random_norm(3, stream=rng.key(1, step)) for step in range(3000)]
-    assert drawn != [random_norm(3, stream=rng.key(2, step)) for step in range(3000)]
-    assert all(abs(drawn.count(i) - 1000) < 100 for i in range(3))  # 4 standard deviations
+    """The same on all replicas, which know seed, step and stream."""
+    def drawn(stream: int) -> list[int]:
+        union = {"strategy": "random", "threats": "linf:0.1,l2:1,l1:0.5"}
+        config = cohort_config("at", 1, entry={"stream": stream, "union": union})
+        (hook,) = make_peer(nets(1)[0], config).hooks
+        return [hook.choose(step) for step in range(3000)]
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert all(abs(drawn(1).count(i) - 1000) < 100 for i in range(3))  # 4 standard deviations
 
 
 def test_eat_prefers_the_norm_with_the_lower_running_robust_accuracy() -> None:
@@ -101,27 +106,30 @@ def test_eat_counts_images_that_are_right_at_every_point_of_the_attack(method: s
     """Against the predictions at every batch that the model is called with."""
     (net,) = nets(1, dtype=torch.float64)
     attack = {"method": method, "steps": 5, "step_size": 0.2}  # from side to side of the ball
-    config = cohort_config("at", 1, step={"precision": "fp64", "attack_copy": False}, entry={
+    config = cohort_config("at", 1, step={"precision": "fp64", "attack_engine": "model"}, entry={
         "attack": attack, "union": {"strategy": "eat", "threats": "linf:0.1,l2:1,l1:0.5"}})
-    peer = Peer(0, config.peers[0], net, seed=0, step=config.step)
+    peer = make_peer(net, config)
+    (hook,) = peer.hooks
     points: list[Tensor] = []
     ends = throughout = 0
     for step in range(40):
         x, y = batch(step, dtype=torch.float64)
         points.clear()
         handle = net.register_forward_hook(lambda module, given, logits: points.append(logits.detach().argmax(1)))
-        adv = peer.attack(x, y, step)
+        adv = first_view(peer, x, y, step)
         handle.remove()
         assert len(points) == 6
-        right = [int(all(point[b] == y[b] for point in points)) for b in range(len(y))]
-        drawn = [row for row in peer.crafter.counted if row[1]]
-        assert drawn == [[sum(right), len(y)]] and peer.crafter.counted[1] == [0, 0]  # l2 is never drawn
+        right = sum(all(bool(point[b] == y[b]) for point in points) for b in range(len(y)))
+        before = hook.state_dict()["eat"]
+        hook.commit(step, lambda counts: counts)
+        now = hook.state_dict()["eat"]
+        assert [sum(now[key]) - sum(before[key]) for key in ("held", "seen")] == [right, BATCH]
         with torch.no_grad():
             net.eval()
-            ends, throughout = ends + int((net(adv).argmax(1) == y).sum()), throughout + sum(right)
-        peer.crafter.commit()
-    held, seen = peer.crafter.state()["eat"]["held"], peer.crafter.state()["eat"]["seen"]
-    assert sum(held) == throughout > 0 and sum(seen) == 40 * 8 and min(seen) > 0
+            ends, throughout = ends + int((net(adv).argmax(1) == y).sum()), throughout + right
+    told = peer.state()["methods"]["unions"]["eat"]
+    assert sum(told["held"]) == throughout > 0 and sum(told["seen"]) == 40 * BATCH
+    assert len(told["seen"]) == 2 and min(told["seen"]) > 0  # l2 is never drawn
     assert throughout < ends if method == "pgd" else throughout <= ends  # APGD's result is its worst point
 
 
@@ -137,3 +145,47 @@ def test_eat_goes_on_from_its_state() -> None:
     assert other.weights() == pytest.approx([0.7 / 1.3, 0.6 / 1.3])
     assert [other.choose(stream=rng.key(1, s)) for s in range(50)] == [
         EatChoice([3, 4], [10, 10]).choose(stream=rng.key(1, s)) for s in range(50)]
+
+
+# ------------------------------------------------------------------------------------------------ paired logits
+
+
+@pytest.mark.parametrize("norms,pair", [(("l2", "linf", "l1"), (1, 2)), (("l1", "linf", "l2"), (1, 0)),
+                                        (("l2", "linf"), (0, 1)), (("l2", "l1"), (0, 1))])
+def test_ramp_pairs_linf_with_l1_or_else_the_first_norm_with_the_last(norms: tuple[str, ...],
+                                                                      pair: tuple[int, int]) -> None:
+    """Of specialists' AEs, and of its own."""
+    config = complete({"peers": [*({"role": "specialist", "threat": {"norm": norm}} for norm in norms),
+                                 {"role": "generalist", "union": {"strategy": "ramp"}}]})
+    (hook,) = make_peer(nets(1)[0], config, index=len(norms)).hooks
+    assert hook.couples(hook.peer.row) == tuple(View(place) for place in pair)
+    union = {"strategy": "ramp", "threats": ",".join(f"{norm}:0.5" for norm in norms)}
+    (hook,) = make_peer(nets(1)[0], cohort_config("at", 1, entry={"union": union})).hooks
+    assert hook.couples(hook.peer.row) == tuple(View(0, place) for place in pair)
+
+
+# ------------------------------------------------------------------------------------------------ gradient projection
+
+
+def test_a_layer_keeps_of_the_natural_gradient_what_points_its_way() -> None:
+    """g_a = (3, 4), g_n = (4, 3): cosine 24/25; half of 0.96 g_n and half of g_a."""
+    layers = [torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]), torch.tensor(2.0), torch.tensor([0.0, 0.0])]
+    natural = [torch.tensor([[4.0, 3.0]]), torch.tensor([-1.0, 5.0]), torch.tensor(9.0), torch.tensor([1.0, 1.0])]
+    project(layers, natural, 0.5)
+    assert layers[0].tolist() == [pytest.approx([0.5 * 0.96 * 4 + 1.5, 0.5 * 0.96 * 3 + 2])]
+    assert layers[1].tolist() == [0.5, 0.0]  # against it: nothing of the natural one is left
+    assert layers[2] == 2 and layers[3].tolist() == [0, 0]
+
+
+def test_the_weight_is_that_of_the_natural_part() -> None:
+    layers = [torch.tensor([3.0, 4.0])]
+    project(layers, [torch.tensor([6.0, 8.0])], 0.25)
+    assert layers[0].tolist() == pytest.approx([0.75 * 3 + 0.25 * 6, 0.75 * 4 + 0.25 * 8])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gradient_that_is_not_finite_stays_visible(which: int) -> None:
+    pair = [[torch.ones(3)], [torch.ones(3)]]
+    pair[which][0][1] = float("nan")
+    project(pair[0], pair[1], 0.5)
+    assert not pair[0][0].isfinite().all()

@@ -1,0 +1,1 @@
+"""What looks at a run without training: check, dry run, tables, hashes."""

@@ -1,0 +1,188 @@
+"""Optimizers, learning rates and averaged weights, against torch's own classes and numbers by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mat_dist.config import load_config
+from mat_dist.config.schema import OptimConfig
+from mat_dist.core.optim import average, build_optimizer, ema_decay_at, lr_at
+from mat_dist.errors import ConfigError
+from mat_dist.train import main
+from tests.cohorts import cohort_config, make_peer, nets
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    """A small problem: batches and rates are functions of the step."""
+    for n in range(first, first + steps):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(n))
+        model(x).tanh().sum().backward()
+        if n == 1:
+            next(model.parameters()).grad = None  # a parameter that took no part in one step
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + n)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+CLASSES: list[tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, Any]]] = [  # settings, class, arguments
+    ({"name": "sgd"}, torch.optim.SGD, {"momentum": 0.9}),
+    ({"name": "sgd", "args": {"momentum": 0.0}}, torch.optim.SGD, {"momentum": 0.0}),
+    ({"name": "sgd", "args": {"nesterov": True}}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ({"name": "adamw"}, torch.optim.AdamW, {}),
+    ({"name": "adamw", "args": {"betas": [0.8, 0.95], "eps": 1e-6}}, torch.optim.AdamW,
+     {"betas": (0.8, 0.95), "eps": 1e-6}),
+    ({"name": "RMSprop", "args": {"alpha": 0.5, "momentum": 0.3}}, torch.optim.RMSprop,
+     {"alpha": 0.5, "momentum": 0.3}),
+    ({"name": "Adagrad"}, torch.optim.Adagrad, {}),
+]
+
+
+@pytest.mark.parametrize("given,kind,arguments", CLASSES, ids=str)
+def test_an_optimizer_is_the_class_of_torch_step_by_step(given: dict[str, Any], kind: Any,
+                                                         arguments: dict[str, Any]) -> None:
+    ours, theirs = net(), net()
+    mine = build_optimizer(ours, OptimConfig(lr=0.1, weight_decay=0.01, **given))
+    assert type(mine) is kind
+    optimizer = kind(theirs.parameters(), lr=0.1, weight_decay=0.01, **arguments)
+    for step in range(4):
+        descend(ours, mine, 1, step)
+        descend(theirs, optimizer, 1, step)
+        assert equal(ours, theirs)
+    assert not equal(ours, net())
+
+
+def test_norm_layers_and_biases_are_a_group_without_decay_where_the_settings_say_so() -> None:
+    ours, theirs = net(), net()
+    mine = build_optimizer(ours, OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, decay_norm_bias=False))
+    decayed = [p for p in theirs.parameters() if p.ndim > 1]
+    spared = [p for p in theirs.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": spared, "weight_decay": 0.0}], lr=0.1,
+                                  weight_decay=0.5)
+    descend(ours, mine, 3)
+    descend(theirs, optimizer, 3)
+    assert equal(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum,nesterov", [(0.9, False), (0.9, True)])
+def test_the_state_that_version_0_1_wrote_goes_on_bit_by_bit(momentum: float, nesterov: bool) -> None:
+    """Its own SGD stored these keys, with a buffer for the parameters that had taken part."""
+    whole, model = net(), net()
+    args = {"momentum": momentum, "nesterov": nesterov}
+    optim = OptimConfig(lr=0.1, weight_decay=5e-4, args=args)
+    uninterrupted = build_optimizer(whole, optim)
+    descend(whole, uninterrupted, 6)
+    before = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=5e-4, foreach=False, **args)
+    descend(model, before, 3)
+    state = before.state_dict()
+    old = {"state": {n: {"momentum_buffer": one["momentum_buffer"].clone()} for n, one in state["state"].items()},
+           "param_groups": [{key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov",
+                                                         "params")} for group in state["param_groups"]]}
+    after = build_optimizer(model, optim)
+    after.load_state_dict(old)
+    descend(model, after, 3, first=3)
+    assert equal(model, whole)
+
+
+def test_a_state_of_other_groups_is_refused() -> None:
+    state = build_optimizer(net(), OptimConfig(decay_norm_bias=False)).state_dict()
+    with pytest.raises(ValueError, match="group"):
+        build_optimizer(net(), OptimConfig()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("optim,key,found", [
+    ({"name": "adamx"}, "peers.1.optim.name", r"no optimizer adamx.*adamw.*Adagrad, Adam,.*RMSprop"),
+    ({"name": "LBFGS"}, "peers.1.optim.name", "no optimizer LBFGS"),
+    ({"name": "Optimizer"}, "peers.1.optim.name", "no optimizer Optimizer"),
+    ({"args": {"beta": 0.9}}, "peers.1.optim.args", r"SGD has no argument beta.*dampening.*momentum, nesterov"),
+    ({"args": {"lr": 0.9}}, "peers.1.optim.args", "SGD has no argument lr"),
+    ({"name": "adamw", "args": {"momentum": 0.9}}, "peers.1.optim.args", r"AdamW has no argument momentum.*betas"),
+    ({"name": "adamw", "args": {"betas": [0.9, 2.0]}}, "peers.1.optim", "AdamW refuses its settings: .*beta"),
+    ({"name": "adamw", "args": {"betas": 0.9}}, "peers.1.optim", "AdamW refuses its settings"),
+    ({"args": {"nesterov": True, "momentum": 0}}, "peers.1.optim", "SGD refuses its settings: Nesterov")], ids=str)
+def test_what_a_class_does_not_take_is_refused_with_its_own_list(optim: dict[str, Any], key: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=found) as caught:
+        build_optimizer(net(), OptimConfig(**optim), "peers.1")
+    assert caught.value.where == key
+
+
+def test_a_wrong_argument_of_one_peer_is_one_line_of_the_command(tmp_path: Any,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["peers=2", "peers.1.optim={name: adamw, args: {momentum: 0.9}}", f"run.root={tmp_path}",
+             "run.device=cpu", "log.console=off"]
+    assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert "AdamW has no argument momentum (peers.1.optim.args): it takes amsgrad, betas" in line
+
+
+def test_each_peer_has_the_optimizer_of_its_own_entry() -> None:
+    config = load_config("digits", ["peers=3", "optim.lr=0.05", "peers.1.optim={name: adamw, lr: 0.001}",
+                                    "peers.2.optim.args={momentum: 0.5}"])
+    made = [build_optimizer(net(), spec.optim) for spec in config.peers]
+    assert [type(one).__name__ for one in made] == ["SGD", "AdamW", "SGD"]
+    assert [one.param_groups[0]["lr"] for one in made] == [0.05, 0.001, 0.05]
+    assert [one.param_groups[0].get("momentum") for one in made] == [0.9, None, 0.5]
+
+
+def test_a_peer_with_adamw_goes_on_bit_by_bit_from_its_state() -> None:
+    config = cohort_config("at", 1, optim={"name": "adamw", "lr": 0.01, "ema_decay": 0.9})
+    one, other = make_peer(nets(1)[0], config), make_peer(nets(2)[1], config)
+    def update(step: int, *peers: Any) -> None:
+        for peer in peers:
+            for place, gradient in enumerate(peer.gradients()):
+                gradient.fill_(0.01 * (step + place))
+            peer.update(step, 0.01, lambda rows: rows)
+            peer.average(step)
+    for step in range(3):
+        update(step, one)
+    other.load(copy.deepcopy(one.state()))
+    for step in range(3, 5):
+        update(step, one, other)
+    assert equal(one.model, other.model) and not equal(one.model, nets(1)[0])
+
+
+# ------------------------------------------------------------------------------------------------ rates
+
+
+def optim(**values: object) -> OptimConfig:
+    return OptimConfig(lr=0.4, **values)  # type: ignore[arg-type]
+
+
+def test_schedules_match_hand_computed_rates() -> None:
+    def at(step: int, o: OptimConfig) -> float:
+        return lr_at(step, total_steps=100, steps_per_epoch=10, optim=o)
+    piecewise = optim(schedule="piecewise", milestones=(0.5, 0.75))
+    assert [at(s, piecewise) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
+    cosine = optim(schedule="cosine", warmup_epochs=2)
+    assert [at(s, cosine) for s in (0, 9, 19, 20, 60)] == pytest.approx([0.02, 0.2, 0.4, 0.4, 0.2])
+    onecycle = optim(schedule="onecycle")
+    assert [at(s, onecycle) for s in (0, 14, 29, 30, 65, 99)] == pytest.approx([0.4 / 30, 0.2, 0.4, 0.4, 0.2, 0.4 / 70])
+    assert [at(s, optim(schedule="constant")) for s in (0, 99)] == [0.4, 0.4]
+
+
+# ------------------------------------------------------------------------------------------------ averaged weights
+
+
+def test_ema_decay_warms_up_to_its_final_value() -> None:
+    assert [ema_decay_at(t, 0.99) for t in (0, 8, 89, 10_000)] == pytest.approx([0.1, 0.5, 90 / 99, 0.99])
+    assert [ema_decay_at(t, 0.5) for t in (0, 1, 8, 100)] == [1 / 10, 2 / 11, 0.5, 0.5]
+
+
+def test_floating_tensors_are_averaged_and_integers_copied() -> None:
+    ema = {"w": torch.tensor([1.0, 2.0]), "running_var": torch.tensor([4.0]), "count": torch.tensor(3)}
+    average(ema, {"w": torch.tensor([2.0, 0.0]), "running_var": torch.tensor([0.0]), "count": torch.tensor(9)}, 0.75)
+    assert ema["w"].tolist() == [1.25, 1.5] and ema["running_var"].tolist() == [3.0] and ema["count"].item() == 9

@@ -24,7 +24,9 @@ SPARSE_CHECK = 0.04  # of the steps, and the figures below: authors' code (fra31
 SPARSER = 1.5  # a step moves so many times fewer values than the best perturbation has
 SPARSITY_FELL = 0.95  # below this share of the last count the step starts again at its full length
 SHORTER, SHORTEST = 1.5, 10.0  # divisor of the step otherwise, and the largest divisor
-APGD_L1_SHARE = 0.2  # of the values move in the first l1 steps of an evaluation; in training 5 %
+# Shares of the values that move in the first steps in a sparse norm: of an evaluation (authors' code), and in training
+# (E-AT's code).
+APGD_L1_SHARE, APGD_SHARE = 0.2, 0.05
 
 
 class Apgd(NamedTuple):

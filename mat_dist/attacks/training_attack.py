@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mat_dist.attacks.apgd import apgd
+from mat_dist.attacks.apgd import APGD_SHARE, apgd
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.attacks.norms import Region, Threat
 from mat_dist.attacks.pgd import Model, n_fgsm, pgd
@@ -23,7 +23,6 @@ from mat_dist.models.modes import frozen
 Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # graph, inputs, results
 WARM_UP = 3  # calls before the capture: cuDNN tries its kernels and autograd starts its threads
-APGD_SHARE = 0.05  # of the values move in the first steps of APGD in a sparse norm (E-AT's code)
 
 
 class GraphedAttack:

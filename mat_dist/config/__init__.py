@@ -1,9 +1,16 @@
 """Configuration: YAML files, `key=value` overrides, presets, all errors at once."""
 
 from mat_dist.config.help import Options, TrainingOptions, count, schema_json
-from mat_dist.config.load import config_folders, config_name, load_config
+from mat_dist.config.load import (
+    config_differences,
+    config_folders,
+    config_name,
+    dump_config,
+    load_config,
+    resume_conflicts,
+    trains_longer,
+)
 from mat_dist.config.plugins import load_plugins
-from mat_dist.config.resume import config_differences, dump_config, resume_conflicts, trains_longer
 from mat_dist.config.rules import config_warnings
 from mat_dist.config.schema import (
     AttackConfig,

@@ -24,15 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# phase: (module, class or "", function, argument that holds the step; "" counts the calls in this process)
+# phase: (module, class or "", function, argument that is the step or has it; "" counts the calls in this process)
 PHASES = {
     "load": ("mat_dist.data", "", "load_data", ""),
     "batch": ("mat_dist.data", "Batches", "at", "step"),
-    "attack": ("mat_dist.core.peer", "Peer", "attack", "step"),
-    "craft": ("mat_dist.attacks.crafter", "Crafter", "craft", "step"),
-    "forward": ("mat_dist.core.peer", "Peer", "learn", "draw"),
-    "loss": ("mat_dist.core.peer", "Peer", "loss", ""),
-    "backward": ("mat_dist.core.peer", "Peer", "clip", ""),
+    "attack": ("mat_dist.core.peer", "Peer", "attack", "part"),
+    "craft": ("mat_dist.attacks.training_attack", "TrainingAttack", "_found", ""),
+    "forward": ("mat_dist.core.peer", "Peer", "forward", "part"),
+    "loss": ("mat_dist.core.peer", "Peer", "backward", "part"),
+    "backward": ("mat_dist.core.peer", "Peer", "reduced", ""),
     "update": ("mat_dist.core.peer", "Peer", "update", "step"),
     "save": ("mat_dist.checkpoints", "", "write_peer", ""),
     "commit": ("mat_dist.checkpoints", "", "commit", ""),
@@ -97,7 +97,7 @@ def _wrap(fault: Fault) -> None:
         state["calls"] += 1
         if counts:
             told = signature.bind(*args, **kwargs).arguments[counts]
-            number = told if isinstance(told, int) else told[0]
+            number = getattr(told, "step", told)
         if fault.at not in (None, number) or (fault.times is not None and state["done"] >= fault.times):
             return real(*args, **kwargs)
         state["done"] += 1
@@ -107,7 +107,8 @@ def _wrap(fault: Fault) -> None:
             return real(*args, **kwargs)
         result = real(*args, **kwargs)
         _tell(fault, number)
-        return AFTER[fault.kind](result)
+        change = AFTER[fault.kind]
+        return {view: change(one) for view, one in result.items()} if isinstance(result, dict) else change(result)
 
     setattr(owner, name, wrapped)
 

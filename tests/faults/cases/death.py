@@ -52,8 +52,6 @@ def raised(lab: Lab, code: int, phase: str, rank: int = 1, torchrun: bool = Fals
 
 
 @case(3, "out of memory", "attack once", code=0, phase="craft")
-@case(3, "out of memory", "forward once", code=0, phase="forward")
-@case(3, "out of memory", "backward once", code=0, phase="loss")
 def short_of_memory_once(lab: Lab, code: int, phase: str) -> None:
     """The batch is split once and the run goes on; the weights agree with those of the undisturbed run."""
     end = lab.run([Fault("oom", phase, at=AT)])

@@ -135,13 +135,13 @@ class Cohort:
         return (first, *made) if log and first not in made else made
 
     def packed(self, made: Sequence[Mapping[View, Tensor]], part: Batch, log: bool) -> Tensor:
-        """What this rank sends of its peers' AEs -> (W, B, ...), padded where others send more views."""
+        """What this rank sends of its peers' AEs -> (W, B, ...), padded with zeros where others send more views."""
         own = {view: adv for one in made for view, adv in one.items()}
         sent = [own[view] for view in self.graph.sent(self.mesh.placement.local_peers, log)]
         width = self.graph.width(self.mesh.placement.peers_by_rank(), log)
         if width == 0:
             return part.x_BCHW.new_empty(0)
-        sent += [part.x_BCHW] * (width - len(sent))  # nobody looks at the padding
+        sent += [torch.zeros_like(part.x_BCHW)] * (width - len(sent))
         if self.step.wire != "full":
             sent = [compression.encode(self.step.wire, adv, part.x_BCHW) for adv in sent]
         return torch.stack(sent)

@@ -17,6 +17,7 @@ from mat_dist.methods import mart, ramp
 from tests.cohorts import cohort_config, nets, train
 
 LN2 = log(2)
+UNASKED = torch.zeros(2, dtype=torch.int64)  # labels where teachers are listened to everywhere
 
 
 def logits(*rows: tuple[float, ...]) -> Tensor:
@@ -71,21 +72,21 @@ def test_distillation_is_the_mean_divergence_from_each_teacher() -> None:
     """Teachers that contradict each other do not cancel."""
     student, teachers = logits((1 / 2, 1 / 2)), [logits((9 / 10, 1 / 10)), logits((3 / 10, 7 / 10))]
     entropy = [-(p * log(p) + (1 - p) * log(1 - p)) for p in (0.9, 0.3)]
-    assert losses.distillation(student, teachers).item() == pytest.approx(LN2 - sum(entropy) / 2)
+    assert losses.distillation(student, teachers, UNASKED).item() == pytest.approx(LN2 - sum(entropy) / 2)
     opposite = [logits((9 / 10, 1 / 10)), logits((1 / 10, 9 / 10))]
-    assert losses.distillation(student, opposite).item() == pytest.approx(LN2 - entropy[0])
+    assert losses.distillation(student, opposite, UNASKED).item() == pytest.approx(LN2 - entropy[0])
 
 
 def test_the_temperature_divides_both_sides_and_its_square_multiplies() -> None:
     student, teacher = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[2 * log(3), 0.0]], dtype=torch.float64)
     plain = 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)  # softmax of (ln 3, 0) is (3/4, 1/4)
-    assert losses.distillation(student, [teacher], temperature=2.0).item() == pytest.approx(4 * plain)
+    assert losses.distillation(student, [teacher], UNASKED, temperature=2.0).item() == pytest.approx(4 * plain)
 
 
 def test_the_gradient_keeps_its_size_at_high_temperature() -> None:
     """Hinton et al. (2015): for T -> infinity the gradient of T^2 KL tends to (s - t) / K of centred logits."""
     s, t = gaussian(1, 5).requires_grad_(), gaussian(1, 5, seed=1)
-    (g,) = torch.autograd.grad(losses.distillation(s, [t], temperature=1000.0), s)
+    (g,) = torch.autograd.grad(losses.distillation(s, [t], UNASKED, temperature=1000.0), s)
     centred = (s - s.mean()) - (t - t.mean())
     assert torch.allclose(g, centred.detach() / 5, atol=1e-3)
 
@@ -133,14 +134,14 @@ def test_a_student_listens_where_the_teacher_is_right_and_perhaps_where_it_is_wr
 def test_an_image_on_which_nobody_is_listened_to_counts_as_zero_in_the_mean() -> None:
     student, teachers = logits((1 / 4, 3 / 4), (1 / 2, 1 / 2)), [logits((1 / 2, 1 / 2), (3 / 4, 1 / 4))]
     second = losses.kl_divergence(teachers[0][1:], student[1:]).item()
-    value = losses.distillation(student, teachers, where_B=[torch.tensor([False, True])]).item()
+    value = losses.distillation(student, teachers, torch.tensor([1, 0]), where="teacher_right").item()
     assert value == pytest.approx(second / 2)
 
 
 def test_logit_distillation_is_the_mean_square_over_images_classes_and_teachers() -> None:
     student = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     teachers = [torch.zeros(2, 2), torch.ones(2, 2)]
-    assert losses.logit_distillation(student, teachers).item() == pytest.approx((5 / 4 + 3 / 4) / 2)
+    assert losses.distillation(student, teachers, UNASKED, kind="mse").item() == pytest.approx((5 / 4 + 3 / 4) / 2)
 
 
 # ------------------------------------------------------------------------------------------------ of methods
@@ -184,8 +185,8 @@ def test_ramp_pairs_predictions_of_images_that_are_right_on_the_first_norm() -> 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
 def test_equal_predictions_have_divergence_0_and_others_more(temperature: float) -> None:
     z = gaussian(6, 4) * 5
-    same = losses.distillation(z, [z.clone(), z + 2], temperature=temperature)
-    other = losses.distillation(z, [z.flip(1), z.flip(1)], temperature=temperature)
+    same = losses.distillation(z, [z.clone(), z + 2], UNASKED, temperature=temperature)
+    other = losses.distillation(z, [z.flip(1), z.flip(1)], UNASKED, temperature=temperature)
     assert abs(same.item()) < 1e-12 < 1e-2 < other.item()
 
 
@@ -207,14 +208,14 @@ def test_the_gradient_is_that_of_finite_differences(term: Callable[[Tensor, Tens
 def test_the_gradient_of_distillation_is_that_of_finite_differences() -> None:
     teachers = [gaussian(3, 4, seed=1), gaussian(3, 4, seed=2)]
     student = gaussian(3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: losses.distillation(s, teachers, temperature=2.0), (student,))
+    assert torch.autograd.gradcheck(lambda s: losses.distillation(s, teachers, UNASKED, temperature=2.0), (student,))
 
 
 def test_probabilities_that_underflow_stay_finite() -> None:
     student = torch.zeros(1, 3, requires_grad=True)
     teachers = [torch.tensor([[0.0, -2000.0, -3000.0]]), torch.tensor([[0.0, -2500.0, -1000.0]])]
     assert (teachers[0].softmax(-1) == 0).sum() == 2  # the case that 0 * log 0 would spoil
-    value = losses.distillation(student, teachers)
+    value = losses.distillation(student, teachers, UNASKED)
     value.backward()
     assert value.item() == pytest.approx(log(3), rel=1e-6)
     assert torch.allclose(student.grad, torch.tensor([[-2 / 3, 1 / 3, 1 / 3]]), atol=1e-6)
@@ -222,7 +223,7 @@ def test_probabilities_that_underflow_stay_finite() -> None:
 
 def test_a_student_that_excludes_the_teachers_class_has_a_large_finite_loss() -> None:
     student = torch.tensor([[-1000.0, 0.0]], requires_grad=True)
-    value = losses.distillation(student, [torch.tensor([[1000.0, 0.0]])])
+    value = losses.distillation(student, [torch.tensor([[1000.0, 0.0]])], UNASKED)
     value.backward()
     assert value.item() == pytest.approx(1000, rel=1e-3) and student.grad.isfinite().all()
 

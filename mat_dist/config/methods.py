@@ -155,9 +155,9 @@ def _import_methods() -> None:
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name, those of the package first."""
+    """All methods, in the order of their names, which does not depend on who imported what first."""
     _import_methods()
-    return dict(_METHODS)
+    return dict(sorted(_METHODS.items()))
 
 
 @cache

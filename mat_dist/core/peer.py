@@ -59,7 +59,7 @@ class Peer:
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
         self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
         self.row = row
-        self.hooks: list[Hook] = [method.hook(self) for _, method in sorted(methods().items())
+        self.hooks: list[Hook] = [method.hook(self) for method in methods().values()
                                   if method.uses(spec) and method.hook is not None]
         self.follow(row)
 

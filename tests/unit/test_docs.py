@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mat_dist import errors
-from mat_dist.config import load_config, load_plugins, resume
+from mat_dist.config import load, load_config, load_plugins
 from mat_dist.config import methods as config_methods
 from mat_dist.config.gone import GONE
 from mat_dist.config.help import settings
@@ -319,7 +319,7 @@ def test_the_exit_codes_are_those_of_the_code():
 def test_what_a_resume_may_change_is_listed():
     text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
     listed = re.search(r"Free to change on resume: (.*?);", text, re.DOTALL)[1]
-    assert {key.rstrip("*") for key in re.findall(r"`([^`]+)`", listed)} == set(resume._MAY_CHANGE)
+    assert {key.rstrip("*") for key in re.findall(r"`([^`]+)`", listed)} == set(load._MAY_CHANGE)
 
 
 def test_every_configuration_is_listed():

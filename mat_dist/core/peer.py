@@ -49,7 +49,8 @@ class Peer:
         self.index, self.spec, self.model, self.seed, self.step = index, spec, model, seed, step
         self.name = spec.name or f"peer{index}"
         self.threats, self.threat = row.me.threats, row.me.threats[0]
-        model.requires_grad_(not spec.frozen)
+        if spec.frozen:  # else layers that a network keeps fixed stay so
+            model.requires_grad_(False)
         self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
         self.ema = _copied(model) if spec.averages and not spec.frozen else None
         self.notes: list[str] = []
@@ -58,10 +59,9 @@ class Peer:
         self._stochastic = draws_in_forward(model)
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
         self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
-        self.row = row
+        self.follow(row)
         self.hooks: list[Hook] = [method.hook(self) for method in methods().values()
                                   if method.uses(spec) and method.hook is not None]
-        self.follow(row)
 
     def follow(self, row: PeerGraph) -> None:
         """Learn by this graph from now on; running statistics of norm layers keep their pace."""

@@ -103,6 +103,16 @@ def test_norm_layers_and_biases_are_spared_weight_decay_on_request() -> None:
                                      "body.4.weight": 1.0, "body.7.weight": 0.95, "body.7.bias": 1.0})
 
 
+def test_layers_that_a_network_keeps_fixed_are_not_trained() -> None:
+    net = nets(1)[0]
+    net.body[0].requires_grad_(False)
+    before = net.body[0].weight.clone()
+    peer = make_peer(net, weight_decay=0.5)
+    learn(peer, 0)
+    assert torch.equal(peer.model.body[0].weight, before) and not peer.model.body[0].weight.requires_grad
+    assert not torch.equal(peer.model.body[3].weight, nets(1)[0].body[3].weight)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_an_update_is_sgd_with_momentum_and_drops_the_gradient(nesterov: bool) -> None:
     peer = make_peer(args={"momentum": 0.5, "nesterov": nesterov}, weight_decay=0.1)

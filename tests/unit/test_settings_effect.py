@@ -118,7 +118,7 @@ def test_every_setting_is_read_outside_the_configuration(folder: Path, tmp_path:
     monkeypatch.setattr(Section, "__getattribute__", recording(Section.__getattribute__), raising=False)
     monkeypatch.setattr(LossWeights, "__getattribute__", recording(LossWeights.__getattribute__, "LossConfig"))
     everything = ("optim.schedule=piecewise", "optim.clip_norm=1", "optim.ema_decay=0.9", "eval.every=1",
-                  "methods.awp.gamma=0.01", "eval.test=true", "checkpoint.every_steps=1",
+                  "methods.awp.gamma=0.01", "eval.test_steps=1", "checkpoint.every_steps=1",
                   "methods.warm_start.reset_epochs=1",
                   "peers.0.loss=mart", "peers.1.optim.ema_decay=null", "peers.1.methods.swa.start=0.5")
     assert run_small(tmp_path, "digits", *SHORT, *everything).code == 0
@@ -183,7 +183,7 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
 
 @pytest.mark.parametrize("settings", [
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.size=20",
-    "eval.test=true eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
+    "eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
     "checkpoint.every_steps=1 checkpoint.keep=2", "data.residency=host", "comm.timeout=9", "run.resume=never",
     "peers.0.name=first", "optim.ema_decay=0.5", "methods.swa.start=0.5", "step.on_nonfinite=skip"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
@@ -253,7 +253,7 @@ def test_evaluations_take_place_as_often_as_asked(tmp_path: Path) -> None:
 
 
 def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
-    run = cached("eval.every=1", "eval.test=true", "eval.steps=2", "eval.test_steps=3",
+    run = cached("eval.every=1", "eval.steps=2", "eval.test_steps=3",
                  "eval.size=12", "eval.test_size=11", "eval.ensemble=logit", "eval.chunk=5")
     validation, test = run.result("validation_step_00000002"), run.result("test_last_step_00000002")
     assert [d["plans"]["pgd"]["steps"] for d in (validation, test)] == [2, 3] and test["ensemble"] == "logit"
@@ -261,7 +261,7 @@ def test_the_evaluator_measures_what_the_settings_say(cached: Run) -> None:
     assert test["chunk"] == 5
 
 
-TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test=true", "threat.eps=0.2")
+TRAINED = ("train.epochs=4", "train.max_steps=null", "eval.test_steps=1", "threat.eps=0.2")
 
 
 @pytest.mark.parametrize("setting", ["eval.test_steps=9", "eval.chunk=7", "eval.ensemble=logit"])

@@ -100,6 +100,8 @@ GONE = (
          unused=lambda value, sibling: value == (0.05 if sibling("attack.method") == "apgd" else 0.01)),
     Gone("attack.start", values=("previous",), neutral=(), moved="methods.warm_start.reset_epochs",
          put=lambda value, sibling: sibling("methods.warm_start.reset_epochs") or 0),
+    # Images without a perturbation began at uniform noise, whatever the preset's start.
+    Gone("attack.start", values=("previous",), neutral=(), moved="attack.start", put="uniform"),
     Gone("attack.reset_epochs", neutral=(0, None), moved="methods.warm_start.reset_epochs"),
     Gone("attack.eps_warmup_epochs", f"attacks have their whole radius: leave it out, {_OLD}", (0, None)),
     Gone("attack.steps_warmup_epochs", f"attacks have all their steps from the start: leave it out, {_OLD}", (0, None)),

@@ -271,6 +271,7 @@ def test_the_table_names_the_way_out_and_nothing_that_is_still_there() -> None:
 
 MOVED = [  # as version 0.1 was asked, and as this one is
     ("attack.start=previous", "methods.warm_start={}"),
+    ("loss=trades attack.start=previous", "loss=trades attack.start=uniform methods.warm_start={}"),
     ("attack.start=previous attack.reset_epochs=3", "methods.warm_start.reset_epochs=3"),
     ("attack.reset_epochs=3 attack.start=previous", "methods.warm_start.reset_epochs=3"),
     ("step.attack_copy=false", "step.attack_engine=model"),

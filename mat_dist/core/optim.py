@@ -16,6 +16,7 @@ from mat_dist.models.modes import split_norm_bias
 
 SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
+UNFIT = {"capturable", "differentiable"}  # for steps inside CUDA graphs, and for gradients through them
 DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
 ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
 DECAY_FACTOR = 0.1  # of `piecewise` at each milestone
@@ -35,7 +36,7 @@ def optimizer_class(optim: OptimConfig, where: str) -> type[torch.optim.Optimize
         raise ConfigError(f"there is no optimizer {optim.name}", f"{where}.optim.name",
                           f"use sgd, adamw, or a class of torch.optim: {', '.join(known)}")
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
-    takes = set(inspect.signature(kind).parameters) - OWN
+    takes = set(inspect.signature(kind).parameters) - OWN - UNFIT
     if unknown := sorted(set(optim.args) - takes):
         raise ConfigError(f"{name} has no argument {', '.join(unknown)}", f"{where}.optim.args",
                           f"it takes {', '.join(sorted(takes))}")
@@ -60,7 +61,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
         # YAML has no tuples, and classes ask for them (betas).
         named: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         return kind([g for g in groups if g["params"]], lr=optim.lr, **named)  # type: ignore[call-arg]
-    except (ValueError, TypeError) as refused:
+    except (ValueError, TypeError, RuntimeError, IndexError) as refused:  # (0.9,) as betas; foreach beside fused
         raise ConfigError(f"{kind.__name__} refuses its settings: {refused}", f"{where}.optim",
                           "see the class in the documentation of torch.optim") from refused
 

@@ -186,3 +186,14 @@ def test_floating_tensors_are_averaged_and_integers_copied() -> None:
     ema = {"w": torch.tensor([1.0, 2.0]), "running_var": torch.tensor([4.0]), "count": torch.tensor(3)}
     average(ema, {"w": torch.tensor([2.0, 0.0]), "running_var": torch.tensor([0.0]), "count": torch.tensor(9)}, 0.75)
     assert ema["w"].tolist() == [1.25, 1.5] and ema["running_var"].tolist() == [3.0] and ema["count"].item() == 9
+
+
+@pytest.mark.parametrize("args,says", [
+    ({"foreach": True, "fused": True}, "refuses its settings: `fused` and `foreach`"),
+    ({"betas": [0.9]}, "refuses its settings"), ({"betas": []}, "refuses its settings"),
+    ({"capturable": True}, "has no argument capturable"), ({"differentiable": True}, "has no argument differentiable"),
+], ids=str)
+def test_arguments_with_which_a_class_cannot_be_made_or_cannot_step_are_refused(args: dict[str, Any],
+                                                                                says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build_optimizer(net(), OptimConfig(name="adamw", args=args))

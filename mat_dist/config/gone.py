@@ -65,7 +65,7 @@ def _no_mart(value: Any, sibling: Sibling) -> bool:
     boosted = value if isinstance(value, str) else sibling("loss.hard_loss")
     boosted = boosted or ("bce" if sibling("loss.preset") == "mart" else "ce")
     beta = sibling("methods.mart.beta")  # loss.mart_beta has moved there
-    if value == "bce" and (beta == 0 or beta is None and sibling("loss.preset") != "mart"):
+    if value == "bce" and (beta == 0 or (beta is None and sibling("loss.preset") != "mart")):
         return True
     given, share = sibling("loss.hard_weight"), 1 - (sibling("loss.kd_weight") or 0)
     return value not in (0, None, "ce") and (boosted != "bce" or given not in (None, share)

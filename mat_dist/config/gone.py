@@ -64,6 +64,9 @@ def _no_mart(value: Any, sibling: Sibling) -> bool:
     """MART is the boosted cross-entropy on own AEs with the weight of labels, and its KL: not one of them alone."""
     boosted = value if isinstance(value, str) else sibling("loss.hard_loss")
     boosted = boosted or ("bce" if sibling("loss.preset") == "mart" else "ce")
+    beta = sibling("methods.mart.beta")  # loss.mart_beta has moved there
+    if value == "bce" and (beta == 0 or (beta is None and sibling("loss.preset") != "mart")):
+        return True
     given, share = sibling("loss.hard_weight"), 1 - (sibling("loss.kd_weight") or 0)
     return value not in (0, None, "ce") and (boosted != "bce" or given not in (None, share)
                                              or sibling("loss.hard_own") not in (None, 1))

@@ -376,6 +376,7 @@ LOST = [({**PLAIN, "attackers": "one"}, {}, "peers.0.loss.attackers=one"),
         ({**PLAIN, "trades_temperature": "2.0", "trades_beta": "1.0"}, {}, "peers.0.loss.trades_temperature=2.0"),
         ({**PLAIN, "mart_beta": "6.0"}, {}, "peers.0.loss.mart_beta=6.0"),  # not the boosted cross-entropy
         ({"hard_weight": 0.3}, {}, "peers.0.loss.hard_loss=bce"),
+        ({"mart_beta": "0.0"}, {}, "peers.0.loss.hard_loss=bce"),  # the boosted cross-entropy alone
         ({**PLAIN, "awp_warmup_epochs": "2.0", "awp_gamma": 0.01}, {}, "peers.0.optim.awp_warmup_epochs=2.0"),
         (PLAIN, {"pull": 0.5}, "step.pull=0.5"), (PLAIN, {"bn": "joint"}, "step.bn=joint"),
         (PLAIN, {"on_nonfinite": "quarantine"}, "step.on_nonfinite=quarantine"),

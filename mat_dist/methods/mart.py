@@ -61,7 +61,9 @@ class Mart(Hook):
 
     def loss(self, row: PeerGraph, logits: Views, y_B: Tensor, count: Tensor | None) -> Tensor:
         own, clean = self.couples(row)
-        boosted = (1 - row.weights.kd_weight) * boosted_cross_entropy(logits[own], y_B)
+        # While the peer warms up, `row.weights` has no teachers, and their weight is on the labels.
+        weight = 1 - row.weights.kd_weight + (self.peer.spec.loss.kd_clean or 0.0) - row.weights.kd_clean
+        boosted = weight * boosted_cross_entropy(logits[own], y_B)
         return boosted + self.settings.beta * weighted_kl(logits[clean], logits[own], y_B)
 
 

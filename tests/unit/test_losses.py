@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mat_dist.core import losses
 from mat_dist.core.cohort import state_hash
+from mat_dist.core.graph import CLEAN, CohortGraph, View
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.methods import mart, ramp
-from tests.cohorts import cohort_config, nets, train
+from tests.cohorts import cohort_config, make_peer, nets, train
 
 LN2 = log(2)
 UNASKED = torch.zeros(2, dtype=torch.int64)  # labels where teachers are listened to everywhere
@@ -152,6 +153,18 @@ def test_boosted_cross_entropy_pushes_the_largest_wrong_class_down() -> None:
     # -ln 1/2 - ln(1.0001 - 1/4), and -ln 1/8 - ln(1.0001 - 5/8): the largest wrong one, not the largest but one
     expected = (LN2 - log(0.7501) + 3 * LN2 - log(0.3751)) / 2
     assert mart.boosted_cross_entropy(p, torch.tensor([0, 0])).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_marts_labels_take_the_weight_of_teachers_while_a_peer_warms_up() -> None:
+    config = cohort_config("mart", 2, loss={"kd_weight": 0.25, "kd_clean": 0.5, "warmup_epochs": 1.0})
+    peer, y = make_peer(nets(1)[0], config), torch.tensor([0, 0])
+    own = logits((1 / 2, 1 / 4, 1 / 4), (1 / 8, 5 / 8, 1 / 4))
+    clean = logits((1 / 2, 1 / 4, 1 / 4), (1 / 4, 1 / 4, 1 / 2))
+    views, boosted = {View(0): own, CLEAN: clean}, mart.boosted_cross_entropy(own, y)
+    for warming_up, weight in ((), 1 - 0.25), ({0}, 1 + 0.5):
+        row = CohortGraph.of(config.peers, warming_up).peers[0]
+        value = peer.hooks[0].loss(row, views, y, None) - 6 * mart.weighted_kl(clean, own, y)
+        assert value.item() == pytest.approx(weight * boosted.item(), rel=1e-10)
 
 
 def test_a_certain_error_has_a_finite_boosted_loss() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mat_dist.attacks.norms import Threat
+from mat_dist.attacks.norms import Threat, per_image
 
 LEVELS = 127  # of int8, on each side of zero
 
@@ -29,8 +29,9 @@ def encode(form: str, aes_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     return torch.cat([levels.view(torch.uint8), scale_B1.view(torch.uint8)], dim=1)
 
 
-def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
-    """The AEs that everybody trains on, from `encode`'s result; again inside the sender's threat region and [0, 1]."""
+def decode(form: str, sent: Tensor, x_BCHW: Tensor, *threats: Threat) -> Tensor:
+    """The AEs that everybody trains on, from `encode`'s result; again inside the sender's threat region and [0, 1], of
+    several threats the nearest region, image by image."""
     if form == "full":
         return sent
     if form == "fp16":
@@ -38,5 +39,11 @@ def decode(form: str, sent: Tensor, x_BCHW: Tensor, threat: Threat) -> Tensor:
     else:
         scale_B1 = sent[:, -4:].contiguous().view(torch.float32)
         delta = sent[:, :-4].contiguous().view(torch.int8) * scale_B1.to(x_BCHW.dtype)
-    return threat.region(x_BCHW).inside(x_BCHW + delta.view_as(x_BCHW))
+    got = x_BCHW + delta.view_as(x_BCHW)
+    inside = threats[0].region(x_BCHW).inside(got)
+    for threat in threats[1:]:
+        other = threat.region(x_BCHW).inside(got)
+        nearer_B = (other - got).flatten(1).norm(dim=1) < (inside - got).flatten(1).norm(dim=1)
+        inside = torch.where(per_image(nearer_B, got), other, inside)
+    return inside
 

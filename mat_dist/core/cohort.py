@@ -159,7 +159,7 @@ class Cohort:
                     views[view] = sent[rank * width + place]
                     if self.step.wire != "full":
                         views[view] = compression.decode(self.step.wire, views[view], part.x_BCHW,
-                                                         self.graph.peers[view.maker].threat_of(view))
+                                                         *self.graph.peers[view.maker].threats_of(view))
         return views
 
     def told(self, opinions: Sequence[Sequence[Tensor]], known: Sequence[Views], part: Batch) -> Tensor:

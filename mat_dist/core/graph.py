@@ -127,6 +127,10 @@ class PeerGraph:
         """For which threat a view is made."""
         return self.infos[view.maker].threats[view.threat]
 
+    def threats_of(self, view: View) -> tuple[Threat, ...]:
+        """For which threats the images of a view may be made: all of a maker with one view, which draws or mixes."""
+        return self.infos[view.maker].threats if self.infos[view.maker].views == 1 else (self.threat_of(view),)
+
     @cached_property
     def learned(self) -> tuple[View, ...]:
         """Views that this peer forwards with a graph: others', then own ones for further threats, clean, the first own:

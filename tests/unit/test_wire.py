@@ -8,6 +8,9 @@ from torch import Tensor
 
 from mat_dist.attacks.compression import decode, encode
 from mat_dist.attacks.norms import Threat
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
+from tests.cohorts import build, cohort_config, local, nets
 
 SHAPE = (6, 3, 8, 8)
 THREATS = [Threat("linf", 8 / 255), Threat("l2", 0.5), Threat("l1", 12.0)]
@@ -51,3 +54,22 @@ def test_what_is_received_lies_in_the_region(threat: Threat, form: str) -> None:
 def test_an_unchanged_image_arrives_unchanged(form: str) -> None:
     x, _ = some_aes(THREATS[0])
     assert torch.equal(decode(form, encode(form, x, x), x, THREATS[0]), x)
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+@pytest.mark.parametrize("strategy", ["random", "eat", "msd"])
+def test_aes_of_several_norms_stay_those_of_their_norm(strategy: str, form: str) -> None:
+    """A peer that draws or mixes its threats sends one view, and l2 or l1 AEs do not fit into the ball of the first."""
+    config = cohort_config("mat", 2, entry={"union": {"strategy": strategy, "threats": "linf:0.1,l2:1,l1:4"}},
+                           step={"wire": form})
+    cohort, largest = build(config, Mesh(Placement.place(2, 1, 0), torch.device("cpu")), nets(2)), 0.0
+    for step in range(4):
+        cohort.begin(step)
+        part = local(cohort, step)
+        made = [peer.attack(part, cohort.makes(peer, False)) for peer in cohort.peers]
+        views = cohort.unpacked(cohort.packed(made, part, False), made, part, False)
+        for view, aes in made[0].items():
+            change = (aes - part.x_BCHW).abs().flatten(1).amax(1)
+            assert ((views[view] - aes).abs().flatten(1).amax(1) <= 2 / 127 * change + 2e-7).all()
+            largest = max(largest, change.max().item())
+    assert largest > 0.2

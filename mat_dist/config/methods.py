@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -117,6 +118,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_FILES: dict[str, str] = {}  # name -> the file that registered it
 # What needs no method.
 ATTACK_METHODS = {"pgd": "equal steps, the last point counts",
                   "apgd": "Auto-PGD sets its own steps, the best point counts",
@@ -138,11 +140,13 @@ def register_method(method: Method) -> Method:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", method.name):
         raise ConfigError(f"{method.name!a} cannot name a method", where,
                           "use lower-case letters, digits and _, a letter first")
-    before = _METHODS.get(method.name, method).section
+    before, file = _METHODS.get(method.name, method).section, sys._getframe(1).f_code.co_filename
     # The same plug-in may be loaded twice in one process.
-    if before is not None and f"{before.__module__}.{before.__qualname__}" != where:
+    same = (_FILES.get(method.name, file) == file if before is None or method.section is None else
+            f"{before.__module__}.{before.__qualname__}" == where)
+    if method.name in _METHODS and not same:
         raise ConfigError(f"the method {method.name} is registered twice", where, "choose another name")
-    _METHODS[method.name] = method
+    _METHODS[method.name], _FILES[method.name] = method, file
     return method
 
 

@@ -128,6 +128,10 @@ def test_a_name_is_one_word_and_registered_once():
     register_section("shake", Shake, "again: a plug-in may be loaded twice")
     with pytest.raises(ConfigError, match="registered twice"):
         register_section("shake", type("Other", (Section,), {}), "another one")
+    for section in (None, Shake):  # one that is there has no section to be told from another by
+        with pytest.raises(ConfigError, match="registered twice"):
+            register_method(Method("presets", "another one", section=section))
+        assert "mat" in registry.presets()
     with pytest.raises(ConfigError, match="cannot name a method"):
         register_section("sh.ake", Shake, "a dot")
 

@@ -316,7 +316,7 @@ def averages_are_kept(config: Config) -> list[ConfigError]:
     return [ConfigError("teachers with averaged weights, and the peer keeps none", f"{key}.optim.ema_decay",
                         "write a decay such as 0.999, or step.teachers: raw")
             for key, peer in entries(config)
-            if config.step.teachers == "ema" and peer.optim.ema_decay is None and not peer.frozen]
+            if config.step.teachers == "ema" and not peer.averages and not peer.frozen]
 
 
 @rule("loss", "peers", "union")
@@ -333,19 +333,27 @@ def teachers_know_the_view(config: Config) -> list[ConfigError]:
                 found.append(ConfigError(f"teacher_set {kind} leaves no teacher on {what}, {name} is "
                                          f"{getattr(loss, name):g}", where, f"write {name}: 0, or teacher_set: all"))
         experts = {config.peers[i].threat.norm for i in heard_by(config, index)}
-        if kind == "expert" and loss.kd_weight and (missing := _distilled_norms(config, index) - experts):
+        mixed = [str(maker.name) for maker in _distilled_makers(config, index) if kind == "expert" and loss.kd_weight
+                 and (strategy := strategies().get(maker.union.strategy or "")) and not strategy.each]
+        if mixed:
+            found.append(ConfigError(f"teacher_set expert, and the AEs of {', '.join(mixed)} are of several norms at "
+                                     "once", where, "write union.strategy: avg or max there, or teacher_set: all"))
+        elif kind == "expert" and loss.kd_weight and (missing := _distilled_norms(config, index) - experts):
             found.append(ConfigError(f"teacher_set expert, and no peer that this one learns from defends "
                                      f"{', '.join(sorted(missing))}", where, "add a specialist for each norm"))
     return found
 
 
-def _distilled_norms(config: Config, index: int) -> set[str]:
-    """Norms of the views on which a peer distils: own ones, and, unless kd_own is 1, those of the others."""
+def _distilled_makers(config: Config, index: int) -> list[PeerConfig]:
+    """Whose views a peer distils on: its own, and, unless kd_own is 1, those of the others."""
     peer = config.peers[index]
-    makers = [peer] * bool(peer.loss.kd_own)
-    if peer.loss.kd_own != 1:
-        makers += [config.peers[i] for i in heard_by(config, index)]
-    return {norm for maker in makers for norm in _view_norms(maker)}
+    others = [config.peers[i] for i in heard_by(config, index)] if peer.loss.kd_own != 1 else []
+    return [peer] * bool(peer.loss.kd_own) + others
+
+
+def _distilled_norms(config: Config, index: int) -> set[str]:
+    """Norms of the views on which a peer distils."""
+    return {norm for maker in _distilled_makers(config, index) for norm in _view_norms(maker)}
 
 
 def _view_norms(peer: PeerConfig) -> set[str]:

@@ -245,7 +245,7 @@ class StepConfig(Section):
                              "one that fails falls back to eager with a note; model: one by one, on the model itself")
     wire: Literal["full", "fp16", "int8"] = Field(
         "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
-                            "trains on the shortened ones too")
+                            "trains on the shortened ones too, where others need them")
     teachers: Literal["raw", "ema"] = Field("raw", description="peers teach with their weights of this step, or with "
                                                                "their averaged ones in eval mode")
     on_nonfinite: Literal["abort", "skip"] = Field(

@@ -37,9 +37,14 @@ def optimizer_class(optim: OptimConfig, where: str) -> type[torch.optim.Optimize
                           f"use sgd, adamw, or a class of torch.optim: {', '.join(known)}")
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     takes = set(inspect.signature(kind).parameters) - OWN - UNFIT
+    if given := sorted(set(optim.args) & OWN):
+        raise ConfigError(f"{', '.join(given)} among the arguments of {name}", f"{where}.optim.args",
+                          "write optim.lr and optim.weight_decay")
     if unknown := sorted(set(optim.args) - takes):
         raise ConfigError(f"{name} has no argument {', '.join(unknown)}", f"{where}.optim.args",
                           f"it takes {', '.join(sorted(takes))}")
+    if optim.weight_decay and "weight_decay" not in inspect.signature(kind).parameters:
+        raise ConfigError(f"{name} has no weight decay", f"{where}.optim.weight_decay", "write 0")
     return kind
 
 
@@ -79,10 +84,11 @@ def clipped(model: nn.Module, gradients: list[Tensor], limit: float | None) -> T
 
 def check_optimizers(config: Config) -> None:
     """Raises ConfigError with all that is wrong with the optimizers of the peers: before models are built."""
-    problems = []
-    for index, spec in enumerate(config.peers):
+    problems: list[ConfigError] = []
+    for optim in {spec.optim.model_dump_json(): spec.optim for spec in config.peers}.values():
+        users = [str(index) for index, spec in enumerate(config.peers) if spec.optim == optim]
         try:
-            build_optimizer(nn.Linear(2, 2), spec.optim, f"peers.{index}")
+            build_optimizer(nn.Linear(2, 2), optim, f"peers.{','.join(users)}")
         except ConfigError as problem:
             problems.append(problem)
     if problems:

@@ -14,7 +14,7 @@ UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
 COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
 GUIDED = "peers=2 peers.1.frozen=true peers.1.init_from=x"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
-EXPERT = f"{COHORT} peers.2.union.strategy=msd peers.2.loss.teacher_set=expert peers.2.loss.kd_own=0.5"
+EXPERT = f"{COHORT} peers.2.loss.teacher_set=expert peers.2.loss.kd_own=0.5 peers.2.loss.hard_own=0.5"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
 CASES = [
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
@@ -79,8 +79,10 @@ CASES = [
      "loss.kd_clean=0.2"),
     ("teachers_know_the_view", "loss.teacher_set=expert loss.kd_clean=0.2", "expert leaves no teacher on clean images",
      "loss.teacher_set=expert"),
-    ("teachers_know_the_view", f"{EXPERT} peers.2.union.threats=l1:9,linf:0.1", "learns from defends l1",
-     f"{EXPERT} peers.2.union.threats=linf:0.1,l1:9"),
+    ("teachers_know_the_view", f"{EXPERT} peers.2.union.threats=l1:9,linf:0.1 peers.2.union.strategy=avg",
+     "learns from defends l1", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=avg"),
+    ("teachers_know_the_view", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=msd",
+     "are of several norms at once", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=max"),
     ("frozen_peers_have_weights", "peers.1.frozen=true", "without trained weights",
      "peers.1.frozen=true peers.1.init_from=x"),
     ("frozen_peers_have_weights", "peers.all.frozen=true peers.all.init_from=x", "all peers are frozen",

@@ -8,6 +8,7 @@ for another preset are dropped.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from mat_dist.config import rules  # noqa: F401  it registers its rules
 from mat_dist.config.fields import Section
 from mat_dist.config.gone import is_gone, without_gone
 from mat_dist.config.help import canonical, faulty, nearest, problem, settings
+from mat_dist.config.plugins import module_name
 from mat_dist.config.presets import fill_peer
 from mat_dist.config.rules import check
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
@@ -67,6 +69,15 @@ def config_folders() -> list[File]:
 def _run_of(file: File) -> str | None:
     """The file as in messages, where it holds the settings of a run in the run's folder."""
     return _display(file) if file.name == "config.yaml" and (file.parent / "environment.json").is_file() else None
+
+
+def _lacking_plugins(file: File) -> list[str]:
+    """The plug-ins that a run in whose folder the file lies was started with, and that this process has not loaded."""
+    try:
+        told = json.loads((file.parent / "environment.json").read_text(encoding="utf-8"))["placement"]["plugins"]
+        return [printable(path) for path, digest in told.items() if module_name(digest) not in sys.modules]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def config_name(path: str | None) -> str:
@@ -330,6 +341,9 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     problems += without_effect(sound, layer.peers or (), source)
     config = _resolved(layer)
     problems += [_placed(found, layer, source) for found in check(config, broken)]
+    if problems and (lacking := _lacking_plugins(file)):  # what they register is unknown: all else follows from that
+        raise ConfigError(f"the run needs its plug-ins: {', '.join(lacking)}", source,
+                          "give --plugin FILE for each; in Python, mat_dist.config.load_plugins([FILE]) first")
     if problems:
         raise joined(problems, source)
     return config

@@ -60,8 +60,13 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"cannot read the plug-in: {reason}", f"--plugin {ascii(path)[1:-1]}",
                               "give the path of a Python file") from None
         digests[path] = hashlib.sha256(data).hexdigest()
-        _run(path, data, f"mat_dist_plugin_{digests[path][:16]}")
+        _run(path, data, module_name(digests[path]))
     return digests
+
+
+def module_name(digest: str) -> str:
+    """Under which name a file with this SHA-256 is imported."""
+    return f"mat_dist_plugin_{digest[:16]}"
 
 
 def _run(path: str, data: bytes, name: str) -> None:

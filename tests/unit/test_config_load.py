@@ -327,3 +327,20 @@ def test_a_setting_that_an_old_run_did_not_know_has_its_default(tmp_path: Path) 
     assert resume_conflicts(values, config) == []
     values["step"]["gone"] = 1
     assert resume_conflicts(values, config)[-1] == "step.gone: 1 -> null"
+
+
+def test_a_run_whose_plug_in_is_not_loaded_says_which_one_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("methods:\n  of_a_plug_in: {gamma: 1}\n")
+    (tmp_path / "environment.json").write_text('{"placement": {"plugins": {"mine.py": "0123456789abcdef00"}}}')
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "config.yaml"))
+    assert caught.value.what == "the run needs its plug-ins: mine.py" and "--plugin FILE" in caught.value.how
+    assert not getattr(caught.value, "problems", [caught.value])[1:]
+
+
+@pytest.mark.parametrize("environment", ["", "{", "[]", '{"placement": null}', '{"placement": {"plugins": {"a": 1}}}'])
+def test_a_damaged_record_of_plug_ins_leaves_the_message_as_it_is(environment: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("optim:\n  lrr: 1\n")
+    (tmp_path / "environment.json").write_text(environment)
+    with pytest.raises(ConfigError, match="there is no setting optim.lrr"):
+        load_config(str(tmp_path / "config.yaml"))

@@ -342,5 +342,5 @@ def test_a_run_whose_plug_in_is_not_loaded_says_which_one_it_needs(tmp_path: Pat
 def test_a_damaged_record_of_plug_ins_leaves_the_message_as_it_is(environment: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("optim:\n  lrr: 1\n")
     (tmp_path / "environment.json").write_text(environment)
-    with pytest.raises(ConfigError, match="there is no setting optim.lrr"):
+    with pytest.raises(ConfigError, match=r"there is no setting optim\.lrr"):
         load_config(str(tmp_path / "config.yaml"))

@@ -134,7 +134,8 @@ def register_method(method: Method) -> Method:
     configuration names it has an instance as `peer.methods[name]`. Settings without a default must be given then.
 
     Raises:
-        ConfigError: the name is not a word in lower case, or another method has it.
+        ConfigError: the name is not a word in lower case, or another method has it, or one of the presets,
+            strategies, attack methods or attack losses.
     """
     where = f"{method.section.__module__}.{method.section.__qualname__}" if method.section else method.name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", method.name):
@@ -146,6 +147,11 @@ def register_method(method: Method) -> Method:
             f"{before.__module__}.{before.__qualname__}" == where)
     if method.name in _METHODS and not same:
         raise ConfigError(f"the method {method.name} is registered twice", where, "choose another name")
+    for other in (one for one in _METHODS.values() if one.name != method.name):
+        for kind in ("presets", "strategies", "attack_methods", "attack_losses"):
+            if twice := sorted(set(getattr(other, kind)) & set(getattr(method, kind))):
+                raise ConfigError(f"{', '.join(twice)} is already among the {kind.replace('_', ' ')} of the method "
+                                  f"{other.name}", where, "choose another name")
     _METHODS[method.name], _FILES[method.name] = method, file
     return method
 

@@ -136,6 +136,16 @@ def test_a_name_is_one_word_and_registered_once():
         register_section("sh.ake", Shake, "a dot")
 
 
+def test_a_method_cannot_replace_a_preset_or_strategy_of_another_one():
+    mat = registry.presets()["mat"]
+    with pytest.raises(ConfigError, match="mat is already among the presets of the method presets"):
+        register_method(Method("mine", "takes a name", presets={"mat": registry.Preset()}))
+    register_method(Method("first", "has a strategy", strategies={"worst": registry.Strategy("the worst")}))
+    with pytest.raises(ConfigError, match="worst is already among the strategies of the method first"):
+        register_method(Method("second", "wants it", strategies={"worst": registry.Strategy("another")}))
+    assert registry.presets()["mat"] is mat and "second" not in registry.methods()
+
+
 def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
     plugin = tmp_path / "wobble.py"
     plugin.write_text("from pydantic import Field\nfrom mat_dist.config.methods import Method, register_method\n"

@@ -7,7 +7,15 @@ modules with `lazy`.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mat_dist.core.hooks import Hook
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mat_dist.attacks.perturbation_buffer import PerturbationBuffer
 
 
 class lazy:
@@ -18,3 +26,21 @@ class lazy:
 
     def __getattr__(self, item: str) -> Any:
         return getattr(importlib.import_module(self._name), item)
+
+
+class PerturbationHook(Hook):
+    """A hook whose state is the perturbations of images, which a step proposes and its vote commits."""
+
+    buffer: PerturbationBuffer
+
+    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        self.buffer.commit(gather)
+
+    def abort(self) -> None:
+        self.buffer.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.buffer.load_state_dict(state)

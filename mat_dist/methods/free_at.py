@@ -3,16 +3,16 @@ the gradient of learning also moves the AEs, which cost no passes of their own."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mat_dist.config.methods import Method, register_method
 from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config
-from mat_dist.core.hooks import Hook, Views
+from mat_dist.core.hooks import Views
 from mat_dist.errors import ConfigError
-from mat_dist.methods import lazy
+from mat_dist.methods import PerturbationHook, lazy
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ else:
     perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 
 
-class FreePerturbation(Hook):
+class FreePerturbation(PerturbationHook):
     """A perturbation for each row of the batch, kept as it is from step to step."""
 
     name = "free_at"
@@ -44,7 +44,7 @@ class FreePerturbation(Hook):
 
     def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
         known = self.buffer.at(part.first_row, part.x_BCHW)
-        return part.x_BCHW if known is None else known.start(part.x_BCHW, self._region(part, attack))
+        return part.x_BCHW if known is None else known.start(part.x_BCHW, attack.region(part.x_BCHW))
 
     def inputs(self, views: Views) -> Views:
         """The own AEs as a leaf, whose gradient `after_backward` reads."""
@@ -57,24 +57,9 @@ class FreePerturbation(Hook):
         if own.grad is None:
             return
         assert attack.settings.step_size is not None
-        region = self._region(part, attack)
+        region = attack.region(part.x_BCHW)
         moved = region.step(own.detach(), own.grad, attack.settings.step_size)
         self.buffer.propose(part.first_row, region.inside(moved) - part.x_BCHW)
-
-    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
-        self.buffer.commit(gather)
-
-    def abort(self) -> None:
-        self.buffer.forget()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.buffer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.buffer.load_state_dict(state)
-
-    def _region(self, part: Batch, attack: TrainingAttack) -> Any:
-        return attack.region(part.x_BCHW)
 
 
 def free_attacks_fit(config: Config) -> list[ConfigError]:

@@ -3,8 +3,8 @@ training with transferable adversarial examples", CVPR 2020)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -12,9 +12,8 @@ from mat_dist.config.fields import Integer, Section
 from mat_dist.config.methods import Method, register_method
 from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config, PeerConfig
-from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError
-from mat_dist.methods import lazy
+from mat_dist.methods import PerturbationHook, lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +35,7 @@ class WarmStartConfig(Section):
                                                        "never")
 
 
-class WarmStart(Hook):
+class WarmStart(PerturbationHook):
     """Remembers the perturbation of every training image."""
 
     name = "warm_start"
@@ -57,18 +56,6 @@ class WarmStart(Hook):
 
     def attacked(self, part: Batch, threat: int, found: Found) -> None:
         self.buffer.propose(part.first_row, found.adv_BCHW - part.x_BCHW)
-
-    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
-        self.buffer.commit(gather)
-
-    def abort(self) -> None:
-        self.buffer.forget()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.buffer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.buffer.load_state_dict(state)
 
 
 def kept_bytes(config: Config, spec: PeerConfig, images: int, shape: tuple[int, ...]) -> int:

@@ -304,7 +304,7 @@ def test_every_verb_of_a_hook_is_listed_and_every_method_with_those_that_it_has(
     for row in second.splitlines()[2:]:
         name, *used = re.findall(r"`(\w+)`", row)
         kind = methods()[name].hook
-        assert set(used) == verbs & set(vars(kind)), name
+        assert set(used) == {verb for verb in verbs if getattr(kind, verb) is not getattr(Hook, verb)}, name
 
 
 def test_the_exit_codes_are_those_of_the_code():

@@ -78,7 +78,8 @@ class Evaluations:
         own: list[float | None] = []
         if self.mesh.placement.is_lead:
             survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
-            record = {**progress, "eval_s": perf_counter() - began, **validation_record(survivors)}
+            record = {**progress, "eval_s": perf_counter() - began, "attack": f"PGD-{job.plans['pgd'].steps}",
+                      **validation_record(survivors)}
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
             own = own_robust(survivors, self.config.peers)
@@ -193,16 +194,23 @@ def selection_score(survivors: Sequence[Survivors], specs: Sequence[PeerConfig])
 
 
 def validation_record(survivors: Sequence[Survivors]) -> dict[str, Any]:
-    """Accuracies of the peers and the ensemble, with raw and with averaged weights (None where none are kept)."""
+    """Accuracies of the peers and the ensemble, with raw and with averaged weights (None where none are kept).
+
+    `threat_acc` is under each threat by itself, `robust_acc` under all of them: their union where there are several.
+    """
     record: dict[str, Any] = {}
     for prefix, weights in (("", RAW), ("ema_", EMA)):
         chosen = [one for one in survivors if one.weights == weights]
         peers = [one.accuracy for one in chosen if one.target != ENSEMBLE]
         record[f"{prefix}clean_acc"] = [shares[CLEAN] for shares in peers] or None
         record[f"{prefix}robust_acc"] = [shares[UNION] for shares in peers] or None
+        record[f"{prefix}threat_acc"] = {threat: [shares[threat] for shares in peers] for one in chosen[:1]
+                                         for threat in one.held} or None
         for one in chosen:
             if one.target == ENSEMBLE:
-                record[f"{prefix}ensemble"] = {"clean_acc": one.accuracy[CLEAN], "robust_acc": one.accuracy[UNION]}
+                shares = one.accuracy
+                record[f"{prefix}ensemble"] = {"clean_acc": shares[CLEAN], "robust_acc": shares[UNION],
+                                               "threat_acc": {threat: shares[threat] for threat in one.held}}
     return record
 
 
@@ -216,8 +224,9 @@ def own_robust(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> l
 def table_rows(checkpoint: str, survivors: Sequence[Survivors], plan: AttackPlan) -> list[TableRow]:
     """Rows of the final table for one checkpoint (`best` or `last`)."""
     return [TableRow(target=one.target, weights="EMA" if one.weights == EMA else "raw", checkpoint=checkpoint,
-                     clean_acc=one.accuracy[CLEAN], robust_acc=one.accuracy[UNION], pgd_steps=plan.steps,
-                     images=len(one.clean_N)) for one in survivors]
+                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], pgd_steps=plan.steps, images=len(one.clean_N),
+                     threat_acc={threat: shares[threat] for threat in one.held})
+            for one in survivors for shares in [one.accuracy]]
 
 
 def gallery(run: FinishedRun, data: ImageSet, job: Job, survivors: Sequence[Survivors],

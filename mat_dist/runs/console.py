@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -81,9 +81,10 @@ class TableRow:
     weights: str  # `raw` or `EMA`
     checkpoint: str  # `best` or `last`
     clean_acc: float
-    robust_acc: float | None  # under PGD; None where it was not attacked
+    robust_acc: float | None  # under PGD of every threat: their union; None where it was not attacked
     pgd_steps: int
     images: int
+    threat_acc: Mapping[str, float] = field(default_factory=dict)  # under PGD of each threat by itself
 
 
 def results_table(rows: Sequence[TableRow]) -> Table:

@@ -2,8 +2,10 @@
 
 Keys of a record are free, these have a meaning here: `step`, `epoch` (float), `loss`, `clean_acc`, `robust_acc`,
 `ema_clean_acc`, `ema_robust_acc`, `lr` (a list with a number per peer, or one number for all), `images_per_s` (clean
-images, once for the cohort). Shares are in [0, 1]; those of an epoch record were measured by the evaluator. A row of
-summary.csv takes the loss, rate and speed that its epoch record lacks from the last log step.
+images, once for the cohort). Shares are in [0, 1]; those of an epoch record were measured by the evaluator, by `attack`
+(PGD-10): `threat_acc` and `ema_threat_acc` have a list for each threat, `robust_acc` is under all threats at once,
+which is their union where there are several. A row of summary.csv takes the loss, rate and speed that its epoch record
+lacks from the last log step.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.evaluation.attacks import AttackPlan, correct
 from mat_dist.evaluation.chunks import chosen_images
-from mat_dist.evaluation.during_training import Evaluations, selection_score
+from mat_dist.evaluation.during_training import Evaluations, selection_score, table_rows, validation_record
 from mat_dist.evaluation.results import read_result
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.evaluation.survivors import Survivors, gather, write_result
@@ -248,6 +248,18 @@ def result(target: str, weights: str, rows: list[list[int]], clean: list[int] | 
 def test_robust_accuracy_over_two_threats_counts_images_that_withstand_both() -> None:
     shares = result("peer0", RAW, [[1, 1, 0, 0], [1, 0, 1, 0]]).accuracy
     assert shares == {"clean": 1.0, "linf 3/20": 0.5, "l2 3/5": 0.5, "union": 0.25}
+
+
+def test_a_record_and_a_row_of_the_table_have_each_threat_by_itself_beside_the_union() -> None:
+    found = [result("peer0", RAW, [[1, 1, 0, 0], [1, 0, 1, 0]]), result("peer1", RAW, [[1, 1, 1, 0], [1, 1, 1, 1]]),
+             result(ENSEMBLE, RAW, [[1, 1, 1, 1], [1, 0, 0, 0]])]
+    record = validation_record(found)
+    assert record["threat_acc"] == {"linf 3/20": [0.5, 0.75], "l2 3/5": [0.5, 1.0]}
+    assert record["robust_acc"] == [0.25, 0.75] and record["ema_threat_acc"] is None
+    assert record["ensemble"] == {"clean_acc": 1.0, "robust_acc": 0.25,
+                                  "threat_acc": {"linf 3/20": 1.0, "l2 3/5": 0.25}}
+    row = table_rows("last", found, AttackPlan(5))[0]
+    assert (row.robust_acc, row.threat_acc) == (0.25, {"linf 3/20": 0.5, "l2 3/5": 0.5})
 
 
 def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -> None:

@@ -24,7 +24,7 @@ from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
-from mat_dist.evaluation.results import CLEAN, UNION, new_table, show
+from mat_dist.evaluation.results import accuracies, new_table, show
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.survivors import (
     VOLATILE,
@@ -184,8 +184,7 @@ def _logged(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
 
 def as_table(title: str, found: Sequence[Survivors]) -> Table:
     """A row per target: per cent with half the 95 % interval, worst over attacks; whether it may be reported."""
-    threats = list(found[0].held)
-    shown = [CLEAN, *threats, *([UNION] if len(threats) > 1 else [])]
+    shown = accuracies(found[0].held)
     table = new_table(title, ("target", "weights"), (*(f"{name} %" for name in shown), "n"))
     table.add_column("reportable", overflow="fold", min_width=len("reportable"))
     for one in found:

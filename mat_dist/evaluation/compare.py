@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import UNION, Answers, Result, new_table, read_results, show
+from mat_dist.evaluation.results import UNION, Answers, Result, new_table, present, read_results, show
 from mat_dist.evaluation.statistics import Paired
 from mat_dist.runs.folder import RunFolder
 
@@ -47,11 +47,18 @@ def answers(result: Result) -> dict[str, Answers]:
 
 
 def read(folder: RunFolder) -> Result:
-    """The newest evaluation of a run. Raises NotReportable."""
-    found = read_results(folder.eval, "evaluate_*")
+    """The newest evaluation of a run's best or last checkpoint, or of one that was asked for by its step.
+
+    Raises NotReportable.
+    """
+    results = read_results(folder.eval, "evaluate_*")
+    now = [one for same in present(folder, results).values() for one in same]
+    found = [one for one in results if one in now or (one.checkpoint or "").startswith("step_")]
     if not found:
-        raise NotReportable(f"{folder.name} was not evaluated", str(folder.eval),
-                            f"run python -m mat_dist.evaluate {folder.path}")
+        what = f"{folder.name} was not evaluated"
+        if results:
+            what += f" since step {results[-1].step}, whose checkpoint is neither its best nor its last any more"
+        raise NotReportable(what, str(folder.eval), f"run python -m mat_dist.evaluate {folder.path}")
     if not found[-1].reportable:
         raise NotReportable(f"the newest evaluation of {folder.name} failed its checks, or had none",
                             str(found[-1].file), "see its checks, and docs/evaluation.md")
@@ -91,7 +98,8 @@ def pair(one: Mapping[int, bool], other: Mapping[int, bool]) -> Paired:
 
 def as_table(one: Result, other: Result, targets: Sequence[str]) -> Table:
     """A row per target and accuracy."""
-    table = new_table(f"{other.run} minus {one.run}, the same {one.targets[0].n} images, points",
+    runs = " minus ".join(f"{run.run} ({run.checkpoint}, step {run.step})" for run in (other, one))
+    table = new_table(f"{runs}, the same {one.targets[0].n} images, points",
                       ("target", "accuracy"),
                       (one.run, other.run, "difference", "95 % interval", "gained", "lost", "p (McNemar)"))
     for target in targets:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from mat_dist.errors import NotReportable
 from mat_dist.runs.files import parse_json
+from mat_dist.runs.folder import RunFolder
 
 FORMAT = 2
 CLEAN, UNION, ENSEMBLE = "clean", "union", "ensemble"
@@ -122,6 +123,7 @@ class Result:
     transfer: bool = False
     sources: tuple[dict[str, Any], ...] = ()
     checkpoint: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
     reportable: bool | None = None
     file: Path = Path()
     document: dict[str, Any] = field(default_factory=dict)
@@ -194,6 +196,40 @@ def read_result(file: Path) -> Result:
 def read_results(folder: Path, pattern: str) -> list[Result]:
     """The results whose names fit, from the oldest to the newest. Raises NotReportable as `read_result`."""
     return sorted((read_result(file) for file in folder.glob(f"{pattern}.json")), key=lambda one: one.age)
+
+
+def present(run: RunFolder, results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of the checkpoint that is `best`, and of the one that is `last`, in their order.
+
+    What was made of another checkpoint is history. A run whose checkpoints are gone has those of its newest results.
+    """
+    now = {label: _named(run, file) for label, file in (("best", "best"), ("last", "latest"))}
+    if not any(now.values()):
+        for label in now:
+            named = [one for one in results if one.checkpoint == label] or (results if label == "last" else [])
+            now[label] = (max(named, key=lambda one: one.age).step, {}) if named else None
+    return {label: [one for one in results if known and one.step == known[0] and
+                    (not known[1] or not one.files or one.files == known[1])] for label, known in now.items()}
+
+
+def _named(run: RunFolder, pointer: str) -> tuple[int, dict[str, str]] | None:
+    """Step and SHA-256 of the files of the checkpoint that `best` or `latest` names; no files where they are gone."""
+    try:
+        name = (run.checkpoints / pointer).read_text(encoding="utf-8").strip()
+        step = int(name.removeprefix("step_"))
+    except (OSError, ValueError):
+        return None
+    try:
+        manifest = parse_json((run.checkpoints / name / "manifest.json").read_bytes())
+        return step, {one["name"]: one["sha256"] for one in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return step, {}
+
+
+def accuracies(threats: Iterable[str]) -> list[str]:
+    """The accuracies that a table shows: clean, under each threat, and their union where there are several."""
+    threats = list(dict.fromkeys(threats))
+    return [CLEAN, *threats, *([UNION] if len(threats) > 1 else [])]
 
 
 def _upgraded(document: dict[str, Any], file: Path) -> dict[str, Any]:

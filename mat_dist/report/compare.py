@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import config_differences
-from mat_dist.evaluation.results import ENSEMBLE
+from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies
 from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
-from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned
+from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned, validations
 from mat_dist.report.files import RunFiles
 from mat_dist.report.page import (
     Page,
@@ -59,49 +59,59 @@ def unlike(runs: Sequence[RunFiles]) -> list[str]:
     return [f"{key}: {' | '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
 
 
+def _names_of_accuracies(runs: Sequence[RunFiles]) -> list[str]:
+    """Clean, each threat of any run's headline, and the union where a run has several."""
+    found = [run.headline.threats for run in runs if run.headline]
+    return [name for name in accuracies(threat for threats in found for threat in threats)
+            if name != UNION or any(len(threats) > 1 for threats in found)]
+
+
 def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
     rows: list[list[object]] = []
     drawn, each = [], []
+    shown = _names_of_accuracies(runs)
     for name, run in zip(names, runs, strict=True):
         one = run.headline
         if one is None:
-            rows.append([name, *["-"] * 6, status(run), "-"])
+            rows.append([name, *["-"] * (2 * len(shown) + 3), status(run), "-"])
             continue
+        mine = [key if key in accuracies(one.threats) else "" for key in shown]
         targets = chosen(run, one)
         peers = [t for t in targets if t.is_peer]
         ensemble = next((t for t in targets if t.target == ENSEMBLE), None)
         label = f"{name} (not reportable)" if ensemble and any(t.failed for t in targets) else name
-        shown: list[object] = ["-", "-"]
+        cells: list[object] = ["-"] * len(shown)
         if ensemble is not None:
-            shown = [with_interval(ensemble.accuracy[key], ensemble.n) for key in ("union", "clean")]
-            drawn.append((label, interval_row(ensemble)))
-        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers) if peers else None)
-                 for key in ("union", "clean")]
-        rows.append([label, *shown, *means, targets[0].n, run.config.run.seed,
-                     f"{one.attacks}; {', '.join(one.threats)}", f"{one.images}, {targets[0].weights}"])
+            cells = [with_interval(ensemble.accuracy[key], ensemble.n) if key else "-" for key in mine]
+            drawn.append((label, interval_row(ensemble, mine)))
+        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers) if peers and key else None) for key in mine]
+        rows.append([label, *cells, *means, targets[0].n, run.config.run.seed, one.attacks,
+                     f"{one.images}, step {one.step}, {targets[0].weights}"])
         each.append(accuracy_table(f"{name}: {one.images}, step {one.step}", one, targets))
-    head = ["run", "ensemble robust %", "ensemble clean %", "peers robust %", "peers clean %", "n", "seed", "attack",
+    head = ["run", *(f"{who} {name} %" for who in ("ensemble", "peers") for name in shown), "n", "seed", "attack",
             "images, weights"]
     figures = [Figure("comparison_accuracy", interval_chart(
-        "Ensembles with 95 % intervals", drawn, ["clean", "robust"],
+        "Ensembles with 95 % intervals", drawn, shown,
         description="Clean and robust accuracy of each run's ensemble"))] if drawn else []
     return {"unlike": unlike(runs), "each": each, "figures": figures, "table": Table(
-        "peers: mean of the peers; small print: 95 % Wilson interval", head, rows, texts=(0, 7, 8))}
+        "peers: mean of the peers; small print: 95 % Wilson interval; union: right under every threat", head, rows,
+        texts=(0, len(head) - 2, len(head) - 1))}
 
 
 def _training(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
+    shown = accuracies(threat for run in runs for threat in run.threats)
+    measured = [validations(run) for run in runs]
     figures = []
-    for key, records, title, axis in (("loss", "steps", "Training loss", Axis("loss")),
-                                      ("robust_acc", "epochs", "Robust accuracy, validation", PER_CENT),
-                                      ("clean_acc", "epochs", "Clean accuracy, validation", PER_CENT)):
-        series = []
-        for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-            field = f"ema_{key}" if run.averaged and key != "loss" else key
-            series.append(Series(name, thinned([
-                (float(r.get("epoch", 0)), _mean(r.get(field), len(run.peers)))
-                for r in getattr(run, records) if isinstance(r.get(field), list)]), index))
+    for count, key in enumerate(("loss", *shown)):
+        series = [Series(name, thinned([
+            (float(r.get("epoch", 0)), _mean(r.get(key), len(run.peers)))
+            for r in (run.steps if key == "loss" else found)
+            if isinstance(r.get(key), list) and (key != UNION or len(run.threats) > 1)]), index)
+            for index, (name, run, found) in enumerate(zip(names, runs, measured, strict=True))]
         if series := [one for one in series if one.known()]:
-            figures.append(Figure(f"comparison_{key}", line_chart(title, series, EPOCH, axis), "Mean of the peers" + (
+            title, axis = ("Training loss", Axis("loss")) if key == "loss" else (f"Validation: {key}", PER_CENT)
+            figures.append(Figure(f"comparison_{key if key in ('loss', CLEAN, UNION) else count}", line_chart(
+                title, series, EPOCH, axis), "Mean of the peers" + (
                 "." if key == "loss" else ", averaged weights where they are kept.")))
     return figures
 

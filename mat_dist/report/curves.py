@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mat_dist.evaluation.results import ENSEMBLE
+from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies
 from mat_dist.report.charts import Axis, Chart, Figure, Series, heat_map, line_chart, stacked_bars
 from mat_dist.report.files import RunFiles
 
@@ -60,22 +60,37 @@ def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[
     return [one for one in found if one.known()]
 
 
+def validations(run: RunFiles) -> list[dict[str, Any]]:
+    """What was measured on the validation split: the peers' accuracies clean, under each threat and under their union,
+    with averaged weights where they are kept, and the same of the ensemble under ENSEMBLE."""
+    prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
+
+    def shares(told: Any, prefix: str) -> dict[str, Any]:
+        told = told if isinstance(told, dict) else {}
+        union, under = told.get(f"{prefix}robust_acc"), told.get(f"{prefix}threat_acc")
+        # Records of version 0.1 have the union alone.
+        under = under if isinstance(under, dict) else dict.fromkeys(run.threats, union) if len(run.threats) == 1 else {}
+        return {CLEAN: told.get(f"{prefix}clean_acc"), UNION: union, **{name: under.get(name) for name in run.threats}}
+
+    return [{"epoch": r.get("epoch", 0), **shares(r, prefix), ENSEMBLE: shares(r.get(prefix + ENSEMBLE), "")}
+            for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
+
+
 def training_figures(run: RunFiles) -> list[Figure]:
     """Loss, accuracy on the validation split and learning rate per peer over epochs."""
-    prefix = "ema_" if run.averaged and any(r.get("ema_clean_acc") for r in run.epochs) else ""
-    evaluated = [r for r in run.epochs if isinstance(r.get(f"{prefix}clean_acc"), list)]
+    evaluated = validations(run)
     grouped = _grouped(run.steps)
     found = []
     if loss := _curves(run, run.steps, "loss"):
         found.append(Figure("loss", line_chart("Training loss", loss, EPOCH, Axis("loss", zero=True)),
                             f"The mutual loss{grouped}; peers with other losses differ in scale."))
-    for key, title in (("robust_acc", f"Robust accuracy, validation, PGD-{run.config.eval.steps}"),
-                       ("clean_acc", "Clean accuracy, validation")):
-        if series := _curves(run, evaluated, prefix + key):
-            ensemble = [(float(r.get("epoch", 0)), member(r.get(prefix + ENSEMBLE), key)) for r in evaluated]
-            chart = line_chart(title, [*series, Series(ENSEMBLE, ensemble, -1)], EPOCH, PER_CENT)
-            found.append(Figure(f"validation_{key}", chart,
-                                f"From checkpoints, {'averaged' if prefix else 'raw'} weights."))
+    for count, key in enumerate(accuracies(run.threats)):
+        if series := _curves(run, evaluated, key):
+            ensemble = [(float(r["epoch"]), member(r[ENSEMBLE], key)) for r in evaluated]
+            attack = "" if key == CLEAN else f", PGD-{run.config.eval.steps}"
+            chart = line_chart(f"Validation: {key}{attack}", [*series, Series(ENSEMBLE, ensemble, -1)], EPOCH, PER_CENT)
+            found.append(Figure(f"validation_{count}" if key not in (CLEAN, UNION) else f"validation_{key}", chart,
+                                f"From checkpoints, {'averaged' if run.averaged else 'raw'} weights."))
     if own := _curves(run, run.steps, "train_ae_acc"):
         found.append(Figure("train_ae", line_chart("Accuracy on own AEs in training", own, EPOCH, PER_CENT),
                             f"Batches of the training{grouped}, batch norm in train mode: a diagnostic."))

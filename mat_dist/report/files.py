@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError, NotReportable, OutputError
-from mat_dist.evaluation.results import ENSEMBLE, Answers, Result, TargetResult, read_result
+from mat_dist.evaluation.results import ENSEMBLE, Answers, Result, TargetResult, present, read_result
+from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -27,6 +29,7 @@ class Evaluation:
     Attributes:
         images: which images these are.
         attack, attacks: short (PGD-20, worst attack), and complete.
+        present: whether it is about the run's best or last checkpoint; any other one is history.
         answers: (target, weights) -> image by image; empty where there is no table of images.
     """
 
@@ -38,6 +41,7 @@ class Evaluation:
     attacks: str
     threats: tuple[str, ...]
     targets: tuple[TargetResult, ...]
+    present: bool
     answers: dict[tuple[str, str], Answers]
 
 
@@ -68,9 +72,14 @@ class RunFiles:
         return any(peer.averages for peer in self.config.peers)
 
     @property
+    def threats(self) -> list[str]:
+        """The threats that the cohort was trained for."""
+        return [threat.label for threat in threats_of(self.config.peers)]
+
+    @property
     def headline(self) -> Evaluation | None:
-        """The most telling evaluation, see `read_evaluations`."""
-        return self.evaluations[0] if self.evaluations else None
+        """The most telling evaluation of the best or last checkpoint, see `read_evaluations`."""
+        return next((one for one in self.evaluations if one.present), None)
 
 
 def read_run(path: Path) -> RunFiles:
@@ -87,48 +96,62 @@ def read_run(path: Path) -> RunFiles:
     config = load_config(str(folder.config))
     notes: list[str] = []
     records = read_records(folder.metrics, notes)
-    evaluations = read_evaluations(folder.eval, config.eval.ensemble, notes)
+    evaluations = read_evaluations(folder, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
         notes.append("no evaluation on the test set: the run has not ended, or has eval.test_steps=0")
+    elif not any(one.split == "test" and one.present for one in evaluations):
+        notes.append("no evaluation on the test set of the best or last checkpoint: those that there are, of step "
+                     f"{', '.join(map(str, sorted({one.step for one in evaluations if one.split == 'test'})))}, are "
+                     "history")
     return RunFiles(folder, config, _document(folder.environment, notes), _document(folder.exit, notes),
                     [one for one in records if one["kind"] == "step"],
                     [one for one in records if one["kind"] == "epoch"], evaluations, notes)
 
 
-def read_evaluations(folder: Path, rule: str, notes: list[str]) -> list[Evaluation]:
+def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Evaluation]:
     """All result files, the most telling first: mat_dist.evaluate on the test set (with AutoAttack, then more images),
     tests of the best checkpoint, of the last, anything else; newest first. `rule` is the run's of the ensemble."""
-    found: list[tuple[tuple[object, ...], Evaluation]] = []
-    for file in sorted(folder.glob("*.json")):
-        name = _RESULT.fullmatch(file.stem)
-        if name is None:
+    results: list[Result] = []
+    for file in sorted(folder.eval.glob("*.json")):
+        if _RESULT.fullmatch(file.stem) is None:
             notes.append(f"eval/{file.name} is not shown: its name is not that of a result file")
             continue
         try:
-            result = read_result(file)
-            one = _evaluation(result, rule)
+            results.append(read_result(file))
         except NotReportable as error:
             notes.append(f"eval/{file.name} is left out: {error.what}")
+    now = present(folder, results)
+    found: list[tuple[tuple[object, ...], Evaluation]] = []
+    for result in results:
+        labels = [label for label, same in now.items() if result in same]
+        try:
+            one = _evaluation(result, rule, labels)
+        except NotReportable as error:
+            notes.append(f"eval/{result.file.name} is left out: {error.what}")
             continue
-        order = ("evaluate" if name[1].startswith("evaluate") else name[1], one.split)
-        rank = {("evaluate", "test"): 0, ("test_best", "test"): 1, ("test_last", "test"): 2}.get(order, 3)
+        kind = "evaluate" if result.file.stem.startswith("evaluate") else "test" if labels else ""
+        rank = {("evaluate", "test"): 0, ("test", "test"): 1 if "best" in labels else 2}.get((kind, one.split), 3)
         strong = "autoattack" in result.attacks, one.targets[0].n if rank == 0 else 0
         found.append(((-rank, *strong, *result.age), one))
     return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def _evaluation(result: Result, rule: str) -> Evaluation:
+def _evaluation(result: Result, rule: str, labels: Sequence[str]) -> Evaluation:
+    """`labels`: what its checkpoint is now, best or last or both."""
     def shown(target: str) -> str:
         return ENSEMBLE if target == f"{ENSEMBLE}:{rule}" else target
 
-    images, label = "validation split" if result.split == "val" else f"{result.split} set", result.checkpoint
+    images = "validation split" if result.split == "val" else f"{result.split} set"
     # A validation belongs to the checkpoint of its step; only a choice is worth a word.
-    images += f", {label} checkpoint" if label and not result.file.stem.startswith("validation") else ""
+    if labels and not result.file.stem.startswith("validation"):
+        images += f", {result.checkpoint if result.checkpoint in labels else labels[0]} checkpoint"
+    elif result.checkpoint in ("best", "last"):
+        images += f", then the {result.checkpoint} checkpoint"
     told = list(result.named_attacks())
     found = result.images if result.file.with_suffix(".csv").is_file() else {}
     return Evaluation(result.file.name, images, result.split, result.step, "worst attack" if len(told) > 1 else told[0],
                       ", ".join(told), tuple(threat.label for threat in result.threats),
-                      tuple(replace(one, target=shown(one.target)) for one in result.targets),
+                      tuple(replace(one, target=shown(one.target)) for one in result.targets), bool(labels),
                       {(shown(target), weights): one for (target, weights), one in found.items()})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import mat_dist
 from mat_dist.attacks.norms import Threat, eps_text
 from mat_dist.config import dump_config
 from mat_dist.errors import DONE
-from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, Answers, TargetResult, is_peer
+from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, Answers, TargetResult, accuracies, is_peer
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval_chart, line_chart, surface
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
@@ -154,7 +155,7 @@ def _facts(run: RunFiles) -> dict[str, object]:
     return {
         "state": status(run), "data": config.data.name, "peers": _several([p.model.name for p in peers]),
         "loss": _several([p.loss.preset for p in peers]),
-        "threat": ", ".join(dict.fromkeys(Threat(p.threat.norm, p.threat.eps).label for p in peers)),
+        "threat": ", ".join(run.threats),
         "training attack": _several([f"{p.attack.method.upper()}-{p.attack.steps}" for p in peers]),
         "training": f"{config.train.epochs} epochs of batches of {config.train.batch_size}, "
                     f"{run.steps[-1]['step'] if run.steps else 0} steps",
@@ -196,40 +197,43 @@ def chosen(run: RunFiles, one: Evaluation) -> list[TargetResult]:
 
 def accuracy_table(caption: str, one: Evaluation, targets: Sequence[TargetResult]) -> Table:
     """Accuracies with n and interval: clean, each threat, their union where there are several."""
-    columns = {"clean": "clean %", **{threat: f"{one.attack}, {threat} %" for threat in one.threats}}
-    if len(one.threats) > 1:
-        columns["union"] = "all threats %"
+    columns = {name: f"{one.attack}, {name} %" if name in one.threats else f"{name} %"
+               for name in accuracies(one.threats)}
     several = len({target.weights for target in targets}) > 1
     rows = [[Cell(t.target, t.weights if several else "", "not reportable" if t.failed else ""),
              *(with_interval(t.accuracy[key], t.n) for key in columns), t.n] for t in targets]
     return Table(caption, ["target", *columns.values(), "n"], rows)
 
 
-def interval_row(target: TargetResult) -> list[tuple[float, float, float]]:
-    """(share, low, high) of clean and robust accuracy."""
-    shares = target.accuracy["clean"], target.accuracy["union"]
-    return [(share, *wilson_interval(share, target.n)) for share in shares]
+def interval_row(target: TargetResult, names: Sequence[str]) -> list[tuple[float, float, float]]:
+    """(share, low, high) of some accuracies; not a number for one that was not measured."""
+    shares = [target.accuracy.get(name) for name in names]
+    return [(math.nan,) * 3 if share is None else (share, *wilson_interval(share, target.n)) for share in shares]
 
 
 def result_section(run: RunFiles) -> dict[str, Any]:
-    """The headline: clean and robust accuracy of each target with n and interval, as table and chart."""
+    """The headline: clean and robust accuracy of each target with n and interval, as table and chart.
+
+    What was measured on a checkpoint that is neither the best nor the last any more is history.
+    """
     one = run.headline
+    validations = [e for e in run.evaluations if e.file.startswith("validation")]
+    shown = [e for e in run.evaluations if e not in validations[1:]]
+    others = {part: [accuracy_table(f"{e.images}, step {e.step}, {e.attacks} ({e.file})", e, e.targets)
+                     for e in shown if e.present == (part == "others")] for part in ("others", "history")}
     if one is None:
-        return {"table": None}
-    targets = chosen(run, one)
+        return {"table": None, **others}
+    targets, names = chosen(run, one), accuracies(one.threats)
     weights = "averaged weights" if targets[0].weights == "ema" else "raw weights"
     chart = interval_chart(
-        f"Accuracy with 95 % intervals, n = {targets[0].n}", [(t.target, interval_row(t)) for t in targets],
-        ["clean", f"robust ({one.attack})"],
+        f"Accuracy with 95 % intervals, n = {targets[0].n}", [(t.target, interval_row(t, names)) for t in targets],
+        [f"{name} ({one.attack})" if name in one.threats else name for name in names],
         description=f"Clean and robust accuracy of {', '.join(t.target for t in targets)}")
-    validations = [e for e in run.evaluations if e.file.startswith("validation")]
     return {
         "table": accuracy_table(f"{one.images}, step {one.step}, {weights}, {one.attacks}", one, targets),
         "figures": [Figure("accuracy", chart)], "headline": _headline(one, targets),
         "unsound": [f"{t.target}: {', '.join(t.failed)}" for t in targets if t.failed],
-        "autoattack": "autoattack" in one.attacks, "alone": list(_alone(one, targets)),
-        "others": [accuracy_table(f"{e.images}, step {e.step}, {e.attacks} ({e.file})", e, e.targets)
-                   for e in run.evaluations if e not in validations[1:]]}
+        "autoattack": "autoattack" in one.attacks, "alone": list(_alone(one, targets)), **others}
 
 
 def _alone(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[Table]:
@@ -247,7 +251,9 @@ def _headline(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[tupl
     n = targets[0].n
     for label, these in (("ensemble", [t for t in targets if t.target == ENSEMBLE]),
                          ("mean of the peers", [t for t in targets if t.is_peer])):
-        for key, name in (("union", f"robust, {one.attack}"), ("clean", "clean")) if these else ():
+        for key in (*reversed(accuracies(one.threats)),) if these else ():
+            name = "clean" if key == CLEAN else f"{one.attack}, {key}" + (
+                f" of {', '.join(one.threats)}" if key == UNION else "")
             shares = [t.accuracy[key] for t in these]
             share = sum(shares) / len(shares)
             extra = (f"95 %: {with_interval(share, n).small}" if label == "ensemble" else
@@ -268,7 +274,7 @@ def class_shares(found: Answers, classes: int) -> list[tuple[int, float | None, 
 def _classes(run: RunFiles, victims: Victims | None, measured: Measured | None) -> dict[str, Any] | None:
     """From the evaluation's table of images, else from the images that the report attacked."""
     weights = "ema" if run.averaged else "raw"
-    one = next((e for e in run.evaluations if e.answers), None)
+    one = next((e for e in run.evaluations if e.answers and e.present), None)
     found: Mapping[str, Answers] = {}
     if one is not None:
         found = {target: images for (target, kind), images in one.answers.items() if kind == weights}
@@ -285,6 +291,7 @@ def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: 
     labels = [*names, *(f"class {k}" for k in range(len(names), count))]
     shares = {target: class_shares(found, count) for target, found in answers.items()}
     targets = list(shares)
+    robust = "union" if len(answers[targets[0]].correct.keys() - {CLEAN, UNION}) > 1 else "robust"
 
     def mean(k: int, part: int) -> float | None:
         known = [value for t in targets if is_peer(t) and (value := shares[t][k][part]) is not None]
@@ -294,17 +301,17 @@ def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: 
     worst = sorted(order, key=lambda k: (mean(k, 2) or 0.0, k))
     drawn = sorted(worst[:MOST_CLASSES])
     shown = targets[-MOST_TARGETS:]
-    chart = heat_map("Robust accuracy by class, %", [labels[k] for k in drawn], [*shown, "clean"],
+    chart = heat_map(f"{robust.capitalize()} accuracy by class, %", [labels[k] for k in drawn], [*shown, "clean"],
                      [[*(shares[t][k][2] for t in shown), mean(k, 1)] for k in drawn],
                      label="target; last column: clean, mean of the peers", gap=len(shown),
                      description="One row per class, one column per target, last column clean accuracy")
     ensemble = shares.get(ENSEMBLE)
     rows = [[labels[k], shares[targets[0]][k][0], *(percent(value, 1) for value in (
         mean(k, 1), mean(k, 2), *(ensemble[k][1:] if ensemble else ())))] for k in order]
-    head = ["class", "n", "clean %", "robust %", *(("ensemble clean %", "ensemble robust %") if ensemble else ())]
+    head = ["class", "n", "clean %", f"{robust} %", *(("ensemble clean %", f"ensemble {robust} %") if ensemble else ())]
     return {"source": source, "least": ", ".join(f"{labels[k]} ({percent(mean(k, 2), 1)}\u00a0%)" for k in worst[:3]),
             "figures": [Figure("classes", chart)], "folded": len(order) > MOST_CLASSES,
-            "table": Table("clean and robust: mean of the peers", head, rows)}
+            "table": Table(f"clean and {robust}: mean of the peers", head, rows)}
 
 
 # ------------------------------------------------------------------ what the report attacked

@@ -19,7 +19,8 @@ from rich.table import Table
 from mat_dist.cli import run_entry
 from mat_dist.config import Options
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import Result, read_results, show
+from mat_dist.evaluation.results import CLEAN, UNION, Result, accuracies, present, read_results, show
+from mat_dist.runs.folder import RunFolder
 
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
 # Sections that do not change what is trained or how it is evaluated; run holds the seed.
@@ -65,6 +66,11 @@ class Row:
     mean: dict[str, float]
     deviation: dict[str, float | None]
 
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one threat."""
+        return len(self.mean.keys() - {CLEAN, UNION}) > 1
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code: 0, 2 for runs that cannot be compared, 16 where there are no results."""
@@ -79,25 +85,26 @@ def print_table(words: Sequence[str]) -> None:
     for word in runs:
         found = read_run(Path(word))
         if not found:
-            print(f"mat_dist: warning: {word} has no test results yet and is left out", file=sys.stderr)
+            print(f"mat_dist: warning: {word} has no test results of its best or last checkpoint yet and is left out",
+                  file=sys.stderr)
         values += found
     if not values:
         raise NotReportable("none of the runs has test results", ", ".join(runs[:5]),
-                            "wait until they are finished, with eval.test=true")
+                            "wait until they are finished, with eval.test_steps above 0")
     rows = summarise(values)
     show(as_table(rows))
     print(as_markdown(rows))
 
 
 def read_run(folder: Path) -> list[Value]:
-    """The test results of a run, of the newest evaluation of each checkpoint (best, last).
+    """The test results of a run: of its best and its last checkpoint, the newest of each.
 
     Raises ConfigError for something that is not a run folder, NotReportable for a damaged result file.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{str(folder)!r} is not a run folder", "command line", "give folders like runs/NAME")
-    newest = {label: found[-1] for label in ("best", "last")
-              if (found := read_results(folder / "eval", f"test_{label}_step_*"))}
+    results = read_results(folder / "eval", "test_*_step_*")
+    newest = {label: found[-1] for label, found in present(RunFolder(folder), results).items() if found}
     return [value for label, result in newest.items() for value in _values(folder, label, result)]
 
 
@@ -143,13 +150,12 @@ def _names(values: Sequence[Value]) -> dict[str, str]:
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column names and texts: per cent, mean +- deviation. `union` only where there is more than one threat."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.mean))
-    threats = [key for key in keys if key not in ("clean", "union")]
-    shown = [key for key in ("clean", *threats, *(("union",) if len(threats) > 1 else ())) if key in keys]
+    """Column names and texts: per cent, mean +- deviation. `union` only of rows with more than one threat."""
+    shown = [name for name in accuracies(key for row in rows for key in row.mean if key not in (CLEAN, UNION))
+             if name != UNION or any(row.several for row in rows)]
 
     def text(row: Row, key: str) -> str:
-        if key not in row.mean:
+        if key not in row.mean or (key == UNION and not row.several):
             return "-"
         deviation = row.deviation[key]
         return f"{100 * row.mean[key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")

@@ -70,6 +70,23 @@ def test_the_newest_evaluation_counts(compare, tmp_path: Path) -> None:
     assert rows["linf 8/255"][4] == "+100.00"
 
 
+def test_an_evaluation_counts_for_the_checkpoint_that_it_was_made_of(compare, tmp_path: Path) -> None:
+    b = write(tmp_path, "b", "1" * 10)
+    write(tmp_path, "a", "1" * 10, checkpoint="best", time="1", files={"peer_0": "x"})
+    a = write(tmp_path, "a", "0" * 10, checkpoint="best", time="2", step=2)
+    (tmp_path / "a" / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "best").write_text("step_00000004\n")
+    assert compare(a, b)[0]["linf 8/255"][2] == "100.00"  # not the newer one, of another step
+    manifest = tmp_path / "a" / "checkpoints" / "step_00000004" / "manifest.json"
+    manifest.write_text('{"files": [{"name": "peer_0", "sha256": "x"}]}')
+    assert compare(a, b)[0]["linf 8/255"][2] == "100.00"
+    manifest.write_text('{"files": [{"name": "peer_0", "sha256": "y"}]}')  # trained again to the same step
+    _, code, err = compare(a, b)
+    assert code == 16 and "a was not evaluated since step 2" in err and err.count("\n") == 1
+    write(tmp_path, "a", "0" * 10, checkpoint="step_2", time="3", step=2)  # asked for by its step: never stale
+    assert compare(a, b)[0]["linf 8/255"][2] == "0.00"
+
+
 @pytest.mark.parametrize(("change", "text"), [
     ({"threats": [{"norm": "linf", "eps": "4/255"}]}, "threats linf 8/255 and linf 4/255"),
     ({"threats": [{"norm": "l2", "eps": "8/255"}]}, "threats linf 8/255 and l2 8/255"),

@@ -23,16 +23,17 @@ import torch
 from PIL import Image
 
 from mat_dist.checkpoints.load import open_run, validation_file
+from mat_dist.config.schema import ThreatConfig
 from mat_dist.evaluation.attacks import scaled
 from mat_dist.evaluation.results import Answers
 from mat_dist.report import measure as measuring
 from mat_dist.report.__main__ import main
 from mat_dist.report.charts import Axis, Series, heat_map, interval_chart, line_chart, stacked_bars, surface
-from mat_dist.report.compare import unlike
-from mat_dist.report.curves import phase_means, thinned
+from mat_dist.report.compare import comparison_page, unlike
+from mat_dist.report.curves import phase_means, thinned, training_figures
 from mat_dist.report.files import read_run
 from mat_dist.report.measure import Measured, Victims, load_victims, measure, png
-from mat_dist.report.page import class_shares, run_page
+from mat_dist.report.page import class_shares, result_section, run_page
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from tests.browser import CHROMIUM, Browser
@@ -481,6 +482,53 @@ def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_n
     assert "attack the checkpoint with AutoAttack" not in text
 
 
+def test_an_evaluation_of_a_checkpoint_that_is_no_longer_the_best_or_the_last_is_history(copy):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
+    best, last = copy.checkpoints / "best", copy.checkpoints / "latest"
+    best.write_text("step_00000004\n")
+    assert read_run(copy.path).headline.images == "test set, last checkpoint"  # what was the best is the last now
+    last.write_text("step_00000012\n")
+    read = read_run(copy.path)
+    assert (read.headline.file, read.headline.step) == ("validation_step_00000004.json", 4)
+    assert [one.step for one in read.evaluations if one.present] == [4]
+    assert any("of step 8, are history" in note for note in read.notes)
+    assert main(["--no-attack", str(copy.path)]) == 0
+    headline, _, history = page_of(copy).partition("History: evaluations of checkpoints")
+    assert "worst attack" not in headline and "autoattack" not in headline
+    assert "test set, then the best checkpoint, step 8, PGD-20 x 5, autoattack" in history
+    best.write_text("step_00000012\n")
+    assert read_run(copy.path).headline is None and main(["--no-attack", str(copy.path)]) == 0
+    assert "no evaluation of its best or last checkpoint yet" in page_of(copy)
+
+
+def test_each_threat_has_its_column_its_tile_and_its_curve_and_their_union_is_called_so(copy):
+    shares = {"clean": 0.75, "linf 1/10": 0.5, "l2 1/2": 0.5, "union": 0.25}
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab", attacks=["pgd"], targets=[
+        {"target": target, "weights": "ema", "n": 4, "accuracy": shares, "checks": []}
+        for target in ("peer0", "ensemble:prob")], threats=[{"norm": "linf", "eps": "1/10"},
+                                                            {"norm": "l2", "eps": "1/2"}])
+    run = read_run(copy.path)
+    found = result_section(run)
+    name = "PGD-20 x 5"
+    assert found["table"].head == ["target", "clean %", f"{name}, linf 1/10 %", f"{name}, l2 1/2 %", "union %", "n"]
+    assert [(label, value) for label, value, _ in found["headline"]][:4] == [
+        (f"ensemble, {name}, union of linf 1/10, l2 1/2", "25.00 %"), (f"ensemble, {name}, l2 1/2", "50.00 %"),
+        (f"ensemble, {name}, linf 1/10", "50.00 %"), ("ensemble, clean", "75.00 %")]
+    compared = comparison_page([run, run]).html
+    assert "ensemble l2 1/2 %" in compared and "ensemble union %" in compared and "robust %" not in compared
+
+    peers = [peer.model_copy(update={"threat": ThreatConfig(norm=norm, eps=eps)})
+             for peer, (norm, eps) in zip(run.config.peers, (("linf", 0.1), ("l2", 0.5)), strict=True)]
+    record = {"epoch": 1, "clean_acc": [0.9, 0.8], "robust_acc": [0.2, 0.1],
+              "threat_acc": {"linf 1/10": [0.6, 0.3], "l2 1/2": [0.2, 0.5]}}
+    two = replace(run, config=run.config.model_copy(update={"peers": tuple(peers)}),
+                  epochs=[{f"ema_{key}": value for key, value in record.items() if key != "epoch"} | {"epoch": 1}])
+    curves = {one.name: one.chart for one in training_figures(two)}
+    assert [(name, chart.title) for name, chart in curves.items() if name.startswith("validation")] == [
+        ("validation_clean", "Validation: clean"), ("validation_1", "Validation: linf 1/10, PGD-1"),
+        ("validation_2", "Validation: l2 1/2, PGD-1"), ("validation_union", "Validation: union, PGD-1")]
+
+
 def test_an_evaluation_without_checks_is_marked(copy):
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab", targets=[
         {"target": "peer0", "weights": "ema", "n": 4, "accuracy": {"clean": 1, "linf 1/10": 0.5, "union": 0.5},
@@ -542,7 +590,7 @@ def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_pa
     n, clean, robust = counted(next(other.folder.eval.glob("test_last_*.csv")))["ensemble", "raw"]
     found = rows["two|"]
     assert found[5] == f"{n}|"
-    assert [cell.split("|")[0] for cell in found[1:3]] == [f"{100 * robust / n:.2f}", f"{100 * clean / n:.2f}"]
+    assert [cell.split("|")[0] for cell in found[1:3]] == [f"{100 * clean / n:.2f}", f"{100 * robust / n:.2f}"]
     assert rows["three|"][1] == "-|"
     assert rows["peers.0.optim.lr|"] == ["peers.0.optim.lr|", "0.2|", "0.05|", "0.2|"] and "run.seed|" in rows
     assert "run.name|" not in rows and "three: no evaluation on the test set" in text

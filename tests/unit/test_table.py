@@ -22,7 +22,8 @@ def write(root: Path, run: str, seed: int, shares: dict[str, tuple[float, float]
     targets = [{"target": target, "weights": "raw", "n": 100,
                 "accuracy": {"clean": clean, **dict.fromkeys(threats, robust), "union": robust}}
                for target, (clean, robust) in shares.items()]
-    document = {"format": 2, "step": step, "split": "test", "time": time, "seed": seed, "targets": targets,
+    document = {"format": 2, "checkpoint": label, "step": step, "split": "test", "time": time, "seed": seed,
+                "targets": targets,
                 "threats": [dict(zip(("norm", "eps"), threat.split(), strict=True)) for threat in threats],
                 "attacks": ["pgd"], "plans": {"pgd": {"steps": steps, "restarts": 1}},
                 "config": {"run": {"seed": seed, "root": str(root)}, "train": {"epochs": 3, **settings}}}
@@ -70,15 +71,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(table, tmp
 
 
 def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(table, tmp_path):
-    for label, robust in (("best", 0.3), ("last", 0.2)):
-        folder = write(tmp_path, "a", 0, {"peer0": (0.5, robust)}, label=label, threats=("linf 1/10", "l2 1/2"))
+    for label, step, robust in (("best", 80, 0.3), ("last", 100, 0.2)):
+        folder = write(tmp_path, "a", 0, {"peer0": (0.5, robust)}, label=label, step=step,
+                       threats=("linf 1/10", "l2 1/2"))
     other = write(tmp_path, "b", 0, {"peer0": (0.5, 0.1)}, steps=50)
     rows, _, _ = table(folder, other)
     assert rows[0][5:] == ["clean %", "linf 1/10 %", "l2 1/2 %", "linf 8/255 %", "union %", "seeds"]
     assert [row[3:] for row in rows[2:]] == [
         ["best", "PGD-20", "50.00", "30.00", "30.00", "-", "30.00", "1"],
         ["last", "PGD-20", "50.00", "20.00", "20.00", "-", "20.00", "1"],
-        ["last", "PGD-50", "50.00", "-", "-", "10.00", "10.00", "1"]]
+        ["last", "PGD-50", "50.00", "-", "-", "10.00", "-", "1"]]
 
 
 def test_the_newest_evaluation_of_a_checkpoint_counts(table, tmp_path):
@@ -91,13 +93,35 @@ def test_the_newest_evaluation_of_a_checkpoint_counts(table, tmp_path):
     assert table(folder)[0][2][5] == "50.00"
 
 
+def point(folder: str, best: int, last: int) -> None:
+    """Let the run name its checkpoints."""
+    (Path(folder) / "checkpoints").mkdir(exist_ok=True)
+    for name, step in (("best", best), ("latest", last)):
+        (Path(folder) / "checkpoints" / name).write_text(f"step_{step:08d}\n")
+
+
+def test_a_result_counts_only_while_its_checkpoint_is_the_best_or_the_last(table, tmp_path):
+    write(tmp_path, "a", 0, {"peer0": (0.1, 0.1)}, step=30, label="best")
+    folder = write(tmp_path, "a", 0, {"peer0": (0.2, 0.2)}, step=40, label="last")
+    for best, last, expected in ((30, 40, [("best", "10.00"), ("last", "20.00")]), (30, 60, [("best", "10.00")]),
+                                 (40, 60, [("best", "20.00")])):
+        point(folder, best, last)
+        assert [(row[3], row[5]) for row in table(folder)[0][2:]] == expected
+    point(folder, 50, 60)
+    rows, code, err = table(folder)
+    assert (rows, code) == ([], 16) and "has no test results of its best or last checkpoint yet" in err
+    write(tmp_path, "a", 0, {"peer0": (0.3, 0.3)}, step=50, label="best", time="2025-01-01T00:00:00+00:00")
+    assert [(row[3], row[5]) for row in table(folder)[0][2:]] == [("best", "30.00")]
+
+
 def test_an_unfinished_run_is_left_out_and_named(table, tmp_path):
     folders = [write(tmp_path, "a-seed0", 0, {"peer0": (0.5, 0.2)}), str(tmp_path / "a-seed1")]
     (tmp_path / "a-seed1").mkdir()
     (tmp_path / "a-seed1" / "config.yaml").touch()
     rows, code, err = table(*folders)
     assert (code, rows[2][-1]) == (0, "1")
-    assert err == f"mat_dist: warning: {folders[1]} has no test results yet and is left out\n"
+    assert err == (f"mat_dist: warning: {folders[1]} has no test results of its best or last checkpoint yet and is "
+                   "left out\n")
     _, code, err = table(folders[1])
     assert code == 16 and "none of the runs has test results" in err
 

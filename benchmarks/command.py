@@ -10,7 +10,8 @@ from typing import Any
 from mat_dist.config.help import Options, nearest
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, HelpShown
+from mat_dist.screens import arrived
 
 EVERY = 5.0  # seconds between two lines about how far a long work is
 
@@ -24,13 +25,14 @@ class Command(Options):
 
 
 def read_command(words: Sequence[str], commands: Mapping[str, Options], text: str | None) -> Namespace:
-    """The options of the command that the first word names, as `command`. Without a word, `text` and SystemExit(0).
+    """The options of the command that the first word names, as `command`. Without a word, `text` and HelpShown.
 
     Raises ConfigError.
     """
     if not words or words[0] in ("-h", "--help"):
         print(text)
-        raise SystemExit(0)
+        arrived()
+        raise HelpShown
     (name,) = chosen(words[:1], list(commands), "command")
     found = commands[name].read(words[1:])
     found.command = name

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
 from mat_dist.errors import ConfigError
+from mat_dist.screens import arrived
 
 COMMANDS = {  # name: module in mat_dist, what it does
     "train": ("train", "train a cohort of peers; also under torchrun"),
@@ -37,6 +38,7 @@ def _other(words: list[str]) -> None:
     print("usage: python -m mat_dist COMMAND ...\n")
     print("\n".join(f"  {name:<10} {meaning}" for name, (_, meaning) in COMMANDS.items()))
     print("\nCOMMAND --help tells more.")
+    arrived()
 
 
 if __name__ == "__main__":

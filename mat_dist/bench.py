@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from mat_dist.errors import ConfigError, error_line
+from mat_dist.cli import run_entry
+from mat_dist.errors import ConfigError
 
 
 def main() -> int:
     """Exit code 2."""
-    error = ConfigError("the benchmarks are no longer a part of the package", "mat_dist.bench",
-                        "in the root of the repository, python -m benchmarks.speed step|naive|scale|memory, or "
-                        "python -m benchmarks.study evidence|search|reasons")
-    print(error_line(error), file=sys.stderr)
-    return error.code
+    return run_entry(refuse)
+
+
+def refuse() -> None:
+    """Raises ConfigError."""
+    raise ConfigError("the benchmarks are no longer a part of the package", "mat_dist.bench",
+                      "in the root of the repository, python -m benchmarks.speed step|naive|scale|memory, or "
+                      "python -m benchmarks.study evidence|search|reasons")
 
 
 if __name__ == "__main__":

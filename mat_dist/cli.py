@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
 
 from mat_dist.distributed.launch import Launch
-from mat_dist.errors import BUG, DONE, FINAL_CODES, MatError, StopRequested, error_line
+from mat_dist.errors import BUG, DONE, FINAL_CODES, HelpShown, MatError, StopRequested, error_line
+from mat_dist.screens import steady
 
 LOGGED = "the traceback is in the rank's log"
 
@@ -20,11 +20,17 @@ def tell(text: str) -> None:
 
 
 def run_entry(body: Callable[[], None]) -> int:
-    """Run a command's body -> exit code. No traceback reaches the screen for errors that a user can cause.
+    """Run a command's body -> exit code. A screen that is lost ends nothing, see `screens`.
 
-    Errors with a known cause reach all ranks with one text, so one rank prints them. torchrun restarts all ranks
-    on any exit code but 0: where it has restarts left, a rank whose code says that a restart cannot help leaves with 0.
+    No traceback reaches the screen for errors that a user can cause. Errors with a known cause reach all ranks with one
+    text, so one rank prints them. torchrun restarts all ranks on any exit code but 0: where it has restarts left, a
+    rank whose code says that a restart cannot help leaves with 0.
     """
+    with steady():
+        return _code(body)
+
+
+def _code(body: Callable[[], None]) -> int:
     launch = Launch()
     try:
         launch = Launch.from_environment()
@@ -36,9 +42,9 @@ def run_entry(body: Callable[[], None]) -> int:
         return DONE if launch.restarts_left and error.code in FINAL_CODES else error.code
     except KeyboardInterrupt:
         return StopRequested.code
-    except BrokenPipeError:  # `| head` closed the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
+    except HelpShown:
+        raise
+    except (Exception, SystemExit) as error:  # SystemExit: of a plug-in or a library; its code may be 0
         print(error_line(error), file=sys.stderr)
         if LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log
             traceback.print_exc()

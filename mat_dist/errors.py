@@ -95,6 +95,13 @@ class StopRequested(MatError):
     code = 75
 
 
+class HelpShown(SystemExit):
+    """`--help` ends a command with code 0. Any other SystemExit is a failure: somebody's code left in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__(DONE)
+
+
 # Restarting cannot help these: a torchrun restart that finds one of them in `exit.json` leaves at once.
 FINAL_CODES = frozenset({2, 3, 4, 5, 6, 15, 75})
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins
 from mat_dist.distributed.launch import Launch
+from mat_dist.screens import arrived
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def train(words: list[str]) -> None:
         text = describe_run(config, launch, device)
         if launch.speaks_for():
             print(text)
+            arrived()
         return
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
           open_run(config, mesh, launch, config_name=config_name(asked.config), argv=words,

@@ -24,6 +24,7 @@ PACKAGE = ROOT / "mat_dist"
 # A unit is a file or folder of mat_dist/. It imports only from units in rows above its own.
 ROWS = (
     ("errors", "rng"),
+    ("screens",),
     ("config",),
     ("distributed",),
     ("cli",),

@@ -29,6 +29,7 @@ from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError
 from mat_dist.runs.files import write_text
+from mat_dist.screens import arrived
 
 COMMANDS = {"step": ("Parts of a step, its limit, what the guards cost", 15),  # what, rounds
             "naive": ("The step against a naive and a careful trainer", 3),
@@ -105,6 +106,8 @@ def run(words: list[str]) -> None:
     print_result(result)
     if options.json:
         write_text(options.json, json.dumps(result, indent=1) + "\n")
+    else:
+        arrived()
 
 
 def measure(options: argparse.Namespace, config: Config, mesh: Any, watch: Watch) -> dict[str, Any]:

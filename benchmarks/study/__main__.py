@@ -22,6 +22,7 @@ from mat_dist.cli import run_entry
 from mat_dist.config.help import count
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import EnvironmentFault
+from mat_dist.screens import arrived
 
 HERE = Path(__file__).resolve().parents[1]  # benchmarks/
 EVIDENCE = """Trains and attacks all rows of a suite of benchmarks/evidence.yaml, and writes its tables with paired
@@ -82,6 +83,8 @@ def run(words: list[str]) -> None:
         raise EnvironmentFault("several ranks", options.command, "start it without torchrun: it starts its own runs")
     study: Callable[[argparse.Namespace], None] = importlib.import_module(f"benchmarks.study.{options.command}").main
     study(options)
+    if options.dry_run:
+        arrived()
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ from mat_dist.config.tree import (
     printable,
     section_class,
 )
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, HelpShown
+from mat_dist.screens import arrived
 
 PEER = "N"  # stands for a peer's index in the keys below
 _ENTRY = f"peers.{PEER}"
@@ -364,14 +365,15 @@ class Options(argparse.ArgumentParser):
                           help="a file of yours that registers models, norms, methods or data; may be given again")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The values of the options, and `words`: all words that are none. Help raises SystemExit(0).
+        """The values of the options, and `words`: all words that are none. Help raises HelpShown.
 
         Raises:
             ConfigError: an unknown option, or one without its value; `problems` has all of them.
         """
         if {"-h", "--help"} & set(words) or (self.needs_words and not words):
             self.print_help()
-            raise SystemExit(0)
+            arrived()
+            raise HelpShown
         try:
             found, rest = self.parse_known_args(words)
         except argparse.ArgumentError as error:

@@ -12,6 +12,7 @@ from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import UNION, Answers, Result, new_table, present, read_results, show
 from mat_dist.evaluation.statistics import Paired
 from mat_dist.runs.folder import RunFolder
+from mat_dist.screens import arrived
 
 # What two evaluations must share for their images to be paired.
 SAME = ("threats", "attacks", "plans", "autoattack", "queries", "transfer", "sources", "split", "n", "data_digest",
@@ -39,6 +40,7 @@ def compare(folders: Sequence[RunFolder]) -> None:
         if first.transfer and set(mine) != set(theirs):
             tell("AEs of other targets count too, and these runs were evaluated with other targets: transfer=false "
                  "gives both the same attacks")
+    arrived()
 
 
 def answers(result: Result) -> dict[str, Answers]:

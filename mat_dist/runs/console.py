@@ -103,8 +103,14 @@ def results_table(rows: Sequence[TableRow]) -> Table:
     return table
 
 
-def print_table(table: Table, screen: Console) -> None:
+def own_console() -> Console:
+    """Standard output. The stream itself counts: CI services that set FORCE_COLOR do not thereby have a screen."""
+    return Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
+
+
+def print_table(table: Table, screen: Console | None = None) -> None:
     """Print on `screen`; where that is no terminal, without ANSI codes and at least 100 columns wide."""
+    screen = screen or own_console()
     if not screen.is_terminal:
         screen = Console(file=screen.file, width=max(PLAIN_WIDTH, screen.width), color_system=None,
                          force_terminal=False, force_interactive=False)
@@ -126,11 +132,8 @@ class Screen:
 
 
 def choose_screen(mode: ConsoleMode, console: Console | None = None) -> Screen:
-    """`auto`: live on a terminal, else plain. `live` without a terminal is plain too: a log file cannot be redrawn.
-
-    What counts is the stream itself: CI services that set FORCE_COLOR do not thereby have a screen.
-    """
-    console = console if console is not None else Console(force_terminal=sys.stdout.isatty())
+    """`auto`: live on a terminal, else plain. `live` without a terminal is plain too: a log file cannot be redrawn."""
+    console = console or own_console()
     if mode == "off":
         return Screen()
     redraws = console.is_terminal and not console.is_dumb_terminal

@@ -35,6 +35,7 @@ from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
+from mat_dist.screens import loss
 
 T = TypeVar("T")
 BEAT_SECONDS = 30  # a lock is stale after 120 s
@@ -79,6 +80,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
         folder, attempt = RunFolder(Path(told["path"])), told["attempt"]
         log = rank_logger(folder.path, mesh.placement.rank)
         stack.callback(close_logger, log)
+        stack.callback(_note_lost_screen, log)
         names = mesh.gather_json(device_name(mesh.device))
         if lead:
             agree.run("environment", write_environment, folder, attempt=attempt, argv=argv, devices=names,
@@ -95,6 +97,11 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
             raise known from known.__cause__
         if lead:
             write_exit(folder, attempt, None, "done")
+
+
+def _note_lost_screen(log: logging.Logger) -> None:
+    if (lost := loss()) is not None:
+        log.warning("the screen did not show all lines: %s", lost)
 
 
 def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, launch: Launch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mat_dist.cli import run_entry
 from mat_dist.config import Options
 from mat_dist.errors import ConfigError
+from mat_dist.screens import arrived
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def print_hashes(words: Sequence[str]) -> None:
         if any(hashes != found[0] for hashes in found):
             raise CheckpointError("the runs differ", ", ".join(runs), "compare the lines above")
         print(f"all {len(found)} runs are bitwise equal")
+    arrived()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from mat_dist.config import Options
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import CLEAN, UNION, Result, accuracies, present, read_results, show
 from mat_dist.runs.folder import RunFolder
+from mat_dist.screens import arrived
 
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
 # Sections that do not change what is trained or how it is evaluated; run holds the seed.
@@ -94,6 +95,7 @@ def print_table(words: Sequence[str]) -> None:
     rows = summarise(values)
     show(as_table(rows))
     print(as_markdown(rows))
+    arrived()
 
 
 def read_run(folder: Path) -> list[Value]:

@@ -17,6 +17,7 @@ from mat_dist.config import TrainingOptions, config_name, config_warnings, count
 from mat_dist.config.schema import Config, parse_trackers
 from mat_dist.distributed.launch import Endpoint, Launch
 from mat_dist.errors import EnvironmentFault
+from mat_dist.screens import arrived
 from mat_dist.tools.check import Answer, Report, machine
 
 
@@ -55,6 +56,8 @@ def check(words: list[str], report: Report) -> None:
     else:
         report.show()
     report.complain()
+    if not report.code:
+        arrived()
 
 
 def _load(options: Namespace) -> Answer[Config]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mat_dist.checkpoints import json_digest, read_best, step_name
+from mat_dist.checkpoints import json_digest, load_manifest, read_best, step_name
 from mat_dist.checkpoints.load import EMA, FinishedRun, candidates, open_run
 from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
@@ -24,8 +24,9 @@ from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
-from mat_dist.evaluation.results import accuracies, new_table, show
+from mat_dist.evaluation.results import HEADLINE, Verdict, accuracies, new_table, show
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
+from mat_dist.evaluation.soundness import judge_training
 from mat_dist.evaluation.survivors import (
     VOLATILE,
     Chunks,
@@ -45,10 +46,12 @@ NOT_DIGESTED = ("format", "run", "config", *VOLATILE)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation whose models and images are loaded: its chunks, and what the result file says about it."""
+    """An evaluation whose models and images are loaded: its chunks, what the result file says about it, and what is to
+    be said of the training."""
 
     work: Work
     about: dict[str, Any]
+    training: Verdict
 
     @property
     def name(self) -> str:
@@ -118,6 +121,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     targets = make_targets(names, run.peers, run.models(mesh.device),
                            [str(spec.name) for spec in config.peers if spec.frozen])
     sources, told = load_sources(request.sources, run.images, config, mesh.device)
+    newest = load_manifest(folder) if label == "best" else run.manifest
     about = about_run(run, label, device_name(mesh.device)) | asked(request, config, job, names) | {
         "n": len(samples_N), "data_digest": data.digest, "weights": run.weights,
         "chosen_on_validation": run.chosen_peer(), **({"sources": told} if told else {})}
@@ -125,7 +129,8 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
         about["versions"]["pyautoattack"] = metadata.version("pyautoattack")
     about["digest"] = json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     return Evaluation(Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
-                           save=request.save, sources=sources), about)
+                           save=request.save, sources=sources), about, judge_training(
+                               config, newest.meta, newest.step))
 
 
 def check_images(data: DataSets, run: FinishedRun) -> None:
@@ -150,19 +155,22 @@ def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> d
 def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[str, list[str]]:
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
     about = evaluation.about
-    path = write_result(folder.eval, evaluation.name, about, {about["weights"]: chunks}, checked=True)
-    found = gather(chunks, about["weights"])
+    path = write_result(folder.eval, evaluation.name, about, {about["weights"]: chunks}, checked=True,
+                        training=[evaluation.training])
+    found = gather(chunks, about["weights"], [evaluation.training])
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
     show(attacks_table(found))
     if about.get("sources"):
         show(sources_table(found))
     show(as_table(title.replace("[", r"\["), found))
+    for reason in dict.fromkeys(f"{v.check}: {v.found}" for one in found for v in one.failed if v.check in HEADLINE):
+        tell(f"not reportable, {reason}")
     if len(candidates(evaluation.work.config.peers)) > 1:
         tell(f"peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     tell(str(path))
     return str(path), [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"
-                       for one in found for v in one.failed]
+                       for one in found for v in one.failed if v.check not in HEADLINE]
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def read(folder: RunFolder) -> Result:
         if results:
             what += f" since step {results[-1].step}, whose checkpoint is neither its best nor its last any more"
         raise NotReportable(what, str(folder.eval), f"run python -m mat_dist.evaluate {folder.path}")
-    if not found[-1].reportable:
+    if not found[-1].sound:
         raise NotReportable(f"the newest evaluation of {folder.name} failed its checks, or had none",
                             str(found[-1].file), "see its checks, and docs/evaluation.md")
     return found[-1]

@@ -30,6 +30,9 @@ from mat_dist.runs.folder import RunFolder
 FORMAT = 2
 CLEAN, UNION, ENSEMBLE = "clean", "union", "ensemble"
 UNCHECKED = "no checks were made"
+FEW, CHANCE, UNDERTRAINED = "too few images", "near chance", "undertrained"
+HEADLINE = (FEW, CHANCE, UNDERTRAINED)  # what a number lacks that is sound and must not be reported all the same
+FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points and more
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
 REPAIR = "remove it, or run the evaluation again"
@@ -73,9 +76,10 @@ class TargetResult:
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that failed, or UNCHECKED; the numbers must not be reported then."""
+        few = (FEW,) if self.n < FEWEST_IMAGES else ()  # files of version 0.1, and of a training, do not say it
         if self.checks == ():  # a training's own evaluations have no checks at all
-            return (UNCHECKED,)
-        return tuple(dict.fromkeys(check.check for check in self.checks or () if not check.passed))
+            return (UNCHECKED, *few)
+        return tuple(dict.fromkeys((*(check.check for check in self.checks or () if not check.passed), *few)))
 
     @property
     def is_peer(self) -> bool:
@@ -137,6 +141,12 @@ class Result:
     def number(self) -> int:
         found = re.search(r"-(\d+)$", self.file.stem)
         return int(found[1]) if found else 1
+
+    @property
+    def sound(self) -> bool:
+        """Whether there were soundness checks, and all were passed; a headline needs more."""
+        failed = {name for one in self.targets for name in one.failed if one.checks}
+        return bool(self.reportable) or (self.reportable is False and bool(failed) and failed <= {*HEADLINE})
 
     @property
     def age(self) -> tuple[str, int, int]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.random_search import noisy, random_search
+from mat_dist.checkpoints import Meta
+from mat_dist.config.schema import Config
 from mat_dist.evaluation.attacks import (
     FGSM,
     NOISE_DRAWS,
@@ -29,7 +31,8 @@ from mat_dist.evaluation.attacks import (
     crafted,
     predict,
 )
-from mat_dist.evaluation.results import Verdict
+from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, UNDERTRAINED, Verdict
+from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.models.modes import frozen
 
 OWN_STEPS = 20  # of our attacks where the request has no PGD
@@ -38,6 +41,8 @@ SAME_LOGITS = 1e-4  # largest distance of normalised logits that count as equal;
 BATCHES = (1, 7, 64)
 MOST_ZERO = 0.01  # share of images whose gradient may vanish
 BEATEN, MORE = 0.002, 0.01  # shares that another attack may break beyond ours: any; ours with twice the steps
+FROM_CHANCE = 0.1  # of the way from chance to all right, which a model that has learnt something has gone
+FEWEST_EPOCHS = 5  # passes over the training images, where the weights were not trained before
 LARGE = 0.5  # change of every pixel that should reach chance
 
 CHECKS = {
@@ -198,6 +203,34 @@ def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
                          if check in found or (check == "monotone" and "half" in found)]
     order = list(CHECKS)
     return sorted(verdicts, key=lambda v: (v.threat, order.index(v.check)))
+
+
+def judge_headline(clean: float, labels: Sequence[int], classes: int) -> list[Verdict]:
+    """Whether an accuracy may stand for a model: on enough images, and of one that has learnt something.
+
+    Chance is what the answer that is right most often would give.
+
+    Args:
+        clean: share that is right without an attack.
+        labels: of the images.
+    """
+    n, chance = len(labels), max(1 / classes, Counter(labels).most_common(1)[0][1] / len(labels))
+    learnt = wilson_interval(clean, n)[0] > chance + FROM_CHANCE * (1 - chance)
+    return [Verdict(FEW, "", n >= FEWEST_IMAGES, f"{n} images of at least {FEWEST_IMAGES}"),
+            Verdict(CHANCE, "", learnt, f"{100 * clean:.1f} % right without an attack, by chance {100 * chance:.1f} %")]
+
+
+def judge_training(config: Config, meta: Meta, step: int) -> Verdict:
+    """Whether the training is over, and was long enough to tell what it is worth.
+
+    Args:
+        meta, step: of the newest checkpoint. What another program trained is not judged.
+    """
+    theirs, cut = "imported" in meta.extra, config.train.max_steps is not None and step >= config.train.max_steps
+    started = all(peer.init_from for peer in config.peers if not peer.frozen)
+    over = meta.epoch >= config.train.epochs or cut
+    found = f"{meta.epoch} of {config.train.epochs} epochs" + (f", at least {FEWEST_EPOCHS} are needed" if over else "")
+    return Verdict(UNDERTRAINED, "", theirs or (over and (started or meta.epoch >= FEWEST_EPOCHS)), found)
 
 
 def _of_model(check: str, found: Mapping[str, int]) -> tuple[bool, str]:

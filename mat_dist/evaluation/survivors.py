@@ -20,7 +20,7 @@ from mat_dist.checkpoints import json_digest
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.evaluation.attacks import Job
 from mat_dist.evaluation.results import CLEAN, COLUMNS, FORMAT, UNION, Verdict
-from mat_dist.evaluation.soundness import judge, total
+from mat_dist.evaluation.soundness import judge, judge_headline, total
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.files import parse_json, write_json, write_text
 from mat_dist.runs.record import versions
@@ -91,8 +91,8 @@ def share(flags_N: Tensor) -> float:
     return flags_N.double().mean().item()
 
 
-def gather(chunks: Chunks, weights: str) -> list[Survivors]:
-    """What every target did on all chunks, in order."""
+def gather(chunks: Chunks, weights: str, training: Sequence[Verdict] = ()) -> list[Survivors]:
+    """What every target did on all chunks, in order. `training`: what is to be said of the model's training."""
     labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
     found = []
     for name, first in chunks[0]["predictions"].items():
@@ -109,7 +109,12 @@ def gather(chunks: Chunks, weights: str) -> list[Survivors]:
                 for threat, attacks in first["threats"].items()}
         counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
         rounded = {threat: correct(threat, part="rounded") for threat in chunks[0]["rounded"].get(name, {})}
-        found.append(Survivors(name, weights, correct(CLEAN), held, judge(total(counts)) if counts else [], rounded))
+        clean_N, verdicts = correct(CLEAN), list[Verdict]()
+        if counts:
+            sums = total(counts)
+            headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"])
+            verdicts = [*judge(sums), *headline, *training]
+        found.append(Survivors(name, weights, clean_N, held, verdicts, rounded))
     return found
 
 
@@ -144,7 +149,7 @@ def about_job(job: Job, chunk: int) -> dict[str, Any]:
 
 
 def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mapping[str, Chunks], *,
-                 checked: bool, images: bool = True) -> Path:
+                 checked: bool, images: bool = True, training: Sequence[Verdict] = ()) -> Path:
     """Write the table of images, then the document -> the latter's path.
 
     A file of that name which says anything else but for the time stays, and -2, -3, ... is appended.
@@ -154,11 +159,12 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
         found: weights -> chunks.
         checked: whether soundness checks were wanted.
         images: write the table too.
+        training: as for `gather`.
 
     Raises OutputError when the folder cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
+    survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights, training)]
     targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
     some = next(iter(found.values()))
     warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})

@@ -12,7 +12,15 @@ from typing import Any
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import ConfigError, NotReportable, OutputError
-from mat_dist.evaluation.results import ENSEMBLE, Answers, Result, TargetResult, present, read_result
+from mat_dist.evaluation.results import (
+    ENSEMBLE,
+    FEWEST_IMAGES,
+    Answers,
+    Result,
+    TargetResult,
+    present,
+    read_result,
+)
 from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
@@ -109,8 +117,9 @@ def read_run(path: Path) -> RunFiles:
 
 
 def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Evaluation]:
-    """All result files, the most telling first: mat_dist.evaluate on the test set (with AutoAttack, then more images),
-    tests of the best checkpoint, of the last, anything else; newest first. `rule` is the run's of the ensemble."""
+    """All result files, the most telling first: on the test set, on enough images, by mat_dist.evaluate (with
+    AutoAttack, then more images), tests of the best checkpoint, of the last, anything else; newest first. `rule` is
+    the run's of the ensemble."""
     results: list[Result] = []
     for file in sorted(folder.eval.glob("*.json")):
         if _RESULT.fullmatch(file.stem) is None:
@@ -130,9 +139,10 @@ def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Eva
             notes.append(f"eval/{result.file.name} is left out: {error.what}")
             continue
         kind = "evaluate" if result.file.stem.startswith("evaluate") else "test" if labels else ""
+        enough = one.targets[0].n >= FEWEST_IMAGES
         rank = {("evaluate", "test"): 0, ("test", "test"): 1 if "best" in labels else 2}.get((kind, one.split), 3)
         strong = "autoattack" in result.attacks, one.targets[0].n if rank == 0 else 0
-        found.append(((-rank, *strong, *result.age), one))
+        found.append(((rank < 3, enough, -rank, *strong, *result.age), one))
     return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 

@@ -242,7 +242,11 @@ def test_files_say_what_was_done(run: Path, evaluate: Evaluate) -> None:
     assert found["plans"]["pgd"]["step_size"] == {"linf 8/255": 2.5 * 8 / 255 / 2}
     assert found["config"]["peers"][0]["threat"]["eps"] == 0.1
     assert torch.__version__.startswith(found["versions"]["torch"])
-    assert found["chosen_on_validation"] in ("peer0", "peer1") and found["reportable"] is True
+    assert found["chosen_on_validation"] in ("peer0", "peer1")
+    assert found["reportable"] is False and [v["check"] for v in targets(found)["peer0"]["checks"] if not v["passed"]
+                                             ] == ["too few images", "undertrained"]
+    for reason in ("too few images: 15 images of at least 300", "undertrained: 3 of 3 epochs, at least 5 are needed"):
+        assert f"not reportable, {reason}\n" in found["out"]
     assert "peer to deploy, chosen on the validation split: peer" in found["out"]
     assert len(found["rows"]) == 15 * 2 * 2 and found["rows"][0].keys() >= {"sample", "label", "prediction", "robust"}
 

@@ -147,7 +147,7 @@ def test_the_headline_is_what_the_rows_of_the_test_say(run):
     rows = Page(page_of(run.folder)).rows
     for (target, weights), (n, clean, robust) in counted(file).items():
         if weights == "ema":
-            cells = [f"{target}|"]
+            cells = [f"{target}|not reportable|"]  # on 40 images
             for k in (clean, robust):
                 low, high = wilson(k, n)
                 cells.append(f"{100 * k / n:.2f}|{100 * low:.1f} – {100 * high:.1f}|")
@@ -476,7 +476,8 @@ def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_n
     text = page_of(copy)
     rows = Page(text).rows
     interval = "25.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(1, 4)))
-    assert ["peer0|", "75.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(3, 4))), interval, "4|"] in rows
+    clean = "75.00|{:.1f} – {:.1f}|".format(*(100 * end for end in wilson(3, 4)))
+    assert ["peer0|not reportable|", clean, interval, "4|"] in rows
     assert ["peer0|", "50.00|", "50.00|"] in rows
     assert "Do not report these numbers" in text and "peer1: zero gradients" in text
     assert "attack the checkpoint with AutoAttack" not in text
@@ -499,6 +500,14 @@ def test_an_evaluation_of_a_checkpoint_that_is_no_longer_the_best_or_the_last_is
     best.write_text("step_00000012\n")
     assert read_run(copy.path).headline is None and main(["--no-attack", str(copy.path)]) == 0
     assert "no evaluation of its best or last checkpoint yet" in page_of(copy)
+
+
+def test_too_few_images_do_not_lead_where_a_test_had_enough(copy):
+    evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")  # AutoAttack on 4 images
+    assert read_run(copy.path).headline.file.startswith("evaluate")
+    for file in copy.eval.glob("test_best_*.json"):
+        file.write_text(file.read_text().replace('"n": 40', '"n": 400'))
+    assert read_run(copy.path).headline.file.startswith("test_best")
 
 
 def test_each_threat_has_its_column_its_tile_and_its_curve_and_their_union_is_called_so(copy):
@@ -588,7 +597,7 @@ def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_pa
     text = page_of(run.folder, "comparison.html")
     rows = {row[0]: row for row in Page(text).rows if row}
     n, clean, robust = counted(next(other.folder.eval.glob("test_last_*.csv")))["ensemble", "raw"]
-    found = rows["two|"]
+    found = rows["two (not reportable)|"]  # 40 images
     assert found[5] == f"{n}|"
     assert [cell.split("|")[0] for cell in found[1:3]] == [f"{100 * clean / n:.2f}", f"{100 * robust / n:.2f}"]
     assert rows["three|"][1] == "-|"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mat_dist.checkpoints import Meta
+from mat_dist.config import load_config
 from mat_dist.errors import NotReportable
-from mat_dist.evaluation.results import read_images, read_result, read_results
+from mat_dist.evaluation.results import Result, TargetResult, Verdict, read_images, read_result, read_results
+from mat_dist.evaluation.soundness import judge_headline, judge_training
 
 SHARES = {"clean": 0.75, "linf 1/10": 0.5, "union": 0.5}
 NEW: dict[str, Any] = {
@@ -86,3 +90,43 @@ def test_results_come_from_the_oldest_to_the_newest(tmp_path: Path) -> None:
     for number, time in (("", "2"), ("-2", "2"), ("-10", "2"), ("-3", "1")):
         write(tmp_path, NEW | {"time": time}, name=f"test_best_step_00000008{number}")
     assert [one.number for one in read_results(tmp_path, "test_best_*")] == [3, 1, 2, 10]
+
+
+# ------------------------------------------------------------------------------------------------ what is reportable
+
+
+@pytest.mark.parametrize(("clean", "labels", "failed"), [
+    (0.9, [0, 1] * 6, ["too few images"]), (0.9, [0, 1] * 149, ["too few images"]), (0.9, [0, 1] * 150, []),
+    (0.54, [0, 1] * 5000, ["near chance"]), (0.6, [0, 1] * 5000, []),
+    (0.18, list(range(10)) * 100, ["near chance"]), (0.3, list(range(10)) * 100, []),
+    (0.92, [0] * 900 + [1] * 100, ["near chance"]),  # nine of ten by always saying 0
+    (0.0, [0, 1] * 6, ["too few images", "near chance"])])
+def test_few_images_and_models_near_chance_are_no_headline(clean: float, labels: list[int], failed: list[str]) -> None:
+    verdicts = judge_headline(clean, labels, len(set(labels)))
+    assert [one.check for one in verdicts if not one.passed] == failed
+    assert all(str(len(labels)) in one.found for one in verdicts if one.check == "too few images")
+
+
+@pytest.mark.parametrize(("epoch", "settings", "extra", "passed"), [
+    (15, [], {}, True), (14, [], {}, False), (4, ["train.epochs=4"], {}, False), (5, ["train.epochs=5"], {}, True),
+    (6, ["train.max_steps=90"], {}, True), (1, ["train.max_steps=20"], {}, False),
+    (3, ["train.epochs=3", "peers.all.init_from=runs/a"], {}, True),  # fine-tuning
+    (1, ["train.epochs=3", "peers.all.init_from=runs/a"], {}, False), (0, [], {"imported": {}}, True)])
+def test_an_unfinished_and_a_short_training_are_no_headline(epoch: int, settings: list[str], extra: dict[str, Any],
+                                                           passed: bool) -> None:
+    config = load_config(None, settings)
+    meta = Meta(epoch, (), "", "", extra)
+    verdict = judge_training(config, meta, 15 * epoch)
+    assert verdict.passed is passed and verdict.found.startswith(f"{epoch} of {config.train.epochs} epochs")
+
+
+def test_a_result_that_is_only_too_small_for_a_headline_is_sound() -> None:
+    def result(*checks: tuple[str, bool]) -> Result:
+        verdicts = tuple(Verdict(check, "", passed, "") for check, passed in checks)
+        target = TargetResult("peer0", "raw", 400, {}, checks=verdicts)
+        return Result(1, "test", "", 0, (), (target,), {}, (), reportable=all(passed for _, passed in checks))
+
+    assert result(("noise", True)).sound and result(("noise", True), ("undertrained", False)).sound
+    assert not result(("noise", False)).sound and not result(("noise", False), ("undertrained", False)).sound
+    assert not replace(result(), reportable=False).sound  # no checks were made
+    assert TargetResult("peer0", "raw", 12, {}).failed == ("too few images",)  # a file that says nothing of it

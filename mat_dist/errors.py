@@ -10,6 +10,11 @@ DONE = 0
 BUG = 70
 
 
+def printable(text: object) -> str:
+    """As text that can be printed and stored: bytes of a file name that are no UTF-8 become escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 class MatError(Exception):
     """A failure with a known cause. `guilty` are the ranks that can no longer tell of it.
 
@@ -23,7 +28,7 @@ class MatError(Exception):
     guilty: tuple[int, ...] = ()
 
     def __init__(self, what: str, where: str, how: str) -> None:
-        self.what, self.where, self.how = (" ".join(str(part).split()) for part in (what, where, how))
+        self.what, self.where, self.how = (" ".join(printable(part).split()) for part in (what, where, how))
         super().__init__(f"{self.what} ({self.where}): {self.how}")
 
     def __reduce__(self) -> tuple:

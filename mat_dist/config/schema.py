@@ -76,7 +76,7 @@ class DataConfig(Section):
                             "that all ranks map; auto chooses by size")
     cache: str | None = Field(None, description="folder of decoded-image caches; default: ~/.cache/mat_dist")
     on_bad: Literal["stop", "skip"] = Field("stop", description="an image file that cannot be read: stop, or leave the "
-                                                                "sample out on all ranks (at most 0.1 %)")
+                                                                "sample out on all ranks (a few at most)")
     generated: str | None = Field(None, description="uncompressed .npz of generated training images: image, uint8 "
                                                     "(N, H, W, C), and label")
     generated_share: Number = Field(0.0, ge=0, lt=1, description="their share of each batch (DM-AT: 0.7); an epoch is "

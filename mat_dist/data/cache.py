@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,19 +31,22 @@ _PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of
 
 @dataclass(frozen=True)
 class Chunk:
-    """Decoded images (n, C, H, W) in order, and the files of the same stretch that could not be read."""
+    """Decoded images (n, C, H, W) in order, the files of the same stretch that could not be read, and what was
+    converted: how many images of each kind."""
 
     images: np.ndarray
     skipped: list[str]
+    told: Counter[str]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `<key>.json` says of the training and the test images: SHA-256 and the files that were left out; when the
-    image file was written; and a digest of all this and of 64 stretches of the images."""
+    """What `<key>.json` says of the training and the test images: SHA-256 and the files that were left out; what was
+    converted; when the image file was written; and a digest of all this and of 64 stretches of the images."""
 
     image_sha256: tuple[str, str]
     skipped: tuple[tuple[str, ...], tuple[str, ...]]
+    told: dict[str, int]
     mtime_ns: int
     seal: str = ""
 
@@ -52,7 +56,8 @@ class Manifest:
         try:
             fields = json.loads(text)
             (train_sha, test_sha), (train, test) = fields["image_sha256"], fields["skipped"]
-            return cls((train_sha, test_sha), (tuple(train), tuple(test)), fields["mtime_ns"], fields["seal"])
+            return cls((train_sha, test_sha), (tuple(train), tuple(test)), fields["told"], fields["mtime_ns"],
+                       fields["seal"])
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -144,10 +149,12 @@ class Cache:
             part.unlink(missing_ok=True)
             self.check_space()
             with open(part, "wb", opener=_private) as file:
-                (train_sha, train_skipped), (test_sha, test_skipped) = (_write(file, split) for split in (train, test))
+                (train_sha, train_gone, told), (test_sha, test_gone, more) = (_write(file, split)
+                                                                              for split in (train, test))
                 file.flush()
                 os.fsync(file.fileno())
-            manifest = Manifest((train_sha, test_sha), (train_skipped, test_skipped), part.stat().st_mtime_ns)
+            manifest = Manifest((train_sha, test_sha), (train_gone, test_gone), dict(told + more),
+                                part.stat().st_mtime_ns)
             manifest = manifest.sealed(part)
             os.replace(part, self.image_file)
             with open(part, "w", opener=_private) as file:
@@ -164,12 +171,13 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _write(file: BinaryIO, chunks: Iterable[Chunk]) -> tuple[str, tuple[str, ...]]:
-    """Append the images -> their SHA-256, the files that were left out."""
-    digest, skipped = hashlib.sha256(), list[str]()
+def _write(file: BinaryIO, chunks: Iterable[Chunk]) -> tuple[str, tuple[str, ...], Counter[str]]:
+    """Append the images -> their SHA-256, the files that were left out, what was converted."""
+    digest, skipped, told = hashlib.sha256(), list[str](), Counter[str]()
     for chunk in chunks:
         content = np.ascontiguousarray(chunk.images).reshape(-1).data
         file.write(content)
         digest.update(content)
         skipped += chunk.skipped
-    return digest.hexdigest(), tuple(skipped)
+        told += chunk.told
+    return digest.hexdigest(), tuple(skipped), told

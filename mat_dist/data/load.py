@@ -15,7 +15,7 @@ from mat_dist.config.schema import DataConfig
 from mat_dist.data.arrays import generated_images
 from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError, DataError
+from mat_dist.errors import ConfigError, DataError, printable
 
 DEVICE_SHARE = 0.25  # of the free device memory may be filled with images by residency auto
 RANGE_TOLERANCE = 1e-4  # rounding of resizing libraries; 0 - 3e-8 was refused by others and annoyed users
@@ -71,7 +71,7 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
     if sampled_rows(train) < len(train):
         notes.append(f"channel means and deviations are those of {sampled_rows(train)} of {len(train)} training images")
     return DataSets(train, whole.select(val_rows), test if test_rows is None else test.select(test_rows), raw.classes,
-                    digest, tuple(notes), generated)
+                    digest, tuple(map(printable, notes)), generated)
 
 
 def _check_settings(config: DataConfig) -> None:

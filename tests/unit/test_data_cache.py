@@ -20,8 +20,9 @@ from mat_dist.data import ImageSet, load_data
 from mat_dist.data import cache as module
 from mat_dist.data import folder as folder_module
 from mat_dist.data.cache import cache_folder
-from mat_dist.data.folder import list_images, load_folder
+from mat_dist.data.folder import load_folder
 from mat_dist.data.images import RawData
+from mat_dist.data.listing import list_images
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError, OutputError, StopRequested
 from tests.unit.data_files import write_folder
@@ -255,11 +256,11 @@ class Reader:
         monkeypatch.setattr(folder_module, "read_image", self)
         monkeypatch.setattr(folder_module.os, "sched_getaffinity", lambda _: {0})  # one thread: files are read in order
 
-    def __call__(self, path: Path, side: int | None) -> np.ndarray:
+    def __call__(self, path: Path, side: int | None, tell) -> np.ndarray:
         self.count += 1
         if self.count == self.at:
             self.action()
-        return self.real(path, side)
+        return self.real(path, side, tell)
 
 
 @pytest.mark.parametrize("at", [2, 18, 40, 66])  # the first image is also read for its size

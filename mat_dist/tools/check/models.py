@@ -19,7 +19,7 @@ from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch
 from mat_dist.data import as_float, load_data, training_batches
 from mat_dist.data.arrays import generated_images
-from mat_dist.data.folder import preview_folder
+from mat_dist.data.folder import Decoder
 from mat_dist.errors import DataError, NonFinite, PeerFailed
 from mat_dist.models.registry import DTYPES, Images, make_model, parameter_count
 from mat_dist.tools.check import Answer
@@ -66,17 +66,19 @@ def check_data(config: Config) -> Answer[Sample]:
     """
     wanted = config.data
     if wanted.name == "folder":
-        preview = preview_folder(wanted, SHOWN)
-        if preview is not None:
-            shown, listing, cache = preview
-            x_BCHW, classes = as_float(shown.images, DTYPES[config.step.precision]), len(listing.classes)
+        decoder = Decoder.open(wanted)
+        cache = decoder.cache() if decoder.maps else None
+        if cache is not None and cache.look()[0] is None:
+            cache.check_space()
+            shown, classes = decoder.sample(SHOWN), len(decoder.listing.classes)
+            x_BCHW = as_float(shown.images, DTYPES[config.step.precision])
             sample = Sample(rough(shown.shape, classes), x_BCHW, shown.labels, cache.nbytes, mapped=True)
             _check_sample(sample, wanted)
             if wanted.generated is not None:
                 generated_images(wanted.generated, shown.shape, classes)
-            return Answer(sample, f"{listing.count} images of {classes} classes, {_size(shown.shape)}; "
-                                  f"{len(x_BCHW)} of them decode; the run will build a cache of "
-                                  f"{cache.nbytes / GIB:.1f} GiB in {cache.folder}")
+            found = (f"{decoder.listing.count} images of {classes} classes, {_size(shown.shape)}; {len(x_BCHW)} of "
+                     f"them decode; the run will build a cache of {cache.nbytes / GIB:.1f} GiB in {cache.folder}")
+            return Answer(sample, "; ".join([found, *decoder.listing.notes]))
     try:
         data = load_data(wanted.model_copy(update={"download": False}), seed=config.run.seed,
                          batch_size=config.train.batch_size)

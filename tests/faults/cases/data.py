@@ -134,19 +134,21 @@ def damaged_image(lab: Lab, code: int) -> None:
 
 @case(26, "damaged image file", "skipped on all ranks", code=0)
 def skipped_image(lab: Lab, code: int) -> None:
-    """data.on_bad=skip leaves one of 2000 out, on all ranks the same; two are too many."""
+    """data.on_bad=skip leaves ten of 1000 out, on all ranks the same; eleven are too many."""
     root = save_folder(lab.folder / "images", count=500)
-    for bad in ("003.jpg", "004.jpg"):
-        (root / "train" / "dog" / bad).write_bytes(b"")
-        words = [word for word in lab.words(name=f"run-{bad}") if not word.startswith("data.")]
+    bad = [root / "train" / "dog" / f"{number:03}.jpg" for number in range(3, 14)]
+    for count in (10, 11):
+        for file in bad[:count]:
+            file.write_bytes(b"")
+        words = [word for word in lab.words(name=f"run-{count}") if not word.startswith("data.")]
         group = lab.start((), [*words, "data.name=folder", f"data.root={root}", "data.on_bad=skip", "train.max_steps=2",
                                "data.image_size=8"])
-        end = lab.end(group, name=f"run-{bad}")
-        if bad == "003.jpg":
+        end = lab.end(group, name=f"run-{count}")
+        if count == 10:
             lab.expect_end(end, code)
-            lab.expect("images were left out: train/dog/003.jpg" in end.text, "the skipped file is not told")
+            lab.expect("10 unreadable images were left out: train/dog/003.jpg" in end.text, "skipped files are not told")
         else:
-            lab.expect(end.code == DATA and "0.1 %" in end.message, f"two of 1000 were skipped: {end.message}")
+            lab.expect(end.code == DATA and "at most 10" in end.message, f"11 of 1000 were skipped: {end.message}")
 
 
 @case(27, "pixel bomb, npz bomb", code=DATA, bound=5)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins
 from mat_dist.distributed.launch import Launch
-from mat_dist.screens import arrived
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +37,7 @@ def train(words: list[str]) -> None:
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
     from mat_dist.runs.trackers import open_reporter, require_trackers
-    from mat_dist.tools.dryrun import describe_run
+    from mat_dist.tools.dryrun import show_run
 
     require_trackers(config.log)
     launch = Launch.from_environment()
@@ -46,11 +45,7 @@ def train(words: list[str]) -> None:
     prepare_torch(config)
     check_optimizers(config)
     if asked.dry_run:
-        text = describe_run(config, launch, device)
-        if launch.speaks_for():
-            print(text)
-            arrived()
-        return
+        return show_run(config, launch, device)
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
           open_run(config, mesh, launch, config_name=config_name(asked.config), argv=words,
                    plugins=plugins) as run):

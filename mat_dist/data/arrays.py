@@ -24,14 +24,15 @@ _RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
           LookupError, OverflowError, tokenize.TokenError)
 _LAYOUT = "expected an .npz with x_train, y_train, x_test, y_test and perhaps classes (names)"
+_LABELS = "give whole numbers 0..K-1, one per image"
 _PROBED = 256  # images whose pixels enter the digest, evenly spread over the file
 _LOCAL_HEADER = 30  # bytes of a zip member's local header before its name
 _GENERATED = "expected an uncompressed .npz (numpy.savez) with image, uint8 (N, H, W, C), and label"
 
 
 @register_dataset("npz")
-def load_npz(config: DataConfig) -> RawData:
-    """The arrays of the file `data.root`.
+def load_npz(config: DataConfig, *, pixels: bool = True) -> RawData:
+    """The arrays of the file `data.root`; without `pixels`, the images are 0 and fill no memory.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to 4 channels, uint8 or float in [0, 1]. Labels are whole
     numbers 0..K-1. `classes` (K strings) is optional, default "0".."K-1".
@@ -40,15 +41,19 @@ def load_npz(config: DataConfig) -> RawData:
     """
     path = existing_file(str(root_of(config, _LAYOUT)), f"data.root={config.root}", _LAYOUT)
     try:
-        _check_sizes(path)
+        shapes = _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
-            x_train, y_train, x_test, y_test = (stored[name] for name in ARRAYS)
+            x_train, x_test = (stored[name] if pixels else np.broadcast_to(np.zeros((), dtype), shape)
+                               for name in ("x_train", "x_test") for shape, dtype in [shapes[name]])
+            y_train, y_test = stored["y_train"], stored["y_test"]
             names = stored["classes"] if "classes" in stored.files else None
+            unread = sorted(set(stored.files) - {*ARRAYS, "classes"})
     except DAMAGE as problem:
         raise DataError(f"cannot read the file ({problem})", f"data.root={path}", _LAYOUT) from problem
     classes = _numbers(y_train, f"{path}, y_train") if names is None else tuple(map(str, names.reshape(-1)))
+    note = f"arrays that are not read: {', '.join(unread)}; validation images are taken from x_train"
     return RawData(channels_first(x_train, f"{path}, x_train"), y_train, channels_first(x_test, f"{path}, x_test"),
-                   y_test, classes)
+                   y_test, classes, (note,) if unread else ())
 
 
 def existing_file(name: str, where: str, how: str) -> Path:
@@ -59,20 +64,36 @@ def existing_file(name: str, where: str, how: str) -> Path:
     return path
 
 
+def class_numbers(labels: np.ndarray, where: str) -> tuple[np.ndarray, str]:
+    """Labels as whole numbers in a row, and what was done for it, if anything. Raises DataError for other labels."""
+    array, done = labels, ""
+    if array.ndim == 2 and 1 in array.shape:
+        array, done = array.reshape(-1), f"labels of shape {labels.shape} were taken as a row"
+    if array.dtype.kind not in "iuf" or array.ndim != 1:
+        more = " (y.argmax(1) of one-hot rows)" if labels.ndim == 2 else ""
+        raise DataError(f"labels are {labels.dtype} of shape {labels.shape}", where, _LABELS + more)
+    if array.dtype.kind == "f":
+        broken = np.flatnonzero(~((array == np.rint(array)) & (np.abs(array) < 1 << 53)))
+        if len(broken):
+            raise DataError(f"label {array[broken[0]]} of image {broken[0]} is no whole number", where, _LABELS)
+        done = "; ".join(filter(None, [done, f"labels are whole numbers in {array.dtype}"]))
+        array = array.astype(np.int64)
+    return array, done
+
+
 def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the highest training label."""
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"labels are {labels.dtype}", where, "give whole numbers 0..K-1")
-    highest = int(labels.max(initial=0))
-    if highest >= len(labels):
-        raise DataError(f"label {highest} among {len(labels)} labels", where, "number the classes from 0 without gaps")
+    numbers, _ = class_numbers(labels, where)
+    highest = int(numbers.max(initial=0))
+    if highest >= len(numbers):
+        raise DataError(f"label {highest} among {len(numbers)} labels", where, "number the classes from 0 without gaps")
     return tuple(str(number) for number in range(highest + 1))
 
 
-def _check_sizes(path: Path) -> None:
-    """Look at the arrays' headers only, so that nothing large is allocated for a file that lies: DataError for arrays
-    that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
-    total = 0
+def _check_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and types, from the arrays' headers only, so that nothing large is allocated for a file that lies.
+    DataError for arrays that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
+    total, found = 0, {}
     with zipfile.ZipFile(path) as archive:
         members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
@@ -87,7 +108,9 @@ def _check_sizes(path: Path) -> None:
                 raise DataError(f"{size} bytes are compressed {ratio:.0f} to 1", where,
                                 "real images are not; write the file again without compression if they are")
             total += size
+            found[name] = shape, dtype
     check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
+    return found
 
 
 def members_by_name(archive: zipfile.ZipFile, needed: tuple[str, ...], where: str, how: str

@@ -33,6 +33,7 @@ MMAP_BYTES = 2 << 30
 MMAP_FILES = 10_000
 SKIP_SHARE = 0.001  # of the files of a split may be unreadable with on_bad=skip,
 SKIP_FEW, SKIP_FEW_SHARE = 10, 0.05  # or so many, where they are no more than this share, or a single one
+LOOKED_AT = 16  # images that are decoded for a dry run
 DECODING = 2  # a cache that other rules have decoded has another name
 _CHUNK_BYTES, _CHUNK_FILES = 64 << 20, 1024  # decoded at a time
 _BLOCK = 16  # files that a thread takes at once
@@ -164,6 +165,18 @@ def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -
         _in_memory(chunks, (len(split.files), *decoder.shape))
         for chunks, split in zip(parts, (listing.train, listing.test), strict=True))
     return _raw(listing, train, test, (train_skipped, test_skipped), told + more)
+
+
+def look_at_folder(config: DataConfig) -> RawData:
+    """What is in `data.root`, of whose images a few are decoded; the pixels are 0 and fill no memory. Raises as loading
+    does, for what it looks at."""
+    decoder = Decoder.open(config)
+    decoder.sample(LOOKED_AT)
+    if decoder.maps and (cache := decoder.cache()).look()[0] is None:
+        cache.check_space()
+    train, test = (np.broadcast_to(np.uint8(0), (len(split.files), *decoder.shape))
+                   for split in (decoder.listing.train, decoder.listing.test))
+    return _raw(decoder.listing, train, test, (), {})
 
 
 def _in_memory(chunks: Iterator[Chunk], shape: tuple[int, ...]) -> tuple[np.ndarray, list[str], Counter[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.arrays import generated_images
+from mat_dist.data.arrays import class_numbers, generated_images
 from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, printable
@@ -47,20 +49,10 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
         OutputError: the cache cannot be written.
         StopRequested: this process was asked to stop.
     """
-    _check_settings(config)
-    where = f"data.name={config.name}" + (f", data.root={config.root}" if config.root else "")
-    try:
-        raw = find_dataset(config.name)(config, build_cache, stop)
-    except OSError as problem:  # a folder on the way that may not be entered, a network disk that went away
-        raise DataError(f"cannot read the data: {problem.strerror}", problem.filename or where,
-                        "check that this path is there and readable on every node") from problem
-    raw = check_raw(raw, where)
-    train_rows, val_rows = split_train(raw.train_labels, seed=seed, val_size=config.val_size,
-                                       train_size=config.train_size)
-    _check_batch(len(train_rows), batch_size, config)
+    raw = check_raw(_read(find_dataset(config.name), config, build_cache, stop), _where(config))
+    train_rows, val_rows, test_rows = _rows(raw, config, seed, batch_size)
     whole = ImageSet(raw.train_images, raw.train_labels, mapped=raw.mapped, file=raw.file)
     test = ImageSet(raw.test_images, raw.test_labels, mapped=raw.mapped, file=raw.file)
-    test_rows = subset_test(raw.test_labels, config.test_size)
     digest, notes, generated = data_digest(config.name, raw), list(raw.notes), None
     if config.generated is not None:
         generated, more = generated_images(config.generated, whole.shape, len(raw.classes))
@@ -72,6 +64,54 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
         notes.append(f"channel means and deviations are those of {sampled_rows(train)} of {len(train)} training images")
     return DataSets(train, whole.select(val_rows), test if test_rows is None else test.select(test_rows), raw.classes,
                     digest, tuple(map(printable, notes)), generated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What is known of a data set before its pixels are read: (C, H, W), classes, training images, lines to tell."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    notes: tuple[str, ...]
+
+
+def preview_data(config: DataConfig, look: Callable[[DataConfig], RawData], *, seed: int, batch_size: int) -> Preview:
+    """What `load_data` would give. `look` returns what it can of a data set at little cost; its pixels do not count.
+    Raises ConfigError and DataError as `load_data` does."""
+    raw = check_layout(_read(look, config), _where(config))
+    train_rows, *_ = _rows(raw, config, seed, batch_size)
+    shape, classes = raw.train_images.shape[1:], len(raw.classes)
+    if config.generated is not None:
+        generated_images(config.generated, shape, classes)
+    return Preview(shape, classes, len(train_rows), tuple(map(printable, raw.notes)))
+
+
+def _where(config: DataConfig) -> str:
+    return f"data.name={config.name}" + (f", data.root={config.root}" if config.root else "")
+
+
+def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> RawData:
+    """What the reader returns. Raises DataError for whatever has no message of its own."""
+    _check_settings(config)
+    try:
+        return reader(config, *more)
+    except OSError as problem:  # a folder on the way that may not be entered, a network disk that went away
+        raise DataError(f"cannot read the data: {problem.strerror}", problem.filename or _where(config),
+                        "check that this path is there and readable on every node") from problem
+    except MemoryError as problem:
+        raise DataError(f"the images do not fit into memory ({problem})", _where(config),
+                        "take fewer or smaller images, or raise the memory limit (ulimit -v)") from problem
+    except SystemExit as problem:  # in a plug-in: the other ranks would wait for this one
+        raise DataError(f"its reader left with sys.exit({problem.code})", _where(config),
+                        "raise an error there instead") from problem
+
+
+def _rows(raw: RawData, config: DataConfig, seed: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Training, validation and test rows (None: all of the test images). DataError where there are too few."""
+    train, val = split_train(raw.train_labels, seed=seed, val_size=config.val_size, train_size=config.train_size)
+    _check_batch(len(train), batch_size, config)
+    return train, val, subset_test(raw.test_labels, config.test_size)
 
 
 def _check_settings(config: DataConfig) -> None:
@@ -142,37 +182,49 @@ def check_raw(raw: RawData, where: str) -> RawData:
 
     Floats that are all multiples of 1/255 become uint8, in both splits or in none. Reads no pixel of uint8 images.
     """
+    raw = check_layout(raw, where)
+    train, test, notes = _same_type(_pixels(raw.train_images, f"{where}, train images"),
+                                    _pixels(raw.test_images, f"{where}, test images"))
+    return dataclasses.replace(raw, train_images=_tensor(train), test_images=_tensor(test), notes=(*raw.notes, *notes))
+
+
+def check_layout(raw: RawData, where: str) -> RawData:
+    """As `check_raw`, but for the pixels, which are not looked at: the images are arrays of any kind."""
     classes = tuple(str(name) for name in raw.classes)
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise DataError(f"{len(classes)} classes, {len(set(classes))} different ones", where,
                         "a classifier needs two or more, each with its own name")
-    train = _check_images(raw.train_images, f"{where}, train images")
-    test = _check_images(raw.test_images, f"{where}, test images")
+    train = _check_shape(raw.train_images, f"{where}, train images")
+    test = _check_shape(raw.test_images, f"{where}, test images")
     if train.shape[1:] != test.shape[1:]:
         raise DataError(f"train images are {train.shape[1:]}, test images {test.shape[1:]}", where,
                         "(C, H, W) must be the same")
-    train_labels = _check_labels(raw.train_labels, len(train), len(classes), f"{where}, train labels")
-    test_labels = _check_labels(raw.test_labels, len(test), len(classes), f"{where}, test labels")
+    train_labels, done = _check_labels(raw.train_labels, len(train), len(classes), f"{where}, train labels")
+    test_labels, too = _check_labels(raw.test_labels, len(test), len(classes), f"{where}, test labels")
     empty = [classes[k] for k in (torch.bincount(train_labels, minlength=len(classes)) == 0).nonzero().flatten()]
     if empty:
         raise DataError(f"{len(empty)} of {len(classes)} classes have no training image, the first is {empty[0]!r}",
                         where, "give each class an image, or number the classes without gaps")
-    train, test, notes = _same_type(train, test)
-    return dataclasses.replace(raw, train_images=_tensor(train), train_labels=train_labels, test_images=_tensor(test),
+    notes = [f"{name}: {text}" for name, text in (("train", done), ("test", too)) if text]
+    return dataclasses.replace(raw, train_images=train, train_labels=train_labels, test_images=test,
                                test_labels=test_labels, classes=classes, notes=(*raw.notes, *notes))
 
 
-def _check_images(images: Tensor | np.ndarray, where: str) -> np.ndarray:
-    """uint8 as it is; float as float32 clamped to [0, 1]."""
+def _check_shape(images: Tensor | np.ndarray, where: str) -> np.ndarray:
     array = np.asarray(images)
     if array.ndim != 4:
         raise DataError(f"images have shape {array.shape}", where, "give (N, C, H, W)")
     if 0 in array.shape:
         raise DataError("there are no images", where, "at least one is needed")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise DataError(f"images are {array.dtype}", where, "store uint8 (0 to 255), or float in [0, 1]")
+    return array
+
+
+def _pixels(array: np.ndarray, where: str) -> np.ndarray:
+    """uint8 as it is; float as float32 clamped to [0, 1]."""
     if array.dtype == np.uint8:
         return array
-    if array.dtype.kind != "f":
-        raise DataError(f"images are {array.dtype}", where, "store uint8 (0 to 255), or float in [0, 1]")
     clamped = np.empty(array.shape, np.float32)
     for first in range(0, len(array), _CHUNK):
         chunk = array[first : first + _CHUNK].astype(np.float32)
@@ -188,20 +240,15 @@ def _check_images(images: Tensor | np.ndarray, where: str) -> np.ndarray:
     return clamped
 
 
-def _check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> Tensor:
-    array = np.asarray(labels)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise DataError(f"labels are {array.dtype} of shape {array.shape}", where,
-                        "give whole numbers 0..K-1, one per image")
+def _check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> tuple[Tensor, str]:
+    array, done = class_numbers(np.asarray(labels), where)
     if len(array) != count:
         raise DataError(f"{count} images but {len(array)} labels", where, "give one label per image")
     outside = np.flatnonzero((array < 0) | (array >= classes))
     if len(outside):
         raise DataError(f"label {array[outside[0]]} of image {outside[0]} is out of range", where,
                         f"labels count from 0 to {classes - 1} for {classes} classes")
-    return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.astype(np.int64)), done
 
 
 def _same_type(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

@@ -1,16 +1,18 @@
-"""`--dry-run`: what a run would do, without data, run folder or process group; its passes, for studies too."""
+"""`--dry-run`: what a run would do, from a look at its data, without run folder or process group; its passes, for
+studies too."""
 
 from __future__ import annotations
 
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,16 +20,21 @@ from rich.table import Table
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
 from mat_dist.config.methods import Method, kept_bytes, methods
-from mat_dist.config.schema import Config, ModelConfig, OptimConfig, PeerConfig
+from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
 from mat_dist.core.optim import lr_at, optimizer_class
-from mat_dist.data import steps_per_epoch
-from mat_dist.data.load import default_val_size
+from mat_dist.data import RawData, steps_per_epoch
+from mat_dist.data.arrays import load_npz
+from mat_dist.data.builtin import load_digits
+from mat_dist.data.folder import look_at_folder
+from mat_dist.data.load import Preview, default_val_size, preview_data
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
+from mat_dist.errors import DataError, OutputError
 from mat_dist.models import build_model, parameter_count
 from mat_dist.models.registry import DTYPES, Images
+from mat_dist.screens import arrived
 
 KNOWN_IMAGES = {  # data set: (shape, classes, training images before the validation split)
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
@@ -84,21 +91,56 @@ def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) 
 # ------------------------------------------------------------------------------------------------ the whole text
 
 
-def describe_run(config: Config, launch: Launch, device: torch.device) -> str:
-    """The resolved settings, placement, plan of each peer, passes, memory and schedule as text.
+def show_run(config: Config, launch: Launch, device: torch.device) -> None:
+    """Print the description; then raise what reading the data would raise, as far as a look can tell."""
+    seen, problem = None, None
+    try:
+        seen = look_at_data(config)
+    except (DataError, OutputError) as error:
+        problem = error
+    text = describe_run(config, launch, device, seen)
+    if launch.speaks_for():
+        print(text)
+        arrived()
+    if problem is not None:
+        raise problem
+
+
+def look_at_data(config: Config) -> Preview | None:
+    """The data set from its headers, labels and a few images; None for one that must be read to know. Raises as
+    loading does; of data sets that are known, only for sizes that do not fit."""
+    name = config.data.name
+    looks: dict[str, Callable[[DataConfig], RawData]] = {
+        "folder": look_at_folder, "npz": partial(load_npz, pixels=False), "digits": load_digits}
+    if name in KNOWN_IMAGES:
+        looks.setdefault(name, _known)
+    return preview_data(config.data, looks[name], seed=config.run.seed,
+                        batch_size=config.train.batch_size) if name in looks else None
+
+
+def _known(data: DataConfig) -> RawData:
+    """Nothing but the sizes; of as many test images as are asked for."""
+    shape, classes, count = KNOWN_IMAGES[data.name]
+    train, test = (np.broadcast_to(np.uint8(0), (n, *shape)) for n in (count, data.test_size or classes))
+    return RawData(train, np.arange(len(train)) % classes, test, np.arange(len(test)) % classes,
+                   tuple(map(str, range(classes))))
+
+
+def describe_run(config: Config, launch: Launch, device: torch.device, seen: Preview | None = None) -> str:
+    """The resolved settings, placement, plan of each peer, passes, memory and schedule as text; `seen` are its data.
 
     Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
     graph = CohortGraph.of(config.peers)
     rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
-    run = _Run(config, place, graph, rows.stop - rows.start)
+    run = _Run(config, place, graph, rows.stop - rows.start, seen)
     others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
               if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
              f"placement   {place.describe()}, device {device.type}",
              *(f"  or        {other.describe()}" for other in others),
-             f"images      {run.describe_images()}"]
+             f"images      {run.describe_images()}", *(f"  note      {note}" for note in (seen.notes if seen else ()))]
     return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
                       *_schedule(run)])
 
@@ -134,22 +176,27 @@ class _Run:
     place: Placement
     graph: CohortGraph
     rows: int
+    seen: Preview | None = None
 
     @property
     def known(self) -> bool:
-        """Whether shape and classes are known without reading the data set."""
-        return self.config.data.name in KNOWN_IMAGES
+        """Whether shape and classes are known."""
+        return self.seen is not None or self.config.data.name in KNOWN_IMAGES
 
     @property
     def images(self) -> Images:
         side = self.config.data.image_size or 32
         shape, classes, _ = KNOWN_IMAGES.get(self.config.data.name, ((3, side, side), 10, 0))
+        if self.seen is not None:
+            shape, classes = self.seen.shape, self.seen.classes
         return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
 
     @property
     def count(self) -> int | None:
         """Training images; None where the data set must be read to know."""
         data = self.config.data
+        if self.seen is not None:
+            return self.seen.train
         if data.train_size is not None:
             return data.train_size
         if not self.known:

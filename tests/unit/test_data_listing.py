@@ -143,7 +143,8 @@ def test_val_is_taken_where_test_has_no_labels_and_is_told_where_it_is_not_neede
 
 
 @pytest.mark.parametrize(("files", "said"), [
-    (["val/ILSVRC2012_val_0.JPEG", "val/1.JPEG"], r"no class folders; found 2 files outside .*set/val\): put each image into val/CLASS/$"),
+    (["val/ILSVRC2012_val_0.JPEG", "val/1.JPEG"],
+     r"no class folders; found 2 files outside .*set/val\): put each image into val/CLASS/$"),
     (["val/images/0.JPEG", "val/val_annotations.txt"],
      r"class 'images' is not in train/ .*set/val\): put each image into val/CLASS/; val_annotations.txt may say its"),
     (["test/Dog/0.png", "test/cat/0.png"], r"class 'Dog' is not in train/ .*: is it 'dog'\?"),

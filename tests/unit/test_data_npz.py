@@ -105,6 +105,11 @@ def test_normalised_or_unscaled_images_are_told_where_normalisation_belongs(tmp_
     ({"x_train": np.zeros((0, 6, 7), np.uint8)}, "there are no images"),
     ({"y_train": np.arange(39) % 5}, "40 images but 39 labels"),
     ({"y_train": np.eye(5)[np.arange(40) % 5]}, "labels are float64"),
+    ({"y_train": np.eye(5, dtype=int)[np.arange(40) % 5]}, r"labels are int64 of shape \(40, 5\).*argmax"),
+    ({"y_train": np.r_[0, 1.5, np.arange(38) % 5]}, "label 1.5 of image 1 is no whole number"),
+    ({"y_test": np.r_[0, 1, np.full(8, np.nan)]}, r"label nan of image 2 is no whole number \(here, test labels"),
+    ({"y_train": np.full(40, 1e300)}, "is no whole number"),
+    ({"y_train": np.array(list("ab") * 20)}, "labels are <U1"),
     ({"y_train": np.arange(40) % 5 - 1}, "label -1 of image 0 is out of range"),
     ({"y_test": np.arange(10)}, r"label 5 of image 5 is out of range \(here, test labels\): labels count from 0 to 4"),
     ({"y_train": np.arange(40) % 4 * 2}, "3 of 7 classes have no training image, the first is '1'"),
@@ -120,8 +125,21 @@ def test_bad_arrays_are_named(tmp_path, changes, message):
     assert caught.value.code == 3
 
 
-def test_labels_in_a_column_are_accepted(tmp_path):
-    assert load(tmp_path, y_train=(np.arange(40) % 5)[:, None]).train_labels.shape == (40,)
+@pytest.mark.parametrize(("change", "done"), [
+    (lambda y: y[:, None], "labels of shape (40, 1) were taken as a row"),
+    (lambda y: y[None], "labels of shape (1, 40) were taken as a row"),
+    (lambda y: y.astype(np.float32), "labels are whole numbers in float32"),
+    (lambda y: y[None] * 1.0, "labels of shape (1, 40) were taken as a row; labels are whole numbers in float64")])
+def test_labels_whose_meaning_is_plain_are_taken_with_a_note(tmp_path, change, done):
+    raw = load(tmp_path, y_train=change(np.arange(40) % 5))
+    assert raw.train_labels.tolist() == [number % 5 for number in range(40)]
+    assert raw.train_labels.dtype == torch.int64
+    assert raw.notes == (f"train: {done}",)
+
+
+def test_arrays_that_are_not_read_are_named(tmp_path):
+    raw = load(tmp_path, x_val=np.zeros(3), y_val=np.zeros(3), weights=np.zeros(2), classes=np.array(list("abcde")))
+    assert raw.notes == ("arrays that are not read: weights, x_val, y_val; validation images are taken from x_train",)
 
 
 @pytest.mark.parametrize(("content", "message"), [

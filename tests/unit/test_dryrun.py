@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from mat_dist.errors import EnvironmentFault
 from mat_dist.models.registry import Images
 from mat_dist.tools.check.__main__ import main as check
 from mat_dist.tools.dryrun import KNOWN_IMAGES, describe_run, training_passes
+from tests.unit.data_files import write_folder
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CPU = torch.device("cpu")
@@ -272,3 +274,65 @@ def test_every_configuration_is_described_without_data_within_100_columns(
     assert [part for part in ("peers", "loss", "passes", "memory", "schedule") if f"\n{part}" not in text] == []
     assert not list(tmp_path.iterdir())
     assert not re.search(r"\bnan\b|\bNone\b", text)
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = train.main([*words, "--dry-run", "run.device=cpu"])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def own_npz(path: Path, **arrays: np.ndarray) -> str:
+    x, y = np.zeros((60, 8, 9, 3), np.uint8), np.arange(60) % 3
+    np.savez(path, **{"x_train": x, "y_train": y, "x_test": x[:20], "y_test": y[:20], **arrays})
+    return f"data.root={path}"
+
+
+def test_own_data_are_looked_at_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "set", train=30, classes=("a", "b", "c"))
+    code, out, _ = dry_run(capsys, "data.name=folder", f"data.root={tmp_path / 'set'}", "train.batch_size=8",
+                           "train.epochs=2")
+    assert code == 0 and "folder: 72 for training, 3 x 8 x 8, 3 classes" in out and "schedule: 18 steps, 9 per" in out
+    more = {"x_val": np.zeros(3), "y_train": np.arange(60.0)[None] % 3}
+    code, out, _ = dry_run(capsys, "data.name=npz", own_npz(tmp_path / "a.npz", **more), "train.batch_size=8")
+    assert code == 0 and "npz: 48 for training, 3 x 8 x 9, 3 classes" in out
+    assert "note      arrays that are not read: x_val" in out and "note      train: labels of shape (1, 60)" in out
+
+
+@pytest.mark.parametrize(("words", "change", "said"), [
+    (["data.root=gone"], None, "the folder does not exist (data.root=gone)"),
+    (["data.root=set"], "train/cat/0000.png", "cannot read the image (UnidentifiedImageError"),
+    (["data.root=set", "train.batch_size=90"], None, "58 training images do not fill one batch of 90"),
+    (["data.root=set", "data.test_size=99"], None, "99 test images asked for, 12 are there"),
+    (["data.root=set", "data.val_size=71"], None, "cannot hold 71 validation images"),
+    (["data.name=npz", "data.root=gone.npz"], None, "the file does not exist"),
+    (["data.name=npz", "y_train", "data.root=a.npz"], None, "label 7 of image 0 is out of range"),
+    (["data.name=npz", "x_test", "data.root=a.npz"], None, "train images are (3, 8, 9), test images (3, 8, 8)"),
+    (["data.name=digits", "train.batch_size=1400"], None, "1150 training images do not fill one batch of 1400"),
+    (["data.name=cifar10", "data.root=x", "data.train_size=49999"], None, "49999 training images asked for")])
+def test_a_dry_run_ends_with_the_code_and_the_line_of_training(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str],
+        change: str | None, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "set", train=36, test=6)
+    spoiled = {"y_train": {"y_train": np.full(60, 7), "classes": np.array(list("abc"))},
+               "x_test": {"x_test": np.zeros((20, 8, 8, 3), np.uint8)}}
+    own_npz(tmp_path / "a.npz", **next((spoiled[word] for word in words if word in spoiled), {}))
+    if change is not None:
+        (tmp_path / "set" / change).write_bytes(b"no image")
+    words = ["data.name=folder", "model=tiny_cnn", "attack.eps=8/255", "peers=1", "loss=at", "train.batch_size=8",
+             *(word for word in words if word not in spoiled)]
+    if not words[-1].startswith("data.train_size"):  # where training would look for the archive first
+        code, _, dry = dry_run(capsys, *words)
+        assert (train.main([*words, "run.device=cpu", "run.name=real"]), code) == (3, 3)
+        assert capsys.readouterr().err == dry and said in dry
+    else:
+        assert dry_run(capsys, *words)[0] == 3
+
+
+def test_data_that_must_be_read_to_know_are_not_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = dry_run(capsys, "data.name=cifar10", "data.root=gone")
+    assert code == 0 and "cifar10: 49,000 for training" in out

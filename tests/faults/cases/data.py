@@ -146,7 +146,7 @@ def skipped_image(lab: Lab, code: int) -> None:
         end = lab.end(group, name=f"run-{count}")
         if count == 10:
             lab.expect_end(end, code)
-            lab.expect("10 unreadable images were left out: train/dog/003.jpg" in end.text, "skipped files are not told")
+            lab.expect("10 unreadable images were left out: train/dog/003.jpg" in end.text, "they are not told")
         else:
             lab.expect(end.code == DATA and "at most 10" in end.message, f"11 of 1000 were skipped: {end.message}")
 

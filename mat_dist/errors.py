@@ -6,6 +6,9 @@ Every message is one line, `mat_dist: error: <what> (<where>): <how to fix>`. Er
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 DONE = 0
 BUG = 70
 
@@ -16,7 +19,8 @@ def printable(text: object) -> str:
 
 
 class MatError(Exception):
-    """A failure with a known cause. `guilty` are the ranks that can no longer tell of it.
+    """A failure with a known cause. `guilty` are the ranks that can no longer tell of it; `told`: it is another rank's,
+    which tells all of it.
 
     Args:
         what: what went wrong, with the value that was found.
@@ -26,6 +30,7 @@ class MatError(Exception):
 
     code = BUG
     guilty: tuple[int, ...] = ()
+    told = False
 
     def __init__(self, what: str, where: str, how: str) -> None:
         self.what, self.where, self.how = (" ".join(printable(part).split()) for part in (what, where, how))
@@ -119,6 +124,7 @@ def error_line(error: BaseException) -> str:
     return f"mat_dist: error: {text} (internal error): please report it with the traceback in rank_<r>.log"
 
 
-def error_class(code: int) -> type[MatError]:
-    """The error class of an exit code, `MatError` itself for unknown ones."""
-    return {cls.code: cls for cls in MatError.__subclasses__()}.get(code, MatError)
+def told_error(told: Mapping[str, Any]) -> MatError:
+    """The error that another rank describes: code, what, where, how."""
+    kind = {cls.code: cls for cls in MatError.__subclasses__()}.get(told["code"], MatError)
+    return kind(told["what"], told["where"], told["how"])

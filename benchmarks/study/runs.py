@@ -26,7 +26,7 @@ from mat_dist.cli import tell
 from mat_dist.config import load_config, resume_conflicts
 from mat_dist.config.schema import Config
 from mat_dist.distributed.stopping import StopFlag, watching
-from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, error_class
+from mat_dist.errors import ConfigError, MatError, OutputError, StopRequested, told_error
 from mat_dist.report.files import read_records
 from mat_dist.runs.console import duration
 from mat_dist.runs.files import reported, write_json, write_text
@@ -151,8 +151,8 @@ def failure(code: int, job: Job, what: str) -> MatError:
     lines = job.log.read_text(errors="replace").splitlines()
     told = next((line for line in reversed(lines) if line.startswith("mat_dist: error: ")), f"see {job.log.name}")
     told = told.removeprefix("mat_dist: error: ").replace(f"{job.folder.path.parent.resolve()}{os.sep}", "")
-    return error_class(code)(f"{what} ended with code {code}: {told[:300]}",
-                             job.folder.name, "mend that and start the same command again")
+    return told_error({"code": code, "what": f"{what} ended with code {code}: {told[:300]}", "where": job.folder.name,
+                       "how": "mend that and start the same command again"})
 
 
 def training_seconds(folder: RunFolder) -> float | None:

@@ -26,6 +26,7 @@ from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.models.modes import bn_buffers
 from mat_dist.models.registry import Images, make_model
+from mat_dist.models.synchronised import SynchronisedNorms
 
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch
@@ -66,6 +67,8 @@ class Cohort:
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
             peer.rows, peer.batch_size = self.rows, config.train.batch_size
+            if mesh.placement.replicas > 1:
+                peer.norms = partial(SynchronisedNorms, mesh.gather_statistics)
 
     @classmethod
     def build(cls, config: Config, mesh: Mesh, images: Images, *, steps_per_epoch: int,
@@ -87,8 +90,7 @@ class Cohort:
             spec = config.peers[index]
             model = models[n] if models is not None else make_model(
                 spec, images, seed=config.run.seed, step=config.step, device=mesh.device)
-            peers.append(Peer(index, spec, mesh.synchronise_norms(model), graph.peers[index], seed=config.run.seed,
-                              step=config.step))
+            peers.append(Peer(index, spec, model, graph.peers[index], seed=config.run.seed, step=config.step))
             peers[-1].fresh_model = partial(make_model, spec, images, seed=config.run.seed, step=config.step,
                                             device=mesh.device)
         return cls(config, peers, mesh, graph, total_steps=total, steps_per_epoch=steps_per_epoch)
@@ -202,9 +204,6 @@ class Cohort:
         """Apply the gradients of a committed step; average the weights."""
         for peer in self.peers:
             peer.update(step, self.lr(peer.spec, step), self.mesh.gather_replicas)
-        if self.mesh.device.type == "cpu":  # SyncBatchNorm does this on CUDA and has no CPU path
-            self.mesh.average_replicas([b for p in self.peers for b in bn_buffers(p.model) if b.is_floating_point()])
-        for peer in self.peers:
             peer.average(step)
 
 

@@ -127,12 +127,16 @@ def ema_decay_at(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers as they are now."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 @torch.no_grad()
 def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) state for floating tensors (BN statistics too); integers are copied.
 
-    torch's AveragedModel would copy the model (and the process groups of its norm layers), start from its first update
-    and refuse counters.
+    torch's AveragedModel would copy the model, start from its first update and refuse counters.
     """
     if decay == 1:
         return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.core.objective import Teaching, partial_loss
-from mat_dist.core.optim import average, build_optimizer, clipped, ema_decay_at
+from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at
 from mat_dist.models.modes import batch_stats_only, draws_in_forward, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Peer:
     Attributes:
         hooks: of its methods, in the order of their names.
         steps_per_epoch, total_steps, batch_size: of the training; rows: of the batch that live on this rank.
-        fresh_model: makes another model of its architecture, without norm layers that wait for replicas.
+        norms: the scope in which batch norm sees the batch of all replicas; all of them enter it alike.
+        fresh_model: makes another model of its architecture.
         notes: what the run should tell its user; who tells it empties the list.
     """
 
@@ -52,12 +53,13 @@ class Peer:
         if spec.frozen:  # else layers that a network keeps fixed stay so
             model.requires_grad_(False)
         self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
-        self.ema = _copied(model) if spec.averages and not spec.frozen else None
+        self.ema = copied_state(model) if spec.averages and not spec.frozen else None
         self.notes: list[str] = []
         self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step,
                                                  lambda text: self.notes.append(f"{self.name}: {text}"))
         self._stochastic = draws_in_forward(model)
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
+        self.norms: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
         self.follow(row)
         self.hooks: list[Hook] = [method.hook(self) for method in methods().values()
@@ -99,21 +101,19 @@ class Peer:
 
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Train-mode logits (B, K) with a graph; running BN statistics move. `draw` keys dropout (`Batch.draw`)."""
-        with torch.enable_grad(), self.precision(), self.drawing(draw):
+        with torch.enable_grad(), self.training(draw):
             return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits without a graph or a trace in the BN buffers; of a frozen peer in eval mode."""
-        mode = frozen if self.spec.frozen else batch_stats_only
-        with torch.no_grad(), self.precision(), self.drawing(draw), mode(self.model):
+        with torch.no_grad(), self.training(draw), (frozen if self.spec.frozen else batch_stats_only)(self.model):
             return self.logits(x_BCHW)
 
     def teach_averaged(self, x_BCHW: Tensor) -> Tensor:
         """Eval-mode logits of the averaged weights (B, K), without a graph; of a frozen peer those of its weights."""
         state = self.ema if self.ema is not None else self.model.state_dict()
         with torch.no_grad(), self.precision(), frozen(self.model):
-            logits = torch.func.functional_call(self.model, state, (self.arrange(x_BCHW),))
-        return logits.to(x_BCHW.dtype)
+            return torch.func.functional_call(self.model, state, (self.arrange(x_BCHW),)).to(x_BCHW.dtype)
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         """Of the model as it is, in x's type."""
@@ -136,9 +136,7 @@ class Peer:
 
     def constant(self, part: Batch, views: Views, known: Views, view: View) -> Tensor:
         """Its logits on a view, without graph; those that are not known yet are made, without a trace."""
-        if view in known:
-            return known[view].detach()
-        return self.teach(views[view], part.draw(self.row.number(view)))
+        return known[view].detach() if view in known else self.teach(views[view], part.draw(self.row.number(view)))
 
     def counts(self, part: Batch, views: Views, known: Views) -> list[Tensor | None]:
         """What each hook counts on this replica's rows."""
@@ -218,7 +216,7 @@ class Peer:
         """Take over the weights of another model of this architecture. Raises RuntimeError if they do not fit."""
         self.model.load_state_dict(weights)
         if self.ema is not None:
-            self.ema = _copied(self.model)
+            self.ema = copied_state(self.model)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state of the same architecture, optimizer and methods."""
@@ -241,10 +239,9 @@ class Peer:
         """The scope in which this run calls models: autocast with bf16."""
         return autocast(self.step.precision, next(self.model.parameters()).device)
 
-    def drawing(self, draw: Sequence[int]) -> AbstractContextManager[Any]:
-        """The scope that keys the global generator for models that draw from it; others do not pay for it."""
-        return rng.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext()
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    @contextmanager
+    def training(self, draw: Sequence[int]) -> Iterator[None]:
+        """The scope of a forward in train mode. `draw` keys what the model draws; who draws nothing does not pay."""
+        keyed = rng.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext()
+        with self.precision(), keyed, self.norms():
+            yield

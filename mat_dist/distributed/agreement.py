@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.distributed.groups import Mesh
-from mat_dist.errors import MatError, NonFinite, PeerFailed, error_class
+from mat_dist.errors import MatError, NonFinite, PeerFailed, told_error
 
 T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on
@@ -45,6 +45,8 @@ class Agreement:
 
     def __init__(self, mesh: Mesh, where: str, number: int = 0) -> None:
         self.mesh, self.where, self.number = mesh, where, number
+        if mesh.beat is not None:
+            mesh.beat.work = where
         self.failure: Exception | None = None
         self._phase = ""
 
@@ -52,7 +54,7 @@ class Agreement:
         """The result of a local phase; an error is kept for the next header.
 
         After a failure nothing runs and the result is meaningless: the next `header` or `vote` raises on all
-        ranks. No collective may stand inside `work`.
+        ranks. Inside `work` stands no collective but `Mesh.gather_statistics`, which an error here ends at once.
         """
         if self.failure is None:
             self._phase = phase
@@ -60,6 +62,7 @@ class Agreement:
                 return work(*args, **kwargs)
             except Exception as error:  # whatever it is, it must reach the header
                 self.failure = error
+                self.mesh.tell_replicas(self._described())
         return cast(T, None)
 
     def header(self, point: str, payload: Tensor | None = None, checksum: int = 0) -> None:
@@ -92,7 +95,8 @@ class Agreement:
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
         """
         local = self.mesh.placement.peers_per_rank
-        bits = [0] * 4 * local if self.failure is not None else finite_L4.reshape(-1).tolist()
+        # Errors of a device show up where the host waits for it.
+        bits = self.run("device", lambda: finite_L4.reshape(-1).tolist()) or [0] * 4 * local
         rows = self._gather("vote", [checksum, int(stop), int(ready), *map(int, bits)])
         self._compare_batches(rows)
         for stage, name in enumerate(STAGES):
@@ -129,12 +133,17 @@ class Agreement:
 
     def _raise_together(self) -> NoReturn:
         """All ranks raise the failure of the lowest failing rank."""
-        told = None if self.failure is None else described(self.failure, self.mesh, f"{self.where}, {self._phase}")
-        everyone = self.mesh.gather_json(told)
+        everyone = self.mesh.gather_json(self._described())
         failed = [rank for rank, told in enumerate(everyone) if told is not None]
         first = everyone[failed[0]]
         more = f" (ranks {', '.join(map(str, failed))} failed)" if len(failed) > 1 else ""
-        raise error_class(first["code"])(first["what"] + more, first["where"], first["how"]) from self.failure
+        raise told_error({**first, "what": first["what"] + more}) from self.failure
+
+    def _described(self) -> dict[str, Any] | None:
+        """What the others are told of this rank's failure; None where there is none, or it was told by another rank."""
+        if self.failure is None or getattr(self.failure, "told", False):
+            return None
+        return described(self.failure, self.mesh, f"{self.where}, {self._phase}")
 
     def _compare(self, values: Sequence[int], what: str, ranks: Sequence[int] | None = None) -> None:
         if len(set(values)) > 1:

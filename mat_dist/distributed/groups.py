@@ -24,6 +24,7 @@ from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault, PeerSilent
 
+LISTEN = timedelta(seconds=0.5)  # how long an exchange inside local work waits before it asks who failed
 RESTART = "start again to continue from the newest checkpoint"
 
 
@@ -77,11 +78,14 @@ class Mesh:
         """(B, ...) here -> the rows of all replicas in their order, on every one of them, without gradient."""
         return self._gather(local_B.detach(), self._replica)
 
-    def synchronise_norms(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Batch norm over the replica axis on CUDA; on the CPU, where it has no kernel, the model as it is."""
-        if self._replica is None or self.device.type == "cpu":
-            return model
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model, self._replica)
+    def gather_statistics(self, row: Tensor) -> Tensor:
+        """`gather_replicas` inside local work, where another replica may have failed: then its error is raised."""
+        return self._gather(row.detach(), self._replica, local_work=True)
+
+    def tell_replicas(self, error: dict[str, Any] | None) -> None:
+        """Local work failed here (code, what, where, how): replicas that wait in `gather_statistics` must not go on."""
+        if error is not None and self._replica is not None and self.beat is not None:
+            self.beat.fail(error)
 
     # ---------------------------------------------------------------- text and control
 
@@ -111,7 +115,7 @@ class Mesh:
 
     # ---------------------------------------------------------------- inside
 
-    def _gather(self, local: Tensor, group: Any) -> Tensor:
+    def _gather(self, local: Tensor, group: Any, local_work: bool = False) -> Tensor:
         local = local.contiguous()
         if group is None:
             return local
@@ -121,8 +125,22 @@ class Mesh:
         # all_gather_into_tensor was renamed in torch 2.14 and warns there.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._naming("gather"):
-            gather(out, sent, group=group)
+            # On a GPU nothing waits here but its stream.
+            waiting = gather(out, sent, group=group, async_op=local_work and not sent.is_cuda)
+            while waiting is not None and not self._ended(waiting):
+                if self.beat is not None and (failure := self.beat.failure()) is not None:
+                    raise failure
         return out.to(local.device) if staged else out
+
+    @staticmethod
+    def _ended(waiting: dist.Work) -> bool:
+        """Wait a while for an exchange -> whether it is done. Raises the backend's error."""
+        try:
+            return bool(waiting.wait(LISTEN))
+        except RuntimeError:
+            if waiting.is_completed():
+                raise
+            return False
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
@@ -135,6 +153,8 @@ class Mesh:
         except (RuntimeError, dist.DistError) as error:
             # gloo begins with its source file and ends with advice.
             text = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+            if self.beat is not None and (failure := self.beat.failure()) is not None:
+                raise failure from error
             if self.beat is None:
                 raise PeerSilent(f"a peer stopped answering: {text}", where, RESTART) from error
             raise self.beat.blame(where, text) from error
@@ -176,6 +196,8 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
         replica = _own_group(placement.replica_axis(), placement.rank, timeout)
         if launch.master is not None:
             beat = _heartbeat(placement, launch, timeout, stop)
+            if backend == "nccl" and replica is not None:
+                beat.release = replica.abort  # the host does not wait for it, but the device does
         mesh = Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
                     timeout=comm.timeout)
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there

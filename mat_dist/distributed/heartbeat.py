@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from mat_dist.distributed.processes import ProcessIdentity
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import MatError, PeerSilent, error_class
+from mat_dist.errors import MatError, PeerSilent, told_error
 
 INTERVAL = 0.5  # seconds between beats
 STALE = 4.0  # seconds without a beat after which a rank counts as stopped (8 beats)
@@ -51,6 +52,10 @@ class Heartbeat:
         node: the ranks on this node.
         peers_of: rank -> peers that live there, for messages.
         stop: the stop request of this rank, passed on to all ranks and set by theirs.
+
+    Attributes:
+        work: the unit of common work, such as a step, that this rank is at.
+        release: ends an exchange that a device waits in; called once, when a rank has failed in that work.
     """
 
     def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
@@ -58,6 +63,8 @@ class Heartbeat:
         self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
         self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
         self._process, self._told_stop = ProcessIdentity.own(), False
+        self.work = ""
+        self.release: Callable[[], None] | None = None
         self._beat(store)
         self._store = StoreThread(store, self._beat, INTERVAL)
 
@@ -145,6 +152,23 @@ class Heartbeat:
         """Publish why this rank leaves (code, what, where, how): the others leave with the same error."""
         self._publish({"error": error, "ranks": [self._rank]})
 
+    def fail(self, error: dict[str, Any]) -> None:
+        """Publish that this rank failed in its work (code, what, where, how), and goes to the next header."""
+        key = f"failed/{self.work}"
+        with suppress(RuntimeError):  # the store is gone: the header finds out
+            self._store.ask(lambda store: store.set(key, json.dumps(error)), STALE)
+
+    def failure(self) -> MatError | None:
+        """With what a rank has failed in the present work, if one has."""
+        text, key = None, f"failed/{self.work}"
+        with suppress(RuntimeError):
+            text = self._store.ask(lambda store: _get(store, key), STALE)
+        if text is None:
+            return None
+        found = told_error(json.loads(text))
+        found.told = True
+        return found
+
     def _cut_off(self, what: str, symptom: str) -> PeerSilent:
         """The store is gone, and with it the way to agree: each node speaks for itself, so all other ranks are out."""
         found = PeerSilent(f"the rendezvous store is gone: the node of rank 0 ended or cannot be reached ({symptom})",
@@ -164,8 +188,7 @@ class Heartbeat:
 
     def _as_error(self, verdict: dict[str, Any]) -> MatError:
         if "error" in verdict:
-            told = verdict["error"]
-            return error_class(told["code"])(told["what"], told["where"], told["how"])
+            return told_error(verdict["error"])
         if not verdict["ranks"]:
             return PeerSilent("an exchange failed though all ranks answer", verdict["what"], "check the network "
                               "between the nodes, then start again to continue from the newest checkpoint")
@@ -208,6 +231,9 @@ class Heartbeat:
         if not self._told_stop and store.check([STOP]):
             self._told_stop = True
             self._stop.pass_on()
+        if self.release is not None and store.check([f"failed/{self.work}"]):
+            self.release()
+            self.release = None
 
 
 def _get(store: Any, key: str) -> bytes | None:

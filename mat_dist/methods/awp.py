@@ -56,7 +56,7 @@ class WeightPerturbation(Hook):
         if not self.peer.row.alone:
             return ()
         peer = self.peer
-        with torch.enable_grad(), peer.precision(), peer.drawing(part.draw(DRAW)), modes.batch_stats_only(peer.model):
+        with torch.enable_grad(), peer.training(part.draw(DRAW)), modes.batch_stats_only(peer.model):
             loss = objective.own_loss(peer.row, {view: peer.logits(views[view]) for view in peer.row.alone}, part.y_B,
                                       peer.hooks)
         return list(torch.autograd.grad(loss, self._moved()))

@@ -105,7 +105,7 @@ class Ramp(Hook):
         peer = self.peer
         if not self.settings.projection or peer.spec.frozen:
             return
-        with (torch.enable_grad(), peer.precision(), peer.drawing(part.draw(DRAW)), modes.batch_stats_only(peer.model)):
+        with torch.enable_grad(), peer.training(part.draw(DRAW)), modes.batch_stats_only(peer.model):
             smoothing = peer.spec.loss.label_smoothing or 0.0
             loss = 1 / part.parts * losses.cross_entropy(peer.logits(part.x_BCHW), part.y_B, smoothing)
         trainable = [p for p in peer.model.parameters() if p.requires_grad]

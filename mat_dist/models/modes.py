@@ -13,7 +13,7 @@ _STEP_MOMENTUM = "step_momentum"  # attribute of a batch-norm layer: its momentu
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Batch-norm layers (SyncBatchNorm too) in module order."""
+    """Batch-norm layers in module order."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
@@ -54,8 +54,7 @@ def set_bn_forwards(model: nn.Module, count: int) -> None:
     """Let `count` forwards move the running statistics as much as one forward does.
 
     Each batch-norm layer's momentum becomes 1 - (1 - m)^(1/count), with m its momentum at the first call, so calls
-    may follow each other with any counts. Layers with momentum None (cumulative average) need no change. Convert to
-    SyncBatchNorm before the first call: the conversion takes over the current momentum only.
+    may follow each other with any counts. Layers with momentum None (cumulative average) need no change.
 
     Args:
         count: forwards per training step, at least 1.

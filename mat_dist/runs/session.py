@@ -29,7 +29,7 @@ from mat_dist.errors import (
     OutputError,
     PeerSilent,
     StopRequested,
-    error_class,
+    told_error,
 )
 from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
@@ -131,7 +131,7 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
         mesh.beat.report(told)
     if isinstance(error, MatError):
         return error
-    known = error_class(told["code"])(told["what"], told["where"], told["how"])
+    known = told_error(told)
     known.__cause__ = error
     return known
 
@@ -167,7 +167,7 @@ def _check_restart(folder: RunFolder, launch: Launch) -> None:
     ended = read_exit(folder) if launch.restart > 0 else None
     last: dict[str, Any] = ended["attempts"][-1] if ended else {"attempt": 0, "code": 0}
     if last["code"] in FINAL_CODES and last["attempt"] == next_attempt(folder) - 1:  # not of an earlier launch
-        raise error_class(last["code"])(last["what"], last["where"], last["how"])
+        raise told_error(last)
 
 
 def check_continues(folder: RunFolder, config: Config) -> None:

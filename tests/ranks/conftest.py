@@ -12,9 +12,19 @@ import torch
 import torch.distributed as dist
 
 from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.placement import Placement
+from mat_dist.distributed.stopping import StopFlag
+from mat_dist.errors import MatError, PeerSilent
 
 TIMEOUT = timedelta(seconds=30)
+
+
+class Beat(Heartbeat):
+    """Of a rank that is a thread: it can blame nobody, since all are this process."""
+
+    def blame(self, what: str, symptom: str = "") -> MatError:
+        return PeerSilent(f"a peer stopped answering: {symptom}", what, "look at the first failure")
 
 
 def open_threads(store: dist.Store, peers: int, world: int, rank: int) -> Mesh:
@@ -30,7 +40,9 @@ def open_threads(store: dist.Store, peers: int, world: int, rank: int) -> Mesh:
         prefix = dist.PrefixStore(f"{name}-{ranks[0]}", store)
         return dist.ProcessGroupGloo(prefix, ranks.index(rank), len(ranks), TIMEOUT)
 
-    return Mesh(place, torch.device("cpu"), world=group("world", [list(range(world))]),
+    beat = None if place.replicas == 1 else Beat(dist.PrefixStore("beats", store), rank, world, node=range(world),
+                                                 peers_of=str, stop=StopFlag())
+    return Mesh(place, torch.device("cpu"), world=group("world", [list(range(world))]), beat=beat,
                 peer=group("peer", place.peer_axis()), replica=group("replica", place.replica_axis()))
 
 
@@ -45,12 +57,16 @@ def run_ranks() -> Callable[..., list[Any]]:
         store = dist.HashStore()
 
         def one(rank: int) -> Any:
+            mesh = open_threads(store, peers, world, rank)
             try:
-                return fn(open_threads(store, peers, world, rank))
+                return fn(mesh)
             except Exception as error:
                 if errors == "return":
                     return error
                 raise
+            finally:
+                if mesh.beat is not None:
+                    mesh.beat.close()
 
         with ThreadPoolExecutor(world) as pool:
             futures = [pool.submit(one, rank) for rank in range(world)]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import View
 from mat_dist.distributed.groups import Mesh
 from tests.cohorts import (
     BATCH,
+    batch,
     build,
     cohort_config,
+    first_view,
     hashes,
     largest_difference,
     nets,
@@ -228,10 +233,10 @@ def test_microbatches_and_replicas_equal_the_plain_step_of_a_case(name: str, run
     models = nets(count, norm="group", dtype=torch.float64)
     def result(world: int, **step: Any) -> list[Cohort]:
         return run_ranks(lambda mesh: train(CASES[name].config(**step), mesh, models, 3), count, world)
-    plain = result(1)
-    assert largest_difference(plain, result(1, microbatches=2)) < 1e-10
+    assert largest_difference(result(1), result(1, microbatches=2)) < 1e-10
     if name in REPLICATED:
-        assert largest_difference(plain, result(2 * count)) < 1e-9
+        models = nets(count, dtype=torch.float64)
+        assert largest_difference(result(1), result(2 * count)) < 1e-9
 
 
 @slow
@@ -249,7 +254,7 @@ def test_micro_batches_add_up_to_one_natural_gradient(run_ranks: Run) -> None:
 
 
 def test_eight_ranks_agree_with_four_to_1e_9_in_fp64(run_ranks: Run) -> None:
-    models = nets(4, norm="group", dtype=torch.float64)
+    models = nets(4, dtype=torch.float64)
     config = cohort_config("mat", 4, step={"precision": "fp64"}, optim={"clip_norm": 0.5, "ema_decay": 0.9})
     four = run_ranks(lambda mesh: train(config, mesh, models, 5), 4, 4)
     eight = run_ranks(lambda mesh: train(config, mesh, models, 5), 4, 8)
@@ -257,9 +262,33 @@ def test_eight_ranks_agree_with_four_to_1e_9_in_fp64(run_ranks: Run) -> None:
     assert 0 < largest_difference(four, eight) < 1e-9
 
 
-def test_replicas_on_the_cpu_keep_equal_running_statistics(run_ranks: Run) -> None:
-    models = nets(2)
-    hashes(run_ranks(lambda mesh: train(cohort_config("mat", 2), mesh, models, 3), 2, 4))
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_replicas_train_the_function_of_one_with_batch_norm_and_keep_equal_bits(memory: str, run_ranks: Run) -> None:
+    """Weights, averaged weights, running statistics and their counters, on 1, 2 and 4 ranks."""
+    models = nets(1, dtype=torch.float64)
+    config = cohort_config("trades", 1, step={"precision": "fp64", "memory": memory}, optim={"ema_decay": 0.9})
+    one, two, four = (run_ranks(lambda mesh: train(config, mesh, models, 4, log=True), 1, world)
+                      for world in (1, 2, 4))
+    assert all(largest_difference(one, more) < 1e-9 and hashes(more) for more in (two, four))
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(one[0].peers[0].ema.values(), four[0].peers[0].ema.values(),
+                                                         strict=True))
+
+
+def test_an_attack_of_replicas_runs_on_a_folded_copy_with_the_statistics_of_the_whole_batch(run_ranks: Run) -> None:
+    models, config = nets(1, dtype=torch.float64), cohort_config("at", 1, step={"precision": "fp64"})
+
+    def one(mesh: Mesh) -> Tensor:
+        cohort = train(config, mesh, models, 2)
+        (peer,) = cohort.peers
+        assert peer.notes == [] and copy.deepcopy(peer.model) is not peer.model
+        called = peer.attack_of_training._called
+        assert isinstance(called, AttackCopy) and not [m for m in called._called.modules()
+                                                       if isinstance(m, nn.BatchNorm2d)]
+        return first_view(peer, *batch(9, dtype=torch.float64))
+
+    (whole,) = run_ranks(one, 1, 1)
+    for adv in run_ranks(one, 1, 2):
+        assert (adv - whole).abs().max() < 1e-9
 
 
 def test_a_batch_is_split_over_replicas_in_order(run_ranks: Run) -> None:
@@ -286,7 +315,7 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {  # what needs more than each repli
 def test_replicas_count_the_whole_batch(name: str, memory: str, run_ranks: Run) -> None:
     """Two ranks with half of the rows each, and different shares of right images, are one rank with all of them."""
     entries, count = TOGETHER[name], len(TOGETHER[name])
-    models = nets(count, norm="group", dtype=torch.float64)
+    models = nets(count, norm="batch" if name in ("awp", "projection") else "group", dtype=torch.float64)
     config = configured(entries, memory=memory)
     one, two = (run_ranks(lambda mesh: train(config, mesh, models, 4), count, world) for world in (count, 2 * count))
     hashes(two)
@@ -311,7 +340,7 @@ def test_replicas_pair_what_a_replica_alone_would_not(run_ranks: Run) -> None:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=slow)])
 def test_ranks_and_replicas_train_alike_on_mixed_labels(world: int, run_ranks: Run) -> None:
-    models = nets(2, norm="group", dtype=torch.float64)
+    models = nets(2, dtype=torch.float64)
     config = configured([{"loss": {"preset": "mat", "label_smoothing": 0.1}}, *alone("max")])
     one, more = (run_ranks(lambda mesh: train(config, mesh, models, 3, log=True, data=mixed_images), 2, ranks)
                  for ranks in (1, world))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mat_dist.core.cohort import Cohort, state_hash
 from mat_dist.core.graph import CLEAN
@@ -26,7 +26,6 @@ from tests.cohorts import (
     failed_step,
     first_view,
     largest_difference,
-    local,
     nets,
     one_step,
     state_hashes,
@@ -245,6 +244,46 @@ def test_replicas_survive_a_failure_before_any_of_their_exchanges(name: str, wor
     assert len(set(texts)) == 1 and "the cat sat on the cable" in texts[0]
 
 
+@pytest.mark.parametrize("call", range(4))
+def test_replicas_that_wait_in_a_batch_norm_learn_at_once_that_another_has_failed(call: int, run_ranks: Run) -> None:
+    """In the forward or the backward pass, where no header can tell them; not after the timeout of the exchange."""
+    models, config = nets(1), cohort_config("at", 1)
+
+    def one(mesh: Mesh) -> tuple[MatError, set[int]]:
+        def lacking(row: Tensor, plain: Any = mesh.gather_statistics) -> Tensor:
+            if len(calls) == 2 * 4 + call and mesh.placement.rank == 1:
+                raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+            calls.append(1)
+            return plain(row)
+
+        calls: list[int] = []
+        mesh.gather_statistics = lacking  # type: ignore[method-assign]
+        return refused(build(config, mesh, models), lambda cohort: None)
+
+    results = run_ranks(one, 1, 4)
+    assert {str(error) for error, _ in results} == {str(results[0][0])} and all(same == {0} for _, same in results)
+    error = results[0][0]
+    assert isinstance(error, PeerFailed) and error.how.startswith("use a smaller train.batch_size")
+    assert error.what == "OutOfMemoryError: tried to allocate 2.00 GiB" and "step 2" in error.where
+    assert ("forward" if call < 2 else "backward") in error.where and "rank 1, peer 0" in error.where
+
+
+def test_an_error_of_a_device_that_shows_up_at_the_vote_is_that_rank_s_failure(run_ranks: Run) -> None:
+    class Lost(Tensor):
+        def tolist(self) -> Any:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def one(mesh: Mesh) -> str:
+        cohort = build(cohort_config("at", 2), mesh, models)
+        if mesh.placement.rank == 1:
+            cohort.peers[0].reduced = lambda: torch.zeros(()).as_subclass(Lost)  # type: ignore[method-assign]
+        return str(refused(cohort, lambda cohort: None, 0)[0])
+
+    models = nets(2)
+    (text,) = set(run_ranks(one, 2, 2))
+    assert "CUDA error" in text and "step 0, device, rank 1, peer 1" in text
+
+
 REFUSED = [{**EAT, **TOGETHER["awp"][0], "union": EAT["union"]}, *CASES["mat+awp"].peers[:1]]
 
 
@@ -321,23 +360,3 @@ def test_an_attack_that_lacks_memory_goes_on_in_halves_with_equal_weights_and_th
     assert largest_difference(plain, halves) < 1e-11
     errors = run_ranks(lambda mesh: one(mesh, 1), 2, world, errors="return")
     assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
-
-
-def test_norms_that_replicas_share_are_called_as_often_on_each_of_them(run_ranks: Run) -> None:
-    """A failed forward is not called again: it would meet another call of the other replicas."""
-    def one(mesh: Mesh) -> int:
-        cohort, calls = build(cohort_config("at", 1), mesh, models), []
-        (peer,) = cohort.peers
-        peer.model = nn.SyncBatchNorm.convert_sync_batchnorm(peer.model)
-
-        def short(*args: Any) -> Any:
-            calls.append(1)
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-
-        peer.learn = short  # type: ignore[method-assign]
-        with pytest.raises(MatError, match=r"tried to allocate.*step\.memory=recompute"):
-            train_step(cohort, local(cohort, 0))
-        return len(calls)
-
-    models = nets(1)
-    assert run_ranks(one, 1, 1) == [1]

@@ -12,7 +12,7 @@ from mat_dist.distributed import heartbeat
 from mat_dist.distributed.heartbeat import Heartbeat, StoreThread
 from mat_dist.distributed.processes import ProcessIdentity
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import PeerSilent
+from mat_dist.errors import PeerFailed, PeerSilent
 
 
 class Store:
@@ -133,6 +133,25 @@ def test_a_wait_of_unknown_length_ends_with_the_store(ending):
         mine.meet("evaluation", 0.1)
     store.speaks.set()
     mine.close()
+
+
+def test_a_failure_is_known_to_all_in_that_work_alone_and_releases_a_device_once():
+    values: dict[str, bytes] = {}
+    released, told = [], threading.Event()
+    ranks = [beating(Store(values), rank) for rank in range(2)]
+    ranks[0].release = lambda: released.append(1) or told.set()
+    for one in ranks:
+        one.work = "step 3"
+    assert ranks[0].failure() is None
+    ranks[1].fail({"code": 13, "what": "it broke", "where": "step 3, forward", "how": "mend it"})
+    found = ranks[0].failure()
+    assert isinstance(found, PeerFailed) and found.told and str(found) == "it broke (step 3, forward): mend it"
+    assert told.wait(10)
+    for one in ranks:
+        one.work = "step 4"
+    assert ranks[0].failure() is None and released == [1]
+    for one in ranks:
+        one.close()
 
 
 def test_all_ranks_meet_and_a_stop_request_reaches_them():

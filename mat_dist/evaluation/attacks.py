@@ -74,7 +74,7 @@ class Target:
         model: the classifier as it would be deployed.
         attacked: the modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a
             vote, which has no gradient: then the mean-logit and the mean-probability ensemble.
-        members: of an ensemble, whose AEs join the candidates.
+        members: of an ensemble, whose AEs join the candidates; an ensemble of one is not attacked beside its member.
     """
 
     name: str

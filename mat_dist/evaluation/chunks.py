@@ -126,20 +126,27 @@ def strict_arithmetic() -> Iterator[None]:
 
 
 def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
-    """All attacks and checks on one chunk, as it is saved."""
+    """All attacks and checks on one chunk, as it is saved. What is found on the one member of an ensemble is found on
+    the ensemble too: it is attacked once."""
     x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
+    same = {one.name: one.members[0] if len(one.members) == 1 else one for one in work.targets}
+    targets = list({one.name: one for one in same.values()}.values())
     with strict_arithmetic():
-        clean, tried = attack_targets(work.targets, x_BCHW, y_B, work.job, chunk)
-        replay_sources(work.sources, work.targets, x_BCHW, y_B, clean, tried, work.job, chunk)
-        counts = {}
-        for target in work.targets if chunk < work.checked else ():
+        clean, tried = attack_targets(targets, x_BCHW, y_B, work.job, chunk)
+        replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk)
+        transfer, counts = transfer_counts(tried, y_B), {}
+        for target in targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}
             counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk)
+        clean = {name: clean[one.name] for name, one in same.items()}
+        counts = {name: counts[one.name] for name, one in same.items() if one.name in counts}
+        tried = {(name, threat.label): tried[one.name, threat.label] for name, one in same.items()
+                 for threat in work.job.threats}
         fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
     warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
     return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
             "labels": y_B.tolist(), "images": images_digest(x_BCHW, y_B), "predictions": table(clean, tried),
-            "transfer": transfer_counts(tried, y_B), "rounded": fooled, "checks": counts, "warnings": warnings}
+            "transfer": transfer, "rounded": fooled, "checks": counts, "warnings": warnings}
 
 
 def images_digest(x_BCHW: Tensor, y_B: Tensor) -> str:

@@ -126,7 +126,8 @@ class Evaluations:
     def attack(self, manifest: Manifest, job: Job, split: str, size: int | None) -> Found:
         """Every peer and the ensemble of a checkpoint, with raw weights, and with averaged ones where they are kept.
 
-        An ensemble is attacked by itself, not by its members' AEs too, as `python -m mat_dist.evaluate` does.
+        An ensemble is attacked by itself, not by its members' AEs too, as `python -m mat_dist.evaluate` does; one of a
+        single member is that one.
         """
         data: ImageSet = getattr(self.data, split)
         samples_N = chosen_images(len(data), size, self.config.run.seed)
@@ -137,8 +138,10 @@ class Evaluations:
             run = self.opened(manifest, weights)
             models = agree.run("loading", run.models, self.mesh.device)
             agree.sync(f"models {weights}")
-            modules = {**dict(zip(run.peers, models, strict=True)), ENSEMBLE: run.ensemble(models=models)}
-            targets = [Target(name, model, (model,)) for name, model in modules.items()]
+            targets = [Target(name, model, (model,)) for name, model in zip(run.peers, models, strict=True)]
+            voters = [one for one, spec in zip(targets, self.config.peers, strict=True) if not spec.frozen]
+            ensemble = run.ensemble(models=models)
+            targets.append(Target(ENSEMBLE, ensemble, (ensemble,), tuple(voters) if len(voters) == 1 else ()))
             found[weights] = run_chunks(Work(self.config, job, targets, data, samples_N, what), self.mesh, self.stop)
         return found
 

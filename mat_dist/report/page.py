@@ -276,22 +276,25 @@ def _classes(run: RunFiles, victims: Victims | None, measured: Measured | None) 
     weights = "ema" if run.averaged else "raw"
     one = next((e for e in run.evaluations if e.answers and e.present), None)
     found: Mapping[str, Answers] = {}
+    threats: Sequence[str] = run.threats
     if one is not None:
+        threats = one.threats
         found = {target: images for (target, kind), images in one.answers.items() if kind == weights}
         count = len(next(iter(found.values())).labels) if found else 0
         source = f"{one.attacks}, step {one.step}, all {count} images of {one.file}"
     if not found and measured is not None:
         found, source = measured.answers, f"{measured.n} test images, attacked for this report"
-    return class_section(found, victims.classes if victims else (), source) if found else None
+    robust = "union" if len(threats) > 1 else "robust"
+    return class_section(found, victims.classes if victims else (), source, robust) if found else None
 
 
-def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: str) -> dict[str, Any]:
-    """Clean and robust accuracy of every class; `source` tells which images these are."""
+def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: str, robust: str) -> dict[str, Any]:
+    """Clean and robust accuracy of every class; `source` tells which images these are, `robust` what to call the
+    latter."""
     count = max([len(names), *(label + 1 for one in answers.values() for label in one.labels.values())])
     labels = [*names, *(f"class {k}" for k in range(len(names), count))]
     shares = {target: class_shares(found, count) for target, found in answers.items()}
     targets = list(shares)
-    robust = "union" if len(answers[targets[0]].correct.keys() - {CLEAN, UNION}) > 1 else "robust"
 
     def mean(k: int, part: int) -> float | None:
         known = [value for t in targets if is_peer(t) and (value := shares[t][k][part]) is not None]

@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.evaluation.attacks import AttackPlan, correct
-from mat_dist.evaluation.chunks import chosen_images
+from mat_dist.evaluation import attacks
+from mat_dist.evaluation.attacks import AttackPlan, Target, attack_one, correct
+from mat_dist.evaluation.chunks import Work, attack_chunk, chosen_images
 from mat_dist.evaluation.during_training import Evaluations, selection_score, table_rows, validation_record
 from mat_dist.evaluation.results import read_result
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.evaluation.survivors import Survivors, gather, write_result
+from mat_dist.evaluation.targets import make_targets
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.registry import Images
 from mat_dist.runs.folder import RunFolder
@@ -235,6 +238,43 @@ def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:
     x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     logits = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
     assert correct(lambda _: logits, x, y).tolist() == [True, False, False]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("checked", [0, 1])
+def test_an_ensemble_of_one_is_attacked_once_and_answers_as_its_member(checked: int, trained: Trained,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen peer is no member. The ensemble's module, attacked by itself, finds the same."""
+    attacked: list[str] = []
+
+    def counting(target: Target, *rest: Any) -> Any:
+        attacked.append(target.name)
+        return attack_one(target, *rest)
+
+    models = [trained.model(0), trained.model(1)]
+    job = replace(trained.evaluations().job(2), keep=True)
+    names = ["peer0", "peer1", "ensemble:prob", "ensemble:vote"]
+    targets = make_targets(names, ["peer0", "peer1"], models, frozen=["peer1"])
+    work = Work(trained.config, job, targets, trained.data.val, torch.arange(CHUNK), checked=checked)
+    monkeypatch.setattr(attacks, "attack_one", counting)
+    found = attack_chunk(work, 0, torch.device("cpu"))
+    assert attacked == ["peer0", "peer1"] * len(LABELS)
+    assert list(found["predictions"]) == names and list(found["checks"]) == names * checked
+    assert found["predictions"]["ensemble:prob"] == found["predictions"]["peer0"] != found["predictions"]["peer1"]
+
+    ensemble = Ensemble(models[:1], "prob").eval()
+    alone = Work(trained.config, job, [Target("e", ensemble, (ensemble,))], trained.data.val, torch.arange(CHUNK))
+    assert attack_chunk(alone, 0, torch.device("cpu"))["predictions"]["e"] == found["predictions"]["ensemble:prob"]
+
+
+def test_a_training_of_one_peer_attacks_it_once(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacked: list[str] = []
+    monkeypatch.setattr(attacks, "attack_one", lambda target, *rest: attacked.append(target.name) or attack_one(
+        target, *rest))
+    first, second = trained.config.peers
+    config = trained.config.model_copy(update={"peers": (first, second.model_copy(update={"frozen": True}))})
+    found = trained.evaluate(AttackPlan(2), size=CHUNK, config=config)
+    assert attacked == ["peer0", "peer1"] * len(LABELS) * 2  # raw and averaged weights
+    assert found[ENSEMBLE, EMA].accuracy == found["peer0", EMA].accuracy
 
 
 # ------------------------------------------------------------------------------------------------ numbers

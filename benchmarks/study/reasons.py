@@ -172,7 +172,7 @@ def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, 
 
     def measure(data: ImageSet, what: str) -> dict[str, Any]:
         """The mean of each of MEASURES on images of a split, as lists [student][source], clean images last."""
-        samples = chosen_images(len(data), size, seed)
+        samples = chosen_images(len(data), size)
         sums = {name: torch.zeros(len(models), len(models) + 1, dtype=torch.float64) for name in MEASURES}
         for chunk, first in enumerate(range(0, len(samples), config.eval.chunk)):
             watch.now(f"AEs of {what} images: {first} of {len(samples)}")

@@ -117,7 +117,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     if request.images is not None and request.images > len(split):
         raise DataError(f"{request.images} images are asked for, the {request.split} split has {len(split)}", "images",
                         f"ask for at most {len(split)}")
-    samples_N = chosen_images(len(split), request.images, config.run.seed)
+    samples_N = chosen_images(len(split), request.images)
     targets = make_targets(names, run.peers, run.models(mesh.device),
                            [str(spec.name) for spec in config.peers if spec.frozen])
     sources, told = load_sources(request.sources, run.images, config, mesh.device)

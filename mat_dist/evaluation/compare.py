@@ -77,7 +77,7 @@ def check_same(one: Result, other: Result) -> None:
         found["images_digest"] = run.document.get("images_digest")
     how = "evaluate both runs with the same settings"
     if one.document.get("subset_seed") != other.document.get("subset_seed"):
-        how += "; of other seeds, with all images, since run.seed draws subsets and the validation split"
+        how += "; of other seeds on the test set, since run.seed draws the other splits"
     for key, mine in values[0].items():
         if mine != values[1].get(key):
             raise ConfigError(f"{one.run} and {other.run} were evaluated differently: {key} {_short(mine)} and "

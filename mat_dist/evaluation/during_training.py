@@ -130,7 +130,7 @@ class Evaluations:
         single member is that one.
         """
         data: ImageSet = getattr(self.data, split)
-        samples_N = chosen_images(len(data), size, self.config.run.seed)
+        samples_N = chosen_images(len(data), size)
         what = f"evaluation of {manifest.directory.name} on {'validation' if split == 'val' else split}"
         agree = Agreement(self.mesh, what)
         found = {}

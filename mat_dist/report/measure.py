@@ -86,7 +86,7 @@ class Victims:
 
 
 def load_victims(opened: FinishedRun, images: int, device: torch.device) -> Victims:
-    """Load models and `images` test images (a keyed random subset, or all).
+    """Load models and `images` test images (a random subset, or all).
 
     Raises CheckpointError for a damaged checkpoint, DataError for images that are missing or others than those of the
     training, ConfigError for a model or data set of a plug-in that is not given.
@@ -98,7 +98,7 @@ def load_victims(opened: FinishedRun, images: int, device: torch.device) -> Vict
         raise DataError("the images are not those of the training", f"data.name={config.data.name}",
                         "give the report the same data, in the place that config.yaml names")
     targets = {**dict(zip(opened.peers, models, strict=True)), ENSEMBLE: opened.ensemble(models=models)}
-    samples_N = chosen_images(len(data.test), images, config.run.seed)
+    samples_N = chosen_images(len(data.test), images)
     source = candidates(config.peers)[0]
     with suppress(CheckpointError):  # a damaged result: the page says that it is left out
         source = opened.chosen_peer() or source

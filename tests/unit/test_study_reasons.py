@@ -154,7 +154,7 @@ def test_every_peer_meets_the_aes_of_every_peer_on_the_validation_split() -> Non
 
     def reference(split: ImageSet) -> tuple[list[list[list[list[float]]]], list[int]]:
         """Logits [source][model][image], clean images last, and labels."""
-        rows = chosen_images(len(split), 20, 0)
+        rows = chosen_images(len(split), 20)
         pixels, y = split.batch(rows)
         x = pixels.float().div(255).flatten(1)
         side = torch.where(y % 2 == 0, -1.0, 1.0)[:, None]
@@ -260,7 +260,7 @@ def test_the_command_measures_the_last_checkpoint_of_a_run(tmp_path: Path, capsy
     found = reasons.find(run.folder, config, 30)
     assert found is not None and reasons.find(run.folder, config, 31) is None
     data = load_data(config.data, seed=0, batch_size=16)
-    x, y = data.val.batch(chosen_images(len(data.val), 30, 0))
+    x, y = data.val.batch(chosen_images(len(data.val), 30))
     for peer in range(2):
         model = load(run.folder.path, peer, which="latest")
         with torch.no_grad():

@@ -9,6 +9,7 @@ from mat_dist.config.load import (
     load_config,
     resume_conflicts,
     trains_longer,
+    with_absolute_paths,
 )
 from mat_dist.config.plugins import load_plugins
 from mat_dist.config.rules import config_warnings
@@ -36,5 +37,5 @@ __all__ = [
     "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "Options", "PeerConfig", "RunConfig", "StepConfig",
     "ThreatConfig", "TrainConfig", "TrainingOptions", "config_differences", "config_folders", "config_name",
     "config_warnings", "count", "dump_config", "load_config", "load_plugins",
-    "resume_conflicts", "schema_json", "trains_longer",
+    "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
 ]

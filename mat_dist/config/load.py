@@ -355,6 +355,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 # `step.memory` keep the result but for rounding; the data are compared by digest, so their paths may change.
 _MAY_CHANGE = ("eval.", "log.", "checkpoint.", "comm.", "run.root", "run.name", "run.resume", "run.threads",
                "data.root", "data.download", "data.cache", "data.residency", "step.memory")
+_PATHS = ("data.generated", ".init_from")  # that may not change, but be written in another way
 
 
 def _values(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -373,6 +374,18 @@ def dump_config(config: Config, *, with_name: bool = False) -> str:
     if not with_name:
         values["run"].pop("name")
     return write(values)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same with paths that mean the same in every folder: of the data, and of weights that peers start from."""
+    data = {name: absolute(getattr(config.data, name)) for name in ("root", "cache", "generated")}
+    peers = tuple(spec.model_copy(update={"init_from": absolute(spec.init_from)}) for spec in config.peers)
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "peers": peers})
+
+
+def absolute(path: str | None) -> str | None:
+    """A path from the root, `~` expanded; None and addresses as they are."""
+    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -413,7 +426,8 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
 
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and a longer training."""
-    return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)]
+    return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)
+            and not (pair[0].endswith(_PATHS) and absolute(pair[1]) == absolute(pair[2]))]
 
 
 def trains_longer(old: Config, new: Config) -> bool:

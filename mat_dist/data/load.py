@@ -103,7 +103,7 @@ def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> Raw
         raise DataError(f"the images do not fit into memory ({problem})", _where(config),
                         "take fewer or smaller images, or raise the memory limit (ulimit -v)") from problem
     except SystemExit as problem:  # in a plug-in: the other ranks would wait for this one
-        raise DataError(f"its reader left with sys.exit({problem.code})", _where(config),
+        raise DataError(f"its reader left with sys.exit({problem.code!r})", _where(config),
                         "raise an error there instead") from problem
 
 

@@ -16,7 +16,7 @@ from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.foreign import StateDict, fitted, read_state_dict
 from mat_dist.cli import tell
-from mat_dist.config import dump_config
+from mat_dist.config import dump_config, with_absolute_paths
 from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
@@ -186,7 +186,7 @@ def write_run(found: Imported, config: Config, data: DataSets, out: str | None, 
             write_environment(folder, attempt=ATTEMPT, argv=command, devices=[device_name(device)],
                               seed=config.run.seed, placement={"peers": 1, "ranks": 1}, job_id=None)
             write_exit(folder, ATTEMPT, None, "done")
-            write_text(folder.config, dump_config(config))
+            write_text(folder.config, dump_config(with_absolute_paths(config)))
     return folder
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mat_dist.cli import LOGGED
-from mat_dist.config import config_differences, dump_config, load_config, resume_conflicts, trains_longer
+from mat_dist.config import (
+    config_differences,
+    dump_config,
+    load_config,
+    resume_conflicts,
+    trains_longer,
+    with_absolute_paths,
+)
 from mat_dist.config.schema import Config
 from mat_dist.distributed.agreement import Agreement, described
 from mat_dist.distributed.groups import Mesh, device_name
@@ -187,7 +194,7 @@ def check_continues(folder: RunFolder, config: Config) -> None:
 
 def _record_config(folder: RunFolder, config: Config, attempt: int) -> None:
     """Write `config.yaml`; one with other values (a raised train.epochs) is kept beside it."""
-    text = dump_config(config)
+    text = dump_config(with_absolute_paths(config))
     if folder.config.exists():
         old = folder.config.read_text()
         if old != text:

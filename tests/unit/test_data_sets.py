@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import struct
+import sys
 import tarfile
 from pathlib import Path
 from urllib.error import URLError
@@ -17,12 +18,13 @@ import torch
 from scipy.io import savemat
 from torchvision import datasets
 
-from mat_dist.config.schema import DataConfig
+from mat_dist.config.schema import DataConfig, ModelConfig
 from mat_dist.data import RawData, builtin, dataset_names, load_data, register_dataset
 from mat_dist.data.builtin import IDX_FILES, load_digits, load_fashion_mnist, read_idx, scale_levels
 from mat_dist.data.images import _LOADERS, find_dataset
 from mat_dist.data.load import check_raw
 from mat_dist.errors import ConfigError, DataError, OutputError
+from mat_dist.models import build_model, register_model
 from tests.unit.data_files import random_images
 
 # ---------------------------------------------------------------- digits
@@ -291,3 +293,30 @@ def test_a_plugin_registers_its_own_data_set_and_passes_the_same_checks(monkeypa
 def test_an_unknown_name_gets_the_nearest_known_one():
     with pytest.raises(ConfigError, match=r"unknown data set 'cifar_10'.*did you mean cifar10.*fashion_mnist"):
         load_data(DataConfig(name="cifar_10"), seed=0, batch_size=8)
+
+
+@pytest.mark.parametrize("code", [0, "no licence"])
+def test_a_reader_or_a_builder_that_exits_is_an_error_with_its_name(monkeypatch, code):
+    monkeypatch.setattr("mat_dist.data.images._LOADERS", dict(_LOADERS))
+    monkeypatch.setattr("mat_dist.models.registry._BUILDERS", {})
+
+    @register_dataset("leaves")
+    @register_model("leaves")
+    def leave(*_: object) -> None:
+        sys.exit(code)
+
+    with pytest.raises(DataError, match=rf"its reader left with sys.exit\({code!r}\) \(data.name=leaves\)"):
+        load_data(DataConfig(name="leaves"), seed=0, batch_size=8)
+    with pytest.raises(ConfigError, match=rf"its builder left with sys.exit\({code!r}\) \(model.name=leaves\)"):
+        build_model(ModelConfig(name="leaves"), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
+
+
+def test_a_lack_of_memory_while_reading_is_an_error_of_the_data(monkeypatch):
+    monkeypatch.setattr("mat_dist.data.images._LOADERS", dict(_LOADERS))
+
+    @register_dataset("large")
+    def large(config: DataConfig) -> RawData:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    with pytest.raises(DataError, match=r"do not fit into memory \(Unable to allocate 9 TiB\) \(data.name=large\)"):
+        load_data(DataConfig(name="large"), seed=0, batch_size=8)

@@ -54,7 +54,7 @@ def main(options: Namespace) -> None:
     arguments = parse([*options.words, *plugins])
     if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
         raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
-    label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "last"
+    label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "latest"
     images = arguments.request.images or IMAGES
     folder = find_run(arguments.runs[0])
     refuse_unfinished(folder)

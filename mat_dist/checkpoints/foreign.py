@@ -1,13 +1,17 @@
-"""A checkpoint that no run of ours wrote: a state dict in a .pt or .safetensors file, and how it fits a network.
+"""A checkpoint that no run of ours wrote: the networks in a .pt or .safetensors file, and which of them fits a network.
 
-A file that would make anything but tensors and plain values is refused; nothing in it is executed.
+A file is a tree of names. A network may stand anywhere in it, so whatever wrappers, training classes and scripts put
+before its names is just a place. Nothing in a file is executed: objects that are neither tensors nor plain values are
+left out if making them would run nothing, else the file is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,167 +19,283 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.checkpoints.peers import read_safetensors, read_torch, reason
-from mat_dist.errors import CheckpointError
+from mat_dist.errors import CheckpointError, ConfigError
 
 SAFETENSORS = ".safetensors"
-# Where training scripts put the weights beside other things, in the order of preference.
-ENTRIES = ("state_dict", "model_state_dict", "model", "net")
-WRAPPER = "module."  # DataParallel, DistributedDataParallel, AveragedModel
 COMPILED = "_orig_mod."  # torch.compile, also of a part of a model
-HOLDERS = ("", "model.", "net.")  # names under which training classes keep their network
-NORMALISATIONS = (("normalize.mean", "normalize.std"), ("mean", "std"), ("mu", "sigma"))  # ours, and common ones
-AVERAGED = "n_averaged"  # AveragedModel's counter
-COUNTER = "num_batches_tracked"  # of batch norm, absent from files of old torch versions and without effect here
+COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm and of AveragedModel: without effect here
+# Names of a mean and a deviation that stand beside each other; a word ends where the letters end.
+MOMENTS = (("mean", "std"), ("means", "stds"), ("mu", "sigma"), ("mean", "sigma"), ("mean", "sd"), ("mean", "stdev"),
+           ("mean", "stddev"), ("mean", "deviation"), ("mu", "std"))
+TOP = "."  # names the top of a file
 MOST_NAMES = 3  # of each kind in a message
+MOST_VALUES, LONGEST_NAME, LONGEST_LIST = 200_000, 2000, 64  # of a file's tree
+BY_NAME, BY_ORDER = "by name", "by order, kind and shape, since the names differ"
+# Published code by the names of its layers: what no shape tells, and whether a built-in network computes it.
+FAMILIES = (
+    ("batchnorm_0.", "DeepMind's networks (Gowal et al., 2020): SiLU, and padding on two sides before strides of 2",
+     False),
+    ("convShortcut.", "the Wide ResNet of TRADES: ReLU, eps 1e-05, shortcuts behind the first activation", True),
+    ("layer2.0.shortcut.", "the ResNets of pytorch-cifar: ReLU, eps 1e-05; in copies of the pre-activation form the "
+                           "shortcuts start before or behind the first activation", True),
+)
 
 
 @dataclass(frozen=True)
-class StateDict:
-    """Tensors of a file by name, in the file's order."""
+class TensorFile:
+    """Tensors of a file by dotted name, in the file's order."""
 
     file: Path
     tensors: dict[str, Tensor]
     sha256: str  # of the file
     ordered: bool  # the order is that of the modules in the network that was saved
-    notes: tuple[str, ...]  # what was unwrapped, in words
-    mean: tuple[float, ...] | None = None  # per channel, where the file has a normalisation,
-    std: tuple[float, ...] | None = None  # which is not among the tensors
+    skipped: tuple[str, ...] = ()  # classes of objects that were left out
 
 
-def read_state_dict(file: Path) -> StateDict:
-    """The state dict in a file, without what DataParallel and torch.compile put before names. Raises CheckpointError:
-    no such file, or something else than tensors and plain values, or no state dict in it."""
+@dataclass(frozen=True)
+class Network:
+    """A network in a file that fits one of ours.
+
+    Attributes:
+        place: what stands before its names in the file; ends with a dot where it is not empty.
+        names: name in our network -> name in the file, of all weights.
+        by: how they were matched, in words.
+        notes: what is worth telling, a line each.
+    """
+
+    source: TensorFile
+    place: str
+    names: dict[str, str]
+    by: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.place.rstrip(".") or TOP
+
+    def state(self, net: nn.Module) -> dict[str, Tensor]:
+        """The weights under the names of `net`; its own counters where the file has none."""
+        tensors = self.source.tensors
+        return {key: tensors[self.names.get(key, self.place + key)]
+                if key in self.names or self.place + key in tensors else value
+                for key, value in net.state_dict().items()}
+
+    def normalisation(self, channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]] | None:
+        """(name, mean, deviation) of the pair of per-channel tensors that stands nearest in the file; None where there
+        is none. Raises ConfigError where several stand equally near and differ."""
+        used = set(self.names.values())
+        found: dict[int, dict[tuple[tuple[float, ...], ...], str]] = {}
+        for pair in _moments(self.source.tensors):
+            values = [self.source.tensors[name].double().flatten() for name in pair]
+            if used.isdisjoint(pair) and all(len(value) in (1, channels) for value in values):
+                near = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(
+                    pair[0].split("."), self.place.split("."), strict=False)))
+                key = tuple(tuple(value.expand(channels).tolist()) for value in values)
+                found.setdefault(near, {}).setdefault(key, pair[0])
+        if not found:
+            return None
+        nearest = found[max(found)]
+        if len(nearest) > 1:
+            raise ConfigError(f"the file has {len(nearest)} normalisations: {', '.join(nearest.values())}",
+                              str(self.source.file), "give the mean=... and std=... of the network that is meant")
+        ((mean, std), name), = nearest.items()
+        return name, mean, std
+
+
+def read_tensors(file: Path) -> TensorFile:
+    """All tensors in a file. Raises CheckpointError: no such file, objects in it that would run something, or no
+    tensor in it."""
     try:
         data = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read the file: {error.strerror}", str(file), "give the path of a state dict, "
                               "or the folder of a run") from error
-    safe = file.suffix == SAFETENSORS
+    safe, skipped = file.suffix == SAFETENSORS, list[str]()
     try:
-        content = read_safetensors(data) if safe else read_torch(data)
+        content = read_safetensors(data) if safe else read_torch(data, skipped)
+        leaves = {name.replace(COMPILED, ""): value for name, value in _leaves(content, "", [0])}
     except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
         what, how = "a safetensors file", "use another checkpoint"
         if not safe:
             what = "a file of tensors and plain values"
             how = 'nothing in it was executed; save the tensors alone: torch.save(model.state_dict(), "FILE.pt")'
         raise CheckpointError(f"not {what}: {reason(error)}", str(file), how) from error
-    tensors, notes = _unwrap(content, file)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError("NaN or infinite values in the weights", f"{file}, {key}", "use another checkpoint")
-    mean, std = _take_normalisation(tensors)
-    return StateDict(file, tensors, hashlib.sha256(data).hexdigest(), not safe, tuple(notes), mean, std)
+    if not leaves:
+        held = ", ".join(ascii(key)[:40] for key in list(content)[:8]) if isinstance(content, dict) else ""
+        kind = f"objects of {', '.join(skipped[:MOST_NAMES])}" if skipped else f"{type(content).__name__} {held}"
+        raise CheckpointError(f"no state dict in it, but {kind}".rstrip(), str(file), "nothing in it was executed; "
+                              'save tensors by name: torch.save(model.state_dict(), "FILE.pt")')
+    return TensorFile(file, leaves, hashlib.sha256(data).hexdigest(), not safe, tuple(skipped))
 
 
-def _unwrap(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside what was read, its names without wrappers, and what was taken away."""
-    notes: list[str] = []
-    while not _is_state_dict(content):
-        entry = next((e for e in ENTRIES if isinstance(content, dict) and isinstance(content.get(e), dict)), None)
-        if entry is None or len(notes) > len(ENTRIES):
-            held = ", ".join(repr(str(key)[:40]) for key in list(content)[:8]) if isinstance(content, dict) else ""
-            raise CheckpointError(f"no state dict in it, but {type(content).__name__} {held}".rstrip(), str(file),
-                                  f"give tensors by name, alone or as one of the entries {', '.join(ENTRIES)}")
-        notes.append(f"entry {entry!r}")
-        content = content[entry]
-    tensors = {key: value.detach() for key, value in content.items()}
-    if any(COMPILED in key for key in tensors):
-        tensors = {key.replace(COMPILED, ""): value for key, value in tensors.items()}
-        notes.append(f"without {COMPILED}")
-    tensors.pop(AVERAGED, None)
-    while tensors and all(key.startswith(WRAPPER) for key in tensors):
-        tensors = {key.removeprefix(WRAPPER): value for key, value in tensors.items()}
-        notes.append(f"without {WRAPPER}")
-    return tensors, notes
+def _leaves(content: Any, name: str, count: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree by dotted name, and lists of numbers that may be a mean or a deviation. Raises ValueError
+    for a tree without end: a hostile file can hold a dictionary that contains itself, or the same one 2^50 times."""
+    count[0] += 1
+    if count[0] > MOST_VALUES or len(name) > LONGEST_NAME:
+        raise ValueError("too many or too deep entries")
+    if type(content) in (Tensor, nn.Parameter) and content.layout == torch.strided and not content.is_quantized:
+        yield name, content.detach()
+    elif type(content) in (list, tuple) and content and all(type(value) in (int, float) for value in content):
+        if len(content) <= LONGEST_LIST and any(_has(word, name.lower(), "") is not None for pair in MOMENTS
+                                                   for word in pair):
+            yield name, torch.tensor(content, dtype=torch.float64)
+    elif isinstance(content, dict) or (type(content) in (list, tuple) and len(content) <= LONGEST_LIST):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _leaves(value, f"{name}.{key}" if name else str(key), count)
 
 
-def _take_normalisation(tensors: dict[str, Tensor]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and deviation of a normalisation layer, taken out of the tensors; (None, None) where there is none."""
-    for names in NORMALISATIONS:
-        if all(key in tensors for key in names):
-            mean, std = (tuple(tensors.pop(key).double().flatten().tolist()) for key in names)
-            return mean, std
-    return None, None
+def _has(word: str, name: str, instead: str) -> str | None:
+    """The name with another word instead; None where it does not have the word."""
+    found, count = re.subn(rf"(?<![a-z]){word}(?![a-z])", instead, name)
+    return found if count else None
 
 
-def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, dict) and len(content) > 0 and all(
-        isinstance(key, str) and type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-        and not value.is_quantized for key, value in content.items())
+def _moments(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Names of tensors that differ in the words of a mean and a deviation alone."""
+    lower = {name.lower(): name for name in tensors}
+    for name, shown in lower.items():
+        for mean, std in MOMENTS:
+            other = _has(mean, name, std)
+            if other in lower:
+                yield shown, lower[other]
 
 
 # ------------------------------------------------------------------------------------------------ into a network
 
 
-def fitted(state: StateDict, net: nn.Module, *, channels: int, classes: int) -> tuple[dict[str, Tensor], str]:
-    """The tensors under the names of `net`, for `load_state_dict`, and how they were matched.
+def find_network(source: TensorFile, net: nn.Module, *, channels: int, classes: int, entry: str | None = None,
+                 choose: str = "entry={}") -> Network:
+    """The network in a file that fits ours: by the names of `net`, or in the order of its modules by kind and shape.
 
-    By name; also where all names stand below `model.` or `net.`. Else, in files that keep the order of the modules, by
-    order, if number, kinds (weight, bias, running_mean, ...) and shapes are all equal: implementations of one network
-    differ in names more than in order.
+    Args:
+        channels, classes: of the data, that the weights are made for.
+        entry: where in the file to look; the start of the names of the network that is meant.
+        choose: how a user writes that, with {} for the entry.
 
-    Raises CheckpointError with the first missing, unexpected and misshapen names and their numbers; or, where that
-    is all, with the number of classes or channels, or the image size, that the weights are made for.
+    Raises CheckpointError where none fits, ConfigError where several do that differ, or there is no such entry.
     """
     expected: Mapping[str, Tensor] = net.state_dict()
-    tensors, holder = _without_holder(state.tensors, expected)
-    pairs = _pairs(tensors, expected, state.ordered)
-    if not pairs or any(tensors[mine].shape != expected[theirs].shape for mine, theirs in pairs):
-        raise CheckpointError(_of_another_size(tensors, expected, pairs, channels, classes)
-                              or _differences(tensors, expected), str(state.file),
-                              "name the architecture that was trained (model=..., model.width=...; with other layers "
-                              "or names: --plugin FILE.py), and its data set")
-    found = {theirs: tensors[mine] for mine, theirs in pairs}
-    how = "by order, kind and shape, since the names differ"
-    if all(mine == theirs for mine, theirs in pairs):
-        how = f"by name, without {holder}" if holder else "by name"
-    return {key: found[key] if key in found else tensors.get(key, value) for key, value in expected.items()}, (
-        f"matched {how}")
+    found = [one for one in _candidates(source, expected)
+             if entry is None or (one.place == "" if entry == TOP else one.place.startswith(f"{entry}."))]
+    tensors = source.tensors
+    fits = [one for one in found if all(tensors[mine].shape == expected[key].shape for key, mine in one.names.items())]
+    if not fits:
+        names = [key for key in tensors if entry in (None, TOP) or key.startswith(f"{entry}.")]
+        if not names:
+            tops = dict.fromkeys(key.partition(".")[0] for key in tensors)
+            raise ConfigError(f"there is no entry {entry!a} with tensors", str(source.file),
+                              f"choose from {', '.join(list(tops)[:8])}")
+        what = _of_another_size(found[0], expected, channels, classes) if found else _differences(
+            {key: tensors[key] for key in names}, expected)
+        raise CheckpointError(what, str(source.file), "name the architecture that was trained (model=..., model.width="
+                              "...; with other layers or names: --plugin FILE.py), and its data set")
+    distinct = [one for number, one in enumerate(fits) if not any(_equal(one, other) for other in fits[:number])]
+    if len(distinct) > 1:
+        labels = [one.label for one in distinct]
+        raise ConfigError(f"the file holds {len(labels)} networks that fit: {', '.join(labels[:8])}", str(source.file),
+                          f"write {' or '.join(choose.format(label) for label in labels[:8])}")
+    for key in distinct[0].names.values():
+        if not tensors[key].isfinite().all():
+            raise CheckpointError("NaN or infinite values in the weights", f"{source.file}, {key}",
+                                  "use another checkpoint")
+    return _told(distinct[0], fits)
 
 
-def _without_holder(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
-    """The tensors under the names of the network, if those stand below one of HOLDERS; else as they are."""
-    for holder in HOLDERS:
-        if all(key.startswith(holder) for key in tensors):
-            found = {key.removeprefix(holder): value for key, value in tensors.items()}
-            if _weights(found).keys() == _weights(expected).keys():
-                return found, holder
-    return tensors, ""
+def _told(chosen: Network, fits: Sequence[Network]) -> Network:
+    """The chosen network with what is worth telling about it."""
+    source, used = chosen.source, set(chosen.names.values())
+    notes = [f"weights {f'of {chosen.label!a} ' if chosen.place else ''}matched {chosen.by}"]
+    family = next((one for one in FAMILIES if any(one[0] in name for name in used)), None)
+    if family and chosen.by != BY_NAME:
+        if not family[2]:
+            raise CheckpointError(f"its names are those of {family[1]}; no built-in network computes that",
+                                  str(source.file), "register the original network: --plugin FILE.py")
+        notes.append(f"its names are those of {family[1]}")
+    if twins := [one.label for one in fits if one is not chosen]:
+        notes.append(f"equal weights stand at {', '.join(map(ascii, twins[:MOST_NAMES]))}")
+    ignored = used.union(*_moments(source.tensors), *(one.names.values() for one in fits))
+    left = [key for key in source.tensors if key not in ignored and not key.endswith(COUNTERS)]
+    if left:
+        notes.append(f"left out: {_listed('tensors beside the network', left)}")
+    if source.skipped:
+        notes.append(f"left out: objects of {', '.join(source.skipped[:8])}; nothing of them was executed")
+    return Network(source, chosen.place, chosen.names, chosen.by, tuple(notes))
 
 
-def _weights(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in tensors.items() if not key.endswith(COUNTER)}
+def _equal(one: Network, other: Network) -> bool:
+    pairs = [(one.source.tensors[name], other.source.tensors[other.names[key]]) for key, name in one.names.items()]
+    return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
-def _pairs(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], ordered: bool) -> list[tuple[str, str]]:
-    """(name in the file, name in the network) of all weights, by name or by order; empty where neither works."""
-    mine, theirs = list(_weights(tensors)), list(_weights(expected))
-    if set(mine) == set(theirs):
-        return [(key, key) for key in theirs]
-    same_kinds = [key.rpartition(".")[2] for key in mine] == [key.rpartition(".")[2] for key in theirs]
-    return list(zip(mine, theirs, strict=True)) if ordered and same_kinds else []
+def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Network]:
+    """Networks in the file that have the names of ours, or its kinds of tensors in its order; shapes may differ."""
+    tensors, want = source.tensors, [key for key in expected if not key.endswith(COUNTERS)]
+    moments = {name for pair in _moments(tensors) for name in pair}
+    places: dict[str, list[str]] = {}
+    for name in tensors:
+        for part in re.finditer(r"^|\.", name):
+            places.setdefault(name[:part.end()], []).append(name)
+    found: list[Network] = []
+    for place, names in places.items():
+        if all(place + key in tensors for key in want) and not _kin(place, names, want, moments):
+            found.append(Network(source, place, {key: place + key for key in want}, BY_NAME))
+    named = {name for one in found for name in one.names.values()}
+    for place, names in reversed(places.items()) if source.ordered else ():  # the longest place of equal ones
+        every = [name for name in names if not name.endswith(COUNTERS)]
+        for mine in (every, [name for name in every if name not in moments]):
+            if [kind(name) for name in mine] == [kind(name) for name in want] and named.isdisjoint(mine):
+                found.append(Network(source, place, dict(zip(want, mine, strict=True)), BY_ORDER))
+                named.update(mine)
+    return found
 
 
-def _of_another_size(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], pairs: list[tuple[str, str]],
-                     channels: int, classes: int) -> str | None:
+def kind(name: str) -> str:
+    """What a tensor is: weight, bias, running_mean, ..."""
+    return name.rpartition(".")[2]
+
+
+def _kin(place: str, names: Sequence[str], want: Sequence[str], moments: set[str]) -> list[str]:
+    """Names at a place that look like more layers of the same network: it is a larger one than ours."""
+    def stem(key: str) -> str:
+        return key.partition(".")[0].rstrip("0123456789_")
+
+    stems, known = {stem(key) for key in want}, {place + key for key in want}
+    return [name for name in names if name not in known and name not in moments and not name.endswith(COUNTERS)
+            and stem(name.removeprefix(place)) in stems]
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+def _of_another_size(network: Network, expected: Mapping[str, Tensor], channels: int, classes: int) -> str:
     """What is wrong where all weights have a partner, and some another shape: classes, channels, size, or others."""
-    wrong = [(mine, tuple(tensors[mine].shape), tuple(expected[theirs].shape)) for mine, theirs in pairs
-             if tensors[mine].shape != expected[theirs].shape]
-    if not wrong:
-        return None
-    if all(found and want[:1] == (classes,) and found[1:] == want[1:] for _, found, want in wrong):
-        return f"the weights are for {wrong[0][1][0]} classes, the data have {classes}"
-    if len(wrong) == 1 and wrong[0][2][1:2] == (channels,) and len(wrong[0][1]) == 4:
-        return f"the weights take images of {wrong[0][1][1]} channels, the data have {channels}"
-    shown = ", ".join(f"{key} {found} instead of {want}" for key, found, want in wrong[:MOST_NAMES])
+    pairs = [(mine, tuple(network.source.tensors[mine].shape), tuple(expected[theirs].shape))
+             for theirs, mine in network.names.items()]
+    wrong = [pair for pair in pairs if pair[1] != pair[2]]
+    mine, found, want = wrong[0]
+    if all(theirs and ours[:1] == (classes,) and theirs[1:] == ours[1:] for _, theirs, ours in wrong):
+        return f"the weights are for {found[0]} classes, the data have {classes}"
+    if len(wrong) == 1 and len(found) == len(want) == 4:
+        if want[1] == channels and found[:1] + found[2:] == want[:1] + want[2:]:
+            return f"the weights take images of {found[1]} channels, the data have {channels}"
+        if found[:2] == want[:2]:
+            return (f"the convolution {mine} has kernels of {found[2]}x{found[3]}, that of the network for images of "
+                    f"this size {want[2]}x{want[3]}")
+    shown = ", ".join(f"{key} {theirs} instead of {ours}" for key, theirs, ours in wrong[:MOST_NAMES])
     # A linear layer on a flattened map, or a transformer's positions.
-    if all(len(want) in (2, 3) and found[:1] + found[2:] == want[:1] + want[2:] for _, found, want in wrong):
+    if all(len(ours) in (2, 3) and theirs[:1] + theirs[2:] == ours[:1] + ours[2:] for _, theirs, ours in wrong):
         return f"the weights are for images of another size ({shown}{_more(len(wrong))})"
     return f"{len(wrong)} of {len(pairs)} weights have another shape ({shown}{_more(len(wrong))})"
 
 
 def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    mine, theirs = _weights(tensors), _weights(expected)
+    """What lacks and what is too much at the place in the file that has most of the names."""
+    theirs = {key: value.shape for key, value in expected.items() if not key.endswith(COUNTERS)}
+    places = {name[:part.end()] for name in tensors for part in re.finditer(r"^|\.", name)}
+    place = max(places, key=lambda one: (sum(one + key in tensors for key in theirs), -len(one)))
+    mine = {key.removeprefix(place): value.shape for key, value in tensors.items()
+            if key.startswith(place) and not key.endswith(COUNTERS)}
     parts = [_listed("missing", [key for key in theirs if key not in mine]),
              _listed("unexpected", [key for key in mine if key not in theirs]),
              _listed("of another shape", [f"{key} {tuple(mine[key])} instead of {tuple(theirs[key])}" for key in theirs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, step_name
+from mat_dist.checkpoints.foreign import find_network, read_tensors
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import CheckpointError
@@ -113,7 +114,8 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
     """
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
-        raise CheckpointError("this is not the folder of a run", str(run), "give the folder that holds config.yaml")
+        what = "this is not the folder of a run" if folder.path.exists() else "there is no such file or folder of a run"
+        raise CheckpointError(what, str(run), "give the folder that holds config.yaml")
     config = config or load_config(str(folder.config))
     manifest = load_manifest(folder, "latest" if which == BEST and read_best(folder) is None else which)
     averaged = any(spec.averages for spec in config.peers)
@@ -176,6 +178,8 @@ class Starter(Protocol):
     """A peer of a training (core/peer.py)."""
 
     spec: PeerConfig
+    model: nn.Module
+    notes: list[str]
 
     @property
     def name(self) -> str: ...
@@ -185,30 +189,48 @@ class Starter(Protocol):
 def initialise(peers: Iterable[Starter], images: Images) -> None:
     """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
     for peer in peers:
-        if peer.spec.init_from is None:
+        source = peer.spec.init_from
+        if source is None:
             continue
-        try:
-            peer.start_from(trained_state(peer.spec.init_from, images))
-        except RuntimeError as error:
-            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
-                                  f"{str(error).splitlines()[-1].strip()[:200]}", peer.spec.init_from,
-                                  f"give {peer.name} the model of that run") from error
+        start, colon, last = source.rpartition(":")
+        for file, entry in ((source, None), (start, last)):
+            if file and Path(file).is_file():
+                peer.start_from(_of_a_file(Path(file), entry, peer, images))
+                break
+        else:
+            path, member = (start, last) if colon and not Path(source).is_dir() else (source, BEST)
+            try:
+                peer.start_from(trained_state(path, member, images))
+            except RuntimeError as error:
+                raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
+                                      f"{str(error).splitlines()[-1].strip()[:200]}", source,
+                                      f"give {peer.name} the model of that run") from error
 
 
-def trained_state(source: str, images: Images) -> dict[str, Tensor]:
-    """The weights that another peer starts from.
+def _of_a_file(file: Path, entry: str | None, peer: Starter, images: Images) -> dict[str, Tensor]:
+    """The weights for a peer's model from a file that no run of ours wrote; `peer.notes` gets what is worth telling."""
+    net, state = peer.model.get_submodule("net"), dict(peer.model.state_dict())
+    network = find_network(read_tensors(file), net, channels=images.shape[0], classes=images.classes, entry=entry,
+                           choose=f"init_from={file}:{{}}")
+    own = network.normalisation(images.shape[0])
+    if own is not None:
+        for key, values in (("normalize.mean", own[1]), ("normalize.std", own[2])):
+            state[key] = torch.tensor(values).reshape(state[key].shape)
+    told = f"normalisation {f'of the file ({own[0]})' if own else 'of these data, since the file has none'}"
+    peer.notes += [f"{peer.name}: starts from {file}: {note}" for note in (*network.notes, told)]
+    return state | {f"net.{key}": value for key, value in network.state(net).items()}
+
+
+def trained_state(run: str, peer: str, images: Images) -> dict[str, Tensor]:
+    """The weights of a peer of another run, from its best checkpoint, with averaged weights where they are kept.
 
     Args:
-        source: folder of a run, for its best peer, or RUN:PEER; the best checkpoint counts, with averaged weights where
-            they are kept.
         images: what the new model is for; CheckpointError where the run's are of another size or number of classes.
     """
-    path, colon, name = source.rpartition(":")
-    run, peer = (path, name) if colon and not Path(source).is_dir() else (source, BEST)
     opened = open_run(run)
     theirs = opened.images
     for what, found, wanted in (("images", theirs.shape, images.shape), ("classes", theirs.classes, images.classes)):
         if found != wanted:
-            raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", source,
+            raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", run,
                                   "train a model for these data, and name its run in init_from")
     return opened.state(peer)

@@ -10,8 +10,12 @@ import hashlib
 import io
 import json
 import math
+import pickletools
+import re
 import zipfile
-from collections.abc import Iterable
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,18 +211,64 @@ def _check(value: Any, key: str, seen: set[int]) -> None:
             _check(item, f"{key}.{name}", seen)
 
 
-def read_torch(data: bytes) -> Any:
-    """The content of a file of torch.save, on the CPU, read with `weights_only`. Raises ValueError for a zip archive
-    that takes more memory than the file, or whatever damaged and hostile bytes make zipfile and torch raise; nothing in
-    them is executed."""
+def read_torch(data: bytes, skipped: list[str] | None = None) -> Any:
+    """The content of a file of torch.save, on the CPU, read with `weights_only`. Nothing in it is executed.
+
+    Args:
+        skipped: gets the classes of other objects in the file, for which stand-ins are read; without it they are an
+            error.
+
+    Raises ValueError for a zip archive that takes more memory than the file, or whatever damaged and hostile bytes make
+    zipfile, pickletools and torch raise.
+    """
+    pickles, count = io.BytesIO(data), _LEGACY_PICKLES
     if data.startswith(b"PK"):  # torch inflates compressed records, and counts one that is listed twice as two
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
-        if any(one.compress_type != zipfile.ZIP_STORED for one in records):
-            raise ValueError("compressed records")
-        if sum(one.file_size for one in records) > len(data):
-            raise ValueError("the records overlap")
-    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+            if any(one.compress_type != zipfile.ZIP_STORED for one in records):
+                raise ValueError("compressed records")
+            if sum(one.file_size for one in records) > len(data):
+                raise ValueError("the records overlap")
+            named = [one for one in records if one.filename.endswith("/data.pkl")]
+            pickles, count = io.BytesIO(b"".join(map(archive.read, named))), len(named)
+    stand_ins: list[Any] = []
+    if skipped is not None:
+        names = {name for _ in range(count) for name in _globals(pickles)}
+        stand_ins = [(_stand_in(name, skipped), name) for name in names]  # torch prefers what it knows itself
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+_LEGACY_PICKLES = 4  # of a file from before torch 1.6: a magic number, its version, the machine, the content
+# Their classes are called to make them again. All other objects may be made, but not by a call: a call is what runs.
+_CALLED = re.compile(r"(numpy|argparse|pathlib|datetime|collections|decimal|fractions|uuid|types)\b.*|"
+                     r"builtins\.(bytes|complex|dict|float|frozenset|int|list|range|set|slice|str|tuple)")
+
+
+def _globals(pickles: io.BytesIO) -> Iterator[str]:
+    """What the next pickle names of Python's modules, in the names of today."""
+    for operation, argument, _ in pickletools.genops(pickles):
+        if operation.name == "GLOBAL":
+            module, name = str(argument).split(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            yield f"{module}.{name}"
+
+
+def _stand_in(full_name: str, skipped: list[str]) -> type:
+    """A class in the place of another one. Its objects forget everything (numpy's), or are empty dictionaries, which
+    take what a pickle puts into them; `skipped` gets the name when there is one."""
+    def new(cls: type, *_: Any) -> Any:
+        if full_name not in skipped and not full_name.startswith("builtins."):
+            skipped.append(full_name)
+        return object.__new__(cls) if full_name.startswith("numpy.") else Counter()
+
+    class Uncalled(type):
+        def __call__(cls, *_: Any) -> Any:
+            if not _CALLED.fullmatch(full_name):
+                raise ValueError(f"it would call {full_name}")
+            return new(cls)
+
+    return Uncalled("StandIn", (), {"__new__": new, "__setstate__": lambda self, state: None})
 
 
 def reason(error: Exception) -> str:

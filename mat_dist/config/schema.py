@@ -213,8 +213,8 @@ class PeerConfig(Section):
         "peer", description="a peer learns from all others, a generalist from all but generalists, a specialist from "
                             "all but specialists")
     frozen: bool = Field(False, description="do not train it: a teacher with the weights of init_from")
-    init_from: str | None = Field(None, description="start from the weights of a run, given by its folder: RUN "
-                                                    "(its best peer) or RUN:PEER")
+    init_from: str | None = Field(None, description="start from the weights of a run: its folder RUN (its best peer) "
+                                                    "or RUN:PEER; or of a state dict: FILE.pt or FILE.pt:ENTRY")
     union: UnionConfig = Field(default_factory=UnionConfig, description="several threats at once")
     model: ModelConfig = Field(default_factory=ModelConfig, description="architecture (a name alone is enough)")
     threat: ThreatConfig = Field(default_factory=ThreatConfig, description="norm ball (a norm alone is enough)")

@@ -24,6 +24,7 @@ from mat_dist.errors import ConfigError, DataError, NotReportable
 from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
+from mat_dist.evaluation.foreign import unconfirmed
 from mat_dist.evaluation.results import HEADLINE, Verdict, accuracies, new_table, show
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
@@ -51,7 +52,7 @@ class Evaluation:
 
     work: Work
     about: dict[str, Any]
-    training: Verdict
+    training: Sequence[Verdict]
 
     @property
     def name(self) -> str:
@@ -84,17 +85,17 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
 
 
 def open_asked(folder: RunFolder, config: Config, request: Request) -> tuple[FinishedRun, str]:
-    """The run with the weights and the checkpoint that are asked for, and that one's label: best, last or step_N.
+    """The run with the weights and the checkpoint that are asked for, and its label in results: best, last or step_N.
 
     Raises CheckpointError where there is none, ConfigError for averaged weights that are not kept.
     """
-    label = request.checkpoint
-    if label == "best" and read_best(folder) is None:
-        label = "last"  # the table says which it is
+    which = request.checkpoint
+    if which == "best" and read_best(folder) is None:
+        which = "latest"  # the table says which it is
     if request.weights == EMA and not any(spec.averages for spec in config.peers):
         raise ConfigError("the run keeps no averaged weights", "weights=ema", "use weights=raw")
-    return open_run(folder.path, "latest" if label == "last" else label,
-                    None if request.weights == "auto" else request.weights, config), label
+    run = open_run(folder.path, which, None if request.weights == "auto" else request.weights, config)
+    return run, "last" if which == "latest" else which  # as in the results of a training: its last checkpoint
 
 
 def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,
@@ -129,8 +130,9 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
         about["versions"]["pyautoattack"] = metadata.version("pyautoattack")
     about["digest"] = json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     return Evaluation(Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
-                           save=request.save, sources=sources), about, judge_training(
-                               config, newest.meta, newest.step))
+                           save=request.save, sources=sources), about, [
+                               judge_training(config, newest.meta, newest.step),
+                               *unconfirmed(folder, run.manifest, targets[0].model)])
 
 
 def check_images(data: DataSets, run: FinishedRun) -> None:
@@ -156,8 +158,8 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
     about = evaluation.about
     path = write_result(folder.eval, evaluation.name, about, {about["weights"]: chunks}, checked=True,
-                        training=[evaluation.training])
-    found = gather(chunks, about["weights"], [evaluation.training])
+                        training=evaluation.training)
+    found = gather(chunks, about["weights"], evaluation.training)
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
     show(attacks_table(found))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
-from mat_dist.checkpoints.foreign import StateDict, fitted, read_state_dict
+from mat_dist.checkpoints import Manifest
+from mat_dist.checkpoints.foreign import Network, find_network, read_tensors
 from mat_dist.cli import tell
 from mat_dist.config import dump_config, with_absolute_paths
 from mat_dist.config.rules import RESERVED_NAMES
@@ -27,14 +30,16 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluation.attacks import correct
 from mat_dist.evaluation.chunks import pixels
-from mat_dist.evaluation.settings import Importing
-from mat_dist.models.registry import Images, make_model
-from mat_dist.runs.files import write_text
+from mat_dist.evaluation.results import AS_TRAINED, Verdict
+from mat_dist.evaluation.settings import FileOptions, Importing, Known
+from mat_dist.models.registry import DTYPES, Images, Normalize, make_model
+from mat_dist.runs.files import write_json, write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.record import write_environment, write_exit
 
 STEP, ATTEMPT = 0, 1
+CONFIRMED = "confirmed.json"  # in the run folder of a file: how it is known that its network is the trained one
 CLEAN_IMAGES = 512  # are classified before anything is attacked
 _BATCH = 128
 
@@ -90,72 +95,129 @@ def _import_file(file: Path, config: Config, importing: Importing, data: DataSet
     found = read(file, config, importing, data)
     for note in found.notes:
         tell(f"{file.name}: {note}")
-    tell_accuracy(found.model.to(device), shown, len(data.classes), config, device)
+    options = importing.options if file == importing.subject else FileOptions()
+    confirmed = check_accuracy(found.model.to(device), shown, len(data.classes), config, device, options)
     name = found.name[:31]
     peer = config.peers[0].model_copy(update={"name": f"{name[:25]}-model" if name in RESERVED_NAMES else name})
     folder = write_run(found, config.model_copy(update={"peers": (peer,)}), data,
-                       importing.options.out if file == importing.subject else None, command, device)
+                       options.out, command, device)
+    if confirmed:
+        write_json(folder.path / CONFIRMED, confirmed)
     tell(f"{file.name}: run folder {folder.path}")
     return folder
 
 
 def read(file: Path, config: Config, importing: Importing, data: DataSets) -> Imported:
     """The model with the file's weights. Raises CheckpointError, ConfigError."""
-    state = read_state_dict(file)
-    mean, std, told = normalisation(state, importing, data)
-    images = Images(data.train.shape, len(data.classes), mean, std)
-    spec = config.peers[0]
-    model = make_model(spec, images, seed=config.run.seed, step=config.step, device=torch.device("cpu"))
-    tensors, how = fitted(state, model.get_submodule("net"), channels=images.shape[0], classes=images.classes)
-    model.load_state_dict({f"net.{key}": value for key, value in tensors.items()}
-                          | {key: value for key, value in model.state_dict().items() if not key.startswith("net.")})
+    shape, classes, spec = data.train.shape, len(data.classes), config.peers[0]
+    plain = Images(shape, classes, (0.0,) * shape[0], (1.0,) * shape[0])
+    model = make_model(spec, plain, seed=config.run.seed, step=config.step, device=torch.device("cpu"))
+    net = model.get_submodule("net")
+    entry = importing.options.entry if file == importing.subject else None
+    network = find_network(read_tensors(file), net, channels=shape[0], classes=classes, entry=entry)
+    net.load_state_dict(network.state(net))
+    mean, std, told = normalisation(network, importing, data)
+    model.add_module("normalize", Normalize(mean, std).to(DTYPES[config.step.precision]))
     model.eval().requires_grad_(False)
     sizes = {"name", "image_size", "train_size", "val_size", "test_size"}
-    identity = {"sha256": state.sha256, "model": spec.model.model_dump(mode="json"), "seed": config.run.seed,
-                "data_digest": data.digest, "mean": list(mean), "std": list(std),
+    identity = {"sha256": network.source.sha256, "model": spec.model.model_dump(mode="json"), "seed": config.run.seed,
+                "data_digest": data.digest, "mean": list(mean), "std": list(std), "network": network.label,
                 "data": config.data.model_dump(mode="json", include=sizes), "precision": config.step.precision}
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-")[:40] or "model"
-    return Imported(stem, model, images, identity, (*state.notes, f"weights {how}", told))
+    return Imported(stem, model, Images(shape, classes, mean, std), identity, (*network.notes, told))
 
 
-def normalisation(state: StateDict, importing: Importing,
+def normalisation(network: Network, importing: Importing,
                   data: DataSets) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """(mean, std, in words): the file's own, or those of the command line. Raises ConfigError where there are none."""
-    options, channels = importing.options, data.train.shape[0]
-    if state.mean is not None and state.std is not None:
-        if options.mean is not None or options.normalise is not None:
-            raise ConfigError("the file has a normalisation of its own", str(state.file),
-                              "leave mean, std and normalise out")
-        found = state.mean, state.std, "of the file"
-    elif options.mean is not None and options.std is not None:
-        found = options.mean, options.std, "as given"
+    options, channels, file = importing.options, data.train.shape[0], str(network.source.file)
+    given = (options.mean, options.std) if options.mean is not None and options.std is not None else None
+    own = network.normalisation(channels)
+    if given is not None:
+        found = *given, "as given"
+    elif own is not None:
+        name, mean, std = own
+        if options.normalise is not None:
+            raise ConfigError(f"the file has a normalisation of its own, {name}", file,
+                              "leave normalise out; mean=... and std=... overrule the file")
+        if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+            raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: mean {_shown(mean)}, "
+                              f"std {_shown(std)}", file, "give mean=... and std=...; divide those for bytes by 255")
+        found = mean, std, f"of the file ({name})"
     elif options.normalise == "data":
         found = *channel_stats(data.train), "of the training images"
     elif options.normalise == "none":
         found = (0.0,) * channels, (1.0,) * channels, "none"
     else:
-        raise ConfigError("a state dict does not tell how images were normalised", "mean, std",
+        raise ConfigError("the file does not tell how images were normalised", file,
                           "write mean=0.4914,0.4822,0.4465 std=0.2471,0.2435,0.2616 (those of its training), or "
                           "normalise=data for this data set's own, or normalise=none")
     if not len(found[0]) == len(found[1]) == channels:
         raise ConfigError(f"mean has {len(found[0])} and std {len(found[1])} values, the images {channels} channels",
                           "mean, std", "give one mean and one std per channel")
-    shown = ["/".join(f"{value:.4g}" for value in values) for values in found[:2]]
-    return found[0], found[1], f"normalisation {found[2]}: mean {shown[0]}, std {shown[1]}"
+    told = f"normalisation {found[2]}: mean {_shown(found[0])}, std {_shown(found[1])}"
+    if given is not None and own is not None and _shown(own[1]) + _shown(own[2]) != _shown(given[0]) + _shown(given[1]):
+        told += f"; the file has {own[0]}: mean {_shown(own[1])}, std {_shown(own[2])}"
+    return found[0], found[1], told
 
 
-def tell_accuracy(model: nn.Module, images: ImageSet, classes: int, config: Config, device: torch.device) -> None:
-    """Say how many of the first images are right without an attack, and if that is no better than guessing."""
-    n = min(CLEAN_IMAGES, len(images))
-    right = 0
+def _shown(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)
+
+
+def assumed(model: nn.Module) -> str:
+    """What no file of weights tells, as this model has it, in words."""
+    plain = [one for one in model.modules() if not list(one.children())]
+    acts = dict.fromkeys(type(one).__name__ for one in plain if type(one).__module__ == "torch.nn.modules.activation")
+    eps = dict.fromkeys(f"{type(one).__name__} with eps {one.eps:g}" for one in plain if isinstance(
+        getattr(one, "eps", None), float))
+    return ", ".join([*acts, *eps, "strides, padding and shortcuts of the architecture"])
+
+
+def unconfirmed(folder: RunFolder, manifest: Manifest, model: nn.Module) -> list[Verdict]:
+    """The verdict on the network of a file that nobody has confirmed; none for runs of ours."""
+    if "imported" not in manifest.meta.extra or (folder.path / CONFIRMED).is_file():
+        return []
+    return [Verdict(AS_TRAINED, "", False, f"a file of weights does not tell its network; assumed: {assumed(model)}. "
+                    "Evaluate the file with clean=ACCURACY, one that you know for these weights, or confirmed=true")]
+
+
+def check_accuracy(model: nn.Module, images: ImageSet, classes: int, config: Config, device: torch.device,
+                   options: FileOptions) -> dict[str, Any] | None:
+    """Say how many images are right without an attack, and if that is no better than guessing.
+
+    Returns what confirms that the network computes what the weights were trained for; None where nothing does. Raises
+    CheckpointError where it does not reach the accuracy that the user knows.
+    """
+    n = len(images) if options.clean is not None else min(CLEAN_IMAGES, len(images))
+    right, told = 0, time.monotonic()
     for rows in torch.arange(n).split(_BATCH):
         x_BCHW, y_B = pixels(images, rows, device, config)
         right += int(correct(model, x_BCHW, y_B).sum())
+        if time.monotonic() > told + 5:
+            told = time.monotonic()
+            tell(f"clean accuracy: {int(rows[-1]) + 1} of {n} images")
     tell(f"clean accuracy on the first {n} images: {100 * right / n:.1f} %")
     chance = 1 / classes
     if right / n <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:
         tell(f"hint: that is no better than chance ({100 * chance:.3g} %): another mean and std, another order of the "
              "classes, or another architecture with the same shapes?")
+    if options.clean is not None:
+        _compare(right, n, options.clean, config, model)
+        return {"by": "clean accuracy", "known": options.clean.share, "found": right / n, "n": n}
+    return {"by": "the user"} if options.confirmed else None
+
+
+def _compare(right: int, n: int, known: Known, config: Config, model: nn.Module) -> None:
+    """Raises CheckpointError where the accuracy that the user knows does not come out."""
+    # Half a unit of its last digit, five images of 10,000 for other arithmetic, and chance for a subset of the images.
+    chance = 2 * (known.share * (1 - known.share) / n) ** 0.5 if config.data.test_size else 0
+    if abs(right / n - known.share) > known.rounding + 0.0005 + chance:
+        raise CheckpointError(
+            f"{100 * right / n:.2f} % of the {n} images are right without an attack, clean says {100 * known.share:g} "
+            f"%: the network computes something else than the one that was trained ({assumed(model)})", "clean",
+            "give the activation (model.activation=silu), the mean and std of its training, or the original code: "
+            "--plugin FILE.py")
 
 
 # ------------------------------------------------------------------------------------------------ the folder

@@ -30,8 +30,9 @@ from mat_dist.runs.folder import RunFolder
 FORMAT = 2
 CLEAN, UNION, ENSEMBLE = "clean", "union", "ensemble"
 UNCHECKED = "no checks were made"
-FEW, CHANCE, UNDERTRAINED = "too few images", "near chance", "undertrained"
-HEADLINE = (FEW, CHANCE, UNDERTRAINED)  # what a number lacks that is sound and must not be reported all the same
+FEW, CHANCE, UNDERTRAINED, AS_TRAINED = "too few images", "near chance", "undertrained", "network not confirmed"
+# What a number lacks that is sound and must not be reported all the same.
+HEADLINE = (FEW, CHANCE, UNDERTRAINED, AS_TRAINED)
 FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points and more
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
@@ -145,8 +146,10 @@ class Result:
     @property
     def sound(self) -> bool:
         """Whether there were soundness checks, and all were passed; a headline needs more."""
-        failed = {name for one in self.targets for name in one.failed if one.checks}
-        return bool(self.reportable) or (self.reportable is False and bool(failed) and failed <= {*HEADLINE})
+        checks = [check for one in self.targets for check in one.checks or ()]
+        failed = {check.check for check in checks if not check.passed}
+        made = any(check.check not in HEADLINE for check in checks)
+        return bool(self.reportable) or (self.reportable is False and made and failed <= {*HEADLINE})
 
     @property
     def age(self) -> tuple[str, int, int]:

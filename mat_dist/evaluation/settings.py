@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +119,9 @@ class Request(Section):
         (PEERS, ENSEMBLE), min_length=1, description="peers, names of peers, ensemble (the run's rule), "
                                                      "ensemble:prob, ensemble:logit, ensemble:vote")
     weights: Literal["auto", "raw", "ema"] = Field("auto", description="auto: averaged weights where they are kept")
-    checkpoint: str = Field("best", pattern=r"^(best|last|step_\d{1,18})$",
-                            description="best, last or step_N; best is last where no evaluation chose one")
+    checkpoint: Annotated[str, BeforeValidator(lambda word: "latest" if word == "last" else word)] = Field(
+        "best", pattern=r"^(best|latest|step_\d{1,18})$",
+        description="best, latest or step_N; best is latest where no evaluation chose one")
     split: Literal["test", "val", "train"] = Field("test", description="images to attack")
     images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
     attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
@@ -168,7 +170,27 @@ TEXTS = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".py", ".txt", ".log", ".ht
 # Settings of the run that a file becomes.
 MODEL_SETTINGS = ("model", "model.")
 RUN_SETTINGS = ("data.", "run.seed", "run.root", "step.precision")
+OF_ALL_FILES = ("mean", "std", "normalise")  # of `FileOptions`; the others are for a file that is evaluated
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+@dataclass(frozen=True)
+class Known:
+    """An accuracy that a user knows, in [0, 1], and half a unit of its last digit."""
+
+    share: float
+    rounding: float
+
+    @classmethod
+    def read(cls, value: Any) -> Known | None:
+        """0.8492, 84.92 or 84.92% -> 0.8492. Raises ValueError."""
+        found = re.fullmatch(r"(\d+)(?:\.(\d*))?\s*(%?)", str(value).strip())
+        number = float(found[0].rstrip("% ")) if found else 0.0
+        percent = found is not None and (number > 1 or bool(found[3]))
+        if found is None or not 0 < number <= (100 if percent else 1):
+            raise ValueError("an accuracy such as 0.8492 or 84.92%")
+        scale = 100 if percent else 1
+        return cls(number / scale, 0.5 * 10 ** -len(found[2] or "") / scale)
 
 
 class FileOptions(Section):
@@ -179,6 +201,13 @@ class FileOptions(Section):
     std: Annotated[tuple[Number, ...] | None, Words] = Field(None, description="FILE.pt: deviation per channel")
     normalise: Literal["data", "none"] | None = Field(
         None, description="FILE.pt, instead of mean and std: data: those of the training images; none")
+    entry: str | None = Field(None, min_length=1, description="FILE.pt: which of several networks in it, such as "
+                                                              "state_dict_ema; . is the top")
+    clean: Annotated[Known | None, BeforeValidator(Known.read)] = Field(
+        None, description="FILE.pt: an accuracy without attack that is known, such as 0.8492; it must come out again. "
+                          "Without it, or confirmed=true, the numbers are not reportable")
+    confirmed: bool = Field(False, description="FILE.pt: you know that the network computes what the weights were "
+                                               "trained for")
     out: str | None = Field(None, min_length=1, description="FILE.pt: folder for the results; default "
                                                             "runs/<file>-<digest>")
 
@@ -277,7 +306,7 @@ def parse(words: Sequence[str]) -> Arguments:
     for key, value in given:
         if key in Request.model_fields:
             own[key] = value
-        elif importing and key in FileOptions.model_fields and (key != "out" or subject is not None):
+        elif importing and key in FileOptions.model_fields and (subject is not None or key in OF_ALL_FILES):
             about[key] = value
         elif key.startswith(FREE_SETTINGS):
             settings.append(f"{key}={value}")

@@ -19,7 +19,7 @@ from mat_dist.attacks.norms import eps_text
 from mat_dist.checkpoints import json_digest
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.evaluation.attacks import Job
-from mat_dist.evaluation.results import CLEAN, COLUMNS, FORMAT, UNION, Verdict
+from mat_dist.evaluation.results import AS_TRAINED, CLEAN, COLUMNS, FORMAT, UNION, Verdict
 from mat_dist.evaluation.soundness import judge, judge_headline, total
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.files import parse_json, write_json, write_text
@@ -109,7 +109,7 @@ def gather(chunks: Chunks, weights: str, training: Sequence[Verdict] = ()) -> li
                 for threat, attacks in first["threats"].items()}
         counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
         rounded = {threat: correct(threat, part="rounded") for threat in chunks[0]["rounded"].get(name, {})}
-        clean_N, verdicts = correct(CLEAN), list[Verdict]()
+        clean_N, verdicts = correct(CLEAN), [one for one in training if one.check == AS_TRAINED]
         if counts:
             sums = total(counts)
             headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"])

@@ -146,7 +146,7 @@ def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, e
 def test_autoattack_in_the_command_is_a_direct_call_chunk_by_chunk(run: Path, evaluate: Evaluate) -> None:
     pyautoattack = pytest.importorskip("pyautoattack", exc_type=ImportError)
     found = evaluate(run, "attacks=autoattack", "version=custom", "custom=apgd-ce", "targets=peer0", "weights=raw",
-                     "checks=0", "eps=0.1", "threats=linf:0.1", "checkpoint=last", "seed=5")
+                     "checks=0", "eps=0.1", "threats=linf:0.1", "checkpoint=latest", "seed=5")
     assert found["autoattack"] == {"version": "custom", "custom": ["apgd-ce"]} and "pyautoattack" in found["versions"]
     config = load_config(str(run / "config.yaml"))
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size).test
@@ -221,7 +221,7 @@ def test_attacks_are_columns_in_the_order_asked_for(run: Path, evaluate: Evaluat
 def test_parts_of_autoattack_are_columns_of_their_own(run: Path, evaluate: Evaluate) -> None:
     pytest.importorskip("pyautoattack", exc_type=ImportError)
     found = evaluate(run, "attacks=apgd-ce,apgd-dlr,pgd", "steps=5", "targets=peer0", "weights=raw", "checks=0",
-                     "threats=linf:0.1,l2:0.4", "checkpoint=last", "eval.chunk=40", "images=8")
+                     "threats=linf:0.1,l2:0.4", "checkpoint=latest", "eval.chunk=40", "images=8")
     shares = targets(found)["peer0"]["attacks"]
     assert [list(one) for one in shares.values()] == [["apgd-ce", "apgd-dlr", "pgd"]] * 2
     assert all(one["apgd-ce"] <= one["pgd"] for one in shares.values()) and "pyautoattack" in found["versions"]
@@ -253,7 +253,7 @@ def test_files_say_what_was_done(run: Path, evaluate: Evaluate) -> None:
 
 def test_saved_aes_are_what_fooled_the_target(run: Path, evaluate: Evaluate) -> None:
     found = evaluate(run, "attacks=fgsm,pgd", "steps=2", "checks=0", "targets=peer0", "threats=linf:64/255",
-                     "save=true", "weights=raw", "checkpoint=last")
+                     "save=true", "weights=raw", "checkpoint=latest")
     model = mat_dist.load(run, "peer0", which="latest", weights="raw")
     data = load_data(load_config(str(run / "config.yaml")).data, seed=0, batch_size=16).test
     robust, whole = 0, 0

@@ -22,7 +22,7 @@ from mat_dist.errors import ConfigError, OutputError
 from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import FROM, AttackPlan, craft
-from mat_dist.evaluation.settings import Request, parse
+from mat_dist.evaluation.settings import FileOptions, Request, parse
 from mat_dist.report.__main__ import main as report
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -122,7 +122,7 @@ def test_the_weights_of_a_run_give_the_same_results_as_the_run(form: str, run: P
     assert columns(found, "theirs") == columns(ours, "peer0") and len(columns(ours, "peer0")) == 40
     assert found["folder"].parent == Path("runs") and found["folder"].name.startswith("theirs-")
     assert "clean accuracy on the first 40 images" in found["out"] and "hint" not in found["out"]
-    assert ("by order" in found["out"]) == (form == "old names") and ("module." in found["out"]) == (form == "wrapped")
+    assert ("by order" in found["out"]) == (form == "old names") and (".module'" in found["out"]) == (form == "wrapped")
     assert [one["target"] for one in found["targets"]] == ["theirs"]
 
 
@@ -192,6 +192,127 @@ def test_wrong_weights_are_hinted_at(evaluate: Command, run: Path) -> None:
     state["4.weight"] = -state["4.weight"]
     found = evaluate(saved(state), *KNOWN)
     assert "hint: that is no better than chance (10 %)" in found["out"]
+
+
+def told(found: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the document, and whether the table, doubt that the network is the one that was trained."""
+    doubts = {one["check"]: one["passed"] for one in found["targets"][0]["checks"]}
+    assert found["reportable"] is found["targets"][0]["reportable"] is False  # checks=0
+    return doubts.get("network not confirmed") is False, "NO: network not confirmed" in found["out"]
+
+
+@pytest.mark.parametrize("change", ["activation", "eps"])
+def test_weights_of_a_network_that_computes_something_else_are_not_reportable(change: str, run: Path,
+                                                                              evaluate: Command) -> None:
+    words = [word for word in KNOWN if not word.startswith("data.test_size")]  # all images: nothing is left to chance
+    data = load_data(load_config("digits").data, seed=0, batch_size=16).test
+    images, labels = data.batch(torch.arange(len(data)))
+    theirs = mat_dist.load(run, "peer0", which="latest")
+    for module in list(theirs.get_submodule("net").modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.ReLU) and change == "activation":
+                setattr(module, name, torch.nn.SiLU())
+            elif isinstance(child, torch.nn.BatchNorm2d) and change == "eps":
+                child.eps = 1.0
+    known = (theirs(as_float(images)).argmax(1) == labels).double().mean().item()
+    file = saved({f"layer{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(weights(run).items())})
+    found = evaluate(file, *words, "images=1")
+    assert told(found) == (True, True)
+    assert "assumed: ReLU, BatchNorm2d with eps 1e-05" in found["out"] and "clean=ACCURACY" in found["out"]
+    err = evaluate(file, *words, "images=1", f"clean={known:.4f}", code=4)["err"]
+    assert "computes something else than the one that was trained" in err and f"of the {len(data)} images" in err
+
+
+def test_an_accuracy_that_is_known_or_the_user_confirms_a_file_for_good(run: Path, evaluate: Command) -> None:
+    file = saved(weights(run))
+    first = evaluate(file, *KNOWN)
+    clean = first["targets"][0]["accuracy"]["clean"]
+    assert told(first) == (True, True)
+    assert "clean says 10" in evaluate(file, *KNOWN, "clean=0.1", code=4)["err"]
+    assert told(evaluate(file, *KNOWN)) == (True, True)
+    confirmed = evaluate(file, *KNOWN, f"clean={100 * clean:.1f}%")
+    assert told(confirmed) == (False, False) and "2 of 2 chunks are there" in confirmed["out"]
+    assert confirmed["folder"] == first["folder"] and confirmed["file"] != first["file"]
+    assert told(evaluate(confirmed["folder"], *FAST, "steps=1")) == (False, False)
+    assert told(evaluate(saved(weights(run, 1), "b.pt"), *KNOWN, "confirmed=true")) == (False, False)
+    assert told(evaluate("b.pt", *KNOWN, "model.activation=silu")) == (True, True)  # another network than was confirmed
+
+
+@pytest.mark.parametrize(("text", "share", "rounding"), [
+    ("0.8492", 0.8492, 0.00005), ("84.92", 0.8492, 0.00005), ("84.9%", 0.849, 0.0005), ("1", 1.0, 0.5),
+    ("0.5 %", 0.005, 0.0005)])
+def test_a_known_accuracy_is_a_share_or_per_cent(text: str, share: float, rounding: float) -> None:
+    known = FileOptions(clean=text).clean
+    assert known is not None and (known.share, known.rounding) == pytest.approx((share, rounding))
+
+
+@pytest.mark.parametrize("text", ["good", "0", "101", "-0.5", "nan", "1e-1"])
+def test_what_is_no_accuracy_is_told(text: str) -> None:
+    with pytest.raises(ConfigError, match="clean: an accuracy such as 0"):
+        parse(["a.pt", "model=x", f"clean={text}"])
+
+
+def test_one_of_several_networks_is_chosen_by_its_entry(run: Path, evaluate: Command) -> None:
+    bad = {key: -value for key, value in weights(run).items()}
+    file = saved({"state_dict": bad, "state_dict_ema": weights(run), "args": Path("a")})
+    err = evaluate(file, *KNOWN, code=2)["err"]
+    assert "2 networks that fit: state_dict, state_dict_ema" in err and "entry=state_dict_ema" in err
+    found = evaluate(file, *KNOWN, "entry=state_dict_ema")
+    assert columns(found, "theirs") == columns(evaluate(saved(weights(run), "one.pt"), *KNOWN), "one")
+    assert "left out: objects of pathlib.PosixPath" in found["out"]
+
+
+def test_a_normalisation_in_the_file_is_used_and_can_be_overruled(run: Path, evaluate: Command) -> None:
+    state, words = mat_dist.load(run, "peer0", which="latest").state_dict(), KNOWN[:-1]
+    own = state["normalize.mean"].flatten(), state["normalize.std"].flatten()
+    content = {"0.mean": own[0], "0.std": own[1], **{f"1.{key}": value for key, value in weights(run).items()}}
+    found = evaluate(saved(content), *words)
+    assert columns(found, "theirs") == columns(evaluate(run, *FAST, "targets=peer0", "threats=linf:0.1"), "peer0")
+    assert "normalisation of its own, 0.mean" in evaluate("theirs.pt", *words, "normalise=data", code=2)["err"]
+    other = evaluate("theirs.pt", *words, "mean=0.5", "std=0.5")
+    assert "as given: mean 0.5, std 0.5; the file has 0.mean" in other["out"] and other["folder"] != found["folder"]
+    in_bytes = evaluate(saved(content | {"0.mean": own[0] * 255, "0.std": own[1] * 255}, "b.pt"), *words, code=2)["err"]
+    assert "not for pixels in [0, 1]" in in_bytes and "divide those for bytes by 255" in in_bytes
+
+
+@pytest.mark.parametrize("form", [".pt", ".safetensors", ":ema"])
+def test_a_peer_starts_from_a_file_of_weights(form: str, run: Path, tmp_path: Path) -> None:
+    own = {"0.mean": torch.tensor([0.25]), "0.std": torch.tensor([0.5])}
+    plain = {f"1.{key}": value.contiguous() for key, value in weights(run).items()}
+    if form == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file({**own, **plain}, "start.safetensors")
+        start = "start.safetensors"
+    elif form == ".pt":
+        start = str(saved({"state_dict": {f"layer{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(
+            weights(run).items())}}))
+    else:
+        bad = {key: -value for key, value in plain.items()}
+        start = f"{saved({'net': bad, 'ema': {**own, **plain}, 'args': Path('a')})}:ema"
+    done = run_small(tmp_path / "started", "a", "loss=ard", "train.max_steps=1", "peers.1.frozen=true",
+                     f"peers.1.init_from={start}")
+    model = done.peers()[1]["model"]
+    assert all(torch.equal(model[f"net.{key}"], value) for key, value in weights(run).items() if value.ndim)
+    log = (done.folder.path / "rank_0.log").read_text()
+    assert f"peer1: starts from {start.removesuffix(':ema')}: weights" in log
+    if form == ".pt":
+        assert "normalisation of these data, since the file has none" in log
+    else:
+        assert (model["normalize.mean"].item(), model["normalize.std"].item()) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(("start", "text"), [
+    ("two.pt", "write init_from=two.pt:net or init_from=two.pt:ema"), ("two.pt:emma", "there is no entry 'emma'"),
+    ("none.pt", "there is no such file or folder of a run (none.pt)"),
+    ("wide.pt", "the weights do not fit the network"),
+    ("text.pt", "not a file of tensors")])
+def test_a_file_that_a_peer_cannot_start_from_is_one_line(start: str, text: str, run: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    saved({"net": {key: -value for key, value in weights(run).items()}, "ema": weights(run)}, "two.pt")
+    saved({"a.weight": torch.zeros(2)}, "wide.pt")
+    Path("text.pt").write_text("hello")
+    assert run_small(tmp_path / "started", "a", f"peers.1.init_from={start}").code in (2, 4)
+    err = capsys.readouterr().err
+    assert text in err and err.count("\n") == 1
 
 
 def test_safetensors_are_evaluated_too(run: Path, evaluate: Command) -> None:

@@ -25,11 +25,12 @@ from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.core.losses import kl_per_image
 from mat_dist.data import ImageSet, load_data, place
+from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attacks import AttackPlan, crafted
-from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
+from mat_dist.evaluation.chunks import chosen_images, pixels
 from mat_dist.evaluation.command import check_images, open_asked
 from mat_dist.evaluation.results import show as show_table
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished

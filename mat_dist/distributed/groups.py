@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mat_dist.config.schema import CommConfig, Config
+from mat_dist.distributed.arithmetic import set_fp32
 from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -253,8 +254,10 @@ def ranks_per_device(device: torch.device, local_world: int) -> int:
 
 
 def prepare_torch(config: Config) -> None:
-    """Threads per rank, and deterministic kernels where they are asked for."""
+    """Threads per rank, the arithmetic of fp32, and deterministic kernels where they are asked for."""
     torch.set_num_threads(config.run.threads)
+    if config.step.precision in ("tf32", "ieee"):
+        set_fp32(config.step.precision)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.run.deterministic

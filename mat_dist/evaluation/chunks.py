@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -24,6 +23,7 @@ from mat_dist import rng
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, as_float
 from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
@@ -112,18 +112,6 @@ def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -
     """Images in [0, 1] and labels on the device, in the evaluation's precision."""
     images, y_B = data.batch(rows)
     return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
-
-
-@contextmanager
-def strict_arithmetic() -> Iterator[None]:
-    """Plain fp32 on GPUs: no TF32, deterministic convolutions; settings are restored."""
-    backend, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
-    try:
-        yield
-    finally:
-        backend.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidate
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
 from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
-from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks, strict_arithmetic
+from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks
 from mat_dist.evaluation.results import CLEAN, UNION
 from mat_dist.evaluation.survivors import (
     Chunks,

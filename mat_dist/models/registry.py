@@ -22,7 +22,7 @@ Shape = tuple[int, int, int]
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of images, AEs and losses
+DTYPES = {**dict.fromkeys(("fp32", "tf32", "ieee", "bf16"), torch.float32), "fp64": torch.float64}  # of images, losses
 
 
 def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:

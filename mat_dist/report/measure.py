@@ -20,9 +20,10 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import ENSEMBLE, FinishedRun, candidates
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
+from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.errors import CheckpointError, DataError
 from mat_dist.evaluation.attacks import AttackPlan, correct, craft, shown_rows
-from mat_dist.evaluation.chunks import chosen_images, pixels, strict_arithmetic
+from mat_dist.evaluation.chunks import chosen_images, pixels
 from mat_dist.evaluation.results import CLEAN, UNION, Answers
 from mat_dist.evaluation.targets import test_steps, threats_of
 from mat_dist.runs.console import duration

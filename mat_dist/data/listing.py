@@ -93,9 +93,9 @@ def _held_out(trees: list[_Tree], train: _Tree) -> tuple[_Tree, list[str]]:
         lists = [name for name in test.loose if name.endswith((".txt", ".csv"))]
         near = difflib.get_close_matches(unknown[0] if unknown else "", train.folders, 1)
         how = f"test classes must be among the training classes{f': is it {near[0]!r}?' if near else ''}"
-        if lists or not unknown:
-            told = [f"{name} may say its class" for name in lists[:1]]
-            how = "; ".join([f"put each image into {test.name}/CLASS/", *told])
+        if not usable and not near:
+            source = lists[0] if lists else "a list that came with them, such as val_annotations.txt,"
+            how = f"put each image into {test.name}/CLASS/; {source} may say its class"
         raise DataError(f"class {unknown[0]!r} is not in train/ ({len(unknown)} such classes)" if unknown else
                         f"no class folders{test.instead()}", str(test.where), how)
     notes = [f"{tree.name}/ is not read: validation images are taken from train/" for tree in usable[1:]]

@@ -1,19 +1,22 @@
 """Files that ranks share (downloads, caches): one process makes them, the others wait.
 
-`filelock` says who makes them: the kernel frees the lock of a process that ends, however it ends. Two makers at once,
-on machines whose shared disk has no locks, would be harmless: files come into place whole, by renaming.
+A lock of the kernel says who makes them: it is freed when a process ends, however it ends, and what a lock file holds
+or whose it was means nothing. Two makers at once, where a shared disk has no locks, are harmless: files come into place
+whole, by renaming.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
-
-from filelock import FileLock, Timeout
 
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError, OutputError
@@ -23,6 +26,7 @@ Source = tuple[str, str, str]  # url, file name, MD5
 MOST_BYTES = 1 << 30  # of one file; the largest real one has 182 MB
 PATIENCE = 120.0  # seconds that a process waits for a maker that does not begin
 GRACE = 5.0  # seconds in which another maker may follow one that gave up
+TELL = 15.0  # seconds between two lines of one that waits to build
 
 
 def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *, build: bool, what: str,
@@ -42,28 +46,43 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
         OutputError: the lock's folder cannot be written, or what was made does not read back.
         StopRequested: this process was asked to stop.
     """
-    owner, held, deadline = FileLock(lock, timeout=0, mode=0o600), False, time.monotonic() + PATIENCE
+    held, deadline, told = False, time.monotonic() + PATIENCE, time.monotonic()
     while (found := ready()) is None:
-        try:
-            holding = owner.acquire()
-        except Timeout:
-            if held:  # twice in a row: a maker, not merely another process that looks
-                deadline = time.monotonic() + GRACE
-            held = True
-        except OSError as problem:
-            raise OutputError(f"cannot write: {problem.strerror}", str(lock.parent),
-                              "choose a folder that you may write") from problem
-        else:
-            held = False
-            with holding:
-                if build:
-                    return _made(ready, make, lock, what)
+        with _alone(lock) as alone:
+            if alone and build:
+                return _made(ready, make, lock, what)
+        if not alone and held:  # twice in a row: a maker, not merely another process that looks
+            deadline = time.monotonic() + GRACE
+        held = not alone
         if not build and time.monotonic() > deadline:
             raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
         leave_if(stop, f"waiting for {what}", str(lock.parent))
+        if build and time.monotonic() - told > TELL:
+            told = time.monotonic()
+            print(f"mat_dist: waiting for {what}: a process that lives makes it and holds {lock}", file=sys.stderr,
+                  flush=True)
         time.sleep(poll)
     return found
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Whether this process has the lock. Raises OutputError where its file cannot be written."""
+    try:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as problem:
+        raise OutputError(f"cannot write: {problem.strerror}", str(lock.parent), "choose a folder that you may write") \
+            from problem
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError as problem:  # another one has it, or the disk has no locks
+            alone = problem.errno not in (errno.EACCES, errno.EAGAIN)
+        yield alone
+    finally:
+        os.close(file)
 
 
 def _made(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, what: str) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -114,6 +115,41 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     process.join(20)
     calls: list[int] = []
     assert run_once(tmp_path, calls) == "made" and len(calls) == 1
+
+
+@pytest.mark.parametrize("left", [b"", b"1\nother-node\n", b'{"pid": 1, "host": "other-node", "job": "17"}'])
+def test_a_lock_file_that_was_left_means_nothing_whoever_made_it(tmp_path, monkeypatch, left):
+    """Of a killed builder on another node, or in a container, where this process may have its number."""
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    (tmp_path / "lock").write_bytes(left.replace(b"1", str(os.getpid()).encode(), 1))
+    calls: list[int] = []
+    assert run_once(tmp_path, calls) == "made" and len(calls) == 1
+    (tmp_path / "lock").write_bytes(left)
+    assert [run_once(tmp_path, calls, build) for build in (True, False)] == ["made"] * 2 and len(calls) == 1
+
+
+def test_what_is_there_is_taken_although_another_process_holds_the_lock(tmp_path):
+    (tmp_path / "product").write_text("complete")
+    with FileLock(tmp_path / "lock"):
+        assert [run_once(tmp_path, [], build) for build in (True, False)] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_does_not_keep_anybody_from_building(tmp_path, monkeypatch, number):
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    calls: list[int] = []
+    assert run_once(tmp_path, calls) == "made" and len(calls) == 1
+
+
+def test_who_waits_to_build_says_for_what(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "TELL", 0.05)
+    with FileLock(tmp_path / "lock"):
+        threading.Timer(0.3, lambda: (tmp_path / "product").write_text("of another")).start()
+        assert run_once(tmp_path, []) == "of another"
+    assert f"waiting for it: a process that lives makes it and holds {tmp_path / 'lock'}" in capsys.readouterr().err
 
 
 def test_what_does_not_read_back_is_an_error_and_not_made_for_ever(tmp_path):

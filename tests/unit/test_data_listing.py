@@ -143,11 +143,11 @@ def test_val_is_taken_where_test_has_no_labels_and_is_told_where_it_is_not_neede
 
 
 @pytest.mark.parametrize(("files", "said"), [
-    (["val/ILSVRC2012_val_0.JPEG", "val/1.JPEG"], r"no class folders; found 2 files outside .*set/val\): put each image "
-     r"into val/CLASS/; a list that came with them, such as val_annotations.txt, may"),
+    (["val/ILSVRC2012_val_0.JPEG", "val/1.JPEG"], r"no class folders; found 2 files outside .*set/val\): put each "
+     r"image into val/CLASS/; a list that came with them, such as val_annotations.txt, may"),
     (["val/images/0.JPEG", "val/labels.csv"],
      r"class 'images' is not in train/ .*set/val\): put each image into val/CLASS/; labels.csv may say its class"),
-    (["val/images/0.JPEG", "test/images/0.JPEG"], r"class 'images' is not in .*/test\): put each .*val_annotations.txt"),
+    (["val/images/0.JPEG", "test/images/0.JPEG"], r"class 'images' is not .*/test\): put each .*val_annotations.txt"),
     (["test/Dog/0.png", "test/Cat/0.png"], r"class 'Cat' is not in train/ .*: is it 'cat'\?"),
     (["test/Dog/0.png", "test/cat/0.png"], r"class 'Dog' is not in train/ .*: is it 'dog'\?"),
 ])

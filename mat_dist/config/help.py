@@ -43,7 +43,8 @@ _NOTES = (
     f"The sections {', '.join(SHARED[:-1])} and {SHARED[-1]} hold for every peer. One peer: peers.2.model=wrn_28_10; "
     "every peer, also where a file gives each its own: peers.all.optim.lr=0.05. peers=4 is a number of equal peers.",
     "Short forms: model=resnet18 is model.name, threat=l2 is threat.norm, loss=at is loss.preset; attack.eps and "
-    "attack.norm are other names for threat.eps and threat.norm.",
+    "attack.norm are other names for threat.eps and threat.norm. Another norm without a radius takes the standard one "
+    "of the data set, and is refused where there is none.",
     "A file begins with `defaults: [base]` to build on another one; the command line comes last. A file, a peer or a "
     "command line that changes loss.preset starts from that preset: coefficients given for another one are dropped.",
 )
@@ -448,7 +449,7 @@ class TrainingOptions(Options):
         """Also all settings, and examples."""
         module = self.prog.removeprefix("python -m ")
         examples = (self.prog, f"{self.prog} -c cifar10_resnet18 attack.eps=4/255",
-                    f"{self.prog} peers.2.model=wrn_28_10 peers.2.threat=l2",
+                    f"{self.prog} peers.2.model=wrn_28_10 peers.2.threat=l2 peers.2.attack.eps=1/2",
                     f"{self.prog} -c my.yaml --plugin my_model.py model=my_model",
                     f"torchrun --standalone --nproc_per_node=4 -m {module} -c cifar10_resnet18 data.root=DATA")
         lines = [super().format_help(), settings_help(), "", "Examples", *(f"  {line}" for line in examples)]

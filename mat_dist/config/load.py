@@ -54,6 +54,7 @@ DEFAULT = "digits"
 _MOST_FILES = 100  # a file may be named by several others, but not without end
 _MOST_ERRORS = 100  # with more bad values than this the rules are not checked
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+_FIRST = (("loss", "preset"), ("threat", "norm"), ("attack", "norm"))
 ALL = "all"  # peers.all.x: the same for every peer
 _HOW = "write key=value with a key such as train.epochs or peers.2.model (--help lists all)"
 
@@ -171,10 +172,10 @@ class Override:
 
     @property
     def rank(self) -> int:
-        """Order of application: the number of peers, then presets, then what builds on them."""
+        """Order of application: the number of peers, then presets and norms, then what builds on them."""
         if self.path == ("peers",):
             return 0
-        return 1 if self.path[-1] == "loss" or self.path[-2:] == ("loss", "preset") else 2
+        return 1 if self.path[-1] in ("loss", "threat") or self.path[-2:] in _FIRST else 2
 
 
 def _read(item: str, problems: list[ConfigError]) -> Override | None:
@@ -292,7 +293,8 @@ def _under_peers(layer: Layer) -> Layer:
 def _resolved(layer: Layer) -> Config:
     """The configuration of a checked layer whose peers are complete; presets and defaults filled in."""
     config = Config.model_validate(layer.plain())
-    peers = tuple(fill_peer(peer, index, len(config.peers)) for index, peer in enumerate(config.peers))
+    peers = tuple(fill_peer(peer, index, len(config.peers), config.data.name)
+                  for index, peer in enumerate(config.peers))
     return config.model_copy(update={"peers": peers})
 
 

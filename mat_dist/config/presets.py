@@ -37,11 +37,11 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
     return other_frozen or role == "peer" or role != other
 
 
-def fill_peer(peer: PeerConfig, index: int, peers: int) -> PeerConfig:
-    """The complete entry of the peer at `index` of a cohort of `peers`."""
+def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerConfig:
+    """The complete entry of the peer at `index` of a cohort of `peers`, trained on the data set `data`."""
     preset = presets()[peer.loss.preset]
     loss = fill_loss(peer.loss, index, peers, peer.role, peer.union)
-    threat = fill_threat(peer.threat, peer.union)
+    threat = fill_threat(peer.threat, peer.union, data)
     added = methods_model().model_validate(dict(preset.methods[index % len(preset.methods)]))
     return peer.model_copy(update={
         "name": peer.name or f"peer{index}", "stream": index if peer.stream is None else peer.stream, "loss": loss,
@@ -68,9 +68,14 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
     return LossConfig(preset=loss.preset, **values)
 
 
-def fill_threat(threat: ThreatConfig, union: UnionConfig) -> ThreatConfig:
-    """A peer's threat: the first one of its union, where it has one."""
-    return ThreatConfig(norm=union.balls[0][0], eps=union.balls[0][1]) if union.balls else threat
+def fill_threat(threat: ThreatConfig, union: UnionConfig, data: str = "") -> ThreatConfig:
+    """A peer's threat: the first one of its union, where it has one; without a radius with the standard one of its norm
+    on the data set, where there is one."""
+    if union.balls:
+        return ThreatConfig(norm=union.balls[0][0], eps=union.balls[0][1])
+    standard = known_norms()[threat.norm].radii.get(data)
+    return threat if "eps" in threat.model_fields_set or standard is None else threat.model_copy(
+        update={"eps": standard})
 
 
 def fill_optim(optim: OptimConfig, peer: PeerConfig) -> OptimConfig:

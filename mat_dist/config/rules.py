@@ -66,6 +66,16 @@ def as_fraction(value: float) -> str | None:
     return f"{value:g}/255" if 1 < value <= 255 and float(value).is_integer() else None
 
 
+@rule("threat", "data", "union")
+def radius_is_known(config: Config) -> list[ConfigError]:
+    """A norm that is chosen without a radius has none of its own where nobody has set a standard."""
+    return [ConfigError(f"{peer.threat.norm} without a radius, and there is no standard one for {config.data.name}",
+                        f"{key}.threat.norm", f"give attack.eps too, or threat: {{norm: {peer.threat.norm}, eps: ...}}"
+                        + "".join(f"; on {data} it is {eps:g}" for data, eps in known[:1]))
+            for key, peer in entries(config) for known in [list(known_norms()[peer.threat.norm].radii.items())]
+            if peer.threat.model_fields_set == {"norm"}]
+
+
 @rule("threat")
 def radius_fits_pixels(config: Config) -> list[ConfigError]:
     """A linf radius above 1 covers every image, that of another norm may too."""

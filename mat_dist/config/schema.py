@@ -101,7 +101,8 @@ class ThreatConfig(Section):
     """The norm ball, intersected with [0, 1], that a peer defends against."""
 
     norm: Annotated[str, Registered(known_norms)] = Field("linf", description="norm of the ball")
-    eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255")
+    eps: Number = Field(0.1, ge=1e-6, le=1e4, description="radius for images in [0, 1], e.g. 8/255; where none is "
+                                                       "given, the standard one of the data set")
 
 
 class AttackConfig(Section):

@@ -19,11 +19,12 @@ from typing import Any, get_origin
 
 from mat_dist.config.fields import Section
 from mat_dist.config.methods import methods_model
-from mat_dist.config.schema import Config, LossConfig, PeerConfig
+from mat_dist.config.schema import Config, LossConfig, PeerConfig, ThreatConfig
 from mat_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
-DEFAULT_PRESET = LossConfig.model_fields["preset"].default
+_DEFAULTS = {"loss": LossConfig.model_fields["preset"].default, "threat": ThreatConfig.model_fields["norm"].default}
+_IN_ITS_NORM = [("threat", "eps"), ("attack", "step_size")]
 # A section given as plain text means this setting of it.
 SHORTHANDS = {"model": "name", "threat": "norm", "loss": "preset", "union": "strategy"}
 # These settings of `attack` are other names for settings of `threat`.
@@ -112,13 +113,12 @@ def over(low: Tree, high: Tree) -> Tree:
     """`high` over `low`: mappings key by key, anything else replaced.
 
     A `loss` section that changes the preset replaces the lower one: coefficients that were given for another
-    preset do not leak into it.
+    preset do not leak into it. Nor do a radius and a step length into another norm.
     """
-    preset = high.get(("loss", "preset"))
-    if preset is not None:
-        before = low.get(("loss", "preset"))
-        if preset.value != (before.value if before else DEFAULT_PRESET):
-            low = {path: node for path, node in low.items() if path[0] != "loss"}
+    for section, name, lost in (("loss", "preset", [("loss",)]), ("threat", "norm", _IN_ITS_NORM)):
+        chosen, before = high.get((section, name)), low.get((section, name))
+        if chosen is not None and chosen.value != (before.value if before else _DEFAULTS[section]):
+            low = {path: node for path, node in low.items() if not any(path[:len(one)] == one for one in lost)}
     sections = {path[:depth] for path in high for depth in range(len(path))}
     values = {path for path, node in high.items() if node.value != {}}
     kept = {path: node for path, node in low.items()

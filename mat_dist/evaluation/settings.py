@@ -137,7 +137,7 @@ class Request(Section):
     custom: Annotated[tuple[str, ...], Words, _among(PARTS)] = Field(
         (), description=f"attacks of version=custom, in order: {', '.join(PARTS)}")
     threats: Annotated[tuple[str, ...], Words] = Field(
-        (), description="norm:eps, such as linf:8/255,l2:1/2; norm:standard or norm:DATA for a data set's radius; "
+        (), description="norm:eps, such as linf:8/255,l2:1/2; norm or norm:DATA for a data set's radius; "
                         f"standard; union: and one of {', '.join(UNIONS)}; default: those of the peers")
     eps: Number | None = Field(None, gt=0, le=1e4, description="radius of all threats; for one norm only")
     seed: Integer | None = Field(None, ge=0, lt=2**63, description="seed of the attacks; default run.seed")

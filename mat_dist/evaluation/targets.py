@@ -110,7 +110,8 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
     Raises ConfigError for a threat that cannot be read, a radius that is no radius, or an attack that cannot do it.
     """
     found = list(dict.fromkeys(t.norm for t in trained))
-    threats = [threat for text in request.threats for threat in _threats(text, found, data)] or list(trained)
+    threats = [threat for text in request.threats for threat in _threats(text, found, data, request.eps)]
+    threats = threats or list(trained)
     if len(set(threats)) < len(threats):
         raise ConfigError("a threat is asked for twice", "threats", "leave one out")
     if request.eps is not None:
@@ -125,8 +126,12 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
     return threats
 
 
-def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
-    """norm:eps, norm:standard, norm:DATA, standard (the peers' norms) or union:NAME -> its threats."""
+def _threats(text: str, trained: Sequence[str], data: str, radius: float | None) -> list[Threat]:
+    """norm:eps, norm (its standard radius), norm:DATA, standard (the peers' norms) or union:NAME -> its threats.
+
+    Args:
+        radius: of a norm alone, where it is given beside it.
+    """
     norm, _, eps = (part.strip() for part in text.partition(":"))
     found: Iterable[tuple[str, float]]
     try:
@@ -134,15 +139,17 @@ def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
             found = union_radii(eps).items()
         elif text == "standard":
             found = standard_radii(data, trained).items()
-        elif norm in known_norms() and eps in ("standard", *data_sets()):
-            found = standard_radii(data if eps == "standard" else eps, [norm]).items()
+        elif text in known_norms() and radius is not None:
+            found = [(text, radius)]
+        elif norm in known_norms() and eps in ("", "standard", *data_sets()):
+            found = standard_radii(data if eps in ("", "standard") else eps, [norm]).items()
         else:
             found = parse_threats(text)
         return [Threat(*one) for one in found]
     except ValueError as error:
         raise ConfigError(str(error), "threats",
-                          f"write norm:eps, such as linf:8/255, norm:standard, standard, or union: and one of "
-                          f"{', '.join(UNIONS)}") from error
+                          f"write norm:eps, such as linf:8/255, norm for its standard radius, standard, or union: and "
+                          f"one of {', '.join(UNIONS)}") from error
 
 
 # ------------------------------------------------------------------------------------------------ sources

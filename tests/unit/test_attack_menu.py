@@ -325,7 +325,15 @@ def test_radii_by_name_are_those_of_the_literature() -> None:
     assert [t.label for t in asked("union:mng")] == ["linf 8/255", "l2 128/255", "l1 400/51"]
 
 
+def test_a_norm_alone_has_its_standard_radius_or_the_one_beside_it() -> None:
+    assert asked("l2", "l1") == [Threat("l2", 0.5), Threat("l1", 12.0)]  # not the 0.3 of the peers
+    assert asked("l2", data="svhn") == [Threat("l2", 128 / 255)]
+    request = parse(["runs/x", "threats=l2", "eps=1/4"]).request
+    assert threats_asked(request, [Threat("linf", 0.1)], "digits") == [Threat("l2", 0.25)]
+
+
 @pytest.mark.parametrize(("threats", "data", "text"), [
+    ("l2", "digits", "no standard radius for the data set 'digits' .* write norm:eps"),
     ("standard", "digits", "no standard radius for the data set 'digits' .* cifar10, cifar100, svhn, mnist"),
     ("l1:standard", "svhn", "no standard radius in l1 for svhn .* svhn has linf, l2"),
     ("union:all", "cifar10", "there is no union 'all' .* eat, msd, mng"),

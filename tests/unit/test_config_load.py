@@ -142,10 +142,31 @@ def test_short_forms_and_other_names(tmp_path: Path) -> None:
     ).peers[0]
     assert (peer.model.name, peer.model.width, peer.threat.norm, peer.threat.eps) == ("resnet18", 2, "l2", 128 / 255)
     assert peer.loss.pair_kl == 6
-    config = load(tmp_path, "peers: [{attack: {eps: 2/255, norm: l2}, model: a}, {threat: l2, loss: at}]")
-    assert [p.threat.eps for p in config.peers] == [2 / 255, 0.1]
+    config = load(tmp_path, "peers: [{attack: {eps: 2/255, norm: l2}, model: a}, {threat: l2, loss: at}]",
+                  "data.name=cifar10", "data.root=data")
+    assert [p.threat.eps for p in config.peers] == [2 / 255, 0.5]
     assert [p.threat.norm for p in config.peers] == ["l2", "l2"]
     assert [p.loss.preset for p in config.peers] == ["mat", "at"]
+
+
+@pytest.mark.parametrize(("text", "words", "found"), [  # norm, radius and step length of each peer
+    ("{}", ["threat=l2"], [("l2", 0.5, 0.125)] * 2),
+    ("{}", ["threat.norm=l1"], [("l1", 12.0, 3.0)] * 2),
+    ("{}", ["attack.eps=1", "attack.step_size=0.1", "attack.norm=l2"], [("l2", 1.0, 0.1)] * 2),  # in any order
+    ("{}", ["threat=linf"], [("linf", 8 / 255, 2 / 255)] * 2),  # no other norm: nothing changes
+    ("{}", ["peers.1.threat=l2"], [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.125)]),
+    ("{}", ["attack.eps=4/255", "peers.1.threat=l2"], [("linf", 4 / 255, 2 / 255), ("l2", 0.5, 0.125)]),
+    ("threat: l2", [], [("l2", 0.5, 0.125)] * 2),
+    ("peers: [{threat: l2}, {threat: {norm: l1, eps: 5}}]", [], [("l2", 0.5, 0.125), ("l1", 5.0, 1.25)]),
+    ("data: {name: svhn}", ["peers.all.threat=l2"], [("l2", 128 / 255, 32 / 255)] * 2)])
+def test_a_radius_does_not_go_into_another_norm(tmp_path: Path, text: str, words: list[str],
+                                                found: list[tuple[str, float, float]]) -> None:
+    """It has that norm's standard radius, and steps of a share of it."""
+    write(tmp_path, "low.yaml", "data: {name: cifar10, root: data}\npeers: 2\nthreat: linf\n"
+                                "attack: {eps: 8/255, steps: 10, step_size: 2/255}\n")
+    config = load(tmp_path, f"defaults: [low]\n{text}" if text != "{}" else "defaults: [low]", *words)
+    assert [(p.threat.norm, p.threat.eps, p.attack.step_size) for p in config.peers] == [
+        (norm, pytest.approx(eps), pytest.approx(step)) for norm, eps, step in found]
 
 
 def test_both_names_of_a_setting_are_refused_within_a_layer_only(tmp_path: Path) -> None:
@@ -281,7 +302,8 @@ def test_files_that_name_each_other_are_reported(tmp_path: Path) -> None:
 
 
 def test_differences_are_flat_lines(tmp_path: Path) -> None:
-    old, new = load(tmp_path, "{}"), load(tmp_path, "{}", "optim.lr=0.5", "peers.1.threat=l2", "train.max_steps=3")
+    old, new = load(tmp_path, "{}"), load(tmp_path, "{}", "optim.lr=0.5", "peers.1.threat={norm: l2, eps: 0.1}",
+                                       "train.max_steps=3")
     expected = [
         "peers.0.optim.lr: 0.1 -> 0.5", "peers.1.threat.norm: linf -> l2", "peers.1.optim.lr: 0.1 -> 0.5",
         "peers.2.optim.lr: 0.1 -> 0.5", "peers.3.optim.lr: 0.1 -> 0.5", "train.max_steps: null -> 3",

@@ -11,12 +11,17 @@ from mat_dist.config.methods import methods
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
-COHORT = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist"
+COHORT = ("peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.1.threat.eps=1 "
+          "peers.2.role=generalist")
 GUIDED = "peers=2 peers.1.frozen=true peers.1.init_from=x"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 EXPERT = f"{COHORT} peers.2.loss.teacher_set=expert peers.2.loss.kd_own=0.5 peers.2.loss.hard_own=0.5"
 # rule, overrides of the default that break it, part of the message, overrides that keep it
 CASES = [
+    ("radius_is_known", "peers.1.threat=l2", "there is no standard one for digits (command line, peers.1.threat): give "
+     "attack.eps too, or threat: {norm: l2, eps: ...}; on cifar10 it is 0.5", "peers.1.threat={norm: l2, eps: 4}"),
+    ("radius_is_known", "threat=l1 data.name=svhn data.root=x", "no standard one for svhn",
+     "threat=l2 data.name=svhn data.root=x"),
     ("radius_fits_pixels", "threat.eps=8", "write eps: 8/255", "threat.eps=8/255"),
     ("radius_fits_pixels", "attack.eps=16", "write eps: 16/255", "attack.eps=1"),
     ("radius_fits_pixels", "threat.eps=1.5", "such as 8/255", "threat.eps=1.5 threat.norm=l2"),
@@ -32,7 +37,7 @@ CASES = [
      "attack.method=n_fgsm attack.steps=1"),
     ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 step.wire=int8", "AEs of n_fgsm leave the ball",
      "attack.method=n_fgsm attack.steps=1 step.wire=full"),
-    ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat=l2", "write threat.norm: linf",
+    ("n_fgsm_fits", "attack.method=n_fgsm attack.steps=1 peers.1.threat={norm: l2, eps: 4}", "write threat.norm: linf",
      "attack.method=n_fgsm attack.steps=1 peers.1.threat=linf"),
     ("free_attacks_fit", "train.replays=2", "train.replays 2 with attack.method pgd", FREE),
     ("free_attacks_fit", "loss=at attack.method=free attack.steps=1", "write 8 (Free-AT on CIFAR-10)", FREE),

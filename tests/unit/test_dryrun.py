@@ -56,7 +56,8 @@ def test_a_peer_that_recomputes_teaches_in_passes_of_their_own() -> None:
 
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:2 union.strategy="
-ROLES = "peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.2.role=generalist "
+ROLES = ("peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threat=l2 peers.1.attack.eps=1 "
+         "peers.2.role=generalist ")
 TAUGHT = "peers=2 peers.1.frozen=true peers.1.init_from=run peers.0.loss="
 
 

@@ -136,11 +136,12 @@ def test_a_norm_that_nobody_registered_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(("settings", "what"), [
     ("union.strategy=eat union.threats=linf:0.1,l1:2,red:0.1 peers=1 loss=at", "strategy eat with red"),
-    ("attack.method=n_fgsm attack.steps=1 threat=red", "n_fgsm with threat.norm red")])
+    ("attack.method=n_fgsm attack.steps=1 threat=red attack.eps=0.1", "n_fgsm with threat.norm red")])
 def test_a_method_that_needs_certain_norms_refuses_others_by_name(settings: str, what: str, red: Threat) -> None:
     with pytest.raises(ConfigError, match=what):
         load_config(None, settings.split())
-    assert load_config(None, ["attack.method=apgd", "threat=red"]).peers[0].attack.step_size == pytest.approx(0.2)
+    config = load_config(None, ["attack.method=apgd", "threat=red", "attack.eps=0.1"])
+    assert config.peers[0].attack.step_size == pytest.approx(0.2)
 
 
 @pytest.fixture

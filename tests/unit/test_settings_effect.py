@@ -143,7 +143,7 @@ ALONE = """
     run.seed=1 data.train_size=48 data.val_size=50 data.augment.pad=2 data.augment.flip=true
     data.augment.random_resized_crop=0.3 data.augment.idbh=weak data.augment.cutmix=1
     model.name=small_cnn model.width=0.5 model.activation=silu model.norm=group
-    threat.norm=l2 threat.norm=l1 threat.eps=0.05 attack.method=apgd
+    threat.eps=0.05 attack.method=apgd
     attack.steps=2 attack.step_size=0.01 attack.start=zero attack.start=gaussian attack.loss=margin
     attack.loss=kl_clean attack.loss=kl_teacher loss.preset=trades loss.preset=mart loss.preset=at_wa
     loss.kd_clean=0.2 loss.kd_loss=mse loss.kd_where=teacher_right loss.kd_where=student_wrong
@@ -156,7 +156,9 @@ ALONE = """
     train.batch_size=8 train.max_steps=3"""
 UNION = "loss=at union.strategy=avg union.threats=linf:0.1,l2:1,l1:2"
 WITH_OTHERS = {  # setting: what else is set on both sides
-    "loss.teacher_set=owner": "peers=3", "loss.teacher_set=expert": "peers=4 peers.1.threat=l2 peers.3.threat=l2",
+    "threat.norm=l2": "attack.eps=0.1", "threat.norm=l1": "attack.eps=0.1",
+    "loss.teacher_set=owner": "peers=3", "loss.teacher_set=expert":
+    "peers=4 peers.1.threat=l2 peers.1.attack.eps=0.1 peers.3.threat=l2 peers.3.attack.eps=0.1",
     "step.teachers=ema": "optim.ema_decay=0.5", "peers.0.role=generalist": "peers.1.role=specialist",
     "peers.0.role=specialist": "peers=3", "union.threats=linf:0.1,l2:1": UNION,
     **{f"union.strategy={strategy}": UNION for strategy in ("max", "random", "eat", "msd", "ramp")},

@@ -86,8 +86,8 @@ def test_every_pair_has_one_sentence_with_points_interval_and_cost() -> None:
     (["peers=3", "loss=at"], False), (["peers=3", "loss=mat"], True), (["peers=2", "loss=mat_share"], True),
     (["peers=2", "loss=lbgat"], True), (["peers=1", "loss=trades"], False),
     (["peers=2", "loss=ard", "peers.1.frozen=true", "peers.1.init_from=RUN"], False),  # its teacher does not train
-    (["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2", "peers.2.role=generalist"],
-     True),
+    (["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat={norm: l2, eps: 0.5}",
+      "peers.2.role=generalist"], True),
 ])
 def test_peers_that_learn_from_each_other_make_a_row_mutual(settings: list[str], mutual: bool, tmp_path: Path) -> None:
     assert is_mutual(load_config("digits", [word.replace("RUN", str(tmp_path)) for word in settings])) is mutual

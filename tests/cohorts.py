@@ -99,7 +99,6 @@ def local(cohort: Cohort, step: int, data: Callable[..., tuple[Tensor, Tensor]] 
 def one_step(cohort: Cohort, step: int, *, data: Callable[..., tuple[Tensor, Tensor]] = batch,
              **options: Any) -> Outcome:
     """One step on the batch of that step, with options of `train_step`."""
-    cohort.begin(step)
     return train_step(cohort, local(cohort, step, data), **options)
 
 

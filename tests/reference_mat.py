@@ -296,7 +296,7 @@ def reference_step(case: Case, config: Config, peers: list[Reference], step: int
             guide = torch.stack([clean.t(i, "clean").softmax(1) for i in case.guides[k]]).mean(0).log()
         for n, threat in enumerate(threats_of(spec)):
             aes[k, n] = (case.craft(peer, k, step, x, y) if case.craft and n == 0
-                         else craft(peer, spec, threat, n, k, step, x, y, guide if n == 0 else None))
+                         else craft(peer, spec, threat, n, k, step, x, y, guide))
 
     def inputs(look: Look) -> Tensor:
         return x if isinstance(look, str) else aes[view(look)]  # type: ignore[index]

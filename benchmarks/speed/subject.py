@@ -17,6 +17,7 @@ from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import CohortGraph, View
+from mat_dist.core.guard import Guard
 from mat_dist.core.step import Batch, Clock, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
@@ -131,7 +132,7 @@ class Subject:
         cohort.mesh.average_replicas(cohort.gradients())
         for peer in cohort.peers:
             peer.reduced()
-        cohort.update(batch.step)
+        cohort.update(Guard(cohort.mesh, "update", batch.step), batch.step, cohort.proposed())
         self.number += 1
 
     def _learn(self, part: Batch) -> None:
@@ -143,8 +144,9 @@ class Subject:
         inputs = [peer.begin_learning(climb, views) for peer, climb in zip(peers, climbs, strict=True)]
         known = [peer.forward(part, seen, graph.taught[peer.index])
                  for peer, seen in zip(peers, inputs, strict=True)]
-        told = self._gathered(cohort.told([peer.opinions(seen, logits, graph.taught[peer.index]) for peer, seen, logits
-                                           in zip(peers, inputs, known, strict=True)], known, part))
+        told = self._gathered(cohort.told([peer.opinions(part, seen, logits, graph.taught[peer.index])
+                                           for peer, seen, logits in zip(peers, inputs, known, strict=True)], known,
+                                          part))
         for peer, seen, logits in zip(peers, inputs, known, strict=True):
             counts = peer.counts(part, seen, logits) if cohort.counts else [None] * len(peer.hooks)
             cohort.mesh.average_replicas([one for one in counts if one is not None])

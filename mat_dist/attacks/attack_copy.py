@@ -3,13 +3,17 @@
 In eval mode batch norm is a fixed affine map per channel, so it folds into the convolution before it (0.8 of the
 attack's time for a small CNN in fp32); in bf16 the weights are cast once per attack instead of once per pass. The
 copy owns the folded and cast weights, in buffers that are allocated once; everything else it shares with the model.
+
+A model may read a convolution's output where nothing shows it, or take another path later. So a copy is compared with
+its model under random statistics, since those of fresh batch norms are nearly the identity, and again now and then.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mat_dist import rng
 from mat_dist.models.modes import frozen
 
 TOLERANCE = 1e-3  # of the largest logit: rounding is a thousand times less, a wrong copy far more
+CHECKED = 1024  # it is checked at call 1, 2, 4, 8 ... of `refresh`, and every so many calls
 
 
 class AttackCopy:
@@ -34,20 +40,16 @@ class AttackCopy:
             the model.
 
     Attributes:
-        reason: why the model itself is attacked; empty where a copy is, or where a copy would gain nothing.
+        reason: why the model itself is to be attacked; empty while a copy does, or where one would gain nothing.
     """
 
     def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None) -> None:
-        self._called, self._layers, self.reason = model, [], ""
-        with frozen(model), torch.autocast(sample.device.type, enabled=False):
+        self._model, self._called, self._layers, self._refreshed, self.reason = model, model, list[_Layer](), 0, ""
+        with _exact(model, sample):
             try:
-                logits_BK, norms = _recorded(model, sample)
-                called, layers = _copied(model, norms, casts=dtype is not None)
-                for layer in layers:
-                    layer.refresh()
-                error_BK, largest = (called(sample) - logits_BK).abs(), logits_BK.abs().max()
-                if not error_BK.max() <= TOLERANCE * largest.clamp(min=1):  # NaN is wrong too
-                    raise ValueError("the copy gives other logits")
+                called, layers = _copied(model, _recorded(model, sample), casts=dtype is not None)
+                with _other_statistics(model):  # and other images: what a module keeps of a forward is copied too
+                    _compare(model, called, layers, 1 - sample)
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 return
@@ -55,27 +57,42 @@ class AttackCopy:
             self._called, self._layers = called, layers
             for layer in layers:
                 layer.own.to(dtype)
+                layer.refresh()
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         logits_BK: Tensor = self._called(x_BCHW)
         return logits_BK
 
-    def refresh(self) -> None:
-        """Take over the model's present weights and running statistics."""
+    def refresh(self, sample: Tensor) -> None:
+        """Take over the model's present weights and running statistics; now and then check with `sample`."""
         for layer in self._layers:
             layer.refresh()
+        self._refreshed += 1
+        if self._layers and (self._refreshed & (self._refreshed - 1) == 0 or self._refreshed % CHECKED == 0):
+            try:
+                with _exact(self._model, sample):
+                    _compare(self._model, self._called, self._layers, sample)
+            except Exception as error:  # as above
+                self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A copied layer and where its values come from: the layer, and the batch norm after it."""
+    """A copied layer, its name, and where its values come from: the layer, and the batch norm after it."""
 
+    name: str
     own: nn.Conv2d | nn.Linear
     source: nn.Conv2d | nn.Linear
     norm: _BatchNorm | None
 
     @torch.no_grad()
     def refresh(self) -> None:
+        for own, value in zip((self.own.weight, self.own.bias), self.folded(), strict=True):
+            if own is not None and value is not None:
+                own.copy_(value)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, in the model's type."""
         weight, bias = self.source.weight, self.source.bias
         norm = self.norm
         if norm is not None:
@@ -87,14 +104,50 @@ class _Layer:
             weight, bias = weight * scale[:, None, None, None], shift * scale
             if norm.affine:
                 bias = bias + norm.bias
-        self.own.weight.copy_(weight)
-        if bias is not None and self.own.bias is not None:
-            self.own.bias.copy_(bias)
+        return weight, bias
 
 
-def _recorded(model: nn.Module, sample: Tensor) -> tuple[Tensor, dict[nn.Module, _BatchNorm]]:
-    """One pass of a model -> logits (B, K), and by convolution the batch norm that alone reads its output; each of them
-    is called once. torch.fx would tell the same, but while it traces it changes nn.Module for all threads."""
+@contextmanager
+def _exact(model: nn.Module, sample: Tensor) -> Iterator[None]:
+    """Eval mode without autocast, and without TF32, whose rounding is near the tolerance."""
+    cudnn = torch.backends.cudnn
+    with (frozen(model), torch.autocast(sample.device.type, enabled=False),
+          cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False)):
+        yield
+
+
+@contextmanager
+def _other_statistics(model: nn.Module) -> Iterator[None]:
+    """Random statistics, weights and biases of all batch norms inside, far from the identity; afterwards as before."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    values = [v for m in norms for v in (m.running_mean, m.running_var, m.weight, m.bias) if v is not None]
+    before = [value.clone() for value in values]
+    with torch.no_grad():
+        try:
+            for number, value in enumerate(values):
+                value.copy_(rng.uniform(number, value.shape, device=value.device) + 0.5)
+            yield
+        finally:
+            for value, kept in zip(values, before, strict=True):
+                value.copy_(kept)
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, called: nn.Module, layers: list[_Layer], sample: Tensor) -> None:
+    """Raises ValueError if the copy with the weights of now, uncast, gives other logits than the model."""
+    values = {f"{layer.name}.{part}": value for layer in layers
+              for part, value in zip(("weight", "bias"), layer.folded(), strict=True) if value is not None}
+    with rng.keyed_rng(0):  # whatever the model draws, both draw alike
+        logits_BK: Tensor = model(sample)
+    with rng.keyed_rng(0):
+        error_BK = (torch.func.functional_call(called, values, (sample,)) - logits_BK).abs()
+    if not error_BK.max() <= TOLERANCE * logits_BK.abs().max().clamp(min=1):  # NaN is wrong too
+        raise ValueError("the copy gives other logits")
+
+
+def _recorded(model: nn.Module, sample: Tensor) -> dict[nn.Module, _BatchNorm]:
+    """One pass of a model -> by convolution the batch norm that alone reads its output; each of them is called once.
+    torch.fx would tell the same, but while it traces it changes nn.Module for all threads."""
     calls: list[tuple[nn.Module, Any, Any]] = []  # module, its first input, its output
     with ExitStack() as hooks, torch.enable_grad():
         for module in model.modules():
@@ -110,7 +163,7 @@ def _recorded(model: nn.Module, sample: Tensor) -> tuple[Tensor, dict[nn.Module,
         if (isinstance(norm, _BatchNorm) and norm.running_mean is not None and conv is not None
                 and times[norm] == times[conv] == 1 and readers[given.grad_fn] == 1):
             found[conv] = norm
-    return logits_BK, found
+    return found
 
 
 def _readers(result: Tensor) -> Counter[Any]:
@@ -146,5 +199,5 @@ def _copied(model: nn.Module, norms: dict[nn.Module, _BatchNorm], *, casts: bool
             own.bias = nn.Parameter(source.weight.new_empty(len(source.weight)), requires_grad=False)
         if norm is not None:
             called.set_submodule(names[norm], nn.Identity())
-        layers.append(_Layer(own, source, norm))
+        layers.append(_Layer(name, own, source, norm))
     return called, layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class PerturbationBuffer:
     """A perturbation for each of a number of images (or rows of a batch), in memory of one device.
 
     A step reads with `at`, proposes with `propose`, and ends with `commit` or `forget`. The content is a function of
-    the committed steps alone: every replica commits what all have proposed. They are stored in `dtype`; None: as they
+    the committed steps alone: every replica commits what all have `proposed`. They are stored in `dtype`; None: as they
     come.
     """
 
@@ -72,9 +72,13 @@ class PerturbationBuffer:
             before = self._frames[shown.images_B] * per_image(self._known[shown.images_B], self._frames)
         self._proposed.append((shown.images_B, shown.put(before, views_BCHW)))
 
-    def commit(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Keep what was proposed here and on other replicas; `gather`: (B, ...) here -> the rows of all replicas."""
-        for images_B, frames_BCHW in [(gather(images_B), gather(frames)) for images_B, frames in self._proposed]:
+    def proposed(self) -> list[Tensor]:
+        """Image numbers (B,) and frames (B, ...) of each micro-batch, in turn."""
+        return [tensor for pair in self._proposed for tensor in pair]
+
+    def commit(self, shared: Sequence[Tensor]) -> None:
+        """Keep what was `proposed`, by all replicas."""
+        for images_B, frames_BCHW in zip(shared[::2], shared[1::2], strict=True):
             if self._frames is None:
                 assert self._shown is not None
                 self._frames = frames_BCHW.new_zeros(self._shown.count, *frames_BCHW.shape[1:])

@@ -130,16 +130,17 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
 
 
 def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: float, loss: str, stream: int,
-           first_row: int) -> Tensor:
+           first_row: int, teacher_BK: Tensor | None = None) -> Tensor:
     """x + noise + step_size sign(gradient there), in [0, 1]; up to (NOISE + step_size / eps) eps from x in linf.
 
     Args:
         model: frozen by the caller as for `pgd`.
         eps: the linf radius that the noise is scaled with.
         step_size: length of the step; the paper's is eps.
+        loss, teacher_BK: as for `pgd`.
         stream, first_row: key of the noise, and the row of the global batch at which x_BCHW starts.
     """
     u = rng.uniform(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
     noisy = (x_BCHW + (2 * u - 1) * (NOISE * eps)).clamp_(0, 1)
-    _, _, grad = loss_and_gradient(model, attack_loss(model, x_BCHW, y_B, loss), noisy)
+    _, _, grad = loss_and_gradient(model, attack_loss(model, x_BCHW, y_B, loss, teacher_BK), noisy)
     return (noisy + step_size * grad.sign()).clamp_(0, 1)

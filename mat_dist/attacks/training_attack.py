@@ -130,7 +130,12 @@ class TrainingAttack:
             if not self._engines:
                 self._prepare(x_BCHW)
             if self._copy is not None:
-                self._copy.refresh()
+                self._copy.refresh(x_BCHW[:2])
+                if self._copy.reason:
+                    self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
+                               "step.attack_engine=model silences this")
+                    self._copy, self._called = None, self._model
+                    self._build_engines(x_BCHW)
             yield self._called
 
     def fitting(self, make: Callable[[slice], Found], rows: int) -> Found:
@@ -163,7 +168,8 @@ class TrainingAttack:
         if settings.method == "n_fgsm":
             with self.ready(x_BCHW) as model:
                 return Found(n_fgsm(model, x_BCHW, y_B, eps=chosen.eps, step_size=self.sizes[plan.threat],
-                                    loss=settings.loss, stream=plan.stream, first_row=plan.first_row))
+                                    loss=settings.loss, stream=plan.stream, first_row=plan.first_row,
+                                    teacher_BK=plan.guide_BK))
         region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
@@ -197,13 +203,13 @@ class TrainingAttack:
 
     def _prepare(self, x_BCHW: Tensor) -> None:
         """Make the copy and the engine; the images tell shape and device."""
+        if self._step.attack_engine != "model":
+            dtype = torch.bfloat16 if self._step.precision == "bf16" else None
+            self._called = self._copy = AttackCopy(self._model, x_BCHW[:2], dtype)
+        self._build_engines(x_BCHW)
+
+    def _build_engines(self, x_BCHW: Tensor) -> None:
         step = self._step
-        if step.attack_engine != "model":
-            self._copy = AttackCopy(self._model, x_BCHW[:2], torch.bfloat16 if step.precision == "bf16" else None)
-            self._called = self._copy
-            if self._copy.reason:
-                self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
-                           "step.attack_engine=model silences this")
         self._engines = self._eager()
         if step.attack_engine == "compile":
             self._called = torch.compile(self._called, dynamic=False)

@@ -23,8 +23,8 @@ from mat_dist.core.peer import Peer
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.models.modes import bn_buffers
+from mat_dist.errors import ConfigError, EnvironmentFault, MatError
+from mat_dist.models.modes import replica_buffers, saved_buffers
 from mat_dist.models.registry import Images, make_model
 from mat_dist.models.synchronised import SynchronisedNorms
 
@@ -53,6 +53,8 @@ class Cohort:
         graph: losses and exchanges of all peers at this step.
         rows: this replica's rows of a batch.
         climbs, counts: some peer of the cohort has a method with such an exchange between replicas.
+        shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
+        failure: of an update, which follows the last exchange of its step; the next step, or a save, tells all ranks.
     """
 
     def __init__(self, config: Config, peers: list[Peer], mesh: Mesh, graph: CohortGraph, *, total_steps: int,
@@ -64,6 +66,8 @@ class Cohort:
         self.climbs = any(method.climbs for method in used)
         self.counts = mesh.placement.replicas > 1 and any(method.counts for method in used)
         self._warming_up: frozenset[int] = frozenset()
+        self.shown: Callable[[int], AugmentedView] | None = None
+        self.failure: MatError | None = None
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
             peer.rows, peer.batch_size = self.rows, config.train.batch_size
@@ -99,12 +103,8 @@ class Cohort:
         """A peer's learning rate at a step."""
         return lr_at(step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, optim=spec.optim)
 
-    def begin(self, step: int, shown: Callable[[int], AugmentedView] | None = None) -> None:
-        """Before each step: let warm-ups end, and hooks recall what they know of the images.
-
-        Args:
-            shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
-        """
+    def begin(self, guard: Guard, step: int) -> None:
+        """Before each step: let warm-ups end, and hooks recall what they know of the images."""
         warming_up = frozenset(row.index for row in self.graph.peers
                                if step < row.weights.warmup_epochs * self.steps_per_epoch)
         if warming_up != self._warming_up:
@@ -113,7 +113,7 @@ class Cohort:
                 peer.follow(self.graph.peers[peer.index])
         for peer in self.peers:
             for hook in peer.hooks:
-                hook.begin(step, shown)
+                guard.run(f"beginning of {peer.name}", hook.begin, step, self.shown)
 
     # ---------------------------------------------------------------- what travels
 
@@ -171,7 +171,7 @@ class Cohort:
         if most == 0:
             return part.x_BCHW.new_empty(0)
         some = next((logits for one in (*opinions, *(views.values() for views in known)) for logits in one), None)
-        like = (self.peers[0].teach_averaged(part.x_BCHW) if some is None else some).detach()
+        like = (self.peers[0].teach_averaged(part.x_BCHW, part.draw(0)) if some is None else some).detach()
         return torch.stack([torch.stack([*one, *[torch.zeros_like(like)] * (most - len(one))]) for one in opinions])
 
     def transfer(self, part: Batch, views: Views, known: Sequence[Views]) -> Tensor:
@@ -184,14 +184,13 @@ class Cohort:
 
     @contextmanager
     def rollback(self) -> Iterator[None]:
-        """Undo what a step does before its vote, should it be refused: BN buffers, gradients, what hooks changed."""
-        before = [(buffer, buffer.clone()) for peer in self.peers for buffer in bn_buffers(peer.model)]
+        """Undo what a step does before its vote, should it be refused: buffers, gradients, what hooks changed."""
+        restorers = [saved_buffers(peer.model) for peer in self.peers]
         try:
             yield
         except Exception:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+            for restore in restorers:
+                restore()
             for peer in self.peers:
                 peer.forget()
             raise
@@ -200,11 +199,22 @@ class Cohort:
         """All that replicas average after the backward pass."""
         return [g for peer in self.peers for g in (*peer.gradients(), *(e for h in peer.hooks for e in h.gradients()))]
 
-    def update(self, step: int) -> None:
-        """Apply the gradients of a committed step; average the weights."""
-        for peer in self.peers:
-            peer.update(step, self.lr(peer.spec, step), self.mesh.gather_replicas)
-            peer.average(step)
+    def proposed(self) -> list[list[Sequence[Tensor]]]:
+        """What each hook of each local peer would keep of the step."""
+        return [[hook.proposed() for hook in peer.hooks] for peer in self.peers]
+
+    def update(self, guard: Guard, step: int, proposed: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+        """Apply the gradients of a committed step; average the weights. The vote told that all ranks are here."""
+        shared = [[[*map(self.mesh.gather_replicas, rows)] for rows in one] for one in proposed]
+        followed = [buffer for peer in self.peers for buffer in replica_buffers(peer.model)]
+        means = [buffer.double() for buffer in followed]  # in fp32 the mean of three equal constants may be another
+        self.mesh.average_replicas(means)
+        for buffer, mean in zip(followed, means, strict=True):
+            buffer.copy_(mean)
+        for peer, rows in zip(self.peers, shared, strict=True):
+            guard.run(f"update of {peer.name}", peer.update, step, self.lr(peer.spec, step), rows)
+            guard.run(f"update of {peer.name}", peer.average, step)
+        self.failure = guard.kept()
 
 
 def state_hash(state: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from mat_dist.attacks.norms import Threat
@@ -140,13 +141,12 @@ class PeerGraph:
         last = (*self.mine[1:], CLEAN, self.mine[0])
         return tuple(sorted(used - set(last))) + tuple(view for view in last if view in used)
 
-    def groups(self) -> list[tuple[View, ...]]:
-        """`learned`, in its order, cut into sets whose losses do not depend on each other."""
-        together = set(self.rivals) | ({CLEAN, self.mine[0]} if self.paired else set())
-        places = [n for n, view in enumerate(self.learned) if view in together]
-        first, end = (places[0], places[-1] + 1) if places else (0, 0)
-        coupled = [self.learned[first:end]] if places else []
-        return [(view,) for view in self.learned[:first]] + coupled + [(view,) for view in self.learned[end:]]
+    def groups(self, coupled: Iterable[Sequence[View]] = ()) -> list[tuple[View, ...]]:
+        """`learned`, in its order, cut into sets whose losses do not depend on each other; `coupled`: by hooks."""
+        together = [*coupled, self.rivals, (CLEAN, self.mine[0]) if self.paired else ()]
+        places = [[self.learned.index(view) for view in views] for views in together if views]
+        cuts = [n for n in range(1, len(self.learned)) if not any(min(one) < n <= max(one) for one in places)]
+        return [self.learned[first:end] for first, end in pairwise([0, *cuts, len(self.learned)])]
 
     @cached_property
     def alone(self) -> tuple[View, ...]:

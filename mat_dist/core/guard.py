@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
+from mat_dist.errors import MatError, told_error
 
 T = TypeVar("T")
 
@@ -37,10 +38,13 @@ class Guard(Agreement):
 
     Args:
         clock: takes the times of the phases; the benchmark hands in one that waits for the device.
+        failure: what the guard before this one could not tell any more.
     """
 
-    def __init__(self, mesh: Mesh, where: str, step: int, clock: Clock | None = None) -> None:
+    def __init__(self, mesh: Mesh, where: str, step: int, clock: Clock | None = None,
+                 failure: MatError | None = None) -> None:
         super().__init__(mesh, where, step)
+        self.failure = failure
         self.clock = clock or Clock()
 
     def each(self, phase: str, work: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
@@ -72,6 +76,14 @@ class Guard(Agreement):
         self._header(point)  # a replica that failed must not be missing in the all-reduce
         self.mesh.average_replicas(tensors)
         self.clock.lap("exchange")
+
+    def kept(self) -> MatError | None:
+        """The failure in the words for all ranks, for another guard to tell."""
+        if (described := self._described()) is None:
+            return None
+        found = told_error(described)
+        found.__cause__ = self.failure
+        return found
 
     def _header(self, point: str, payload: Tensor | None = None, checksum: int = 0) -> None:
         self.header(point, payload, checksum)

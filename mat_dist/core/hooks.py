@@ -2,13 +2,13 @@
 
 The order in a step, for each micro-batch: `craft`, or else `choose`, `start` and `attacked`; `climb` and, after
 replicas have averaged what it gave, `before_forward`; `inputs`, `count` (averaged likewise), `loss`, `after_backward`.
-Then, once: `gradients` (averaged with the peer's own), `after_reduce`, and `commit` or `abort`. Nothing of torch is
-imported here: methods are read for `--help` too.
+Then, once: `gradients` (averaged with the peer's own), `after_reduce`, `proposed` (gathered from replicas), `commit` or
+`abort`. Nothing of torch is imported here: methods are read for `--help` too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class Hook:
         """Position of the threat that the peer's first view is made for."""
         return 0
 
-    def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
-        """The peer's first view (B, C, H, W), in place of its attack; None: the attack makes it."""
+    def craft(self, attack: TrainingAttack, part: Batch, guide_BK: Tensor | None) -> Tensor | None:
+        """The peer's first view (B, C, H, W), in place of its attack; None: the attack makes it. `guide_BK`:
+        log-probabilities of teachers on the clean images, where its attack asks for them."""
         return None
 
     def start(self, start_BCHW: Tensor, region: Region, first_row: int) -> Tensor:
@@ -75,7 +76,7 @@ class Hook:
     # ---- the loss
 
     def couples(self, row: PeerGraph) -> Sequence[View]:
-        """The views whose logits `loss` needs together; none where it adds nothing."""
+        """The views, of `row.learned`, whose logits `loss` needs together; none where it adds nothing."""
         return ()
 
     def count(self, row: PeerGraph, logits: Callable[[View], Tensor], y_B: Tensor) -> Tensor | None:
@@ -98,8 +99,12 @@ class Hook:
     def after_reduce(self) -> None:
         """All gradients are averaged; they are clipped next."""
 
-    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
-        """The step is committed, the update follows. `gather`: (B, ...) here -> the rows of all replicas."""
+    def proposed(self) -> Sequence[Tensor]:
+        """Rows (B, ...) of which `commit` gets those of all replicas; as many tensors on each of them."""
+        return ()
+
+    def commit(self, step: int, shared: Sequence[Tensor]) -> None:
+        """The step is committed, the update follows. `shared`: what was `proposed`, the rows of all replicas."""
 
     def abort(self) -> None:
         """The step is refused: be as before it."""
@@ -110,8 +115,8 @@ class Hook:
         """How much of the averaged weights stays at the update of a step, where `averages` is set."""
         return 1.0
 
-    def before_save(self, done: int, batches: Callable[[int], Tensor]) -> None:
-        """A checkpoint after `done` steps follows. `batches`: step -> the images of the whole batch."""
+    def before_save(self, done: int, batches: Iterator[Tensor]) -> None:
+        """A checkpoint after `done` steps follows. `batches`: images of the first epoch's whole batches, in order."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers for a checkpoint."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from mat_dist.core import losses
 from mat_dist.core.graph import CLEAN, PeerGraph, View
 from mat_dist.core.hooks import Hook
+from mat_dist.errors import ConfigError
 
 Teaching = Callable[[int, View], Tensor]  # (teacher, what it looks at) -> its logits (B, K), constant
 Extra = tuple[Hook, Tensor | None]  # a hook with a loss, and what replicas have counted for it
@@ -40,9 +41,18 @@ def partial_loss(row: PeerGraph, views: Sequence[View], logits: Mapping[View, Te
         total = total + weight * losses.worst_cross_entropy([logits[view] for view in row.rivals], y_B,
                                                             row.weights.label_smoothing)
     for hook, count in extras:
-        if (coupled := hook.couples(row)) and coupled[0] in views:
+        if (coupled := couples(row, hook)) and coupled[0] in views:
             total = total + hook.loss(row, logits, y_B, count)
     return total
+
+
+def couples(row: PeerGraph, hook: Hook) -> Sequence[View]:
+    """The views whose logits a hook needs together. Raises ConfigError for one that the peer does not learn from."""
+    views = hook.couples(row) if row.learned else ()
+    if strange := sorted(set(views) - set(row.learned)):
+        raise ConfigError(f"the loss needs {', '.join(map(str, strange))}, which the peer does not learn from",
+                          f"{type(hook).__name__}.couples", "return views of row.learned, or none")
+    return views
 
 
 def own_loss(row: PeerGraph, logits: Mapping[View, Tensor], y_B: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:

@@ -18,14 +18,15 @@ from mat_dist.config.methods import methods
 from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
-from mat_dist.core.objective import Teaching, partial_loss
+from mat_dist.core.objective import Teaching, couples, partial_loss
 from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at
-from mat_dist.models.modes import batch_stats_only, draws_in_forward, frozen, set_bn_forwards
+from mat_dist.models.modes import batch_stats_only, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch
 
 LAYOUT = torch.channels_last  # the same on every path, since the layout of images changes rounding
+ATTACK = -1  # keys what the forwards of an attack draw, as the numbers of views key those of learning
 
 
 class Peer:
@@ -57,7 +58,6 @@ class Peer:
         self.notes: list[str] = []
         self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step,
                                                  lambda text: self.notes.append(f"{self.name}: {text}"))
-        self._stochastic = draws_in_forward(model)
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
         self.norms: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
@@ -71,24 +71,23 @@ class Peer:
         set_bn_forwards(self.model, max(1, len(row.learned) * self.step.microbatches))
 
     def attack(self, part: Batch, views: Sequence[View], guide_BK: Tensor | None = None) -> dict[View, Tensor]:
-        """This peer's AEs of a clean batch for each of `views`, each (B, C, H, W) in [0, 1]; the model stays as it was.
+        """Its AEs (B, C, H, W) of a clean batch for each view; the model stays as it was. `guide_BK`: as in hooks."""
+        part, found = replace(part, x_BCHW=self.arrange(part.x_BCHW)), dict[View, Found]()
+        for view in views:
+            with self.drawing((*part.draw(ATTACK), view.threat)):
+                found[view] = self._found(part, view.threat, guide_BK) if view.threat else self._first(part, guide_BK)
+        return {view: one.adv_BCHW for view, one in found.items()}
 
-        `guide_BK`: log-probabilities of teachers on the clean images, where its attack asks for them.
-        """
-        part = replace(part, x_BCHW=self.arrange(part.x_BCHW))
-        return {view: self._first(part, guide_BK) if view.threat == 0 else
-                self._found(part, view.threat, None).adv_BCHW for view in views}
-
-    def _first(self, part: Batch, guide_BK: Tensor | None) -> Tensor:
+    def _first(self, part: Batch, guide_BK: Tensor | None) -> Found:
         """The first view, which hooks may choose the threat of, make, or begin."""
         for hook in self.hooks:
-            if (crafted := hook.craft(self.attack_of_training, part)) is not None:
-                return crafted
+            if (crafted := hook.craft(self.attack_of_training, part, guide_BK)) is not None:
+                return Found(crafted)
         threat = sum(hook.choose(part.step) for hook in self.hooks)  # at most one chooses
         found = self._found(part, threat, guide_BK)
         for hook in self.hooks:
             hook.attacked(part, threat, found)
-        return found.adv_BCHW
+        return found
 
     def _found(self, part: Batch, threat: int, guide_BK: Tensor | None) -> Found:
         def start(point: Tensor, region: Region, first_row: int) -> Tensor:
@@ -100,19 +99,19 @@ class Peer:
         return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK))
 
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
-        """Train-mode logits (B, K) with a graph; running BN statistics move. `draw` keys dropout (`Batch.draw`)."""
+        """Train-mode logits (B, K) with a graph; buffers move. `draw` keys what the model draws (`Batch.draw`)."""
         with torch.enable_grad(), self.training(draw):
             return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
-        """The same logits without a graph or a trace in the BN buffers; of a frozen peer in eval mode."""
+        """The same logits without a graph or a trace in the buffers; of a frozen peer in eval mode."""
         with torch.no_grad(), self.training(draw), (frozen if self.spec.frozen else batch_stats_only)(self.model):
             return self.logits(x_BCHW)
 
-    def teach_averaged(self, x_BCHW: Tensor) -> Tensor:
+    def teach_averaged(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Eval-mode logits of the averaged weights (B, K), without a graph; of a frozen peer those of its weights."""
         state = self.ema if self.ema is not None else self.model.state_dict()
-        with torch.no_grad(), self.precision(), frozen(self.model):
+        with torch.no_grad(), self.precision(), self.drawing(draw), frozen(self.model):
             return torch.func.functional_call(self.model, state, (self.arrange(x_BCHW),)).to(x_BCHW.dtype)
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
@@ -128,10 +127,10 @@ class Peer:
             known.update((view, self.constant(part, views, known, view)) for view in taught if view not in known)
         return known
 
-    def opinions(self, views: Views, known: Views, taught: Sequence[View]) -> list[Tensor]:
+    def opinions(self, part: Batch, views: Views, known: Views, taught: Sequence[View]) -> list[Tensor]:
         """What the peer teaches: its logits (B, K) on each of `taught`, detached."""
         if self.step.teachers == "ema":
-            return [self.teach_averaged(views[view]) for view in taught]
+            return [self.teach_averaged(views[view], part.draw(self.row.number(view))) for view in taught]
         return [known[view].detach() for view in taught]
 
     def constant(self, part: Batch, views: Views, known: Views, view: View) -> Tensor:
@@ -159,7 +158,8 @@ class Peer:
         """Add the gradient of the loss, its share of `part.parts` micro-batches -> the loss, detached."""
         total = torch.zeros((), dtype=part.x_BCHW.dtype, device=part.y_B.device)
         recomputes, extras = self.step.memory == "recompute", list(zip(self.hooks, counts, strict=True))
-        for group in filter(None, self.row.groups() if recomputes else [self.row.learned]):
+        groups = self.row.groups(couples(self.row, hook) for hook in self.hooks) if recomputes else [self.row.learned]
+        for group in filter(None, groups):
             logits = known if not recomputes else {
                 view: self.learn(views[view], part.draw(self.row.number(view))) for view in group}
             loss = partial_loss(self.row, group, logits, teaching, part.y_B, extras)
@@ -182,10 +182,10 @@ class Peer:
             hook.after_reduce()
         return clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
 
-    def update(self, step: int, lr: float, gather: Callable[[Tensor], Tensor]) -> None:
-        """One optimizer step at rate `lr`; gradients are dropped."""
-        for hook in self.hooks:
-            hook.commit(step, gather)
+    def update(self, step: int, lr: float, shared: Sequence[Sequence[Tensor]]) -> None:
+        """One optimizer step at rate `lr`; gradients are dropped. `shared`: for each hook what `Hook.commit` gets."""
+        for hook, rows in zip(self.hooks, shared, strict=True):
+            hook.commit(step, rows)
         if self.spec.frozen:
             return
         for group in self.optimizer.param_groups:
@@ -239,9 +239,12 @@ class Peer:
         """The scope in which this run calls models: autocast with bf16."""
         return autocast(self.step.precision, next(self.model.parameters()).device)
 
+    def drawing(self, draw: Sequence[int]) -> AbstractContextManager[Any]:
+        """The scope of every forward: whatever a model draws from a global generator is keyed."""
+        return rng.keyed_rng(self.stream("forward", *draw))
+
     @contextmanager
     def training(self, draw: Sequence[int]) -> Iterator[None]:
-        """The scope of a forward in train mode. `draw` keys what the model draws; who draws nothing does not pay."""
-        keyed = rng.keyed_rng(self.stream("forward", *draw)) if self._stochastic else nullcontext()
-        with self.precision(), keyed, self.norms():
+        """The scope of a forward in train mode. `draw` keys what the model draws."""
+        with self.precision(), self.drawing(draw), self.norms():
             yield

@@ -102,16 +102,18 @@ def train_step(cohort: Cohort, batch: Batch, *, log: bool = False, ask: Ask = As
     Raises:
         MatError: on all ranks with one text. No peer was changed.
     """
-    guard = Guard(cohort.mesh, f"step {batch.step}", batch.step, clock)
+    guard = Guard(cohort.mesh, f"step {batch.step}", batch.step, clock, cohort.failure)
     peers = cohort.peers
     with cohort.rollback():
+        cohort.begin(guard, batch.step)
         parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.step.microbatches)]
         guard.average("gradients", cohort.gradients)
         norms = guard.each("backward", lambda peer: peer.reduced(), peers)
+        proposed = guard.run("proposals", cohort.proposed)
         verdict = guard.vote(guard.run("finite check", finite, parts, norms), stop=ask.stop, ready=ask.ready,
                              checksum=guard.run("checksum", batch.checksum, True) or 0)
         guard.clock.lap("wait")
-    cohort.update(batch.step)
+    cohort.update(guard, batch.step, proposed)
     guard.clock.lap("optimizer")
     outcome = Outcome(verdict.stop, verdict.ready, seconds=guard.clock.seconds)
     if log:
@@ -134,8 +136,8 @@ def learn(cohort: Cohort, guard: Guard, part: Batch, log: bool) -> Learned:
     inputs = guard.each("forward", lambda peer, climb: peer.begin_learning(climb, views), peers, climbs)
     known = guard.each("forward", lambda peer, inputs: peer.forward(part, inputs, graph.taught[peer.index]),
                        peers, inputs)
-    opinions = guard.each("forward", lambda peer, inputs, known: peer.opinions(inputs, known, graph.taught[peer.index]),
-                          peers, inputs, known)
+    opinions = guard.each("forward", lambda peer, inputs, known: peer.opinions(
+        part, inputs, known, graph.taught[peer.index]), peers, inputs, known)
     told = guard.all_gather("logits", lambda: cohort.told(opinions, known, part))
     counts = guard.each("forward", lambda peer, inputs, known: peer.counts(part, inputs, known) if cohort.counts else
                         [None] * len(peer.hooks), peers, inputs, known)

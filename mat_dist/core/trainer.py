@@ -62,6 +62,7 @@ class Trainer:
                                 config.train.replays)
         self.cohort = Cohort.build(config, mesh, self.images, steps_per_epoch=steps)
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
+        self.cohort.shown = lambda step: self.batches.shown(step // config.train.replays)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
         self.refused: list[int] = []  # the newest steps that the vote refused
@@ -122,7 +123,6 @@ class Trainer:
 
     def step(self, batch: Batch, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or, a few times, is left out, as the settings say."""
-        self.cohort.begin(batch.step, self.batches.shown)
         try:
             return train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready))
         except NonFinite as error:
@@ -202,11 +202,12 @@ class Trainer:
                               "free space, then start again to continue from the newest checkpoint")
 
     def prepare(self, done: int) -> None:
-        """Before a save: hooks may want to see training images."""
+        """Before a save: a failed update is told; hooks may want to see training images."""
+        if self.cohort.failure is not None:
+            raise self.cohort.failure
         batches = training_batches(self.config, self.data, self.mesh.device, DTYPES[self.config.step.precision])
-        for peer in self.cohort.peers:
-            for hook in peer.hooks:
-                hook.before_save(done, lambda step: batches.at(step)[0])
+        for hook in (hook for peer in self.cohort.peers for hook in peer.hooks):
+            hook.before_save(done, (batches.at(number)[0] for number in range(batches.steps_per_epoch)))
 
     def resume(self) -> int:
         """Load the newest complete checkpoint if there is one -> the number of steps already done."""

@@ -120,7 +120,8 @@ def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]
     x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
     same = {one.name: one.members[0] if len(one.members) == 1 else one for one in work.targets}
     targets = list({one.name: one for one in same.values()}.values())
-    with strict_arithmetic():
+    # Models that draw in eval mode: a chunk's result depends neither on the rank nor on the chunks before it.
+    with strict_arithmetic(), rng.keyed_rng(rng.key(work.config.run.seed, "eval-draws", chunk)):
         clean, tried = attack_targets(targets, x_BCHW, y_B, work.job, chunk)
         replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk)
         transfer, counts = transfer_counts(tried, y_B), {}

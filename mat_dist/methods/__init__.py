@@ -7,7 +7,7 @@ modules with `lazy`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mat_dist.core.hooks import Hook
@@ -33,8 +33,11 @@ class PerturbationHook(Hook):
 
     buffer: PerturbationBuffer
 
-    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
-        self.buffer.commit(gather)
+    def proposed(self) -> Sequence[Tensor]:
+        return self.buffer.proposed()
+
+    def commit(self, step: int, shared: Sequence[Tensor]) -> None:
+        self.buffer.commit(shared)
 
     def abort(self) -> None:
         self.buffer.forget()

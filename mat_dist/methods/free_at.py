@@ -42,7 +42,7 @@ class FreePerturbation(PerturbationHook):
         rows = torch.arange(self.peer.rows.start, self.peer.rows.stop, device=self.device)
         self.buffer.begin(augment.AugmentedView.plain(rows, self.peer.batch_size), self.peer.rows.start, forget=False)
 
-    def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
+    def craft(self, attack: TrainingAttack, part: Batch, guide_BK: Tensor | None) -> Tensor | None:
         known = self.buffer.at(part.first_row, part.x_BCHW)
         return part.x_BCHW if known is None else known.start(part.x_BCHW, attack.region(part.x_BCHW))
 

@@ -3,8 +3,9 @@ Generalization", UAI 2018): an even average of the weights at the ends of the la
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -58,7 +59,7 @@ class WeightAverage(Hook):
             return 0.0
         return 1 - 1 / count if (step + 1) % self.peer.steps_per_epoch == 0 else 1.0
 
-    def before_save(self, done: int, batches: Callable[[int], Tensor]) -> None:
+    def before_save(self, done: int, batches: Iterator[Tensor]) -> None:
         """The averaged weights never saw the activations that the averaged statistics belong to (section 3.2), so one
         pass over the first `NORM_IMAGES` training images in the order of the first epoch, augmented as there and clean
         (Chen et al., ICLR 2021, do so), sets them to the mean over its batches. Each rank passes whole batches through
@@ -66,12 +67,11 @@ class WeightAverage(Hook):
         peer = self.peer
         if peer.ema is None or not self.epochs(done):
             return
-        first = batches(0)
-        count = min(peer.steps_per_epoch, -(-NORM_IMAGES // len(first)))
+        few = itertools.islice(batches, -(-NORM_IMAGES // peer.batch_size))
         model = peer.fresh_model()
         model.load_state_dict(peer.ema)
-        with rng.keyed_rng(peer.stream("swa-norms")), peer.precision():  # dropout draws from the global generator
-            torch.optim.swa_utils.update_bn((peer.arrange(batches(step)) for step in range(count)), model)
+        with rng.keyed_rng(peer.stream("swa-norms")), peer.precision():
+            torch.optim.swa_utils.update_bn(map(peer.arrange, few), model)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in peer.ema:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ EAT_UNSEEN = 0.5  # weight of every norm until all were used (its code, fra31/ro
 
 
 def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region], step_sizes: Sequence[float],
-        start_BCHW: Tensor, loss: str, steps: int, stream: int) -> Tensor:
+        start_BCHW: Tensor, loss: str, steps: int, stream: int, teacher_BK: Tensor | None = None) -> Tensor:
     """Multi steepest descent -> AEs (B, C, H, W), each in one of the regions, detached.
 
     Each step tries the step of every norm, projected onto its own region, and goes on from the one with the highest
@@ -57,11 +57,11 @@ def msd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, regions: Sequence[Region],
         step_sizes: length of a step in each region's norm. Published for CIFAR-10 (50 steps, 0.03, 0.5, 12): linf
             0.003, l2 0.05, l1 1 (the top k values by 0.05 * 20 / k each).
         start_BCHW: first iterate; published: x_BCHW.
-        loss: `ce`, `kl_clean` or `margin`.
+        loss, teacher_BK: as for `pgd`.
         steps: number of steps, >= 1.
         stream: key of the draws: k of the l1 steps, uniform in 5..20.
     """
-    objective = pgd.attack_loss(model, x_BCHW, y_B, loss)
+    objective = pgd.attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     adv = best = start_BCHW.detach()
     best_B = torch.full_like(x_BCHW.flatten(1)[:, 0], -torch.inf)
     owner_B = torch.zeros_like(best_B, dtype=torch.int64)
@@ -175,9 +175,12 @@ class LessRobust(Hook):
         assert found.held_B is not None
         self._counts[0, self.drawn.index(threat)] += torch.tensor([int(found.held_B.sum()), len(part.y_B)])
 
-    def commit(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+    def proposed(self) -> Sequence[Tensor]:
+        return [self._counts.to(_device(self.peer))]
+
+    def commit(self, step: int, shared: Sequence[Tensor]) -> None:
         """Counts are those of the whole batch, over replicas, so that all ranks choose alike."""
-        for place, (held, seen) in enumerate(gather(self._counts.to(_device(self.peer))).sum(0).tolist()):
+        for place, (held, seen) in enumerate(shared[0].sum(0).tolist()):
             self.choice.update(place, held, seen)
         self.abort()
 
@@ -200,7 +203,7 @@ class Steepest(Hook):
 
     name = "unions"
 
-    def craft(self, attack: TrainingAttack, part: Batch) -> Tensor | None:
+    def craft(self, attack: TrainingAttack, part: Batch, guide_BK: Tensor | None) -> Tensor | None:
         settings = attack.settings
         assert settings.start is not None and settings.loss is not None
         stream = self.peer.stream("attack", part.step)
@@ -212,7 +215,8 @@ class Steepest(Hook):
             with attack.ready(x_BCHW) as model:
                 return training_attack.Found(msd(
                     model, x_BCHW, part.y_B[rows], regions=regions, step_sizes=attack.sizes,
-                    start_BCHW=start, loss=settings.loss or "", steps=settings.steps, stream=stream))
+                    start_BCHW=start, loss=settings.loss or "", steps=settings.steps, stream=stream,
+                    teacher_BK=None if guide_BK is None else guide_BK[rows]))
 
         return attack.fitting(make, len(part.x_BCHW)).adv_BCHW
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-_STEP_MOMENTUM = "step_momentum"  # attribute of a batch-norm layer: its momentum for one forward per step
+_STEP_MOMENTUM = "step_momentum"  # attribute of a norm layer: its momentum for one forward per step
+# They touch no buffer while they do not track, and replicas see to it that theirs are equal.
+_OBEDIENT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -41,38 +44,65 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batch_stats_only(model: nn.Module) -> Iterator[None]:
-    """Train mode inside: batch norm uses the batch's statistics, running buffers and counters are not touched;
-    afterwards all is as it was."""
+    """Train mode inside: batch norm uses the batch's statistics, and no buffer of any module is touched, since copies
+    take their places; afterwards all is as it was."""
+    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers and type(m) not in _OBEDIENT]
+    copies = {buffer: buffer.clone() for _, before in places for buffer in before.values() if buffer is not None}
     with _kept(model.modules(), "training"), _kept(_batch_norms(model), "track_running_stats"):
-        model.train()
-        for layer in _batch_norms(model):
-            layer.track_running_stats = False
-        yield
+        try:
+            model.train()
+            for layer in _batch_norms(model):
+                layer.track_running_stats = False
+            for live, before in places:
+                live.update((name, copies[buffer]) for name, buffer in before.items() if buffer is not None)
+            yield
+        finally:
+            _put_back(places)
+
+
+def _put_back(places: Iterable[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]]) -> None:
+    for live, before in places:
+        live.clear()
+        live.update(before)
+
+
+def saved_buffers(model: nn.Module) -> Callable[[], None]:
+    """What gives a model the buffers of now back: the same tensors with the same values, whatever modules did."""
+    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    values = [(buffer, buffer.clone()) for _, before in places for buffer in before.values() if buffer is not None]
+
+    def restore() -> None:
+        _put_back(places)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+    return restore
+
+
+def replica_buffers(model: nn.Module) -> list[Tensor]:
+    """Live floating buffers that may follow a replica's own rows: all but those of batch norms."""
+    return list({buffer: None for m in model.modules() if type(m) not in _OBEDIENT
+                 for buffer in m.buffers(recurse=False) if buffer.is_floating_point()})
 
 
 def set_bn_forwards(model: nn.Module, count: int) -> None:
     """Let `count` forwards move the running statistics as much as one forward does.
 
-    Each batch-norm layer's momentum becomes 1 - (1 - m)^(1/count), with m its momentum at the first call, so calls
-    may follow each other with any counts. Layers with momentum None (cumulative average) need no change.
+    The momentum of each batch or instance norm becomes 1 - (1 - m)^(1/count), with m its momentum at the first call, so
+    calls may follow each other with any counts. Layers with momentum None (cumulative average) need no change.
 
     Args:
         count: forwards per training step, at least 1.
     """
     assert count >= 1, count
-    for layer in _batch_norms(model):
+    for layer in (module for module in model.modules() if isinstance(module, _NormBase)):
         if not hasattr(layer, _STEP_MOMENTUM):
             setattr(layer, _STEP_MOMENTUM, layer.momentum)
         momentum = getattr(layer, _STEP_MOMENTUM)
         if momentum is not None:
             # count 1 gives m itself: 1 - (1 - m) would differ in the last bit.
             layer.momentum = momentum if count == 1 else 1 - (1 - momentum) ** (1 / count)
-
-
-def bn_buffers(model: nn.Module) -> list[Tensor]:
-    """Live running mean, running variance (float) and batch counter (int64) of each batch norm, in module order."""
-    buffers = [b for m in _batch_norms(model) for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
-    return [b for b in buffers if b is not None]
 
 
 def split_norm_bias(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -84,11 +114,3 @@ def split_norm_bias(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
         (spared if parameter.ndim <= 1 or name.endswith("bias") else decayed).append(parameter)
     return decayed, spared
 
-
-def draws_in_forward(model: nn.Module) -> bool:
-    """Whether a model uses torch's global generator in training: dropout, stochastic depth, drop path."""
-    def draws(module: nn.Module) -> bool:
-        kind = type(module).__name__.lower()
-        return isinstance(module, nn.modules.dropout._DropoutNd) or "stochasticdepth" in kind or "droppath" in kind
-
-    return any(map(draws, model.modules()))

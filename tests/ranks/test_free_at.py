@@ -97,7 +97,7 @@ def test_the_first_replay_of_all_is_of_the_clean_images_and_later_batches_begin_
         cohort = build(configured(peers=1), mesh, nets(1, dtype=torch.float64))
         far = []
         for step in range(REPLAYS + 1):
-            cohort.begin(step)
+            cohort.peers[0].hooks[0].begin(step, None)
             x, y = replayed(step, BATCH, torch.float64)
             far.append((first_view(cohort.peers[0], x, y, step) - x).abs().max().item())
             one_step(cohort, step, data=replayed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.graph import View
+from mat_dist.core.graph import PeerGraph, View
+from mat_dist.core.hooks import Hook, Views
 from mat_dist.distributed.groups import Mesh
+from mat_dist.errors import ConfigError
 from tests.cohorts import (
     BATCH,
     batch,
@@ -213,6 +215,41 @@ def test_recompute_keeps_the_order_of_forwards_where_clean_images_lie_between_ri
         config = configured(entries, memory=memory)
         runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3), 1, 1))
     assert largest_difference(*runs) < 1e-11
+
+
+class Pulling(Hook):
+    """A method of somebody's own: the logits on two views of the cohort come together."""
+
+    views = (View(2), View(0))
+
+    def couples(self, row: PeerGraph) -> Sequence[View]:
+        return self.views
+
+    def loss(self, row: PeerGraph, logits: Views, y_B: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+        return (logits[View(2)] - logits[View(0)]).square().mean()
+
+
+def pulled(run_ranks: Run, memory: str, preset: str = "mat_share") -> list[Cohort]:
+    models, step = nets(3, dtype=torch.float64), {"precision": "fp64", "memory": memory}
+    config = cohort_config(preset, 3, step=step)
+
+    def one(mesh: Mesh) -> Cohort:
+        cohort = build(config, mesh, models)
+        for peer in cohort.peers:
+            peer.hooks.append(Pulling(peer))
+        return train(config, mesh, models, 3, cohort=cohort)
+
+    return run_ranks(one, 3, 1)
+
+
+def test_recompute_equals_keep_where_a_method_couples_views_of_others(run_ranks: Run) -> None:
+    assert largest_difference(pulled(run_ranks, "keep"), pulled(run_ranks, "recompute")) < 1e-11
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_a_method_that_couples_a_view_that_its_peer_does_not_learn_is_told_so(memory: str, run_ranks: Run) -> None:
+    with pytest.raises(ConfigError, match=r"View\(maker=2.*does not learn from.*Pulling.couples.*row.learned"):
+        pulled(run_ranks, memory, "at")
 
 
 @pytest.mark.parametrize("preset", ["mat", "mat_trades"])

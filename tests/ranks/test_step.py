@@ -13,6 +13,7 @@ from mat_dist.core.cohort import Cohort, state_hash
 from mat_dist.core.graph import CLEAN
 from mat_dist.core.hooks import Hook
 from mat_dist.core.step import Ask, Batch, train_step
+from mat_dist.core.trainer import Trainer
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import EnvironmentFault, MatError, NonFinite, PeerFailed
 from mat_dist.models.modes import batch_stats_only
@@ -122,7 +123,7 @@ def test_a_guide_thinks_with_the_weights_of_the_step_in_each_micro_batch(run_ran
 def test_each_moment_of_a_step_reaches_a_hook_once_in_the_stated_order(run_ranks: Run) -> None:
     """As mat_dist/core/hooks.py states it."""
     order = ["begin", "craft", "choose", "start", "attacked", "climb", "before_forward", "inputs", "after_backward",
-             "gradients", "after_reduce", "commit"]
+             "gradients", "after_reduce", "proposed", "commit"]
     models = nets(1)
 
     def one(mesh: Mesh) -> None:
@@ -282,6 +283,58 @@ def test_an_error_of_a_device_that_shows_up_at_the_vote_is_that_rank_s_failure(r
     models = nets(2)
     (text,) = set(run_ranks(one, 2, 2))
     assert "CUDA error" in text and "step 0, device, rank 1, peer 1" in text
+
+
+class Failing(Hook):
+    """A method of somebody's own that fails."""
+
+    def __init__(self, peer: Any, verb: str) -> None:
+        super().__init__(peer)
+        setattr(self, verb, broken)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("verb", ["begin", "proposed", "commit"])
+def test_a_hook_that_fails_on_one_rank_outside_learning_stops_all_with_one_text(verb: str, world: int,
+                                                                               run_ranks: Run) -> None:
+    """Also on replicas, which gather what it proposed; after the vote the next step tells it."""
+    config, models = cohort_config("at", 2), nets(2)
+
+    def one(mesh: Mesh) -> tuple[str, bool]:
+        cohort, last = build(config, mesh, models), mesh.placement.rank == world - 1
+        before = state_hashes(cohort)
+        if last:
+            cohort.peers[0].hooks.append(Failing(cohort.peers[0], verb))
+        if verb == "commit":
+            one_step(cohort, 0)
+            assert (cohort.failure is not None) == last
+        elif not last:
+            cohort.peers[0].hooks.append(Hook(cohort.peers[0]))
+        with pytest.raises(PeerFailed) as caught:
+            one_step(cohort, 1 if verb == "commit" else 0)
+        return str(caught.value), state_hashes(cohort) == before
+
+    found = run_ranks(one, 2, world)
+    (text,) = {text for text, _ in found}
+    assert "the cat sat on the cable" in text and "step 0" in text
+    assert f"rank {world - 1}" in text and "peer1" in text.replace("peer 1", "peer1")
+    assert all(same for _, same in found) == (verb != "commit")
+
+
+def test_an_optimizer_that_fails_is_told_by_the_next_step_and_by_a_save(run_ranks: Run) -> None:
+    def one(mesh: Mesh) -> None:
+        cohort = build(cohort_config("at", 1), mesh, models)
+        cohort.peers[0].optimizer.step = broken
+        one_step(cohort, 0)
+        with pytest.raises(PeerFailed, match=r"the cat sat.*step 0, update of peer0"):
+            one_step(cohort, 1)
+        trainer = object.__new__(Trainer)
+        trainer.cohort = cohort
+        with pytest.raises(PeerFailed, match=r"the cat sat.*step 0, update of peer0"):
+            trainer.prepare(1)
+
+    models = nets(1)
+    run_ranks(one, 1, 1)
 
 
 REFUSED = [{**EAT, **TOGETHER["awp"][0], "union": EAT["union"]}, *CASES["mat+awp"].peers[:1]]

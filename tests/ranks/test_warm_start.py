@@ -48,8 +48,8 @@ def train(config: Config, mesh: Mesh, models: list[Any], steps: int = STEPS, coh
     cohort = cohort or build(config, mesh, models, steps_per_epoch=PER_EPOCH)
     batches = Batches(image_set(), seed=config.run.seed, batch_size=BATCH, augment=config.data.augment, dtype=dtype,
                       rows=cohort.rows)
+    cohort.shown = batches.shown
     for step in range(first, steps):
-        cohort.begin(step, batches.shown)
         train_step(cohort, Batch(*batches.at(step), step, cohort.rows.start))
     return cohort
 

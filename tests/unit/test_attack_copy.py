@@ -43,7 +43,7 @@ def test_a_copy_gives_the_logits_and_the_input_gradient_of_its_model_in_eval_mod
     model, x = trained(name).double(), torch.rand(5, *SHAPE, dtype=torch.float64)
     copy = AttackCopy(model, x)
     assert copy.reason == ""
-    copy.refresh()
+    copy.refresh(x)
     found = []
     with frozen(model):
         for called in (copy, model):
@@ -68,7 +68,7 @@ def test_a_copy_follows_its_model_only_when_refreshed() -> None:
         before = copy(x)
         for value in model.state_dict().values():
             value += 0.01 if value.is_floating_point() else 0
-        copy.refresh()
+        copy.refresh(x)
         assert (copy(x) - model(x)).abs().max() < 1e-4
         assert (copy(x) - before).abs().max() > 1e-3
 
@@ -77,7 +77,7 @@ def test_the_model_keeps_its_parts() -> None:
     model, x = trained("resnet18"), torch.rand(2, *SHAPE)
     parts = {name: id(module) for name, module in model.named_modules()}
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    AttackCopy(model, x, torch.bfloat16).refresh()
+    AttackCopy(model, x, torch.bfloat16).refresh(x)
     assert {name: id(module) for name, module in model.named_modules()} == parts
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(module.training for module in model.modules())
@@ -134,6 +134,107 @@ class Peeking(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out = self.net.conv(x_BCHW)
         return self.net.head((self.net.norm(out) + out.detach()).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Late(nn.Module):
+    """Reads the convolution's output a second time once a gate has opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.gate = Residual(), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out = self.net.conv(x_BCHW)
+        return self.net.head((self.net.norm(out) + self.gate * out.detach()).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Remembering(Residual):
+    """Reads what a hook has kept of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.register_forward_pre_hook(lambda module, given: setattr(self, "seen", given[0].data))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head((self.norm(self.conv(x_BCHW)) + self.seen).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Squaring(nn.BatchNorm2d):
+    """A batch norm of somebody's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.weight[:, None, None]
+
+
+class Borrowing(nn.Module):
+    """Uses the convolution's weight a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        again = F.conv2d(x_BCHW, self.net.conv.weight, self.net.conv.bias)
+        return self.net.head((self.net.norm(self.net.conv(x_BCHW)) + again).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Noisy(nn.Module):
+    """Draws in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained("tiny_cnn")
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.net(x_BCHW + 0.1 * torch.randn_like(x_BCHW))
+        return out
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """With batch norms as they are made: nearly the identity in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    return model
+
+
+def squaring() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Squaring(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize("made", [lambda: fresh(Peeking()), lambda: fresh(Remembering()),
+                                  lambda: fresh(Borrowing()), squaring], ids=["peeking", "hook", "weight", "norm"])
+def test_a_copy_that_errs_only_after_updates_is_found_at_once(made: Any) -> None:
+    torch.manual_seed(0)
+    model, x = made(), torch.rand(2, *SHAPE)
+    before = [value.clone() for value in model.state_dict().values()]
+    copy = AttackCopy(model, x)
+    assert "other logits" in copy.reason and copy._called is model
+    assert all(map(torch.equal, before, model.state_dict().values()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copy_that_errs_from_some_step_on_is_found_then_and_the_model_attacked_itself(precision: str) -> None:
+    torch.manual_seed(0)
+    step = {"precision": precision}
+    peer = make_peer(Late(), cohort_config("at", 1, step=step))
+    x, y = torch.rand(4, *SHAPE), torch.arange(4)
+    for number in range(12):
+        if number == 4:
+            assert peer.notes == []
+            with torch.no_grad():
+                peer.model.gate.fill_(0.3)
+        adv = first_view(peer, x, y, number)
+    assert len(peer.notes) == 1 and "other logits" in peer.notes[0]
+    plain = make_peer(peer.model, cohort_config("at", 1, step={**step, "attack_engine": "model"}))
+    assert torch.equal(adv, first_view(plain, x, y, number))
+
+
+def test_a_model_that_draws_in_eval_mode_has_a_copy_too() -> None:
+    model, x = Noisy(), torch.rand(2, *SHAPE)
+    copy = AttackCopy(model, x)
+    copy.refresh(x)
+    assert copy.reason == "" and copy._called is not model
 
 
 class Locked(nn.Module):

@@ -102,6 +102,11 @@ def test_a_pass_is_bounded_by_the_stated_number_of_images(monkeypatch: pytest.Mo
     assert counts and set(counts) == {2}  # 17 images are two batches of 16
 
 
+def test_a_batch_that_is_used_twice_counts_once(tmp_path: Path) -> None:
+    done = run_small(tmp_path, "a", "methods.swa.start=0", "loss=at", "attack.method=free", "train.replays=2")
+    assert done.steps() == [8] and {int(v) for k, v in done.peers()[0]["ema"].items() if k.endswith("tracked")} == {4}
+
+
 def test_averaging_does_not_change_the_training_nor_do_more_checkpoints_change_the_average(averaged: Finished,
                                                                                            tmp_path: Path) -> None:
     plain = run_small(tmp_path, "plain", "train.epochs=4")

@@ -83,7 +83,6 @@ def test_the_method_example_keeps_the_mean_of_each_filter(linear, with_method):
         for steps in (0, 3):
             cohort = cohorts.build(config, mesh, cohorts.nets(1))
             for step in range(steps):
-                cohort.begin(step)
                 train_step(cohort, Batch(*cohorts.batch(step), step))
             found.append([p.detach().flatten(1).mean(1) for p in cohort.peers[0].model.parameters() if p.ndim > 1])
         return found[0], found[1]
@@ -281,7 +280,6 @@ class Follower:
 def test_the_calls_of_the_list_are_those_that_carry_an_ae_to_a_loss():
     cohort = cohorts.build(cohorts.cohort_config("mat", 3), Mesh(Placement.place(3, 1, 0), torch.device("cpu")),
                            cohorts.nets(3))
-    cohort.begin(0)
     follower = Follower()
     sys.setprofile(follower)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
 from mat_dist.models import build_model
-from mat_dist.models.modes import batch_stats_only, bn_buffers, frozen, set_bn_forwards, split_norm_bias
+from mat_dist.models.modes import batch_stats_only, frozen, saved_buffers, set_bn_forwards, split_norm_bias
 
 Scope = Callable[[nn.Module], AbstractContextManager[None]]
 both = pytest.mark.parametrize("scope", [frozen, batch_stats_only])
@@ -109,8 +109,9 @@ def test_batch_stats_only_gives_train_mode_logits_and_leaves_the_buffers() -> No
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_several_forwards_on_constant_statistics_weigh_as_one(count: int) -> None:
-    once, several = nn.BatchNorm2d(3, momentum=0.1).double(), nn.BatchNorm2d(3, momentum=0.1).double()
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_several_forwards_on_constant_statistics_weigh_as_one(norm: type[nn.Module], count: int) -> None:
+    once, several = (norm(3, momentum=0.1, track_running_stats=True).double() for _ in range(2))
     set_bn_forwards(several, count)
     x = rng.normal(1, (4, 3, 5, 5), dtype=torch.float64) * 3 + 2
     once(x)
@@ -130,14 +131,22 @@ def test_the_momentum_is_always_taken_from_the_original_one() -> None:
     assert copied[0].momentum == 1 - 0.7**0.5
 
 
-def test_bn_buffers_are_live_and_in_module_order() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.Sequential(nn.BatchNorm2d(3)),
-                          nn.BatchNorm2d(2, track_running_stats=False))
-    buffers = bn_buffers(model)
-    assert [b.shape for b in buffers] == [(2,), (2,), (), (3,), (3,), ()]
-    assert [b.is_floating_point() for b in buffers] == [True, True, False] * 2
-    buffers[3].fill_(7)
-    assert torch.equal(model[2][0].running_mean, torch.full((3,), 7.0))
+def test_saved_buffers_come_back_as_the_same_tensors_also_where_one_is_shared_replaced_or_new() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Identity(), nn.Identity())
+    shared = torch.ones(2)
+    for module in model[1:]:
+        module.register_buffer("table", shared)
+        module.register_buffer("latest", None)
+    before, restore = snapshot(model), saved_buffers(model)
+    with batch_stats_only(model):
+        assert model[1].table is model[2].table and model[1].table is not shared
+        model[1].table.fill_(5)
+    assert model[1].table is shared and same(before, snapshot(model))
+    model(x_BCHW())
+    shared.fill_(float("nan"))
+    model[1].table, model[1].latest = torch.zeros(3), torch.zeros(1)
+    restore()
+    assert model[1].table is shared is model[2].table and model[1].latest is None and same(before, snapshot(model))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.core.cohort import state_hash
 from mat_dist.core.peer import Peer
-from mat_dist.models.modes import bn_buffers, set_bn_forwards
+from mat_dist.models.modes import set_bn_forwards
 from tests import cohorts
 from tests.cohorts import Net, batch, cohort_config, first_view, nets
 
@@ -22,17 +22,12 @@ def make_peer(model: nn.Module | None = None, *, stream: int = 0, **optim: Any) 
     return cohorts.make_peer(model if model is not None else nets(1)[0], config)
 
 
-def no_others(rows: Tensor) -> Tensor:
-    """The rows of all replicas, of which there is one."""
-    return rows
-
-
 def learn(peer: Peer, step: int, lr: float = 0.1) -> None:
     """One step of ordinary training on the batch of `step`."""
     x, y = batch(step)
     nn.functional.cross_entropy(peer.learn(x, (step, 0, 0)), y).backward()
     peer.reduced()
-    peer.update(step, lr, no_others)
+    peer.update(step, lr, ())
     peer.average(step)
 
 
@@ -88,7 +83,7 @@ def test_a_parameter_that_took_no_part_has_gradient_0_and_still_decays() -> None
     peer = make_peer(weight_decay=0.5, args={"momentum": 0.0})
     before = copy.deepcopy(peer.model.state_dict())
     assert all(not g.any() for g in peer.gradients())
-    peer.update(0, 0.1, no_others)
+    peer.update(0, 0.1, ())
     for name, p in peer.model.named_parameters():
         assert torch.allclose(p, before[name] * (1 - 0.1 * 0.5)), name
 
@@ -97,7 +92,7 @@ def test_norm_layers_and_biases_are_spared_weight_decay_on_request() -> None:
     peer = make_peer(weight_decay=0.5, args={"momentum": 0.0}, decay_norm_bias=False)
     before = copy.deepcopy(peer.model.state_dict())
     peer.gradients()
-    peer.update(0, 0.1, no_others)
+    peer.update(0, 0.1, ())
     factors = {n: (p / before[n]).nanmean().item() for n, p in peer.model.named_parameters() if before[n].any()}
     assert factors == pytest.approx({"body.0.weight": 0.95, "body.1.weight": 1.0, "body.3.weight": 0.95,
                                      "body.4.weight": 1.0, "body.7.weight": 0.95, "body.7.bias": 1.0})
@@ -124,7 +119,7 @@ def test_an_update_is_sgd_with_momentum_and_drops_the_gradient(nesterov: bool) -
         g = torch.full_like(w, step + 1.0) + 0.1 * expected
         velocity = 0.5 * velocity + g
         expected = expected - lr * (g + 0.5 * velocity if nesterov else velocity)
-        peer.update(step, lr, no_others)
+        peer.update(step, lr, ())
         assert all(p.grad is None for p in peer.model.parameters())
     assert torch.allclose(w, expected, atol=1e-6)
 
@@ -141,7 +136,7 @@ def test_several_forwards_move_running_statistics_as_far_as_one(sources: int) ->
     one.learn(x, (0, 0, 0))
     for number in range(sources):
         several.learn(x, (0, number, 0))
-    for mine, theirs in zip(bn_buffers(one.model), bn_buffers(several.model), strict=True):
+    for mine, theirs in zip(one.model.buffers(), several.model.buffers(), strict=True):
         if mine.is_floating_point():
             assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
             assert not torch.equal(mine, torch.zeros_like(mine))

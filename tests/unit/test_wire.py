@@ -64,7 +64,6 @@ def test_aes_of_several_norms_stay_those_of_their_norm(strategy: str, form: str)
                            step={"wire": form})
     cohort, largest = build(config, Mesh(Placement.place(2, 1, 0), torch.device("cpu")), nets(2)), 0.0
     for step in range(4):
-        cohort.begin(step)
         part = local(cohort, step)
         made = [peer.attack(part, cohort.makes(peer, False)) for peer in cohort.peers]
         views = cohort.unpacked(cohort.packed(made, part, False), made, part, False)

@@ -190,7 +190,7 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
         if not bool(peer.reduced().isfinite()):
             raise NonFinite("the gradient is not finite", where, "check the model's loss of precision and its data")
         gradients = sum(_bytes(g) for g in peer.gradients())
-        peer.update(0, spec.optim.lr, lambda tensor: tensor)
+        peer.update(0, spec.optim.lr, [hook.proposed() for hook in peer.hooks])
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise PeerFailed(f"{type(error).__name__}: {error}", where,
                          "the model must take (B, C, H, W) in train and eval mode, and be differentiable") from error

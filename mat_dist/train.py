@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
-from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins
+from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
 from mat_dist.distributed.launch import Launch
 
 
@@ -45,11 +45,11 @@ def train(words: list[str]) -> None:
     prepare_torch(config)
     check_optimizers(config)
     if asked.dry_run:
-        return show_run(config, launch, device)
+        return show_run(config, launch, device, recipe_notes(asked.config, config))
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
-          open_run(config, mesh, launch, config_name=config_name(asked.config), argv=words,
+          open_run(config, mesh, launch, config_name=config_name(asked.config, config), argv=words,
                    plugins=plugins) as run):
-        run.notes += config_warnings(config)
+        run.notes += [*recipe_notes(asked.config, config), *config_warnings(config)]
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                             build_cache=launch.local_rank == 0, stop=stop)
         data = run.together("placing the data", place, data, config.data.residency, device,

@@ -7,6 +7,7 @@ from mat_dist.config.load import (
     config_name,
     dump_config,
     load_config,
+    recipe_notes,
     resume_conflicts,
     trains_longer,
     with_absolute_paths,
@@ -37,5 +38,5 @@ __all__ = [
     "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "Options", "PeerConfig", "RunConfig", "StepConfig",
     "ThreatConfig", "TrainConfig", "TrainingOptions", "config_differences", "config_folders", "config_name",
     "config_warnings", "count", "dump_config", "load_config", "load_plugins",
-    "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
+    "recipe_notes", "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
 ]

@@ -81,10 +81,40 @@ def _lacking_plugins(file: File) -> list[str]:
         return []
 
 
-def config_name(path: str | None) -> str:
-    """The file's name without folder and `.yaml`, `digits` for None; fit to begin a run's name."""
+def config_name(path: str | None, config: Config | None = None) -> str:
+    """The file's name without folder and `.yaml`, `digits` for None; fit to begin a run's name.
+
+    Args:
+        config: what was made of the file: other data than the file's own have their name in it too, or without a file
+            alone.
+    """
     stem = os.path.basename(path or DEFAULT).removesuffix(".yaml").removesuffix(".yml")
+    if config is not None:
+        made, own = _data_name(*_made_for(path)), _data_name(config.data.name, config.data.root)
+        stem = stem if made in (None, own) else own if path is None else f"{stem}-{own}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:40] or "config"
+
+
+def _data_name(name: Any, root: Any) -> Any:
+    """What images of the user's own are called: as their folder or file."""
+    return os.path.basename(root.rstrip("/")).removesuffix(".npz") if name in ("folder", "npz") and root else name
+
+
+def _made_for(path: str | None) -> tuple[Any, Any]:
+    """Name and root of the data that a file gives itself."""
+    top = _Files([]).compose(find_config(path or DEFAULT, config_folders() if path is None else [
+        File(), *config_folders()])).top
+    name, root = (locate(top, ("data", key)) for key in ("name", "root"))
+    return name[0].value if name[1] == 2 else None, root[0].value if root[1] == 2 else None
+
+
+def recipe_notes(path: str | None, config: Config) -> list[str]:
+    """That the settings were made for other data, where they were; one line."""
+    made, stem = _made_for(path)[0], os.path.basename(path or f"{DEFAULT}.yaml")
+    if made in (None, config.data.name):
+        return []
+    return [f"the recipe is that of {stem}{'' if path else ' (no --config)'}, made for {made}, and the data are "
+            f"{config.data.name}: its peers, rate, batch and radius may not fit; --config own_images is for own images"]
 
 
 def find_config(name: str, folders: Sequence[File]) -> File:

@@ -91,8 +91,9 @@ def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) 
 # ------------------------------------------------------------------------------------------------ the whole text
 
 
-def show_run(config: Config, launch: Launch, device: torch.device) -> None:
-    """Print the description; then raise what reading the data would raise, as far as a look can tell."""
+def show_run(config: Config, launch: Launch, device: torch.device, notes: Sequence[str] = ()) -> None:
+    """Print the description and notes on the settings; then raise what reading the data would raise, as far as a look
+    can tell."""
     seen, problem = None, None
     try:
         seen = look_at_data(config)
@@ -100,7 +101,7 @@ def show_run(config: Config, launch: Launch, device: torch.device) -> None:
         problem = error
     text = describe_run(config, launch, device, seen)
     if launch.speaks_for():
-        print(text)
+        print("\n".join([text, *(f"note: {note}" for note in notes)]))
         arrived()
     if problem is not None:
         raise problem

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from mat_dist.config import config_differences, config_name, dump_config, load_config, resume_conflicts, trains_longer
+from mat_dist.config import (
+    config_differences,
+    config_name,
+    dump_config,
+    load_config,
+    recipe_notes,
+    resume_conflicts,
+    trains_longer,
+)
 from mat_dist.config.schema import Config, LossConfig
 from mat_dist.errors import ConfigError
 
@@ -59,6 +67,23 @@ def test_config_name_is_a_stem_fit_for_a_run_name() -> None:
     assert config_name("a/b/cifar10_at.yaml") == "cifar10_at"
     assert config_name("../my run $(id).yml") == "my-run-id-"
     assert config_name("...yaml") == "config"
+
+
+@pytest.mark.parametrize(("path", "words", "name", "made"), [
+    (None, [], "digits", None), (None, ["data.name=folder", "data.root=/x/my pets.v2/"], "my-pets.v2", "digits"),
+    (None, ["data.name=npz", "data.root=a/b.npz"], "b", "digits"),
+    (None, ["data.name=cifar10", "data.root=x"], "cifar10", "digits"), ("own_images", [], "own_images", None),
+    ("own_images", ["data.root=pets"], "own_images-pets", None),
+    ("cifar10_resnet18", ["data.root=/scratch"], "cifar10_resnet18", None),
+    ("cifar10_resnet18", ["data.name=folder", "data.root=pets"], "cifar10_resnet18-pets", "cifar10"),
+    ("base", ["data.name=cifar10", "data.root=x"], "base", None)])
+def test_a_run_is_named_after_its_data_and_told_for_which_the_recipe_was_made(path: str | None, words: list[str],
+                                                                              name: str, made: str | None) -> None:
+    config = load_config(path, words)
+    notes = recipe_notes(path, config)
+    assert config_name(path, config) == name and len(notes) == (made is not None)
+    for note in notes:
+        assert f"made for {made}, and the data are {config.data.name}" in note and ("no --config" in note) is (not path)
 
 
 @pytest.mark.parametrize("name", NAMES)

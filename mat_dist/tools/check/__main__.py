@@ -13,7 +13,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
-from mat_dist.config import TrainingOptions, config_name, config_warnings, count, load_config, load_plugins
+from mat_dist.config import (
+    TrainingOptions,
+    config_name,
+    config_warnings,
+    count,
+    load_config,
+    load_plugins,
+    recipe_notes,
+)
 from mat_dist.config.schema import Config, parse_trackers
 from mat_dist.distributed.launch import Endpoint, Launch
 from mat_dist.errors import EnvironmentFault
@@ -44,7 +52,7 @@ def check(words: list[str], report: Report) -> None:
     if torch_works:
         from mat_dist.tools.check import run  # imports torch
 
-        run.check_run(report, config, options.ranks, options.nodes, config_name(options.config))
+        run.check_run(report, config, options.ranks, options.nodes, config_name(options.config, config))
         if config is not None and config.log.trackers is not None:
             report.ask("trackers", _trackers, config)
     endpoint = report.ask("environment", _endpoint)
@@ -67,7 +75,7 @@ def _load(options: Namespace) -> Answer[Config]:
     found = f"{name}: {len(config.peers)} peers, data {config.data.name}, batch {config.train.batch_size}"
     if plugins:
         found += f", plug-ins {', '.join(plugins)}"
-    return Answer(config, found, "; ".join(config_warnings(config)))
+    return Answer(config, found, "; ".join([*recipe_notes(options.config, config), *config_warnings(config)]))
 
 
 def _trackers(config: Config) -> Answer[None]:

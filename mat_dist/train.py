@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
@@ -54,8 +56,16 @@ def train(words: list[str]) -> None:
                             build_cache=launch.local_rank == 0, stop=stop)
         data = run.together("placing the data", place, data, config.data.residency, device,
                             sharing=ranks_per_device(device, launch.local_world))
-        evaluations = Evaluations(config, mesh, run, data, stop, open_reporter(run, config))
-        Trainer(config, mesh, run, data, stop, evaluations).fit()
+        reporter = open_reporter(run, config)
+        Trainer(config, mesh, run, data, stop, Evaluations(config, mesh, run, data, stop, reporter)).fit()
+        for line in next_commands(run.folder.path, plugins):
+            reporter.note(line)
+
+
+def next_commands(folder: Path, plugins: Iterable[str]) -> list[str]:
+    """What to do with a finished run."""
+    words = shlex.join([str(folder), *(word for path in plugins for word in ("--plugin", path))])
+    return [f"next: python -m mat_dist.evaluate {words}", f"      python -m mat_dist.report {words}"]
 
 
 if __name__ == "__main__":

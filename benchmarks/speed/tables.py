@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import ConfigError
-from mat_dist.runs.console import percent, rate
+from mat_dist.runs.console import percent, rate, show_table
 
 EPOCH = 50_000  # images of a CIFAR-10 epoch
 COLUMNS = ("benchmark", "step s", "images/s", "50,000 images, s", "x naive", "x careful", "of the limit", "guards %",
@@ -22,16 +21,15 @@ Rows = Iterable[tuple[str, str]]
 
 def print_result(result: dict[str, Any]) -> None:
     """Print one benchmark's figures; all of them are in the JSON."""
-    console = Console(width=110)
     what = result["what"]
     table = Table(title=f"{result['command']}: {what}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for row in _ROWS[result["command"]](result["figures"]):
         table.add_row(*row)
-    console.print(table)
+    show_table(table)
     for note in result["figures"].get("notes", []):
-        console.print(note)
+        print(note)
 
 
 def _spread(spread: dict[str, float], unit: str = "", digits: int = 3) -> str:
@@ -114,10 +112,9 @@ def print_summary(folder: Path) -> None:
     table = Table(*COLUMNS, title=f"{first['device']}, torch {first['versions']['torch']}", title_justify="left")
     for name, result in results.items():
         table.add_row(name, *_cells(result))
-    console = Console(width=140)
-    console.print(table)
+    show_table(table)
     for note in sorted({note for one in results.values() for note in one["figures"]["notes"]}):
-        console.print(note)
+        print(note)
 
 
 def _cells(result: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.study.tables import Entry, evaluate, find, labels, table_documen
 from benchmarks.study.why import explain, write_charts
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import show
+from mat_dist.runs.console import show_table
 from mat_dist.tools.dryrun import training_passes
 
 
@@ -128,7 +128,7 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
         table.add_row(entry.table, entry.name, str(entry.row.peers), str(len(entry.jobs)),
                       str(passes[0]) if passes else "?", f"{trained * len(entry.jobs):.2f}", f"{tested:.2f}")
     table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}")
-    show(table)
+    show_table(table)
     print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
 
 

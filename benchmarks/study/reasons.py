@@ -32,8 +32,8 @@ from mat_dist.errors import ConfigError
 from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.chunks import chosen_images, pixels
 from mat_dist.evaluation.command import check_images, open_asked
-from mat_dist.evaluation.results import show as show_table
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
+from mat_dist.runs.console import show_table
 from mat_dist.runs.files import parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
 

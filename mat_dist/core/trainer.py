@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, Protocol
@@ -31,11 +31,13 @@ class Evaluations(Protocol):
 
     reporter: Reporter
 
+    def begin(self, first: int, total: int, evaluates_at: Callable[[int], bool]) -> None:
+        """Steps `first` .. total - 1 come next, and evaluations after some of them."""
+
     def lacks(self, done: int) -> bool:
         """Whether the checkpoint of step `done` has not been evaluated."""
 
-    def validate(self, done: int, manifest: checkpoints.Manifest,
-                 progress: Mapping[str, Any]) -> list[float | None]:
+    def validate(self, done: int, manifest: checkpoints.Manifest, progress: Mapping[str, Any]) -> list[float | None]:
         """Attack a checkpoint on the validation split, mark the best -> each peer's robust accuracy, own threat."""
 
     def finish(self, best: checkpoints.Manifest | None, newest: checkpoints.Manifest) -> None:
@@ -71,10 +73,10 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, evaluate, print the table. Raises StopRequested after a signal, saved."""
         first = self.resume()
-        self.reporter.start(self.cohort.total_steps, [str(p.name) for p in self.config.peers], first_step=first)
+        self.evaluations.begin(first, self.cohort.total_steps, self.evaluates_at)
         try:
-            for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
-                self.note(note)
+            for line in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
+                self.note(line)
             if self.lacks_evaluation(first):
                 self.validate(first)
             self.train(first)
@@ -89,13 +91,13 @@ class Trainer:
 
     def train(self, first: int) -> None:
         """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
-        total, meter = self.cohort.total_steps, Meter()
+        total, per_epoch, meter = self.cohort.total_steps, self.cohort.steps_per_epoch, Meter()
         for step in range(first, total):
             began = perf_counter()
             batch = self.fetch(step)
             fetched = perf_counter()
             done = step + 1
-            outcome = self.step(batch, log=done % self.config.log.every == 0 or done == total)
+            outcome = self.step(batch, log=any(done % n == 0 for n in (self.config.log.every, per_epoch, total)))
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             self.tell()
             if outcome.loss_P is not None:
@@ -163,10 +165,9 @@ class Trainer:
 
     def saves_at(self, done: int, stopping: bool) -> bool:
         """Whether a checkpoint is due after `done` steps."""
-        when = self.config.checkpoint
-        by_epoch = done % (self.cohort.steps_per_epoch * when.every) == 0
-        by_step = when.every_steps is not None and done % when.every_steps == 0
-        return by_epoch or by_step or stopping or done == self.cohort.total_steps or self.evaluates_at(done)
+        when, total = self.config.checkpoint, self.cohort.total_steps
+        due = (self.cohort.steps_per_epoch * when.every, when.every_steps or total, total)
+        return stopping or any(done % number == 0 for number in due) or self.evaluates_at(done)
 
     def evaluates_at(self, done: int) -> bool:
         """Whether an evaluation is due after `done` steps; it reads the checkpoint of that step."""

@@ -6,7 +6,7 @@ the past. Attack noise is keyed by (seed, norm, restart, chunk).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,14 @@ class Job:
     seed: int = 0
     queries: int = 1000
     keep: bool = True
+
+
+# As an attack begins: target, threat, attack, images that are right until now, images. No attack: it was the last.
+Tell = Callable[[str, str, str, int, int], None]
+
+
+def silent(target: str, threat: str, attack: str, held: int, of: int) -> None:
+    """For whoever does not look at the progress."""
 
 
 # ------------------------------------------------------------------------------------------------ one attack
@@ -249,8 +257,8 @@ def correct(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     return predict(model, x_BCHW) == y_B
 
 
-def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: Job,
-                   chunk: int) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tried]]:
+def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: Job, chunk: int,
+                   tell: Tell = silent) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tried]]:
     """Clean predictions by target, and what was tried, by (target, label of the threat).
 
     The members of an ensemble are attacked too, for their AEs, whether or not they are targets.
@@ -260,7 +268,8 @@ def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: 
     names = {t.name for t in targets}
     tried: dict[tuple[str, str], Tried] = {}
     for threat in job.threats:
-        mine = {name: attack_one(t, x_BCHW, y_B, clean[name], threat, job, chunk) for name, t in attacked.items()}
+        mine = {name: attack_one(t, x_BCHW, y_B, clean[name], threat, job, chunk, tell)
+                for name, t in attacked.items()}
         for target in targets:
             members = {member.name for member in target.members}
             for name in attacked:
@@ -271,7 +280,7 @@ def attack_targets(targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor, job: 
 
 
 def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, threat: Threat, job: Job,
-               chunk: int) -> Tried:
+               chunk: int, tell: Tell = silent) -> Tried:
     """All attacks of one threat on one target. Images that are wrong without an attack are not attacked.
 
     Gradient attacks use the modules `attacked`, the others the target itself. A target that has no gradient of its
@@ -287,6 +296,7 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
     tried = Tried()
     more = stand_in(job.attacks) if target.surrogates else None
     for name in (*job.attacks, *([more] if more else [])):
+        tell(target.name, threat.label, name, int(tried.held(clean_B, y_B, tried.predictions).sum()), len(y_B))
         found: list[AutoAttacked] = []
         models = target.attacked if MENU[name].white_box else (target.model,)
         # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
@@ -298,6 +308,7 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
         tried.warnings += [text for one in found for text in one.warnings]
         if name == AUTOATTACK:
             tried.square_broke = max(one.square_broke for one in found)  # of a vote's surrogates the worse one
+    tell(target.name, threat.label, "", int(tried.held(clean_B, y_B, tried.predictions).sum()), len(y_B))
     if SQUARE in job.attacks and not target.surrogates:
         alone_B = tried.held(clean_B, y_B, WHITE_BOX) & (tried.predictions[SQUARE] != y_B)
         tried.square_broke = max(tried.square_broke, int(alone_B.sum()))
@@ -305,14 +316,15 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
 
 
 def replay_sources(sources: Sequence[Target], targets: Sequence[Target], x_BCHW: Tensor, y_B: Tensor,
-                   clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried], job: Job, chunk: int) -> None:
+                   clean: Mapping[str, Tensor], tried: Mapping[tuple[str, str], Tried], job: Job, chunk: int,
+                   tell: Tell = silent) -> None:
     """Craft AEs with every source, by the evaluation's attacks, and add what they do to each target to `tried`.
 
     Images that a source gets wrong without an attack are attacked too: a target may get them right.
     """
     for threat in job.threats:
         for source in sources:
-            advs = list(attack_one(source, x_BCHW, y_B, y_B, threat, job, chunk).advs.values())
+            advs = list(attack_one(source, x_BCHW, y_B, y_B, threat, job, chunk, tell).advs.values())
             for target in targets:
                 mine, clean_B = tried[target.name, threat.label], clean[target.name]
                 found_B = mine.replay(source.name, target.model, advs, y_B, clean_B)

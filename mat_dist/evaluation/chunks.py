@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -30,15 +29,18 @@ from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
 from mat_dist.evaluation.attacks import (
     Job,
     Target,
+    Tell,
     Tried,
     attack_targets,
     predict,
     replay_sources,
     rounded,
+    silent,
     strongest,
     table,
     transfer_counts,
 )
+from mat_dist.evaluation.progress import Display, Interrupted, Progress
 from mat_dist.evaluation.soundness import examine
 from mat_dist.models.registry import DTYPES
 from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
@@ -75,6 +77,12 @@ class Work:
     checked: int = 0
     save: bool = False
     sources: Sequence[Target] = ()
+
+    @property
+    def same(self) -> dict[str, Target]:
+        """Whose results each target has: what is found on the one member of an ensemble is found on the ensemble too,
+        so that it is attacked once."""
+        return {one.name: one.members[0] if len(one.members) == 1 else one for one in self.targets}
 
     @property
     def count(self) -> int:
@@ -114,20 +122,19 @@ def pixels(data: ImageSet, rows: Tensor, device: torch.device, config: Config) -
     return as_float(images.to(device), DTYPES[config.step.precision]), y_B.to(device)
 
 
-def attack_chunk(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
-    """All attacks and checks on one chunk, as it is saved. What is found on the one member of an ensemble is found on
-    the ensemble too: it is attacked once."""
+def attack_chunk(work: Work, chunk: int, device: torch.device, tell: Tell = silent) -> dict[str, Any]:
+    """All attacks and checks on one chunk, as it is saved."""
     x_BCHW, y_B = pixels(work.data, work.rows(chunk), device, work.config)
-    same = {one.name: one.members[0] if len(one.members) == 1 else one for one in work.targets}
+    same = work.same
     targets = list({one.name: one for one in same.values()}.values())
     # Models that draw in eval mode: a chunk's result depends neither on the rank nor on the chunks before it.
     with strict_arithmetic(), rng.keyed_rng(rng.key(work.config.run.seed, "eval-draws", chunk)):
-        clean, tried = attack_targets(targets, x_BCHW, y_B, work.job, chunk)
-        replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk)
+        clean, tried = attack_targets(targets, x_BCHW, y_B, work.job, chunk, tell)
+        replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk, tell)
         transfer, counts = transfer_counts(tried, y_B), {}
         for target in targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}
-            counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk)
+            counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk, tell)
         clean = {name: clean[one.name] for name, one in same.items()}
         counts = {name: counts[one.name] for name, one in same.items() if one.name in counts}
         tried = {(name, threat.label): tried[one.name, threat.label] for name, one in same.items()
@@ -162,12 +169,11 @@ def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
     return predictions
 
 
-def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
-               tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, display: Display) -> list[dict[str, Any]]:
     """Attack what is missing, on all ranks -> the content of every chunk, in order (rank 0; empty on the others).
 
     Args:
-        tell: called on rank 0 with lines for people.
+        display: told of what this rank does; shows nothing but on rank 0.
 
     Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
     """
@@ -176,18 +182,16 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag,
     missing = agree.run("looking for finished chunks", _missing, work) if lead else None
     agree.sync("finished chunks")
     missing = mesh.from_lead(missing)
-    if lead and len(missing) < work.count:
-        tell(f"{work.count - len(missing)} of {work.count} chunks are there already")
-    mine = missing[mesh.placement.rank::mesh.placement.world]
-    began, unsaved = monotonic(), {}
-    for done, chunk in enumerate(mine, 1):
-        if stop.requested or agree.failure is not None:
-            break
-        unsaved[chunk] = agree.run(f"chunk {chunk}", _attack_and_save, work, chunk, mesh.device)
-        if lead and agree.failure is None:
-            each = (monotonic() - began) / done
-            left = f"about {each * (len(mine) - done) / 60:.1f} min left" if done < len(mine) else "done on this rank"
-            tell(f"chunk {done} of {len(mine)} on this rank, {each:.1f} s each, {left}")
+    if 0 < len(missing) < work.count:
+        display.note(f"{work.count - len(missing)} of {work.count} chunks are there already")
+    mine, unsaved = missing[mesh.placement.rank::mesh.placement.world], {}
+    progress = Progress(work, mine, stop, display)
+    with progress.watching():
+        for chunk in mine:
+            if stop.requested or agree.failure is not None:
+                break
+            progress.chunk()
+            unsaved[chunk] = agree.run(f"chunk {chunk}", _attack_and_save, work, chunk, mesh.device, progress.attack)
     agree.sync("chunks")
     if any(row[0] for row in mesh.gather_world([int(stop.requested)])):
         again = ": finished chunks are not repeated" if work.folder else " from its beginning"
@@ -209,10 +213,12 @@ def _missing(work: Work) -> list[int]:
     return [chunk for chunk in range(work.count) if work.read(chunk) is None]
 
 
-def _attack_and_save(work: Work, chunk: int, device: torch.device) -> dict[str, Any] | None:
-    """Attack a chunk; what was found where it is not saved."""
+def _attack_and_save(work: Work, chunk: int, device: torch.device, tell: Tell) -> dict[str, Any] | None:
+    """Attack a chunk; what was found where it is not saved. None also where a request to stop left it unfinished."""
     try:
-        found = attack_chunk(work, chunk, device)
+        found = attack_chunk(work, chunk, device, tell)
+    except Interrupted:
+        return None
     except torch.OutOfMemoryError as error:  # PGD has tried parts; AutoAttack's result depends on its batch
         raise EnvironmentFault(f"not enough device memory: {error}", f"chunk {chunk}",
                                "use a smaller eval.chunk; chunks of another size have other noise") from error

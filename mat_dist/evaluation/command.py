@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from traceback import format_exception
@@ -25,7 +25,7 @@ from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
 from mat_dist.evaluation.foreign import unconfirmed
-from mat_dist.evaluation.results import HEADLINE, Verdict, accuracies, new_table, show
+from mat_dist.evaluation.results import HEADLINE, Verdict, accuracies
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
 from mat_dist.evaluation.survivors import (
@@ -39,6 +39,7 @@ from mat_dist.evaluation.survivors import (
     write_result,
 )
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
+from mat_dist.runs.console import choose_screen, new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import close_logger, rank_logger
 
@@ -68,14 +69,17 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
     Raises, on all ranks with one text: ConfigError, DataError, CheckpointError, EnvironmentFault for what does not
     fit; StopRequested; NotReportable when a soundness check failed, after the files are written.
     """
-    with _logged(folder, mesh):
+    with _logged(folder, mesh), closing(choose_screen("auto" if mesh.placement.is_lead else "off")) as screen:
+        screen.start(0, (), 0)
+        screen.status("loading models and images")
         agree = Agreement(mesh, f"evaluation of {folder.name}")
         one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
         agree.sync("loading")
         # Nodes may differ in what they tell of themselves: rank 0's word counts.
         name, digest = mesh.from_lead([one.name, one.about["digest"]])
         work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
-        chunks = run_chunks(work, mesh, stop, tell)
+        chunks = run_chunks(work, mesh, stop, screen)
+        screen.close()
         told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
         agree.sync("results")
         path, failed = mesh.from_lead(told)
@@ -162,10 +166,10 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     found = gather(chunks, about["weights"], evaluation.training)
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
-    show(attacks_table(found))
+    show_table(attacks_table(found))
     if about.get("sources"):
-        show(sources_table(found))
-    show(as_table(title.replace("[", r"\["), found))
+        show_table(sources_table(found))
+    show_table(as_table(title.replace("[", r"\["), found))
     for reason in dict.fromkeys(f"{v.check}: {v.found}" for one in found for v in one.failed if v.check in HEADLINE):
         tell(f"not reportable, {reason}")
     if len(candidates(evaluation.work.config.peers)) > 1:

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import UNION, Answers, Result, new_table, present, read_results, show
+from mat_dist.evaluation.results import UNION, Answers, Result, present, read_results
 from mat_dist.evaluation.statistics import Paired
+from mat_dist.runs.console import new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
 
@@ -36,7 +37,7 @@ def compare(folders: Sequence[RunFolder]) -> None:
         if not shared:
             raise ConfigError(f"{first.run} and {other.run} share no target", "command line",
                               f"evaluate both with the same targets; found {', '.join(mine)} and {', '.join(theirs)}")
-        show(as_table(first, other, shared))
+        show_table(as_table(first, other, shared))
         if first.transfer and set(mine) != set(theirs):
             tell("AEs of other targets count too, and these runs were evaluated with other targets: transfer=false "
                  "gives both the same attacks")

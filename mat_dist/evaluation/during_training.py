@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -57,6 +57,22 @@ class Evaluations:
         self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
         self.reporter = reporter
 
+    def begin(self, first: int, total: int, evaluates_at: Callable[[int], bool]) -> None:
+        """Steps `first` .. total - 1 come next, and evaluations after some of them."""
+        one = self.cost(self.data.val, self.config.eval.size, self.config.eval.steps)
+        ahead = dict.fromkeys(filter(evaluates_at, range(first + 1, total + 1)), one)
+        if self.config.eval.test_steps:
+            test = self.cost(self.data.test, self.config.eval.test_size, self.config.eval.test_steps)
+            ahead[total] = ahead.get(total, 0.0) + test * (2 if self.config.eval.every else 1)  # best and last
+        self.reporter.start(total, [str(spec.name) for spec in self.config.peers], first_step=first, evaluations=ahead)
+
+    def cost(self, data: ImageSet, size: int | None, steps: int) -> float:
+        """About how many training steps' time an evaluation takes, by passes through one peer."""
+        peers = self.config.peers
+        weights = 2 if any(spec.averages for spec in peers) else 1
+        passes = min(size or len(data), len(data)) * (steps + 1) * len(threats_of(peers)) * weights * 2 * len(peers)
+        return passes / (self.config.train.batch_size * sum(spec.attack.steps + len(peers) for spec in peers))
+
     def lacks(self, done: int) -> bool:
         """Whether the checkpoint of step `done` has not been evaluated on the validation split."""
         return bool(self.mesh.from_lead(not validation_file(self.run.folder, done).exists()))
@@ -94,6 +110,7 @@ class Evaluations:
         A damaged one does not keep the other from its result; its error comes last.
         """
         job = self.job(self.config.eval.test_steps)
+        same = best is not None and best.step == newest.step
         rows: list[TableRow] = []
         done: dict[int, Found] = {}
         damaged: CheckpointError | None = None
@@ -112,7 +129,8 @@ class Evaluations:
                              found, checked=False)
                 survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
                 self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
-                rows += table_rows(label, survivors, job.plans["pgd"])
+                if not same or label == "best":  # one checkpoint has one row, whatever its names
+                    rows += table_rows("best, last" if same else label, survivors, job.plans["pgd"])
         if rows:
             self.reporter.table(rows)
         if damaged is not None:
@@ -143,7 +161,8 @@ class Evaluations:
             voters = [one for one, spec in zip(targets, self.config.peers, strict=True) if not spec.frozen]
             ensemble = run.ensemble(models=models)
             targets.append(Target(ENSEMBLE, ensemble, (ensemble,), tuple(voters) if len(voters) == 1 else ()))
-            found[weights] = run_chunks(Work(self.config, job, targets, data, samples_N, what), self.mesh, self.stop)
+            work = Work(self.config, job, targets, data, samples_N, f"{what}{', averaged weights' * (weights == EMA)}")
+            found[weights] = run_chunks(work, self.mesh, self.stop, self.reporter)
         return found
 
     def opened(self, manifest: Manifest, weights: str) -> FinishedRun:
@@ -178,11 +197,13 @@ class Evaluations:
     def _record_validation(self, manifest: Manifest, job: Job, found: Found, survivors: Sequence[Survivors],
                            record: Mapping[str, Any]) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
-        folder, score = self.run.folder, selection_score(survivors, self.config.peers)
+        folder, score, step = self.run.folder, selection_score(survivors, self.config.peers), manifest.step
         best = read_best(folder)
         if best is None or score > best.score:
-            mark_best(folder, manifest.step, score, {"split": "validation"})
-        self.reporter.epoch(record)
+            mark_best(folder, step, score, {"split": "validation"})
+        else:
+            step, score = best.step, best.score
+        self.reporter.epoch({**record, "best": {"step": step, "score": score}})
         about = self.about(manifest, job, step_name(manifest.step), "val")
         write_result(folder.eval, validation_file(folder, manifest.step).stem, about, found, checked=False,
                      images=False)

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from mat_dist.errors import NotReportable
 from mat_dist.runs.files import parse_json
@@ -37,7 +35,6 @@ FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points an
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
 REPAIR = "remove it, or run the evaluation again"
-PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
 # What version 0.1 did not write of a plan.
 OLD_PLAN = {"step_size": None, "loss": "ce", "start": "uniform", "momentum": None, "reach": 2.5, "targets": 0}
 
@@ -273,19 +270,3 @@ def read_images(file: Path) -> dict[tuple[str, str], Answers]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise NotReportable(f"not a table of images: {type(error).__name__}: {error}", str(file), REPAIR) from error
     return found
-
-
-def new_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    """An empty table; texts to the left, numbers to the right, none is wrapped."""
-    table = Table(title=title)
-    for name in texts:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def show(table: Table) -> None:
-    """On the screen; where that is no terminal, plain text of a fixed width."""
-    screen = Console()
-    (screen if screen.is_terminal else Console(width=PLAIN_WIDTH, color_system=None)).print(table)

@@ -27,14 +27,17 @@ from mat_dist.evaluation.attacks import (
     AttackPlan,
     Job,
     Target,
+    Tell,
     Tried,
     crafted,
     predict,
+    silent,
 )
 from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, UNDERTRAINED, Verdict
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.models.modes import frozen
 
+CHECKING = "soundness checks"  # what goes on, to people
 OWN_STEPS = 20  # of our attacks where the request has no PGD
 SEARCH_QUERIES = 300
 SAME_LOGITS = 1e-4  # largest distance of normalised logits that count as equal; AutoAttack's own figure
@@ -65,7 +68,7 @@ CHECKS = {
 
 
 def examine(target: Target, x_BCHW: Tensor, y_B: Tensor, tried: Mapping[str, Tried], job: Job,
-            chunk: int) -> dict[str, dict[str, int]]:
+            chunk: int, tell: Tell = silent) -> dict[str, dict[str, int]]:
     """Counts on one chunk: {"": of the model, label of a threat: of the attacks on it}.
 
     Args:
@@ -74,6 +77,7 @@ def examine(target: Target, x_BCHW: Tensor, y_B: Tensor, tried: Mapping[str, Tri
     counts = {"": _examine_model(target, x_BCHW, y_B)}
     for threat in job.threats:
         one = tried[threat.label]
+        tell(target.name, threat.label, CHECKING, 0, 0)
         counts[threat.label] = _examine_attacks(target, x_BCHW, y_B, threat, one, job, chunk)
     return counts
 

@@ -1,23 +1,30 @@
-"""What the console shows: a live table, plain lines or nothing, the table of results, and how numbers are written."""
+"""What the console shows: a live view, plain lines or nothing; tables that fit its width; how numbers are written."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 ConsoleMode = Literal["auto", "live", "plain", "off"]
+Tally = Mapping[tuple[str, str], Mapping[str, tuple[int, int]]]  # (target, threat) -> attack -> survivors, images
 REFRESHES_PER_S = 4  # more costs CPU time that the ranks need
-PLAIN_WIDTH = 100  # columns of a table that goes to a file or pipe
-MOST_VALUES = 8  # of a line; more peers are summed up
+PLAIN_WIDTH = 10_000  # of a file or pipe: a table there is as wide as it needs to be
+LONG_WORD = 20  # longer ones may be cut into lines, where a column is not of numbers
+MOST_VALUES = 8  # of a line, and rows of a table; more peers are summed up
+# A plain line about work that goes on: at most so often in seconds, and in shares of the time that it took by now.
+QUIET_S, QUIET_SHARE, MOST_QUIET_S = 5.0, 0.05, 300.0
 
 # ------------------------------------------------------------------------------------------------ numbers
 
@@ -70,7 +77,7 @@ def per_peer(value: Any, peers: int) -> list[Any]:
     return [value] * peers
 
 
-# ------------------------------------------------------------------------------------------------ table of results
+# ------------------------------------------------------------------------------------------------ tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ class TableRow:
 
     target: str  # name of a peer, or `ensemble`
     weights: str  # `raw` or `EMA`
-    checkpoint: str  # `best` or `last`
+    checkpoint: str  # `best`, `last`, or both
     clean_acc: float
     robust_acc: float | None  # under PGD of every threat: their union; None where it was not attacked
     pgd_steps: int
@@ -87,20 +94,69 @@ class TableRow:
     threat_acc: Mapping[str, float] = field(default_factory=dict)  # under PGD of each threat by itself
 
 
+def shown_accuracies(clean: float | None, threats: Mapping[str, float | None],
+                     robust: float | None) -> dict[str, float | None]:
+    """By the name that a reader sees: clean, each threat, and their union where there are several."""
+    whole = {"union": robust} if len(threats) > 1 else {} if threats or robust is None else {"robust": robust}
+    return {"clean": clean, **threats, **whole}
+
+
 def results_table(rows: Sequence[TableRow]) -> Table:
     """A row per result. Raises ValueError for different numbers of steps, which one column cannot hold."""
     steps = sorted({row.pgd_steps for row in rows})
     if len(steps) > 1:
         raise ValueError(f"one table for PGD with {steps} steps")
-    table = Table(title="Accuracy on the test set")
-    for name in ("target", "weights", "checkpoint"):
-        table.add_column(name, no_wrap=True)
-    for name in ("clean %", f"PGD-{steps[0]} %" if steps else "PGD %", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row.target, row.weights, row.checkpoint, percent(row.clean_acc, 2), percent(row.robust_acc, 2),
+    found = [shown_accuracies(row.clean_acc, row.threat_acc, row.robust_acc) for row in rows]
+    names = list(dict.fromkeys(name for one in found for name in one))
+    table = new_table(f"Accuracy on the test set, under PGD-{steps[0]}" if steps else "Accuracy on the test set",
+                      ("target", "weights", "checkpoint"), (*(f"{name} %" for name in names), "n"))
+    for row, one in zip(rows, found, strict=True):
+        table.add_row(row.target, row.weights, row.checkpoint, *(percent(one.get(name), 2) for name in names),
                       str(row.images))
     return table
+
+
+def new_table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table; texts to the left, numbers to the right, none is wrapped."""
+    table = Table(title=title)
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def fitted(table: Table, console: Console) -> RenderableType:
+    """The table; where its columns do not fit, a paragraph per row, in which every value stands behind its heading."""
+    options, needed = console.options.update(max_width=PLAIN_WIDTH), 1
+    for column in table.columns:
+        sizes = [Measurement.get(console, options, _as_text(cell)) for cell in (column.header, *column.cells)]
+        needed += 3 + max(size.maximum if column.no_wrap else min(size.minimum, LONG_WORD) for size in sizes)
+    if needed <= console.width:
+        return table
+    rows = [] if table.title is None else [_as_text(table.title)]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        pairs = [Text.assemble(*(_as_text(part) for part in (column.header, " ", cell)))
+                 for column, cell in zip(table.columns[1:], cells[1:], strict=True) if str(cell)]
+        first = _as_text(cells[0])
+        first.stylize("bold")
+        rows.append(packed([first, *pairs], console.width))
+    return Group(*rows)
+
+
+def packed(parts: Sequence[Text] | str, width: int) -> Text:
+    """Parts, or a text's parts that two blanks divide, on as few lines as hold them; a number stays with its name."""
+    lines: list[Text] = []
+    for part in [Text(part, overflow="fold") for part in parts.split("  ")] if isinstance(parts, str) else parts:
+        if lines and lines[-1].cell_len + 2 + part.cell_len <= width:
+            lines[-1].append("  ").append(part)
+        else:
+            lines.append(part)
+    return Text("\n", overflow="fold").join(lines)
+
+
+def _as_text(cell: Any) -> Text:
+    return cell.copy() if isinstance(cell, Text) else Text.from_markup(str(cell), overflow="fold")
 
 
 def own_console() -> Console:
@@ -108,13 +164,58 @@ def own_console() -> Console:
     return Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
 
 
-def print_table(table: Table, screen: Console | None = None) -> None:
-    """Print on `screen`; where that is no terminal, without ANSI codes and at least 100 columns wide."""
+def show_table(table: Table, screen: Console | None = None) -> None:
+    """Print on `screen` (standard output); where that is no terminal, without ANSI codes and as wide as needed."""
     screen = screen or own_console()
     if not screen.is_terminal:
-        screen = Console(file=screen.file, width=max(PLAIN_WIDTH, screen.width), color_system=None,
-                         force_terminal=False, force_interactive=False)
-    screen.print(table)
+        screen = Console(file=screen.file, width=PLAIN_WIDTH, color_system=None, force_terminal=False,
+                         force_interactive=False)
+    screen.print(fitted(table, screen))
+
+
+# ------------------------------------------------------------------------------------------------ what was measured
+
+
+def accuracy_rows(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """The accuracies of an epoch record by row: each peer and the ensemble, with raw and with averaged weights."""
+    found: dict[str, dict[str, float | None]] = {}
+    for prefix, mark in (("", ""), ("ema_", " EMA")):
+        columns = [per_peer(record.get(f"{prefix}{key}"), len(peers)) for key in ("clean_acc", "robust_acc")]
+        threats = {name: per_peer(values, len(peers))
+                   for name, values in (record.get(f"{prefix}threat_acc") or {}).items()}
+        for index, (name, clean, robust) in enumerate(zip(peers, *columns, strict=True)):
+            if clean is not None:
+                found[f"{name}{mark}"] = shown_accuracies(clean, {key: values[index] for key, values
+                                                                  in threats.items()}, robust)
+        if whole := record.get(f"{prefix}ensemble"):
+            found[f"ensemble{mark}"] = shown_accuracies(whole["clean_acc"], whole.get("threat_acc", {}),
+                                                        whole["robust_acc"])
+    return found
+
+
+def epoch_lines(record: Mapping[str, Any], peers: Sequence[str]) -> list[str]:
+    """`epoch 5, PGD-10  north  clean 91.2  linf 8/255 50.0 %`: a line per row; of many peers one with their spread."""
+    lead = f"epoch {record['epoch']:g}" + (f", {record['attack']}" if "attack" in record else "")
+    rows = accuracy_rows(record, peers)
+    texts = {name: "  ".join(f"{key} {percent(value)}" for key, value in one.items()) for name, one in rows.items()}
+    for mark in ("", " EMA") if len(peers) > MOST_VALUES else ():
+        many = [rows[name + mark] for name in peers if texts.pop(name + mark, None) is not None]
+        if many:
+            texts[f"{len(many)} peers{mark}"] = "  ".join(
+                f"{key} {on_one_line([one[key] for one in many], percent)}" for key in many[0])
+    lines = [f"{lead}  {name}  {text} %" for name, text in texts.items()]
+    if best := record.get("best"):
+        lines.append(f"{lead}  best so far: step {best['step']}, mean {percent(best['score'])} %")
+    return lines
+
+
+def tally_table(tally: Tally) -> Table:
+    """Survivors of an evaluation until now: a row per target and threat, after each attack in their order."""
+    names = list(dict.fromkeys(name for row in tally.values() for name in row))
+    table = new_table("Images that hold, of those attacked", ("target", "threat"), names)
+    for key, row in tally.items():
+        table.add_row(*key, *("/".join(map(str, row[name])) if name in row else "" for name in names))
+    return table
 
 
 # ------------------------------------------------------------------------------------------------ screens
@@ -126,6 +227,8 @@ class Screen:
     def start(self, total_steps: int, peers: Sequence[str], first_step: int) -> None: ...
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None: ...
     def epoch(self, record: Mapping[str, Any]) -> None: ...
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None: ...
     def note(self, text: str) -> None: ...
     def table(self, table: Table) -> None: ...
     def close(self) -> None: ...
@@ -140,112 +243,143 @@ def choose_screen(mode: ConsoleMode, console: Console | None = None) -> Screen:
     return LiveScreen(console) if redraws and mode != "plain" else PlainScreen(console)
 
 
-class PlainScreen(Screen):
-    """A line per log step and per epoch."""
+def step_parts(record: Mapping[str, Any], total: int) -> list[str]:
+    """Of a step's record: `step 150/300`, `epoch 5.0`, `3,210 images/s`, `lr 0.1`, as far as it has them."""
+    lr = record.get("lr")
+    rates = list(dict.fromkeys(per_peer(lr, 1) if not isinstance(lr, (list, tuple)) else lr))
+    return [f"step {record['step']}/{total}",
+            *([f"epoch {record['epoch']:.1f}"] if record.get("epoch") is not None else []),
+            *([f"{rate(record['images_per_s'])} images/s"] if record.get("images_per_s") is not None else []),
+            *([f"lr {on_one_line(rates, lambda value: f'{value:.3g}')}"] if lr is not None else [])]
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._total, self._peers = 0, 0
+
+class PlainScreen(Screen):
+    """A line per log step, lines per evaluation, and now and then one about what takes long."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._total, self._peers, self._told = 0, tuple[str, ...](), clock()
 
     def start(self, total_steps: int, peers: Sequence[str], first_step: int) -> None:
-        self._total, self._peers = total_steps, len(peers)
+        self._total, self._peers = total_steps, tuple(peers)
 
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """`step 150/300  epoch 5.0  loss 1.234 1.198  3,210 images/s  eta 0:00:42`."""
-        parts = [f"step {record['step']}/{self._total}"]
-        if record.get("epoch") is not None:
-            parts.append(f"epoch {record['epoch']:.1f}")
+        """`step 150/300  epoch 5.0  3,210 images/s  lr 0.1  loss north 1.234 south 1.198  eta 0:00:42`."""
+        parts = step_parts(record, self._total)
         if record.get("loss") is not None:
-            parts.append(f"loss {on_one_line(per_peer(record['loss'], self._peers), number)}")
-        if record.get("images_per_s") is not None:
-            parts.append(f"{rate(record['images_per_s'])} images/s")
+            values = per_peer(record["loss"], len(self._peers))
+            named = " ".join(f"{name} {number(value)}" for name, value in zip(self._peers, values, strict=True))
+            parts.append(f"loss {named if len(values) <= MOST_VALUES else on_one_line(values, number)}")
         self.note("  ".join([*parts, f"eta {duration(eta_s)}"]))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """`epoch 5  clean 91.2 90.4 %  robust 71.0 70.2 %`, with the averaged weights where there are any."""
-        parts = [f"epoch {record['epoch']:g}"]
-        for key, label in (("clean_acc", "clean"), ("robust_acc", "robust"), ("ema_clean_acc", "EMA clean"),
-                           ("ema_robust_acc", "EMA robust")):
-            if record.get(key) is not None:
-                parts.append(f"{label} {on_one_line(per_peer(record[key], self._peers), percent)} %")
-        self.note("  ".join(parts))
+        for line in epoch_lines(record, self._peers):
+            self.note(line)
+
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None:
+        pause = min(max(QUIET_S, QUIET_SHARE * elapsed_s), MOST_QUIET_S)
+        if text and self._clock() - self._told >= pause:
+            self.note(f"{text}  {duration(elapsed_s)}, eta {duration(eta_s)}")
 
     def note(self, text: str) -> None:
+        self._told = self._clock()
         print(text, file=self._console.file, flush=True)
 
     def table(self, table: Table) -> None:
-        print_table(table, self._console)
+        show_table(table, self._console)
         self._console.file.flush()
 
 
 class LiveScreen(Screen):
-    """A table that is redrawn in place, a row per peer, above a progress bar.
+    """A view that is redrawn in place: how far the run is, what goes on, and a table with a row per peer.
 
-    Loss and speed are those of the last log step. Clean and robust accuracy are those of the last evaluation: what
-    a training step sees of them is a diagnostic, one batch in train mode.
+    Loss and speed are those of the last log step. Accuracies are those of the last evaluation: what a training step
+    sees of them is a diagnostic, one batch in train mode. Those of each epoch stay above the view. Where nothing was
+    trained, as in an evaluation, the table has the survivors.
     """
-
-    COLUMNS = (("loss", "loss", number), ("images/s", "images_per_s", rate),
-               ("clean %", "clean_acc", percent), ("robust %", "robust_acc", percent))
-    OF_STEPS, OF_EPOCHS = ("loss", "images_per_s"), ("clean_acc", "robust_acc")
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._peers: tuple[str, ...] = ()
-        self._values: dict[str, list[Any]] = {}
+        self._losses: list[Any] = []
+        self._accuracies: dict[str, dict[str, float | None]] = {}
+        self._total = self._step = 0
+        self._parts: list[str] = []
+        self._best = self._doing = ""
         self._eta_s: float | None = None
-        self._eta_at = 0.0
-        self._epoch = "-"
-        self._progress = Progress(BarColumn(), TaskProgressColumn(),
-                                  TextColumn("step {task.completed}/{task.total}  {task.description}"),
-                                  console=console, auto_refresh=False)
-        self._task = self._progress.add_task("", total=None)
+        self._left_s: float | None = None  # of what goes on, as `_elapsed_s`
+        self._elapsed_s = self._eta_at = self._doing_at = 0.0
+        self._tally: Tally = {}
         self._live: Live | None = None
 
     def start(self, total_steps: int, peers: Sequence[str], first_step: int) -> None:
         self.close()
-        self._peers = tuple(peers)
-        self._values = {key: [None] * len(peers) for _, key, _ in self.COLUMNS}
-        self._progress.update(self._task, total=total_steps, completed=first_step)
+        self._peers, self._losses = tuple(peers), [None] * len(peers)
+        self._total, self._step = total_steps, first_step
+        self._parts = [f"step {first_step}/{total_steps}"]
         self._live = Live(console=self._console, refresh_per_second=REFRESHES_PER_S, get_renderable=self.render)
         self._live.start(refresh=True)
 
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        self._eta_s, self._eta_at = eta_s, self._clock()
-        if record.get("epoch") is not None:
-            self._epoch = f"{record['epoch']:.1f}"
-        self._take(record, self.OF_STEPS)
-        self._progress.update(self._task, completed=record["step"])
+        self._eta_s, self._eta_at, self._step = eta_s, self._clock(), record["step"]
+        self._parts = step_parts(record, self._total)
+        if record.get("loss") is not None:
+            self._losses = per_peer(record["loss"], len(self._peers))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        self._take(record, self.OF_EPOCHS)
+        self._accuracies = accuracy_rows(record, self._peers)
+        *lines, last = epoch_lines(record, self._peers) or [""]
+        self._best = last.partition("  ")[2] if record.get("best") else ""
+        for line in lines if self._best else [*lines, last]:
+            self._console.print(packed(line, self._console.width))
+
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None:
+        self._doing, self._elapsed_s, self._left_s, self._doing_at = text, elapsed_s, eta_s, self._clock()
+        if not self._peers:
+            self._tally = {key: dict(row) for key, row in (tally or {}).items()}  # the table is drawn by a thread
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         self.close()  # results stand below the last state of the training, not above it
-        print_table(table, self._console)
+        show_table(table, self._console)
 
     def close(self) -> None:
         if self._live is not None:
+            self._doing, self._tally = "", {}
             self._live.stop()
             self._live = None
 
     def render(self) -> Group:
-        """Called by the redrawing thread: the table and the bar as they are now."""
-        table = Table()
-        table.add_column("peer", no_wrap=True)
-        for heading, _, _ in self.COLUMNS:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for index, name in enumerate(self._peers):
-            table.add_row(name, *(form(self._values[key][index]) for _, key, form in self.COLUMNS))
-        left = None if self._eta_s is None else max(self._eta_s - (self._clock() - self._eta_at), 0)
-        self._progress.update(self._task, description=f"epoch {self._epoch}  eta {duration(left)}")
-        return Group(table, self._progress)
+        """Called by the redrawing thread: everything as it is now. What is cut on a low screen is the table's end."""
+        parts: list[RenderableType] = []
+        if self._total:
+            bar = ProgressBar(self._total, self._step, width=min(40, self._console.width))
+            parts.append(Padding(bar, 0, expand=False))  # with a line end
+            left = self._left(self._eta_s, self._eta_at)
+            parts.append(self._packed([*self._parts, f"eta {duration(left)}", *filter(None, [self._best])]))
+        if self._doing:
+            elapsed = self._elapsed_s + self._clock() - self._doing_at
+            left = self._left(self._left_s, self._doing_at)
+            parts.append(self._packed([self._doing, duration(elapsed), f"eta {duration(left)}"]))
+        table = self._table() if self._peers else tally_table(self._tally) if self._tally else None
+        return Group(*parts, *([fitted(table, self._console)] if table else []))
 
-    def _take(self, record: Mapping[str, Any], keys: Sequence[str]) -> None:
-        """Keep what `record` holds of `keys`; what it does not hold stays as it was."""
-        for key in keys:
-            if record.get(key) is not None:
-                self._values[key] = per_peer(record[key], len(self._peers))
+    def _packed(self, parts: Sequence[str]) -> Text:
+        return packed("  ".join(parts), self._console.width)
+
+    def _left(self, eta_s: float | None, at: float) -> float | None:
+        return None if eta_s is None else max(eta_s - (self._clock() - at), 0)
+
+    def _table(self) -> Table:
+        names = list(dict.fromkeys(name for row in self._accuracies.values() for name in row)) or ["clean"]
+        table = new_table(None, ("peer",), ("loss", *(f"{name} %" for name in names)))
+        losses = dict(zip(self._peers, self._losses, strict=True))
+        for name in dict.fromkeys([*self._peers, *self._accuracies]):
+            found = self._accuracies.get(name, {})
+            table.add_row(name, number(losses[name]) if name in losses else "",
+                          *(percent(found.get(key)) for key in names))
+        return table

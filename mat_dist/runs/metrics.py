@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mat_dist.errors import OutputError
-from mat_dist.runs.console import ConsoleMode, TableRow, choose_screen, per_peer, results_table
+from mat_dist.runs.console import ConsoleMode, TableRow, Tally, choose_screen, per_peer, results_table
 from mat_dist.runs.files import reported
 
 SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "robust_acc", "ema_clean_acc",
@@ -63,14 +63,20 @@ class Reporter:
 
     wants_pictures = False
 
-    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
-        """Begin: steps of the whole run, peer names in peer order, steps that earlier attempts have done."""
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
+              evaluations: Mapping[int, float] | None = None) -> None:
+        """Begin: steps of the whole run, peer names in peer order, steps that earlier attempts have done; about how
+        many steps' time each evaluation to come takes, by the step that it follows."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """A log step. Needs `step`."""
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """The end of an epoch, after its evaluation if there was one. Needs `epoch` and `step`."""
+
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None:
+        """What goes on besides steps, for so many seconds, and how many are left; empty: nothing."""
 
     def note(self, text: str) -> None:
         """A line for the person at the console."""
@@ -109,11 +115,15 @@ class JsonlReporter(Reporter):
         self._screen = choose_screen(console, screen)
         self._attempt, self._clock = attempt, clock
         self._total, self._first, self._began = 0, 0, clock()
+        self._ahead: dict[int, float] = {}  # evaluations to come, in steps
+        self._spent, self._spent_s = 0.0, 0.0  # on those of this attempt
         self._peers: tuple[str, ...] = ()
         self._last: dict[str, Any] = {}
 
-    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
+              evaluations: Mapping[int, float] | None = None) -> None:
         self._total, self._first, self._began = total_steps, first_step, self._clock()
+        self._ahead = dict(evaluations or {})
         self._peers = tuple(peers)
         self._screen.start(total_steps, peers, first_step)
 
@@ -121,13 +131,20 @@ class JsonlReporter(Reporter):
         append_text(self._metrics, json_line({"kind": "step", "attempt": self._attempt, **record}))
         self._last = {key: record[key] for key in ("loss", "lr", "images_per_s") if key in record}
         elapsed_s = self._clock() - self._began
-        self._screen.step(record, eta_seconds(record["step"], self._total, self._first, elapsed_s))
+        self._screen.step(record, eta_seconds(record["step"], self._total, self._first, elapsed_s - self._spent_s,
+                                              self._ahead, (self._spent, self._spent_s)))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         record = {"attempt": self._attempt, **record}
         append_text(self._metrics, json_line({"kind": "epoch", **record}))
         append_text(self._summary, summary_rows({**self._last, **record}, self._peers))
+        self._spent += self._ahead.pop(record["step"], 0.0)
+        self._spent_s += record.get("eval_s", 0.0)
         self._screen.epoch(record)
+
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None:
+        self._screen.status(text, elapsed_s, eta_s)
 
     def note(self, text: str) -> None:
         self._screen.note(text)
@@ -216,14 +233,22 @@ def images_per_second(images: int, seconds: float) -> float | None:
     return images / seconds if seconds > 0 else None
 
 
-def eta_seconds(step: int, total_steps: int, first_step: int, elapsed_s: float) -> float | None:
+def eta_seconds(step: int, total_steps: int, first_step: int, elapsed_s: float,
+                ahead: Mapping[int, float] | None = None, spent: tuple[float, float] = (0.0, 0.0)) -> float | None:
     """Seconds left after `step` of `total_steps`, at the mean speed since `first_step`, where this attempt began; None
     while it has done no step.
 
-    Evaluations and checkpoints count in its wall seconds `elapsed_s`, as they will come again.
+    Args:
+        elapsed_s: wall seconds of the steps and their checkpoints, which will come again.
+        ahead: about how many steps' time each evaluation to come takes.
+        spent: that of those which were made, and the seconds that they really took.
     """
     done = step - first_step
-    return max(total_steps - step, 0) * elapsed_s / done if done > 0 else None
+    if done <= 0:
+        return None
+    step_s = elapsed_s / done
+    evaluation_s = spent[1] / spent[0] if spent[0] > 0 else step_s
+    return max(total_steps - step, 0) * step_s + sum((ahead or {}).values()) * evaluation_s
 
 
 def device_memory(device: torch.device | str = "cpu") -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
-from mat_dist.runs.console import TableRow
+from mat_dist.runs.console import TableRow, Tally
 from mat_dist.runs.files import reported, write_text
 from mat_dist.runs.metrics import JsonlReporter, Picture, Reporter
 from mat_dist.runs.session import Run
@@ -173,12 +173,13 @@ class TrackedReporter(Reporter):
         self._peers: tuple[str, ...] = ()
         self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
 
-    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0) -> None:
+    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
+              evaluations: Mapping[int, float] | None = None) -> None:
         """Raises EnvironmentFault for a tracker that cannot begin."""
         self._peers = tuple(peers)
         for tracker in self._trackers:
             tracker.start(first_step)
-        self._inner.start(total_steps, peers, first_step=first_step)
+        self._inner.start(total_steps, peers, first_step=first_step, evaluations=evaluations)
 
     def log(self, record: Mapping[str, Any]) -> None:
         with self._sending(record):
@@ -191,6 +192,10 @@ class TrackedReporter(Reporter):
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         self._inner.pictures(step, group, pictures)
         self._each(lambda tracker: tracker.pictures(step, group, pictures))
+
+    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
+               tally: Tally | None = None) -> None:
+        self._inner.status(text, elapsed_s, eta_s)
 
     def note(self, text: str) -> None:
         self._inner.note(text)

@@ -19,7 +19,8 @@ from rich.table import Table
 from mat_dist.cli import run_entry
 from mat_dist.config import Options
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import CLEAN, UNION, Result, accuracies, present, read_results, show
+from mat_dist.evaluation.results import CLEAN, UNION, Result, accuracies, present, read_results
+from mat_dist.runs.console import new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
 
@@ -93,7 +94,7 @@ def print_table(words: Sequence[str]) -> None:
         raise NotReportable("none of the runs has test results", ", ".join(runs[:5]),
                             "wait until they are finished, with eval.test_steps above 0")
     rows = summarise(values)
-    show(as_table(rows))
+    show_table(as_table(rows))
     print(as_markdown(rows))
     arrived()
 
@@ -169,9 +170,8 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def as_table(rows: Sequence[Row]) -> Table:
     """The table for a terminal."""
     columns, texts = _cells(rows)
-    table = Table(title="Accuracy on the test set: mean ± sample standard deviation over seeds")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < len(LEAD) else "right", no_wrap=True)
+    table = new_table("Accuracy on the test set: mean ± sample standard deviation over seeds", LEAD,
+                      columns[len(LEAD):])
     for row in texts:
         table.add_row(*row)
     return table

@@ -20,6 +20,7 @@ from mat_dist.evaluation import chunks, soundness
 from mat_dist.evaluation.chunks import Work, run_chunks
 from mat_dist.evaluation.command import prepare
 from mat_dist.evaluation.settings import Request
+from mat_dist.runs.console import Screen
 from mat_dist.runs.folder import RunFolder
 from tests.small_runs import run_small
 
@@ -43,16 +44,16 @@ def test_ranks_share_the_chunks_and_do_not_change_them(work: Work, run_ranks: An
     attacked: Counter[int] = Counter()
     original = chunks.attack_chunk
 
-    def counted(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
+    def counted(work: Work, chunk: int, device: torch.device, tell: Any) -> dict[str, Any]:
         attacked[chunk] += 1
-        return original(work, chunk, device)
+        return original(work, chunk, device, tell)
 
     monkeypatch.setattr(chunks, "attack_chunk", counted)
     found = {}
     for world in (1, 2, 4):
         attacked.clear()
         mine = replace(work, folder=tmp_path / str(world))
-        found[world], *others = run_ranks(lambda mesh, mine=mine: run_chunks(mine, mesh, StopFlag(), print), world,
+        found[world], *others = run_ranks(lambda mesh, mine=mine: run_chunks(mine, mesh, StopFlag(), Screen()), world,
                                           world)
         assert attacked == dict.fromkeys(range(7), 1) and others == [[]] * (world - 1)
         files = {p.name: p.read_bytes() for p in (tmp_path / str(world)).iterdir()}
@@ -64,16 +65,16 @@ def test_an_error_of_one_rank_reaches_all_and_the_others_chunks_are_kept(work: W
                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     original = chunks.attack_chunk
 
-    def failing(work: Work, chunk: int, device: torch.device) -> dict[str, Any]:
+    def failing(work: Work, chunk: int, device: torch.device, tell: Any) -> dict[str, Any]:
         if chunk == 1:
             raise DataError("a broken image", "chunk 1", "look at it")
-        return original(work, chunk, device)
+        return original(work, chunk, device, tell)
 
     mine = replace(work, folder=tmp_path / "chunks")
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "attack_chunk", failing)
-        errors = run_ranks(lambda mesh: run_chunks(mine, mesh, StopFlag(), print), 2, 2, errors="return")
+        errors = run_ranks(lambda mesh: run_chunks(mine, mesh, StopFlag(), Screen()), 2, 2, errors="return")
     assert [str(error) for error in errors] == ["a broken image (chunk 1): look at it"] * 2
     assert sorted(p.name for p in (tmp_path / "chunks").iterdir()) == [f"chunk_0000{k}.json" for k in (0, 2, 4, 6)]
-    (found,) = run_ranks(lambda mesh: run_chunks(mine, mesh, StopFlag(), print), 1, 1)
+    (found,) = run_ranks(lambda mesh: run_chunks(mine, mesh, StopFlag(), Screen()), 1, 1)
     assert len(found) == 7

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,15 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
-from mat_dist.evaluation import chunks, command, soundness, survivors
+from mat_dist.evaluation import chunks, command, progress, soundness, survivors
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.autoattack import chunk_seed
+from mat_dist.evaluation.progress import Progress
 from mat_dist.evaluation.results import Verdict
 from mat_dist.evaluation.settings import MENU
 from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.runs.console import Screen
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from tests.small_runs import as_format_1, interrupted, run_small, tree_hash
@@ -313,13 +317,59 @@ def test_finished_chunks_are_not_attacked_again_after_a_stop(run: Path, trained:
     (folder / "chunk_00001.json").write_text("{")  # damaged: attacked again
     attacked: list[int] = []
     original = chunks.attack_chunk
-    monkeypatch.setattr(chunks, "attack_chunk", lambda work, chunk, device: (
-        attacked.append(chunk), original(work, chunk, device))[1])
+    monkeypatch.setattr(chunks, "attack_chunk", lambda work, chunk, *more: (
+        attacked.append(chunk), original(work, chunk, *more))[1])
     found = evaluate(run, *words)
     assert attacked == [1, 3, 4]
     assert (found["targets"], found["rows"]) == (whole["targets"], whole["rows"])
     again = evaluate(run, *words)
     assert attacked == [1, 3, 4] and again["targets"] == whole["targets"] and again["file"] == found["file"]
+
+
+def test_ctrl_c_is_obeyed_at_the_next_pass_inside_a_chunk_and_the_result_is_the_same(
+        run: Path, trained: Path, tmp_path: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("attacks=pgd,search", "queries=5", "checks=8", "steps=1", "eval.chunk=8", "images=8", "targets=ensemble")
+    whole = evaluate(Path(shutil.copytree(trained, tmp_path / "whole" / "small")), *words)
+    passed, at, original = [0], 40, Progress._passed
+
+    def counted(self: Progress, *given: Any) -> None:
+        passed[0] += 1
+        if passed[0] == at:
+            signal.raise_signal(signal.SIGINT)
+        original(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "_passed", counted)
+        assert "start the same command again" in evaluate(run, *words, code=75)["err"]
+    assert passed[0] == at
+    found = evaluate(run, *words)
+    assert (found["targets"], found["rows"]) == (whole["targets"], whole["rows"])
+
+
+def test_an_evaluation_tells_target_threat_attack_survivors_and_the_time_left(
+        run: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, float, float | None, Any]] = []
+
+    class Recorder(Screen):
+        def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None, tally: Any = None) -> None:
+            told.append((text, elapsed_s, eta_s, {key: dict(row) for key, row in (tally or {}).items()}))
+
+    monkeypatch.setattr(command, "choose_screen", lambda mode: Recorder())
+    monkeypatch.setattr(progress, "REFRESH_S", 0.0)
+    found = evaluate(run, "attacks=pgd,search", "queries=5", "checks=8", "steps=1", "eval.chunk=8", "images=16")
+    texts = [text for text, *_ in told]
+    for target in ("peer0", "peer1", "ensemble:prob"):
+        for threat in ("linf 1/10", "l2 1/2"):
+            for name in ("pgd", "search", "soundness checks"):
+                assert any(f": {target}, {threat}, {name}: " in text for text in texts), (target, threat, name)
+    assert texts[0].startswith("loading") and "chunk 2 of 2" in texts[-2] and texts[-1] == ""
+    shares = [elapsed / (elapsed + eta) for _, elapsed, eta, _ in told[1:-1] if eta is not None]
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(shares)) and 0.8 < shares[-1] <= 1
+    rows = [row for row in found["rows"] if row["target"] == "peer0" and row["threat"] == "linf 1/10"]
+    right = {row["sample"] for row in rows if row["clean_prediction"] == row["label"]}
+    for name in ("pgd", "search"):
+        right -= {row["sample"] for row in rows if row["attack"] == name and row["prediction"] != row["label"]}
+    assert told[-2][3]["peer0", "linf 1/10"]["search"] == (len(right), 16)
 
 
 def test_another_request_is_another_evaluation(run: Path, evaluate: Evaluate) -> None:
@@ -366,7 +416,7 @@ def test_attacks_in_parts_find_the_same_when_memory_runs_out(threat: Threat) -> 
 
 def test_too_little_memory_for_autoattack_is_one_line(run: Path, evaluate: Evaluate,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(work: Any, chunk: int, device: torch.device) -> Any:
+    def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("12 GiB asked for")
 
     monkeypatch.setattr(chunks, "attack_chunk", full)

@@ -15,7 +15,7 @@ from rich.table import Table
 from mat_dist import train
 from mat_dist.cli import run_entry, tell
 from mat_dist.errors import NotReportable
-from mat_dist.runs.console import print_table
+from mat_dist.runs.console import show_table
 from mat_dist.screens import arrived
 
 
@@ -52,7 +52,7 @@ def all_words() -> None:
     tell("räksmörgås")
     table = Table("naïve", title="ä")
     table.add_row("±")
-    print_table(table)
+    show_table(table)
     print("error", file=sys.stderr, flush=True)
     sys.stdout.writelines(["a", "b"])
 

@@ -107,9 +107,10 @@ class Report:
             print(error_line(self.errors[0]), file=sys.stderr)
 
     def _table(self) -> None:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
+
+        from mat_dist.runs.console import show_table
 
         table = Table()
         for name in ("check", "", "found", "how to fix"):
@@ -117,4 +118,4 @@ class Report:
         for one in self.findings:
             # Text: brackets in what was found are no markup.
             table.add_row(Text(one.check), Text(one.status, STYLES[one.status]), Text(one.found), Text(one.how))
-        Console().print(table)
+        show_table(table)

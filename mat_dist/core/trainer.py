@@ -75,8 +75,8 @@ class Trainer:
         first = self.resume()
         self.evaluations.begin(first, self.cohort.total_steps, self.evaluates_at)
         try:
-            for line in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
-                self.note(line)
+            for note in [f"run folder: {self.run.folder.path}", *self.run.notes, *self.data.notes]:
+                self.note(note)
             if self.lacks_evaluation(first):
                 self.validate(first)
             self.train(first)
@@ -92,11 +92,10 @@ class Trainer:
     def train(self, first: int) -> None:
         """Steps `first` .. total - 1 with their records, checkpoints and evaluations."""
         total, per_epoch, meter = self.cohort.total_steps, self.cohort.steps_per_epoch, Meter()
-        for step in range(first, total):
+        for done in range(first + 1, total + 1):
             began = perf_counter()
-            batch = self.fetch(step)
+            batch = self.fetch(done - 1)
             fetched = perf_counter()
-            done = step + 1
             outcome = self.step(batch, log=any(done % n == 0 for n in (self.config.log.every, per_epoch, total)))
             meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
             self.tell()

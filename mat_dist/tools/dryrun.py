@@ -259,10 +259,17 @@ def _peers(run: _Run) -> list[str]:
     """What each peer is, and what it defends against."""
     table = _table(["peer", "model"], ["parameters"], ["threat", "attack", "loss"])
     for name, spec, _ in run.named():
-        threat = Threat(spec.threat.norm, spec.threat.eps)
-        table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", threat.label,
+        table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", _threats(spec),
                       f"{spec.attack.method.upper()}-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
     return ["peers", *_lines(table)]
+
+
+def _threats(spec: PeerConfig) -> str:
+    """What a peer defends against: one threat, or a union and how it is learnt."""
+    labels = ", ".join(Threat(*ball).label for ball in spec.union.balls or [(spec.threat.norm, spec.threat.eps)])
+    if spec.union.strategy is None:
+        return labels
+    return f"union ({spec.union.strategy}): {labels if spec.union.balls else 'those of the specialists'}"
 
 
 def _terms(run: _Run) -> list[str]:

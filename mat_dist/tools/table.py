@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 
 from rich.table import Table
@@ -61,10 +61,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """Mean and sample standard deviation (n - 1; None for one seed) over `seeds` runs, by name of the accuracy."""
+    """Mean and sample standard deviation (n - 1; None for one seed) over the runs of `seeds`, by name of the
+    accuracy."""
 
     lead: tuple[str, ...]
-    seeds: int
+    seeds: tuple[int, ...]
     mean: dict[str, float]
     deviation: dict[str, float | None]
 
@@ -134,21 +135,24 @@ def summarise(values: Sequence[Value]) -> list[Row]:
                 raise ConfigError(f"{one.run} and {other.run} have the same settings and seed {one.seed}",
                                   "command line", "give one run per seed")
         shares = {key: [value.accuracy[key] for value in same] for key in same[0].accuracy}
-        rows.append(Row((names[group], *lead, same[0].attack), len(same),
+        rows.append(Row((names[group], *lead, same[0].attack), tuple(sorted(value.seed for value in same)),
                         {key: statistics.fmean(found) for key, found in shares.items()},
                         {key: statistics.stdev(found) if len(found) > 1 else None for key, found in shares.items()}))
     return rows
 
 
 def _names(values: Sequence[Value]) -> dict[str, str]:
-    """A name per group: that of its first run without the seed, numbered where two groups would share one."""
+    """A name per group: what the names of its runs have in common, up to a `-`, `_` or `.`, or that of its one run
+    without the seed; numbered where two groups would share one."""
     names: dict[str, str] = {}
-    for value in values:
-        if value.group not in names:
-            stem = _SEED.sub("", value.run) or value.run
-            taken = set(names.values())
-            numbered = [stem, *(f"{stem} ({k})" for k in range(2, len(values) + 2))]
-            names[value.group] = next(name for name in numbered if name not in taken)
+    for group in dict.fromkeys(value.group for value in values):
+        runs = list(dict.fromkeys(value.run for value in values if value.group == group))
+        same = takewhile(lambda letters: len(set(letters)) == 1, zip(*runs, strict=False))
+        common = "".join(letters[0] for letters in same)
+        stem = re.sub(r"[-_.][^-_.]*$", "", common) if len(runs) > 1 else _SEED.sub("", common)
+        stem = stem or runs[0]
+        numbered = [stem, *(f"{stem} ({k})" for k in range(2, len(values) + 2))]
+        names[group] = next(name for name in numbered if name not in names.values())
     return names
 
 
@@ -164,7 +168,8 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         return f"{100 * row.mean[key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
     columns = [*LEAD, *(f"{key} %" for key in shown), "seeds"]
-    return columns, [[*row.lead, *(text(row, key) for key in shown), str(row.seeds)] for row in rows]
+    return columns, [[*row.lead, *(text(row, key) for key in shown),
+                      f"{len(row.seeds)}: {', '.join(map(str, row.seeds))}"] for row in rows]
 
 
 def as_table(rows: Sequence[Row]) -> Table:

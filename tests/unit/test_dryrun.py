@@ -50,6 +50,15 @@ def test_a_peer_of_four_that_learns_from_all_sources_makes_11_passes_and_all_mak
     assert passes["all"] == ["28", "16", "0", "44", "44"]
 
 
+def test_the_table_of_peers_names_every_threat_of_a_union() -> None:
+    rows = cells(description(config_of("peers.0.threat=l2", "peers.0.attack.eps=1/2", "peers.1.union.strategy=max",
+                                       "peers.1.union.threats=linf:8/255,l1:12")), "peers")
+    assert [" ".join(rows[f"peer{n}"][2:-2]) for n in range(3)] == [
+        "l2 1/2 PGD-7", "union (max): linf 8/255, l1 12 PGD-7", "linf 1/10 PGD-7"]
+    rows = cells(description(config_of(*f"{ROLES}peers.2.union.strategy=avg".split())), "peers")
+    assert "union (avg): those of the specialists" in " ".join(rows["peer2"])
+
+
 def test_a_peer_that_recomputes_teaches_in_passes_of_their_own() -> None:
     passes = cells(description(config_of("step.memory=recompute")), "passes")
     assert passes["peer0"] == ["7", "4", "4", "15", "11"]

@@ -51,12 +51,12 @@ def test_the_mean_and_the_sample_deviation_are_those_worked_out_by_hand(table, t
     assert (code, err) == (0, "")
     assert rows == [["runs", "target", "weights", "checkpoint", "attack", "clean %", "linf 8/255 %", "seeds"],
                     ["---"] * 5 + ["---:"] * 3,
-                    ["digits", "peer0", "raw", "last", "PGD-20", "83.00 ± 2.65", "50.00 ± 10.00", "3"]]
+                    ["digits", "peer0", "raw", "last", "PGD-20", "83.00 ± 2.65", "50.00 ± 10.00", "3: 0, 1, 2"]]
 
 
 def test_one_seed_has_a_mean_and_no_deviation(table, tmp_path):
     rows, _, _ = table(write(tmp_path, "a-seed7", 7, {"peer0": (0.5, 0.25)}))
-    assert rows[2] == ["a", "peer0", "raw", "last", "PGD-20", "50.00", "25.00", "1"]
+    assert rows[2] == ["a", "peer0", "raw", "last", "PGD-20", "50.00", "25.00", "1: 7"]
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(table, tmp_path):
@@ -66,8 +66,18 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(table, tmp
                write(tmp_path / "again", "a-seed2", 2, {"peer0": (0.1, 0.0)}, lr=0.2)]
     rows, _, _ = table(*folders)
     assert [(row[0], row[1], row[5], row[-1]) for row in rows[2:]] == [
-        ("a", "peer0", "60.00 ± 14.14", "2"), ("a", "ensemble", "70.00 ± 0.00", "2"),
-        ("b", "peer0", "90.00", "1"), ("a (2)", "peer0", "10.00", "1")]
+        ("a", "peer0", "60.00 ± 14.14", "2: 0, 1"), ("a", "ensemble", "70.00 ± 0.00", "2: 0, 1"),
+        ("b", "peer0", "90.00", "1: 0"), ("a (2)", "peer0", "10.00", "1: 2")]
+
+
+@pytest.mark.parametrize(("runs", "name"), [
+    (["mat-s0", "mat-s1"], "mat"), (["mat_lr0.1_s1", "mat_lr0.1_s10"], "mat_lr0.1"), (["run1", "run2"], "run"),
+    (["digits-20260101T000000Z", "digits-20260102T000000Z"], "digits"), (["a", "b"], "a"), (["mat-s0"], "mat-s0"),
+    (["mat_seed3"], "mat"), (["7", "8"], "7")])
+def test_a_row_is_called_by_what_its_runs_have_in_common(table, tmp_path, runs, name):
+    folders = [write(tmp_path, run, seed, {"peer0": (0.5, 0.2)}) for seed, run in enumerate(runs)]
+    ((label, *_, seeds),) = table(*folders)[0][2:]
+    assert (label, seeds) == (name, f"{len(runs)}: {', '.join(map(str, range(len(runs))))}")
 
 
 def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(table, tmp_path):
@@ -78,9 +88,9 @@ def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(tabl
     rows, _, _ = table(folder, other)
     assert rows[0][5:] == ["clean %", "linf 1/10 %", "l2 1/2 %", "linf 8/255 %", "union %", "seeds"]
     assert [row[3:] for row in rows[2:]] == [
-        ["best", "PGD-20", "50.00", "30.00", "30.00", "-", "30.00", "1"],
-        ["last", "PGD-20", "50.00", "20.00", "20.00", "-", "20.00", "1"],
-        ["last", "PGD-50", "50.00", "-", "-", "10.00", "-", "1"]]
+        ["best", "PGD-20", "50.00", "30.00", "30.00", "-", "30.00", "1: 0"],
+        ["last", "PGD-20", "50.00", "20.00", "20.00", "-", "20.00", "1: 0"],
+        ["last", "PGD-50", "50.00", "-", "-", "10.00", "-", "1: 0"]]
 
 
 def test_the_newest_evaluation_of_a_checkpoint_counts(table, tmp_path):
@@ -119,7 +129,7 @@ def test_an_unfinished_run_is_left_out_and_named(table, tmp_path):
     (tmp_path / "a-seed1").mkdir()
     (tmp_path / "a-seed1" / "config.yaml").touch()
     rows, code, err = table(*folders)
-    assert (code, rows[2][-1]) == (0, "1")
+    assert (code, rows[2][-1]) == (0, "1: 0")
     assert err == (f"mat_dist: warning: {folders[1]} has no test results of its best or last checkpoint yet and is "
                    "left out\n")
     _, code, err = table(folders[1])

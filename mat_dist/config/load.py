@@ -305,6 +305,9 @@ def _validated(layer: Layer, source: str, problems: list[ConfigError]) -> tuple[
         return layer, frozenset()
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
+    inside = {other["loc"][:1] for other in errors if len(other["loc"]) > 1}
+    # To pydantic a list is too short where all of its entries are bad.
+    errors = [found for found in errors if found["type"] != "too_short" or found["loc"] not in inside]
     problems += [problem(found, layer, count) for count, found in enumerate(errors)]
     if len(errors) > _MOST_ERRORS:
         raise joined(problems, source)
@@ -369,7 +372,8 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     layer = without_gone(_expanded(layer, source), problems, run=_run_of(file))
     layer, broken = _validated(layer, source, problems)
     layer = _under_peers(layer)
-    sound = [change for change in changes if change.path[0] not in broken]
+    # What it sets may stand in another section: attack.eps is threat.eps.
+    sound = [one for one in changes if not broken & {path[0] for path in normalised(one.tree, [], Config)}]
     problems += without_effect(sound, layer.peers or (), source)
     config = _resolved(layer)
     problems += [_placed(found, layer, source) for found in check(config, broken)]

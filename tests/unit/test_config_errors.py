@@ -122,6 +122,15 @@ def test_a_wrong_value_says_what_is_allowed(key: str, value: str, how: str, tmp_
     assert f"(command line, {key}" in line and how in line
 
 
+@pytest.mark.parametrize("item", [
+    "attack.eps=-1", "attack.eps=abc", "attack.eps=nan", "attack.eps=[1]", "attack.norm=l7", "threat.eps=-1",
+    "attack.steps=-1", "optim.lr=-1", "peers.all.attack.eps=-1", "peers.all.threat.eps=abc", "peers.all.optim.lr=-1",
+    "peers.1.attack.eps=-1", "loss.preset=x", "attack.eps=8"])
+def test_one_wrong_value_is_one_problem(item: str) -> None:
+    found = problems("digits", item)
+    assert len(found) == 1 and item.partition("=")[0] in found[0]
+
+
 def test_text_settings_in_a_file_want_quotes_around_numbers(tmp_path: Path) -> None:
     (line,) = refused(tmp_path, "data: {root: 5}")
     assert "5 cannot be used for data.root" in line and "in quotes" in line

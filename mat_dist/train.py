@@ -14,6 +14,7 @@ from pathlib import Path
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
 from mat_dist.distributed.launch import Launch
+from mat_dist.runs.starts import Start, recording
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(words: list[str]) -> None:
+    """A start, which leaves its end in the folder of its run however far it comes."""
+    with recording(words) as start:
+        _train(words, start)
+
+
+def _train(words: list[str], start: Start) -> None:
     """Plug-ins, settings, ranks, run folder, data, training: in this order."""
     options = TrainingOptions("train", __doc__)
     options.add_argument("--dry-run", action="store_true", help="show what would be run, and stop")
     asked = options.read(words)
     plugins = load_plugins(asked.plugin)
-    config = load_config(asked.config, asked.words)
+    config, launch = load_config(asked.config, asked.words), Launch.from_environment()
+    name = config_name(asked.config, config)
+    start.learn(config, name, launch)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.core.optim import check_optimizers
@@ -42,15 +51,13 @@ def train(words: list[str]) -> None:
     from mat_dist.tools.dryrun import show_run
 
     require_trackers(config.log)
-    launch = Launch.from_environment()
     device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
     prepare_torch(config)
     check_optimizers(config)
     if asked.dry_run:
         return show_run(config, launch, device, recipe_notes(asked.config, config))
     with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
-          open_run(config, mesh, launch, config_name=config_name(asked.config, config), argv=words,
-                   plugins=plugins) as run):
+          open_run(config, mesh, launch, config_name=name, argv=words, plugins=plugins) as run):
         run.notes += [*recipe_notes(asked.config, config), *config_warnings(config)]
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                             build_cache=launch.local_rank == 0, stop=stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mat_dist.checkpoints.manifest import FORMAT, FileEntry, Manifest, Meta, TooNew, json_digest, read_manifest, verify
-from mat_dist.checkpoints.peers import Snapshot, load_peer, migrated, save_peer, snapshot, write_peer
+from mat_dist.checkpoints.peers import Snapshot, identity, load_peer, migrated, save_peer, snapshot, write_peer
 from mat_dist.checkpoints.store import (
     Best,
     abandon,
@@ -21,6 +21,7 @@ from mat_dist.checkpoints.store import (
 
 __all__ = [
     "FORMAT", "Best", "FileEntry", "Manifest", "Meta", "Snapshot", "TooNew", "abandon", "adopt", "begin", "commit",
-    "find_newest", "json_digest", "load_manifest", "load_peer", "mark_best", "migrated", "partial_directory", "prune",
-    "read_best", "read_manifest", "save_peer", "snapshot", "step_name", "verify", "write_peer",
+    "find_newest", "identity", "json_digest", "load_manifest", "load_peer", "mark_best", "migrated",
+    "partial_directory", "prune", "read_best", "read_manifest", "save_peer", "snapshot", "step_name",
+    "verify", "write_peer",
 ]

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat
 from torch import Tensor, nn
 
 from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, step_name
 from mat_dist.checkpoints.foreign import find_network, read_tensors
-from mat_dist.config import load_config
+from mat_dist.checkpoints.peers import reason
+from mat_dist.config import load_config, other_plugins, resume_conflicts
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
 from mat_dist.models.registry import Images, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.session import Run
 
 RAW, EMA, ENSEMBLE, BEST = "raw", "ema", "ensemble", "best"
 CPU = torch.device("cpu")
+
+
+Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]
+
+
+class _Told(BaseModel):
+    """What a manifest tells of the images."""
+
+    shape: tuple[Size, Size, Size]
+    classes: Size
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,11 @@ class FinishedRun:
     def images(self) -> Images:
         """What the models take. Raises CheckpointError where the manifest does not say it."""
         try:
-            return Images.of(self.manifest.meta.extra["images"])
-        except (KeyError, TypeError) as error:
+            told = _Told.model_validate(self.manifest.meta.extra["images"])
+            if not len(told.mean) == len(told.std) == told.shape[0]:
+                raise ValueError("mean and std are not those of its channels")
+            return Images(told.shape, told.classes, told.mean, told.std)
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"the manifest does not tell the size of the images: {error}",
                                   str(self.manifest.directory), "choose another checkpoint") from error
 
@@ -75,15 +94,18 @@ class FinishedRun:
     def state(self, peer: str | int) -> dict[str, Tensor]:
         """The weights of a peer; one that keeps no averaged weights gives its raw ones."""
         state = load_peer(self.manifest, self.index(peer))
-        chosen: dict[str, Tensor] = state["model"] if self.weights == RAW or state["ema"] is None else state["ema"]
+        with fitting(str(peer), self.manifest, self.index(peer)):
+            chosen: dict[str, Tensor] = state["model"] if self.weights == RAW or state["ema"] is None else state["ema"]
         return chosen
 
     def peer(self, peer: str | int = BEST, device: torch.device = CPU) -> nn.Module:
         """A peer's model: eval mode, no gradient of parameters. Raises CheckpointError."""
         index = self.index(peer)
         config = self.config
-        model = make_model(config.peers[index], self.images, seed=config.run.seed, step=config.step, device=device)
-        model.load_state_dict(self.state(index))
+        model, state = make_model(config.peers[index], self.images, seed=config.run.seed, step=config.step,
+                                  device=device), self.state(index)
+        with fitting(self.peers[index], self.manifest, index):
+            model.load_state_dict(state)
         return model.eval().requires_grad_(False)
 
     def models(self, device: torch.device = CPU) -> list[nn.Module]:
@@ -116,14 +138,35 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
     if not folder.config.is_file():
         what = "this is not the folder of a run" if folder.path.exists() else "there is no such file or folder of a run"
         raise CheckpointError(what, str(run), "give the folder that holds config.yaml")
-    config = config or load_config(str(folder.config))
+    own = load_config(str(folder.config))
+    config = config or own
     manifest = load_manifest(folder, "latest" if which == BEST and read_best(folder) is None else which)
+    check_origin(manifest, own)
     averaged = any(spec.averages for spec in config.peers)
     weights = weights or (EMA if averaged else RAW)
     if weights not in (RAW, EMA) or (weights == EMA and not averaged):
         raise CheckpointError(f"there are no weights {weights!r}", str(run),
                               "choose raw, or ema where optim.ema_decay or methods.swa was set")
     return FinishedRun(folder, config, manifest, weights)
+
+
+def check_origin(manifest: Manifest, config: Config, plugins: Mapping[str, str] | None = None) -> None:
+    """Raise CheckpointError where a checkpoint was made with other settings than a run has, by other peers, or (where
+    they are given: SHA-256 by path) with other plug-ins. Versions before 0.2 recorded only the peers. Without plug-ins
+    it is for readers, who compare the images themselves."""
+    settings, then = (manifest.meta.extra.get(key) for key in ("settings", "plugins"))
+    found = resume_conflicts(settings, config) if isinstance(settings, dict) else []
+    told = [line for line in found if plugins is not None or not line.startswith("data.")][:8]
+    names = tuple(str(spec.name) for spec in config.peers)
+    if not told and manifest.meta.peers != names:
+        told = [f"peers {', '.join(manifest.meta.peers)[:200]} -> {', '.join(names)[:200]}"]
+    if told:
+        raise CheckpointError(f"the checkpoint was made with other settings than those of the run: {'; '.join(told)}",
+                              str(manifest.directory), "restore config.yaml or the checkpoint from a copy, or use the "
+                              "settings that it was made with")
+    if plugins is not None and isinstance(then, dict) and (changed := other_plugins(then, plugins)):
+        raise CheckpointError(f"the plug-ins are not those of the checkpoint: {changed}", str(manifest.directory),
+                              "give --plugin FILE for the files as they were, or choose another run.name")
 
 
 def load(run: str | Path, peer: str | int = BEST, *, which: str = BEST, weights: str | None = None,
@@ -171,22 +214,63 @@ def _validated(folder: RunFolder, step: int, weights: str) -> dict[str, float]:
         raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
 
 
-# ------------------------------------------------------------------------------------------------ init_from
+# ------------------------------------------------------------------------------------------------ into a training
 
 
-class Starter(Protocol):
+class Trained(Protocol):
     """A peer of a training (core/peer.py)."""
 
     spec: PeerConfig
+    index: int
     model: nn.Module
     notes: list[str]
 
     @property
     def name(self) -> str: ...
     def start_from(self, weights: dict[str, Tensor]) -> None: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
-def initialise(peers: Iterable[Starter], images: Images) -> None:
+def check_resumed(manifest: Manifest | None, run: Run, config: Config, data_digest: str, total: int) -> None:
+    """Raise CheckpointError unless the run, of `total` steps, can go on from the checkpoint that was found."""
+    if manifest is None:
+        if config.run.resume == "must":
+            raise CheckpointError("there is no checkpoint to continue", str(run.folder.path),
+                                  "check run.name, or set run.resume=auto")
+        return
+    where = str(manifest.directory)
+    check_origin(manifest, config, run.plugins)
+    if not run.continues and "settings" not in manifest.meta.extra:
+        raise CheckpointError("config.yaml is gone, and the checkpoint, of an earlier version, has no settings", where,
+                              "restore config.yaml, or choose another run.name")
+    if manifest.step > total:
+        raise CheckpointError(f"the checkpoint is of step {manifest.step}, the whole run has {total}", where,
+                              "it is not of this run: move it elsewhere")
+    if manifest.meta.data_digest != data_digest:
+        raise CheckpointError("the images are not those that the run was trained on", where,
+                              "use the same data.root and data settings, or choose another run.name")
+
+
+def restore(peer: Trained, manifest: Manifest) -> None:
+    """Give a peer its state of a checkpoint. Raises CheckpointError, also for one that does not fit it."""
+    state = load_peer(manifest, peer.index)
+    with fitting(peer.name, manifest, peer.index):
+        peer.load(state)
+
+
+@contextmanager
+def fitting(name: str, manifest: Manifest, index: int) -> Iterator[None]:
+    """Turn what torch raises for a state that does not fit a peer into a CheckpointError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the state does not fit {name}: {reason(error)}", str(
+            manifest.directory / manifest.files[index].name), "use another checkpoint, or that of this run") from error
+
+
+def initialise(peers: Iterable[Trained], images: Images) -> None:
     """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
     for peer in peers:
         source = peer.spec.init_from
@@ -207,7 +291,7 @@ def initialise(peers: Iterable[Starter], images: Images) -> None:
                                       f"give {peer.name} the model of that run") from error
 
 
-def _of_a_file(file: Path, entry: str | None, peer: Starter, images: Images) -> dict[str, Tensor]:
+def _of_a_file(file: Path, entry: str | None, peer: Trained, images: Images) -> dict[str, Tensor]:
     """The weights for a peer's model from a file that no run of ours wrote; `peer.notes` gets what is worth telling."""
     net, state = peer.model.get_submodule("net"), dict(peer.model.state_dict())
     network = find_network(read_tensors(file), net, channels=images.shape[0], classes=images.classes, entry=entry,

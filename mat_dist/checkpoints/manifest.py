@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mat_dist.errors import CheckpointError
-from mat_dist.runs.files import parse_json
+from mat_dist.runs.files import open_plain, parse_json
 
 FORMAT = 2
 """Format version that is written; version 1 is read too. They differ in the peers' files alone."""
@@ -108,7 +108,7 @@ def read_file(manifest: Manifest, index: int) -> bytes:
     entry = manifest.files[index]
     file = manifest.directory / entry.name
     try:
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             data = stream.read(entry.size) if size == entry.size else b""
     except OSError as error:
@@ -129,7 +129,7 @@ def peer_file(index: int, version: int = FORMAT) -> str:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             text = stream.read(_LARGEST_MANIFEST)
         document = parse_json(text) if text.endswith(b"\n") else None  # no line end: cut off
     except FileNotFoundError:

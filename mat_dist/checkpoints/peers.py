@@ -15,8 +15,8 @@ import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from mat_dist.checkpoints.manifest import FileEntry, Manifest, peer_file, read_file
+from mat_dist.checkpoints.manifest import FileEntry, Manifest, Meta, peer_file, read_file
 from mat_dist.errors import CheckpointError, NonFinite
 from mat_dist.runs.files import parse_json, write_bytes
 
-PART = "state"  # the entry of the metadata
+PART, OWNER = "state", "owner"  # entries of the metadata
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
          torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
@@ -45,10 +45,17 @@ class Snapshot:
         rest: the state as plain JSON. `{"$tensor": name}` stands for a tensor, `{"$tuple": [...]}` for a tuple,
             `{"$items": [[key, value], ...]}` for a dictionary whose keys are not all plain text, `{"$float": "nan"}`
             for a number that JSON lacks.
+        owner: of which peer, step and settings it is (`identity`).
     """
 
     tensors: dict[str, Tensor]
     rest: Any
+    owner: Mapping[str, Any] = field(default_factory=dict)
+
+
+def identity(meta: Meta, step: int, index: int) -> dict[str, Any]:
+    """What tells a peer's file from those of other peers, steps and settings, whose manifest it may get."""
+    return {"peer": meta.peers[index], "step": step, "config_digest": meta.config_digest}
 
 
 def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
@@ -56,11 +63,11 @@ def save_peer(directory: Path, index: int, state: dict[str, Any]) -> FileEntry:
     return write_peer(directory, index, snapshot(state))
 
 
-def snapshot(state: dict[str, Any]) -> Snapshot:
+def snapshot(state: dict[str, Any], owner: Mapping[str, Any] | None = None) -> Snapshot:
     """Copy `state`. Dictionaries of any kind become plain ones. Raises CheckpointError, with its key, for what is
-    neither a dense tensor, a number, text, None, nor a list, tuple or dict of those."""
+    neither a dense tensor, a number, text, None, nor a list, tuple or dict of those. `owner`: its `identity`."""
     tensors: dict[str, Tensor] = {}
-    return Snapshot(tensors, _packed(state, "", tensors))
+    return Snapshot(tensors, _packed(state, "", tensors), owner or {})
 
 
 def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
@@ -82,19 +89,26 @@ def write_peer(directory: Path, index: int, copy: Snapshot) -> FileEntry:
 
 def load_peer(manifest: Manifest, index: int) -> dict[str, Any]:
     """What was saved for peer `index`, on the CPU, in whatever format. The bytes whose SHA-256 is compared are those
-    that are loaded. Raises CheckpointError: no such peer, or the file is missing, damaged or harmful."""
+    that are loaded. Raises CheckpointError: no such peer, or the file is missing, damaged, harmful or another's."""
     if not 0 <= index < len(manifest.files):
         raise CheckpointError(f"there is no peer {index}", str(manifest.directory),
                               f"choose one of 0 to {len(manifest.files) - 1}")
     data = read_file(manifest, index)
+    file = str(manifest.directory / manifest.files[index].name)
+    mine = identity(manifest.meta, manifest.step, index)
     try:
         content = migrated(_format_1(data)) if manifest.format == 1 else read_safetensors(data)
         if not isinstance(content, dict):
             raise ValueError(f"expected a dict, found {type(content).__name__}")
+        told = {"peer": content.get("name", mine["peer"]),  # all that earlier versions told
+                **({} if manifest.format == 1 else parse_json(_metadata(data).get(OWNER, "{}").encode()))}
     except Exception as error:  # damaged or hostile bytes make the libraries raise nearly anything
-        raise CheckpointError(f"not a file of tensors and plain numbers: {reason(error)}",
-                              str(manifest.directory / manifest.files[index].name),
+        raise CheckpointError(f"not a file of tensors and plain numbers: {reason(error)}", file,
                               "use a checkpoint from a source you trust; nothing in this one was executed") from error
+    for key, value in mine.items():
+        if told.get(key, value) != value:
+            raise CheckpointError(f"the file is of {key} {str(told[key])[:80]}, the manifest is of {key} {value}", file,
+                                  "restore the checkpoint from a copy, or use another one: files were exchanged")
     return content
 
 
@@ -154,10 +168,15 @@ def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
 def read_safetensors(data: bytes) -> Any:
     """The content of a safetensors file, on the CPU: the state that `write_peer` put there, else tensors by name.
     Raises what damaged or hostile bytes make safetensors and the reader of JSON raise."""
-    size = int.from_bytes(data[:8], "little")  # of the header, which is JSON
-    rest = parse_json(data[8:8 + size]).get("__metadata__", {}).get(PART)
+    rest = _metadata(data).get(PART)
     tensors = load(data)
     return tensors if rest is None else _unpacked(parse_json(rest.encode()), tensors)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+    found: dict[str, str] = parse_json(data[8:8 + size]).get("__metadata__", {})
+    return found
 
 
 def _parts(copy: Snapshot) -> list[bytes | memoryview]:
@@ -166,7 +185,8 @@ def _parts(copy: Snapshot) -> list[bytes | memoryview]:
     Not `safetensors.torch.save`: it stops all other threads, the training too, for 2.6 s per 526 MB, and copies the
     tensors once more. (`save_file` lets them run, but its errors have no errno and its files are private.)
     """
-    header: dict[str, Any] = {"__metadata__": {PART: json.dumps(copy.rest, allow_nan=False)}}
+    header: dict[str, Any] = {"__metadata__": {PART: json.dumps(copy.rest, allow_nan=False),
+                                                   OWNER: json.dumps(dict(copy.owner))}}
     content, end = list[memoryview](), 0
     for name, tensor in sorted(copy.tensors.items(), key=lambda item: -item[1].element_size()):
         content.append(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -14,11 +14,9 @@ from typing import Any
 
 from mat_dist import checkpoints
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.errors import OutputError
 from mat_dist.runs.session import Run
 
 LAST_MOMENT = 1.0  # seconds that a rank which leaves waits for a write
-MAX_FAILURES = 3  # saves in a row that may fail (disk full) before the run stops
 PeerStates = Mapping[int, Callable[[], dict[str, Any]]]
 
 
@@ -53,7 +51,6 @@ class Saver:
         self.run, self.keep, self.note = run, keep, note
         self.newest: checkpoints.Manifest | None = None
         self._pending: _Pending | None = None
-        self._failures = 0
 
     @property
     def pending(self) -> bool:
@@ -81,6 +78,7 @@ class Saver:
         self.finish()
         mesh = self.run.mesh
         agree = Agreement(mesh, f"checkpoint after step {done}", done)
+        agree.run("begin", self.run.check_owner)
         if mesh.placement.is_lead:
             agree.run("begin", checkpoints.begin, self.run.folder, done, self.run.attempt)
         if not self._passes(agree, "begin", done):
@@ -89,7 +87,8 @@ class Saver:
         for index, state in states.items():
             made = agree.run(f"state of {meta.peers[index]}", state)
             if mesh.placement.owns_files:
-                copies[index] = agree.run(f"copy of {meta.peers[index]}", checkpoints.snapshot, made)
+                copies[index] = agree.run(f"copy of {meta.peers[index]}", checkpoints.snapshot, made,
+                                          checkpoints.identity(meta, done, index))
         agree.header("copies")
         directory = checkpoints.partial_directory(self.run.folder, done, self.run.attempt)
         self._pending = _Pending(done, meta, _in_background(
@@ -108,6 +107,7 @@ class Saver:
         if not self._passes(agree, "files", pending.done):
             return False
         told = mesh.gather_json([asdict(e) for e in entries])
+        agree.run("manifest", self.run.check_owner)
         if mesh.placement.is_lead:
             listed = [checkpoints.FileEntry(**e) for rank in told for e in rank]
             agree.run("manifest", checkpoints.commit, self.run.folder, pending.done, self.run.attempt, listed,
@@ -116,7 +116,7 @@ class Saver:
                 self.note(problem)
         if not self._passes(agree, "manifest", pending.done):
             return False
-        self._failures = 0
+        self.run.refusals = 0
         self.newest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, pending.done)
         agree.header("saved")
         return True
@@ -127,16 +127,9 @@ class Saver:
             wait([self._pending.writing], timeout=LAST_MOMENT)
 
     def _passes(self, agree: Agreement, point: str, done: int) -> bool:
-        """Meet all ranks; a disk that refuses is survived, with a note, up to MAX_FAILURES times in a row."""
-        try:
-            agree.sync(point)
-        except OutputError as error:
-            self._failures += 1
+        """Meet all ranks; a disk that refuses is survived a few times."""
+        def abandon() -> None:
             if self.run.mesh.placement.is_lead:
                 checkpoints.abandon(self.run.folder, done, self.run.attempt)
-            if self._failures >= MAX_FAILURES:
-                raise
-            self.note(f"warning: no checkpoint after step {done}: {error}; the run goes on, "
-                      f"try {self._failures} of {MAX_FAILURES}")
-            return False
-        return True
+
+        return self.run.outlives(agree, point, f"no checkpoint after step {done}", self.note, abandon)

@@ -38,7 +38,7 @@ from mat_dist.checkpoints.manifest import (
     verify,
 )
 from mat_dist.errors import CheckpointError, OutputError
-from mat_dist.runs.files import fsync_directory, parse_json, reported, set_aside, write_json, write_text
+from mat_dist.runs.files import fsync_directory, open_plain, parse_json, reported, set_aside, write_json, write_text
 from mat_dist.runs.folder import RunFolder
 
 _REPLACED = ".replaced"  # ending of an intact checkpoint that makes way for another one of the same step
@@ -60,7 +60,7 @@ def partial_directory(folder: RunFolder, step: int, attempt: int) -> Path:
 def _directories(folder: RunFolder) -> list[tuple[int, Path]]:
     """(step, directory) of all checkpoints, newest first; one that is being replaced comes after its successor."""
     found = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for entry in folder.checkpoints.iterdir():
             name = _STEP.fullmatch(entry.name.removesuffix(_REPLACED))
             if name and entry.is_dir():
@@ -83,7 +83,7 @@ def _manifest_of(step: int, directory: Path) -> Manifest:
 
 def _pointer(folder: RunFolder, which: str) -> int | None:
     """The step that the one-line file `which` (latest, best) names; None if there is no such file or line."""
-    with suppress(OSError), (folder.checkpoints / which).open("rb") as stream:
+    with suppress(OSError), open_plain(folder.checkpoints / which) as stream:
         name = _STEP.fullmatch(stream.read(100).decode(errors="replace").strip())
         return int(name[1]) if name else None
     return None

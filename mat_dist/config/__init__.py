@@ -2,6 +2,7 @@
 
 from mat_dist.config.help import Options, TrainingOptions, count, schema_json
 from mat_dist.config.load import (
+    binding,
     config_differences,
     config_folders,
     config_name,
@@ -12,7 +13,7 @@ from mat_dist.config.load import (
     trains_longer,
     with_absolute_paths,
 )
-from mat_dist.config.plugins import load_plugins
+from mat_dist.config.plugins import load_plugins, other_plugins
 from mat_dist.config.rules import config_warnings
 from mat_dist.config.schema import (
     AttackConfig,
@@ -36,7 +37,7 @@ from mat_dist.config.schema import (
 __all__ = [
     "AttackConfig", "AugmentConfig", "CheckpointConfig", "CommConfig", "Config", "DataConfig", "EvalConfig",
     "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "Options", "PeerConfig", "RunConfig", "StepConfig",
-    "ThreatConfig", "TrainConfig", "TrainingOptions", "config_differences", "config_folders", "config_name",
-    "config_warnings", "count", "dump_config", "load_config", "load_plugins",
+    "ThreatConfig", "TrainConfig", "TrainingOptions", "binding", "config_differences", "config_folders", "config_name",
+    "config_warnings", "count", "dump_config", "load_config", "load_plugins", "other_plugins",
     "recipe_notes", "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
 ]

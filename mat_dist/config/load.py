@@ -392,6 +392,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 _MAY_CHANGE = ("eval.", "log.", "checkpoint.", "comm.", "run.root", "run.name", "run.resume", "run.threads",
                "data.root", "data.download", "data.cache", "data.residency", "step.memory")
 _PATHS = ("data.generated", ".init_from")  # that may not change, but be written in another way
+_LENGTH = ("train.epochs", "train.max_steps")
 
 
 def _values(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -460,6 +461,11 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
     return [_line(*pair) for pair in _pairs(old, new)]
 
 
+def binding(config: Config) -> dict[str, Any]:
+    """The settings that a run keeps to its end, by their keys."""
+    return {key: value for key, value in _flat(_values(config)) if not key.startswith((*_MAY_CHANGE, *_LENGTH))}
+
+
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and a longer training."""
     return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)
@@ -472,6 +478,6 @@ def trains_longer(old: Config, new: Config) -> bool:
 
 
 def _longer(key: str, before: Any, after: Any) -> bool:
-    if not isinstance(before, int) or key not in ("train.epochs", "train.max_steps"):
+    if not isinstance(before, int) or key not in _LENGTH:
         return False
     return after > before if isinstance(after, int) else key == "train.max_steps"

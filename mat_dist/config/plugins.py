@@ -8,7 +8,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -67,6 +67,13 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
 def module_name(digest: str) -> str:
     """Under which name a file with this SHA-256 is imported."""
     return f"mat_dist_plugin_{digest[:16]}"
+
+
+def other_plugins(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The plug-ins (SHA-256 by path) in which two starts differ, in words; empty where all contents are the same."""
+    gone = [f"{path} ({str(digest)[:12]})" for path, digest in before.items() if digest not in now.values()]
+    new = [f"{path} ({str(digest)[:12]})" for path, digest in now.items() if digest not in before.values()]
+    return f"{', '.join(gone) or 'none'} -> {', '.join(new) or 'none'}" if gone or new else ""
 
 
 def _run(path: str, data: bytes, name: str) -> None:

@@ -8,8 +8,9 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from mat_dist import checkpoints
-from mat_dist.checkpoints.load import initialise
+from mat_dist.checkpoints.load import check_resumed, initialise, restore
 from mat_dist.checkpoints.saver import Saver
+from mat_dist.config import binding, with_absolute_paths
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
@@ -18,7 +19,7 @@ from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_bat
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import CheckpointError, NonFinite, OutputError, PeerFailed, StopRequested
+from mat_dist.errors import NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.models.registry import DTYPES, Images
 from mat_dist.runs.metrics import Reporter, device_memory
 from mat_dist.runs.session import Run
@@ -149,6 +150,7 @@ class Trainer:
         """Report a log step, and what is unusual about it."""
         phases = self.mesh.gather_json(meter.means())
         record = step_record(outcome, meter, self.config.train.batch_size)
+        self.run.check_owner()
         try:
             self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
                                **device_memory(self.mesh.device)})
@@ -188,11 +190,12 @@ class Trainer:
 
     def save(self, done: int, *, needed: bool, wait: bool) -> None:
         """All peers into `checkpoints/step_<done>`. `needed`: the run ends here, so that a full disk is an error."""
-        settings = self.config.model_dump(mode="json", exclude={"run": {"name", "root"}})
+        told = with_absolute_paths(self.config)
         meta = checkpoints.Meta(
             epoch=done // self.cohort.steps_per_epoch, peers=tuple(str(p.name) for p in self.config.peers),
-            config_digest=checkpoints.json_digest(settings), data_digest=self.data.digest, extra={
-                "classes": list(self.data.classes), "images": asdict(self.images)})
+            config_digest=checkpoints.json_digest(binding(told)), data_digest=self.data.digest, extra={
+                "classes": list(self.data.classes), "images": asdict(self.images), "plugins": self.run.plugins,
+                "settings": told.model_dump(mode="json", exclude={"run": {"name", "root"}})})
         self.run.together("averaged weights", self.prepare, done)
         states = {peer.index: peer.state for peer in self.cohort.peers}
         if not wait:
@@ -212,10 +215,12 @@ class Trainer:
     def resume(self) -> int:
         """Load the newest complete checkpoint if there is one -> the number of steps already done."""
         agree = Agreement(self.mesh, "resume")
+        agree.run("run folder", self.run.check_owner)
         found = None
         if self.mesh.placement.is_lead:
             newest = agree.run("search", checkpoints.find_newest, self.run.folder)
-            agree.run("settings", self._check_resume, newest[0] if newest else None)
+            agree.run("settings", check_resumed, newest[0] if newest else None, self.run, self.config, self.data.digest,
+                      self.cohort.total_steps)
             if newest is not None:
                 adopted = agree.run("search", checkpoints.adopt, self.run.folder, newest[0])
                 found = {"step": newest[0].step, "notes": [*newest[1], *(adopted or [])]}
@@ -226,21 +231,11 @@ class Trainer:
             return 0
         manifest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, found["step"])
         for peer in self.cohort.peers:
-            agree.run(f"loading {peer.name}", lambda p=peer: p.load(checkpoints.load_peer(manifest, p.index)))
+            agree.run(f"loading {peer.name}", restore, peer, manifest)
         agree.sync("loading")
         self.saver.newest = manifest
         self.run.notes += [*found["notes"], f"continuing after step {found['step']} of {self.cohort.total_steps}"]
         return int(found["step"])
-
-    def _check_resume(self, manifest: checkpoints.Manifest | None) -> None:
-        if manifest is None:
-            if self.config.run.resume == "must":
-                raise CheckpointError("there is no checkpoint to continue", str(self.run.folder.path),
-                                      "check run.name, or set run.resume=auto")
-            return
-        if manifest.meta.data_digest != self.data.digest:
-            raise CheckpointError("the images are not those that the run was trained on", str(manifest.directory),
-                                  "use the same data.root and data settings, or choose another run.name")
 
     def validate(self, done: int) -> None:
         """Evaluate the checkpoint of step `done` on the validation split, keep the best."""
@@ -248,3 +243,6 @@ class Trainer:
             return self.note(f"warning: no evaluation after step {done}, since there is no checkpoint of it")
         for line in self.watch.overfitting(self.evaluations.validate(done, self.saver.newest, self.progress(done))):
             self.note(line)
+        if done == self.cohort.total_steps and self.evaluations.lacks(done):
+            raise OutputError(f"the evaluation after step {done} could not be saved", str(self.run.folder.eval),
+                              "free space, then start again to make up for it")

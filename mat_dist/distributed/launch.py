@@ -29,16 +29,18 @@ class Launch:
     master: tuple[str, int] | None = None
     run_id: str = "none"
     agent_store: bool = False
+    requeue: int = 0  # how often SLURM has started the job again
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_*, SLURM_JOB_ID."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_*, SLURM_JOB_ID, SLURM_RESTART_COUNT."""
         env = os.environ
         try:
             numbers = {key: int(env.get(key, default)) for key, default in (
                 ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
                 ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
-                ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"))}
+                ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
+                ("SLURM_RESTART_COUNT", "0"))}
         except ValueError as error:
             raise EnvironmentFault(f"a launcher variable is not a number: {error}", "RANK, WORLD_SIZE, LOCAL_RANK",
                                    "start with torchrun, or unset them for one process") from None
@@ -52,7 +54,7 @@ class Launch:
             job = env["TORCHELASTIC_RUN_ID"]
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
                    job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"),
-                   env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+                   env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", numbers["SLURM_RESTART_COUNT"])
 
     def stay_on_node(self) -> None:
         """Let gloo listen on the loopback interface alone, where torchrun says that all ranks are on this node.

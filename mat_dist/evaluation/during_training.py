@@ -100,7 +100,7 @@ class Evaluations:
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
             own = own_robust(survivors, self.config.peers)
-        agree.sync("records")
+        self.run.outlives(agree, "records", f"no result of the evaluation after step {done}", self.note)
         told: list[float | None] = self.mesh.from_lead(own)
         return told
 
@@ -124,6 +124,7 @@ class Evaluations:
                 damaged = error
                 continue
             if self.mesh.placement.is_lead:
+                self.run.check_owner()
                 found = done[manifest.step]
                 write_result(self.run.folder.eval, f"test_{label}_{name}", self.about(manifest, job, label, "test"),
                              found, checked=False)
@@ -197,6 +198,7 @@ class Evaluations:
     def _record_validation(self, manifest: Manifest, job: Job, found: Found, survivors: Sequence[Survivors],
                            record: Mapping[str, Any]) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
+        self.run.check_owner()
         folder, score, step = self.run.folder, selection_score(survivors, self.config.peers), manifest.step
         best = read_best(folder)
         if best is None or score > best.score:

@@ -22,7 +22,7 @@ from mat_dist.evaluation.attacks import Job
 from mat_dist.evaluation.results import AS_TRAINED, CLEAN, COLUMNS, FORMAT, UNION, Verdict
 from mat_dist.evaluation.soundness import judge, judge_headline, total
 from mat_dist.evaluation.statistics import wilson_interval
-from mat_dist.runs.files import parse_json, write_json, write_text
+from mat_dist.runs.files import parse_json, reported, write_json, write_text
 from mat_dist.runs.record import versions
 
 VOLATILE = ("time", "chosen_on_validation", "system")  # none of them changes a result
@@ -163,7 +163,8 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
 
     Raises OutputError when the folder cannot be written.
     """
-    folder.mkdir(exist_ok=True)
+    with reported(folder):
+        folder.mkdir(exist_ok=True)
     survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights, training)]
     targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
     some = next(iter(found.values()))

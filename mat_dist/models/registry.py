@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +158,6 @@ class Images:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Images:
-        """From what a checkpoint's manifest tells."""
-        return cls(tuple(told["shape"]), told["classes"], tuple(told["mean"]), tuple(told["std"]))
 
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from stat import S_ISDIR, S_ISREG
+from typing import Any, BinaryIO
 
 from mat_dist.errors import OutputError
 
+_CHECK = "check the disk and the permissions of the folder"
 _HOW = {
     errno.ENOSPC: "free some space, or choose another run.root; the previous files are untouched",
     errno.EDQUOT: "the quota is used up: free some space, or choose another run.root",
@@ -28,22 +30,37 @@ _HOW = {
 }
 
 
-def free_bytes(path: Path) -> int | None:
-    """Bytes that this user can still write on the file system of `path`; None if it cannot be told."""
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError also where a pipe or a device stands, on which `open` would wait."""
+    mode = path.stat().st_mode
+    if not S_ISREG(mode) and not S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    return open(path, "rb")
+
+
+def _file_system(path: Path) -> os.statvfs_result | None:
+    """That of `path`, or of the nearest folder above it that is there; None if it cannot be told."""
     for folder in (path, *path.parents):
         with suppress(OSError):
-            stat = os.statvfs(folder)
-            return stat.f_bavail * stat.f_frsize
+            return os.statvfs(folder)
     return None
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this user can still write on the file system of `path`; None if it cannot be told."""
+    stat = _file_system(path)
+    return stat.f_bavail * stat.f_frsize if stat else None
 
 
 def output_error(error: OSError, path: Path, needed: int = 0) -> OutputError:
     """The `OutputError` for a failed write of `needed` bytes to `path`."""
-    what = f"cannot write: {error.strerror or error}"
-    free = free_bytes(path.absolute())
-    if free is not None:
-        what += f"; {needed} bytes needed, {free} bytes free" if needed else f"; {free} bytes free"
-    how = _HOW.get(error.errno or 0, "check the disk and the permissions of the folder")
+    what, how = f"cannot write: {error.strerror or error}", _HOW.get(error.errno or 0, _CHECK)
+    stat = _file_system(path.absolute())
+    if stat and error.errno == errno.ENOSPC and stat.f_files > 0 == stat.f_favail:  # some systems count no files
+        what, how = f"{what}; no inode is free, and each file needs one", "delete files, or choose another run.root"
+    elif stat:
+        free = f"{stat.f_bavail * stat.f_frsize} bytes free"
+        what += f"; {needed} bytes needed, {free}" if needed else f"; {free}"
     return OutputError(what, str(path), how)
 
 
@@ -93,6 +110,24 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise output_error(error, path, sum(map(len, parts))) from error
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Put `data` into the blocks that the file has, on a disk too full for another file. A kill meanwhile damages it.
+    Raises OSError; where there is no room either, the old content stays."""
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        size, rest = os.fstat(handle).st_size, memoryview(data)
+        try:
+            os.posix_fallocate(handle, 0, len(data))
+            while len(rest):
+                rest = rest[os.write(handle, rest):]
+            size = len(data)
+        finally:
+            os.ftruncate(handle, size)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,10 @@ from mat_dist.runs.files import reported
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_STEM = 32  # leaves room for "-job" with a long id, or for a time and a suffix, within 64 characters
 _PROOFS = frozenset({"environment.json", "exit.json", "lock"})
+_FOLDERS = ("checkpoints", "eval", "tensorboard", "wandb")
+_FILES = re.compile(r"(config\.yaml|environment\.json|exit\.json|metrics\.jsonl|summary\.csv|lock|\.lock\.guard|"
+                    r"rank_\d+\.log)")
+_POINTERS = ("checkpoints/latest", "checkpoints/best")
 _KNOWN = re.compile(r"config\.yaml|metrics\.jsonl|summary\.csv|checkpoints|eval|report|rank_\d+\.log|\..*\.tmp|"
                     r"\.lock\.guard(\.soft)?|"
                     r"exit\.json\.damaged.*")
@@ -77,7 +82,7 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
         if resume == "must":
             raise ConfigError("the run to continue has no name", "run.resume=must", "set run.name")
         return _make_timed(base, f"{_plain(config_name, _LONGEST_STEM)}-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}")
-    path = base / (name or f"{_plain(config_name, _LONGEST_STEM)}-job{_plain(str(job_id), 28)}")
+    path = base / (name or _of_job(config_name, str(job_id)))
     if path.is_symlink():
         raise OutputError("the run folder is a symbolic link", str(path), "set run.root to where it points, or "
                                                                           "choose another run.name")
@@ -89,6 +94,25 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
         _check_existing(path, resume)
         _check_writable(path)
     return RunFolder(path)
+
+
+def existing(root: str | os.PathLike[str], name: str | None, config_name: str, job_id: str | None) -> RunFolder | None:
+    """The folder that `create_or_open` would continue; None where no run has begun there. Changes nothing."""
+    if name is None and job_id is None:
+        return None
+    with suppress(OSError, RuntimeError, ValueError):
+        path = Path(root).expanduser().resolve() / (name or _of_job(config_name, str(job_id)))
+        return RunFolder(path) if not path.is_symlink() and _is_run(set(os.listdir(path))) else None
+    return None
+
+
+def _of_job(config_name: str, job_id: str) -> str:
+    return f"{_plain(config_name, _LONGEST_STEM)}-job{_plain(job_id, 28)}"
+
+
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder that holds these is that of a run, which may have been killed at its start."""
+    return bool(names) and (bool(names & _PROOFS) or all(_KNOWN.fullmatch(name) for name in names))
 
 
 def _check_name(name: str) -> None:
@@ -137,11 +161,17 @@ def _check_existing(path: Path, resume: str) -> None:
     names = set(os.listdir(path))
     if not names:
         return
-    if not names & _PROOFS and not all(_KNOWN.fullmatch(name) for name in names):
+    if not _is_run(names):
         raise OutputError("the folder is not empty and is not a run folder", str(path), "choose another run.name")
     if resume == "never":
         raise OutputError("the run exists already", str(path), "choose another run.name, or set run.resume=auto to "
                                                                "continue it")
+    for name in sorted({*names, *_POINTERS}):
+        kind = "folder" if name in _FOLDERS else "file" if name in _POINTERS or _FILES.fullmatch(name) else None
+        found = path / name
+        if kind and os.path.lexists(found) and not (found.is_dir() if kind == "folder" else found.is_file()):
+            raise OutputError(f"a {kind} of that name is needed, and something else stands there", str(found),
+                              "move it elsewhere, or choose another run.name")
 
 
 def _check_writable(path: Path) -> None:

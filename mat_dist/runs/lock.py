@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from time import time
 
+from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.processes import ProcessIdentity
 from mat_dist.errors import OutputError
-from mat_dist.runs.files import parse_json, reported, write_json
+from mat_dist.runs.files import open_plain, parse_json, reported, write_json
 from mat_dist.runs.folder import RunFolder
 
 STALE_SECONDS = 120.0
@@ -26,6 +27,7 @@ STALE_SECONDS = 120.0
 
 GUARD_SECONDS = 30.0  # how long a start waits for others that take the lock at the same moment
 GUARD = ".lock.guard"
+NO_RUN_ID = "none"  # torchrun's, where none was given
 _NO_KERNEL_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})  # NFS without lockd, some FUSE drives
 
 
@@ -36,12 +38,24 @@ class Holder(ProcessIdentity):
     job_id: str | None
     since: str
     token: str
+    requeue: int = 0  # how often SLURM has started the job again,
+    run_id: str = NO_RUN_ID  # and torchrun its ranks
+    restart: int = 0
 
     @classmethod
-    def here(cls, job_id: str | None) -> Holder:
+    def here(cls, launch: Launch) -> Holder:
         """This process as a holder from now on."""
-        return cls(**asdict(ProcessIdentity.own()), job_id=job_id, since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-                   token=secrets.token_hex(8))
+        return cls(**asdict(ProcessIdentity.own()), job_id=launch.job_id, token=secrets.token_hex(8),
+                   since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", requeue=launch.requeue, run_id=launch.run_id,
+                   restart=launch.restart)
+
+    def precedes(self, other: Holder) -> bool:
+        """Whether `other` is of a later start of the same job, before which SLURM or torchrun has ended this process.
+        Two tasks of one start are two writers."""
+        if self.job_id is None or self.job_id != other.job_id:
+            return False
+        restarted = self.run_id == other.run_id != NO_RUN_ID and self.restart < other.restart
+        return self.requeue < other.requeue or restarted
 
     def __str__(self) -> str:
         job = f" of job {self.job_id}" if self.job_id else ""
@@ -51,13 +65,13 @@ class Holder(ProcessIdentity):
 class RunLock:
     """The right to write into a run folder. One process per run holds it, the others rely on that one.
 
-    A process of the same job (SLURM job or torchrun run id) takes the lock over from a process on another machine
+    A later start of the same job (SLURM job or torchrun run id) takes the lock over from a process on another machine
     without waiting for the heartbeat to grow stale: a requeued job.
     """
 
-    def __init__(self, folder: RunFolder, job_id: str | None) -> None:
+    def __init__(self, folder: RunFolder, launch: Launch | None) -> None:
         self.folder = folder
-        self.holder = Holder.here(job_id)
+        self.holder = Holder.here(launch or Launch())
 
     def acquire(self) -> str | None:
         """Take the lock -> a note if it was taken over from a dead holder. Raises OutputError where another process
@@ -68,16 +82,17 @@ class RunLock:
             if found is not None:
                 text, reason = self._judged(*found, now)
                 if reason is None:
-                    raise OutputError(f"the run is in use by {text}", str(self.folder.path),
-                                      "wait until it ends, stop it, or choose another run.name")
+                    raise OutputError(f"the run is in use by {text}", str(self.folder.path), self._advice(found[0]))
                 note = f"took the lock over from {text}: {reason}"
             write_json(self.folder.lock, asdict(self.holder))
             self._sweep(now)
         return note
 
     def held_by(self) -> str | None:
-        """Who holds the lock and may not be replaced, None if it can be taken. Changes nothing."""
+        """Who else holds the lock and may not be replaced, None if it can be taken. Changes nothing."""
         found = self._read()
+        if self._is_mine(found):
+            return None
         # By this machine's clock, which may differ from the file server's by less than STALE_SECONDS.
         text, reason = self._judged(*found, time()) if found else ("", "free")
         return text if reason is None else None
@@ -86,7 +101,7 @@ class RunLock:
         """Raise OutputError where the lock is gone or another process has taken it over: stop without writing. One
         small read, cheap enough before every write."""
         found = self._read()
-        if found is None or found[0] is None or found[0].token != self.holder.token:
+        if not self._is_mine(found):
             told = f"{_named(found[0])} has taken the lock over" if found else "the lock file has been removed"
             raise OutputError(told, str(self.folder.path), "run only one process group per run.name")
 
@@ -98,10 +113,22 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock up; does nothing if it is no longer ours. Raises OutputError if it cannot be removed."""
-        with self._guarded():
-            found = self._read()
-            if found is not None and found[0] is not None and found[0].token == self.holder.token:
-                os.unlink(self.folder.lock)
+        if self._is_mine(self._read()):
+            with self._guarded():
+                if self._is_mine(self._read()):
+                    os.unlink(self.folder.lock)
+
+    def _is_mine(self, found: tuple[Holder | None, float] | None) -> bool:
+        return found is not None and found[0] is not None and found[0].token == self.holder.token
+
+    def _advice(self, holder: Holder | None) -> str:
+        """What somebody can do who is refused because of `holder`."""
+        how = "wait until it ends, stop it, or choose another run.name"
+        if holder is None or not holder.shares_pids_with(self.holder):
+            how += f"; if it was killed, its lock passes on {STALE_SECONDS:.0f} s after its last sign of life"
+        if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
+            how += "; tasks of one job share a run only as ranks of one torchrun"
+        return how
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -141,14 +168,14 @@ class RunLock:
         """The holder and its last heartbeat; None if there is no lock. An unreadable lock has an unknown holder."""
         with reported(self.folder.lock):
             try:
-                with self.folder.lock.open("rb") as file:
+                with open_plain(self.folder.lock) as file:
                     text, modified = file.read(), os.fstat(file.fileno()).st_mtime
             except FileNotFoundError:
                 return None
         with suppress(ValueError, TypeError, KeyError):
             document = parse_json(text)
-            holder = Holder(**{field.name: document[field.name] for field in fields(Holder)})
-            if type(holder.pid) is int:
+            holder = Holder(**{field.name: document[field.name] for field in fields(Holder) if field.name in document})
+            if type(holder.pid) is type(holder.requeue) is type(holder.restart) is int:
                 return holder, modified
         return None, modified
 
@@ -157,8 +184,8 @@ class RunLock:
         text, age = _named(holder), now - modified
         if holder is not None and holder.shares_pids_with(self.holder):
             return text, None if holder.runs() else "that process is gone"
-        if holder is not None and holder.job_id is not None and holder.job_id == self.holder.job_id:
-            return text, "it belongs to the same job"
+        if holder is not None and holder.precedes(self.holder):
+            return text, "it belongs to an earlier start of the same job"
         return text, f"no heartbeat for {age:.0f} s" if age > STALE_SECONDS else None
 
     def _sweep(self, now: float) -> None:

@@ -208,7 +208,7 @@ def start_summary(path: Path) -> None:
     drop_partial_line(path)
     header = ",".join(SUMMARY_COLUMNS)
     with reported(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if not lines or not lines[0]:
         append_text(path, header + "\n")
     elif lines[0] != header:

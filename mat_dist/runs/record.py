@@ -6,22 +6,26 @@ counts as none.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mat_dist
-from mat_dist.errors import BUG, DONE, MatError
-from mat_dist.runs.files import parse_json, reported, set_aside, write_json
+from mat_dist.errors import BUG, DONE, MatError, OutputError
+from mat_dist.runs.files import open_plain, overwrite, parse_json, reported, set_aside, write_json
 from mat_dist.runs.folder import RunFolder
 
 HIDDEN = "<redacted>"
+REFUSED = "refused"  # the state of a start that came to nothing, so that the run is as it was
+MOST_ATTEMPTS = 10**9
 _SECRET = re.compile(r"token|secret|passw|pwd|credential|key|auth", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _URL_QUERY = re.compile(r"(?<=[?&])([^=&#\s]*(?:token|secret|passw|pwd|credential|key|auth|sig)[^=&#\s]*=)[^&#\s]+",
@@ -48,7 +52,7 @@ def write_environment(folder: RunFolder, *, attempt: int, argv: Sequence[str], d
         "job_id": job_id, "command": redact(argv), "seed": seed, "placement": dict(placement),
         "devices": list(devices), "versions": versions(), "git": git_revision(),
     }
-    _write_attempt(folder.environment, record, read_environment(folder), record)
+    write_json(folder.environment, _with_attempt(record, read_environment(folder), record))
 
 
 def read_environment(folder: RunFolder) -> dict[str, Any] | None:
@@ -114,7 +118,9 @@ def write_exit(folder: RunFolder, attempt: int, error: BaseException | None, sta
 
     Args:
         error: why it ended; None: it is done (code 0). Errors that are no `MatError` are bugs (code 70).
-        state: one word for people and scripts: done, stopped, failed, ...
+        state: one word for people and scripts: done, stopped, failed, refused, ...
+
+    On a full disk the file is written in its place: else it would still tell how the attempt before ended.
     """
     code, what, where, how = DONE, "", "", ""
     if isinstance(error, MatError):
@@ -124,7 +130,13 @@ def write_exit(folder: RunFolder, attempt: int, error: BaseException | None, sta
         how = "please report it with the traceback in rank_<r>.log"
     record = {"attempt": attempt, "code": code, "state": state, "what": what, "where": where, "how": how,
               "time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname()}
-    _write_attempt(folder.exit, {"code": code, "state": state}, read_exit(folder), record)
+    document = _with_attempt({"code": code, "state": state}, read_exit(folder), record)
+    try:
+        write_json(folder.exit, document)
+    except OutputError:
+        with suppress(OSError):
+            return overwrite(folder.exit, json.dumps(document, separators=(",", ":")).encode())
+        raise
 
 
 def read_exit(folder: RunFolder) -> dict[str, Any] | None:
@@ -134,31 +146,38 @@ def read_exit(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def next_attempt(folder: RunFolder) -> int:
-    """1 for a new run, else one more than any attempt that has started or ended."""
-    documents = (read_exit(folder), read_environment(folder))
+    """1 for a new run, else one more than any attempt that has started or ended; what cannot be read does not count."""
+    documents = []
+    for read in (read_exit, read_environment):
+        with suppress(OutputError):  # the attempt will tell, when it writes there
+            documents.append(read(folder))
     return 1 + max((one["attempt"] for document in documents if document for one in document["attempts"]), default=0)
 
 
 def finished(folder: RunFolder) -> bool:
-    """Whether the last attempt ended with code 0 and state done; such a run is not trained any further."""
-    document = read_exit(folder)
-    return document is not None and (document["code"], document["state"]) == (DONE, "done")
+    """Whether the newest attempt ended with code 0 and state done; such a run is not trained any further. Starts that
+    were refused do not count, and one that was killed counts though it could not tell how it ended."""
+    ended, started = read_exit(folder), read_environment(folder)
+    tried = [one for one in ended["attempts"] if one["state"] != REFUSED] if ended else []
+    newest = started["attempts"][-1]["attempt"] if started else 0
+    return bool(tried) and (tried[-1]["code"], tried[-1]["state"]) == (DONE, "done") and tried[-1]["attempt"] >= newest
 
 
 # ------------------------------------------------------------------------------------------------ both files
 
 
-def _write_attempt(file: Path, newest: Mapping[str, Any], before: Mapping[str, Any] | None,
-                   record: Mapping[str, Any]) -> None:
-    """Write `newest` and the list of attempts, with `record` in place of an earlier one of its number."""
+def _with_attempt(newest: Mapping[str, Any], before: Mapping[str, Any] | None,
+                  record: Mapping[str, Any]) -> dict[str, Any]:
+    """`newest` and the list of attempts, with `record` in place of an earlier one of its number."""
     others = [one for one in before["attempts"] if one["attempt"] != record["attempt"]] if before else []
-    write_json(file, {**newest, "attempts": [*others, record]})
+    return {**newest, "attempts": [*others, record]}
 
 
 def _read_attempts(file: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
     with reported(file):
         try:
-            document = parse_json(file.read_bytes())
+            with open_plain(file) as stream:
+                document = parse_json(stream.read())
         except FileNotFoundError:
             return None
         except ValueError:
@@ -173,5 +192,5 @@ def _sound(document: Any, keys: tuple[str, ...]) -> bool:
     if not isinstance(document, dict) or not isinstance(attempts := document.get("attempts"), list) or not attempts:
         return False
     whole = all(isinstance(one, dict) and all(key in one for key in keys) and type(one["attempt"]) is int
-                for one in attempts)
+                and 0 <= one["attempt"] < MOST_ATTEMPTS for one in attempts)
     return whole and all(key in document for key in keys if key != "attempt")

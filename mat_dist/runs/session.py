@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from mat_dist.config import (
     config_differences,
     dump_config,
     load_config,
+    other_plugins,
     resume_conflicts,
     trains_longer,
     with_absolute_paths,
@@ -42,10 +43,12 @@ from mat_dist.runs.files import write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
+from mat_dist.runs.starts import job_of
 from mat_dist.screens import loss
 
 T = TypeVar("T")
 BEAT_SECONDS = 30  # a lock is stale after 120 s
+MAX_FAILURES = 3  # writes in a row that a disk may refuse before the run stops
 
 
 @dataclass
@@ -57,6 +60,10 @@ class Run:
     log: logging.Logger
     notes: list[str]
     mesh: Mesh
+    plugins: dict[str, str] = field(default_factory=dict)  # SHA-256 by path
+    lock: RunLock | None = None  # of the rank that holds it
+    continues: bool = True  # whether the folder had the settings of an earlier attempt
+    refusals: int = 0  # writes in a row that the disk has refused
 
     def together(self, what: str, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of local work; if it fails on any rank, all ranks raise that error."""
@@ -64,6 +71,29 @@ class Run:
         result = agree.run(what, work, *args, **kwargs)
         agree.sync(what)
         return result
+
+    def check_owner(self) -> None:
+        """Raises OutputError where the folder is no longer ours; ask before each write into it. Only the rank that
+        holds the lock can tell: a network file system may show others what was there before."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def outlives(self, agree: Agreement, point: str, lost: str, note: Callable[[str], None],
+                 undo: Callable[[], None] = lambda: None) -> bool:
+        """Meet all ranks -> False where the disk refused what was to be written, which is survived with a note (of what
+        is `lost`) up to MAX_FAILURES times in a row. Raises what else a rank met, and where the lock is lost; `undo`
+        removes what was written in part."""
+        try:
+            agree.sync(point)
+        except OutputError as error:
+            self.together("run folder", self.check_owner)
+            undo()
+            self.refusals += 1
+            if self.refusals >= MAX_FAILURES:
+                raise
+            note(f"warning: {lost}: {error}; the run goes on, try {self.refusals} of {MAX_FAILURES}")
+            return False
+        return True
 
 
 @contextmanager
@@ -75,17 +105,18 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
     OutputError, or CheckpointError when the folder holds a run with other settings.
     """
     agree = Agreement(mesh, "opening the run")
-    _same_settings(mesh, config)
+    _same_everywhere(mesh, config, plugins)
     lead = mesh.placement.is_lead
     opened = agree.run("run folder", _open_folder, config, launch, config_name) if lead else None
     agree.sync("run folder")
     with contextlib.ExitStack() as stack:
         if opened is not None:
             stack.enter_context(_held(opened[1]))
-        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3]}
-                              if opened else None)
+        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3],
+                               "continues": opened[0].config.exists()} if opened else None)
         folder, attempt = RunFolder(Path(told["path"])), told["attempt"]
-        log = rank_logger(folder.path, mesh.placement.rank)
+        log = agree.run("log", rank_logger, folder.path, mesh.placement.rank)
+        agree.sync("log")
         stack.callback(close_logger, log)
         stack.callback(_note_lost_screen, log)
         names = mesh.gather_json(device_name(mesh.device))
@@ -96,14 +127,16 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
             agree.run("config", _record_config, folder, config, attempt)
         agree.sync("environment")
         log.info("attempt %d, %s, device %s", attempt, mesh.placement.describe(), device_name(mesh.device))
+        run = Run(folder, attempt, log, told["notes"], mesh, plugins, opened[1] if opened else None, told["continues"])
         try:
-            yield Run(folder, attempt, log, told["notes"], mesh)
+            yield run
+            if lead:
+                run.check_owner()
+                write_exit(folder, attempt, None, "done")
         except BaseException as error:
             known = _tell_others(error, mesh)
-            _record_failure(known, folder, attempt, log, launch)
+            _record_failure(known, run, launch)
             raise known from known.__cause__
-        if lead:
-            write_exit(folder, attempt, None, "done")
 
 
 def _note_lost_screen(log: logging.Logger) -> None:
@@ -111,14 +144,15 @@ def _note_lost_screen(log: logging.Logger) -> None:
         log.warning("the screen did not show all lines: %s", lost)
 
 
-def _record_failure(error: BaseException, folder: RunFolder, attempt: int, log: logging.Logger, launch: Launch) -> None:
+def _record_failure(error: BaseException, run: Run, launch: Launch) -> None:
     """Traceback into this rank's log; how the run ended into `exit.json`, by the lowest rank that is still sound."""
-    log.error("%s", "".join(traceback.format_exception(error)))
+    run.log.error("%s", "".join(traceback.format_exception(error)))
     error.add_note(LOGGED)
     if launch.speaks_for(getattr(error, "guilty", ())):
         state = "stopped" if isinstance(error, (StopRequested, KeyboardInterrupt)) else "failed"
-        with contextlib.suppress(OutputError):  # the disk may be what failed; the first error counts
-            write_exit(folder, attempt, error, state)
+        with contextlib.suppress(OutputError):  # the disk may be what failed, or the run another's; the first counts
+            run.check_owner()
+            write_exit(run.folder, run.attempt, error, state)
 
 
 def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
@@ -143,28 +177,29 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
     return known
 
 
-def _same_settings(mesh: Mesh, config: Config) -> None:
-    """Raise ConfigError on all ranks when their settings differ, with the keys."""
-    mine = json.loads(config.model_dump_json())
-    everyone = mesh.gather_json(mine)
-    for rank, other in enumerate(everyone):
-        lines = config_differences(everyone[0], other)
-        if lines:
+def _same_everywhere(mesh: Mesh, config: Config, plugins: dict[str, str]) -> None:
+    """Raise ConfigError on all ranks when their settings or plug-ins differ, with the keys or files."""
+    everyone = mesh.gather_json([json.loads(config.model_dump_json()), plugins])
+    for rank, (settings, files) in enumerate(everyone):
+        if lines := config_differences(everyone[0][0], settings):
             raise ConfigError(f"rank {rank} has other settings than rank 0: {'; '.join(lines[:5])}", "config",
                               "start all ranks with the same command line and files")
+        if told := other_plugins(everyone[0][1], files):
+            raise ConfigError(f"rank {rank} has other plug-ins than rank 0: {told}", "--plugin",
+                              "start all ranks with the same plug-ins, from one folder that all nodes share")
 
 
 def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunFolder, RunLock, int, list[str]]:
     """Rank 0: find or make the folder, take the lock, count the attempt."""
     folder = create_or_open(config.run.root, config.run.name, config_name=config_name, resume=config.run.resume,
-                            job_id=launch.job_id, now=datetime.now(UTC))
-    lock = RunLock(folder, launch.job_id)
+                            job_id=job_of(config, launch), now=datetime.now(UTC))
+    lock = RunLock(folder, launch)
     note = lock.acquire()
     try:
         _check_restart(folder, launch)
         check_continues(folder, config)
         return folder, lock, next_attempt(folder), [note] if note else []
-    except MatError:
+    except Exception:
         lock.release()
         raise
 

@@ -156,6 +156,7 @@ def open_reporter(run: Run, config: Config) -> Reporter:
     """The reporter of a rank. Rank 0: files and console, and the trackers of the section `log`; others: none."""
     if not run.mesh.placement.is_lead:
         return Reporter()
+    run.check_owner()
     folder = run.folder.path
     files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
     trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))

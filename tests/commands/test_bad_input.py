@@ -20,10 +20,11 @@ from mat_dist.checkpoints import saver
 from mat_dist.core import trainer
 from mat_dist.errors import OutputError
 from mat_dist.runs.folder import RunFolder
-from mat_dist.runs.lock import RunLock
+from mat_dist.runs.lock import GUARD, RunLock
 from tests.small_runs import SMALL, Finished, interrupted, run_small, tree_hash
 
 LINE = re.compile(r"mat_dist: error: [^\n]+ \([^\n]+\): [^\n]+\n")
+TOLD = ("exit.json", GUARD)  # what a refused start writes
 Fail = Callable[..., str]
 Captured = pytest.CaptureFixture[str]
 
@@ -40,13 +41,13 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def fails(earlier: Finished, capsys: Captured) -> Fail:
     """fails(code, *words) -> the one line on stderr of a train command that must end with `code`."""
     def run(code: int, *words: str) -> str:
-        root, before = earlier.folder.path.parent, tree_hash(earlier.folder.path)
+        root, before = earlier.folder.path.parent, tree_hash(earlier.folder.path, *TOLD)
         capsys.readouterr()
         found = train.main([*SMALL, f"run.root={root}", "run.name=new", *words])
         out, err = capsys.readouterr()
         assert found == code, err
         assert LINE.fullmatch(err), err  # one line, and with it no traceback
-        assert out == "" and tree_hash(earlier.folder.path) == before
+        assert out == "" and tree_hash(earlier.folder.path, *TOLD) == before
         return err
 
     return run
@@ -285,10 +286,10 @@ def two_epochs(root: Path) -> tuple[str, ...]:
 def test_a_stopped_run_is_refused_with_other_settings_and_goes_on_with_its_own(stopped: Finished, fails: Fail,
                                                                              tmp_path: Path) -> None:
     own = (*two_epochs(tmp_path), f"data.root={tmp_path / 'a.npz'}")
-    before = tree_hash(tmp_path)
+    before = tree_hash(tmp_path, *TOLD)
     for other in ("peers=3", "threat.eps=0.2", "train.epochs=1", "model.norm=group", "step.precision=fp64"):
         assert other.split("=")[0].split(".")[-1] in fails(4, *own, other)
-    assert tree_hash(tmp_path) == before
+    assert tree_hash(tmp_path, *TOLD) == before
     assert run_small(tmp_path, "stopped", *own).code == 0
 
 
@@ -315,6 +316,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_ends_with_4_and_keeps_them(stop
 
 def test_a_damaged_config_of_a_run_ends_with_2_and_names_it(stopped: Finished, fails: Fail, tmp_path: Path) -> None:
     stopped.folder.config.write_text("run: {seed: [}")
-    before = tree_hash(tmp_path)
+    before = tree_hash(tmp_path, *TOLD)
     assert "config.yaml" in fails(2, *two_epochs(tmp_path), f"data.root={tmp_path / 'a.npz'}")
-    assert tree_hash(tmp_path) == before
+    assert tree_hash(tmp_path, *TOLD) == before

@@ -224,8 +224,7 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_attempt
     assert read_best(again.folder).step == read_best(whole.folder).step  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("broken", ["attack", "write_result"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("broken,call", [("attack", 1), ("attack", 2), ("write_result", 2)])
 def test_an_evaluation_that_failed_is_done_first_on_resume(broken: str, call: int, cohort_run: Run, uninterrupted: Run,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a checkpoint and the end of its evaluation; for call 2 nothing else is left to do."""

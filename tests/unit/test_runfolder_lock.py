@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.processes import process_start
 from mat_dist.errors import OutputError
 from mat_dist.runs import lock
@@ -79,9 +80,9 @@ def dead_pid() -> int:
     return child.pid
 
 
-def plant(folder: RunFolder, age: float = 0.0, **changes) -> lock.Holder:
+def plant(folder: RunFolder, age: float = 0.0, launch: Launch | None = None, **changes) -> lock.Holder:
     """Write a lock file as if this process, with `changes`, held it since `age` seconds."""
-    holder = replace(RunLock(folder, changes.pop("job_id", None)).holder, **changes)
+    holder = replace(RunLock(folder, launch).holder, **changes)
     file = folder.lock
     file.write_text(json.dumps(asdict(holder)))
     os.utime(file, (time.time() - age,) * 2)
@@ -135,18 +136,62 @@ def test_a_zombie_is_dead(folder):
 def test_on_another_machine_only_the_heartbeat_counts(folder, elsewhere):
     plant(folder, age=STALE_SECONDS - 30, **elsewhere)
     with pytest.raises(OutputError, match="in use"):
-        RunLock(folder, "7").acquire()
+        RunLock(folder, None).acquire()
     plant(folder, age=STALE_SECONDS + 30, **elsewhere)
-    assert "no heartbeat" in RunLock(folder, "7").acquire()
+    assert "no heartbeat" in RunLock(folder, None).acquire()
 
 
-def test_the_same_job_takes_over_from_another_machine_but_not_from_a_live_process_here(folder):
-    plant(folder, host="other", job_id="7")
+ELSEWHERE = [{"host": "other"}, {"boot_id": "other"}, {"pid_namespace": "other"}]
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_a_task_of_the_same_start_of_a_job_is_another_writer(folder, elsewhere):
+    for theirs, mine in ((Launch(job_id="7"), Launch(job_id="7")),
+                         (Launch(job_id="7", requeue=2), Launch(job_id="7", requeue=2)),
+                         (Launch(job_id="7"), Launch(job_id="8", requeue=1)),
+                         (Launch(), Launch(requeue=1)),
+                         # The ranks of one torchrun were started again, those of the other one live.
+                         (Launch(job_id="7", run_id="a"), Launch(job_id="7", run_id="b", restart=1)),
+                         (Launch(job_id="7", run_id="none"), Launch(job_id="7", run_id="none", restart=1))):
+        plant(folder, launch=theirs, **elsewhere)
+        before = folder.lock.read_bytes()
+        with pytest.raises(OutputError, match=r"in use by pid .* wait until it ends.* 120 s after its last sign"):
+            RunLock(folder, mine).acquire()
+        assert folder.lock.read_bytes() == before
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_a_later_start_of_the_same_job_takes_over_at_once_and_one_task_of_it_only(folder, elsewhere):
+    for theirs, mine in ((Launch(job_id="7"), Launch(job_id="7", requeue=1)),
+                         (Launch(job_id="7", requeue=1, run_id="a", restart=3), Launch(job_id="7", requeue=2)),
+                         (Launch(job_id="7", run_id="a"), Launch(job_id="7", run_id="a", restart=1))):
+        plant(folder, launch=theirs, **elsewhere)
+        assert "earlier start of the same job" in RunLock(folder, mine).acquire()
+        plant(folder, launch=mine, **elsewhere)
+        with pytest.raises(OutputError, match="tasks of one job share a run only as ranks of one torchrun"):
+            RunLock(folder, mine).acquire()
+
+
+def test_a_live_process_here_keeps_its_lock_from_every_start_of_its_job(folder):
+    plant(folder, launch=Launch(job_id="7"))
     with pytest.raises(OutputError, match="of job 7"):
-        RunLock(folder, "8").acquire()
-    assert "same job" in RunLock(folder, "7").acquire()
-    with pytest.raises(OutputError, match="in use"):
-        RunLock(folder, "7").acquire()
+        RunLock(folder, Launch(job_id="7", requeue=1)).acquire()
+
+
+def test_a_lock_of_an_earlier_version_is_read(folder):
+    document = asdict(RunLock(folder, Launch(job_id="7")).holder)
+    for key in ("requeue", "run_id", "restart"):
+        del document[key]
+    folder.lock.write_text(json.dumps({**document, "host": "other"}))
+    with pytest.raises(OutputError, match="in use by pid"):
+        RunLock(folder, Launch(job_id="7")).acquire()
+    assert "same job" in RunLock(folder, Launch(job_id="7", requeue=1)).acquire()
+
+
+def test_a_pipe_in_place_of_the_lock_does_not_stop_the_reader(folder):
+    os.mkfifo(folder.lock)
+    with pytest.raises(OutputError, match="no file, but a pipe"):
+        RunLock(folder, None).held_by()
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"null", b"\xff", b'{"pid": 1}'])

@@ -16,15 +16,16 @@ from torch import nn
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.evaluation.attacks import NOISE_DRAWS, Job
 from mat_dist.evaluation.results import CLEAN
-from mat_dist.evaluation.settings import AUTOATTACK, MENU
+from mat_dist.evaluation.settings import AUTOATTACK, MENU, made_by
 from mat_dist.evaluation.soundness import CHECKING, OWN_STEPS, SEARCH_QUERIES
-from mat_dist.runs.console import Tally
+from mat_dist.runs.console import Tally, duration
 
 if TYPE_CHECKING:
     from mat_dist.evaluation.chunks import Work
 
 PACKAGE, PACKAGE_ALL = 1000, 4000  # passes of an image under one attack of AutoAttack, and under all of them
 REFRESH_S = 0.25
+SURE_AFTER_S, LONG_S = 5.0, 120.0  # when the pace is known, and what is worth a warning
 
 
 class Display(Protocol):
@@ -76,6 +77,7 @@ class Progress:
         self._tally: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
         self._before = CLEAN  # what the images withstood last
         self._text = ""
+        self._slow = made_by(work.job.attacks, "package")  # of which a warning is due
 
     def _cost(self, chunk: int) -> int:
         work = self._work
@@ -129,8 +131,15 @@ class Progress:
         self._shown = now = monotonic()
         share = (self._done + min(self._within, self._unit)) / self._total
         elapsed = now - self._began
-        self._display.status(self._text, elapsed, elapsed * (1 - share) / share if share > 0 else None,
-                             self._tally)
+        left = elapsed * (1 - share) / share if share > 0 else None
+        self._display.status(self._text, elapsed, left, self._tally)
+        if self._slow and left is not None and elapsed >= SURE_AFTER_S:
+            if left >= LONG_S:
+                rest = sum(passes(name, self._work.job) for name in self._work.job.attacks if name not in self._slow)
+                whole = rest + sum(passes(name, self._work.job) for name in self._slow)
+                self._display.note(f"about {duration(left)} more; without {', '.join(self._slow)} about "
+                                   f"{duration(left * rest / whole)}: attacks=pgd,cw, or images=N for a part")
+            self._slow = []
 
 
 def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

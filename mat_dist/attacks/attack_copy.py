@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mat_dist import rng
+from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.models.modes import frozen
 
 TOLERANCE = 1e-3  # of the largest logit: rounding is a thousand times less, a wrong copy far more
@@ -110,9 +111,7 @@ class _Layer:
 @contextmanager
 def _exact(model: nn.Module, sample: Tensor) -> Iterator[None]:
     """Eval mode without autocast, and without TF32, whose rounding is near the tolerance."""
-    cudnn = torch.backends.cudnn
-    with (frozen(model), torch.autocast(sample.device.type, enabled=False),
-          cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False)):
+    with frozen(model), torch.autocast(sample.device.type, enabled=False), strict_arithmetic():
         yield
 
 

@@ -17,6 +17,7 @@ from mat_dist.models.modes import split_norm_bias
 SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
 UNFIT = {"capturable", "differentiable"}  # for steps inside CUDA graphs, and for gradients through them
+WAITS = {"ASGD", "Adafactor"}  # they read numbers of the device in each update
 DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
 ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
 DECAY_FACTOR = 0.1  # of `piecewise` at each milestone
@@ -69,6 +70,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
     except (ValueError, TypeError, RuntimeError, IndexError) as refused:  # (0.9,) as betas; foreach beside fused
         raise ConfigError(f"{kind.__name__} refuses its settings: {refused}", f"{where}.optim",
                           "see the class in the documentation of torch.optim") from refused
+
+
+def optimizer_notes(optim: OptimConfig, model: nn.Module) -> list[str]:
+    """What the user should know of an optimizer for this model."""
+    waits = optim.name in WAITS and next(model.parameters()).device.type != "cpu"
+    return [f"optim.name={optim.name} waits for the GPU in each update"] if waits else []
 
 
 def clipped(model: nn.Module, gradients: list[Tensor], limit: float | None) -> Tensor:

@@ -19,7 +19,7 @@ from mat_dist.config.schema import PeerConfig, StepConfig
 from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.core.objective import Teaching, couples, partial_loss
-from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at
+from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at, optimizer_notes
 from mat_dist.models.modes import batch_stats_only, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Peer:
             model.requires_grad_(False)
         self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
         self.ema = copied_state(model) if spec.averages and not spec.frozen else None
-        self.notes: list[str] = []
+        self.notes = [f"{self.name}: {note}" for note in optimizer_notes(spec.optim, model)]
         self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step,
                                                  lambda text: self.notes.append(f"{self.name}: {text}"))
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)

@@ -173,13 +173,16 @@ class LessRobust(Hook):
 
     def attacked(self, part: Batch, threat: int, found: Found) -> None:
         assert found.held_B is not None
-        self._counts[0, self.drawn.index(threat)] += torch.tensor([int(found.held_B.sum()), len(part.y_B)])
+        place = self.drawn.index(threat)
+        self._counts[0, place, 0] += found.held_B.sum()
+        self._counts[0, place, 1] += len(part.y_B)
 
     def proposed(self) -> Sequence[Tensor]:
-        return [self._counts.to(_device(self.peer))]
+        return [self._counts]
 
     def commit(self, step: int, shared: Sequence[Tensor]) -> None:
-        """Counts are those of the whole batch, over replicas, so that all ranks choose alike."""
+        """Counts are those of the whole batch, over replicas, so that all ranks choose alike. They are read here, after
+        the vote, when the device has nothing to do."""
         for place, (held, seen) in enumerate(shared[0].sum(0).tolist()):
             self.choice.update(place, held, seen)
         self.abort()
@@ -188,7 +191,7 @@ class LessRobust(Hook):
         self._counts = self._nothing()
 
     def _nothing(self) -> Tensor:
-        return torch.zeros(1, len(self.drawn), 2, dtype=torch.int64)
+        return torch.zeros(1, len(self.drawn), 2, dtype=torch.int64, device=_device(self.peer))
 
     def state_dict(self) -> dict[str, Any]:
         return {"eat": self.choice.state()}

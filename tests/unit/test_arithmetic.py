@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import backends
+from torch import backends, nn
 from torch.backends import cudnn, mkldnn
 
+from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import prepare_torch
 from tests.cohorts import cohort_config
@@ -33,19 +34,23 @@ def state() -> dict[str, Any]:
             "precision": told(torch.get_float32_matmul_precision), "flags": (cudnn.deterministic, cudnn.benchmark)}
 
 
-@pytest.fixture(autouse=True)
-def torch_as_it_comes() -> Iterator[None]:
-    before = state()
-    yield
-    cudnn.deterministic, cudnn.benchmark = before["flags"]
+def torch_as_it_comes() -> None:
     torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = True
-    for _ in range(2):  # one that follows another is set too late in the first round
-        for name, part in PARTS.items():
-            part.fp32_precision = "none"
-            if part.fp32_precision != before[name]:
-                part.fp32_precision = before[name]
-    assert state() == before
+    for part in PARTS.values():
+        part.fp32_precision = "none"
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
+    assert [state()[key] for key in ("convolutions", "all", "products", "mkldnn products")] == ["tf32", *["none"] * 3]
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """From torch's defaults and back to them: other tests may have left something."""
+    flags = cudnn.deterministic, cudnn.benchmark
+    torch_as_it_comes()
+    yield
+    torch_as_it_comes()
+    cudnn.deterministic, cudnn.benchmark = flags
 
 
 def strict_and_back() -> None:
@@ -81,3 +86,12 @@ def test_the_precision_of_a_run_sets_what_its_description_says(before: str, prec
     assert (found["products"], found["convolutions"]) == (products, convolutions)
     assert found["old products"] == (products == "tf32") and found["old"] == (convolutions == "tf32")
     strict_and_back()
+
+
+@pytest.mark.parametrize("switch", ["", "cudnn.conv.fp32_precision = 'ieee'", "backends.fp32_precision = 'tf32'"])
+def test_an_attack_has_its_copy_whatever_the_switches(switch: str) -> None:
+    exec(switch)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
+    copied = AttackCopy(model, torch.rand(2, 2, 5, 5))
+    copied.refresh(torch.rand(2, 2, 5, 5))
+    assert copied.reason == "" and copied._called is not model

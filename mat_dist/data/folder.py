@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from mat_dist.data.cache import Cache, Chunk, Manifest, cache_folder
 from mat_dist.data.decode import read_image
 from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, register_dataset, root_of
 from mat_dist.data.listing import LAYOUT, Listing, list_images
-from mat_dist.data.shared import once
+from mat_dist.data.shared import Voice, once
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError, MatError
 
@@ -37,7 +35,6 @@ LOOKED_AT = 16  # images that are decoded for a dry run
 DECODING = 2  # a cache that other rules have decoded has another name
 _CHUNK_BYTES, _CHUNK_FILES = 64 << 20, 1024  # decoded at a time
 _BLOCK = 16  # files that a thread takes at once
-_TELL = 30.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,10 @@ class Decoder:
     shape: tuple[int, int, int]
 
     @classmethod
-    def open(cls, config: DataConfig, stop: StopFlag | None = None) -> Decoder:
+    def open(cls, config: DataConfig, stop: StopFlag | None = None, *, tell: bool = True) -> Decoder:
         """List `data.root`; the shape is `data.image_size`, or that of the first image that can be read. Raises
         DataError, StopRequested."""
-        listing, side = list_images(root_of(config, LAYOUT), stop), config.image_size
+        listing, side = list_images(root_of(config, LAYOUT), stop, Voice(tell)), config.image_size
         if side is not None:
             return cls(listing, config, (3, side, side))
         for name in listing.train.files[: 100 if config.on_bad == "skip" else 1]:
@@ -81,7 +78,7 @@ class Decoder:
         Args:
             files: names below the root.
             allowed: how many of them may be left out; default a few with data.on_bad=skip, else none.
-            tell: print a line every half minute.
+            tell: print lines of progress.
             stop: looked at between two images.
 
         Raises DataError for an unreadable file, too many of them, or images of several sizes.
@@ -89,7 +86,7 @@ class Decoder:
         if allowed is None:
             few = min(SKIP_FEW, math.ceil(len(files) * SKIP_FEW_SHARE))
             allowed = max(int(len(files) * SKIP_SHARE), few) if self.config.on_bad == "skip" else 0
-        bad, told = 0, time.monotonic()
+        bad, voice = 0, Voice(tell)
         length = min(_CHUNK_FILES, max(_BLOCK, _CHUNK_BYTES // math.prod(self.shape)))
         with ThreadPool(len(os.sched_getaffinity(0))) as pool:
             for first in range(0, len(files), length):
@@ -103,10 +100,7 @@ class Decoder:
                 images = [found.transpose(2, 0, 1) for found, _ in decoded if not isinstance(found, str)]
                 yield Chunk(np.stack(images) if images else np.empty((0, *self.shape), np.uint8), list(failed),
                             Counter(kind for _, kinds in decoded for kind in kinds))
-                if tell and time.monotonic() - told > _TELL:
-                    told = time.monotonic()
-                    print(f"mat_dist: decoded {first + len(names)} of {len(files)} images of {self.listing.root}",
-                          file=sys.stderr, flush=True)
+                voice.tell(f"decoded {first + len(names)} of {len(files)} images of {self.listing.root}")
 
     def sample(self, count: int) -> ImageSet:
         """About `count` training images, evenly spread. Raises as decoding all of them does."""
@@ -155,7 +149,7 @@ def _attempt(path: Path, side: int | None) -> tuple[np.ndarray | str, list[str]]
 def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData:
     """The images of `data.root`: decoded into memory, or mapped from a cache that one process builds. Raises DataError
     for layout, unreadable images, or images of several sizes without `data.image_size`; OutputError for the cache."""
-    decoder = Decoder.open(config, stop)
+    decoder = Decoder.open(config, stop, tell=build)
     listing = decoder.listing
     parts = [decoder.chunks(split.files, tell=build, stop=stop) for split in (listing.train, listing.test)]
     if decoder.maps:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mat_dist.data.decode import EXTENSIONS
+from mat_dist.data.shared import Voice
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError, printable
 
@@ -54,7 +55,7 @@ class Listing:
         return len(self.train.files) + len(self.test.files)
 
 
-def list_images(root: Path, stop: StopFlag | None = None) -> Listing:
+def list_images(root: Path, stop: StopFlag | None = None, voice: Voice | None = None) -> Listing:
     """The classes and files below `root`; opens no image. Raises DataError where the folder is missing, not readable or
     not laid out as expected, or a class has no image."""
     if not root.is_dir():
@@ -63,10 +64,10 @@ def list_images(root: Path, stop: StopFlag | None = None) -> Listing:
     there = [entry.name for entry in _entries(root) if not entry.name.startswith(".") and _is_folder(entry)]
     if "train" not in there:
         raise DataError(f"no folder train, found {', '.join(there[:5]) or 'nothing'}", f"data.root={root}", LAYOUT)
-    held_out = [_Tree(root, name, stop) for name in HELD_OUT if name in there]
+    held_out = [_Tree(root, name, stop, voice) for name in HELD_OUT if name in there]
     if not held_out:
         raise DataError("no folder test (nor val or valid)", f"data.root={root}", LAYOUT)
-    train = _Tree(root, "train", stop)
+    train = _Tree(root, "train", stop, voice)
     if len(train.folders) < 2:
         raise DataError(f"{len(train.folders)} class folders{train.instead()}", str(train.where),
                         f"two or more are needed; {LAYOUT}")
@@ -126,8 +127,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 class _Tree:
     """The folder of a split: its class folders by their names in one Unicode form, and what was met in it."""
 
-    def __init__(self, root: Path, name: str, stop: StopFlag | None) -> None:
-        self.root, self.name, self.where, self.stop = root, name, root / name, stop
+    def __init__(self, root: Path, name: str, stop: StopFlag | None, voice: Voice | None) -> None:
+        self.root, self.name, self.where, self.stop, self.voice = root, name, root / name, stop, voice or Voice(False)
         self.met: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()
         self.folders: dict[str, str] = {}
@@ -153,6 +154,7 @@ class _Tree:
                     digest.update(f"{path}\0{state}\0".encode("utf-8", "surrogateescape"))
                     files.append(path)
                     labels.append(label)
+                    self.voice.tell(f"listed {len(files)} images of {self.where}")
         return Split(tuple(files), np.array(labels, np.int64))
 
     def _images(self, name: str) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import sys
 import threading
@@ -26,7 +27,20 @@ Source = tuple[str, str, str]  # url, file name, MD5
 MOST_BYTES = 1 << 30  # of one file; the largest real one has 182 MB
 PATIENCE = 120.0  # seconds that a process waits for a maker that does not begin
 GRACE = 5.0  # seconds in which another maker may follow one that gave up
-TELL = 15.0  # seconds between two lines of one that waits to build
+FIRST, EVERY = 5.0, 30.0  # seconds until long work speaks, and between two of its lines
+
+
+class Voice:
+    """Says how far long work is, on one process of a node."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.due = time.monotonic() + FIRST if speaks else math.inf
+
+    def tell(self, text: str) -> None:
+        """A line, if one is due."""
+        if (now := time.monotonic()) >= self.due:
+            self.due = now + EVERY
+            print(f"mat_dist: {text}", file=sys.stderr, flush=True)
 
 
 def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *, build: bool, what: str,
@@ -46,7 +60,7 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
         OutputError: the lock's folder cannot be written, or what was made does not read back.
         StopRequested: this process was asked to stop.
     """
-    held, deadline, told = False, time.monotonic() + PATIENCE, time.monotonic()
+    held, deadline, voice = False, time.monotonic() + PATIENCE, Voice(build)
     while (found := ready()) is None:
         with _alone(lock) as alone:
             if alone and build:
@@ -58,10 +72,7 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
             raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
         leave_if(stop, f"waiting for {what}", str(lock.parent))
-        if build and time.monotonic() - told > TELL:
-            told = time.monotonic()
-            print(f"mat_dist: waiting for {what}: a process that lives makes it and holds {lock}", file=sys.stderr,
-                  flush=True)
+        voice.tell(f"waiting for {what}: a process that lives makes it and holds {lock}")
         time.sleep(poll)
     return found
 

@@ -75,6 +75,8 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
     paths: list[str] = []
     if mesh.placement.is_lead:
         config = _with_threat(config, threats)
+        for note in data.notes:
+            tell(note)
         for file in files:
             folder = agree.run(f"reading {file.name}", _import_file, file, config, importing, data,
                                getattr(data, split), command, mesh.device)

@@ -16,7 +16,7 @@ import torch
 
 from mat_dist import train
 from mat_dist.config.schema import DataConfig
-from mat_dist.data import ImageSet, load_data
+from mat_dist.data import ImageSet, load_data, shared
 from mat_dist.data import cache as module
 from mat_dist.data import folder as folder_module
 from mat_dist.data.cache import cache_folder
@@ -295,12 +295,14 @@ def test_a_request_before_anything_is_decoded_stops_too(settings):
         load_data(settings.model_copy(update={"residency": "host"}), seed=0, batch_size=8, stop=flag)
 
 
-def test_long_decoding_tells_how_far_it_is(settings, monkeypatch, capsys):
-    monkeypatch.setattr(folder_module, "_TELL", 0.0)
+def test_long_listing_and_decoding_tell_how_far_they_are(settings, monkeypatch, capsys):
+    monkeypatch.setattr(shared, "FIRST", 0.0)
+    monkeypatch.setattr(shared, "EVERY", 0.0)
     load_folder(settings.model_copy(update={"residency": "host"}), False)
     assert capsys.readouterr().err == "", "one process of a node is enough"
     load_folder(settings, True)
-    assert "decoded 60 of 60 images of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "listed 60 images of" in said and "decoded 60 of 60 images of" in said
 
 
 def test_a_signal_while_the_cache_is_built_ends_with_75_and_the_next_start_trains(settings, tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_a_disk_without_locks_does_not_keep_anybody_from_building(tmp_path, monk
 
 
 def test_who_waits_to_build_says_for_what(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "TELL", 0.05)
+    monkeypatch.setattr(module, "FIRST", 0.05)
     with FileLock(tmp_path / "lock"):
         threading.Timer(0.3, lambda: (tmp_path / "product").write_text("of another")).start()
         assert run_once(tmp_path, []) == "of another"

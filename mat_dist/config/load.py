@@ -391,7 +391,6 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 # `step.memory` keep the result but for rounding; the data are compared by digest, so their paths may change.
 _MAY_CHANGE = ("eval.", "log.", "checkpoint.", "comm.", "run.root", "run.name", "run.resume", "run.threads",
                "data.root", "data.download", "data.cache", "data.residency", "step.memory")
-_PATHS = ("data.generated", ".init_from")  # that may not change, but be written in another way
 _LENGTH = ("train.epochs", "train.max_steps")
 
 
@@ -414,15 +413,13 @@ def dump_config(config: Config, *, with_name: bool = False) -> str:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same with paths that mean the same in every folder: of the data, and of weights that peers start from."""
+    """The same with absolute paths of the data and of the weights that peers start from; addresses as they are."""
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
     data = {name: absolute(getattr(config.data, name)) for name in ("root", "cache", "generated")}
     peers = tuple(spec.model_copy(update={"init_from": absolute(spec.init_from)}) for spec in config.peers)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "peers": peers})
-
-
-def absolute(path: str | None) -> str | None:
-    """A path from the root, `~` expanded; None and addresses as they are."""
-    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -441,7 +438,7 @@ def _complete(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """`_values`; settings that an older version did not know get their defaults."""
     values = _values(config)
     try:
-        return _values(Config.model_validate(values))
+        return _values(with_absolute_paths(Config.model_validate(values)))
     except ValidationError:  # written by a version with other settings: compared as it is
         return values
 
@@ -463,13 +460,13 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
 
 def binding(config: Config) -> dict[str, Any]:
     """The settings that a run keeps to its end, by their keys."""
-    return {key: value for key, value in _flat(_values(config)) if not key.startswith((*_MAY_CHANGE, *_LENGTH))}
+    values = _values(with_absolute_paths(config))
+    return {key: value for key, value in _flat(values) if not key.startswith((*_MAY_CHANGE, *_LENGTH))}
 
 
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and a longer training."""
-    return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)
-            and not (pair[0].endswith(_PATHS) and absolute(pair[1]) == absolute(pair[2]))]
+    return [_line(*pair) for pair in _pairs(old, new) if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)]
 
 
 def trains_longer(old: Config, new: Config) -> bool:

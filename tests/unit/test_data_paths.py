@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mat_dist import train
-from mat_dist.config import load_config, resume_conflicts, with_absolute_paths
+from mat_dist.config import binding, load_config, resume_conflicts, with_absolute_paths
 from mat_dist.evaluation.__main__ import main as evaluate
 from tests.unit.data_files import write_folder
 
@@ -48,9 +48,9 @@ def test_all_paths_of_a_configuration_are_recorded_from_the_root_and_may_be_writ
         None, "/home/me/cache", str(tmp_path / "gen.npz"))
     assert [peer.init_from for peer in recorded.peers] == [str(tmp_path / "runs/a:peer1"), None]
     assert with_absolute_paths(recorded) == recorded
-    assert resume_conflicts(recorded.model_dump(mode="json"), typed) == []
+    assert resume_conflicts(recorded.model_dump(mode="json"), typed) == [] and binding(recorded) == binding(typed)
     other = load_config(None, [*words, "data.generated=other.npz"])
     assert resume_conflicts(recorded.model_dump(mode="json"), other) == [
-        f"data.generated: {tmp_path / 'gen.npz'} -> other.npz"]
+        f"data.generated: {tmp_path / 'gen.npz'} -> {tmp_path / 'other.npz'}"]
     remote = load_config(None, ["data.root=store://bucket/set"])
     assert with_absolute_paths(remote).data.root == "store://bucket/set"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mat_dist import rng
+from mat_dist import checkpoints, rng
 from mat_dist.checkpoints import load, load_manifest, read_best
 from mat_dist.config import load_config
 from mat_dist.core.trainer import Trainer
@@ -23,7 +23,7 @@ from mat_dist.data import load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import CheckpointError, OutputError, StopRequested
+from mat_dist.errors import CheckpointError, ConfigError, OutputError, StopRequested
 from mat_dist.evaluation import during_training
 from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
@@ -139,6 +139,34 @@ def test_a_run_may_move_to_other_rank_counts(worlds: tuple[int, ...], cohort_run
     assert cohort_run("moving", worlds[1], *settings, stop_after=5).steps() == [2, 4, 5]  # 4: the end of an epoch
     moved = cohort_run("moving", worlds[2], *settings)
     assert moved.hashes() == uninterrupted(*settings).hashes() and moved.codes() == [75, 75, 0]
+
+
+def test_ranks_with_other_plug_ins_stop_before_a_folder_is_made(tmp_path: Path, run_ranks: Ranks) -> None:
+    config = load_config(None, [*SMALL, f"run.root={tmp_path}", "run.name=run"])
+
+    def rank(mesh: Mesh) -> None:
+        launch, digest = Launch(mesh.placement.rank, 2), f"{mesh.placement.rank}" * 64
+        with open_run(config, mesh, launch, config_name="test", argv=[], plugins={"net.py": digest}):
+            pass
+
+    first, second = run_ranks(rank, 2, 2, errors="return")
+    assert isinstance(first, ConfigError) and str(first) == str(second) and not (tmp_path / "run").exists()
+    assert "rank 1 has other plug-ins than rank 0: net.py (000000000000) -> net.py (111111111111)" in str(first)
+
+
+def test_all_ranks_leave_with_one_text_where_the_lock_is_lost(tmp_path: Path, cohort_run: Run,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoints.begin
+
+    def begin(folder: RunFolder, *args: Any) -> Path:
+        made = real(folder, *args)
+        folder.lock.unlink()
+        return made
+
+    monkeypatch.setattr(checkpoints, "begin", begin)
+    with pytest.raises(OutputError, match="the lock file has been removed"):
+        cohort_run("run", 2, "log.every=100")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 def test_a_stop_request_in_the_last_step_is_a_finished_run(cohort_run: Run) -> None:

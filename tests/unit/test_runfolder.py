@@ -10,11 +10,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
-from mat_dist.runs import record
+from mat_dist.runs import files, record
+from mat_dist.runs.files import output_error
 from mat_dist.runs.folder import RunFolder, create_or_open
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -237,3 +239,46 @@ def test_failed_exit_record_keeps_the_old_one(folder, monkeypatch):
         record.write_exit(folder, 2, None, "done")
     assert [one["attempt"] for one in record.read_exit(folder)["attempts"]] == [1]
     assert os.listdir(folder.path) == ["exit.json"]
+
+
+def test_a_disk_without_free_inodes_is_not_told_as_free_bytes(folder, monkeypatch):
+    real = os.statvfs(folder.path)
+    for favail, most, says in ((0, 100, "no inode is free"), (5, 100, "bytes free"), (0, 0, "bytes free")):
+        stat = {"f_bavail": 1000, "f_frsize": real.f_frsize, "f_favail": favail, "f_files": most}
+        monkeypatch.setattr(os, "statvfs", lambda _, stat=stat: SimpleNamespace(**stat))
+        told = str(output_error(OSError(28, "No space left on device"), folder.exit, 10))
+        assert says in told and ("bytes" in told) == (says == "bytes free")
+
+
+def test_a_full_disk_does_not_leave_the_end_of_the_attempt_before(folder, monkeypatch):
+    record.write_exit(folder, 1, None, "done")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "write_all", full)
+    record.write_exit(folder, 2, OutputError("full", "disk", "free space"), record.REFUSED)
+    document = record.read_exit(folder)
+    assert (document["code"], [one["code"] for one in document["attempts"]]) == (5, [0, 5])
+    assert record.finished(folder)  # a start that was refused leaves the run as it was
+
+
+@pytest.mark.parametrize("name", [
+    "checkpoints", "eval", "config.yaml", "environment.json", "exit.json", "metrics.jsonl", "summary.csv", "lock",
+    "rank_0.log", "rank_1.log", "checkpoints/latest", "checkpoints/best"])
+@pytest.mark.parametrize("kind", ["other", "pipe", "link to nothing"])
+def test_what_stands_in_the_place_of_a_runs_file_or_folder_is_named(name, kind, folder):
+    record.write_exit(folder, 1, None, "stopped")
+    path = folder.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to nothing":
+        path.symlink_to("nowhere")
+    elif name in ("checkpoints", "eval"):
+        path.write_text("mine")
+    else:
+        path.mkdir()
+    with pytest.raises(OutputError, match="something else stands there") as caught:
+        make(folder.path.parent, folder.name)
+    assert caught.value.where == str(path)

@@ -172,6 +172,13 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_one_task_of_it_onl
             RunLock(folder, mine).acquire()
 
 
+def test_the_environment_tells_which_start_of_a_job_this_is(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first = Launch.from_environment()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert (first.requeue, Launch.from_environment().requeue) == (0, 1)
+
+
 def test_a_live_process_here_keeps_its_lock_from_every_start_of_its_job(folder):
     plant(folder, launch=Launch(job_id="7"))
     with pytest.raises(OutputError, match="of job 7"):

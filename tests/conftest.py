@@ -17,7 +17,7 @@ settings.load_profile("mat_dist")
 
 # folder: markers of its tests, seconds a test may take (a test's own timeout marker wins)
 FOLDERS = {
-    "e2e": (("e2e", "slow", "alone"), 300),
+    "e2e": (("e2e", "slow"), 300),
     "commands": (("slow",), 300),
     "faults": (("slow",), 300),
     "cluster": (("cluster", "slow", "alone"), 600),

@@ -170,7 +170,6 @@ def test_a_training_command_is_understood(command, run, monkeypatch):
     assert ("my_model" in out) == ("my_model" in command)
 
 
-@pytest.mark.slow
 def test_the_training_commands_run_and_a_run_continues(run, tmp_path, monkeypatch, capsys):
     for number, command in enumerate(MADE_SMALL):
         name = [] if "run.name" in command else [f"run.name=run{number}"]
@@ -198,7 +197,6 @@ def test_the_training_commands_run_and_a_run_continues(run, tmp_path, monkeypatc
     assert "the run is finished" in err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ALONE)
 def test_a_command_with_a_method_or_a_norm_of_ones_own_runs(command, tmp_path):
     words = [sys.executable, *shlex.split(command)[1:], *SMALL, f"run.root={tmp_path}", "train.max_steps=2"]
@@ -206,7 +204,6 @@ def test_a_command_with_a_method_or_a_norm_of_ones_own_runs(command, tmp_path):
     assert done.returncode == 0 and "PGD-1 %" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_the_examples_of_the_python_interface_run_one_after_the_other(tmp_path):
     text = "\n".join(text for where, text in blocks("python") if where.startswith("docs/api.md"))
     (tmp_path / "examples.py").write_text(text)
@@ -243,7 +240,7 @@ def scripts(tmp_path: Path) -> Callable[..., str]:
     return launch
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_trains_on_four_ranks_and_prints_the_table(scripts, tmp_path):
     out = scripts("bash launch/demo.sh", *SMALL, "train.max_steps=4", f"run.root={tmp_path}", "run.name=demo")
     assert "mat_dist: training on 4 ranks" in out
@@ -252,7 +249,7 @@ def test_the_demo_trains_on_four_ranks_and_prints_the_table(scripts, tmp_path):
     assert [row[1] for row in rows] == ["peer0", "peer1", "peer2", "peer3", "ensemble"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_placement_does_not_change_the_weights_that_the_script_shows(scripts, tmp_path):
     out = scripts("bash launch/placement.sh", *SMALL, "train.max_steps=2", RUN_ROOT=str(tmp_path))
     assert out.splitlines()[-1] == "all 3 runs are bitwise equal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,16 @@ def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str
 @pytest.mark.parametrize(("name", "threat"), [
     *((name, THREATS[0]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     ("fab-t", THREATS[1]), ("apgd-t", THREATS[2])], ids=lambda v: getattr(v, "norm", v))
-def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat) -> None:
+def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tenth of the iterations, in both; the test above has them all."""
+    made = pyautoattack.AutoAttack.__init__
+
+    def short(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.fab.n_iter, self.square.n_queries = 10, 500
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", short)
     model = make_model(10)
     x, y = images(model)
     found = autoattack(model, x, y, threat, version="standard", custom=(), seed=4, alone=name)

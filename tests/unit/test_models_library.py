@@ -28,12 +28,17 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def alike(*values: Any) -> Any:
+    """A network that is built as the first ones are."""
+    return pytest.param(*values, marks=(pytest.mark.slow, pytest.mark.thorough))
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("resnet18", (3, 64, 64)), ("vgg11_bn", (3, 32, 32)), ("shufflenet_v2_x0_5", (1, 28, 28)),
     slow("vit_b_16", (3, 32, 32)), slow("densenet121", (3, 32, 32)),
-    slow("swin_t", (3, 64, 64)), slow("efficientnet_b0", (1, 28, 28)),
+    alike("swin_t", (3, 64, 64)), alike("efficientnet_b0", (1, 28, 28)),
     slow("googlenet", (3, 64, 64)), slow("inception_v3", (3, 96, 96)), slow("maxvit_t", (3, 224, 224)),
-    slow("mobilenet_v3_small", (1, 32, 32)), slow("convnext_tiny", (3, 64, 64)),
+    alike("mobilenet_v3_small", (1, 32, 32)), alike("convnext_tiny", (3, 64, 64)),
 ])
 def test_torchvision_networks_return_one_tensor_of_logits_in_both_modes(name: str, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):

@@ -30,8 +30,8 @@ PLAN = """
 suites:
   cpu:
     config: digits
-    settings: [train.epochs=1, train.batch_size=256, attack.steps=1, eval.every=1, eval.size=20, eval.steps=1,
-               optim.ema_decay=null, eval.test_steps=0]
+    settings: [train.epochs=1, train.batch_size=64, data.train_size=128, model.width=0.25, attack.steps=1,
+               eval.every=1, eval.size=20, eval.steps=1, optim.ema_decay=null, eval.test_steps=0]
     seeds: [0, 1]
     tables:
       main:
@@ -377,7 +377,8 @@ def test_a_search_scores_the_validation_split_alone(tmp_path: Path, in_process: 
 suites:
   cpu:
     config: digits
-    settings: [train.epochs=1, train.batch_size=256, attack.steps=1, eval.size=20, eval.steps=1, optim.ema_decay=null]
+    settings: [train.epochs=1, train.batch_size=64, data.train_size=128, model.width=0.25, attack.steps=1, eval.size=20,
+               eval.steps=1, optim.ema_decay=null]
     peers: 2
     seeds: [0]
     families:

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mat_dist.__main__ import main as mat_dist_main
 from mat_dist.train import main
@@ -159,9 +161,24 @@ def test_a_command_that_only_tells_runs_as_written(command, run):
     assert ("usage:" if "--help" in command else "placement ") in out
 
 
+def made_images(path):
+    """400 images of two classes for each split, as an archive or in folders."""
+    images, labels = np.zeros((400, 32, 32, 3), np.uint8), np.arange(400) % 2
+    if path.suffix:
+        np.savez(path, x_train=images, x_test=images, y_train=labels, y_test=labels)
+        return
+    for split in ("train", "test"):
+        for number, label in enumerate(labels):
+            (path / split / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[number]).save(path / split / str(label) / f"{number}.png")
+
+
 @pytest.mark.parametrize("command", DESCRIBED)
-def test_a_training_command_is_understood(command, run, monkeypatch):
+def test_a_training_command_is_understood(command, run, monkeypatch, tmp_path):
     words, ranks, per_node = trainer_words(command)
+    if mine := re.search(r"data.root=(my_images\S*)", command):  # a dry run looks at them
+        made_images(tmp_path / mine[1])
+        words = [*words, f"data.root={tmp_path / mine[1]}"]
     if ranks > 1:
         for name, value in zip(LAUNCHER, (0, ranks, 0, per_node), strict=True):
             monkeypatch.setenv(name, str(value))

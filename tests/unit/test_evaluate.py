@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -295,6 +296,28 @@ def test_evaluations_of_the_same_images_are_paired_and_others_refused(run: Path,
              "split": "split test and val"}
     assert told["equal"] == told["subset"] == (0, "") and all(told[name][0] == 2 for name in texts)
     assert {name: text in told[name][1] for name, text in texts.items()} == dict.fromkeys(texts, True)
+
+
+def test_the_console_of_a_run_has_a_line_for_each_epoch_each_row_once_and_the_next_commands(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugin = tmp_path / "my plug-in.py"
+    plugin.write_text("")
+    done = run_small(tmp_path, "small", "train.epochs=3", "eval.every=3", "eval.test_steps=1", "log.every=1000",
+                     "log.console=plain", "--plugin", str(plugin))
+    lines = capsys.readouterr().out.splitlines()
+    assert [record["epoch"] for record in done.records("step")] == [1.0, 2.0, 3.0]
+    assert [line.split("  ")[:2] for line in lines if line.startswith("step ")] == [
+        [f"step {4 * epoch}/12", f"epoch {epoch}.0"] for epoch in (1, 2, 3)]
+    assert done.records("epoch")[0]["best"]["step"] == 12
+    assert sum("best so far: step 12, mean" in line for line in lines) == 1
+    rows = [line.split("│")[1].strip() for line in lines if "│" in line]
+    assert rows == ["peer0", "peer1", "ensemble"] and sum("best, last" in line for line in lines) == 3
+    assert all((done.folder.eval / f"test_{label}_step_00000012.json").exists() for label in ("best", "last"))
+    assert lines[-2:] == [f"{word} python -m mat_dist.{command} {done.folder.path} --plugin '{plugin}'"
+                          for word, command in (("next:", "evaluate"), ("     ", "report"))]
+    for line in lines[-2:]:
+        words = shlex.split(line.partition("mat_dist.")[2])
+        assert Path(words[1]) == done.folder.path and words[3] == str(plugin)
 
 
 # ------------------------------------------------------------------------------------------------ chunks

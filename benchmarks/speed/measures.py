@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import resource
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,12 +28,14 @@ from mat_dist.distributed.groups import Mesh, prepare_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import ConfigError, EnvironmentFault, PeerFailed, StopRequested
 from mat_dist.models.modes import frozen
+from mat_dist.runs.console import duration
 from mat_dist.runs.metrics import device_memory
 
 # Relative difference of a loss at equal weights and AEs, and of the cross-entropy that equal attacks reach.
 TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "ieee": 1e-3, "fp64": 1e-3, "bf16": 5e-2}
 ATTACKS = {"naive": naive_attack, "careful": careful_attack}
 PEAKS = ("keep", "recompute", "naive")  # the step with both settings of `step.memory`, and a reference
+CHECKS_A_ROUND = 1.6  # a round of all trainers takes so many times what the check of their equality takes
 STEPS = 2  # of a peak; the second one has momentum buffers from its start
 
 
@@ -73,8 +76,11 @@ def measure_against_references(subject: Subject, rounds: int, watch: Watch) -> d
     if subject.mesh.placement.world > 1:
         raise EnvironmentFault("the references are single-process trainers", "naive", "start it without torchrun")
     recipe = recipe_of(subject.config)
-    watch.now("checking that all trainers compute the same")
+    watch.say("checking that all trainers compute the same")
+    began = time.monotonic()
     equal = check_equal(subject, recipe)
+    whole = (time.monotonic() - began) * CHECKS_A_ROUND * (WARM_UP + rounds)
+    watch.say(f"a warm-up and {rounds} rounds of the step and both trainers take about {duration(whole)}")
     trainers = {name: trainer(subject, name) for name in ATTACKS}
     times = interleaved({"step": subject.step, **trainers}, rounds, subject.mesh, watch)
     return {"rounds": len(times["step"]), "equal": equal, "memory": [device_memory(subject.mesh.device)],

@@ -33,27 +33,36 @@ def interleaved(contestants: Mapping[str, Contestant], rounds: int, mesh: Mesh, 
     """Run all contestants once per round -> their times, of the rank's own process.
 
     The order turns from round to round, so that nobody always follows the same one. All ranks begin each
-    contestant together. Where some rank is asked to stop, what stands are the rounds that were whole.
+    contestant together. Where some rank is asked to stop, what stands are the rounds that were whole: after the
+    contestant that runs, or at once where one process is asked again.
 
     Raises StopRequested, on all ranks, where no round was.
     """
-    watch = watch or Watch()
-    names, times = list(contestants), {name: list[Timing]() for name in contestants}
-    began = time.monotonic()
+    watch, times = watch or Watch(), {name: list[Timing]() for name in contestants}
+    try:
+        _take_turns(contestants, rounds, mesh, watch, times)
+    except StopRequested:
+        if mesh.placement.world > 1:
+            raise
+    return _whole(times)
+
+
+def _take_turns(contestants: Mapping[str, Contestant], rounds: int, mesh: Mesh, watch: Watch, times: Times) -> None:
+    """Fill `times` until the end, or until some rank was asked to stop."""
+    names, began = list(contestants), time.monotonic()
     for number in range(WARM_UP + rounds):
         if number == WARM_UP and (whole := (time.monotonic() - began) * rounds / WARM_UP) >= EVERY:
             watch.say(f"{rounds} rounds of {', '.join(names)} take about {duration(whole)}; Ctrl-C ends them earlier")
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
             if any(mesh.gather_json(watch.stopped)):
-                return _whole(times)
+                return
             left = (time.monotonic() - began) / number * (WARM_UP + rounds - number) if number else None
             watch.now(f"{name}, warm-up" if number < WARM_UP else
                       f"{name}, round {number - WARM_UP + 1} of {rounds}, {duration(left)} left")
             found = timed(contestants[name], mesh.device)
             if number >= WARM_UP:
                 times[name].append(found)
-    return times
 
 
 def _whole(times: Times) -> Times:

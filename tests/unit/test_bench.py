@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.command import Watch
-from benchmarks.speed import references
+from benchmarks.speed import measures, references
 from benchmarks.speed.__main__ import main, read_options
 from benchmarks.speed.measures import check_equal, recipe_of
 from benchmarks.speed.references import Recipe
@@ -140,6 +140,26 @@ def test_a_signal_leaves_the_whole_rounds() -> None:
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
     with pytest.raises(StopRequested, match="before one round"):
         interleaved(contestants, 9, mesh, Watch(cast(StopFlag, Stopping(3))))
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_whole_rounds() -> None:
+    def again() -> None:
+        calls.append(1)
+        if len(calls) == 1 + 2 + 1:
+            raise StopRequested("stopped at once by a second SIGINT", "signal", "again")
+
+    calls: list[int] = []
+    times = interleaved({"a": again, "b": lambda: None}, 9, subject().mesh)
+    assert [len(found) for found in times.values()] == [2, 2]
+
+
+def test_the_references_are_preceded_by_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(measures, "interleaved", lambda contestants, rounds, mesh, watch: told.append("it begins") or {
+        name: [Timing(1.0, 1.0)] * rounds for name in contestants})
+    found = measures.measure_against_references(subject(), 3, Watch(tell=told.append))
+    assert found["rounds"] == 3 and (told[0], told[2]) == ("checking that all trainers compute the same", "it begins")
+    assert re.fullmatch(r"a warm-up and 3 rounds of the step and both trainers take about \d+:\d\d:\d\d", told[1])
 
 
 def test_a_long_work_is_told_first_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from mat_dist.screens import arrived
 COMMANDS = {  # name: module in mat_dist, what it does
     "train": ("train", "train a cohort of peers; also under torchrun"),
     "evaluate": ("evaluation.__main__", "attack a trained run, or a checkpoint of somebody else; also under torchrun"),
-    "report": ("report.__main__", "a page of a finished run, to look at"),
+    "report": ("report.__main__", "a page of a run, to look at"),
     "check": ("tools.check.__main__", "look for everything that would stop a run, without starting it"),
     "table": ("tools.table", "mean and deviation of accuracies over seeds"),
     "hashes": ("tools.hashes", "compare runs bit by bit"),

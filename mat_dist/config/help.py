@@ -9,6 +9,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from mat_dist.config.fields import Section, Written
 from mat_dist.config.methods import Registered, methods_model
+from mat_dist.config.plugins import load_plugins
 from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
 from mat_dist.config.tree import (
     ALIASES,
@@ -372,6 +374,9 @@ class Options(argparse.ArgumentParser):
             ConfigError: an unknown option, or one without its value; `problems` has all of them.
         """
         if {"-h", "--help"} & set(words) or (self.needs_words and not words):
+            with suppress(argparse.ArgumentError):
+                found, _ = self.parse_known_args([word for word in words if word not in ("-h", "--help")])
+                load_plugins(getattr(found, "plugin", ()))  # the help has what they register
             self.print_help()
             arrived()
             raise HelpShown

@@ -1,10 +1,10 @@
-"""Make a page of a finished run: report/index.html in its folder, one file without scripts or network, to look at.
+"""Make a page of a run: report/index.html in its folder, one file without scripts or network, to look at.
 
 RUN is the folder of a run, e.g. runs/NAME. Several: their comparison, report/comparison.html in the first one.
 
-The figures lie beside the page as files, the pictures as PNG. The run's own files are only read. Exit codes: 2 no
-such run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the run is being written, or its folder cannot
-be.
+A run that goes on is shown as far as it is. The figures lie beside the page as files, the pictures as PNG. The run's
+own files are only read. Exit codes: 2 no such run, 4 no checkpoint, or a damaged one (--no-attack needs none), 5 the
+folder cannot be written.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
     from mat_dist.checkpoints.load import open_run
     from mat_dist.report.measure import load_victims, measure
 
-    opened = open_run(run.folder.path, config=run.config)
     try:
+        opened = open_run(run.folder.path, config=run.config)
         victims = load_victims(opened, options.images, choose(options.device))
-    except (CheckpointError, EnvironmentFault):
-        raise
+    except (CheckpointError, EnvironmentFault) as error:
+        if run.writer is None or isinstance(error, EnvironmentFault):
+            raise
+        return None, None, [f"no pictures, radius, steps and loss surface yet: {error}"]
     except MatError as error:  # images that are elsewhere, a plug-in that was not given: the files still tell a lot
         return None, None, [f"no pictures, radius, steps and loss surface: {error}"]
     print(f"attacking {len(victims.samples_N)} test images on {victims.device}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.errors import ConfigError, NotReportable, OutputError
+from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import (
     ENSEMBLE,
     FEWEST_IMAGES,
@@ -55,7 +55,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its files tell it. `notes` say what is missing, one line each."""
+    """A run as its files tell it. `notes` say what is missing, one line each; `writer` who writes into it now."""
 
     folder: RunFolder
     config: Config
@@ -65,6 +65,7 @@ class RunFiles:
     epochs: list[dict[str, Any]]
     evaluations: list[Evaluation]
     notes: list[str]
+    writer: str | None = None
 
     @property
     def name(self) -> str:
@@ -91,18 +92,14 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read the folder of a run that nobody writes into now.
-
-    Raises ConfigError for something that is no run folder, OutputError while the run is being written.
-    """
+    """Read the folder of a run, also of one that goes on: what is there until now. Raises ConfigError for something
+    that is no run folder."""
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise ConfigError(f"{str(path)!r} is not the folder of a run", "command line", "give folders like runs/NAME")
-    holder = RunLock(folder, None).held_by()
-    if holder is not None:
-        raise OutputError(f"the run is being written by {holder}", str(path), "wait until it ends, or stop it")
+    writer = RunLock(folder, None).held_by()
     config = load_config(str(folder.config))
-    notes: list[str] = []
+    notes = [] if writer is None else [f"the run goes on, written by {writer}: this is what there was by then"]
     records = read_records(folder.metrics, notes)
     evaluations = read_evaluations(folder, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
@@ -111,9 +108,10 @@ def read_run(path: Path) -> RunFiles:
         notes.append("no evaluation on the test set of the best or last checkpoint: those that there are, of step "
                      f"{', '.join(map(str, sorted({one.step for one in evaluations if one.split == 'test'})))}, are "
                      "history")
-    return RunFiles(folder, config, _document(folder.environment, notes), _document(folder.exit, notes),
+    return RunFiles(folder, config, _document(folder.environment, notes),
+                    _document(folder.exit, notes) if writer is None else {},
                     [one for one in records if one["kind"] == "step"],
-                    [one for one in records if one["kind"] == "epoch"], evaluations, notes)
+                    [one for one in records if one["kind"] == "epoch"], evaluations, notes, writer)
 
 
 def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Evaluation]:
@@ -182,7 +180,8 @@ def read_records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     newest: dict[tuple[str, int], tuple[int, dict[str, Any]]] = {}
     damaged = 0
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = text[:text.rfind("\n") + 1].splitlines()  # a line may be half there while it is written
     except OSError:
         notes.append("there is no metrics.jsonl: no training curves")
         return []

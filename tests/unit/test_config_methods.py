@@ -156,3 +156,15 @@ def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
     assert train.main(words) == 0
     assert "    wobble:\n      by: 0.25\n" in capsys.readouterr().out
     assert train.main(words[2:]) == 0  # it stays registered in this process
+
+
+@pytest.mark.parametrize("words", [["--help", "--plugin"], ["x=1", "-h", "--plugin"]])
+def test_the_help_has_the_settings_of_a_plug_in(tmp_path, capsys, words):
+    plugin = tmp_path / "wave.py"
+    plugin.write_text("from pydantic import Field\nfrom mat_dist.config.methods import Method, register_method\n"
+                      "from mat_dist.config.fields import Number, Section\n\n\nclass Wave(Section):\n"
+                      f"    height: Number = Field({len(words)}, description='how high')\n\n\n"
+                      "register_method(Method('wave', 'waves', section=Wave))\n")
+    with pytest.raises(SystemExit, match="0"):
+        train.main([*words, str(plugin)])
+    assert f"methods.wave.height={len(words)}" in capsys.readouterr().out

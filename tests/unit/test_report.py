@@ -401,11 +401,20 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
         assert "is not the folder of a run" in complaint(capsys)
 
 
-def test_a_run_that_is_being_written_is_refused(copy, capsys):
+@pytest.mark.parametrize("words", [[], ["--no-attack"]])
+def test_a_run_that_goes_on_is_shown_as_far_as_it_is(copy, words, capsys):
+    shutil.rmtree(copy.checkpoints)  # none is there before the first epoch ends
+    copy.exit.unlink()
+    for file in copy.eval.iterdir():
+        file.unlink()
+    lines = copy.metrics.read_text().splitlines(keepends=True)
+    copy.metrics.write_text("".join(lines[:3]) + lines[3][:40])  # the newest record is being written
     with RunLock(copy, None):
-        assert main([str(copy.path)]) == 5
-    assert "the run is being written by pid" in complaint(capsys)
-    assert not copy.report.exists()
+        assert main([*words, str(copy.path)]) == 0
+    text = page_of(copy)
+    assert "it goes on, written by pid" in text and "this is what there was by then" in text
+    assert "damaged lines" not in text and "exit.json" not in text.replace("Attempts (exit.json)", "")
+    assert ("no pictures, radius, steps and loss surface yet: there is no checkpoint" in text) == (words == [])
 
 
 def test_without_a_checkpoint_only_a_report_without_attacks_is_made(copy, capsys):

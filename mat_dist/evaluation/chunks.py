@@ -182,7 +182,7 @@ def run_chunks(work: Work, mesh: Mesh, stop: StopFlag, display: Display) -> list
     missing = agree.run("looking for finished chunks", _missing, work) if lead else None
     agree.sync("finished chunks")
     missing = mesh.from_lead(missing)
-    if 0 < len(missing) < work.count:
+    if len(missing) < work.count:
         display.note(f"{work.count - len(missing)} of {work.count} chunks are there already")
     mine, unsaved = missing[mesh.placement.rank::mesh.placement.world], {}
     progress = Progress(work, mine, stop, display)

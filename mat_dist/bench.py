@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from mat_dist.cli import run_entry
 from mat_dist.errors import ConfigError
@@ -15,8 +16,9 @@ def main() -> int:
 
 def refuse() -> None:
     """Raises ConfigError."""
+    first = "" if Path("benchmarks/speed").is_dir() else "clone the repository, change into its root, and "
     raise ConfigError("the benchmarks are no longer a part of the package", "mat_dist.bench",
-                      "in the root of the repository, python -m benchmarks.speed step|naive|scale|memory, or "
+                      f"{first}run python -m benchmarks.speed step|naive|scale|memory, or "
                       "python -m benchmarks.study evidence|search|reasons")
 
 

@@ -16,10 +16,13 @@ from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, 
 from mat_dist.checkpoints.foreign import find_network, read_tensors
 from mat_dist.checkpoints.peers import reason
 from mat_dist.config import load_config, other_plugins, resume_conflicts
+from mat_dist.config.load import require_plugins
 from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.data.images import dataset_names
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
-from mat_dist.models.registry import Images, make_model
+from mat_dist.models.library import PREFIXES
+from mat_dist.models.registry import Images, make_model, model_names
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import Run
@@ -140,6 +143,10 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
         raise CheckpointError(what, str(run), "give the folder that holds config.yaml")
     own = load_config(str(folder.config))
     config = config or own
+    known = (*model_names(), *dataset_names())
+    if not all(name in known or name.startswith(PREFIXES) for name in (
+            config.data.name, *(spec.model.name for spec in config.peers))):
+        require_plugins(folder.config)
     manifest = load_manifest(folder, "latest" if which == BEST and read_best(folder) is None else which)
     check_origin(manifest, own)
     averaged = any(spec.averages for spec in config.peers)

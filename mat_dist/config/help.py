@@ -132,7 +132,8 @@ def _bounds(field: FieldInfo) -> str:
     return ", ".join(parts)
 
 
-def _setting(key: str, field: FieldInfo) -> Setting:
+def setting(key: str, field: FieldInfo) -> Setting:
+    """A field of a section as a setting."""
     marked, optional = _inner(field.annotation)
     base = getattr(marked, "__origin__", marked) if get_origin(marked) not in (Literal, tuple) else marked
     kind: Any = {float: "number", int: "integer", bool: "switch", str: "text", dict: "arguments"}.get(base)
@@ -156,7 +157,7 @@ def _collect(model: type[Section], prefix: str, found: dict[str, Setting]) -> No
         if inner is not None:
             _collect(inner, f"{prefix}{name}.", found)
         elif f"{prefix}{name}" != "peers":
-            found[f"{prefix}{name}"] = _setting(f"{prefix}{name}", field)
+            found[f"{prefix}{name}"] = setting(f"{prefix}{name}", field)
 
 
 def settings() -> dict[str, Setting]:
@@ -170,7 +171,7 @@ def _settings(_: type[Section]) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     _collect(Config, "", found)
     for name in (name for name in PeerConfig.model_fields if name not in SHARED):
-        found[f"{_ENTRY}.{name}"] = _setting(f"{_ENTRY}.{name}", PeerConfig.model_fields[name])
+        found[f"{_ENTRY}.{name}"] = setting(f"{_ENTRY}.{name}", PeerConfig.model_fields[name])
     return found
 
 

@@ -72,13 +72,16 @@ def _run_of(file: File) -> str | None:
     return _display(file) if file.name == "config.yaml" and (file.parent / "environment.json").is_file() else None
 
 
-def _lacking_plugins(file: File) -> list[str]:
-    """The plug-ins that a run in whose folder the file lies was started with, and that this process has not loaded."""
+def require_plugins(file: File) -> None:
+    """Raises ConfigError where this process has not loaded the plug-ins of the run in whose folder the file lies."""
     try:
         told = json.loads((file.parent / "environment.json").read_text(encoding="utf-8"))["placement"]["plugins"]
-        return [printable(path) for path, digest in told.items() if module_name(digest) not in sys.modules]
+        lacking = [printable(path) for path, digest in told.items() if module_name(digest) not in sys.modules]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        return
+    if lacking:
+        raise ConfigError(f"the run needs its plug-ins: {', '.join(lacking)}", _display(file),
+                          "give --plugin FILE for each; in Python, mat_dist.config.load_plugins([FILE]) first")
 
 
 def config_name(path: str | None, config: Config | None = None) -> str:
@@ -266,8 +269,9 @@ def _apply(layer: Layer, override: Override, source: str, problems: list[ConfigE
         return layer  # what is wrong with `peers` itself is reported when it is validated
     count, which = len(layer.peers), path[1]
     if which != ALL and not (which.isdecimal() and int(which) < count):
+        enough = f"; more peers: peers={int(which) + 1}" if which.isdecimal() and int(which) < MAX_PEERS else ""
         raise ConfigError(f"there is no peer {which}", f"{COMMAND_LINE}, {override.key}",
-                          f"the peers are 0 to {count - 1}, or {ALL}; more peers: peers={count + 1}")
+                          f"the peers are 0 to {count - 1}, or {ALL}{enough}")
     for index in range(count) if which == ALL else (int(which),):
         layer = layer.changed(("peers", index), lambda tree, _: _laid(tree, path[2:], override, PeerConfig, problems))
     return layer
@@ -377,10 +381,8 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     problems += without_effect(sound, layer.peers or (), source)
     config = _resolved(layer)
     problems += [_placed(found, layer, source) for found in check(config, broken)]
-    if problems and (lacking := _lacking_plugins(file)):  # what they register is unknown: all else follows from that
-        raise ConfigError(f"the run needs its plug-ins: {', '.join(lacking)}", source,
-                          "give --plugin FILE for each; in Python, mat_dist.config.load_plugins([FILE]) first")
     if problems:
+        require_plugins(file)  # what they register is unknown: all else follows from that
         raise joined(problems, source)
     return config
 

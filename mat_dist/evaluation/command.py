@@ -20,7 +20,7 @@ from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh, device_name, ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError, DataError, NotReportable
+from mat_dist.errors import ConfigError, DataError, NotReportable, OutputError
 from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
@@ -182,7 +182,11 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
 @contextmanager
 def _logged(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
     """Tracebacks go to this rank's log."""
-    log = rank_logger(folder.path, mesh.placement.rank)
+    try:
+        log = rank_logger(folder.path, mesh.placement.rank)
+    except OutputError as error:
+        raise OutputError(error.what, error.where, "results are written into the folder of the run: make it writable, "
+                          "or evaluate a copy of it") from error
     try:
         yield
     except Exception as error:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from mat_dist.config import load_config
 from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.help import Options, nearest
+from mat_dist.config.help import Options, nearest, setting
 from mat_dist.config.norms import UNIONS
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
@@ -107,9 +107,15 @@ def _among(known: Collection[str]) -> AfterValidator:
         for name in names:
             if name not in known:
                 near = nearest(name, known)
-                raise ValueError(f"there is no attack {name[:40]!r}{f', did you mean {near}?' if near else ''}")
+                raise ValueError(f"there is no attack {name[:40]!a}{f'; did you mean {near}' if near else ''}")
         return names
     return AfterValidator(check)
+
+
+def _checkpoint(word: str) -> str:
+    if not re.fullmatch(r"best|latest|step_\d{1,18}", word):
+        raise ValueError(f"there is no checkpoint {word[:40]!a}")
+    return word
 
 
 class Request(Section):
@@ -119,9 +125,9 @@ class Request(Section):
         (PEERS, ENSEMBLE), min_length=1, description="peers, names of peers, ensemble (the run's rule), "
                                                      "ensemble:prob, ensemble:logit, ensemble:vote")
     weights: Literal["auto", "raw", "ema"] = Field("auto", description="auto: averaged weights where they are kept")
-    checkpoint: Annotated[str, BeforeValidator(lambda word: "latest" if word == "last" else word)] = Field(
-        "best", pattern=r"^(best|latest|step_\d{1,18})$",
-        description="best, latest or step_N; best is latest where no evaluation chose one")
+    checkpoint: Annotated[str, BeforeValidator(lambda word: "latest" if word == "last" else word),
+                          AfterValidator(_checkpoint)] = Field(
+        "best", description="best, latest or step_N; best is latest where no evaluation chose one")
     split: Literal["test", "val", "train"] = Field("test", description="images to attack")
     images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
     attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
@@ -188,7 +194,7 @@ class Known:
         number = float(found[0].rstrip("% ")) if found else 0.0
         percent = found is not None and (number > 1 or bool(found[3]))
         if found is None or not 0 < number <= (100 if percent else 1):
-            raise ValueError("an accuracy such as 0.8492 or 84.92%")
+            raise ValueError("write an accuracy such as 0.8492 or 84.92%")
         scale = 100 if percent else 1
         return cls(number / scale, 0.5 * 10 ** -len(found[2] or "") / scale)
 
@@ -263,7 +269,8 @@ class Importing:
 def is_file(word: str) -> bool:
     """Whether a word of the command line means a checkpoint file, not the folder of a run."""
     path = Path(word)
-    return (path.is_file() and path.suffix not in TEXTS) or (path.suffix in SUFFIXES and not path.is_dir())
+    text = path.suffix in TEXTS or path.parent.name == "checkpoints"  # the pointers best and latest
+    return (path.is_file() and not text) or (path.suffix in SUFFIXES and not path.is_dir())
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -313,7 +320,7 @@ def parse(words: Sequence[str]) -> Arguments:
         elif importing and _of_a_file(key, subject is not None):
             model.append(f"{key}={value}")
         else:
-            problems.append(_unknown(key))
+            problems.append(_unknown(key, runs))
     request, told = _checked(Request, own, problems), _checked(FileOptions, about, problems)
     if asked.compare and (own or settings):
         problems.append(ConfigError("settings with --compare", COMMAND_LINE, "leave them out: results are only read"))
@@ -348,8 +355,11 @@ def options(text: str | None, epilog: str | None = None) -> Options:
     return found
 
 
-def _unknown(key: str) -> ConfigError:
+def _unknown(key: str, runs: Sequence[str]) -> ConfigError:
     shown = ascii(key)[1:-1][:80]
+    if key in FileOptions.model_fields or _of_a_file(key, False):
+        return ConfigError(f"{shown} is for a file of weights", f"{COMMAND_LINE}, {shown}",
+                           f"leave it out: {' and '.join(runs)[:200] or 'a run'} knows its own")
     if "." in key:
         return ConfigError(f"{shown} cannot be changed for a run that is there", COMMAND_LINE,
                            f"what may change: {', '.join(FREE_SETTINGS)}")
@@ -364,8 +374,11 @@ def _problem(error: Any, section: type[Section]) -> ConfigError:
     if not error["loc"]:
         return ConfigError(text, COMMAND_LINE, "see --help")
     key = str(error["loc"][0])
-    how = section.model_fields[key].description if key in section.model_fields else "see --help"
-    return ConfigError(f"{key}: {text}, found {str(error['input'])[:80]!r}", COMMAND_LINE, str(how))
+    where, known = f"{COMMAND_LINE}, {key}", setting(key, section.model_fields[key])
+    if error["type"] == "value_error" and text.startswith("there is no"):
+        return ConfigError(text, where, known.description)
+    value = str(error["input"])[:80]
+    return ConfigError(f"{value!a} cannot be used for {key}", where, known.allowed(value) if known.kind else text)
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -376,6 +389,10 @@ _HOW = "give the folder of a run, e.g. runs/NAME, or a state dict such as FILE.p
 def find_run(word: str, where: str = "command line") -> RunFolder:
     """The folder of a run. Raises ConfigError where it is none."""
     folder = RunFolder(Path(word))
+    inside = [above for above in folder.path.parents[:3] if (above / "config.yaml").is_file()]
+    if inside and not folder.config.is_file():
+        choice = f" checkpoint={folder.path.name}" if folder.path.parent.name == "checkpoints" else ""
+        raise ConfigError(f"{word[:200]!r} lies in the folder of a run", where, f"write {inside[0]}{choice}")
     if not folder.path.is_dir():
         raise ConfigError(f"there is no run folder {word[:200]!r}", where, _HOW)
     if not folder.config.is_file():

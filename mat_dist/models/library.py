@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def library_builder(name: str) -> Callable[[ModelConfig, tuple[int, int, int], i
         return net
 
     return build
+
+
+def in_libraries(name: str) -> list[str]:
+    """A name without its library, as `model.name` of the libraries that are installed."""
+    found = []
+    for prefix, module in zip(PREFIXES, ("torchvision.models", "timm"), strict=True):
+        with suppress(ImportError):
+            library: Any = importlib.import_module(module)
+            known = library.list_models(module=library) if module == "torchvision.models" else library.list_models()
+            found += [prefix + name.lower()] if name.lower() in known else []
+    return found
 
 
 def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.config.schema import ModelConfig, PeerConfig, StepConfig
 from mat_dist.errors import ConfigError
-from mat_dist.models.library import PREFIXES, library_builder
+from mat_dist.models.library import PREFIXES, in_libraries, library_builder
 from mat_dist.models.modes import frozen
 
 Shape = tuple[int, int, int]
@@ -125,7 +125,8 @@ def _find_builder(name: str) -> Builder:
     if name.startswith(PREFIXES):
         return library_builder(name)
     if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, _BUILDERS, n=3, cutoff=0.5)
+        near = [name.lower()] if name.lower() in _BUILDERS else in_libraries(name) or difflib.get_close_matches(
+            name.lower(), _BUILDERS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         known = ", ".join((*model_names(), *(f"{prefix}<name>" for prefix in PREFIXES)))
         raise ConfigError(f"unknown model {name!r}", "model.name", f"{hint}Known: {known}, or a name from --plugin")

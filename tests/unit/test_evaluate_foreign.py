@@ -248,7 +248,7 @@ def test_a_known_accuracy_is_a_share_or_per_cent(text: str, share: float, roundi
 
 @pytest.mark.parametrize("text", ["good", "0", "101", "-0.5", "nan", "1e-1"])
 def test_what_is_no_accuracy_is_told(text: str) -> None:
-    with pytest.raises(ConfigError, match="clean: an accuracy such as 0"):
+    with pytest.raises(ConfigError, match=r"cannot be used for clean .*: write an accuracy such as 0\.8492"):
         parse(["a.pt", "model=x", f"clean={text}"])
 
 
@@ -395,7 +395,7 @@ def test_a_file_of_a_run_leads_to_the_run(run: Path, evaluate: Command, capsys: 
     assert main([str(next(run.glob("checkpoints/step_*/peer_0.safetensors"))), *FAST, "threats=linf:0.1"]) == 2
     assert capsys.readouterr().err.count(f"or evaluate its run: {run}") == 2  # model and data.name are asked for
     for name in ("config.yaml", "checkpoints"):
-        assert "give the folder of a run" in evaluate(run / name, *FAST, code=2)["err"]
+        assert f"lies in the folder of a run (command line): write {run}" in evaluate(run / name, *FAST, code=2)["err"]
 
 
 @pytest.mark.parametrize(("damage", "code", "text"), [
@@ -424,7 +424,7 @@ def test_words_about_a_file_are_told_from_all_others() -> None:
     assert (found.runs, found.settings, found.plugins) == (("a.pt",), ("data.root=/d",), ("p.py",))
     assert found.request == Request(attacks=("pgd",), threats=("linf:1/8",), targets=("peers",))
     assert parse(["runs/x", "--plugin", "a.pt"]).importing is None
-    with pytest.raises(ConfigError, match="unknown setting model"):
+    with pytest.raises(ConfigError, match="model is for a file of weights"):
         parse(["runs/x", "model=y"])
     assert parse(["--compare", "a.pt", "b.pt"]).importing is None
 

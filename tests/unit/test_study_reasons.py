@@ -213,7 +213,7 @@ def test_curves_are_means_over_peers_and_runs(tmp_path: Path) -> None:
                "ensemble": {"clean_acc": 0.7, "robust_acc": 0.3}}]
     for name, records in (("one", first), ("two", second)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
     found = curves(config, [RunFolder(tmp_path / name) for name in ("one", "two")])
     assert found["robust"] == [(1.0, pytest.approx(0.2))] and found["clean"] == [(1.0, pytest.approx(0.6))]
     assert found["ensemble_robust"] == [(1.0, pytest.approx(0.4))]

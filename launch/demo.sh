@@ -21,7 +21,4 @@ code=0
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" torchrun --standalone --nproc_per_node="$ranks" --local-ranks-filter=0 \
     -m mat_dist.train "$@" run.root="$root" run.name="$name" || code=$?
 if [ -d "$root/$name" ]; then echo "mat_dist: run folder $root/$name"; fi
-if [ "$code" -ne 0 ]; then
-    echo "mat_dist: failed; the reason is the line 'mat_dist: error: ...' above torchrun's own report" >&2
-fi
 exit "$code"

@@ -31,8 +31,8 @@ train_and_requeue() {  # default run.root, default run.name, the trainer's argum
     if [ "${#nodes[@]}" -gt 1 ]; then
         rendezvous=(--rdzv_backend=static --rdzv_endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))")
     fi
-    # srun hands USR1 to every process of the step. The ranks handle it; bash and torchrun, whose default is to die
-    # of it, inherit that it is ignored.
+    # srun hands USR1 to every process of the step. torchrun and the ranks handle it once they have loaded; until then
+    # they inherit that it is ignored, since the default is to die of it.
     # shellcheck disable=SC2016  # each node's own SLURM_NODEID
     srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; PET_NODE_RANK="$SLURM_NODEID" exec "$@"' step \
         python -m torch.distributed.run --nnodes="${#nodes[@]}" \
@@ -41,7 +41,7 @@ train_and_requeue() {  # default run.root, default run.name, the trainer's argum
     step=$!
     while kill -0 "$step" 2>/dev/null; do rc=0; wait "$step" || rc=$?; done  # a trap ends `wait` before the step ends
 
-    # torchrun and srun only tell success from failure: the code is in exit.json, if this attempt wrote one.
+    # srun may tell another code than that of the ranks: it is in exit.json, if this attempt wrote one.
     if [ "$(cat "$exit_file" 2>/dev/null || true)" != "$before" ]; then
         code="$(python -c 'import json, sys; print(int(json.load(open(sys.argv[1]))["code"]))' "$exit_file")"
     else

@@ -6,7 +6,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.processes import limit_reached
 from mat_dist.errors import BUG, DONE, FINAL_CODES, HelpShown, MatError, StopRequested, error_line
 from mat_dist.screens import steady
 
@@ -22,9 +24,10 @@ def tell(text: str) -> None:
 def run_entry(body: Callable[[], None]) -> int:
     """Run a command's body -> exit code. A screen that is lost ends nothing, see `screens`.
 
-    No traceback reaches the screen for errors that a user can cause. Errors with a known cause reach all ranks with one
-    text, so one rank prints them. torchrun restarts all ranks on any exit code but 0: where it has restarts left, a
-    rank whose code says that a restart cannot help leaves with 0.
+    No traceback reaches the screen for errors that a user can cause. An error that all ranks share is told by one of
+    them, any other by whom it meets; under torchrun its own process tells it, as the last line: `distributed/agent`.
+    torchrun restarts all ranks on any exit code but 0: where it has restarts left, a rank whose code says that a
+    restart cannot help leaves with 0.
     """
     with steady():
         return _code(body)
@@ -34,19 +37,28 @@ def _code(body: Callable[[], None]) -> int:
     launch = Launch()
     try:
         launch = Launch.from_environment()
+        launch.follow_launcher()
         body()
-    except MatError as error:
-        if launch.speaks_for(getattr(error, "guilty", ())):
-            for problem in getattr(error, "problems", [error]):
-                print(error_line(problem), file=sys.stderr)
-        return DONE if launch.restarts_left and error.code in FINAL_CODES else error.code
     except KeyboardInterrupt:
         return StopRequested.code
     except HelpShown:
         raise
     except (Exception, SystemExit) as error:  # SystemExit: of a plug-in or a library; its code may be 0
-        print(error_line(error), file=sys.stderr)
+        known = error if isinstance(error, MatError) else limit_reached(error)
+        if known is not None:
+            _tell_error(known, launch)
+            return DONE if launch.restarts_left and known.code in FINAL_CODES else known.code
+        if not tell_agent(BUG, [error_line(error)]):
+            print(error_line(error), file=sys.stderr)
         if LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log
             traceback.print_exc()
         return BUG
     return DONE
+
+
+def _tell_error(error: MatError, launch: Launch) -> None:
+    """One line for each problem, from one rank where all have it."""
+    lines = [error_line(problem) for problem in getattr(error, "problems", [error])]
+    handed = not launch.restarts_left and tell_agent(error.code, lines)
+    if not handed and (not error.shared or launch.speaks_for(error.guilty)):
+        print(*lines, sep="\n", file=sys.stderr)

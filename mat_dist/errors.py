@@ -20,7 +20,7 @@ def printable(text: object) -> str:
 
 class MatError(Exception):
     """A failure with a known cause. `guilty` are the ranks that can no longer tell of it; `told`: it is another rank's,
-    which tells all of it.
+    which tells all of it; `shared`: all ranks raise it, with this text.
 
     Args:
         what: what went wrong, with the value that was found.
@@ -31,6 +31,7 @@ class MatError(Exception):
     code = BUG
     guilty: tuple[int, ...] = ()
     told = False
+    shared = False
 
     def __init__(self, what: str, where: str, how: str) -> None:
         self.what, self.where, self.how = (" ".join(printable(part).split()) for part in (what, where, how))
@@ -118,6 +119,8 @@ FINAL_CODES = frozenset({2, 3, 4, 5, 6, 15, 75})
 
 def error_line(error: BaseException) -> str:
     """The one line that a user sees for `error`."""
+    if isinstance(error, StopRequested):  # what the user wanted
+        return f"mat_dist: {error}"
     if isinstance(error, MatError):
         return f"mat_dist: error: {error}"
     text = " ".join(f"{type(error).__name__}: {error}".split())

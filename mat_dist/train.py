@@ -14,6 +14,7 @@ from pathlib import Path
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
 from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.starts import Start, recording
 
 
@@ -24,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(words: list[str]) -> None:
-    """A start, which leaves its end in the folder of its run however far it comes."""
-    with recording(words) as start:
-        _train(words, start)
+    """A start, which leaves its end in the folder of its run however far it comes, and hears signals from here on."""
+    with recording(words) as start, watching() as stop:
+        _train(words, start, stop)
 
 
-def _train(words: list[str], start: Start) -> None:
+def _train(words: list[str], start: Start, stop: StopFlag) -> None:
     """Plug-ins, settings, ranks, run folder, data, training: in this order."""
     options = TrainingOptions("train", __doc__)
     options.add_argument("--dry-run", action="store_true", help="show what would be run, and stop")
@@ -44,7 +45,6 @@ def _train(words: list[str], start: Start) -> None:
     from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
     from mat_dist.distributed.groups import choose_device, open_mesh, prepare_torch, ranks_per_device
-    from mat_dist.distributed.stopping import watching
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
     from mat_dist.runs.trackers import open_reporter, require_trackers
@@ -56,7 +56,7 @@ def _train(words: list[str], start: Start) -> None:
     check_optimizers(config)
     if asked.dry_run:
         return show_run(config, launch, device, recipe_notes(asked.config, config))
-    with (watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
+    with (open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,
           open_run(config, mesh, launch, config_name=name, argv=words, plugins=plugins) as run):
         run.notes += [*recipe_notes(asked.config, config), *config_warnings(config)]
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,

@@ -18,7 +18,7 @@ from mat_dist.core.step import Ask, Batch, Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
-from mat_dist.distributed.stopping import StopFlag
+from mat_dist.distributed.stopping import AGAIN, StopFlag
 from mat_dist.errors import NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.models.registry import DTYPES, Images
 from mat_dist.runs.metrics import Reporter, device_memory
@@ -110,8 +110,8 @@ class Trainer:
                 needed = outcome.stop or done == total
                 self.save(done, needed=needed, wait=needed or evaluates)
             if outcome.stop and done < total:
-                raise StopRequested(f"stopped by a signal, saved after step {done}", str(self.run.folder.path),
-                                    "start the same command again to continue")
+                reason = next(filter(None, self.mesh.gather_json(self.stop.reason)), "stopped by a signal")
+                raise StopRequested(f"{reason}, saved after step {done}", str(self.run.folder.path), AGAIN)
             if evaluates:
                 self.validate(done)
 

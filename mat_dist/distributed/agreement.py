@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.processes import limit_reached
 from mat_dist.errors import MatError, NonFinite, PeerFailed, told_error
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Agreement:
             try:
                 return work(*args, **kwargs)
             except Exception as error:  # whatever it is, it must reach the header
-                self.failure = error
+                self.failure = error if isinstance(error, MatError) else limit_reached(error) or error
                 self.mesh.tell_replicas(self._described())
         return cast(T, None)
 

@@ -1,4 +1,4 @@
-"""The mesh: process groups, collectives between ranks, devices. The only file that touches torch.distributed.
+"""The mesh: process groups, collectives between ranks, devices.
 
 Verbs act along an axis of the placement; an axis of size 1 has no group and its verbs return their input, so
 callers never ask how many ranks there are. Nothing that arrives is unpickled: tensors and JSON bytes only.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,11 +22,13 @@ from mat_dist.distributed.arithmetic import set_fp32
 from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
-from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import EnvironmentFault, PeerSilent
+from mat_dist.distributed.rendezvous import Rendezvous
+from mat_dist.distributed.stopping import StopFlag, leave_if
+from mat_dist.distributed.waiting import LAP, Wait
+from mat_dist.errors import EnvironmentFault, MatError, PeerSilent
 
-LISTEN = timedelta(seconds=0.5)  # how long an exchange inside local work waits before it asks who failed
 RESTART = "start again to continue from the newest checkpoint"
+GLOO_TIMEOUT = timedelta(days=30)  # gloo's clock runs on while a job is suspended, and then breaks the group: we count
 
 
 class Mesh:
@@ -41,16 +43,18 @@ class Mesh:
         staged: move CUDA tensors through host memory (gloo).
         beat: heartbeat of this rank, None where there is one rank or ranks are threads.
         timeout: seconds after which a rank is given up.
+        stop: the stop request of this rank.
     """
 
     def __init__(self, placement: Placement, device: torch.device, *, world: Any = None, peer: Any = None,
                  replica: Any = None, staged: bool = False, beat: Heartbeat | None = None,
-                 timeout: float = 600.0) -> None:
+                 timeout: float = 600.0, stop: StopFlag | None = None) -> None:
         self.placement, self.device, self._timeout = placement, device, timeout
-        self.beat = beat
+        self.beat, self._stop = beat, stop
         self.where = "start"  # what the ranks are about to do, for messages
         self._world, self._peer, self._replica = world, peer, replica
         self._staged = staged
+        self._stuck = False  # whether an exchange of this rank was given up
 
     # ---------------------------------------------------------------- tensors
 
@@ -70,7 +74,7 @@ class Mesh:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         moved = flat.cpu() if self._staged else flat
         with self._naming("gradient average"):
-            dist.all_reduce(moved, group=self._replica)
+            self._await(dist.all_reduce(moved, group=self._replica, async_op=True), moved)
         flat = moved.to(flat.device).div_(self.placement.replicas)
         for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(mean.view_as(t))
@@ -106,9 +110,25 @@ class Mesh:
         return self.gather_json(value if self.placement.is_lead else None)[0]
 
     def meet(self, point: str) -> None:
-        """Wait for all ranks however long they take, as long as they live: for phases of unknown length."""
+        """Wait for all ranks however long they take, as long as they live: for phases of unknown length.
+
+        Where the launcher has gone, and its store with it, the next exchange is the meeting: then all ranks stop.
+        """
         if self.beat is not None:
             self.beat.meet(point, self._timeout)
+
+    def close(self) -> None:
+        """Leave the others. An exchange that never ends would hold its thread, and that thread this process."""
+        if self.beat is not None:
+            self.beat.close()
+        if self._stuck:
+            for group in {dist.group.WORLD, self._world, self._peer, self._replica} - {None}:
+                group.abort()
+
+    def leave(self) -> None:
+        """The run is about to end: signals come too late."""
+        if self._stop is not None:
+            self._stop.leaving = True
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -126,22 +146,25 @@ class Mesh:
         # all_gather_into_tensor was renamed in torch 2.14 and warns there.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._naming("gather"):
-            # On a GPU nothing waits here but its stream.
-            waiting = gather(out, sent, group=group, async_op=local_work and not sent.is_cuda)
-            while waiting is not None and not self._ended(waiting):
-                if self.beat is not None and (failure := self.beat.failure()) is not None:
-                    raise failure
+            self._await(gather(out, sent, group=group, async_op=True), sent, local_work)
         return out.to(local.device) if staged else out
 
-    @staticmethod
-    def _ended(waiting: dist.Work) -> bool:
-        """Wait a while for an exchange -> whether it is done. Raises the backend's error."""
+    def _await(self, work: Any, sent: Tensor, local_work: bool = False) -> None:
+        """Wait for an exchange in laps, so that signals are heard, a suspended job is no slow rank, who is missing is
+        told, and an exchange inside local work asks who failed there. Raises RuntimeError."""
+        if sent.is_cuda:  # NCCL: the stream waits, not the process
+            work.wait()
+            return
+        wait = Wait(self._timeout, lambda: self.beat.word(self.where) if self.beat is not None else "")
         try:
-            return bool(waiting.wait(LISTEN))
-        except RuntimeError:
-            if waiting.is_completed():
-                raise
-            return False
+            while not _ended(work):
+                if local_work and self.beat is not None and (failure := self.beat.failure()) is not None:
+                    raise failure
+                if wait.over():
+                    raise RuntimeError(f"no answer within {self._timeout:g} s")
+        except BaseException:
+            self._stuck = True
+            raise
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
@@ -173,57 +196,67 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     """
     placement = Placement.place(peers, launch.world, launch.rank)
     if launch.world == 1:
-        yield Mesh(placement, device)
+        launch.refuse_tasks()
+        leave_if(stop, "starting", "the launch")
+        yield Mesh(placement, device, stop=stop)
         return
     backend = comm.backend if comm.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise EnvironmentFault("nccl needs GPUs", "comm.backend=nccl", "use comm.backend=gloo")
-    timeout = timedelta(seconds=comm.timeout)
     launch.stay_on_node()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    meeting = Rendezvous(launch, comm.timeout, stop)
+    mesh = None
     try:
-        # torchrun's store outlives a restart, and gloo would connect to the addresses of the attempt before (torch
-        # 2.14): keys carry the restart. Where rank 0 has to open the store, torch does that.
-        store = _store(launch, timeout, "groups") if launch.agent_store else None
-        dist.init_process_group(backend, timeout=timeout, rank=launch.rank, world_size=launch.world, store=store)
-    except (RuntimeError, ValueError) as error:
-        raise EnvironmentFault(f"the ranks cannot meet: {error}", "MASTER_ADDR, MASTER_PORT",
-                               "start with torchrun, and check that the port is free and reachable") from error
-    beat = None
-    try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        peer = _own_group(placement.peer_axis(), placement.rank, timeout)
-        replica = _own_group(placement.replica_axis(), placement.rank, timeout)
-        if launch.master is not None:
-            beat = _heartbeat(placement, launch, timeout, stop)
-            if backend == "nccl" and replica is not None:
-                beat.release = replica.abort  # the host does not wait for it, but the device does
-        mesh = Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
-                    timeout=comm.timeout)
+        try:
+            meeting.wait_for_all()
+            mesh = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
+        except (RuntimeError, ValueError) as error:
+            raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", "MASTER_ADDR, MASTER_PORT",
+                                   "start with torchrun, and check that the port is free and reachable") from error
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh
+    except MatError as error:
+        error.shared = mesh is not None
+        raise
     finally:
-        if beat is not None:
-            beat.close()
-        dist.destroy_process_group()
+        if mesh is not None:
+            mesh.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _heartbeat(placement: Placement, launch: Launch, timeout: timedelta, stop: StopFlag) -> Heartbeat:
-    """A heartbeat over a store client of its own."""
-    def peers_of(rank: int) -> str:
-        return ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
+def _form(placement: Placement, device: torch.device, backend: str, timeout: float, meeting: Rendezvous, node: range,
+          stop: StopFlag) -> Mesh:
+    """The groups of ranks that are all there, and their heartbeats."""
+    patience = GLOO_TIMEOUT if backend == "gloo" else timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=patience, rank=placement.rank, world_size=placement.world,
+                            store=meeting.client("groups"))
+    control = dist.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
+    peer, replica = (_own_group(axis, placement.rank, patience)
+                     for axis in (placement.peer_axis(), placement.replica_axis()))
+    beat = Heartbeat(meeting.client("beats"), placement.rank, placement.world, node=node,
+                     peers_of=_peers_of(placement), stop=stop)
+    if backend == "nccl" and replica is not None:
+        beat.release = replica.abort  # the host does not wait for it, but the device does
+    return Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
+                timeout=timeout, stop=stop)
 
-    return Heartbeat(_store(launch, timeout, "beats"), placement.rank, placement.world, node=launch.node,
-                     peers_of=peers_of, stop=stop)
+
+def _peers_of(placement: Placement) -> Callable[[int], str]:
+    """Rank -> its peers, for messages."""
+    return lambda rank: ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
 
 
-def _store(launch: Launch, timeout: timedelta, purpose: str) -> dist.Store:
-    """A new client of the launch's store, with keys of this restart."""
-    assert launch.master is not None
-    host, port = launch.master
-    client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return dist.PrefixStore(f"mat_dist/{launch.run_id}/{launch.restart}/{purpose}", client)
+def _ended(work: Any) -> bool:
+    """Wait for an exchange for one lap -> whether it has come to its end. Raises RuntimeError where it failed."""
+    try:
+        return bool(work.wait(timedelta(seconds=LAP)))
+    except RuntimeError:
+        if work.is_completed():  # it failed, or has ended just now
+            return bool(work.wait())
+        return False
 
 
 def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from mat_dist.distributed.processes import ProcessIdentity
-from mat_dist.distributed.stopping import StopFlag
+from mat_dist.distributed.processes import ProcessIdentity, memory_kills
+from mat_dist.distributed.stopping import LAUNCHER_GONE, StopFlag
+from mat_dist.distributed.waiting import LAP, Wait
 from mat_dist.errors import MatError, PeerSilent, told_error
 
 INTERVAL = 0.5  # seconds between beats
@@ -63,6 +64,7 @@ class Heartbeat:
         self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
         self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
         self._process, self._told_stop = ProcessIdentity.own(), False
+        self._memory_kills = memory_kills()
         self.work = ""
         self.release: Callable[[], None] | None = None
         self._beat(store)
@@ -78,32 +80,52 @@ class Heartbeat:
     def meet(self, point: str, timeout: float) -> None:
         """Wait for all ranks for as long as they beat; a rank without a beat for `timeout` s is silent.
 
-        For phases whose length nobody can foresee (loading, evaluation, saving): a collective would time out.
+        For phases whose length nobody can foresee (loading, evaluation, saving): a collective would time out. Returns
+        at once where the store has ended: then all ranks stop, and the exchange that follows tells who is there.
         """
         self.arrive(point)
         try:
             self._meet(point, timeout)
-        except RuntimeError as error:
+        except SilentStore as error:
             raise self._cut_off(f"waiting at {point}", str(error)) from error
+        except RuntimeError:
+            self._stop.pass_on(LAUNCHER_GONE)
 
     def _meet(self, point: str, timeout: float) -> None:
         keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
         self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
         seen: dict[int, tuple[int, float]] = {}  # rank -> its latest beat, and when that was first seen
-        pause = 0.002
+        missing: list[int] = []
+        wait, pause = Wait(float("inf"), lambda: self._missed(missing, point)), 0.002
         while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
             verdict = self._verdict(timeout)
             if verdict is not None:
                 raise self._as_error(verdict)
-            now, beats = time.monotonic(), self._beats(timeout)
+            wait.over()
+            beats = self._beats(timeout)
             for rank in missing:
                 count = beats[rank].count if rank in beats else 0
                 if rank not in seen or seen[rank][0] != count:
-                    seen[rank] = count, now
-            if any(self._is_gone(beats.get(r)) or now - seen[r][1] > timeout for r in missing):
+                    seen[rank] = count, wait.seconds
+            if any(self._is_gone(beats.get(r)) or wait.seconds - seen[r][1] > timeout for r in missing):
                 raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
+
+    def word(self, point: str) -> str:
+        """Who has not begun the exchange that this rank waits in."""
+        try:
+            beats = self._beats(LAP)
+        except RuntimeError:
+            return ""
+        late = [r for r in self._others() if r not in beats or beats[r].arrived < self._arrived]
+        return self._missed(late, point)
+
+    def _missed(self, ranks: list[int], point: str) -> str:
+        """What is said of ranks that are waited for: by the lowest other one, so that one speaks."""
+        speaks = min(set(range(self._world)) - set(ranks)) == self._rank
+        listed = ", ".join(self._named(rank) for rank in ranks) or "an answer, though all ranks are there,"
+        return f"waiting for {listed} at {point}" if speaks else ""
 
     def close(self) -> None:
         self._store.close()
@@ -125,14 +147,14 @@ class Heartbeat:
             return self._cut_off(what, symptom or str(error))
 
     def _judge(self, what: str) -> dict[str, Any]:
-        first, began = {r: b.count for r, b in self._beats().items()}, time.monotonic()
+        first, wait = {r: b.count for r, b in self._beats().items()}, Wait(STALE)
         while True:
             found = self._verdict()
             if found is not None:
                 return found
-            beats, elapsed = self._beats(), time.monotonic() - began
+            beats, over = self._beats(), wait.over()
             gone = [r for r in self._others() if self._is_gone(beats.get(r))]
-            if gone or elapsed > STALE:
+            if gone or over:
                 break
             time.sleep(0.1)
         there = [r for r in self._others() if r not in gone]
@@ -140,6 +162,8 @@ class Heartbeat:
         late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
         causes = (gone, "ended"), (stopped, "stopped answering"), (late, "is late")
         guilty, how = next((cause for cause in causes if cause[0]), ([], ""))
+        if gone and memory_kills() > self._memory_kills:
+            how = "ended, and the kernel's memory killer has ended a process of this job or machine meanwhile"
         verdict = self._publish({"ranks": guilty, "how": how, "what": what, "at": self._where,
                                  "steps": {str(r): self._last_seen(beats.get(r)) for r in guilty}})
         for rank in verdict["ranks"]:
@@ -182,6 +206,9 @@ class Heartbeat:
     def _others(self) -> list[int]:
         return [r for r in range(self._world) if r != self._rank]
 
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} (peer {self._peers_of(rank)})"
+
     def _last_seen(self, beat: Beat | None) -> str:
         """Where that rank was: its beat, or the exchange that it last completed with us, if that is newer."""
         return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
@@ -192,10 +219,15 @@ class Heartbeat:
         if not verdict["ranks"]:
             return PeerSilent("an exchange failed though all ranks answer", verdict["what"], "check the network "
                               "between the nodes, then start again to continue from the newest checkpoint")
-        listed = ", ".join(f"rank {r} (peer {self._peers_of(r)})" for r in verdict["ranks"])
+        listed = ", ".join(self._named(r) for r in verdict["ranks"])
         last = "; ".join(f"rank {r} was last seen at {where}" for r, where in verdict["steps"].items())
+        advice = "see its rank_<r>.log"
+        if "memory" in verdict["how"]:
+            advice = "ask for more memory, or use fewer ranks per node, a smaller batch or data.residency=mmap"
+        elif verdict["how"] != "ended":
+            advice += "; raise comm.timeout if it was only slow"
         found = PeerSilent(f"{listed} {verdict['how']}", f"{verdict['what']}; {last}", "start again to continue from "
-                           "the newest checkpoint; see its rank_<r>.log; raise comm.timeout if it was only slow")
+                           f"the newest checkpoint; {advice}")
         found.guilty = tuple(verdict["ranks"])
         return found
 
@@ -227,10 +259,10 @@ class Heartbeat:
         store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
         if not self._told_stop and self._stop.requested:
             self._told_stop = True
-            store.set(STOP, "1")
+            store.set(STOP, self._stop.reason)
         if not self._told_stop and store.check([STOP]):
             self._told_stop = True
-            self._stop.pass_on()
+            self._stop.pass_on(store.get(STOP).decode())
         if self.release is not None and store.check([f"failed/{self.work}"]):
             self.release()
             self.release = None
@@ -238,6 +270,10 @@ class Heartbeat:
 
 def _get(store: Any, key: str) -> bytes | None:
     return store.get(key) if store.check([key]) else None
+
+
+class SilentStore(RuntimeError):
+    """The store does not answer: a cut network, or its machine is gone."""
 
 
 class StoreThread:
@@ -259,10 +295,13 @@ class StoreThread:
         """`work(store)` -> its result. Raises RuntimeError if the store is gone or silent for `patience` s."""
         answer: Future[T] = Future()
         self._asked.put((work, answer))
-        try:
-            return answer.result(timeout=patience)
-        except TimeoutError:
-            raise RuntimeError(f"no answer within {patience:g} s") from None
+        wait = Wait(patience)
+        while True:
+            try:
+                return answer.result(timeout=min(LAP, patience))
+            except TimeoutError:
+                if wait.over():
+                    raise SilentStore(f"no answer within {patience:g} s") from None
 
     def close(self) -> None:
         """End the thread, if the store lets it."""

@@ -5,7 +5,9 @@ Imports no torch.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 from dataclasses import dataclass
 
@@ -13,6 +15,12 @@ from mat_dist.errors import EnvironmentFault
 
 LOOPBACK_INTERFACE = "lo"
 DEFAULT_PORT = 29500  # torchrun's --master-port
+LAUNCHER_DIED = signal.SIGRTMAX  # its parent's number still is the old one then, since threads end one by one
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+# Who starts several tasks: its name, where a task finds its number, and how many there are.
+_TASKS = (("SLURM", "SLURM_PROCID", "SLURM_NTASKS"), ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+          ("MPI", "PMI_RANK", "PMI_SIZE"), ("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+          ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"))
 
 
 @dataclass(frozen=True)
@@ -33,28 +41,52 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_*, SLURM_JOB_ID, SLURM_RESTART_COUNT."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_*, TORCHELASTIC_*, SLURM_JOB_ID,
+        SLURM_RESTART_COUNT.
+
+        Raises EnvironmentFault where they contradict each other, or do not say where the ranks meet.
+        """
         env = os.environ
-        try:
-            numbers = {key: int(env.get(key, default)) for key, default in (
-                ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
-                ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
-                ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
-                ("SLURM_RESTART_COUNT", "0"))}
-        except ValueError as error:
-            raise EnvironmentFault(f"a launcher variable is not a number: {error}", "RANK, WORLD_SIZE, LOCAL_RANK",
-                                   "start with torchrun, or unset them for one process") from None
+        numbers = _numbers()
         job = env.get("SLURM_JOB_ID")
         if job and "SLURM_ARRAY_JOB_ID" in env:
             job = f"{env['SLURM_ARRAY_JOB_ID']}-{env.get('SLURM_ARRAY_TASK_ID', '0')}"
-        port = env.get("MASTER_PORT", "")
-        master = (env["MASTER_ADDR"], int(port)) if port.isdigit() and "MASTER_ADDR" in env else None
         restart, most = numbers["TORCHELASTIC_RESTART_COUNT"], numbers["TORCHELASTIC_MAX_RESTARTS"]
         if job is None and most > 0 and env.get("TORCHELASTIC_RUN_ID", "none") != "none":
             job = env["TORCHELASTIC_RUN_ID"]
+        master = None
+        if numbers["WORLD_SIZE"] > 1:
+            end = Endpoint.from_environment()
+            if end.address is None or not end.given:
+                raise _contradiction(f"WORLD_SIZE={numbers['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT")
+            master = end.address, end.port
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
                    job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"),
                    env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", numbers["SLURM_RESTART_COUNT"])
+
+    def refuse_tasks(self) -> None:
+        """Raise EnvironmentFault where srun or mpirun has started several tasks, and nothing made ranks of them: each
+        would train the whole cohort, into one folder."""
+        env = os.environ
+        if "WORLD_SIZE" in env:
+            return
+        for name, rank, size in _TASKS:
+            batch = name == "SLURM" and env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env
+            count = env.get("SLURM_STEP_NUM_TASKS", env.get(size, "")) if name == "SLURM" else env.get(size, "")
+            if rank in env and count.isdigit() and int(count) > 1 and not batch:
+                raise EnvironmentFault(
+                    f"{count} {name} tasks, but no torchrun: each would train the whole cohort",
+                    f"{size}={count} without WORLD_SIZE",
+                    "start one torchrun per node (launch/slurm_multinode.sbatch does), or unset "
+                    f"{size} where the tasks are runs of their own")
+
+    def follow_launcher(self) -> None:
+        """Ask the kernel for a signal when torchrun dies, so that no rank goes on without it; keep torch's C++ from
+        telling what this process tells in one line."""
+        if self.world > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            ctypes.CDLL(None).prctl(_DEATH_SIGNAL, LAUNCHER_DIED, 0, 0, 0)
 
     def stay_on_node(self) -> None:
         """Let gloo listen on the loopback interface alone, where torchrun says that all ranks are on this node.
@@ -76,6 +108,33 @@ class Launch:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""
         sound = [rank for rank in range(self.world) if rank not in guilty]
         return bool(sound) and self.rank == sound[0]
+
+
+def _numbers() -> dict[str, int]:
+    """The launcher's numbers. Raises EnvironmentFault where they cannot be true."""
+    env, numbers = os.environ, {}
+    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
+                         ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
+                         ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
+                         ("SLURM_RESTART_COUNT", "0")):
+        text = env.get(key, default)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise _contradiction(f"{key}={text[:40]!r} is not a number from 0")
+        numbers[key] = int(text)
+    told = [key for key in ("RANK", "WORLD_SIZE") if key in env]
+    if len(told) == 1:
+        other = "WORLD_SIZE" if told == ["RANK"] else "RANK"
+        raise _contradiction(f"{told[0]}={numbers[told[0]]} without {other}")
+    for less, more, beyond in (("RANK", "WORLD_SIZE", 1), ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1),
+                               ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0), ("LOCAL_RANK", "RANK", 0)):
+        if numbers[less] + beyond > numbers[more]:
+            raise _contradiction(f"{less}={numbers[less]} does not fit {more}={numbers[more]}")
+    return numbers
+
+
+def _contradiction(what: str) -> EnvironmentFault:
+    return EnvironmentFault(what, "environment of this rank", "start with torchrun, or unset RANK, WORLD_SIZE, "
+                            "LOCAL_RANK and LOCAL_WORLD_SIZE for one process")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import resource
 import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from mat_dist.errors import EnvironmentFault
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,47 @@ def read_system(file: str) -> str:
     with suppress(OSError):
         return Path(file).read_bytes().decode(errors="replace").strip()
     return ""
+
+
+def memory_kills() -> int:
+    """How many processes the kernel's memory killer has ended: of this control group, else on this machine."""
+    group = read_system("/proc/self/cgroup").rpartition("0::")[2]
+    counters = read_system(f"/sys/fs/cgroup{group}/memory.events") or read_system("/proc/vmstat")
+    found = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def children() -> list[int]:
+    """The direct children of this process, whichever thread started them."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for file in tasks for pid in read_system(str(file)).split()]
+
+
+def limit_reached(error: BaseException) -> EnvironmentFault | None:
+    """`_limit_reached`, which the error itself caused."""
+    found = _limit_reached(error)
+    if found is not None:
+        found.__cause__ = error
+    return found
+
+
+def _limit_reached(error: BaseException) -> EnvironmentFault | None:
+    """What to tell where a limit of the shell (ulimit) lies behind an error; None where none can."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.EMFILE, errno.ENFILE) or "oo many open files" in text:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return EnvironmentFault(f"too many open files: this process may open {most}", "ulimit -n",
+                                "raise it: ulimit -n 1024")
+    if number == errno.EAGAIN or "can't start new thread" in text:
+        return EnvironmentFault("no further process or thread may be started", "ulimit -u, ulimit -v or the control "
+                                "group's pids.max", "raise it, or start fewer ranks on this node")
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    lacks = isinstance(error, MemoryError) or number == errno.ENOMEM or any(word in text for word in (
+        "failed to map segment", "annot allocate memory", "bad_alloc", "alloc_cpu"))
+    if lacks and space != resource.RLIM_INFINITY:
+        return EnvironmentFault(f"{space // 2**20} MiB of address space, which this process may use, are too few",
+                                "ulimit -v", "raise it: ulimit -v unlimited")
+    return None
 
 
 def command_line(pid: int) -> str:

@@ -11,8 +11,11 @@ imported here before the handler is asked for, and the handler has its verbs, bu
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from mat_dist.distributed.agent import attend
 
 NAME = "mat_dist_local"
 LOOPBACK = "127.0.0.1"
@@ -68,5 +71,6 @@ def create(parameters: Any) -> LocalRendezvous:
 
 
 def local() -> Callable[[Any], LocalRendezvous]:
-    """What makes the handler."""
+    """What makes the handler. torch asks in every torchrun, also where another one is used."""
+    attend(sys.argv[1:])
     return create

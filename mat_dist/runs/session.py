@@ -130,10 +130,12 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
         run = Run(folder, attempt, log, told["notes"], mesh, plugins, opened[1] if opened else None, told["continues"])
         try:
             yield run
+            mesh.leave()
             if lead:
                 run.check_owner()
                 write_exit(folder, attempt, None, "done")
         except BaseException as error:
+            mesh.leave()
             known = _tell_others(error, mesh)
             _record_failure(known, run, launch)
             raise known from known.__cause__

@@ -23,7 +23,7 @@ LIMIT = 150.0  # seconds after which a launch is ended from outside; an idle mac
 TIMEOUT = 5  # comm.timeout of all cases
 INTERVAL = 5  # steps between checkpoints: an epoch of 200 images in batches of 40
 TOTAL = 4 * INTERVAL
-ERROR = "mat_dist: error: "
+LINE = re.compile(r"mat_dist: (?:error: (.*)|(stopped .*))")  # how a launch ended: by an error, or as it was asked to
 
 # Two peers on 8 x 8 digits; a step takes some 20 ms.
 WORDS = ("run.device=cpu", "peers=2", "data.train_size=200", "train.batch_size=40", "train.epochs=4", "attack.steps=2",
@@ -59,8 +59,12 @@ class End:
     @property
     def message(self) -> str:
         """The one line that the user saw, without its beginning."""
-        lines = [line.partition(ERROR)[2] for line in self.text.splitlines() if ERROR in line]
-        return lines[0] if lines else ""
+        return self.messages[0] if self.messages else ""
+
+    @property
+    def messages(self) -> list[str]:
+        """Every such line."""
+        return [error or stopped for error, stopped in LINE.findall(self.text)]
 
     def rank_errors(self) -> dict[str, str]:
         """The last error in each rank's log."""
@@ -175,7 +179,7 @@ class Lab:
             self.expect(names in recorded, f"exit.json does not name {names!r}: {recorded}")
             self.expect(bool(end.last["where"] and end.last["how"]), "exit.json lacks where or how")
         if printed and code:
-            count = end.text.count(ERROR)
+            count = len(end.messages)
             self.expect(count == 1, f"{count} error lines on the screen")
             own = "\n".join(line for line in end.text.splitlines() if "torch/distributed" not in line)
             self.expect("torchrun" in self.kinds or "Traceback" not in own, "a traceback on the screen")

@@ -157,7 +157,8 @@ def test_the_help_names_its_options(capsys):
 
 
 def test_it_is_started_as_one_process(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     assert main([*QUICK]) == 6
     assert "start it as one process: python -m mat_dist.check --ranks N" in capsys.readouterr().err
 

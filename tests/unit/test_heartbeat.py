@@ -122,12 +122,19 @@ def test_without_the_store_each_node_speaks_for_itself(rank, others, ending):
     assert "store is gone" in error.what and "Timed out" in error.what and error.where == "gather of step 3, AEs"
 
 
-@pytest.mark.parametrize("ending", ["silent", "gone"])
-def test_a_wait_of_unknown_length_ends_with_the_store(ending):
+def test_ranks_that_lose_their_launcher_stop_and_meet_at_the_next_exchange():
+    store, stop = Store(), StopFlag()
+    mine = beating(store, 2, stop)
+    store.gone = True
+    mine.meet("saving", 10)
+    assert stop.requested and "launcher" in stop.reason
+    mine.close()
+
+
+def test_a_wait_of_unknown_length_ends_where_the_store_is_silent():
     store = Store()
     mine = beating(store, 2)
-    if ending == "silent":
-        store.speaks.clear()
+    store.speaks.clear()
     store.gone = True
     with pytest.raises(PeerSilent, match=r"store is gone.*waiting at evaluation"):
         mine.meet("evaluation", 0.1)

@@ -300,16 +300,16 @@ def test_device_and_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not any(tmp_path.iterdir()) and capsys.readouterr().err.count("mat_dist: error: ") == 2
 
 
-def test_the_timeout_is_that_of_the_process_group(monkeypatch: Patch) -> None:
+def test_the_timeout_is_that_of_the_first_meeting(monkeypatch: Patch) -> None:
     seen: dict[str, Any] = {}
 
-    def refuse(backend: str, **kwargs: Any) -> None:
-        seen.update(kwargs, backend=backend)
-        raise RuntimeError("enough")
+    def refuse(launch: Launch, timeout: float, stop: StopFlag) -> None:
+        seen["timeout"] = timeout
+        raise EnvironmentFault("enough", "here", "none")
 
-    monkeypatch.setattr(groups.dist, "init_process_group", refuse)
+    monkeypatch.setattr(groups, "Rendezvous", refuse)
     meet_nobody(Config.model_validate({"comm": {"timeout": 17}}))
-    assert seen["timeout"].total_seconds() == 17 and seen["backend"] == "gloo"
+    assert seen == {"timeout": 17}
 
 
 @pytest.mark.parametrize("policy,code", [("abort", 15), ("skip", 0)])

@@ -164,6 +164,10 @@ def check_address(endpoint: Endpoint, nodes: int) -> Answer[str]:
         if nodes > 1:
             raise EnvironmentFault(f"the host name {host} has no address ({error.strerror})", "/etc/hosts, DNS", how) \
                 from error
+        if not metadata.entry_points(group="torchrun.handlers", name="mat_dist_local"):
+            raise EnvironmentFault(f"the host name {host} has no address ({error.strerror})", "/etc/hosts, DNS",
+                                   "torchrun would look for it for minutes: start it with --local-addr=127.0.0.1, or "
+                                   "install mat_dist (pip install --editable .), which does that") from error
         return Answer("127.0.0.1", f"the host name {host} has no address; ranks on one node use 127.0.0.1")
     if nodes == 1:
         return Answer(address, f"{host} is {address}; ranks on one node use 127.0.0.1")

@@ -112,7 +112,8 @@ def requeued(lab: Lab, code: int) -> None:
 @case(12, "a second signal", "SIGINT twice", code=STOPPED, bound=3, number=signal.SIGINT, ranks=1)
 @case(12, "a second signal", "while saving", code=STOPPED, bound=3, phase="save")
 @case(12, "a second signal", "within an evaluation", code=STOPPED, bound=3, phase="eval")
-@case(12, "a second signal", "three within a second", code=STOPPED, bound=3, times=3, pause=0.2)
+@case(12, "a second signal", "three Ctrl-C within a second", code=STOPPED, bound=3, number=signal.SIGINT, times=3,
+      pause=0.2)
 def stopped_at_once(lab: Lab, code: int, number: signal.Signals = signal.SIGTERM, phase: str = "attack", ranks: int = 2,
                     times: int = 2, pause: float = 1.3) -> None:
     """The phase would last two minutes; the second request (more than a second after the first) ends it at once."""

@@ -1,0 +1,37 @@
+"""Waits that notice when this process itself was stopped, say who is missing, and end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+LAP = 0.5  # seconds between two looks
+_LONGEST_LAP = 1.0  # a longer one is time in which this process did not run: a suspended job, a closed lid
+_FIRST_WORD = 15.0  # seconds of silence
+
+
+class Wait:
+    """One wait, in seconds in which this process could run.
+
+    Args:
+        limit: seconds after which it is over.
+        missing: what is being waited for, asked when it is time to say so; None or "" says nothing.
+    """
+
+    def __init__(self, limit: float, missing: Callable[[], str] | None = None) -> None:
+        self.seconds, self._limit, self._missing = 0.0, limit, missing
+        self._latest, self._word = time.monotonic(), _FIRST_WORD
+
+    def over(self) -> bool:
+        """Call this at every look -> whether the limit is reached. Speaks after 15 s, 30 s, 60 s ..."""
+        now = time.monotonic()
+        self.seconds += min(now - self._latest, _LONGEST_LAP)
+        self._latest = now
+        if self._missing is not None and self.seconds >= self._word:
+            self._word *= 2
+            text = self._missing()
+            if text:
+                sys.stderr.write(f"mat_dist: {text} for {self.seconds:.0f} s, at most {self._limit:g} s\n")
+                sys.stderr.flush()
+        return self.seconds > self._limit

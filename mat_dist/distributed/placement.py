@@ -26,8 +26,10 @@ class Placement:
         if peers % world and world % peers:
             fitting = [n for n in range(1, peers + 1) if peers % n == 0]
             listed = ", ".join(map(str, [*fitting, 2 * peers, 3 * peers]))
-            raise EnvironmentFault(f"{world} ranks do not fit {peers} peers", "torchrun --nproc_per_node x --nnodes",
-                                   f"use {listed}, ... ranks, or change the number of peers")
+            error = EnvironmentFault(f"{world} ranks do not fit {peers} peers", "torchrun --nproc_per_node x --nnodes",
+                                     f"use {listed}, ... ranks, or change the number of peers")
+            error.shared = True  # all ranks compute it
+            raise error
         return cls(peers, world, rank)
 
     @property

@@ -26,7 +26,7 @@ FOREIGN = frozenset({"@eadir", "@recycle", "@recently-snapshot", "@tmp", "@share
                      "$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx", "__pycache__"})
 HIDDEN, OTHERS, SPECIAL, LINKS, AGAIN, LOOSE = (
     "hidden files or folders, passed over", "folders of other programs, passed over",
-    "no regular files (FIFO, socket, device), passed over", "linked folders, followed",
+    "entries that are no files (FIFO, socket, device), passed over", "linked folders, followed",
     "folders met a second time through links, not entered again", "files outside the class folders, not read")
 
 

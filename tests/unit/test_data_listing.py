@@ -94,7 +94,7 @@ def test_what_is_no_regular_file_is_counted_and_never_opened(tmp_path, make, nam
     make(tmp_path / name)
     raw = load(tmp_path)
     assert len(raw.train_labels) == 24 and len(raw.test_labels) == 8
-    assert any("no regular files (FIFO, socket, device), passed over" in note or "outside the class folders" in note
+    assert any("entries that are no files (FIFO, socket, device), passed over" in note or "outside the class folders" in note
                for note in raw.notes)
 
 

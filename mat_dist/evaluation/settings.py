@@ -107,7 +107,7 @@ def _among(known: Collection[str]) -> AfterValidator:
         for name in names:
             if name not in known:
                 near = nearest(name, known)
-                raise ValueError(f"there is no attack {name[:40]!a}{f'; did you mean {near}' if near else ''}")
+                raise ValueError(f"there is no attack {name[:40]!a}{f'; did you mean {near}?' if near else ''}")
         return names
     return AfterValidator(check)
 
@@ -376,7 +376,8 @@ def _problem(error: Any, section: type[Section]) -> ConfigError:
     key = str(error["loc"][0])
     where, known = f"{COMMAND_LINE}, {key}", setting(key, section.model_fields[key])
     if error["type"] == "value_error" and text.startswith("there is no"):
-        return ConfigError(text, where, known.description)
+        what, _, hint = text.partition("; ")
+        return ConfigError(what, where, f"{hint} {known.description}")
     value = str(error["input"])[:80]
     return ConfigError(f"{value!a} cannot be used for {key}", where, known.allowed(value) if known.kind else text)
 

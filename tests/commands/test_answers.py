@@ -58,7 +58,7 @@ def test_the_number_of_peers_that_is_advised_has_the_peer(index: int) -> None:
 
 
 @pytest.mark.parametrize(("word", "text"), [
-    ("attacks=autoatack", "there is no attack 'autoatack'; did you mean autoattack (command line, attacks): uniform, "),
+    ("attacks=autoatack", "there is no attack 'autoatack' (command line, attacks): did you mean autoattack? uniform, "),
     ("checkpoint=newest", "there is no checkpoint 'newest' (command line, checkpoint): best, latest or step_N"),
     ("steps=0", "'0' cannot be used for steps (command line, steps): write a whole number, >= 1"),
     ("steps=many", "'many' cannot be used for steps (command line, steps): write a whole number, >= 1"),

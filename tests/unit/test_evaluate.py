@@ -469,7 +469,7 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     (["targets=peer7"], 2, "there is no target 'peer7'"),
     (["targets=peers,ensemble:weights"], 2, "went after version 0.1"),
     (["atacks=pgd"], 2, "unknown setting atacks"),
-    (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms', did you mean mifgsm?"),
+    (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms' (command line, attacks): did you mean mifgsm?"),
     (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
     (["attacks="], 2, "there is no attack ''"),
     (["threats=standard"], 2, "no standard radius for the data set 'digits'"),

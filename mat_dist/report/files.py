@@ -181,18 +181,18 @@ def read_records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     damaged = 0
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-        lines = text[:text.rfind("\n") + 1].splitlines()  # a line may be half there while it is written
+        lines = text.splitlines()
     except OSError:
         notes.append("there is no metrics.jsonl: no training curves")
         return []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             one = json.loads(line)
             key = (str(one["kind"]), int(one["step"]))
             float(one.get("epoch", 0))
             attempt = int(one.get("attempt", 1))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            damaged += 1
+            damaged += number < len(lines) or text.endswith("\n")  # the newest one may be half there yet
             continue
         if key not in newest or attempt >= newest[key][0]:
             newest[key] = attempt, one

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from mat_dist.distributed.processes import children, limit_reached, memory_kills
 from mat_dist.distributed.stopping import AGAIN, SAME_REQUEST, SIGNALS, signal_name
@@ -28,6 +28,7 @@ from mat_dist.errors import EnvironmentFault, MatError, PeerSilent, StopRequeste
 
 TOLD = "MAT_DIST_TOLD"  # the file in which ranks tell torchrun's process how they ended: no file of the disk
 PATIENCE = 30.0  # seconds after the second request; another one then kills the ranks
+STUCK = 5.0  # seconds for which torchrun may stay when its ranks have told their end and left
 _LOOPBACK = "127.0.0.1"
 
 
@@ -64,6 +65,7 @@ class Agent:
     def __init__(self, told: int) -> None:
         self._told, self._memory_kills = told, memory_kills()
         self._requests: list[float] = []
+        self._latest, self._alone, self._ending = 0.0, 0.0, False
         self._report = sys.excepthook
         sys.excepthook = self.end
         os.environ[TOLD] = f"/proc/{os.getpid()}/fd/{told}"
@@ -79,26 +81,49 @@ class Agent:
         threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
 
     def _listen(self, heard: socket.socket) -> None:
-        latest = 0.0
+        heard.settimeout(1.0)
         while True:
-            number, now = heard.recv(1)[0], time.monotonic()
-            if number not in SIGNALS:
-                continue
-            if now - latest > SAME_REQUEST:
-                self._requests.append(now)
-            latest = now
-            kills = len(self._requests) > 2 and now - self._requests[1] > PATIENCE
-            ranks = children()
-            for pid in ranks:
-                with suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL if kills else number)
-            if not ranks and now == self._requests[0]:
-                error = StopRequested(f"stopped by {signal_name(number)} before there were ranks", "torchrun", AGAIN)
-                os.write(2, f"{error_line(error)}\n".encode())
-                os._exit(error.code)
+            try:
+                number = heard.recv(1)[0]
+            except TimeoutError:
+                self._see_to_the_end()
+            else:
+                if number in SIGNALS:
+                    self._pass_on(number, time.monotonic())
+
+    def _pass_on(self, number: int, now: float) -> None:
+        """A signal to all ranks; where there are none yet, it ends torchrun."""
+        if now - self._latest > SAME_REQUEST:
+            self._requests.append(now)
+        self._latest = now
+        kills = len(self._requests) > 2 and now - self._requests[1] > PATIENCE
+        ranks = children()
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL if kills else number)
+        if not ranks and now == self._requests[0] and self._told_by_ranks() is None:
+            error = StopRequested(f"stopped by {signal_name(number)} before there were ranks", "torchrun", AGAIN)
+            self._leave(error.code, [error_line(error)])
+
+    def _see_to_the_end(self) -> None:
+        """torchrun waits for minutes in C++ where a cable was cut: when its ranks have told their end, it has come."""
+        told, now = self._told_by_ranks(), time.monotonic()
+        if told is None or self._ending or children():
+            self._alone = 0.0
+        elif not self._alone:
+            self._alone = now
+        elif now - self._alone >= STUCK:
+            self._leave(*told)
+
+    @staticmethod
+    def _leave(code: int, lines: Sequence[str]) -> NoReturn:
+        with suppress(OSError):
+            os.write(2, "".join(f"{line}\n" for line in lines).encode())
+        os._exit(code)
 
     def end(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """In place of sys.excepthook: one line, and the exit code of the ranks."""
+        self._ending = True
         code, lines = self._told_by_ranks() or self._known(error)
         if not lines:
             return self._report(kind, error, trace)

@@ -287,13 +287,17 @@ class StoreThread:
 
     def __init__(self, store: Any, regularly: Callable[[Any], None], interval: float) -> None:
         self._store, self._regularly, self._interval = store, regularly, interval
+        self._owed: Future[Any] | None = None
         self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
     def ask(self, work: Callable[[Any], T], patience: float) -> T:
-        """`work(store)` -> its result. Raises RuntimeError if the store is gone or silent for `patience` s."""
+        """`work(store)` -> its result. Raises RuntimeError if the store is gone or silent for `patience` s, SilentStore
+        in the second case; at once where it still owes the answer to such a question."""
         answer: Future[T] = Future()
+        if self._owed is not None and not self._owed.done():
+            patience = min(patience, LAP)
         self._asked.put((work, answer))
         wait = Wait(patience)
         while True:
@@ -301,6 +305,7 @@ class StoreThread:
                 return answer.result(timeout=min(LAP, patience))
             except TimeoutError:
                 if wait.over():
+                    self._owed = answer
                     raise SilentStore(f"no answer within {patience:g} s") from None
 
     def close(self) -> None:

@@ -70,9 +70,10 @@ def memory_kills() -> int:
 
 
 def children() -> list[int]:
-    """The direct children of this process, whichever thread started them."""
+    """The direct children of this process that run, whichever thread started them."""
     tasks = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for file in tasks for pid in read_system(str(file)).split()]
+    pids = [int(pid) for file in tasks for pid in read_system(str(file)).split()]
+    return [pid for pid in pids if (found := process_start(pid)) is not None and found[0] not in "ZX"]
 
 
 def limit_reached(error: BaseException) -> EnvironmentFault | None:

@@ -365,6 +365,13 @@ def test_torchrun_passes_signals_on_waits_for_its_ranks_and_ends_with_their_line
     assert told.splitlines()[-1] == f"mat_dist: stopped by SIG{name}, saved" and "40 lines" not in told
 
 
+def test_torchrun_that_is_stuck_when_its_ranks_have_left_ends_with_their_line_and_code(agent):
+    one = agent("import mat_dist.distributed.agent as a\na.STUCK = 0.5\nfor rank in ranks: rank.terminate()\n"
+                "time.sleep(600)", RANK)
+    _, told = one.communicate(timeout=60)
+    assert one.returncode == 75 and told.splitlines()[-1] == "mat_dist: stopped by SIGTERM, saved"
+
+
 def test_a_signal_before_there_are_ranks_ends_torchrun_with_a_line(agent):
     one = agent("time.sleep(60)")
     one.send_signal(signal.SIGUSR2)

@@ -77,6 +77,18 @@ def test_who_asks_a_silent_store_gives_up(silent):
     client.close()
 
 
+def test_a_store_that_owes_an_answer_is_waited_for_once(silent, monkeypatch):
+    monkeypatch.setattr(heartbeat, "LAP", 0.05)
+    client = StoreThread(silent, lambda store: None, 100)
+    with pytest.raises(heartbeat.SilentStore, match=r"no answer within 0\.2 s"):
+        client.ask(lambda store: 1, 0.2)
+    with pytest.raises(heartbeat.SilentStore, match=r"no answer within 0\.05 s"):
+        client.ask(lambda store: 1, 1000)
+    silent.speaks.set()
+    assert client.ask(lambda store: 2, 10) == 2  # it has come back
+    client.close()
+
+
 def test_an_error_of_the_store_reaches_who_asked():
     client = StoreThread(Store(), lambda store: None, 100)
     with pytest.raises(KeyError):
@@ -194,6 +206,21 @@ def test_a_rank_that_stops_beating_is_named_and_stopped(monkeypatch):
     assert str(ranks[1].blame("another exchange")) == str(error)  # one verdict for all
     assert killed == [os.getpid()]
     for one in ranks:
+        one.close()
+
+
+@pytest.mark.parametrize(("kills", "says"), [(1, "memory killer"), (0, "rank 1 (peer 1) ended")])
+def test_a_rank_that_the_memory_killer_took_is_not_told_as_slow(kills, says, monkeypatch):
+    values: dict[str, bytes] = {}
+    mine, other = beating(Store(values), 0), beating(Store(values), 1)
+    monkeypatch.setattr(mine, "_is_gone", lambda beat: beat is not None and beat.where == "start" and beat.arrived == 0)
+    monkeypatch.setattr(mine, "_others", lambda: [1])
+    monkeypatch.setattr(ProcessIdentity, "kill", lambda self: None)
+    monkeypatch.setattr(heartbeat, "memory_kills", lambda: mine._memory_kills + kills)
+    error = mine.blame("gather of step 2, AEs")
+    assert says in error.what and error.guilty == (1,)
+    assert "only slow" not in error.how and ("more memory" in error.how) == bool(kills)
+    for one in (mine, other):
         one.close()
 
 

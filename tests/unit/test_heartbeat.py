@@ -81,7 +81,7 @@ def test_a_store_that_owes_an_answer_is_waited_for_once(silent, monkeypatch):
     monkeypatch.setattr(heartbeat, "LAP", 0.05)
     client = StoreThread(silent, lambda store: None, 100)
     with pytest.raises(heartbeat.SilentStore, match=r"no answer within 0\.2 s"):
-        client.ask(lambda store: 1, 0.2)
+        client.ask(lambda store: store.check(["a"]), 0.2)
     with pytest.raises(heartbeat.SilentStore, match=r"no answer within 0\.05 s"):
         client.ask(lambda store: 1, 1000)
     silent.speaks.set()

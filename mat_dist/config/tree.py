@@ -352,7 +352,7 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
         what = ", ".join(filter(None, words)) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         line = mark.line if mark is not None else text.count("\n", 0, getattr(error, "position", 0))
-        tabbed = "\t" in (text.splitlines() or [""])[min(line, text.count("\n"))]
+        tabbed = "\t" in text.split("\n")[min(line, text.count("\n"))]
         what = "a tab, which YAML does not take here" if tabbed else printable(what)
         how = "write spaces" if tabbed else "correct the text here"
         raise reader.fail(f"not YAML: {what}", line, key, how) from None

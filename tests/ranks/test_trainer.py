@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mat_dist.evaluation import during_training
 from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
 from mat_dist.evaluation.survivors import gather
+from mat_dist.models import registry
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run as OpenRun
@@ -46,8 +48,9 @@ EVALUATED = ("eval.every=1", "train.max_steps=null", "eval.chunk=20", "eval.size
 
 
 @pytest.fixture(autouse=True)
-def one_thread_at_a_time_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks in one process share torch's global generator, which builds the models: let them take turns."""
+def one_thread_at_a_time_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks in one process share torch's global generator, which builds the models: let them take turns. Forwards, in
+    which replicas wait for each other, must not; the models here draw nothing."""
     lock, keyed = threading.RLock(), rng.keyed_rng
 
     @contextmanager
@@ -55,7 +58,7 @@ def one_thread_at_a_time_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         with lock, keyed(stream):
             yield
 
-    monkeypatch.setattr(rng, "keyed_rng", locked)
+    monkeypatch.setattr(registry, "rng", SimpleNamespace(key=rng.key, keyed_rng=locked))
 
 
 @pytest.fixture
@@ -409,7 +412,7 @@ def test_a_peer_starts_from_the_weights_of_a_run(teacher: Finished, tmp_path: Pa
 
 
 @pytest.mark.parametrize("source,settings,found", [
-    ("{root}/nothing", (), "this is not the folder of a run"),
+    ("{root}/nothing", (), "there is no such file or folder of a run"),
     ("{run}", (), "no evaluation says which peer is best"),
     ("{run}:third", (), "there is no peer 'third'"),
     ("{run}:first", ("peers.0.model.width=0.5",), "its weights do not fit"),

@@ -235,5 +235,5 @@ def test_a_peer_trains_on_the_best_iterates(threat: Threat) -> None:
 def test_the_first_step_is_the_diameter_of_the_ball_and_for_l1_its_radius(norm: str, size: float) -> None:
     config = load_config(None, ["attack.method=apgd", f"threat.norm={norm}", "threat.eps=0.2"])
     assert {peer.attack.step_size for peer in config.peers} == {size}
-    given = load_config(None, ["attack.method=apgd", f"threat.norm={norm}", "attack.step_size=0.01"])
+    given = load_config(None, ["attack.method=apgd", f"threat.norm={norm}", "threat.eps=0.2", "attack.step_size=0.01"])
     assert given.peers[0].attack.step_size == 0.01

@@ -67,7 +67,7 @@ def test_norm_statistics_are_the_mean_over_the_training_batches(averaged: Finish
     config = load_config(None, [*SMALL, *SWA])
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size)
     manifest = checkpoints.load_manifest(averaged.folder)
-    images = Images.of(manifest.meta.extra["images"])
+    images = Images(**manifest.meta.extra["images"])
     state = averaged.peers()[1]["ema"]
     model = make_model(config.peers[1], images, seed=0, step=config.step, device=torch.device("cpu"))
     model.load_state_dict(state)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.faults.inject import Fault
-from tests.faults.lab import EVALUATED, INTERVAL, LIMIT, Lab
+from tests.faults.lab import EVALUATED, INTERVAL, LIMIT, TIMEOUT, Lab
 from tests.faults.launching import start_program
 from tests.faults.registry import case
 
@@ -24,23 +24,38 @@ ROOT = Path(__file__).parents[3]
 @case(10, "SIGTERM to the launcher", "attack", code=STOPPED, bound=20, phase="attack", torchrun=True, ci=True)
 @case(10, "SIGTERM to the launcher", "evaluation", code=STOPPED, bound=20, phase="eval", torchrun=True)
 @case(10, "SIGTERM to the launcher", "loading", code=STOPPED, bound=20, phase="load", torchrun=True)
+@case(10, "SIGTERM to the launcher", "SIGKILL to it", code=STOPPED, bound=20, phase="attack", torchrun=True,
+      number=signal.SIGKILL)
 @case(10, "SIGTERM to all ranks", "batch", code=STOPPED, bound=20, phase="batch")
 @case(10, "SIGTERM to all ranks", "forward", code=STOPPED, bound=20, phase="forward")
 @case(10, "SIGTERM to all ranks", "saving", code=STOPPED, bound=20, phase="save")
-def terminated(lab: Lab, code: int, phase: str, ranks: int = 2, torchrun: bool = False) -> None:
+def terminated(lab: Lab, code: int, phase: str, ranks: int = 2, torchrun: bool = False,
+               number: signal.Signals = signal.SIGTERM) -> None:
     """All ranks stop at one step and save; nothing is lost, and the restart ends bit-equal."""
     more = (*(EVALUATED if phase == "eval" else ()), f"peers={ranks}")
     at = {"load": 0, "eval": 1, "save": 1}.get(phase, AT)
     fault = Fault("sleep", phase, rank=None, at=at, seconds=HELD)
     group = lab.start([fault], lab.words(*more), ranks=ranks, torchrun=torchrun)
     lab.marked(group, ranks)
-    sent = group.send(signal.SIGTERM)
+    sent = group.send(number)
     end = lab.end(group, since=sent)
     lab.expect_end(end, code)
     if phase in ("batch", "attack", "forward"):
         lab.expect(any(f"after step {AT + n}" in end.message for n in (1, 2)), f"signal at step {AT}, {end.message!r}")
         lab.expect_lost(end, most=0)
     lab.expect_resumed(*more)
+
+
+@case(6, "SIGSTOP of a rank", "all ranks for a while", code=0)
+def suspended(lab: Lab, code: int) -> None:
+    """A suspended job goes on, though it stood still for longer than the timeout."""
+    group = lab.start([Fault("sleep", rank=None, at=AT, seconds=HELD)], lab.words(), ranks=2)
+    lab.marked(group, 2)
+    group.send(signal.SIGSTOP)
+    time.sleep(TIMEOUT + 2)
+    group.send(signal.SIGCONT)
+    lab.expect_end(lab.end(group), code)
+    lab.expect(lab.hashes() == lab.reference(), "other weights than the undisturbed run")
 
 
 @case(11, "SIGUSR1, the scheduler's warning", "one rank only", code=STOPPED, bound=20)

@@ -6,6 +6,7 @@ Every message is one line, `mat_dist: error: <what> (<where>): <how to fix>`. Er
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ BUG = 70
 
 
 def printable(text: object) -> str:
-    """As text that can be printed and stored: bytes of a file name that are no UTF-8 become escapes."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
+    """As text that can be printed and stored: bytes of a file name that are no UTF-8, and what a terminal would obey,
+    become escapes."""
+    seen = re.sub(r"[\x00-\x08\x0e-\x1b\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], str(text))
+    return seen.encode("utf-8", "backslashreplace").decode()
 
 
 class MatError(Exception):

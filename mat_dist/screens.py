@@ -73,18 +73,21 @@ class Output:
 
 
 class NoInput(io.TextIOBase):
-    """Standard input of a command. Some libraries ask (a login, a download): an unattended run would wait for ever."""
+    """Standard input of a command. Some libraries ask (a login, a download): an unattended run would wait for ever.
+    `kept`: the number under which the real one stays open, since programs that a library starts find an empty one."""
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None, kept: int) -> None:
+        self._stream, self._kept = stream, kept
 
     def readline(self, size: Any = -1) -> Any:
         """Raises EnvironmentFault, but for a debugger."""
         if sys.gettrace() is not None and self._stream is not None:
+            os.dup2(self._kept, 0)
             return self._stream.readline()
         refuse()
 
     read = readline
+    buffer = property(lambda self: refuse())
 
 
 def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -98,16 +101,20 @@ def steady() -> Iterator[None]:
     """Put these streams in the place of the interpreter's, and those back at the end."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else a file of the run gets the number of a closed stream
         os.set_inheritable(number, True)
+    kept = os.dup(0)
+    os.dup2(number, 0)
     os.close(number)
     before = sys.stdin, sys.stdout, sys.stderr, getpass.getpass
     screens: list[Any] = [Output(sys.stdout), Output(sys.stderr)]
-    sys.stdin, (sys.stdout, sys.stderr), getpass.getpass = NoInput(sys.stdin), screens, refuse
+    sys.stdin, (sys.stdout, sys.stderr), getpass.getpass = NoInput(sys.stdin, kept), screens, refuse
     try:
         yield
     finally:
         for screen in screens:
             screen.drain()
         sys.stdin, sys.stdout, sys.stderr, getpass.getpass = before
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 def loss() -> Exception | None:

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from mat_dist.errors import CheckpointError, ConfigError
 SAFETENSORS = ".safetensors"
 COMPILED = "_orig_mod."  # torch.compile, also of a part of a model
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm and of AveragedModel: without effect here
-# Names of a mean and a deviation that stand beside each other; a word ends where the letters end.
-MOMENTS = (("mean", "std"), ("means", "stds"), ("mu", "sigma"), ("mean", "sigma"), ("mean", "sd"), ("mean", "stdev"),
-           ("mean", "stddev"), ("mean", "deviation"), ("mu", "std"))
+# Words for a mean and a deviation, whose names are else the same; a word ends where the letters end, or at a capital.
+MEANS = ("mean", "means", "mu", "avg", "average")
+DEVIATIONS = ("std", "stds", "sigma", "sd", "stdev", "stdevs", "stddev", "stddevs", "std_dev", "stdv", "dev",
+              "deviation", "standard_deviation")
 TOP = "."  # names the top of a file
 MOST_NAMES = 3  # of each kind in a message
 MOST_VALUES, LONGEST_NAME, LONGEST_LIST = 200_000, 2000, 64  # of a file's tree
@@ -134,15 +135,22 @@ def _leaves(content: Any, name: str, count: list[int]) -> Iterator[tuple[str, Te
     count[0] += 1
     if count[0] > MOST_VALUES or len(name) > LONGEST_NAME:
         raise ValueError("too many or too deep entries")
-    if type(content) in (Tensor, nn.Parameter) and content.layout == torch.strided and not content.is_quantized:
+    numbers = content if type(content) in (list, tuple) else [content]
+    if type(content) in (Tensor, nn.Parameter) and content.layout == torch.strided and not (
+            content.is_quantized or content.is_meta):
         yield name, content.detach()
-    elif type(content) in (list, tuple) and content and all(type(value) in (int, float) for value in content):
-        if len(content) <= LONGEST_LIST and any(_has(word, name.lower(), "") is not None for pair in MOMENTS
-                                                   for word in pair):
-            yield name, torch.tensor(content, dtype=torch.float64)
+    elif numbers and all(type(value) in (int, float) for value in numbers):
+        if len(numbers) <= LONGEST_LIST and any(_has(word, _words(name), "") is not None
+                                                for word in (*MEANS, *DEVIATIONS)):
+            yield name, torch.tensor(numbers, dtype=torch.float64)
     elif isinstance(content, dict) or (type(content) in (list, tuple) and len(content) <= LONGEST_LIST):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from _leaves(value, f"{name}.{key}" if name else str(key), count)
+
+
+def _words(name: str) -> str:
+    """A name in small letters, its words apart: pixelMean is pixel_mean."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _has(word: str, name: str, instead: str) -> str | None:
@@ -153,12 +161,12 @@ def _has(word: str, name: str, instead: str) -> str | None:
 
 def _moments(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Names of tensors that differ in the words of a mean and a deviation alone."""
-    lower = {name.lower(): name for name in tensors}
-    for name, shown in lower.items():
-        for mean, std in MOMENTS:
+    spelt = {_words(name): name for name in tensors}
+    for name, shown in spelt.items():
+        for mean, std in product(MEANS, DEVIATIONS) if any(map(name.__contains__, MEANS)) else ():
             other = _has(mean, name, std)
-            if other in lower:
-                yield shown, lower[other]
+            if other in spelt:
+                yield shown, spelt[other]
 
 
 # ------------------------------------------------------------------------------------------------ into a network
@@ -196,6 +204,9 @@ def find_network(source: TensorFile, net: nn.Module, *, channels: int, classes: 
         raise ConfigError(f"the file holds {len(labels)} networks that fit: {', '.join(labels[:8])}", str(source.file),
                           f"write {' or '.join(choose.format(label) for label in labels[:8])}")
     for key in distinct[0].names.values():
+        if not tensors[key].is_floating_point():  # codes of a quantised network, which need their scales
+            raise CheckpointError(f"the weights are {str(tensors[key].dtype).removeprefix('torch.')}, no real numbers",
+                                  f"{source.file}, {key}", "save the network's own weights, in floating point")
         if not tensors[key].isfinite().all():
             raise CheckpointError("NaN or infinite values in the weights", f"{source.file}, {key}",
                                   "use another checkpoint")

@@ -92,7 +92,7 @@ def read_manifest(directory: Path) -> Manifest:
     version = _known_version(document, file)
     try:
         return _parse(document, directory, version)
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"the manifest has no valid {error}", str(file), _HOW) from None
 
 
@@ -154,8 +154,8 @@ def _known_version(document: dict[str, Any], file: Path) -> int:
     return version
 
 
-def _typed(document: Mapping[str, Any], key: str, kind: type) -> Any:
-    if type(document[key]) is not kind or (kind is int and document[key] < 0):
+def _typed(document: Any, key: str, kind: type) -> Any:
+    if type(document) is not dict or type(document.get(key)) is not kind or (kind is int and document[key] < 0):
         raise ValueError(repr(key))
     return document[key]
 

@@ -260,8 +260,10 @@ def read_torch(data: bytes, skipped: list[str] | None = None) -> Any:
 
 
 _LEGACY_PICKLES = 4  # of a file from before torch 1.6: a magic number, its version, the machine, the content
-# Their classes are called to make them again. All other objects may be made, but not by a call: a call is what runs.
+# They are called to make objects again: classes, which have a capital, and these. Calls of other functions are refused:
+# they are what runs.
 _CALLED = re.compile(r"(numpy|argparse|pathlib|datetime|collections|decimal|fractions|uuid|types)\b.*|"
+                     r"functools\.partial|re\._compile|(?!subprocess|ctypes|multiprocessing).*\.[A-Z]\w*|"
                      r"builtins\.(bytes|complex|dict|float|frozenset|int|list|range|set|slice|str|tuple)")
 
 
@@ -280,7 +282,9 @@ def _stand_in(full_name: str, skipped: list[str]) -> type:
     def new(cls: type, *_: Any) -> Any:
         if full_name not in skipped and not full_name.startswith("builtins."):
             skipped.append(full_name)
-        return object.__new__(cls) if full_name.startswith("numpy.") else Counter()
+        if full_name == "collections.deque":
+            return []
+        return object.__new__(cls) if full_name.startswith(("numpy.", "functools.")) else Counter()
 
     class Uncalled(type):
         def __call__(cls, *_: Any) -> Any:

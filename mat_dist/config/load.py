@@ -46,6 +46,7 @@ from mat_dist.config.tree import (
     parse,
     printable,
     read,
+    section_class,
     write,
 )
 from mat_dist.errors import ConfigError
@@ -281,8 +282,10 @@ def _laid(tree: Tree, path: Path, override: Override, model: type[Section], prob
     """The top level or a peer with an override at `path`."""
     if override.empty and can_be_empty(model, path):
         return cut(tree, path)
-    given = {(*path, *inner): node for inner, node in override.value.items()}
-    return over(tree, normalised(given, problems, model))
+    given = normalised({(*path, *inner): node for inner, node in override.value.items()}, problems, model)
+    around = {one[:depth] for one in given for depth in range(1, len(one)) if section_class(model, one[:depth])}
+    # What stands in the place of a section is refused when it is validated, and not lost below what comes later.
+    return tree if any(tree[one].value not in (None, {}) for one in around & tree.keys()) else over(tree, given)
 
 
 def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source: str) -> list[ConfigError]:

@@ -94,6 +94,9 @@ class Cohort:
             spec = config.peers[index]
             model = models[n] if models is not None else make_model(
                 spec, images, seed=config.run.seed, step=config.step, device=mesh.device)
+            if not spec.frozen and not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ConfigError("the model has no parameter that takes a gradient", f"peers.{index}.model",
+                                  f"let one have requires_grad, or set peers.{index}.frozen=true")
             peers.append(Peer(index, spec, model, graph.peers[index], seed=config.run.seed, step=config.step))
             peers[-1].fresh_model = partial(make_model, spec, images, seed=config.run.seed, step=config.step,
                                             device=mesh.device)

@@ -73,7 +73,7 @@ def class_numbers(labels: np.ndarray, where: str) -> tuple[np.ndarray, str]:
         more = " (y.argmax(1) of one-hot rows)" if labels.ndim == 2 else ""
         raise DataError(f"labels are {labels.dtype} of shape {labels.shape}", where, _LABELS + more)
     if array.dtype.kind == "f":
-        broken = np.flatnonzero(~((array == np.rint(array)) & (np.abs(array) < 1 << 53)))
+        broken = np.flatnonzero(~((array == np.rint(array)) & (np.abs(array.astype(float)) < 1 << 53)))
         if len(broken):
             raise DataError(f"label {array[broken[0]]} of image {broken[0]} is no whole number", where, _LABELS)
         done = "; ".join(filter(None, [done, f"labels are whole numbers in {array.dtype}"]))

@@ -23,7 +23,8 @@ LAYOUT = "expected train/CLASS/*.jpg and test/CLASS/*.jpg below data.root"
 HELD_OUT = ("test", "val", "valid", "validation")  # the first with a class of train/ holds the test images
 # Folders that file servers, archivers and notebooks put everywhere, beside those with a dot.
 FOREIGN = frozenset({"@eadir", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot",
-                     "$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx", "__pycache__"})
+                     "~snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx",
+                     "network trash folder", "temporary items", "__pycache__"})
 HIDDEN, OTHERS, SPECIAL, LINKS, AGAIN, LOOSE = (
     "hidden files or folders, passed over", "folders of other programs, passed over",
     "entries that are no files (FIFO, socket, device), passed over", "linked folders, followed",
@@ -142,6 +143,8 @@ class _Tree:
                                 "put their images into one of them")
             else:
                 self.folders[key] = entry.name
+                self.met[LINKS] += entry.is_symlink()
+        self.met[LINKS] += self.where.is_symlink()
         self.met[LOOSE] = len(self.loose)
 
     def split(self, classes: tuple[str, ...], digest: hashlib._Hash) -> Split:
@@ -216,4 +219,5 @@ class _Tree:
         strange = [name for name in self.folders.values() if name != printable(name)]
         return ((read if self.endings else []) +
                 [f"{self.name}/: {count} {kind}" for kind, count in sorted(self.met.items()) if count] +
-                [f"{self.name}/: the name of a class is not UTF-8: {printable(name)}" for name in strange])
+                [f"{self.name}/: the name of a class is not UTF-8, or has control characters: {printable(name)}"
+                 for name in strange])

@@ -20,7 +20,8 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 # Who starts several tasks: its name, where a task finds its number, and how many there are.
 _TASKS = (("SLURM", "SLURM_PROCID", "SLURM_NTASKS"), ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
           ("MPI", "PMI_RANK", "PMI_SIZE"), ("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-          ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"))
+          ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+          ("PALS", "PALS_RANKID", ""), ("ALPS", "ALPS_APP_PE", ""), ("PMIx", "PMIX_RANK", ""))  # they tell no number
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class Launch:
             return
         for name, rank, size in _TASKS:
             batch = name == "SLURM" and env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env
-            count = env.get("SLURM_STEP_NUM_TASKS", env.get(size, "")) if name == "SLURM" else env.get(size, "")
-            if rank in env and count.isdigit() and int(count) > 1 and not batch:
+            told = env.get("SLURM_STEP_NUM_TASKS", env.get(size, "")) if name == "SLURM" else env.get(size, "")
+            count, key = (told, size) if told.isdigit() else (env.get(rank, ""), rank)
+            if rank in env and count.isdigit() and int(count) > (key == size) and not batch:
                 raise EnvironmentFault(
-                    f"{count} {name} tasks, but no torchrun: each would train the whole cohort",
-                    f"{size}={count} without WORLD_SIZE",
+                    f"{f'{count} {name} tasks' if key == size else f'task {count} of {name}'}, but no torchrun: each "
+                    "would train the whole cohort", f"{key}={count} without WORLD_SIZE",
                     "start one torchrun per node (launch/slurm_multinode.sbatch does), or unset "
-                    f"{size} where the tasks are runs of their own")
+                    f"{key} where the tasks are runs of their own")
 
     def follow_launcher(self) -> None:
         """Ask the kernel for a signal when torchrun dies, so that no rank goes on without it; keep torch's C++ from

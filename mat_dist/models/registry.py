@@ -97,11 +97,11 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
     _check_data(shape, classes, mean, std)
     try:
         net = _find_builder(config.name)(config, shape, classes)
+        model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+        _try_one_image(model, config.name, shape, classes)
     except SystemExit as error:
-        raise ConfigError(f"its builder left with sys.exit({error.code!r})", f"model.name={config.name}",
+        raise ConfigError(f"its code left with sys.exit({error.code!r})", f"model.name={config.name}",
                           "raise an error there instead") from error
-    model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
-    _try_one_image(model, config.name, shape, classes)
     return model
 
 

@@ -162,7 +162,7 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
 
     Where all have raised it together, nobody reads it.
     """
-    if mesh.beat is None:
+    if mesh.beat is None and not isinstance(error, SystemExit):
         return error
     if isinstance(error, Exception):
         told = described(error, mesh, mesh.where)
@@ -171,7 +171,8 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
         told = {"code": PeerSilent.code, "what": f"rank {rank} (peer {peers}) left: {type(error).__name__}: {error}",
                 "where": mesh.where, "how": f"see the traceback in rank_{rank}.log"}
     with contextlib.suppress(RuntimeError):  # the store is gone
-        mesh.beat.report(told)
+        if mesh.beat is not None:
+            mesh.beat.report(told)
     if isinstance(error, MatError):
         return error
     known = told_error(told)

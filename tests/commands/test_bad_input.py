@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -103,6 +104,31 @@ def test_the_command_answers_a_misspelt_setting_without_loading_torch() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ ranks
+
+
+NETWORKS = """import sys
+from torch import nn
+from mat_dist.models import register_model
+
+class Leaves(nn.Linear):
+    def forward(self, x_BD):
+        return sys.exit(0) if self.training else super().forward(x_BD)
+
+register_model("leaves")(lambda config, shape, classes: nn.Sequential(nn.Flatten(), Leaves(64, classes)))
+register_model("still")(lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False))
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "says"), [
+    ("still", 2, "no parameter that takes a gradient (peers.0.model)"), ("leaves", 14, "left: SystemExit: 0")])
+def test_a_network_that_cannot_learn_or_leaves_in_a_step_is_one_line(name: str, code: int, says: str, tmp_path: Path,
+                                                                     capsys: Captured) -> None:
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    found = train.main([*SMALL, f"run.root={tmp_path}", "run.name=one", "--plugin", str(tmp_path / "networks.py"),
+                        f"model.name={name}"])
+    err = capsys.readouterr().err
+    assert found == code == json.loads((tmp_path / "one/exit.json").read_text())["code"]
+    assert LINE.fullmatch(err) and says in err
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -131,6 +131,14 @@ def test_one_wrong_value_is_one_problem(item: str) -> None:
     assert len(found) == 1 and item.partition("=")[0] in found[0]
 
 
+@pytest.mark.parametrize("items", [("data=folder", "data.root=x"), ("threat=[l2]", "attack.eps=0.2"),
+                                   ("peers.0.attack=3", "peers.0.attack.steps=1"),
+                                   ("data.augment=yes", "data.augment.pad=1")])
+def test_a_value_in_the_place_of_a_section_is_refused_also_before_settings_below_it(items: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"cannot be used for the section {items[0].partition('=')[0]} "):
+        load_config("digits", ["peers=1", "loss=at", *items])
+
+
 def test_text_settings_in_a_file_want_quotes_around_numbers(tmp_path: Path) -> None:
     (line,) = refused(tmp_path, "data: {root: 5}")
     assert "5 cannot be used for data.root" in line and "in quotes" in line

@@ -36,7 +36,10 @@ def test_linked_folders_are_followed_and_counted(tmp_path):
     (tmp_path / "train/bird").symlink_to(tmp_path / "elsewhere/deep")  # a whole class
     raw = load(tmp_path)
     assert [(raw.train_labels == label).sum() for label in range(3)] == [5, 12 + 5, 12]
-    assert "train/: 1 linked folders, followed" in raw.notes
+    assert "train/: 2 linked folders, followed" in raw.notes
+    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "test").symlink_to("train")
+    assert "test/: 3 linked folders, followed" in load(tmp_path).notes
 
 
 def test_links_in_a_circle_end_and_every_folder_counts_once(tmp_path):
@@ -53,7 +56,7 @@ def test_links_in_a_circle_end_and_every_folder_counts_once(tmp_path):
 
 @pytest.mark.parametrize(("name", "said"), [
     *((name, "folders of other programs, passed over") for name in (
-        "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle", "System Volume Information")),
+        "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle", "~snapshot", "System Volume Information")),
     *((name, "hidden files or folders, passed over") for name in (".ipynb_checkpoints", ".AppleDouble", ".Trash-0"))])
 def test_folders_of_other_programs_are_passed_over_among_images_and_among_classes(tmp_path, name, said):
     write_folder(tmp_path)
@@ -108,12 +111,23 @@ def test_names_that_are_not_utf_8_are_read_and_can_be_printed(tmp_path):
     config = DataConfig(name="folder", root=str(tmp_path))
     data = load_data(config, seed=0, batch_size=8)
     assert data.classes == ("caf\\udce9", "dog") and len(data.train) + len(data.val) == 25
-    assert {"train/: the name of a class is not UTF-8: caf\\udce9",
+    assert {"train/: the name of a class is not UTF-8, or has control characters: caf\\udce9",
             "train/: 1 files are no images and were not read: 1 .\\udcfe"} <= set(data.notes)
     Path(os.fsdecode(bad)).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"caf\\udce9/\\udcff.png") as caught:
         load_data(config, seed=0, batch_size=8)
     str(caught.value).encode()
+
+
+def test_names_that_a_terminal_would_obey_are_shown_with_escapes(tmp_path):
+    write_folder(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").rename(tmp_path / split / "\x1b[31mcat")
+    (tmp_path / "train/dog/\x9b2J.png").write_bytes(b"no image")
+    data = load_data(DataConfig(name="folder", root=str(tmp_path), on_bad="skip"), seed=0, batch_size=8)
+    assert data.classes == ("\\x1b[31mcat", "dog") and any("train/dog/\\x9b2J.png" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"train/dog/\\x9b2J.png\)"):
+        load(tmp_path)
 
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"

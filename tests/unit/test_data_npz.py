@@ -128,8 +128,9 @@ def test_bad_arrays_are_named(tmp_path, changes, message):
 @pytest.mark.parametrize(("change", "done"), [
     (lambda y: y[:, None], "labels of shape (40, 1) were taken as a row"),
     (lambda y: y[None], "labels of shape (1, 40) were taken as a row"),
-    (lambda y: y.astype(np.float32), "labels are whole numbers in float32"),
+    (lambda y: y.astype(np.float16), "labels are whole numbers in float16"),
     (lambda y: y[None] * 1.0, "labels of shape (1, 40) were taken as a row; labels are whole numbers in float64")])
+@pytest.mark.filterwarnings("error")
 def test_labels_whose_meaning_is_plain_are_taken_with_a_note(tmp_path, change, done):
     raw = load(tmp_path, y_train=change(np.arange(40) % 5))
     assert raw.train_labels.tolist() == [number % 5 for number in range(40)]

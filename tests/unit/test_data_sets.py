@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
+from torch import nn
 from torchvision import datasets
 
 from mat_dist.config.schema import DataConfig, ModelConfig
@@ -307,8 +308,13 @@ def test_a_reader_or_a_builder_that_exits_is_an_error_with_its_name(monkeypatch,
 
     with pytest.raises(DataError, match=rf"its reader left with sys.exit\({code!r}\) \(data.name=leaves\)"):
         load_data(DataConfig(name="leaves"), seed=0, batch_size=8)
-    with pytest.raises(ConfigError, match=rf"its builder left with sys.exit\({code!r}\) \(model.name=leaves\)"):
-        build_model(ModelConfig(name="leaves"), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
+    class Leaves(nn.Linear):
+        forward = leave
+
+    register_model("leaves later")(lambda *_: Leaves(2, 2))
+    for name in ("leaves", "leaves later"):
+        with pytest.raises(ConfigError, match=rf"its code left with sys.exit\({code!r}\) \(model.name={name}\)"):
+            build_model(ModelConfig(name=name), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
 
 
 def test_a_lack_of_memory_while_reading_is_an_error_of_the_data(monkeypatch):

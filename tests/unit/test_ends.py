@@ -269,6 +269,8 @@ def test_surroundings_that_contradict_themselves_are_one_error(bare, variables, 
     ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0"}, "3 SLURM tasks"),
     ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, "4 Open MPI tasks"),
     ({"PMI_SIZE": "4", "PMI_RANK": "2"}, "4 MPI tasks"),
+    ({"FLUX_JOB_SIZE": "3", "FLUX_TASK_RANK": "0"}, "3 Flux tasks"),
+    ({"PALS_RANKID": "1"}, "task 1 of PALS"), ({"PMIX_RANK": "2"}, "task 2 of PMIx"), ({"PMIX_RANK": "0"}, None),
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, None),  # the batch script itself
     ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
     ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import io
 import pickle
 import re
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,12 @@ class Slotted:
         self.rate = 0.1
 
 
-EXTRAS = {"accuracy": np.float64(0.5), "history": np.arange(3.0), "args": argparse.Namespace(lr=0.1, out=Path("runs")),
+class Mode(enum.Enum):
+    FAST = 1
+
+
+EXTRAS = {"mode": Mode.FAST, "partial": partial(Settings, rate=0.2), "last": deque([1.0], 9),
+          "accuracy": np.float64(0.5), "history": np.arange(3.0), "args": argparse.Namespace(lr=0.1, out=Path("runs")),
           "path": Path("a/b"), "at": datetime(2020, 1, 1), "all": defaultdict(list, {"a": [1]}), "range": range(3),
           "generator": np.random.get_state(), "settings": Settings(), "slotted": Slotted()}
 
@@ -138,7 +145,8 @@ def test_inert_objects_beside_the_weights_are_left_out_and_told(names: list[str]
     (("0.mean", "0.std"), "{}"), (("normalizer.mean", "normalizer.std"), "model.{}"), (("mean", "std"), "{}"),
     (("mu", "sigma"), "{}"), (("model.mean", "model.std"), "model.{}"), (("MEAN", "STD"), "net.{}"),
     (("module.normalizer.new_mean", "module.normalizer.new_std"), "module.model.{}"),
-    (("image_mean", "image_std"), "1.{}"), (("norm.mean.value", "norm.std.value"), "state_dict.{}")])
+    (("pixelMean", "pixelStd"), "1.{}"), (("avg", "std_dev"), "net.{}"),
+    (("norm.mean.value", "norm.std.value"), "state_dict.{}")])
 @pytest.mark.parametrize("shape", [(3,), (1, 3, 1, 1), (3, 1, 1)])
 @pytest.mark.parametrize("net", [Named, ours])
 def test_a_normalisation_beside_the_network_is_found_under_any_name(
@@ -262,6 +270,9 @@ def test_a_file_that_is_none_is_one_line(content: Any, tmp_path: Path) -> None:
     ({"epoch": 1, "weights": {"a": "b"}}, "no state dict in it, but dict 'epoch', 'weights'"),
     ({"a": torch.zeros(1).to_sparse()}, "no state dict in it|not a file of tensors"),
     ({**Named().state_dict(), "linear.bias": torch.full((10,), float("nan"))}, "NaN or infinite values"),
+    ({key: value * 1j for key, value in Named().state_dict().items()}, "the weights are complex64, no real numbers"),
+    ({key: value.to(torch.int8) for key, value in Named().state_dict().items()}, "the weights are int8"),
+    (Named().to("meta").state_dict(), "no state dict in it"),
 ])
 def test_a_file_without_a_sound_state_dict_is_refused(content: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=says):

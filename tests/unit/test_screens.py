@@ -6,6 +6,7 @@ import errno
 import getpass
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -113,13 +114,32 @@ def test_somebody_elses_exit_in_the_middle_is_a_failure(capsys):
 
 
 @pytest.mark.parametrize("ask", [lambda: input("Login? "), lambda: getpass.getpass("API key: "),
-                                 lambda: sys.stdin.readline(), lambda: sys.stdin.read()])
+                                 lambda: sys.stdin.readline(), lambda: sys.stdin.read(),
+                                 lambda: sys.stdin.buffer.read()])
 def test_a_question_of_a_library_ends_the_command_and_does_not_wait(monkeypatch, capsys, ask):
     monkeypatch.setattr(sys, "stdin", open("/dev/zero"))  # noqa: SIM115
     monkeypatch.setattr(sys, "gettrace", lambda: None)
     assert run_entry(ask) == 6
     assert "asks a question, which nobody answers here (standard input)" in capsys.readouterr().err
     assert run_entry(lambda: sys.exit(9) if sys.stdin.isatty() else None) == 0  # libraries look before they ask
+
+
+def test_a_question_past_the_interpreters_streams_finds_no_input(monkeypatch):
+    real, kept, (theirs, ours) = os.fstat(0), os.dup(0), os.openpty()
+    heard: list[bytes] = []
+
+    def ask() -> None:
+        heard.append(os.read(0, 1))
+        heard.append(subprocess.run(["cat"], stdout=subprocess.PIPE, check=True, timeout=20).stdout)
+
+    try:
+        os.dup2(ours, 0)  # a terminal on which nobody writes
+        assert run_entry(ask) == 0 and heard == [b"", b""] and os.isatty(0)
+    finally:
+        os.dup2(kept, 0)
+        for number in (kept, theirs, ours):
+            os.close(number)
+    assert os.path.samestat(os.fstat(0), real)
 
 
 def test_a_debugger_may_still_ask(monkeypatch):

@@ -1,13 +1,13 @@
 """Rules between settings but those that a method brings with it (`mat_dist/methods/`).
 
-Each takes a complete configuration and returns what is wrong; `where` is a key. Data and model names are not checked
+Each takes a complete configuration and yields what is wrong; `where` is a key. Data and model names are not checked
 here: a plug-in may register more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 from mat_dist.config.fields import real_images
@@ -17,7 +17,7 @@ from mat_dist.config.presets import hears
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
 
-Rule = Callable[[Config], list[ConfigError]]
+Rule = Callable[[Config], Iterable[ConfigError]]
 _RULES: list[tuple[Rule, frozenset[str]]] = []
 
 
@@ -67,119 +67,113 @@ def as_fraction(value: float) -> str | None:
 
 
 @rule("threat", "data", "union")
-def radius_is_known(config: Config) -> list[ConfigError]:
+def radius_is_known(config: Config) -> Iterator[ConfigError]:
     """A norm that is chosen without a radius has none of its own where nobody has set a standard."""
-    return [ConfigError(f"{peer.threat.norm} without a radius, and there is no standard one for {config.data.name}",
-                        f"{key}.threat.norm", f"give attack.eps too, or threat: {{norm: {peer.threat.norm}, eps: ...}}"
-                        + "".join(f"; on {data} it is {eps:g}" for data, eps in known[:1]))
-            for key, peer in entries(config) for known in [list(known_norms()[peer.threat.norm].radii.items())]
-            if peer.threat.model_fields_set == {"norm"}]
+    for key, peer in entries(config):
+        norm = peer.threat.norm
+        if peer.threat.model_fields_set == {"norm"}:
+            known = [f"; on {data} it is {eps:g}" for data, eps in known_norms()[norm].radii.items()]
+            yield ConfigError(f"{norm} without a radius, and there is no standard one for {config.data.name}",
+                              f"{key}.threat.norm",
+                              f"give attack.eps too, or threat: {{norm: {norm}, eps: ...}}{''.join(known[:1])}")
 
 
 @rule("threat")
-def radius_fits_pixels(config: Config) -> list[ConfigError]:
+def radius_fits_pixels(config: Config) -> Iterator[ConfigError]:
     """A linf radius above 1 covers every image, that of another norm may too."""
-    found = []
     for key, peer in entries(config):
         if peer.threat.eps > known_norms()[peer.threat.norm].largest:
             fraction = as_fraction(peer.threat.eps)
             how = f"write eps: {fraction}" if fraction else "write a radius for pixels in [0, 1], such as 8/255"
-            found.append(ConfigError(f"a {peer.threat.norm} radius of {peer.threat.eps:g} is more than the whole range "
-                                     "of a pixel", f"{key}.threat.eps", how))
-    return found
+            yield ConfigError(f"a {peer.threat.norm} radius of {peer.threat.eps:g} is more than the whole range of a "
+                              "pixel", f"{key}.threat.eps", how)
 
 
-def _twice(config: Config, field: str, how: str) -> list[ConfigError]:
+def _twice(config: Config, field: str, how: str) -> Iterator[ConfigError]:
     first: dict[object, str] = {}
-    found = []
     for key, peer in entries(config):
         value = getattr(peer, field)
         if value in first:
-            found.append(ConfigError(f"{first[value]} and {key} have the same {field} {value}", f"{key}.{field}", how))
+            yield ConfigError(f"{first[value]} and {key} have the same {field} {value}", f"{key}.{field}", how)
         first.setdefault(value, key)
-    return found
 
 
 @rule("peers")
-def names_are_unique(config: Config) -> list[ConfigError]:
+def names_are_unique(config: Config) -> Iterator[ConfigError]:
     """A name means one peer."""
-    reserved = [ConfigError(f"the name {peer.name} has another meaning", f"{key}.name",
-                            f"choose a name other than {', '.join(RESERVED_NAMES)}")
-                for key, peer in entries(config) if peer.name in RESERVED_NAMES]
-    return reserved + _twice(config, "name", "give each peer its own name")
+    for key, peer in entries(config):
+        if peer.name in RESERVED_NAMES:
+            yield ConfigError(f"the name {peer.name} has another meaning", f"{key}.name",
+                              f"choose a name other than {', '.join(RESERVED_NAMES)}")
+    yield from _twice(config, "name", "give each peer its own name")
 
 
 @rule("peers")
-def streams_are_unique(config: Config) -> list[ConfigError]:
+def streams_are_unique(config: Config) -> Iterator[ConfigError]:
     """Two peers with one stream would draw the same weights and noise."""
     return _twice(config, "stream", "give each peer its own stream, or leave it out")
 
 
 @rule("optim")
-def milestones_rise(config: Config) -> list[ConfigError]:
+def milestones_rise(config: Config) -> Iterator[ConfigError]:
     """Milestones are increasing shares of the training."""
-    found = []
     for key, peer in entries(config):
         marks = (0, *peer.optim.milestones, 1)
         if any(a >= b for a, b in pairwise(marks)):
             shown = ", ".join(f"{m:g}" for m in peer.optim.milestones)
-            found.append(ConfigError(f"milestones [{shown}] are not increasing shares between 0 and 1",
-                                     f"{key}.optim.milestones", "write shares of the training: [100/110, 105/110]"))
-    return found
+            yield ConfigError(f"milestones [{shown}] are not increasing shares between 0 and 1",
+                              f"{key}.optim.milestones", "write shares of the training: [100/110, 105/110]")
 
 
 @rule("optim", "loss", "train", "methods")
-def warm_ups_end(config: Config) -> list[ConfigError]:
+def warm_ups_end(config: Config) -> Iterator[ConfigError]:
     """Rates that never reach their peak, mutual terms that never begin, and peers with nothing to learn before."""
-    found, epochs = [], config.train.epochs
+    epochs = config.train.epochs
     for key, peer in entries(config):
         loss, where = peer.loss, f"{key}.loss.warmup_epochs"
         if peer.optim.warmup_epochs >= epochs:
             rise = "rise of onecycle" if peer.optim.schedule == "onecycle" else "warm-up"
-            found.append(ConfigError(f"the {rise} lasts {peer.optim.warmup_epochs:g} of {epochs} epochs",
-                                     f"{key}.optim.warmup_epochs", "make it shorter than train.epochs"))
+            yield ConfigError(f"the {rise} lasts {peer.optim.warmup_epochs:g} of {epochs} epochs",
+                              f"{key}.optim.warmup_epochs", "make it shorter than train.epochs")
         if (loss.warmup_epochs or 0) >= epochs:
-            found.append(ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {epochs} epochs", where,
-                                     "make it shorter than train.epochs, or write preset: at"))
+            yield ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {epochs} epochs", where,
+                              "make it shorter than train.epochs, or write preset: at")
         elif loss.warmup_epochs and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
-            found.append(ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up "
-                                     "without them", where, "write 0, or give hard_weight or clean_weight a weight"))
-    return found
+            yield ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up without "
+                              "them", where, "write 0, or give hard_weight or clean_weight a weight")
 
 
 @rule("train", "step")
-def batch_can_be_split(config: Config) -> list[ConfigError]:
+def batch_can_be_split(config: Config) -> Iterator[ConfigError]:
     """Batch norm needs two images; microbatches are equal."""
     batch, parts = config.train.batch_size, config.step.microbatches
     if batch < 2:
-        return [ConfigError("a batch of one image has no batch statistics", "train.batch_size", "write 2 or more")]
-    if batch % parts:
-        return [ConfigError(f"a batch of {batch} images cannot be cut into {parts} equal parts", "step.microbatches",
-                            f"write a divisor of {batch}")]
-    if batch // parts < 2:
-        return [ConfigError("microbatches of one image have no batch statistics", "step.microbatches",
-                            f"write at most {batch // 2}")]
-    return []
+        yield ConfigError("a batch of one image has no batch statistics", "train.batch_size", "write 2 or more")
+    elif batch % parts:
+        yield ConfigError(f"a batch of {batch} images cannot be cut into {parts} equal parts", "step.microbatches",
+                          f"write a divisor of {batch}")
+    elif batch // parts < 2:
+        yield ConfigError("microbatches of one image have no batch statistics", "step.microbatches",
+                          f"write at most {batch // 2}")
 
 
 @rule("data", "train")
-def data_fill_a_batch(config: Config) -> list[ConfigError]:
+def data_fill_a_batch(config: Config) -> Iterator[ConfigError]:
     """An epoch has at least one step."""
     data, batch = config.data, config.train.batch_size
     real = real_images(batch, data.generated_share)
     if (data.generated is None) == (data.generated_share > 0) or not 0 < real <= batch - (data.generated_share > 0):
         found = "images" if data.generated else "no images"
-        return [ConfigError(f"{found} in data.generated, {batch - real} of them in a batch of {batch}",
-                            "data.generated_share", "name a file and a share that leaves one or more of both, such as "
-                                                    "0.7; or neither")]
-    if data.train_size is None or data.train_size >= real:
-        return []
-    return [ConfigError(f"{data.train_size} training images do not fill a batch of {real}", "data.train_size",
-                        f"write {real} or more, or a smaller train.batch_size")]
+        yield ConfigError(f"{found} in data.generated, {batch - real} of them in a batch of {batch}",
+                          "data.generated_share", "name a file and a share that leaves one or more of both, such as "
+                                                  "0.7; or neither")
+    elif data.train_size is not None and data.train_size < real:
+        yield ConfigError(f"{data.train_size} training images do not fill a batch of {real}", "data.train_size",
+                          f"write {real} or more, or a smaller train.batch_size")
 
 
 @rule("data", "loss", "attack", "union", "methods")
-def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
+def mixed_labels_are_understood(config: Config) -> Iterable[ConfigError]:
     """CutMix gives an image two labels: what asks whether a prediction is right has no answer."""
     asking = [(lambda peer: not peer.frozen and peer.loss.kd_where != "all", "loss.kd_where", "kd_where: all"),
               (lambda peer: peer.attack.loss == "margin", "attack.loss", "attack.loss: ce"),
@@ -191,20 +185,20 @@ def mixed_labels_are_understood(config: Config) -> list[ConfigError]:
 
 
 @rule("data")
-def data_can_be_found(config: Config) -> list[ConfigError]:
+def data_can_be_found(config: Config) -> Iterator[ConfigError]:
     """Data that are not embedded need a folder, a file or a download."""
     data = config.data
     if data.name in ("folder", "npz") and data.root is None:
         what = "a folder with train/<class>/ and test/<class>/" if data.name == "folder" else "an .npz file"
-        return [ConfigError(f"{data.name} data without data.root", "data.root", f"write the path of {what}")]
-    if data.root is None and data.name != "digits" and (data.name in ("cifar10", "cifar100", "svhn") or data.download):
-        return [ConfigError(f"{data.name} data without data.root", "data.root",
-                            "write the folder that holds the data, or where download: true may put them")]
-    return []
+        yield ConfigError(f"{data.name} data without data.root", "data.root", f"write the path of {what}")
+    elif data.root is None and data.name != "digits" and (
+            data.name in ("cifar10", "cifar100", "svhn") or data.download):
+        yield ConfigError(f"{data.name} data without data.root", "data.root",
+                          "write the folder that holds the data, or where download: true may put them")
 
 
 @rule("run", "data")
-def paths_are_plain(config: Config) -> list[ConfigError]:
+def paths_are_plain(config: Config) -> Iterable[ConfigError]:
     """No control characters or broken Unicode in paths: they break files, scripts and terminals."""
     paths = {"run.root": config.run.root, **{f"data.{name}": getattr(config.data, name)
                                              for name in ("root", "cache", "generated")}}
@@ -213,15 +207,14 @@ def paths_are_plain(config: Config) -> list[ConfigError]:
 
 
 @rule("run", "comm")
-def backend_fits_device(config: Config) -> list[ConfigError]:
+def backend_fits_device(config: Config) -> Iterator[ConfigError]:
     """NCCL moves GPU memory only."""
     if config.run.device == "cpu" and config.comm.backend == "nccl":
-        return [ConfigError("nccl needs GPUs, and run.device is cpu", "comm.backend", "write backend: auto or gloo")]
-    return []
+        yield ConfigError("nccl needs GPUs, and run.device is cpu", "comm.backend", "write backend: auto or gloo")
 
 
 @rule("attack", "loss")
-def attack_can_start(config: Config) -> list[ConfigError]:
+def attack_can_start(config: Config) -> Iterable[ConfigError]:
     """KL to the clean prediction has gradient 0 at the clean image."""
     return [ConfigError("the attack loss kl_clean has no gradient at its start, the clean image", f"{key}.attack.start",
                         "write start: gaussian (TRADES) or uniform")
@@ -229,91 +222,73 @@ def attack_can_start(config: Config) -> list[ConfigError]:
 
 
 @rule("attack", "threat", "step", "union")
-def n_fgsm_fits(config: Config) -> list[ConfigError]:
+def n_fgsm_fits(config: Config) -> Iterator[ConfigError]:
     """N-FGSM is one step in linf, and its AEs leave the ball, to which shorter forms on the wire would cut them."""
-    found = []
     for key, peer in entries(config):
         if peer.attack.method != "n_fgsm":
             continue
-        for bad, where, how in ((peer.attack.steps != 1, "attack.steps", "attack.steps: 1"),
-                                (peer.threat.norm != "linf", "threat.norm", "threat.norm: linf"),
-                                (peer.union.strategy is not None, "union.strategy", "attack.method: pgd")):
-            if bad:
-                what = f"n_fgsm with {where} {_value(peer, where)}"
-                found.append(ConfigError(what, f"{key}.{where}", f"write {how}"))
+        for found, fits, where, how in ((peer.attack.steps, 1, "attack.steps", "attack.steps: 1"),
+                                        (peer.threat.norm, "linf", "threat.norm", "threat.norm: linf"),
+                                        (peer.union.strategy, None, "union.strategy", "attack.method: pgd")):
+            if found != fits:
+                yield ConfigError(f"n_fgsm with {where} {found}", f"{key}.{where}", f"write {how}")
         if config.step.wire != "full":
-            found.append(ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
-                                     "write wire: full, or attack.method: pgd"))
-    return found
-
-
-def _value(peer: PeerConfig, key: str) -> object:
-    section, name = key.split(".")
-    return getattr(getattr(peer, section), name)
+            yield ConfigError("AEs of n_fgsm leave the ball, to which shorter ones are cut", "step.wire",
+                              "write wire: full, or attack.method: pgd")
 
 
 @rule("loss", "peers")
-def some_term_counts(config: Config) -> list[ConfigError]:
+def some_term_counts(config: Config) -> Iterator[ConfigError]:
     """A loss without terms, and a cohort without labels and teachers, learn nothing."""
-    found = []
     training = [(key, peer) for key, peer in entries(config) if not peer.frozen]
-    for key, peer in training:
-        c = peer.loss
-        if not (learns_alone(peer) or c.hard_weight or c.kd_weight or c.kd_clean):
-            found.append(ConfigError("all terms of the loss have weight 0", f"{key}.loss",
-                                     "give hard_weight, clean_weight or kd_weight a weight"))
+    empty = [key for key, peer in training if not (
+        learns_alone(peer) or peer.loss.hard_weight or peer.loss.kd_weight or peer.loss.kd_clean)]
+    for key in empty:
+        yield ConfigError("all terms of the loss have weight 0", f"{key}.loss",
+                          "give hard_weight, clean_weight or kd_weight a weight")
     labelled = any(peer.loss.hard_weight or peer.loss.clean_weight or peer.methods for _, peer in training)
-    if not found and not labelled and not any(peer.frozen for peer in config.peers):
-        found.append(ConfigError("no peer learns from labels", "peers.0.loss.hard_weight",
-                                 "give hard_weight or clean_weight a weight in at least one peer"))
-    return found
-
-
-def _nobody(config: Config, index: int) -> str:
-    """Why a peer has nobody to learn from."""
-    if len(config.peers) == 1:
-        return "there is one peer"
-    return f"there is no peer that a {config.peers[index].role} learns from"
+    if not empty and not labelled and len(training) == len(config.peers):
+        yield ConfigError("no peer learns from labels", "peers.0.loss.hard_weight",
+                          "give hard_weight or clean_weight a weight in at least one peer")
 
 
 @rule("peers", "loss")
-def somebody_is_there_to_learn_from(config: Config) -> list[ConfigError]:
+def somebody_is_there_to_learn_from(config: Config) -> Iterator[ConfigError]:
     """Shares for other peers need other peers, shares for frozen teachers a frozen one."""
-    found = []
     how = "write loss.preset: at (or trades), or more peers"
     for index, (key, peer) in enumerate(entries(config)):
         loss, heard = peer.loss, heard_by(config, index)
         if peer.frozen:
             continue
+        nobody = "there is one peer" if len(config.peers) == 1 else f"there is no peer that a {peer.role} learns from"
         makers = [i for i in heard if config.peers[i].role == "specialist" or config.peers[i].frozen]
         if peer.role == "generalist" and not makers and not peer.union.threats:
-            found.append(ConfigError("a generalist without specialists", f"{key}.role",
-                                     "give other peers role: specialist, or the generalist union.threats of its own"))
+            yield ConfigError("a generalist without specialists", f"{key}.role",
+                              "give other peers role: specialist, or the generalist union.threats of its own")
         elif not heard and (loss.kd_weight or loss.kd_clean):
-            found.append(ConfigError(f"preset {loss.preset} distils from other peers, and {_nobody(config, index)}",
-                                     f"{key}.loss.preset", how))
+            yield ConfigError(f"preset {loss.preset} distils from other peers, and {nobody}", f"{key}.loss.preset", how)
         elif not heard and loss.hard_weight and loss.hard_own != 1:
-            found.append(ConfigError(f"preset {loss.preset} trains on other peers' examples, and "
-                                     f"{_nobody(config, index)}", f"{key}.loss.preset", how))
+            yield ConfigError(f"preset {loss.preset} trains on other peers' examples, and {nobody}",
+                              f"{key}.loss.preset", how)
         teachers = [i for i in heard if config.peers[i].frozen]
         if loss.teacher_set == "frozen" and (loss.kd_weight or loss.kd_clean) and not teachers:
-            found.append(ConfigError(f"preset {loss.preset} learns from a frozen teacher, and there is none",
-                                     f"{key}.loss.teacher_set", "add a peer with frozen: true and init_from: RUN"))
-    return found
+            yield ConfigError(f"preset {loss.preset} learns from a frozen teacher, and there is none",
+                              f"{key}.loss.teacher_set", "add a peer with frozen: true and init_from: RUN")
 
 
 @rule("peers")
-def frozen_peers_have_weights(config: Config) -> list[ConfigError]:
+def frozen_peers_have_weights(config: Config) -> Iterator[ConfigError]:
     """A peer that does not train starts from trained weights; some peer trains."""
-    found = [ConfigError("a frozen peer without trained weights", f"{key}.frozen", "give it init_from: RUN or a file")
-             for key, peer in entries(config) if peer.frozen and peer.init_from is None]
+    for key, peer in entries(config):
+        if peer.frozen and peer.init_from is None:
+            yield ConfigError("a frozen peer without trained weights", f"{key}.frozen",
+                              "give it init_from: RUN or a file")
     if all(peer.frozen for peer in config.peers):
-        found.append(ConfigError("all peers are frozen", "peers.0.frozen", "let at least one train"))
-    return found
+        yield ConfigError("all peers are frozen", "peers.0.frozen", "let at least one train")
 
 
 @rule("loss")
-def single_images_have_a_divergence(config: Config) -> list[ConfigError]:
+def single_images_have_a_divergence(config: Config) -> Iterable[ConfigError]:
     """Which images a teacher is listened to on is asked of the divergence alone."""
     return [ConfigError(f"kd_where {peer.loss.kd_where} with kd_loss {peer.loss.kd_loss}", f"{key}.loss.kd_loss",
                         "write kd_loss: kl")
@@ -321,7 +296,7 @@ def single_images_have_a_divergence(config: Config) -> list[ConfigError]:
 
 
 @rule("step", "optim", "loss")
-def averages_are_kept(config: Config) -> list[ConfigError]:
+def averages_are_kept(config: Config) -> Iterable[ConfigError]:
     """Teachers with averaged weights keep them."""
     return [ConfigError("teachers with averaged weights, and the peer keeps none", f"{key}.optim.ema_decay",
                         "write a decay such as 0.999, or step.teachers: raw")
@@ -330,28 +305,29 @@ def averages_are_kept(config: Config) -> list[ConfigError]:
 
 
 @rule("loss", "peers", "union")
-def teachers_know_the_view(config: Config) -> list[ConfigError]:
+def teachers_know_the_view(config: Config) -> Iterator[ConfigError]:
     """With `teacher_set: owner` nobody teaches on own examples (their owner is the student), with `owner` and `expert`
     nobody on clean images, and experts defend the norm of every view that is distilled."""
-    found = []
     for index, (key, peer) in enumerate(entries(config)):
         kind, loss, where = peer.loss.teacher_set, peer.loss, f"{key}.loss.teacher_set"
         if kind not in ("owner", "expert") or len(config.peers) == 1 or peer.frozen:
             continue
         for name, what in (("kd_own", "own examples"), ("kd_clean", "clean images")):
             if getattr(loss, name) and ((name == "kd_clean") or (kind == "owner" and loss.kd_weight)):
-                found.append(ConfigError(f"teacher_set {kind} leaves no teacher on {what}, {name} is "
-                                         f"{getattr(loss, name):g}", where, f"write {name}: 0, or teacher_set: all"))
+                yield ConfigError(f"teacher_set {kind} leaves no teacher on {what}, {name} is "
+                                  f"{getattr(loss, name):g}", where, f"write {name}: 0, or teacher_set: all")
+        if kind == "owner" or not loss.kd_weight:
+            continue
+        makers = _distilled_makers(config, index)
         experts = {config.peers[i].threat.norm for i in heard_by(config, index)}
-        mixed = [str(maker.name) for maker in _distilled_makers(config, index) if kind == "expert" and loss.kd_weight
-                 and (strategy := strategies().get(maker.union.strategy or "")) and not strategy.each]
+        mixed = [str(maker.name) for maker in makers
+                 if (strategy := strategies().get(maker.union.strategy or "")) and not strategy.each]
         if mixed:
-            found.append(ConfigError(f"teacher_set expert, and the AEs of {', '.join(mixed)} are of several norms at "
-                                     "once", where, "write union.strategy: avg or max there, or teacher_set: all"))
-        elif kind == "expert" and loss.kd_weight and (missing := _distilled_norms(config, index) - experts):
-            found.append(ConfigError(f"teacher_set expert, and no peer that this one learns from defends "
-                                     f"{', '.join(sorted(missing))}", where, "add a specialist for each norm"))
-    return found
+            yield ConfigError(f"teacher_set expert, and the AEs of {', '.join(mixed)} are of several norms at once",
+                              where, "write union.strategy: avg or max there, or teacher_set: all")
+        elif missing := {norm for maker in makers for norm in _view_norms(maker)} - experts:
+            yield ConfigError("teacher_set expert, and no peer that this one learns from defends "
+                              f"{', '.join(sorted(missing))}", where, "add a specialist for each norm")
 
 
 def _distilled_makers(config: Config, index: int) -> list[PeerConfig]:
@@ -359,11 +335,6 @@ def _distilled_makers(config: Config, index: int) -> list[PeerConfig]:
     peer = config.peers[index]
     others = [config.peers[i] for i in heard_by(config, index)] if peer.loss.kd_own != 1 else []
     return [peer] * bool(peer.loss.kd_own) + others
-
-
-def _distilled_norms(config: Config, index: int) -> set[str]:
-    """Norms of the views on which a peer distils."""
-    return {norm for maker in _distilled_makers(config, index) for norm in _view_norms(maker)}
 
 
 def _view_norms(peer: PeerConfig) -> set[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.abc
 import importlib.util
 import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from types import CodeType
+from importlib.machinery import SourceFileLoader
 from typing import Any
 
 from mat_dist.errors import ConfigError
@@ -23,22 +22,6 @@ _MOVED = {
     "schedules": "mat_dist.core.optim", "step": "mat_dist.core.step", "trainer": "mat_dist.core.trainer",
 }
 _PUBLIC = "mat_dist.models, mat_dist.data, mat_dist.attacks, mat_dist.methods, mat_dist.config and mat_dist.rng"
-
-
-class _Source(importlib.abc.ExecutionLoader):
-    """Runs bytes that were read before, so that what is recorded is what ran (and no stale bytecode)."""
-
-    def __init__(self, path: str, data: bytes) -> None:
-        self.path, self.data = path, data
-
-    def get_filename(self, fullname: str) -> str:
-        return self.path
-
-    def get_source(self, fullname: str) -> str:
-        return importlib.util.decode_source(self.data)
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.data, self.path)
 
 
 def load_plugins(paths: Sequence[str]) -> dict[str, str]:
@@ -77,14 +60,16 @@ def other_plugins(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _run(path: str, data: bytes, name: str) -> None:
-    """Import `data` as the module `name`, unless this process has it."""
+    """Import `data` as the module `name`, unless this process has it. They were read before, so that what is recorded
+    is what ran (and no stale bytecode)."""
     if name in sys.modules:
         return
-    spec: Any = importlib.util.spec_from_loader(name, _Source(path, data))
+    loader = SourceFileLoader(name, path)
+    spec: Any = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up here
     try:
-        spec.loader.exec_module(module)
+        exec(loader.source_to_code(data, path), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

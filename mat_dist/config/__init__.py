@@ -7,6 +7,7 @@ from mat_dist.config.load import (
     config_folders,
     config_name,
     dump_config,
+    flat_settings,
     load_config,
     recipe_notes,
     resume_conflicts,
@@ -38,6 +39,6 @@ __all__ = [
     "AttackConfig", "AugmentConfig", "CheckpointConfig", "CommConfig", "Config", "DataConfig", "EvalConfig",
     "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "Options", "PeerConfig", "RunConfig", "StepConfig",
     "ThreatConfig", "TrainConfig", "TrainingOptions", "binding", "config_differences", "config_folders", "config_name",
-    "config_warnings", "count", "dump_config", "load_config", "load_plugins", "other_plugins",
+    "config_warnings", "count", "dump_config", "flat_settings", "load_config", "load_plugins", "other_plugins",
     "recipe_notes", "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
 ]

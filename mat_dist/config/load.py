@@ -463,10 +463,14 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
     return [_line(*pair) for pair in _pairs(old, new)]
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The settings of a complete configuration by their keys, with absolute paths."""
+    return dict(_flat(_values(with_absolute_paths(config))))
+
+
 def binding(config: Config) -> dict[str, Any]:
     """The settings that a run keeps to its end, by their keys."""
-    values = _values(with_absolute_paths(config))
-    return {key: value for key, value in _flat(values) if not key.startswith((*_MAY_CHANGE, *_LENGTH))}
+    return {key: value for key, value in flat_settings(config).items() if not key.startswith((*_MAY_CHANGE, *_LENGTH))}
 
 
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = ("svg", "pdf", "png")
 WIDTH = 400  # points; a pixel of the SVG is a point
 INK, DIM, GROUND, GRID = "#1b2026", "#5a6570", "#ffffff", "#dde2e7"
 # Colours of the peers: blue, orange, green, magenta, brown, cyan, red, grey; contrast with the ground at least 3:1.

@@ -6,22 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mat_dist.config import config_differences
+from mat_dist.config import flat_settings
 from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies
 from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
 from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned, validations
 from mat_dist.report.files import RunFiles
-from mat_dist.report.page import (
-    Page,
-    Table,
-    accuracy_table,
-    chosen,
-    interval_row,
-    percent,
-    render,
-    status,
-    with_interval,
-)
+from mat_dist.report.page import Page, Table, accuracy_table, chosen, interval_row, render, status, with_interval
+from mat_dist.runs.console import percent
 
 # Settings that change neither what is trained nor how it is evaluated.
 _FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "comm.", "log.", "checkpoint.", "data.root",
@@ -84,7 +75,8 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
         if ensemble is not None:
             cells = [with_interval(ensemble.accuracy[key], ensemble.n) if key else "-" for key in mine]
             drawn.append((label, interval_row(ensemble, mine)))
-        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers) if peers and key else None) for key in mine]
+        means = [percent(sum(t.accuracy[key] for t in peers) / len(peers) if peers and key else None, 2)
+                 for key in mine]
         rows.append([label, *cells, *means, targets[0].n, run.config.run.seed, one.attacks,
                      f"{one.images}, step {one.step}, {targets[0].weights}"])
         each.append(accuracy_table(f"{name}: {one.images}, step {one.step}", one, targets))
@@ -123,9 +115,10 @@ def _mean(values: Any, peers: int) -> float | None:
 
 def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
     """A row per setting in which any run differs from the first one."""
-    flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
-    changed = {line.split(": ", 1)[0] for run in runs[1:] for line in config_differences(runs[0].config, run.config)}
-    rows = [[key, *(_text(values.get(key)) for values in flat)] for key in sorted(changed) if not key.startswith(_FREE)]
+    flat = [flat_settings(run.config) for run in runs]
+    keys = sorted({key for values in flat for key in values if not key.startswith(_FREE)})
+    rows = [[key, *(_text(values.get(key)) for values in flat)] for key in keys
+            if any(values.get(key) != flat[0].get(key) for values in flat)]
     return {"folded": len(rows) > MOST_SETTINGS, "table": Table(
         "settings that change nothing in the result are left out", ["setting", *names], rows,
         texts=range(1 + len(names)))}
@@ -136,12 +129,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Dotted names of all settings, as `config_differences` writes them."""
-    if isinstance(value, dict):
-        return [pair for name, child in value.items() for pair in _flat(child, f"{key}.{name}" if key else str(name))]
-    if isinstance(value, list) and any(isinstance(child, dict) for child in value):
-        return [pair for index, child in enumerate(value) for pair in _flat(child, f"{key}.{index}")]
-    return [(key, value)]

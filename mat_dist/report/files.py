@@ -100,7 +100,7 @@ def read_run(path: Path) -> RunFiles:
     writer = RunLock(folder, None).held_by()
     config = load_config(str(folder.config))
     notes = [] if writer is None else [f"the run goes on, written by {writer}: this is what there was by then"]
-    records = read_records(folder.metrics, notes)
+    records = read_records(folder.metrics, notes, growing=writer is not None)
     evaluations = read_evaluations(folder, config.eval.ensemble, notes)
     if not any(one.split == "test" for one in evaluations):
         notes.append("no evaluation on the test set: the run has not ended, or has eval.test_steps=0")
@@ -175,8 +175,9 @@ def _document(file: Path, notes: list[str]) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def read_records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Records in the order of steps; of those with the same step and kind the one of the highest attempt."""
+def read_records(file: Path, notes: list[str], *, growing: bool = False) -> list[dict[str, Any]]:
+    """Records in the order of steps; of those with the same step and kind the one of the highest attempt. The last line
+    of a file that is `growing` may be half there yet."""
     newest: dict[tuple[str, int], tuple[int, dict[str, Any]]] = {}
     damaged = 0
     try:
@@ -192,7 +193,7 @@ def read_records(file: Path, notes: list[str]) -> list[dict[str, Any]]:
             float(one.get("epoch", 0))
             attempt = int(one.get("attempt", 1))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            damaged += number < len(lines) or text.endswith("\n")  # the newest one may be half there yet
+            damaged += not growing or number < len(lines) or text.endswith("\n")
             continue
         if key not in newest or attempt >= newest[key][0]:
             newest[key] = attempt, one

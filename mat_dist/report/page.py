@@ -23,7 +23,7 @@ from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval_chart, line_chart, surface
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
 from mat_dist.report.files import Evaluation, RunFiles
-from mat_dist.runs.console import duration
+from mat_dist.runs.console import duration, percent
 from mat_dist.runs.files import reported, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -181,14 +181,10 @@ def _settings(run: RunFiles) -> dict[str, Any]:
 # ------------------------------------------------------------------ result files
 
 
-def percent(share: float | None, digits: int = 2) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f}"
-
-
 def with_interval(share: float, n: int) -> Cell:
     """Per cent with its 95 % Wilson interval."""
     low, high = wilson_interval(share, n)
-    return Cell(percent(share), f"{percent(low, 1)} – {percent(high, 1)}")
+    return Cell(percent(share, 2), f"{percent(low)} – {percent(high)}")
 
 
 def chosen(run: RunFiles, one: Evaluation) -> list[TargetResult]:
@@ -245,7 +241,7 @@ def _alone(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[Table]:
         if len(names) > 1:
             alone = [(t.target, t.attacks.get(threat, {})) for t in targets]
             yield Table(f"accuracy under each attack alone, {threat}, %", ["target", *names],
-                        [[target, *(percent(shares.get(name)) for name in names)] for target, shares in alone])
+                        [[target, *(percent(shares.get(name), 2) for name in names)] for target, shares in alone])
 
 
 def _headline(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[tuple[str, str, str]]:
@@ -259,8 +255,8 @@ def _headline(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[tupl
             shares = [t.accuracy[key] for t in these]
             share = sum(shares) / len(shares)
             extra = (f"95 %: {with_interval(share, n).small}" if label == "ensemble" else
-                     f"{percent(min(shares), 1)} – {percent(max(shares), 1)} over {len(these)} peers")
-            yield f"{label}, {name}", f"{percent(share)} %", f"{extra}, n = {n}"
+                     f"{percent(min(shares))} – {percent(max(shares))} over {len(these)} peers")
+            yield f"{label}, {name}", f"{percent(share, 2)} %", f"{extra}, n = {n}"
 
 
 def class_shares(found: Answers, classes: int) -> list[tuple[int, float | None, float | None]]:
@@ -311,10 +307,10 @@ def class_section(answers: Mapping[str, Answers], names: Sequence[str], source: 
                      label="target; last column: clean, mean of the peers", gap=len(shown),
                      description="One row per class, one column per target, last column clean accuracy")
     ensemble = shares.get(ENSEMBLE)
-    rows = [[labels[k], shares[targets[0]][k][0], *(percent(value, 1) for value in (
+    rows = [[labels[k], shares[targets[0]][k][0], *(percent(value) for value in (
         mean(k, 1), mean(k, 2), *(ensemble[k][1:] if ensemble else ())))] for k in order]
     head = ["class", "n", "clean %", f"{robust} %", *(("ensemble clean %", f"ensemble {robust} %") if ensemble else ())]
-    return {"source": source, "least": ", ".join(f"{labels[k]} ({percent(mean(k, 2), 1)}\u00a0%)" for k in worst[:3]),
+    return {"source": source, "least": ", ".join(f"{labels[k]} ({percent(mean(k, 2))}\u00a0%)" for k in worst[:3]),
             "figures": [Figure("classes", chart)], "folded": len(order) > MOST_CLASSES,
             "table": Table(f"clean and {robust}: mean of the peers", head, rows)}
 
@@ -368,7 +364,7 @@ def _strength_section(victims: Victims, measured: Measured) -> dict[str, Any]:
             guide=(steps, "as evaluated")),
             "Steps of 2.5 eps / steps; it should level off: more steps must not help much."))
         for points, what in ((by_eps, "eps"), (by_steps, "steps")):
-            rows = [[f"{x:.4g}", *(percent(line[k][1], 1) for line in points.values())]
+            rows = [[f"{x:.4g}", *(percent(line[k][1]) for line in points.values())]
                     for k, (x, _) in enumerate(points[ENSEMBLE])]
             tables.append(Table(f"robust accuracy in %, n = {n}", [f"{what}, {threat.norm}", *points], rows))
     return {"n": n, "half": 100 * (wilson_interval(0.5, n)[1] - 0.5), "figures": figures, "tables": tables}

@@ -112,6 +112,16 @@ class Decoder:
         labels = split.labels[[row for row, name in zip(rows, names, strict=True) if name not in skipped]]
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
+    def look(self, _: DataConfig | None = None) -> RawData:
+        """What is in the folder, of whose images a few are decoded; the pixels are 0 and fill no memory. Raises as
+        loading does, for what it looks at."""
+        self.sample(LOOKED_AT)
+        if self.maps and (cache := self.cache()).look()[0] is None:
+            cache.check_space()
+        train, test = (np.broadcast_to(np.uint8(0), (len(split.files), *self.shape))
+                       for split in (self.listing.train, self.listing.test))
+        return _raw(self.listing, train, test, (), {})
+
     def _read(self, name: str, stop: StopFlag | None) -> tuple[np.ndarray | str, list[str]]:
         """As `_attempt`. Another size than that of the first image is a DataError."""
         leave_if(stop, "decoding images", str(self.listing.root))
@@ -159,18 +169,6 @@ def load_folder(config: DataConfig, build: bool, stop: StopFlag | None = None) -
         _in_memory(chunks, (len(split.files), *decoder.shape))
         for chunks, split in zip(parts, (listing.train, listing.test), strict=True))
     return _raw(listing, train, test, (train_skipped, test_skipped), told + more)
-
-
-def look_at_folder(config: DataConfig) -> RawData:
-    """What is in `data.root`, of whose images a few are decoded; the pixels are 0 and fill no memory. Raises as loading
-    does, for what it looks at."""
-    decoder = Decoder.open(config)
-    decoder.sample(LOOKED_AT)
-    if decoder.maps and (cache := decoder.cache()).look()[0] is None:
-        cache.check_space()
-    train, test = (np.broadcast_to(np.uint8(0), (len(split.files), *decoder.shape))
-                   for split in (decoder.listing.train, decoder.listing.test))
-    return _raw(decoder.listing, train, test, (), {})
 
 
 def _in_memory(chunks: Iterator[Chunk], shape: tuple[int, ...]) -> tuple[np.ndarray, list[str], Counter[str]]:

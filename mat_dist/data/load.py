@@ -68,12 +68,13 @@ def load_data(config: DataConfig, *, seed: int, batch_size: int, build_cache: bo
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """What is known of a data set before its pixels are read: (C, H, W), classes, training images, lines to tell."""
+    """What is known of a data set before its pixels are read: (C, H, W), classes, training images (None where only
+    reading tells), lines to tell."""
 
     shape: tuple[int, int, int]
     classes: int
-    train: int
-    notes: tuple[str, ...]
+    train: int | None
+    notes: tuple[str, ...] = ()
 
 
 def preview_data(config: DataConfig, look: Callable[[DataConfig], RawData], *, seed: int, batch_size: int) -> Preview:

@@ -24,13 +24,17 @@ class Placement:
     def place(cls, peers: int, world: int, rank: int) -> Placement:
         """Raises EnvironmentFault (exit code 6) for a rank count that fits neither way."""
         if peers % world and world % peers:
-            fitting = [n for n in range(1, peers + 1) if peers % n == 0]
-            listed = ", ".join(map(str, [*fitting, 2 * peers, 3 * peers]))
+            listed = ", ".join(map(str, [*cls(peers, 1, 0).fitting, 3 * peers]))
             error = EnvironmentFault(f"{world} ranks do not fit {peers} peers", "torchrun --nproc_per_node x --nnodes",
                                      f"use {listed}, ... ranks, or change the number of peers")
             error.shared = True  # all ranks compute it
             raise error
         return cls(peers, world, rank)
+
+    @property
+    def fitting(self) -> list[int]:
+        """Numbers of ranks that fit the peers, up to two for each."""
+        return [n for n in range(1, self.peers + 1) if self.peers % n == 0] + [2 * self.peers]
 
     @property
     def peers_per_rank(self) -> int:

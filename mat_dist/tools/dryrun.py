@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
-from mat_dist.config.methods import Method, kept_bytes, methods
+from mat_dist.config.methods import kept_bytes, methods
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
@@ -27,7 +27,7 @@ from mat_dist.core.optim import lr_at, optimizer_class
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
 from mat_dist.data.builtin import load_digits
-from mat_dist.data.folder import look_at_folder
+from mat_dist.data.folder import Decoder
 from mat_dist.data.load import Preview, default_val_size, preview_data
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -65,13 +65,9 @@ def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, i
     return math.ceil(total * sum(row.forward for row in rows)), math.ceil(total * sum(row.backward for row in rows))
 
 
-def used_by(spec: PeerConfig) -> Sequence[Method]:
-    """The methods of a peer."""
-    return [method for method in methods().values() if method.uses(spec)]
-
-
 def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) -> Passes:
-    spec, row, used = config.peers[index], graph.peers[index], used_by(config.peers[index])
+    spec, row = config.peers[index], graph.peers[index]
+    used = [method for method in methods().values() if method.uses(spec)]
     learning = Fraction(len(row.learned) + sum(method.learning(spec, row) for method in used if method.learning))
     # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.
     again = config.step.memory == "recompute" or config.step.teachers == "ema"
@@ -112,7 +108,7 @@ def look_at_data(config: Config) -> Preview | None:
     loading does; of data sets that are known, only for sizes that do not fit."""
     name = config.data.name
     looks: dict[str, Callable[[DataConfig], RawData]] = {
-        "folder": look_at_folder, "npz": partial(load_npz, pixels=False), "digits": load_digits}
+        "folder": lambda data: Decoder.open(data).look(), "npz": partial(load_npz, pixels=False), "digits": load_digits}
     if name in KNOWN_IMAGES:
         looks.setdefault(name, _known)
     return preview_data(config.data, looks[name], seed=config.run.seed,
@@ -127,6 +123,11 @@ def _known(data: DataConfig) -> RawData:
                    tuple(map(str, range(classes))))
 
 
+def rough(shape: tuple[int, int, int], classes: int) -> Images:
+    """Images of that shape, normalised with 0.5 and 0.25."""
+    return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
+
+
 def describe_run(config: Config, launch: Launch, device: torch.device, seen: Preview | None = None) -> str:
     """The resolved settings, placement, plan of each peer, passes, memory and schedule as text; `seen` are its data.
 
@@ -136,11 +137,10 @@ def describe_run(config: Config, launch: Launch, device: torch.device, seen: Pre
     graph = CohortGraph.of(config.peers)
     rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
     run = _Run(config, place, graph, rows.stop - rows.start, seen)
-    others = [Placement.place(place.peers, n, 0) for n in range(1, 2 * place.peers + 1)
-              if n != launch.world and (place.peers % n == 0 or n % place.peers == 0)]
     lines = [dump_config(config, with_name=True).rstrip(), "",
              f"placement   {place.describe()}, device {device.type}",
-             *(f"  or        {other.describe()}" for other in others),
+             *(f"  or        {Placement.place(place.peers, world, 0).describe()}"
+               for world in place.fitting if world != launch.world),
              f"images      {run.describe_images()}", *(f"  note      {note}" for note in (seen.notes if seen else ()))]
     return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
                       *_schedule(run)])
@@ -156,10 +156,9 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     """
     graph = CohortGraph.of(config.peers)
     run = _Run(config, Placement.place(len(config.peers), 1, 0), graph, config.train.batch_size)
-    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
-    if per_epoch < 1 and steps is None:
+    if run.per_epoch < 1 and steps is None:
         return None
-    total = steps or _total(config, per_epoch)
+    total = steps or _total(config, run.per_epoch)
     return total, *total_passes(config, graph, total)
 
 
@@ -179,47 +178,29 @@ class _Run:
     rows: int
     seen: Preview | None = None
 
-    @property
-    def known(self) -> bool:
-        """Whether shape and classes are known."""
-        return self.seen is not None or self.config.data.name in KNOWN_IMAGES
-
-    @property
-    def images(self) -> Images:
-        side = self.config.data.image_size or 32
-        shape, classes, _ = KNOWN_IMAGES.get(self.config.data.name, ((3, side, side), 10, 0))
+    @cached_property
+    def data(self) -> Preview:
+        """What was seen of the data set, else what its name tells; of one without a known name, a guess."""
         if self.seen is not None:
-            shape, classes = self.seen.shape, self.seen.classes
-        return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
+            return self.seen
+        data, side = self.config.data, self.config.data.image_size or 32
+        shape, classes, whole = KNOWN_IMAGES.get(data.name, ((3, side, side), 10, None))
+        if whole is not None:
+            whole -= default_val_size(whole) if data.val_size is None else data.val_size
+        return Preview(shape, classes, whole if data.train_size is None else data.train_size)
 
     @property
-    def count(self) -> int | None:
-        """Training images; None where the data set must be read to know."""
-        data = self.config.data
-        if self.seen is not None:
-            return self.seen.train
-        if data.train_size is not None:
-            return data.train_size
-        if not self.known:
-            return None
-        whole = KNOWN_IMAGES[data.name][2]
-        return whole - (default_val_size(whole) if data.val_size is None else data.val_size)
-
-    def per_epoch(self, count: int) -> int:
-        """Steps of an epoch of `count` training images."""
+    def per_epoch(self) -> int:
+        """Steps of an epoch; 0 where the data set must be read to know."""
         train = self.config.train
-        return steps_per_epoch(count, train.batch_size, self.config.data.generated_share, train.replays)
+        return steps_per_epoch(self.data.train or 0, train.batch_size, self.config.data.generated_share, train.replays)
 
     def describe_images(self) -> str:
-        name, size, classes = self.config.data.name, " x ".join(map(str, self.images.shape)), self.images.classes
-        if self.known:
-            return f"{name}: {self.count:,} for training, {size}, {classes} classes{self._more()}"
-        return f"{name}: not read; parameters and memory below are for {size} and {classes} classes"
-
-    def _more(self) -> str:
-        """What else the training takes its images from."""
-        data = self.config.data
-        return f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else ""
+        data, size, classes = self.config.data, " x ".join(map(str, self.data.shape)), self.data.classes
+        if self.seen is None and data.name not in KNOWN_IMAGES:
+            return f"{data.name}: not read; parameters and memory below are for {size} and {classes} classes"
+        more = f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else ""
+        return f"{data.name}: {self.data.train:,} for training, {size}, {classes} classes{more}"
 
     @cached_property
     def models(self) -> dict[ModelConfig, tuple[int, int]]:
@@ -227,7 +208,7 @@ class _Run:
         return {model: self._measure(model) for model in {spec.model for spec in self.config.peers}}
 
     def _measure(self, model: ModelConfig) -> tuple[int, int]:
-        shown, width = self.images, DTYPES[self.config.step.precision].itemsize
+        shown, width = rough(self.data.shape, self.data.classes), DTYPES[self.config.step.precision].itemsize
         with torch.device("meta"):
             made = build_model(model, shape=shown.shape, classes=shown.classes, mean=shown.mean, std=shown.std)
         held = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in made.state_dict().values())
@@ -312,20 +293,20 @@ def _memory(run: _Run) -> list[str]:
     states = [run.state(spec) for spec in run.config.peers]
     ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
     state = max(sum(states[peer] for peer in local) for local in ranks)
-    rows, shape, local = run.rows // run.config.step.microbatches, run.images.shape, run.place.peers_per_rank
+    rows, shape, local = run.rows // run.config.step.microbatches, run.data.shape, run.place.peers_per_rank
     graph = run.graph
     held = len(graph.travelling | {view for peer in range(run.place.peers) for view in graph.crafted(peer)
                                    if peer in run.place.local_peers})
     aes = held * rows * math.prod(shape) * width
-    logits = run.place.peers * graph.most_taught * rows * run.images.classes * width
+    logits = run.place.peers * graph.most_taught * rows * run.data.classes * width
     table = _table([""], ["MiB"], [""])
     table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
     table.add_row("AEs", _mib(aes), f"{_count(held, 'view')} of {rows} images")
     table.add_row("logits", _mib(logits), "that peers teach")
-    remembered = [kept_bytes(run.config, spec, run.count or 0, shape) for spec in run.config.peers]
+    remembered = [kept_bytes(run.config, spec, run.data.train or 0, shape) for spec in run.config.peers]
     kept = max(sum(remembered[peer] for peer in peers) for peers in ranks)
     if kept:
-        table.add_row("perturbations", _mib(kept), f"of {run.count:,} images (methods.warm_start)")
+        table.add_row("perturbations", _mib(kept), f"of {run.data.train:,} images (methods.warm_start)")
     table.add_row("sum", _mib(state + aes + logits + kept), "")
     return [*_travel(run, rows), "", "memory of the fullest rank", *_lines(table),
             "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
@@ -340,11 +321,11 @@ def _travel(run: _Run, rows: int) -> list[str]:
             return ["travels per step: nothing, there is one peer"]
         place, who = Placement.place(place.peers, place.peers, 0), "nothing; with a rank for each peer, each would send"
     sent, width = graph.width(place.peers_by_rank()), DTYPES[step.precision].itemsize
-    pixels = math.prod(run.images.shape)
+    pixels = math.prod(run.data.shape)
     image = {"full": pixels * width, "fp16": pixels * 2, "int8": pixels + 4}[step.wire]  # int8: and its scale
     taught = place.peers_per_rank * (graph.most_taught + any(graph.guides))
     aes = step.microbatches * rows * sent * image
-    logits = step.microbatches * rows * taught * run.images.classes * width
+    logits = step.microbatches * rows * taught * run.data.classes * width
     lines = [f"travels per step: {who} {aes:,} bytes of AEs",
              f"  ({_count(sent, 'view')}) and {logits:,} bytes of logits"]
     home = {name: [row.threat_of(view).label for view in graph.crafted(row.index) if view not in graph.travelling]
@@ -355,8 +336,7 @@ def _travel(run: _Run, rows: int) -> list[str]:
 
 def _schedule(run: _Run) -> list[str]:
     """Steps, and the learning rates where they change or at tenths of the training."""
-    config, batch = run.config, run.config.train.batch_size
-    per_epoch = 0 if run.count is None else run.per_epoch(run.count)
+    config, batch, per_epoch = run.config, run.config.train.batch_size, run.per_epoch
     if per_epoch < 1:
         return [f"schedule: {config.train.epochs} epochs of {batch} images a step; the number of steps is known once "
                 "the data are read"]

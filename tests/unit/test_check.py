@@ -194,6 +194,14 @@ def test_a_cache_is_not_built_but_its_images_are_tried(capsys, tmp_path):
     assert Checked(capsys, *FOLDER, "data.on_bad=skip").code == 0
 
 
+def test_a_folder_without_a_cache_is_looked_at_as_a_run_would_read_it(capsys, tmp_path):
+    write_folder(tmp_path / "set", train=30, test=6, side=16)
+    for words, found in ((["train.batch_size=64"], "48 training images do not fill one batch of 64"),
+                         (["data.test_size=13"], "13 test images asked for, 12 are there")):
+        checked = Checked(capsys, *FOLDER, *words)
+        assert checked.code == 3 and found in checked.row("data")["found"]
+
+
 def test_a_cache_that_is_there_is_opened(capsys, tmp_path):
     write_folder(tmp_path / "set", train=30, test=6, side=16)
     load_data(load_config(None, FOLDER).data, seed=0, batch_size=8)

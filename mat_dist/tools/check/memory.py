@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.core.graph import CohortGraph
 from mat_dist.data.images import available_bytes
@@ -107,9 +106,7 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
     everyone = measured.values()
     chunk = _evaluated(config, sample)
     evaluation = sum(one.weights + one.attack.at(chunk) for one in everyone) + ATTACK_IMAGES * pixels * chunk
-    state = sum(one.state for one in local)
-    state += sum(kept_bytes(config, config.peers[index], sample.train or 0, tuple(sample.x_BCHW.shape[1:]))
-                 for index in place.local_peers)
+    state = sample.state_bytes(config, {index: measured[index] for index in place.local_peers})
     return Need(base, images, state, int(step), int(evaluation) if chunk else 0, 2 * state)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,18 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.attacks.pgd import likeliest
 from mat_dist.checkpoints.load import initialise
+from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config, DataConfig
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch
 from mat_dist.data import as_float, load_data, training_batches
-from mat_dist.data.arrays import generated_images
 from mat_dist.data.folder import Decoder
+from mat_dist.data.load import preview_data
 from mat_dist.errors import DataError, NonFinite, PeerFailed
 from mat_dist.models.registry import DTYPES, Images, make_model, parameter_count
 from mat_dist.tools.check import Answer
-from mat_dist.tools.dryrun import KNOWN_IMAGES
+from mat_dist.tools.dryrun import KNOWN_IMAGES, rough
 
 DARK = 2.5 / 255  # a batch whose largest value is below this was probably scaled twice
 SHOWN = 64  # images that are decoded of a folder whose cache is not built yet
@@ -53,10 +55,10 @@ class Sample:
     val: int | None = None
     test: int | None = None
 
-
-def rough(shape: tuple[int, int, int], classes: int) -> Images:
-    """Images of that shape, normalised with 0.5 and 0.25."""
-    return Images(shape, classes, (0.5,) * shape[0], (0.25,) * shape[0])
+    def state_bytes(self, config: Config, measured: Mapping[int, Measured]) -> int:
+        """What a checkpoint holds of these peers, with what their methods keep of the training images."""
+        return sum(one.state + kept_bytes(config, config.peers[index], self.train or 0, self.images.shape)
+                   for index, one in measured.items())
 
 
 def check_data(config: Config) -> Answer[Sample]:
@@ -69,16 +71,13 @@ def check_data(config: Config) -> Answer[Sample]:
         decoder = Decoder.open(wanted)
         cache = decoder.cache() if decoder.maps else None
         if cache is not None and cache.look()[0] is None:
-            cache.check_space()
-            shown, classes = decoder.sample(SHOWN), len(decoder.listing.classes)
-            x_BCHW = as_float(shown.images, DTYPES[config.step.precision])
-            sample = Sample(rough(shown.shape, classes), x_BCHW, shown.labels, cache.nbytes, mapped=True)
-            _check_sample(sample, wanted)
-            if wanted.generated is not None:
-                generated_images(wanted.generated, shown.shape, classes)
-            found = (f"{decoder.listing.count} images of {classes} classes, {_size(shown.shape)}; {len(x_BCHW)} of "
+            seen = preview_data(wanted, decoder.look, seed=config.run.seed, batch_size=config.train.batch_size)
+            shown = decoder.sample(SHOWN)
+            sample = Sample(rough(seen.shape, seen.classes), as_float(shown.images, DTYPES[config.step.precision]),
+                            shown.labels, cache.nbytes, mapped=True, train=seen.train)
+            found = (f"{decoder.listing.count} images of {seen.classes} classes, {_size(seen.shape)}; {len(shown)} of "
                      f"them decode; the run will build a cache of {cache.nbytes / GIB:.1f} GiB in {cache.folder}")
-            return Answer(sample, "; ".join([found, *decoder.listing.notes]))
+            return Answer(sample, "; ".join([found, *seen.notes]), _check_sample(sample, wanted))
     try:
         data = load_data(wanted.model_copy(update={"download": False}), seed=config.run.seed,
                          batch_size=config.train.batch_size)
@@ -107,7 +106,7 @@ def known_sample(config: Config) -> Sample | None:
     rows = min(SHOWN, config.train.batch_size)
     x_BCHW = rng.uniform(rng.key(config.run.seed, "check"), (rows, *shape), dtype=DTYPES[config.step.precision])
     return Sample(rough(shape, classes), x_BCHW, torch.arange(rows) % classes,
-                  count * shape[0] * shape[1] * shape[2])
+                  count * math.prod(shape))
 
 
 def _check_sample(sample: Sample, config: DataConfig) -> str:

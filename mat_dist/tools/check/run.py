@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from mat_dist.config.methods import kept_bytes
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.optim import check_optimizers
@@ -84,8 +83,7 @@ def check_ranks(config: Config, ranks: int, nodes: int) -> Answer[Launch]:
     if ranks % nodes:
         raise EnvironmentFault(f"{ranks} ranks on {nodes} nodes", "--ranks, --nodes",
                                "torchrun starts the same number of ranks on every node: use a multiple of --nodes")
-    fitting = [n for n in range(1, 2 * place.peers + 1) if place.peers % n == 0 or n % place.peers == 0]
-    found = f"{place.describe()}; {', '.join(map(str, fitting))}, ... ranks fit"
+    found = f"{place.describe()}; {', '.join(map(str, place.fitting))}, ... ranks fit"
     return Answer(Launch(world=ranks, local_world=ranks // nodes), found)
 
 
@@ -171,8 +169,7 @@ def _probe(folder: Path) -> None:
 def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured]) -> Answer[int]:
     """Whether keep + best + the one being written fit. Raises OutputError."""
     root = root_of(config)
-    each = int(sum(one.state + kept_bytes(config, config.peers[index], sample.train or 0,
-                                          tuple(sample.x_BCHW.shape[1:])) for index, one in measured.items()) * SPARE)
+    each = int(sample.state_bytes(config, measured) * SPARE)
     count = config.checkpoint.keep + 2
     folder = RunFolder(root / config.run.name) if config.run.name else None
     held = sum(file.stat().st_size for file in folder.checkpoints.rglob("peer_*.*")) if folder else 0

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib.machinery import SourceFileLoader
+from types import CodeType
 from typing import Any
 
 from mat_dist.errors import ConfigError
@@ -22,6 +23,17 @@ _MOVED = {
     "schedules": "mat_dist.core.optim", "step": "mat_dist.core.step", "trainer": "mat_dist.core.trainer",
 }
 _PUBLIC = "mat_dist.models, mat_dist.data, mat_dist.attacks, mat_dist.methods, mat_dist.config and mat_dist.rng"
+
+
+class _Source(SourceFileLoader):
+    """Runs bytes that were read before, so that what is recorded is what ran (and no stale bytecode)."""
+
+    def __init__(self, name: str, path: str, data: bytes) -> None:
+        super().__init__(name, path)
+        self.data = data
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.data, self.path)
 
 
 def load_plugins(paths: Sequence[str]) -> dict[str, str]:
@@ -60,16 +72,14 @@ def other_plugins(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _run(path: str, data: bytes, name: str) -> None:
-    """Import `data` as the module `name`, unless this process has it. They were read before, so that what is recorded
-    is what ran (and no stale bytecode)."""
+    """Import `data` as the module `name`, unless this process has it."""
     if name in sys.modules:
         return
-    loader = SourceFileLoader(name, path)
-    spec: Any = importlib.util.spec_from_file_location(name, path, loader=loader)
+    spec: Any = importlib.util.spec_from_file_location(name, loader=_Source(name, path, data))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up here
     try:
-        exec(loader.source_to_code(data, path), vars(module))
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

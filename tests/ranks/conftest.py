@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -46,6 +48,17 @@ def open_threads(store: dist.Store, peers: int, world: int, rank: int) -> Mesh:
                 peer=group("peer", place.peer_axis()), replica=group("replica", place.replica_axis()))
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection while threads run. torch holds the lock of its generator while it makes the tensor of the
+    state: a collection that begins there may let another thread run, which waits for that lock and keeps Python's."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.fixture
 def run_ranks() -> Callable[..., list[Any]]:
     """run_ranks(fn, peers, world) -> [fn(mesh) of each rank]; the first failure is raised again.
@@ -68,7 +81,7 @@ def run_ranks() -> Callable[..., list[Any]]:
                 if mesh.beat is not None:
                     mesh.beat.close()
 
-        with ThreadPoolExecutor(world) as pool:
+        with uncollected(), ThreadPoolExecutor(world) as pool:
             futures = [pool.submit(one, rank) for rank in range(world)]
             return [f.result(timeout=60) for f in futures]
 

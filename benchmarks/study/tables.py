@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.study import reasons
 from benchmarks.study.plan import KINDS, Evaluation, Kind, Label, Row, TablePlan
 from benchmarks.study.runs import Job, Runner, Trained, failure, training_seconds
+from benchmarks.study.statistics import paired_difference
 from benchmarks.study.why import why_document
 from mat_dist import checkpoints
 from mat_dist.config import load_config
@@ -20,7 +21,6 @@ from mat_dist.errors import NotReportable
 from mat_dist.evaluation.command import asked
 from mat_dist.evaluation.results import CLEAN, UNION, Result, read_results
 from mat_dist.evaluation.settings import parse
-from mat_dist.evaluation.statistics import paired_difference
 from mat_dist.evaluation.targets import make_job, target_names
 
 Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of the targets that are right

@@ -77,8 +77,7 @@ class Network:
     def state(self, net: nn.Module) -> dict[str, Tensor]:
         """The weights under the names of `net`; its own counters where the file has none."""
         tensors = self.source.tensors
-        return {key: tensors[self.names.get(key, self.place + key)]
-                if key in self.names or self.place + key in tensors else value
+        return {key: tensors.get(self.names.get(key, self.place + key), value)
                 for key, value in net.state_dict().items()}
 
     def normalisation(self, channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]] | None:
@@ -243,11 +242,7 @@ def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Netw
     """Networks in the file that have the names of ours, or its kinds of tensors in its order; shapes may differ."""
     tensors, want = source.tensors, [key for key in expected if not key.endswith(COUNTERS)]
     moments = {name for pair in _moments(tensors) for name in pair}
-    places: dict[str, list[str]] = {}
-    for name in tensors:
-        for part in re.finditer(r"^|\.", name):
-            places.setdefault(name[:part.end()], []).append(name)
-    found: list[Network] = []
+    places, found = _places(tensors), list[Network]()
     for place, names in places.items():
         if all(place + key in tensors for key in want) and not _kin(place, names, want, moments):
             found.append(Network(source, place, {key: place + key for key in want}, BY_NAME))
@@ -259,6 +254,15 @@ def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Netw
                 found.append(Network(source, place, dict(zip(want, mine, strict=True)), BY_ORDER))
                 named.update(mine)
     return found
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names that stand below each place in a file."""
+    places: dict[str, list[str]] = {}
+    for name in tensors:
+        for part in re.finditer(r"^|\.", name):
+            places.setdefault(name[:part.end()], []).append(name)
+    return places
 
 
 def kind(name: str) -> str:
@@ -303,8 +307,7 @@ def _of_another_size(network: Network, expected: Mapping[str, Tensor], channels:
 def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """What lacks and what is too much at the place in the file that has most of the names."""
     theirs = {key: value.shape for key, value in expected.items() if not key.endswith(COUNTERS)}
-    places = {name[:part.end()] for name in tensors for part in re.finditer(r"^|\.", name)}
-    place = max(places, key=lambda one: (sum(one + key in tensors for key in theirs), -len(one)))
+    place = max(_places(tensors), key=lambda one: (sum(one + key in tensors for key in theirs), -len(one)))
     mine = {key.removeprefix(place): value.shape for key, value in tensors.items()
             if key.startswith(place) and not key.endswith(COUNTERS)}
     parts = [_listed("missing", [key for key in theirs if key not in mine]),

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, step_name
@@ -31,18 +31,6 @@ RAW, EMA, ENSEMBLE, BEST = "raw", "ema", "ensemble", "best"
 CPU = torch.device("cpu")
 
 
-Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]
-
-
-class _Told(BaseModel):
-    """What a manifest tells of the images."""
-
-    shape: tuple[Size, Size, Size]
-    classes: Size
-    mean: tuple[FiniteFloat, ...]
-    std: tuple[FiniteFloat, ...]
-
-
 @dataclass(frozen=True)
 class FinishedRun:
     """A checkpoint of a run, and what its models need."""
@@ -56,10 +44,10 @@ class FinishedRun:
     def images(self) -> Images:
         """What the models take. Raises CheckpointError where the manifest does not say it."""
         try:
-            told = _Told.model_validate(self.manifest.meta.extra["images"])
+            told = TypeAdapter(Images).validate_python(self.manifest.meta.extra["images"])
             if not len(told.mean) == len(told.std) == told.shape[0]:
                 raise ValueError("mean and std are not those of its channels")
-            return Images(told.shape, told.classes, told.mean, told.std)
+            return told
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the manifest does not tell the size of the images: {error}",
                                   str(self.manifest.directory), "choose another checkpoint") from error
@@ -283,15 +271,15 @@ def initialise(peers: Iterable[Trained], images: Images) -> None:
         source = peer.spec.init_from
         if source is None:
             continue
-        start, colon, last = source.rpartition(":")
+        start, _, last = source.rpartition(":")
         for file, entry in ((source, None), (start, last)):
             if file and Path(file).is_file():
                 peer.start_from(_of_a_file(Path(file), entry, peer, images))
                 break
         else:
-            path, member = (start, last) if colon and not Path(source).is_dir() else (source, BEST)
+            path, member = split_peer(source)
             try:
-                peer.start_from(trained_state(path, member, images))
+                peer.start_from(trained_state(path, member or BEST, images))
             except RuntimeError as error:
                 raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
                                       f"{str(error).splitlines()[-1].strip()[:200]}", source,
@@ -310,6 +298,12 @@ def _of_a_file(file: Path, entry: str | None, peer: Trained, images: Images) -> 
     told = f"normalisation {f'of the file ({own[0]})' if own else 'of these data, since the file has none'}"
     peer.notes += [f"{peer.name}: starts from {file}: {note}" for note in (*network.notes, told)]
     return state | {f"net.{key}": value for key, value in network.state(net).items()}
+
+
+def split_peer(word: str) -> tuple[str, str | None]:
+    """RUN or RUN:peer -> the run, and the peer's name if one is meant."""
+    run, colon, peer = word.rpartition(":")
+    return (run, peer) if colon and not Path(word).is_dir() else (word, None)
 
 
 def trained_state(run: str, peer: str, images: Images) -> dict[str, Tensor]:

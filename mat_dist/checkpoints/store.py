@@ -16,12 +16,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -247,18 +246,17 @@ def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint so far; `score` and `meta` are what `mark_best` was given."""
+    """The best checkpoint so far, and its `score` by `mark_best`."""
 
     step: int
     score: float
-    meta: Mapping[str, Any]
 
 
-def mark_best(folder: RunFolder, step: int, score: float, meta: Mapping[str, Any]) -> None:
+def mark_best(folder: RunFolder, step: int, score: float) -> None:
     """Let `best` name the checkpoint of `step`; `score.json` inside it tells why. Raises CheckpointError where there is
     none."""
     directory = load_manifest(folder, step).directory
-    write_json(directory / _SCORE, {"score": score, "meta": dict(meta)})
+    write_json(directory / _SCORE, {"score": score})
     write_text(folder.checkpoints / "best", f"{directory.name}\n")
 
 
@@ -266,8 +264,7 @@ def read_best(folder: RunFolder) -> Best | None:
     """What `mark_best` recorded last; None if no checkpoint is marked, or the marked one is gone or damaged."""
     with suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
         manifest = load_manifest(folder, "best")
-        document = parse_json((manifest.directory / _SCORE).read_bytes())
-        return Best(manifest.step, float(document["score"]), dict(document["meta"]))
+        return Best(manifest.step, float(parse_json((manifest.directory / _SCORE).read_bytes())["score"]))
     return None
 
 

@@ -138,11 +138,9 @@ def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threa
         stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
         yield random_search(model, x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
     else:
-        seed = chunk_seed(job.seed, threat.norm, chunk)
-        if name == AUTOATTACK:
-            one = autoattack(model, x_BCHW, y_B, threat, version=job.version, custom=job.custom, seed=seed)
-        else:
-            one = autoattack(model, x_BCHW, y_B, threat, version="standard", custom=(), seed=seed, alone=name)
+        version, custom, alone = (job.version, job.custom, None) if name == AUTOATTACK else ("standard", (), name)
+        one = autoattack(model, x_BCHW, y_B, threat, version=version, custom=custom, alone=alone,
+                         seed=chunk_seed(job.seed, threat.norm, chunk))
         found.append(one)
         yield one.adv_BCHW
 

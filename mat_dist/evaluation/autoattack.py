@@ -109,7 +109,9 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
     Raises EnvironmentFault where pyautoattack is missing.
     """
     checks = require().checks
-    with frozen(model), _generators_kept(x_BCHW.device), _warnings_kept(checks) as texts:
+    cuda = [x_BCHW.device] if x_BCHW.is_cuda else []
+    # pyautoattack seeds torch's global generators.
+    with frozen(model), torch.random.fork_rng(devices=cuda), _warnings_kept(checks) as texts:
         with torch.no_grad():
             classes = model(x_BCHW[:1]).shape[-1]
         attack = make(model, threat, version=version, custom=custom, seed=seed, classes=classes, device=x_BCHW.device,
@@ -132,34 +134,19 @@ def _counting(perturb: Callable[..., Tensor], model: nn.Module, broke: list[int]
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """pyautoattack seeds torch's global generators; their states are restored at the end."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-class _Texts(logging.Handler):
-    """Keeps the texts of warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage().partition(" See flags_doc")[0])
-
-
-@contextmanager
 def _warnings_kept(checks: Any) -> Iterator[list[str]]:
-    """pyautoattack's warnings as a list, kept off the screen; its logger is restored."""
-    logger, kept = logging.getLogger("auto-attack"), _Texts()
-    before = logger.propagate
+    """pyautoattack's warnings as a list; nothing that it says reaches the screen."""
+    logger, texts = logging.getLogger("auto-attack"), list[str]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            texts.append(record.getMessage().partition(" See flags_doc")[0])
+        return False
+
     # Counted over the life of the process there: one dynamic model would make all later ones dynamic.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger.addHandler(kept)
-    logger.propagate = False
+    logger.addFilter(keep)
     try:
-        yield kept.texts
+        yield texts
     finally:
-        logger.removeHandler(kept)
-        logger.propagate = before
+        logger.removeFilter(keep)

@@ -202,7 +202,7 @@ class Evaluations:
         folder, score, step = self.run.folder, selection_score(survivors, self.config.peers), manifest.step
         best = read_best(folder)
         if best is None or score > best.score:
-            mark_best(folder, step, score, {"split": "validation"})
+            mark_best(folder, step, score)
         else:
             step, score = best.step, best.score
         self.reporter.epoch({**record, "best": {"step": step, "score": score}})
@@ -227,17 +227,15 @@ def validation_record(survivors: Sequence[Survivors]) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for prefix, weights in (("", RAW), ("ema_", EMA)):
-        chosen = [one for one in survivors if one.weights == weights]
-        peers = [one.accuracy for one in chosen if one.target != ENSEMBLE]
-        record[f"{prefix}clean_acc"] = [shares[CLEAN] for shares in peers] or None
-        record[f"{prefix}robust_acc"] = [shares[UNION] for shares in peers] or None
-        record[f"{prefix}threat_acc"] = {threat: [shares[threat] for shares in peers] for one in chosen[:1]
-                                         for threat in one.held} or None
-        for one in chosen:
-            if one.target == ENSEMBLE:
-                shares = one.accuracy
-                record[f"{prefix}ensemble"] = {"clean_acc": shares[CLEAN], "robust_acc": shares[UNION],
-                                               "threat_acc": {threat: shares[threat] for threat in one.held}}
+        peers = {one.target: one.accuracy for one in survivors if one.weights == weights}
+        ensemble = peers.pop(ENSEMBLE, None)
+        record[f"{prefix}clean_acc"] = [shares[CLEAN] for shares in peers.values()] or None
+        record[f"{prefix}robust_acc"] = [shares[UNION] for shares in peers.values()] or None
+        record[f"{prefix}threat_acc"] = {threat: [shares[threat] for shares in peers.values()]
+                                         for threat in survivors[0].held} if peers else None
+        if ensemble:
+            record[f"{prefix}ensemble"] = {"clean_acc": ensemble[CLEAN], "robust_acc": ensemble[UNION],
+                                           "threat_acc": {threat: ensemble[threat] for threat in survivors[0].held}}
     return record
 
 

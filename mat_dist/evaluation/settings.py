@@ -18,6 +18,7 @@ from mat_dist.config.norms import UNIONS
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
 from mat_dist.errors import ConfigError, OutputError
+from mat_dist.evaluation.results import ENSEMBLE
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 
@@ -88,7 +89,7 @@ def stand_in(names: Iterable[str]) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ settings
 
-PEERS, ENSEMBLE = "peers", "ensemble"
+PEERS = "peers"
 # Settings of the run that change neither its models nor its images.
 FREE_SETTINGS = ("run.device", "run.threads", "run.deterministic", "comm.", "data.root", "data.cache",
                  "data.download", "data.residency", "eval.chunk")

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,16 +174,13 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
                 **({"reportable": all(one.reportable for one in survivors)} if checked else {}), "targets": targets,
                 "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
     table = image_rows(found) if images else None
-    path = next(path for path in _paths(folder, name) if not path.exists() or _has(path, document, table))
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (folder / f"{name}{ending}.json" for ending in endings)
+    path = next(path for path in paths if not path.exists() or _has(path, document, table))
     if table is not None:
         write_text(path.with_suffix(".csv"), table)
     write_json(path, document)
     return path
-
-
-def _paths(folder: Path, name: str) -> Iterator[Path]:
-    yield folder / f"{name}.json"
-    yield from (folder / f"{name}-{number}.json" for number in itertools.count(2))
 
 
 def _has(path: Path, document: Mapping[str, Any], table: str | None) -> bool:

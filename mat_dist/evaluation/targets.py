@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mat_dist.attacks.norms import Threat
-from mat_dist.checkpoints.load import ENSEMBLE, open_run
+from mat_dist.checkpoints.load import ENSEMBLE, open_run, split_peer
 from mat_dist.config import load_config
 from mat_dist.config.fields import parse_threats
 from mat_dist.config.norms import UNIONS, data_sets, known_norms, standard_radii, union_radii
@@ -22,7 +22,6 @@ from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_ru
 from mat_dist.models import Ensemble
 from mat_dist.models.ensemble import RULES
 from mat_dist.models.registry import Images
-from mat_dist.runs.folder import RunFolder
 
 # ------------------------------------------------------------------------------------------------ targets
 
@@ -155,14 +154,6 @@ def _threats(text: str, trained: Sequence[str], data: str, radius: float | None)
 # ------------------------------------------------------------------------------------------------ sources
 
 
-def split_source(word: str) -> tuple[RunFolder, str | None]:
-    """RUN or RUN:peer -> the folder, and the peer's name if one is meant. Raises ConfigError."""
-    folder, colon, peer = word.rpartition(":")
-    if not colon or Path(word).is_dir():
-        return find_run(word, "sources"), None
-    return find_run(folder, "sources"), peer
-
-
 def load_sources(words: Sequence[str], images: Images, config: Config,
                  device: torch.device) -> tuple[list[Target], list[dict[str, Any]]]:
     """The peers of other runs as attackers, and what the result file says about each run.
@@ -182,7 +173,8 @@ def load_sources(words: Sequence[str], images: Images, config: Config,
     found: dict[str, Target] = {}
     about: dict[Path, dict[str, Any]] = {}
     for word in words:
-        folder, peer = split_source(word)
+        run_word, peer = split_peer(word)
+        folder = find_run(run_word, "sources")
         refuse_unfinished(folder)
         # The normalisation is a layer: what it was built with does not matter, the checkpoint's values are loaded.
         theirs = load_config(str(folder.config)).model_copy(update={"step": config.step})

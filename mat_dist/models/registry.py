@@ -7,9 +7,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from mat_dist import rng
@@ -19,6 +20,7 @@ from mat_dist.models.library import PREFIXES, in_libraries, library_builder
 from mat_dist.models.modes import frozen
 
 Shape = tuple[int, int, int]
+Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]  # of what a file tells
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
@@ -155,10 +157,10 @@ def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> N
 class Images:
     """What the models must fit: image shape (C, H, W), number of classes, mean and deviation of each channel."""
 
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    shape: tuple[Size, Size, Size]
+    classes: Size
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
 
 
 def make_model(spec: PeerConfig, images: Images, *, seed: int, step: StepConfig, device: torch.device) -> nn.Module:

@@ -143,11 +143,12 @@ def test_generators_logger_and_modes_are_as_before() -> None:
     model = make_model(10).train()
     x, y = images(model)
     torch.manual_seed(4)
-    state, handlers = torch.get_rng_state(), list(logging.getLogger("auto-attack").handlers)
+    logger = logging.getLogger("auto-attack")
+    state, kept = torch.get_rng_state(), (list(logger.handlers), list(logger.filters), logger.propagate)
     autoattack(model, x, y, THREATS[0], version="custom", custom=("apgd-ce",), seed=1)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert all(p.requires_grad for p in model.parameters())
-    assert logging.getLogger("auto-attack").handlers == handlers
+    assert (logger.handlers, logger.filters, logger.propagate) == kept
 
 
 @pytest.mark.parametrize(("model", "text"), [

@@ -387,12 +387,12 @@ def test_a_missing_peer_is_named(folder):
 
 def test_best_is_remembered_and_forgotten_with_its_checkpoint(three):
     assert read_best(three) is None
-    mark_best(three, 20, 0.75, {"split": "val"})
+    mark_best(three, 20, 0.75)
     best = read_best(three)
-    assert (best.step, best.score, best.meta) == (20, 0.75, {"split": "val"})
+    assert (best.step, best.score) == (20, 0.75)
     assert load_manifest(three, "best").step == 20 and find_newest(three)[1] == []
     with pytest.raises(CheckpointError):
-        mark_best(three, 99, 0.9, {})
+        mark_best(three, 99, 0.9)
     shutil.rmtree(three.checkpoints / "step_00000020")
     assert read_best(three) is None
 
@@ -400,7 +400,7 @@ def test_best_is_remembered_and_forgotten_with_its_checkpoint(three):
 def test_prune_keeps_the_newest_and_the_best(folder):
     for step in range(10, 80, 10):
         save(folder, step)
-    mark_best(folder, 20, 0.5, {})
+    mark_best(folder, 20, 0.5)
     assert prune(folder, 2) == ([10, 30, 40, 50], [])
     assert steps(folder) == [20, 60, 70]
     (folder.checkpoints / "step_00000020" / "score.json").unlink()

@@ -58,7 +58,7 @@ def save(folder: RunFolder, step: int, salt: int, attempt: int) -> None:
         checkpoints.abandon(folder, step, attempt)
         raise
     checkpoints.commit(folder, step, attempt, entries, META)
-    mark_best(folder, step, float(step), {})
+    mark_best(folder, step, float(step))
     prune(folder, 2)
 
 

@@ -16,11 +16,12 @@ from benchmarks.study import evidence, pages, runs, search
 from benchmarks.study.__main__ import main, read_options
 from benchmarks.study.plan import Evaluation, Family, Row, read_evidence, read_search
 from benchmarks.study.runs import Enough, Job, Runner, training_seconds
+from benchmarks.study.statistics import paired_difference, seed_interval
 from benchmarks.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.statistics import Paired, paired_difference, seed_interval
+from mat_dist.evaluation.statistics import Paired
 from mat_dist.runs.folder import RunFolder
 from mat_dist.tools.dryrun import training_passes
 

@@ -167,7 +167,7 @@ def _save(folder: RunFolder, step: int) -> None:
     directory = checkpoints.begin(folder, step, 1)
     entries = [save_peer(directory, index, {"w": torch.full((300,), float(step + index))}) for index in range(2)]
     checkpoints.commit(folder, step, 1, entries, Meta(0, ("a", "b"), "", ""))
-    checkpoints.mark_best(folder, step, 0.5, {})
+    checkpoints.mark_best(folder, step, 0.5)
     checkpoints.prune(folder, 2)
 
 

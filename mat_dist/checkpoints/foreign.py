@@ -183,12 +183,12 @@ def find_network(source: TensorFile, net: nn.Module, *, channels: int, classes: 
     Raises CheckpointError where none fits, ConfigError where several do that differ, or there is no such entry.
     """
     expected: Mapping[str, Tensor] = net.state_dict()
+    tensors, start = source.tensors, "" if entry in (None, TOP) else f"{entry}."
     found = [one for one in _candidates(source, expected)
-             if entry is None or (one.place == "" if entry == TOP else one.place.startswith(f"{entry}."))]
-    tensors = source.tensors
+             if one.place.startswith(start) and (entry != TOP or not one.place)]
     fits = [one for one in found if all(tensors[mine].shape == expected[key].shape for key, mine in one.names.items())]
     if not fits:
-        names = [key for key in tensors if entry in (None, TOP) or key.startswith(f"{entry}.")]
+        names = [key for key in tensors if key.startswith(start)]
         if not names:
             tops = dict.fromkeys(key.partition(".")[0] for key in tensors)
             raise ConfigError(f"there is no entry {entry!a} with tensors", str(source.file),

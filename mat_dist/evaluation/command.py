@@ -161,9 +161,9 @@ def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> d
 def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[str, list[str]]:
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
     about = evaluation.about
-    path = write_result(folder.eval, evaluation.name, about, {about["weights"]: chunks}, checked=True,
-                        training=evaluation.training)
-    found = gather(chunks, about["weights"], evaluation.training)
+    all_weights = {about["weights"]: chunks}
+    path = write_result(folder.eval, evaluation.name, about, all_weights, checked=True, training=evaluation.training)
+    found = gather(all_weights, evaluation.training)
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(about['attacks'])} [95 % interval]")
     show_table(attacks_table(found))

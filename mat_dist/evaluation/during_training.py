@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -21,14 +22,7 @@ from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks
 from mat_dist.evaluation.results import CLEAN, UNION
-from mat_dist.evaluation.survivors import (
-    Chunks,
-    Survivors,
-    about_job,
-    about_run,
-    gather,
-    write_result,
-)
+from mat_dist.evaluation.survivors import Found, Survivors, about_job, about_run, gather, write_result
 from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.console import TableRow
 from mat_dist.runs.metrics import Reporter
@@ -37,25 +31,17 @@ from mat_dist.runs.trackers import Picture
 
 LOOKED_AT = 64  # images of which the pictures are chosen
 
-Found = Mapping[str, Chunks]  # weights -> chunks; empty on all ranks but the first
 
-
+@dataclass
 class Evaluations:
-    """What the training asks of the evaluator. Every rank calls the methods; rank 0 writes and shows.
+    """What the training asks of the evaluator. Every rank calls the methods; rank 0 writes and shows."""
 
-    Args:
-        config: of the run.
-        mesh: the other ranks.
-        run: the open run folder.
-        data: the splits.
-        stop: set by a signal.
-        reporter: where numbers and pictures go.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh, run: Run, data: DataSets, stop: StopFlag,
-                 reporter: Reporter) -> None:
-        self.config, self.mesh, self.run, self.data, self.stop = config, mesh, run, data, stop
-        self.reporter = reporter
+    config: Config
+    mesh: Mesh
+    run: Run
+    data: DataSets
+    stop: StopFlag
+    reporter: Reporter
 
     def begin(self, first: int, total: int, evaluates_at: Callable[[int], bool]) -> None:
         """Steps `first` .. total - 1 come next, and evaluations after some of them."""
@@ -94,7 +80,7 @@ class Evaluations:
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         own: list[float | None] = []
         if self.mesh.placement.is_lead:
-            survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
+            survivors = gather(found)
             record = {**progress, "eval_s": perf_counter() - began, "attack": f"PGD-{job.plans['pgd'].steps}",
                       **validation_record(survivors)}
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
@@ -110,28 +96,29 @@ class Evaluations:
         A damaged one does not keep the other from its result; its error comes last.
         """
         job = self.job(self.config.eval.test_steps)
-        same = best is not None and best.step == newest.step
+        labels: dict[int, list[str]] = {}  # step -> the names of its checkpoint
+        manifests = {"best": best, "last": newest} if best else {"last": newest}
+        for label, manifest in manifests.items():
+            labels.setdefault(manifest.step, []).append(label)
         rows: list[TableRow] = []
-        done: dict[int, Found] = {}
         damaged: CheckpointError | None = None
-        for label, manifest in {**({"best": best} if best else {}), "last": newest}.items():
+        for names in labels.values():
+            manifest, shown = manifests[names[0]], ", ".join(names)
             name = manifest.directory.name
             try:
-                if manifest.step not in done:
-                    self.note(f"attacking {name} ({label}) on the test set: PGD-{job.plans['pgd'].steps}")
-                    done[manifest.step] = self.attack(manifest, job, "test", self.config.eval.test_size)
+                self.note(f"attacking {name} ({shown}) on the test set: PGD-{job.plans['pgd'].steps}")
+                found = self.attack(manifest, job, "test", self.config.eval.test_size)
             except CheckpointError as error:
                 damaged = error
                 continue
             if self.mesh.placement.is_lead:
                 self.run.check_owner()
-                found = done[manifest.step]
-                write_result(self.run.folder.eval, f"test_{label}_{name}", self.about(manifest, job, label, "test"),
-                             found, checked=False)
-                survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights)]
-                self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
-                if not same or label == "best":  # one checkpoint has one row, whatever its names
-                    rows += table_rows("best, last" if same else label, survivors, job.plans["pgd"])
+                survivors = gather(found)
+                for label in names:
+                    write_result(self.run.folder.eval, f"test_{label}_{name}",
+                                 self.about(manifest, job, label, "test"), found, checked=False)
+                    self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
+                rows += table_rows(shown, survivors, job.plans["pgd"])
         if rows:
             self.reporter.table(rows)
         if damaged is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from mat_dist.config import dump_config, with_absolute_paths
 from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
+from mat_dist.data.shared import Voice
 from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
@@ -192,13 +192,11 @@ def check_accuracy(model: nn.Module, images: ImageSet, classes: int, config: Con
     CheckpointError where it does not reach the accuracy that the user knows.
     """
     n = len(images) if options.clean is not None else min(CLEAN_IMAGES, len(images))
-    right, told = 0, time.monotonic()
+    right, voice = 0, Voice(speaks=True)
     for rows in torch.arange(n).split(_BATCH):
         x_BCHW, y_B = pixels(images, rows, device, config)
         right += int(correct(model, x_BCHW, y_B).sum())
-        if time.monotonic() > told + 5:
-            told = time.monotonic()
-            tell(f"clean accuracy: {int(rows[-1]) + 1} of {n} images")
+        voice.tell(f"clean accuracy: {int(rows[-1]) + 1} of {n} images")
     tell(f"clean accuracy on the first {n} images: {100 * right / n:.1f} %")
     chance = 1 / classes
     if right / n <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:

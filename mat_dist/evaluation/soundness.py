@@ -199,14 +199,10 @@ def total(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[s
 
 def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
     """The verdicts on one target, in the order of CHECKS."""
-    verdicts = [Verdict(check, "", *_of_model(check, sums[""])) for check in CHECKS if check in sums[""]]
     classes = sums[""]["classes"]
-    for threat, found in sums.items():
-        if threat:
-            verdicts += [Verdict(check, threat, *_of_attacks(check, found, classes)) for check in CHECKS
-                         if check in found or (check == "monotone" and "half" in found)]
-    order = list(CHECKS)
-    return sorted(verdicts, key=lambda v: (v.threat, order.index(v.check)))
+    return [Verdict(check, threat, *(_of_attacks(check, found, classes) if threat else _of_model(check, found)))
+            for threat, found in sorted(sums.items()) for check in CHECKS
+            if check in found or (check == "monotone" and "half" in found)]
 
 
 def judge_headline(clean: float, labels: Sequence[int], classes: int) -> list[Verdict]:

@@ -28,6 +28,7 @@ from mat_dist.runs.record import versions
 VOLATILE = ("time", "chosen_on_validation", "system")  # none of them changes a result
 
 Chunks = Sequence[Mapping[str, Any]]  # what mat_dist/evaluation/chunks.py tells of each chunk
+Found = Mapping[str, Chunks]  # weights -> chunks; empty on all ranks but the first
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,12 @@ def share(flags_N: Tensor) -> float:
     return flags_N.double().mean().item()
 
 
-def gather(chunks: Chunks, weights: str, training: Sequence[Verdict] = ()) -> list[Survivors]:
+def gather(found: Found, training: Sequence[Verdict] = ()) -> list[Survivors]:
     """What every target did on all chunks, in order. `training`: what is to be said of the model's training."""
+    return [one for weights, chunks in found.items() for one in _gather(chunks, weights, training)]
+
+
+def _gather(chunks: Chunks, weights: str, training: Sequence[Verdict]) -> list[Survivors]:
     labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
     found = []
     for name, first in chunks[0]["predictions"].items():
@@ -148,7 +153,7 @@ def about_job(job: Job, chunk: int) -> dict[str, Any]:
             "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "seed": job.seed, "chunk": chunk}
 
 
-def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mapping[str, Chunks], *,
+def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Found, *,
                  checked: bool, images: bool = True, training: Sequence[Verdict] = ()) -> Path:
     """Write the table of images, then the document -> the latter's path.
 
@@ -156,7 +161,6 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
 
     Args:
         about: what `about_run` and `about_job` and the caller say.
-        found: weights -> chunks.
         checked: whether soundness checks were wanted.
         images: write the table too.
         training: as for `gather`.
@@ -165,7 +169,7 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Mappi
     """
     with reported(folder):
         folder.mkdir(exist_ok=True)
-    survivors = [one for weights, chunks in found.items() for one in gather(chunks, weights, training)]
+    survivors = gather(found, training)
     targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
     some = next(iter(found.values()))
     warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
@@ -194,7 +198,7 @@ def _has(path: Path, document: Mapping[str, Any], table: str | None) -> bool:
         return False
 
 
-def image_rows(found: Mapping[str, Chunks]) -> str:
+def image_rows(found: Found) -> str:
     """The CSV file; images that are wrong without an attack are not attacked."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

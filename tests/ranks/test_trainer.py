@@ -237,7 +237,7 @@ def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run
     whole = tables[1][0]
     for world, (first, *others) in tables.items():
         assert first == whole and others == [{"raw": [], "ema": []}] * (world - 1)
-    survivors = gather(whole["raw"], "raw")
+    survivors = gather({"raw": whole["raw"]})
     assert [len(chunk["samples"]) for chunk in whole["ema"]] == [14, 14, 12] and len(survivors) == 5
     assert len(survivors[0].clean_N) == 40 and survivors[0].clean_N.any()
 

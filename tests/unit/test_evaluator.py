@@ -83,7 +83,7 @@ class Trained:
                  data: DataSets | None = None) -> dict[tuple[str, str], Survivors]:
         one = self.evaluations(config, data)
         found = one.attack(self.manifest, replace(one.job(1), plans={"pgd": attack}), "val", size)
-        return {(r.target, r.weights): r for weights, chunks in found.items() for r in gather(chunks, weights)}
+        return {(r.target, r.weights): r for r in gather(found)}
 
     def model(self, index: int, weights: str = RAW) -> nn.Module:
         """The peer's model, built here without the evaluator."""
@@ -235,7 +235,7 @@ def test_chunks_name_the_images_they_are_about(trained: Trained) -> None:
     assert samples == chosen_images(COUNT, 9).tolist()
     assert [label for chunk in chunks for label in chunk["labels"]] == trained.data.val.labels[samples].tolist()
     x, y = trained.pixels()
-    assert torch.equal(gather(chunks, RAW)[0].clean_N, (trained.model(0)(x).argmax(1) == y)[samples])
+    assert torch.equal(gather({RAW: chunks})[0].clean_N, (trained.model(0)(x).argmax(1) == y)[samples])
 
 
 def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:

@@ -234,8 +234,8 @@ def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
     else:
         number = re.fullmatch(r"(?:step_)?(\d{1,18})", str(which))
         step = int(number[1]) if number else None
-    directory = folder.checkpoints / step_name(step) if step is not None else None
-    if step is None or directory is None or not directory.is_dir():
+    directory = folder.checkpoints / step_name(step or 0)
+    if step is None or not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint {which!r}" + (f" ({step_name(step)})" if step else ""),
                               str(folder.checkpoints), f"choose latest, best or one of these: {_names(folder)}")
     return _manifest_of(step, directory)

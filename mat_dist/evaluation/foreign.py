@@ -133,38 +133,38 @@ def normalisation(network: Network, importing: Importing,
                   data: DataSets) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """(mean, std, in words): the file's own, or those of the command line. Raises ConfigError where there are none."""
     options, channels, file = importing.options, data.train.shape[0], str(network.source.file)
-    given = (options.mean, options.std) if options.mean is not None and options.std is not None else None
     own = network.normalisation(channels)
-    if given is not None:
-        found = *given, "as given"
+    if options.mean is not None and options.std is not None:
+        mean, std, by = options.mean, options.std, "as given"
     elif own is not None:
         name, mean, std = own
+        by = f"of the file ({name})"
         if options.normalise is not None:
             raise ConfigError(f"the file has a normalisation of its own, {name}", file,
                               "leave normalise out; mean=... and std=... overrule the file")
         if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-            raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: mean {_shown(mean)}, "
-                              f"std {_shown(std)}", file, "give mean=... and std=...; divide those for bytes by 255")
-        found = mean, std, f"of the file ({name})"
+            raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: {_shown(mean, std)}",
+                              file, "give mean=... and std=...; divide those for bytes by 255")
     elif options.normalise == "data":
-        found = *channel_stats(data.train), "of the training images"
+        (mean, std), by = channel_stats(data.train), "of the training images"
     elif options.normalise == "none":
-        found = (0.0,) * channels, (1.0,) * channels, "none"
+        mean, std, by = (0.0,) * channels, (1.0,) * channels, "none"
     else:
         raise ConfigError("the file does not tell how images were normalised", file,
                           "write mean=0.4914,0.4822,0.4465 std=0.2471,0.2435,0.2616 (those of its training), or "
                           "normalise=data for this data set's own, or normalise=none")
-    if not len(found[0]) == len(found[1]) == channels:
-        raise ConfigError(f"mean has {len(found[0])} and std {len(found[1])} values, the images {channels} channels",
+    if not len(mean) == len(std) == channels:
+        raise ConfigError(f"mean has {len(mean)} and std {len(std)} values, the images {channels} channels",
                           "mean, std", "give one mean and one std per channel")
-    told = f"normalisation {found[2]}: mean {_shown(found[0])}, std {_shown(found[1])}"
-    if given is not None and own is not None and _shown(own[1]) + _shown(own[2]) != _shown(given[0]) + _shown(given[1]):
-        told += f"; the file has {own[0]}: mean {_shown(own[1])}, std {_shown(own[2])}"
-    return found[0], found[1], told
+    told = f"normalisation {by}: {_shown(mean, std)}"
+    if own is not None and _shown(*own[1:]) != _shown(mean, std):
+        told += f"; the file has {own[0]}: {_shown(*own[1:])}"
+    return mean, std, told
 
 
-def _shown(values: Sequence[float]) -> str:
-    return "/".join(f"{value:.4g}" for value in values)
+def _shown(mean: Sequence[float], std: Sequence[float]) -> str:
+    mean_text, std_text = ("/".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return f"mean {mean_text}, std {std_text}"
 
 
 def assumed(model: nn.Module) -> str:

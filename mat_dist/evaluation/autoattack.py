@@ -33,14 +33,12 @@ class AutoAttacked:
 
     Attributes:
         adv_BCHW: AEs; the clean image where none was found or the image was wrong without an attack.
-        prediction_B: predicted class on them.
         square_broke: number of images that withstood all attacks before Square and not Square.
         attacks: what was run, in order.
         warnings: texts of pyautoattack's own checks of the model.
     """
 
     adv_BCHW: Tensor
-    prediction_B: Tensor
     square_broke: int
     attacks: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -118,9 +116,9 @@ def autoattack(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, *,
                       alone=alone)
         broke: list[int] = []
         attack.square.perturb = _counting(attack.square.perturb, model, broke)
-        adv, prediction = attack.run_standard_evaluation(x_BCHW, y_B, batch_size=len(y_B))
+        adv, _ = attack.run_standard_evaluation(x_BCHW, y_B, batch_size=len(y_B))
     warnings = dict.fromkeys(text for text in texts if not any(part in text for part in _JUDGED_ELSEWHERE))
-    return AutoAttacked(adv.detach(), prediction, sum(broke), tuple(attack.attacks_to_run), tuple(warnings))
+    return AutoAttacked(adv.detach(), sum(broke), tuple(attack.attacks_to_run), tuple(warnings))
 
 
 def _counting(perturb: Callable[..., Tensor], model: nn.Module, broke: list[int]) -> Callable[..., Tensor]:

@@ -79,10 +79,6 @@ class TargetResult:
             return (UNCHECKED, *few)
         return tuple(dict.fromkeys((*(check.check for check in self.checks or () if not check.passed), *few)))
 
-    @property
-    def is_peer(self) -> bool:
-        return is_peer(self.target)
-
 
 def is_peer(target: str) -> bool:
     """Whether a target is a peer; `ensemble` is by the run's rule, `ensemble:vote` and the like by theirs."""

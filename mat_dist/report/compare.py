@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import flat_settings
-from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies
+from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies, is_peer
 from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
 from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned, validations
 from mat_dist.report.files import RunFiles
@@ -68,7 +68,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
             continue
         mine = [key if key in accuracies(one.threats) else "" for key in shown]
         targets = chosen(run, one)
-        peers = [t for t in targets if t.is_peer]
+        peers = [t for t in targets if is_peer(t.target)]
         ensemble = next((t for t in targets if t.target == ENSEMBLE), None)
         label = f"{name} (not reportable)" if ensemble and any(t.failed for t in targets) else name
         cells: list[object] = ["-"] * len(shown)

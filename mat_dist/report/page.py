@@ -248,7 +248,7 @@ def _headline(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[tupl
     """The numbers that a reader looks for first: label, per cent, small print."""
     n = targets[0].n
     for label, these in (("ensemble", [t for t in targets if t.target == ENSEMBLE]),
-                         ("mean of the peers", [t for t in targets if t.is_peer])):
+                         ("mean of the peers", [t for t in targets if is_peer(t.target)])):
         for key in (*reversed(accuracies(one.threats)),) if these else ():
             name = "clean" if key == CLEAN else f"{one.attack}, {key}" + (
                 f" of {', '.join(one.threats)}" if key == UNION else "")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.evaluation.attacks import predict
 from mat_dist.evaluation.autoattack import autoattack, check_classes, chunk_seed
 
 pytestmark = pytest.mark.slow  # 20 s and more of AutoAttack
@@ -61,7 +62,7 @@ def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str
     seed = chunk_seed(3, threat.norm, 7)
     found = autoattack(model, x, y, threat, version=version, custom=custom, seed=seed)
     adv, prediction = direct(model, x, y, threat, version=version, attacks=list(custom) or None, seed=seed)
-    assert torch.equal(found.adv_BCHW, adv) and torch.equal(found.prediction_B, prediction)
+    assert torch.equal(found.adv_BCHW, adv) and torch.equal(predict(model, found.adv_BCHW), prediction)
     assert 0 < (prediction != y).sum() < len(y)  # neither all nor none
     other = autoattack(model, x, y, threat, version="custom", custom=("apgd-ce",), seed=chunk_seed(3, threat.norm, 8))
     assert not torch.equal(found.adv_BCHW, other.adv_BCHW)
@@ -86,7 +87,7 @@ def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat,
     attack = pyautoattack.AutoAttack(model, norm=threat.norm.replace("l", "L", 1), eps=threat.eps, seed=4)
     attack.attacks_to_run = [name]
     adv, prediction = attack.run_standard_evaluation(x, y, batch_size=len(y))
-    assert torch.equal(found.adv_BCHW, adv) and torch.equal(found.prediction_B, prediction)
+    assert torch.equal(found.adv_BCHW, adv) and torch.equal(predict(model, found.adv_BCHW), prediction)
     assert found.attacks == (name,) and (prediction != y).any() and found.warnings == ()
 
 
@@ -96,9 +97,9 @@ def test_the_first_attack_alone_breaks_what_it_breaks_in_the_standard_version(mo
     x, y = images(model)
     alone = autoattack(model, x, y, THREATS[0], version="standard", custom=(), seed=4, alone="apgd-ce")
     whole = autoattack(model, x, y, THREATS[0], version="standard", custom=(), seed=4)
-    broken = alone.prediction_B != y
+    broken = predict(model, alone.adv_BCHW) != y
     assert torch.equal(alone.adv_BCHW[broken], whole.adv_BCHW[broken]) and broken.any()
-    assert (whole.prediction_B != y).sum() >= broken.sum()
+    assert (predict(model, whole.adv_BCHW) != y).sum() >= broken.sum()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 9])
@@ -135,7 +136,7 @@ def test_what_square_alone_breaks_is_counted() -> None:
     model = make_model(10)
     x, y = images(model)
     found = autoattack(model, x, y, THREATS[0], version="custom", custom=("square",), seed=1)
-    assert found.square_broke == (found.prediction_B != y).sum() > 0
+    assert found.square_broke == (predict(model, found.adv_BCHW) != y).sum() > 0
     assert autoattack(model, x, y, THREATS[0], version="custom", custom=("apgd-ce",), seed=1).square_broke == 0
 
 

@@ -106,8 +106,7 @@ def _data_name(name: Any, root: Any) -> Any:
 
 def _made_for(path: str | None) -> tuple[Any, Any]:
     """Name and root of the data that a file gives itself."""
-    top = _Files([]).compose(find_config(path or DEFAULT, config_folders() if path is None else [
-        File(), *config_folders()])).top
+    top = _Files([]).compose(_file(path)).top
     name, root = (locate(top, ("data", key)) for key in ("name", "root"))
     return name[0].value if name[1] == 2 else None, root[0].value if root[1] == 2 else None
 
@@ -135,6 +134,11 @@ def find_config(name: str, folders: Sequence[File]) -> File:
     near = nearest(os.path.basename(name).removesuffix(".yaml"), known)
     how = f"did you mean {near}?" if near else f"give the path of a YAML file or one of {', '.join(known)}"
     raise ConfigError("there is no such configuration file", ascii(name)[1:-1] or "no name", how)
+
+
+def _file(path: str | None) -> File:
+    """The file that a user names, also one of the project's; without a name the default."""
+    return find_config(DEFAULT, config_folders()) if path is None else find_config(path, [File(), *config_folders()])
 
 
 def _display(path: File) -> str:
@@ -363,8 +367,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
         CheckpointError: the file is that of a run which an older version trained with settings that went.
     """
     problems: list[ConfigError] = []
-    folders = config_folders() if path is None else [File(), *config_folders()]
-    file = find_config(DEFAULT if path is None else path, folders)
+    file = _file(path)
     source = _display(file)
     changes = read_overrides(overrides, problems)
     try:

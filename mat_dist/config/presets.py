@@ -16,22 +16,6 @@ BASE: dict[str, Any] = {
 }
 
 
-def coefficients(preset: str, index: int, peers: int, role: str = "peer",
-                 union: UnionConfig | None = None) -> dict[str, Any]:
-    """All coefficients of `preset` for the peer at `index` of a cohort of `peers`."""
-    chosen = presets()[preset]
-    values = {**BASE, **chosen.parts[index % len(chosen.parts)]}
-    if peers > 1:
-        values.update(chosen.roles.get(role, {}))
-    if role == "generalist" and peers > 1 and union is not None and union.threats:
-        strategy = strategies().get(union.strategy or "")
-        if strategy is not None and not strategy.each:
-            values["hard_own"] = 0.5  # it makes AEs of its own, which weigh as much as the specialists' together
-    if peers == 1 and role == "generalist" and role in chosen.roles:
-        values["kd_weight"] = 0.0  # the baselines of the union: nobody is there to teach
-    return values
-
-
 def hears(role: str, other: str, other_frozen: bool) -> bool:
     """Whether a peer of one role learns from one of another: generalists and specialists not from their own kind."""
     return other_frozen or role == "peer" or role != other
@@ -52,12 +36,21 @@ def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerC
 
 def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
               union: UnionConfig | None = None) -> LossConfig:
-    """`loss` with every empty coefficient replaced by its preset's value.
+    """`loss` of the peer at `index` of a cohort of `peers`, every empty coefficient replaced by its preset's value.
 
     `kd_own` falls back to an even share, 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs
     is the peer itself and cannot teach there.
     """
-    values = coefficients(loss.preset, index, peers, role, union)
+    chosen = presets()[loss.preset]
+    values = {**BASE, **chosen.parts[index % len(chosen.parts)]}
+    if peers > 1:
+        values.update(chosen.roles.get(role, {}))
+    if role == "generalist" and peers > 1 and union is not None and union.threats:
+        strategy = strategies().get(union.strategy or "")
+        if strategy is not None and not strategy.each:
+            values["hard_own"] = 0.5  # it makes AEs of its own, which weigh as much as the specialists' together
+    if peers == 1 and role == "generalist" and role in chosen.roles:
+        values["kd_weight"] = 0.0  # the baselines of the union: nobody is there to teach
     values.update({k: v for k, v in loss.model_dump().items() if v is not None and k != "preset"})
     if values["hard_weight"] is None:
         values["hard_weight"] = 1 - values["kd_weight"]

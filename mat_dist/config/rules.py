@@ -343,11 +343,6 @@ def _view_norms(peer: PeerConfig) -> set[str]:
     return {norm for norm, _ in peer.union.balls if strategy and strategy.each} or {peer.threat.norm}
 
 
-def _grouped(config: Config, texts: dict[str, list[str]]) -> list[str]:
-    return [text if len(names) == len(config.peers) else f"{text} ({', '.join(names)})"
-            for text, names in texts.items()]
-
-
 def config_warnings(config: Config) -> list[str]:
     """What is allowed but unusual, one line each; with the names of the peers where it is not all of them."""
     texts: dict[str, list[str]] = {}
@@ -364,7 +359,9 @@ def config_warnings(config: Config) -> list[str]:
             note("methods.ramp does nothing without union.strategy ramp", peer)
         if size is not None and size > 2 * eps:
             note(f"attack.step_size {size:g} is more than 2 eps = {2 * eps:g}" + (f"; {meant}?" if meant else ""), peer)
-    found, augment = _grouped(config, texts), config.data.augment
+    found = [text if len(names) == len(config.peers) else f"{text} ({', '.join(names)})"
+             for text, names in texts.items()]
+    augment = config.data.augment
     for name in {peer.loss.preset for peer in config.peers}:
         preset, users = presets()[name], sum(peer.loss.preset == name for peer in config.peers)
         if len(preset.parts) > 1 and users != len(config.peers):
@@ -382,24 +379,22 @@ def config_warnings(config: Config) -> list[str]:
         found.append("data.image_size is not set: all images of the folder must have one size")
     if config.data.name in ("digits", "svhn") and augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
-    return found + _role_warnings(config)
+    return [*found, *_role_warnings(config)]
 
 
-def _role_warnings(config: Config) -> list[str]:
+def _role_warnings(config: Config) -> Iterator[str]:
     """What is unusual in who learns from whom."""
-    found = []
     deaf = [str(peer.name) for peer in config.peers
             if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
     if deaf:
-        found.append(f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % "
-                     "on the union where one with them had 54 %, docs/evidence.md); write union.strategy: msd and "
-                     "union.threats, with attack.method: pgd")
+        yield (f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % on "
+               "the union where one with them had 54 %, docs/evidence.md); write union.strategy: msd and "
+               "union.threats, with attack.method: pgd")
     roles = {peer.role for peer in config.peers}
     if "specialist" in roles and roles <= {"specialist"} and not any(peer.frozen for peer in config.peers):
-        found.append("specialists alone: nobody learns from them; role: generalist is the peer that does")
+        yield "specialists alone: nobody learns from them; role: generalist is the peer that does"
     fixed = [(peer.init_from or peer.stream, peer.model_copy(update={"name": "", "stream": 0}))
              for peer in config.peers if peer.attack.start == "zero" and not peer.frozen]
     if any(one in fixed[:n] for n, one in enumerate(fixed)):
-        found.append("peers with equal settings and initial weights attack from the clean image: without dropout they "
-                     "stay equal; write attack.start: uniform")
-    return found
+        yield ("peers with equal settings and initial weights attack from the clean image: without dropout they stay "
+               "equal; write attack.start: uniform")

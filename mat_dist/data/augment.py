@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.config.schema import AugmentConfig
-from mat_dist.data.idbh import idbh
+from mat_dist.data.idbh import Draw, idbh, within
 
-Draw = Callable[[str, int], tuple[Tensor, ...]]
 RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop, as in the Inception and torchvision recipes
 
 
@@ -152,9 +151,8 @@ def cutmix(x_BCHW: Tensor, y_B: Tensor, *, probability: float, classes: int, see
 
 def _in_window(u_B: Tensor, side_B: Tensor, count: int) -> Tensor:
     """Which of `count` positions the window covers: bool (B, count)."""
-    half_B, centre_B = (side_B * count).long() // 2, (u_B * count).long()
-    place = torch.arange(count, device=u_B.device)
-    return (place >= (centre_B - half_B)[:, None]) & (place < (centre_B + half_B)[:, None])
+    half_B = (side_B * count).long() // 2
+    return within((u_B * count).long() - half_B, 2 * half_B, count)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mat_dist.errors import OutputError
@@ -48,18 +50,14 @@ class Manifest:
     skipped: tuple[tuple[str, ...], tuple[str, ...]]
     told: dict[str, int]
     mtime_ns: int
-    seal: str = ""
+    seal: str
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest | None:
         """The manifest that was written as JSON, None for something else; only the seal tells whether it is whole."""
-        try:
-            fields = json.loads(text)
-            (train_sha, test_sha), (train, test) = fields["image_sha256"], fields["skipped"]
-            return cls((train_sha, test_sha), (tuple(train), tuple(test)), fields["told"], fields["mtime_ns"],
-                       fields["seal"])
-        except (ValueError, KeyError, TypeError):
-            return None
+        with suppress(ValidationError):
+            return TypeAdapter(cls).validate_json(text)
+        return None
 
     def sealed(self, images: Path) -> Manifest:
         """The same with the digest as it should be."""
@@ -154,8 +152,7 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             manifest = Manifest((train_sha, test_sha), (train_gone, test_gone), dict(told + more),
-                                part.stat().st_mtime_ns)
-            manifest = manifest.sealed(part)
+                                part.stat().st_mtime_ns, seal="").sealed(part)
             os.replace(part, self.image_file)
             with open(part, "w", opener=_private) as file:
                 json.dump(asdict(manifest), file)

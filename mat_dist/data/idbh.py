@@ -193,12 +193,12 @@ def erase(x_BCHW: Tensor, probability: float, chosen_B: Tensor, top_B: Tensor, l
     first_B1 = fits_BT.to(torch.uint8).argmax(1, keepdim=True)  # the first of equal ones
     tall_B, wide_B = tall_BT.gather(1, first_B1).squeeze(1), wide_BT.gather(1, first_B1).squeeze(1)
     on_B = fits_BT.any(1) & (chosen_B < probability)
-    hidden_BH = _within(whole(top_B, height - tall_B), tall_B, height)
-    hidden_BW = _within(whole(left_B, width - wide_B), wide_B, width)
+    hidden_BH = within(whole(top_B, height - tall_B), tall_B, height)
+    hidden_BW = within(whole(left_B, width - wide_B), wide_B, width)
     return x_BCHW.masked_fill((hidden_BH[:, :, None] & hidden_BW[:, None, :] & on_B[:, None, None])[:, None], 0)
 
 
-def _within(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
+def within(first_B: Tensor, length_B: Tensor, count: int) -> Tensor:
     """Which of `count` places lie in [first, first + length): bool (B, count)."""
     place = torch.arange(count, device=first_B.device)
     return (place >= first_B[:, None]) & (place < (first_B + length_B)[:, None])

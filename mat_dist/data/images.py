@@ -104,7 +104,7 @@ class ImageSet:
     @property
     def nbytes(self) -> int:
         """Bytes of the N images."""
-        return len(self) * self.store[:1].numel() * self.store.element_size()
+        return len(self) * self.store[:1].nbytes
 
     @property
     def images(self) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mat_dist.cli import run_entry
 from mat_dist.config import Options
-from mat_dist.errors import ConfigError
+from mat_dist.errors import CheckpointError, ConfigError
 from mat_dist.screens import arrived
 
 
@@ -31,7 +31,6 @@ def print_hashes(words: Sequence[str]) -> None:
 
     from mat_dist import checkpoints
     from mat_dist.core.cohort import state_hash
-    from mat_dist.errors import CheckpointError
     from mat_dist.runs.folder import RunFolder
 
     found = []

@@ -49,6 +49,7 @@ def check_port(endpoint: Endpoint, ranks: int) -> Answer[int]:
     if ranks == 1 and not endpoint.given:
         return Answer(port, "one rank needs none")
     here = endpoint.address is None or is_here(endpoint.address)
+    elsewhere = f"the ranks meet on {endpoint.address}: check it there"
     try:
         _listen(port)
     except OSError as error:
@@ -61,10 +62,8 @@ def check_port(endpoint: Endpoint, ranks: int) -> Answer[int]:
                                    endpoint.address or "this node",
                                    "on one node use torchrun --standalone, which finds a free port; on several set "
                                    f"another one with --master-port or --rdzv-endpoint, e.g. {free_port()}") from error
-        return Answer(port, f"port {port} is in use here{by}", f"the ranks meet on {endpoint.address}: check it there")
-    if not here:
-        return Answer(port, f"port {port} is free here", f"the ranks meet on {endpoint.address}: check it there")
-    return Answer(port, f"port {port} is free")
+        return Answer(port, f"port {port} is in use here{by}", elsewhere)
+    return Answer(port, f"port {port} is free" + ("" if here else " here"), "" if here else elsewhere)
 
 
 def _listen(port: int) -> None:
@@ -161,14 +160,12 @@ def check_address(endpoint: Endpoint, nodes: int) -> Answer[str]:
     try:
         address = str(socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0])
     except OSError as error:
-        if nodes > 1:
-            raise EnvironmentFault(f"the host name {host} has no address ({error.strerror})", "/etc/hosts, DNS", how) \
-                from error
-        if not metadata.entry_points(group="torchrun.handlers", name="mat_dist_local"):
-            raise EnvironmentFault(f"the host name {host} has no address ({error.strerror})", "/etc/hosts, DNS",
-                                   "torchrun would look for it for minutes: start it with --local-addr=127.0.0.1, or "
-                                   "install mat_dist (pip install --editable .), which does that") from error
-        return Answer("127.0.0.1", f"the host name {host} has no address; ranks on one node use 127.0.0.1")
+        if nodes == 1 and metadata.entry_points(group="torchrun.handlers", name="mat_dist_local"):
+            return Answer("127.0.0.1", f"the host name {host} has no address; ranks on one node use 127.0.0.1")
+        raise EnvironmentFault(f"the host name {host} has no address ({error.strerror})", "/etc/hosts, DNS",
+                               how if nodes > 1 else "torchrun would look for it for minutes: start it with "
+                               "--local-addr=127.0.0.1, or install mat_dist (pip install --editable .), which does that"
+                               ) from error
     if nodes == 1:
         return Answer(address, f"{host} is {address}; ranks on one node use 127.0.0.1")
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:

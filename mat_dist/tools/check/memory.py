@@ -86,8 +86,7 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
     graph = CohortGraph.of(config.peers)
     local = [measured[index] for index in place.local_peers]
     batch = config.train.batch_size // place.replicas // config.step.microbatches
-    pixels = sample.x_BCHW[0].numel() * sample.x_BCHW.element_size()
-    numbers = sample.images.classes * sample.x_BCHW.element_size()
+    pixels, numbers = sample.x_BCHW[0].nbytes, sample.images.classes * sample.x_BCHW.itemsize
     graphs = [len(graph.peers[index].learned) for index in place.local_peers]
     if config.step.memory == "keep":
         learning = sum(count * one.learn.at(batch) for count, one in zip(graphs, local, strict=True))

@@ -42,7 +42,6 @@ class Sample:
         x_BCHW: some images in [0, 1].
         y_B: their labels.
         nbytes: bytes of all splits as they are stored.
-        mapped: they lie in a file that processes share.
         train, val, test: images of these splits; None where they are not known yet.
     """
 
@@ -50,7 +49,6 @@ class Sample:
     x_BCHW: Tensor
     y_B: Tensor
     nbytes: int = 0
-    mapped: bool = False
     train: int | None = None
     val: int | None = None
     test: int | None = None
@@ -74,7 +72,7 @@ def check_data(config: Config) -> Answer[Sample]:
             seen = preview_data(wanted, decoder.look, seed=config.run.seed, batch_size=config.train.batch_size)
             shown = decoder.sample(SHOWN)
             sample = Sample(rough(seen.shape, seen.classes), as_float(shown.images, DTYPES[config.step.precision]),
-                            shown.labels, cache.nbytes, mapped=True, train=seen.train)
+                            shown.labels, cache.nbytes, train=seen.train)
             found = (f"{decoder.listing.count} images of {seen.classes} classes, {_size(seen.shape)}; {len(shown)} of "
                      f"them decode; the run will build a cache of {cache.nbytes / GIB:.1f} GiB in {cache.folder}")
             return Answer(sample, "; ".join([found, *seen.notes]), _check_sample(sample, wanted))
@@ -88,7 +86,7 @@ def check_data(config: Config) -> Answer[Sample]:
         return Answer(noise, f"not there yet: {error.what} ({error.where})",
                       "the run will download it, so its first rank needs a network")
     batches = training_batches(config, data, "cpu", DTYPES[config.step.precision])
-    sample = Sample(rough(data.train.shape, len(data.classes)), *batches.at(0), mapped=data.train.mapped,
+    sample = Sample(rough(data.train.shape, len(data.classes)), *batches.at(0),
                     nbytes=sum(split.nbytes for split in (data.train, data.val, data.test)),
                     train=len(data.train), val=len(data.val), test=len(data.test))
     dark = _check_sample(sample, wanted)
@@ -188,13 +186,13 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
         F.cross_entropy(logits_BK, y_B).backward()
         if not bool(peer.reduced().isfinite()):
             raise NonFinite("the gradient is not finite", where, "check the model's loss of precision and its data")
-        gradients = sum(_bytes(g) for g in peer.gradients())
+        gradients = sum(g.nbytes for g in peer.gradients())
         peer.update(0, spec.optim.lr, [hook.proposed() for hook in peer.hooks])
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise PeerFailed(f"{type(error).__name__}: {error}", where,
                          "the model must take (B, C, H, W) in train and eval mode, and be differentiable") from error
     _check_region(peer, x_BCHW, attacks[-1].result, where)
-    weights = sum(map(_bytes, model.state_dict().values()))
+    weights = sum(t.nbytes for t in model.state_dict().values())
     state = _total(peer.state())
     attack, learn = ((n, len(x_BCHW)) for n in few)
     measured = Measured(weights, gradients, state, _line(learn, [h.total for h in learns]),
@@ -256,14 +254,10 @@ def _check_region(peer: Peer, x_BCHW: Tensor, adv_BCHW: Tensor, where: str) -> N
                         where, "the gradient with respect to the images is not finite: check the model")
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _total(value: Any) -> int:
     """Bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
-        return _bytes(value)
+        return value.nbytes
     if isinstance(value, dict):
         return sum(_total(item) for item in value.values())
     return sum(_total(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
-from mat_dist.distributed.processes import limit_reached
-from mat_dist.errors import BUG, DONE, FINAL_CODES, HelpShown, MatError, StopRequested, error_line
+from mat_dist.distributed.processes import known_error
+from mat_dist.errors import DONE, FINAL_CODES, ConfigError, HelpShown, MatError, StopRequested, described, error_line
 from mat_dist.screens import steady
 
 LOGGED = "the traceback is in the rank's log"
@@ -44,21 +44,19 @@ def _code(body: Callable[[], None]) -> int:
     except HelpShown:
         raise
     except (Exception, SystemExit) as error:  # SystemExit: of a plug-in or a library; its code may be 0
-        known = error if isinstance(error, MatError) else limit_reached(error)
-        if known is not None:
-            _tell_error(known, launch)
-            return DONE if launch.restarts_left and known.code in FINAL_CODES else known.code
-        if not tell_agent(BUG, [error_line(error)]):
-            print(error_line(error), file=sys.stderr)
-        if LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log
+        known = known_error(error)
+        code = _tell_error(known or error, launch)
+        if known is None and LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log
             traceback.print_exc()
-        return BUG
+        return DONE if launch.restarts_left and code in FINAL_CODES else code
     return DONE
 
 
-def _tell_error(error: MatError, launch: Launch) -> None:
-    """One line for each problem, from one rank where all have it."""
-    lines = [error_line(problem) for problem in getattr(error, "problems", [error])]
-    handed = not launch.restarts_left and tell_agent(error.code, lines)
-    if not handed and (not error.shared or launch.speaks_for(error.guilty)):
+def _tell_error(error: BaseException, launch: Launch) -> int:
+    """One line for each problem, from one rank where all have it -> the error's code."""
+    code = described(error)["code"]
+    lines = [error_line(problem) for problem in (error.problems if isinstance(error, ConfigError) else [error])]
+    handed = not launch.restarts_left and tell_agent(code, lines)  # what is tried again may come to another end
+    if not handed and (not isinstance(error, MatError) or not error.shared or launch.speaks_for(error.guilty)):
         print(*lines, sep="\n", file=sys.stderr)
+    return code

@@ -122,15 +122,19 @@ FINAL_CODES = frozenset({2, 3, 4, 5, 6, 15, 75})
 
 def error_line(error: BaseException) -> str:
     """The one line that a user sees for `error`."""
-    if isinstance(error, StopRequested):  # what the user wanted
-        return f"mat_dist: {error}"
+    prefix = "mat_dist" if isinstance(error, StopRequested) else "mat_dist: error"  # a stop is what the user wanted
+    return "{}: {what} ({where}): {how}".format(prefix, **described(error))
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """What is told of an error, here and elsewhere: code, what, where, how."""
     if isinstance(error, MatError):
-        return f"mat_dist: error: {error}"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"mat_dist: error: {text} (internal error): please report it with the traceback in rank_<r>.log"
+        return {"code": error.code, "what": error.what, "where": error.where, "how": error.how}
+    return {"code": BUG, "what": " ".join(f"{type(error).__name__}: {error}".split()), "where": "internal error",
+            "how": "please report it with the traceback in rank_<r>.log"}
 
 
 def told_error(told: Mapping[str, Any]) -> MatError:
-    """The error that another rank describes: code, what, where, how."""
+    """The error that another rank has `described`."""
     kind = {cls.code: cls for cls in MatError.__subclasses__()}.get(told["code"], MatError)
     return kind(told["what"], told["where"], told["how"])

@@ -22,14 +22,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
-from mat_dist.distributed.processes import children, limit_reached, memory_kills
+from mat_dist.distributed.processes import children, known_error, memory_kills
 from mat_dist.distributed.stopping import AGAIN, SAME_REQUEST, SIGNALS, signal_name
 from mat_dist.errors import EnvironmentFault, MatError, PeerSilent, StopRequested, error_line
 
 TOLD = "MAT_DIST_TOLD"  # the file in which ranks tell torchrun's process how they ended: no file of the disk
 PATIENCE = 30.0  # seconds after the second request; another one then kills the ranks
 STUCK = 5.0  # seconds for which torchrun may stay when its ranks have told their end and left
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def tell_agent(code: int, lines: Sequence[str]) -> bool:
@@ -54,7 +54,7 @@ def attend(words: Sequence[str]) -> None:
     Agent(os.memfd_create("mat_dist"))
     one_node = not any(re.match(r"--?(nnodes|local[-_]addr|rdzv[-_]endpoint)\b", word) for word in words)
     if one_node:  # else torchrun asks the network for its own name, for minutes where that has no address
-        os.environ.setdefault("PET_LOCAL_ADDR", _LOOPBACK)
+        os.environ.setdefault("PET_LOCAL_ADDR", LOOPBACK)
     # The signals that torchrun shall handle itself; it needs one, and takes what would end it in the middle of a save.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGURG")
 
@@ -140,7 +140,7 @@ class Agent:
 
     def _known(self, error: BaseException) -> tuple[int, list[str]]:
         """What ended torchrun, where no rank has told why; no lines for what only its own report can explain."""
-        known: MatError | None = error if isinstance(error, MatError) else limit_reached(error)
+        known = known_error(error)
         name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
         if name == "ChildFailedError":
             known = self._ended_by_signal(error)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.distributed.groups import Mesh
-from mat_dist.distributed.processes import limit_reached
-from mat_dist.errors import MatError, NonFinite, PeerFailed, told_error
+from mat_dist.distributed.processes import known_error
+from mat_dist.errors import MatError, NonFinite, PeerFailed, described, told_error
 
 T = TypeVar("T")
 MAX_TEXT = 2000  # characters of a foreign error message that are passed on
@@ -62,7 +62,7 @@ class Agreement:
             try:
                 return work(*args, **kwargs)
             except Exception as error:  # whatever it is, it must reach the header
-                self.failure = error if isinstance(error, MatError) else limit_reached(error) or error
+                self.failure = known_error(error) or error
                 self.mesh.tell_replicas(self._described())
         return cast(T, None)
 
@@ -144,7 +144,7 @@ class Agreement:
         """What the others are told of this rank's failure; None where there is none, or it was told by another rank."""
         if self.failure is None or getattr(self.failure, "told", False):
             return None
-        return described(self.failure, self.mesh, f"{self.where}, {self._phase}")
+        return told_by_rank(self.failure, self.mesh, f"{self.where}, {self._phase}")
 
     def _compare(self, values: Sequence[int], what: str, ranks: Sequence[int] | None = None) -> None:
         if len(set(values)) > 1:
@@ -162,10 +162,10 @@ class Agreement:
                          "start all ranks with the same code, data and configuration")
 
 
-def described(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
-    """What all ranks are told of an error of this one: code, what, where, how."""
+def told_by_rank(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
+    """What all ranks are told of an error of this one, which names this rank where its cause is unknown."""
     if isinstance(error, MatError):
-        return {"code": error.code, "what": error.what, "where": error.where, "how": error.how}
+        return described(error)
     place = mesh.placement
     where = f"{where}, rank {place.rank}, peer {', '.join(map(str, place.local_peers))}"
     text = f"{type(error).__name__}: {error}"[:MAX_TEXT]

@@ -206,14 +206,15 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     launch.stay_on_node()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    meeting = Rendezvous(launch, comm.timeout, stop)
     mesh = None
     try:
         try:
+            meeting = Rendezvous(launch, comm.timeout, stop)
             meeting.wait_for_all()
             mesh = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
         except (RuntimeError, ValueError) as error:
-            raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", "MASTER_ADDR, MASTER_PORT",
+            # What follows the first line are addresses of C++.
+            raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", launch.meeting_place,
                                    "start with torchrun, and check that the port is free and reachable") from error
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh

@@ -314,27 +314,20 @@ class StoreThread:
         self._thread.join(timeout=CLOSE_SECONDS)
 
     def _run(self) -> None:
-        due: float | None = time.monotonic() + self._interval
+        due = time.monotonic() + self._interval
         while True:
-            try:
-                task = self._asked.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                due = self._tick()
-                continue
-            if task is None:
-                return
-            work, answer = task
-            try:
-                answer.set_result(work(self._store))
-            except Exception as error:
-                answer.set_exception(error)
-            if due is not None and time.monotonic() >= due:
-                due = self._tick()
-
-    def _tick(self) -> float | None:
-        """Do what is done regularly -> when it is due again; never, if the store is gone."""
-        try:
-            self._regularly(self._store)
-        except RuntimeError:
-            return None
-        return time.monotonic() + self._interval
+            with suppress(queue.Empty):
+                task = self._asked.get(timeout=min(max(0.0, due - time.monotonic()), threading.TIMEOUT_MAX))
+                if task is None:
+                    return
+                work, answer = task
+                try:
+                    answer.set_result(work(self._store))
+                except Exception as error:
+                    answer.set_exception(error)
+            if time.monotonic() >= due:
+                try:
+                    self._regularly(self._store)
+                    due = time.monotonic() + self._interval
+                except RuntimeError:  # the store is gone
+                    due = float("inf")

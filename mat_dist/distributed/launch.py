@@ -101,6 +101,11 @@ class Launch:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
 
     @property
+    def meeting_place(self) -> str:
+        """Where the ranks meet, for messages."""
+        return "MASTER_ADDR={}, MASTER_PORT={}".format(*self.master or ("", ""))
+
+    @property
     def node(self) -> range:
         """The ranks on this node; torchrun numbers them in a row."""
         first = self.rank - self.local_rank

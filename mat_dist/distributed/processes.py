@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mat_dist.errors import EnvironmentFault
+from mat_dist.errors import EnvironmentFault, MatError
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def children() -> list[int]:
     return [pid for pid in pids if (found := process_start(pid)) is not None and found[0] not in "ZX"]
 
 
-def limit_reached(error: BaseException) -> EnvironmentFault | None:
-    """`_limit_reached`, which the error itself caused."""
+def known_error(error: BaseException) -> MatError | None:
+    """The error itself where its cause is known, or what to tell of the limit of the shell (ulimit) that caused it."""
+    if isinstance(error, MatError):
+        return error
     found = _limit_reached(error)
     if found is not None:
         found.__cause__ = error
@@ -85,7 +87,6 @@ def limit_reached(error: BaseException) -> EnvironmentFault | None:
 
 
 def _limit_reached(error: BaseException) -> EnvironmentFault | None:
-    """What to tell where a limit of the shell (ulimit) lies behind an error; None where none can."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.EMFILE, errno.ENFILE) or "oo many open files" in text:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

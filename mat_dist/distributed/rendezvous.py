@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.distributed.waiting import LAP, Wait
-from mat_dist.errors import EnvironmentFault, MatError, told_error
+from mat_dist.errors import EnvironmentFault, MatError, described, told_error
 
 LEFT = "left"  # why a rank left before the groups stood
 T = TypeVar("T")
@@ -38,19 +38,17 @@ class Rendezvous:
         if launch.master is None:
             raise EnvironmentFault("nobody said where ranks meet", "MASTER_ADDR, MASTER_PORT", "start with torchrun")
         self._launch, self._timeout, self._stop = launch, timeout, stop
-        self._address = launch.master
-        self._where = "MASTER_ADDR={}, MASTER_PORT={}".format(*launch.master)
+        self._address, self._where = launch.master, launch.meeting_place
         # Where torchrun has no store for the ranks, rank 0 opens one, and keeps it as long as this object.
-        self._server = self._patiently(lambda: self._connect(True)) if launch.rank == 0 and not launch.agent_store \
-            else None
+        self._server = self._open(serve=True) if launch.rank == 0 and not launch.agent_store else None
         self._store = self.client("rendezvous")
 
     def client(self, purpose: str) -> dist.Store:
         """A new client of the store, with keys of this restart: torchrun's store outlives one, and gloo would connect
         to the addresses of the attempt before (torch 2.14)."""
-        self._reach()
+        self._patiently(self._knock, "the store of rank 0", "silent")
         prefix = f"mat_dist/{self._launch.run_id}/{self._launch.restart}/{purpose}"
-        return dist.PrefixStore(prefix, self._patiently(lambda: self._connect(False)))
+        return dist.PrefixStore(prefix, self._open(serve=False))
 
     def wait_for_all(self) -> None:
         """Return when all ranks are there. Raises, with one text on all ranks that are there, EnvironmentFault where
@@ -58,7 +56,7 @@ class Rendezvous:
         try:
             self._wait_for_all()
         except MatError as error:
-            told = json.dumps({"code": error.code, "what": error.what, "where": error.where, "how": error.how})
+            told = json.dumps(described(error))
             first = json.loads(self._store.compare_set(LEFT, "", told) or told)
             raise told_error(first) from None
 
@@ -72,7 +70,7 @@ class Rendezvous:
         wait, pause = Wait(self._timeout, self._word), 0.01
         while absent := self._absent():
             if self._store.check([LEFT]):
-                return self._leave_too()
+                raise told_error(json.loads(self._store.get(LEFT)))
             leave_if(self._stop, f"waiting for {_ranks(absent)}", self._where)
             if wait.over():
                 raise EnvironmentFault(f"{_ranks(absent)} of {world} did not come within {self._timeout:g} s",
@@ -88,61 +86,53 @@ class Rendezvous:
         keys = [f"here/{rank}" for rank in range(self._launch.world)]
         return [] if self._store.check(keys) else [r for r, key in enumerate(keys) if not self._store.check([key])]
 
-    def _leave_too(self) -> None:
-        raise told_error(json.loads(self._store.get(LEFT)))
-
     def _word(self) -> str:
         """Said by the lowest rank that is there."""
         absent = self._absent()
         first = next(rank for rank in range(self._launch.world) if rank not in absent)
         return f"waiting for {_ranks(absent)} of {self._launch.world} ({self._where})" * (first == self._launch.rank)
 
-    def _connect(self, serve: bool) -> dist.Store:
-        host, port = self._address
-        return dist.TCPStore("localhost" if serve else host, port, is_master=serve, wait_for_workers=False,
-                             timeout=timedelta(seconds=self._timeout))
-
-    def _reach(self) -> None:
-        """Wait until somebody listens there. torch's own attempts print a warning each, and hear no signal."""
-        problem = ""
-        wait = Wait(self._timeout, lambda: f"waiting for the store of rank 0 ({self._where}: {problem})"
-                    * (self._launch.local_rank == 0))
-        while True:
-            try:
-                return socket.create_connection(self._address, timeout=LAP).close()
-            except OSError as error:
-                nameless = isinstance(error, socket.gaierror)
-                problem = "the name has no address" if nameless else error.strerror or "silent"
-            leave_if(self._stop, "waiting for the store of rank 0", self._where)
-            if wait.over():
-                raise EnvironmentFault(f"the ranks cannot meet: {problem}", self._where, "start with torchrun, and "
-                                       "check the name, the port and the network; python -m mat_dist.check helps")
+    def _knock(self) -> None:
+        """Raises OSError where nobody listens. torch's own attempts print a warning each, and hear no signal."""
+        try:
+            socket.create_connection(self._address, timeout=LAP).close()
+        except OSError:
             time.sleep(LAP / 2)
+            raise
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """`work()` in a thread, since it may wait in C++ for a foreign program's answer; that thread is then left."""
-        answer: Future[T] = Future()
+    def _open(self, serve: bool) -> dist.Store:
+        """The store, or a client of it; made in a thread, since that may wait in C++ for a foreign program's answer.
+        Raises RuntimeError."""
+        host, port = self._address
+        answer: Future[dist.Store] = Future()
 
-        def run() -> None:
+        def connect() -> None:
             try:
-                answer.set_result(work())
+                answer.set_result(dist.TCPStore("localhost" if serve else host, port, is_master=serve,
+                                                wait_for_workers=False, timeout=timedelta(seconds=self._timeout)))
             except Exception as error:
                 answer.set_exception(error)
 
-        threading.Thread(target=run, name="rendezvous", daemon=True).start()
-        wait = Wait(self._timeout, lambda: f"waiting for an answer of the store ({self._where})"
+        threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+        return self._patiently(lambda: answer.result(timeout=LAP), "an answer of the store",
+                               "what listens there does not answer as a store")
+
+    def _patiently(self, attempt: Callable[[], T], awaited: str, silence: str) -> T:
+        """The result of attempts, of which each that fails raises OSError; `silence`: what is the matter if it does not
+        say why."""
+        problem = ""
+        wait = Wait(self._timeout, lambda: f"waiting for {awaited} ({self._where}: {problem})"
                     * (self._launch.local_rank == 0))
-        try:
-            while True:
-                try:
-                    return answer.result(timeout=LAP)
-                except TimeoutError:
-                    leave_if(self._stop, "waiting for the store", self._where)
-                    if answer.done() or wait.over():
-                        raise RuntimeError("what listens there does not answer as a store") from None
-        except RuntimeError as error:  # what follows the first line are addresses of C++
-            raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", self._where, "start with "
-                                   "torchrun, and check that the port is free and reachable") from None
+        while True:
+            try:
+                return attempt()
+            except OSError as error:
+                nameless = isinstance(error, socket.gaierror)
+                problem = "the name has no address" if nameless else error.strerror or silence
+            leave_if(self._stop, f"waiting for {awaited}", self._where)
+            if wait.over():
+                raise EnvironmentFault(f"the ranks cannot meet: {problem}", self._where, "start with torchrun, and "
+                                       "check the name, the port and the network; python -m mat_dist.check helps")
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -15,10 +15,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mat_dist.distributed.agent import attend
+from mat_dist.distributed.agent import LOOPBACK, attend
 
 NAME = "mat_dist_local"
-LOOPBACK = "127.0.0.1"
 
 
 class LocalRendezvous:

@@ -307,9 +307,10 @@ class LiveScreen(Screen):
         self._total = self._step = 0
         self._parts: list[str] = []
         self._best = self._doing = ""
-        self._eta_s: float | None = None
-        self._left_s: float | None = None  # of what goes on, as `_elapsed_s`
-        self._elapsed_s = self._eta_at = self._doing_at = 0.0
+        # When the run ends, what goes on began, and when it ends, by the clock.
+        self._end: float | None = None
+        self._doing_since = 0.0
+        self._doing_end: float | None = None
         self._tally: Tally = {}
         self._live: Live | None = None
 
@@ -322,7 +323,7 @@ class LiveScreen(Screen):
         self._live.start(refresh=True)
 
     def step(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        self._eta_s, self._eta_at, self._step = eta_s, self._clock(), record["step"]
+        self._end, self._step = self._time_in(eta_s), record["step"]
         self._parts = step_parts(record, self._total)
         if record.get("loss") is not None:
             self._losses = per_peer(record["loss"], len(self._peers))
@@ -336,7 +337,7 @@ class LiveScreen(Screen):
 
     def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
                tally: Tally | None = None) -> None:
-        self._doing, self._elapsed_s, self._left_s, self._doing_at = text, elapsed_s, eta_s, self._clock()
+        self._doing, self._doing_since, self._doing_end = text, self._clock() - elapsed_s, self._time_in(eta_s)
         if not self._peers:
             self._tally = {key: dict(row) for key, row in (tally or {}).items()}  # the table is drawn by a thread
 
@@ -359,20 +360,21 @@ class LiveScreen(Screen):
         if self._total:
             bar = ProgressBar(self._total, self._step, width=min(40, self._console.width))
             parts.append(Padding(bar, 0, expand=False))  # with a line end
-            left = self._left(self._eta_s, self._eta_at)
-            parts.append(self._packed([*self._parts, f"eta {duration(left)}", *filter(None, [self._best])]))
+            parts.append(self._packed([*self._parts, self._eta(self._end), *filter(None, [self._best])]))
         if self._doing:
-            elapsed = self._elapsed_s + self._clock() - self._doing_at
-            left = self._left(self._left_s, self._doing_at)
-            parts.append(self._packed([self._doing, duration(elapsed), f"eta {duration(left)}"]))
+            elapsed = duration(self._clock() - self._doing_since)
+            parts.append(self._packed([self._doing, elapsed, self._eta(self._doing_end)]))
         table = self._table() if self._peers else tally_table(self._tally) if self._tally else None
         return Group(*parts, *([fitted(table, self._console)] if table else []))
 
     def _packed(self, parts: Sequence[str]) -> Text:
         return packed("  ".join(parts), self._console.width)
 
-    def _left(self, eta_s: float | None, at: float) -> float | None:
-        return None if eta_s is None else max(eta_s - (self._clock() - at), 0)
+    def _time_in(self, seconds: float | None) -> float | None:
+        return None if seconds is None else self._clock() + seconds
+
+    def _eta(self, end: float | None) -> str:
+        return f"eta {duration(None if end is None else max(end - self._clock(), 0))}"
 
     def _table(self) -> Table:
         names = list(dict.fromkeys(name for row in self._accuracies.values() for name in row)) or ["clean"]

@@ -9,6 +9,7 @@ import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,7 @@ _FOLDERS = ("checkpoints", "eval", "tensorboard", "wandb")
 _FILES = re.compile(r"(config\.yaml|environment\.json|exit\.json|metrics\.jsonl|summary\.csv|lock|\.lock\.guard|"
                     r"rank_\d+\.log)")
 _POINTERS = ("checkpoints/latest", "checkpoints/best")
-_KNOWN = re.compile(r"config\.yaml|metrics\.jsonl|summary\.csv|checkpoints|eval|report|rank_\d+\.log|\..*\.tmp|"
-                    r"\.lock\.guard(\.soft)?|"
-                    r"exit\.json\.damaged.*")
+_KNOWN = re.compile(_FILES.pattern + r"|checkpoints|eval|report|\..*\.tmp|\.lock\.guard\.soft|exit\.json\.damaged.*")
 
 
 class _Inside:
@@ -143,18 +142,15 @@ def _make_root(root: str | os.PathLike[str]) -> Path:
 
 
 def _make_timed(base: Path, stem: str) -> RunFolder:
-    number = 1
-    while True:
-        path = base / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            with reported(path):
+    path = base / stem
+    for number in count(2):
+        with reported(path):
+            try:
                 path.mkdir()
-        except OutputError as error:
-            if not isinstance(error.__cause__, FileExistsError):
-                raise
-            number += 1
-            continue
-        return RunFolder(path)
+                break
+            except FileExistsError:
+                path = base / f"{stem}-{number}"
+    return RunFolder(path)
 
 
 def _check_existing(path: Path, resume: str) -> None:

@@ -207,11 +207,12 @@ def start_summary(path: Path) -> None:
     columns."""
     drop_partial_line(path)
     header = ",".join(SUMMARY_COLUMNS)
-    with reported(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    if not lines or not lines[0]:
-        append_text(path, header + "\n")
-    elif lines[0] != header:
+    with reported(path), open(path, "a+", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        first = file.readline().strip()
+        if not first:
+            file.write(header + "\n")
+    if first not in ("", header):
         raise OutputError("the columns are those of another version", str(path),
                           "continue this run with the version that began it, or choose another run.name")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mat_dist
-from mat_dist.errors import BUG, DONE, MatError, OutputError
+from mat_dist.errors import DONE, OutputError, described
 from mat_dist.runs.files import open_plain, overwrite, parse_json, reported, set_aside, write_json
 from mat_dist.runs.folder import RunFolder
 
@@ -122,15 +122,11 @@ def write_exit(folder: RunFolder, attempt: int, error: BaseException | None, sta
 
     On a full disk the file is written in its place: else it would still tell how the attempt before ended.
     """
-    code, what, where, how = DONE, "", "", ""
-    if isinstance(error, MatError):
-        code, what, where, how = error.code, error.what, error.where, error.how
-    elif error is not None:
-        code, what, where = BUG, " ".join(f"{type(error).__name__}: {error}".split()), "internal error"
-        how = "please report it with the traceback in rank_<r>.log"
-    record = {"attempt": attempt, "code": code, "state": state, "what": what, "where": where, "how": how,
-              "time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname()}
-    document = _with_attempt({"code": code, "state": state}, read_exit(folder), record)
+    told = described(error) if error is not None else {"code": DONE, "what": "", "where": "", "how": ""}
+    newest = {"code": told["code"], "state": state}
+    record = {"attempt": attempt, **newest, **told, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+              "host": socket.gethostname()}
+    document = _with_attempt(newest, read_exit(folder), record)
     try:
         write_json(folder.exit, document)
     except OutputError:

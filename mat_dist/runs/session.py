@@ -26,7 +26,7 @@ from mat_dist.config import (
     with_absolute_paths,
 )
 from mat_dist.config.schema import Config
-from mat_dist.distributed.agreement import Agreement, described
+from mat_dist.distributed.agreement import Agreement, told_by_rank
 from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import (
@@ -39,7 +39,7 @@ from mat_dist.errors import (
     StopRequested,
     told_error,
 )
-from mat_dist.runs.files import write_text
+from mat_dist.runs.files import reported, write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
@@ -107,13 +107,12 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
     agree = Agreement(mesh, "opening the run")
     _same_everywhere(mesh, config, plugins)
     lead = mesh.placement.is_lead
-    opened = agree.run("run folder", _open_folder, config, launch, config_name) if lead else None
+    lock, told = (agree.run("run folder", _open_folder, config, launch, config_name) if lead else None) or (None, None)
     agree.sync("run folder")
     with contextlib.ExitStack() as stack:
-        if opened is not None:
-            stack.enter_context(_held(opened[1]))
-        told = mesh.from_lead({"path": str(opened[0].path), "attempt": opened[2], "notes": opened[3],
-                               "continues": opened[0].config.exists()} if opened else None)
+        if lock is not None:
+            stack.enter_context(_held(lock))
+        told = mesh.from_lead(told)
         folder, attempt = RunFolder(Path(told["path"])), told["attempt"]
         log = agree.run("log", rank_logger, folder.path, mesh.placement.rank)
         agree.sync("log")
@@ -127,7 +126,7 @@ def open_run(config: Config, mesh: Mesh, launch: Launch, *, config_name: str, ar
             agree.run("config", _record_config, folder, config, attempt)
         agree.sync("environment")
         log.info("attempt %d, %s, device %s", attempt, mesh.placement.describe(), device_name(mesh.device))
-        run = Run(folder, attempt, log, told["notes"], mesh, plugins, opened[1] if opened else None, told["continues"])
+        run = Run(folder, attempt, log, told["notes"], mesh, plugins, lock, told["continues"])
         try:
             yield run
             mesh.leave()
@@ -165,7 +164,7 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
     if mesh.beat is None and not isinstance(error, SystemExit):
         return error
     if isinstance(error, Exception):
-        told = described(error, mesh, mesh.where)
+        told = told_by_rank(error, mesh, mesh.where)
     else:  # sys.exit in somebody's code
         rank, peers = mesh.placement.rank, ", ".join(map(str, mesh.placement.local_peers))
         told = {"code": PeerSilent.code, "what": f"rank {rank} (peer {peers}) left: {type(error).__name__}: {error}",
@@ -192,8 +191,8 @@ def _same_everywhere(mesh: Mesh, config: Config, plugins: dict[str, str]) -> Non
                               "start all ranks with the same plug-ins, from one folder that all nodes share")
 
 
-def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunFolder, RunLock, int, list[str]]:
-    """Rank 0: find or make the folder, take the lock, count the attempt."""
+def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunLock, dict[str, Any]]:
+    """Rank 0: find or make the folder, take the lock, count the attempt -> the lock, and what the others are told."""
     folder = create_or_open(config.run.root, config.run.name, config_name=config_name, resume=config.run.resume,
                             job_id=job_of(config, launch), now=datetime.now(UTC))
     lock = RunLock(folder, launch)
@@ -201,7 +200,8 @@ def _open_folder(config: Config, launch: Launch, config_name: str) -> tuple[RunF
     try:
         _check_restart(folder, launch)
         check_continues(folder, config)
-        return folder, lock, next_attempt(folder), [note] if note else []
+        return lock, {"path": str(folder.path), "attempt": next_attempt(folder), "notes": [note] if note else [],
+                      "continues": folder.config.exists()}
     except Exception:
         lock.release()
         raise
@@ -274,12 +274,9 @@ def rank_logger(folder: Path | str, rank: int) -> logging.Logger:
     It is not registered with the `logging` module, so it has no parent, leaves the application's own logging alone,
     and two runs in one process do not share handlers. Raises OutputError.
     """
-    path = Path(folder) / f"rank_{rank}.log"
-    try:
+    path = RunFolder(Path(folder)).rank_log(rank)
+    with reported(path):
         handler = _QuietFileHandler(path, mode="a", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot open the log file: {error.strerror}", str(path),
-                          "make the run folder writable or choose another run.root") from error
     form = logging.Formatter(f"%(asctime)s.%(msecs)03dZ [rank {rank}] %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     form.converter = time.gmtime
     handler.setFormatter(form)

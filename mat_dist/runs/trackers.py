@@ -15,7 +15,7 @@ from typing import Any
 
 from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
-from mat_dist.runs.console import TableRow, Tally
+from mat_dist.runs.console import ConsoleMode
 from mat_dist.runs.files import reported, write_text
 from mat_dist.runs.metrics import JsonlReporter, Picture, Reporter
 from mat_dist.runs.session import Run
@@ -158,55 +158,41 @@ def open_reporter(run: Run, config: Config) -> Reporter:
         return Reporter()
     run.check_owner()
     folder = run.folder.path
-    files = JsonlReporter(folder, console=config.log.console, attempt=run.attempt)
     trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))
                 for name, told in parse_trackers(config.log.trackers).items()]
-    return TrackedReporter(files, trackers) if trackers else files
+    return TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt)
 
 
-class TrackedReporter(Reporter):
-    """`inner`, and the same numbers to trackers. One that fails is left out with a note; the run goes on."""
+class TrackedReporter(JsonlReporter):
+    """The same numbers to trackers too. One that fails is left out with a note; the run goes on."""
 
-    wants_pictures = True
-
-    def __init__(self, inner: Reporter, trackers: Sequence[Tracker]) -> None:
-        self._inner, self._trackers = inner, list(trackers)
-        self._peers: tuple[str, ...] = ()
+    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1) -> None:
+        super().__init__(folder, console=console, attempt=attempt)
+        self.wants_pictures = bool(trackers)
+        self._trackers = list(trackers)
         self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
               evaluations: Mapping[int, float] | None = None) -> None:
         """Raises EnvironmentFault for a tracker that cannot begin."""
-        self._peers = tuple(peers)
         for tracker in self._trackers:
             tracker.start(first_step)
-        self._inner.start(total_steps, peers, first_step=first_step, evaluations=evaluations)
+        super().start(total_steps, peers, first_step=first_step, evaluations=evaluations)
 
     def log(self, record: Mapping[str, Any]) -> None:
         with self._sending(record):
-            self._inner.log(record)
+            super().log(record)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         with self._sending(record):
-            self._inner.epoch(record)
+            super().epoch(record)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
-        self._inner.pictures(step, group, pictures)
         self._each(lambda tracker: tracker.pictures(step, group, pictures))
-
-    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
-               tally: Tally | None = None) -> None:
-        self._inner.status(text, elapsed_s, eta_s)
-
-    def note(self, text: str) -> None:
-        self._inner.note(text)
-
-    def table(self, rows: Sequence[TableRow]) -> None:
-        self._inner.table(rows)
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
-        self._inner.close()
+        super().close()
 
     @contextmanager
     def _sending(self, record: Mapping[str, Any]) -> Iterator[None]:
@@ -228,4 +214,4 @@ class TrackedReporter(Reporter):
             except Exception as error:  # of a library that only mirrors: it must not stop the training
                 self._trackers.remove(tracker)
                 text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                self._inner.note(f"warning: {tracker.name} gets no more numbers of this attempt: {text}")
+                self.note(f"warning: {tracker.name} gets no more numbers of this attempt: {text}")

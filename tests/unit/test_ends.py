@@ -297,7 +297,7 @@ def test_tasks_that_nobody_made_ranks_of_do_not_train_side_by_side(bare, variabl
     (MemoryError(), {}, None), (RuntimeError("the cat sat on the cable"), {resource.RLIMIT_AS: 2**30}, None)])
 def test_a_limit_of_the_shell_is_named(error, limits, says, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY),) * 2)
-    found = processes.limit_reached(error)
+    found = processes.known_error(error)
     assert (found is None) if says is None else (found is not None and says in str(found))
 
 

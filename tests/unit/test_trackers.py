@@ -93,7 +93,7 @@ class Heard:
 
 def test_trackers_hear_what_the_files_get_and_no_point_twice(tmp_path: Path) -> None:
     heard = Heard()
-    out = TrackedReporter(JsonlReporter(tmp_path, console="off"), [heard])
+    out = TrackedReporter(tmp_path, [heard], console="off")
     out.start(10, PEERS, first_step=4)
     out.log({"step": 5, "epoch": 0.5, "lr": [0.1, 0.2], "loss": [1.0, 2.0]})
     out.epoch({"step": 5, "epoch": 0.5, "lr": [0.1, 0.2], "robust_acc": [0.3, 0.4]})
@@ -110,9 +110,8 @@ def test_trackers_hear_what_the_files_get_and_no_point_twice(tmp_path: Path) -> 
 @pytest.mark.parametrize("verb", ["scalars", "pictures", "close"])
 def test_a_tracker_that_fails_is_left_out_with_a_note_and_the_others_go_on(verb: str, tmp_path: Path) -> None:
     bad, good, notes = Heard(verb), Heard(), list[str]()
-    files = JsonlReporter(tmp_path, console="off")
-    files.note = notes.append  # type: ignore[method-assign]
-    out = TrackedReporter(files, [bad, good])
+    out = TrackedReporter(tmp_path, [bad, good], console="off")
+    out.note = notes.append  # type: ignore[method-assign]
     out.start(10, PEERS)
     for step in (1, 2):
         out.log({"step": step, "loss": [1.0, 2.0]})
@@ -124,14 +123,13 @@ def test_a_tracker_that_fails_is_left_out_with_a_note_and_the_others_go_on(verb:
 
 def test_a_full_disk_does_not_keep_numbers_from_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
-    files = JsonlReporter(tmp_path, console="off")
-    out = TrackedReporter(files, [heard])
+    out = TrackedReporter(tmp_path, [heard], console="off")
     out.start(10, PEERS)
 
-    def full(record: Any) -> None:
+    def full(*_: Any) -> None:
         raise OutputError("no space", "here", "free some")
 
-    monkeypatch.setattr(files, "log", full)
+    monkeypatch.setattr(JsonlReporter, "log", full)
     with pytest.raises(OutputError):
         out.log({"step": 1, "loss": [1.0, 2.0]})
     assert heard.calls[-1] == ("scalars", 1, {"loss/a": 1.0, "loss/b": 2.0})
@@ -270,7 +268,7 @@ def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path)
 
 def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
     notes: list[str] = []
-    reporter = TrackedReporter(JsonlReporter(tmp_path, console="off"), [Heard()])
+    reporter = TrackedReporter(tmp_path, [Heard()], console="off")
     reporter.note = notes.append  # type: ignore[method-assign]
     nothing: Any = types.SimpleNamespace(step=3, log=logging.getLogger("nowhere"))
     Evaluations(nothing, nothing, nothing, nothing, nothing, reporter).show_gallery("test", nothing, nothing,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
-from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.starts import Start, recording
 
@@ -36,9 +35,9 @@ def _train(words: list[str], start: Start, stop: StopFlag) -> None:
     options.add_argument("--dry-run", action="store_true", help="show what would be run, and stop")
     asked = options.read(words)
     plugins = load_plugins(asked.plugin)
-    config, launch = load_config(asked.config, asked.words), Launch.from_environment()
+    config, launch = load_config(asked.config, asked.words), start.launch
     name = config_name(asked.config, config)
-    start.learn(config, name, launch)
+    start.learn(config, name)
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.core.optim import check_optimizers

@@ -80,7 +80,7 @@ class Agreement:
         rows = self._gather(point, [checksum, *(zlib.crc32(text.encode()) for text in (point, form))])
         self._compare([row[1] for row in rows], "the exchange that comes next")
         if len({row[2] for row in rows}) > 1:
-            self._mismatch("the shape or type of the data to exchange", self.mesh.gather_json(form))
+            self._compare(self.mesh.gather_json(form), "the shape or type of the data to exchange")
         self._compare_batches(rows)
 
     def vote(self, finite_L4: Tensor, *, stop: bool = False, ready: bool = True, checksum: int = 0) -> Verdict:
@@ -146,16 +146,15 @@ class Agreement:
             return None
         return told_by_rank(self.failure, self.mesh, f"{self.where}, {self._phase}")
 
-    def _compare(self, values: Sequence[int], what: str, ranks: Sequence[int] | None = None) -> None:
-        if len(set(values)) > 1:
-            self._mismatch(what, [hex(v & (1 << 64) - 1) if v > 1 << 20 or v < 0 else v for v in values], ranks)
-
-    def _mismatch(self, what: str, values: Sequence[Any], ranks: Sequence[int] | None = None) -> NoReturn:
-        ranks = list(ranks) if ranks is not None else list(range(len(values)))
+    def _compare(self, values: Sequence[Any], what: str, ranks: Sequence[int] | None = None) -> None:
+        """Raise PeerFailed unless the values of these ranks (of all) are equal."""
+        by_rank = dict(zip(ranks if ranks is not None else range(len(values)), values, strict=True))
+        ((common, count),) = Counter(values).most_common(1)
+        odd = [rank for rank, value in by_rank.items() if value != common]
+        if not odd:
+            return
         where = "between ranks" if what == STEP_NUMBER else self.where  # which differs from rank to rank then
-        listed = ", ".join(f"rank {r}: {v}" for r, v in zip(ranks, values, strict=True))
-        ((common, count),) = Counter(map(str, values)).most_common(1)
-        odd = [r for r, v in zip(ranks, values, strict=True) if str(v) != common]
+        listed = ", ".join(f"rank {rank}: {_short(value)}" for rank, value in by_rank.items())
         # Two ranks, or a tie, cannot tell who is wrong.
         named = f"rank {', '.join(map(str, odd))} differs" if count > len(odd) else "ranks differ"
         raise PeerFailed(f"{named} in {what}: {listed}", where,
@@ -167,13 +166,18 @@ def told_by_rank(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
     if isinstance(error, MatError):
         return described(error)
     place = mesh.placement
-    where = f"{where}, rank {place.rank}, peer {', '.join(map(str, place.local_peers))}"
+    where = f"{where}, rank {place.rank}, peer {place.peers_of(place.rank)}"
     text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
     if isinstance(error, torch.OutOfMemoryError):
         how = "use a smaller train.batch_size, more step.microbatches, or step.memory=recompute"
     else:
         how = f"see the traceback in rank_{place.rank}.log"
     return {"code": PeerFailed.code, "what": text, "where": where, "how": how}
+
+
+def _short(value: Any) -> str:
+    """A checksum in hexadecimal digits, anything else as it is."""
+    return hex(value & (1 << 64) - 1) if isinstance(value, int) and not 0 <= value <= 1 << 20 else str(value)
 
 
 def _code(error: Exception | None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -238,16 +238,11 @@ def _form(placement: Placement, device: torch.device, backend: str, timeout: flo
     peer, replica = (_own_group(axis, placement.rank, patience)
                      for axis in (placement.peer_axis(), placement.replica_axis()))
     beat = Heartbeat(meeting.client("beats"), placement.rank, placement.world, node=node,
-                     peers_of=_peers_of(placement), stop=stop)
+                     peers_of=placement.peers_of, stop=stop)
     if backend == "nccl" and replica is not None:
         beat.release = replica.abort  # the host does not wait for it, but the device does
     return Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
                 timeout=timeout, stop=stop)
-
-
-def _peers_of(placement: Placement) -> Callable[[int], str]:
-    """Rank -> its peers, for messages."""
-    return lambda rank: ", ".join(map(str, Placement.place(placement.peers, placement.world, rank).local_peers))
 
 
 def _ended(work: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mat_dist.errors import EnvironmentFault
 
@@ -59,6 +59,10 @@ class Placement:
         """Peers that live on this rank."""
         first = self.rank % self.peer_ranks * self.peers_per_rank
         return range(first, first + self.peers_per_rank)
+
+    def peers_of(self, rank: int) -> str:
+        """The peers of a rank, for messages."""
+        return ", ".join(map(str, replace(self, rank=rank).local_peers))
 
     def peers_by_rank(self) -> list[range]:
         """The peers of each rank along the peer axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +16,11 @@ class Wait:
     """One wait, in seconds in which this process could run.
 
     Args:
-        limit: seconds after which it is over.
-        missing: what is being waited for, asked when it is time to say so; None or "" says nothing.
+        limit: seconds after which it is over; infinite where others than the clock end it.
+        missing: what is being waited for, asked when it is time to say so; "" says nothing.
     """
 
-    def __init__(self, limit: float, missing: Callable[[], str] | None = None) -> None:
+    def __init__(self, limit: float, missing: Callable[[], str] = str) -> None:
         self.seconds, self._limit, self._missing = 0.0, limit, missing
         self._latest, self._word = time.monotonic(), _FIRST_WORD
 
@@ -28,10 +29,10 @@ class Wait:
         now = time.monotonic()
         self.seconds += min(now - self._latest, _LONGEST_LAP)
         self._latest = now
-        if self._missing is not None and self.seconds >= self._word:
+        if self.seconds >= self._word:
             self._word *= 2
-            text = self._missing()
-            if text:
-                sys.stderr.write(f"mat_dist: {text} for {self.seconds:.0f} s, at most {self._limit:g} s\n")
+            if text := self._missing():
+                most = f", at most {self._limit:g} s" if math.isfinite(self._limit) else ""
+                sys.stderr.write(f"mat_dist: {text} for {self.seconds:.0f} s{most}\n")
                 sys.stderr.flush()
         return self.seconds > self._limit

@@ -357,18 +357,16 @@ class LiveScreen(Screen):
     def render(self) -> Group:
         """Called by the redrawing thread: everything as it is now. What is cut on a low screen is the table's end."""
         parts: list[RenderableType] = []
+        width = self._console.width
         if self._total:
-            bar = ProgressBar(self._total, self._step, width=min(40, self._console.width))
+            bar = ProgressBar(self._total, self._step, width=min(40, width))
             parts.append(Padding(bar, 0, expand=False))  # with a line end
-            parts.append(self._packed([*self._parts, self._eta(self._end), *filter(None, [self._best])]))
+            parts.append(packed("  ".join(filter(None, [*self._parts, self._eta(self._end), self._best])), width))
         if self._doing:
             elapsed = duration(self._clock() - self._doing_since)
-            parts.append(self._packed([self._doing, elapsed, self._eta(self._doing_end)]))
+            parts.append(packed("  ".join([self._doing, elapsed, self._eta(self._doing_end)]), width))
         table = self._table() if self._peers else tally_table(self._tally) if self._tally else None
         return Group(*parts, *([fitted(table, self._console)] if table else []))
-
-    def _packed(self, parts: Sequence[str]) -> Text:
-        return packed("  ".join(parts), self._console.width)
 
     def _time_in(self, seconds: float | None) -> float | None:
         return None if seconds is None else self._clock() + seconds

@@ -166,9 +166,9 @@ def _tell_others(error: BaseException, mesh: Mesh) -> BaseException:
     if isinstance(error, Exception):
         told = told_by_rank(error, mesh, mesh.where)
     else:  # sys.exit in somebody's code
-        rank, peers = mesh.placement.rank, ", ".join(map(str, mesh.placement.local_peers))
-        told = {"code": PeerSilent.code, "what": f"rank {rank} (peer {peers}) left: {type(error).__name__}: {error}",
-                "where": mesh.where, "how": f"see the traceback in rank_{rank}.log"}
+        rank = mesh.placement.rank
+        told = {"code": PeerSilent.code, "where": mesh.where, "how": f"see the traceback in rank_{rank}.log",
+                "what": f"rank {rank} (peer {mesh.placement.peers_of(rank)}) left: {type(error).__name__}: {error}"}
     with contextlib.suppress(RuntimeError):  # the store is gone
         if mesh.beat is not None:
             mesh.beat.report(told)

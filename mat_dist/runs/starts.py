@@ -30,10 +30,10 @@ class Start:
     job: str | None = None
     launch: Launch = field(default_factory=Launch)
 
-    def learn(self, config: Config, config_name: str, launch: Launch) -> None:
+    def learn(self, config: Config, config_name: str) -> None:
         """The settings could be read."""
-        self.root, self.name, self.config_name, self.launch = config.run.root, config.run.name, config_name, launch
-        self.job = job_of(config, launch)
+        self.root, self.name, self.config_name = config.run.root, config.run.name, config_name
+        self.job = job_of(config, self.launch)
 
     def refused(self, error: Exception) -> None:
         """Record why it came to nothing; not where another process has the run, and will tell its end itself."""
@@ -57,6 +57,7 @@ def recording(words: Sequence[str]) -> Iterator[Start]:
     told = dict(word.split("=", 1) for word in words if word.startswith(("run.root=", "run.name=")))
     start = Start(told.get("run.root", RunConfig().root), told.get("run.name"))
     try:
+        start.launch = Launch.from_environment()  # of the ranks one tells
         yield start
     except Exception as error:
         if "--dry-run" not in words:

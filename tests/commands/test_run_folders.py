@@ -266,6 +266,18 @@ def test_a_start_that_is_refused_writes_its_own_end_and_leaves_the_run_as_it_was
     assert go_on(own) == 0 and own.codes() == [*codes, 0]
 
 
+def test_a_mistake_in_the_settings_is_one_attempt_however_many_ranks_find_it(own: Finished,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert go_on(own, "optim.lr=fast") == 2
+    assert own.codes() == [0, 2]
+
+
 def test_a_dry_run_and_a_start_beside_a_living_one_leave_exit_json_alone(own: Finished) -> None:
     before = own.folder.exit.read_bytes()
     assert go_on(own, "--dry-run", "run.device=cuda") == 6

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mat_dist import cli
 from mat_dist.distributed import processes
 from mat_dist.distributed.groups import Mesh, open_mesh
 from mat_dist.distributed.launch import LAUNCHER_DIED, Launch
@@ -23,7 +24,7 @@ from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.rendezvous import Rendezvous
 from mat_dist.distributed.stopping import SIGNALS, StopFlag, signal_name, watching
 from mat_dist.distributed.waiting import Wait
-from mat_dist.errors import EnvironmentFault, MatError, StopRequested
+from mat_dist.errors import EnvironmentFault, MatError, PeerFailed, StopRequested
 from mat_dist.tools.check.machine import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,15 @@ def test_a_wait_speaks_after_15_seconds_and_then_less_and_less_often(monkeypatch
             told.append((second, text))
     assert [second for second, _ in told] == [15, 30, 60]
     assert told[0][1] == "mat_dist: waiting for rank 1 for 15 s, at most 100 s\n"
+
+
+def test_a_wait_without_a_limit_names_none(monkeypatch, capsys):
+    go_on = clock(monkeypatch)
+    wait = Wait(float("inf"), lambda: "waiting for rank 1")
+    for _ in range(16):
+        go_on(1)
+        wait.over()
+    assert capsys.readouterr().err == "mat_dist: waiting for rank 1 for 15 s\n"
 
 
 # ------------------------------------------------------------------ the first meeting
@@ -401,6 +411,23 @@ def test_the_reason_of_the_rank_that_failed_is_told_not_that_of_ranks_that_were_
                 "a.tell_agent(6, ['mat_dist: error: no GPU'])\n" + FAILED)
     _, told = one.communicate(timeout=60)
     assert (one.returncode, told) == (6, "mat_dist: error: no GPU\n")
+
+
+@pytest.mark.parametrize(("error", "code", "left"), [
+    (KeyError("a bug"), 70, True), (PeerFailed("it broke", "step 3", "mend it"), 13, True),
+    (KeyError("a bug"), 70, False)])
+def test_what_torchrun_tries_again_is_not_told_to_its_process_as_the_end(bare, capsys, error, code, left):
+    told: list[int] = []
+    bare.setattr(cli, "tell_agent", lambda code, lines: told.append(code) or True)
+    bare.setenv("TORCHELASTIC_RESTART_COUNT", "0" if left else "1")
+    bare.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+
+    def body() -> None:
+        raise error
+
+    assert cli.run_entry(body) == code
+    assert told == ([] if left else [code])
+    assert capsys.readouterr().err.startswith("mat_dist: error: ") == left
 
 
 def test_other_programs_of_torchrun_are_left_alone():

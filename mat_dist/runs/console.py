@@ -246,7 +246,7 @@ def choose_screen(mode: ConsoleMode, console: Console | None = None) -> Screen:
 def step_parts(record: Mapping[str, Any], total: int) -> list[str]:
     """Of a step's record: `step 150/300`, `epoch 5.0`, `3,210 images/s`, `lr 0.1`, as far as it has them."""
     lr = record.get("lr")
-    rates = list(dict.fromkeys(per_peer(lr, 1) if not isinstance(lr, (list, tuple)) else lr))
+    rates = list(dict.fromkeys(lr if isinstance(lr, (list, tuple)) else [lr]))
     return [f"step {record['step']}/{total}",
             *([f"epoch {record['epoch']:.1f}"] if record.get("epoch") is not None else []),
             *([f"{rate(record['images_per_s'])} images/s"] if record.get("images_per_s") is not None else []),

@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mat_dist.errors import OutputError
-from mat_dist.runs.console import ConsoleMode, TableRow, Tally, choose_screen, per_peer, results_table
+from mat_dist.runs.console import ConsoleMode, Screen, TableRow, Tally, choose_screen, per_peer, results_table
 from mat_dist.runs.files import reported
 
 SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "robust_acc", "ema_clean_acc",
@@ -62,6 +62,7 @@ class Reporter:
     """Where the numbers of a run go: here nowhere, as on all ranks but the first."""
 
     wants_pictures = False
+    _screen = Screen()  # shows nothing
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
               evaluations: Mapping[int, float] | None = None) -> None:
@@ -77,18 +78,22 @@ class Reporter:
     def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
                tally: Tally | None = None) -> None:
         """What goes on besides steps, for so many seconds, and how many are left; empty: nothing."""
+        self._screen.status(text, elapsed_s, eta_s)
 
     def note(self, text: str) -> None:
         """A line for the person at the console."""
+        self._screen.note(text)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         """Pictures of an evaluation; made only where they are wanted."""
 
     def table(self, rows: Sequence[TableRow]) -> None:
         """The final results."""
+        self._screen.table(results_table(rows))
 
     def close(self) -> None:
         """Leave the console as it was. May be called twice."""
+        self._screen.close()
 
 
 class JsonlReporter(Reporter):
@@ -141,19 +146,6 @@ class JsonlReporter(Reporter):
         self._spent += self._ahead.pop(record["step"], 0.0)
         self._spent_s += record.get("eval_s", 0.0)
         self._screen.epoch(record)
-
-    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
-               tally: Tally | None = None) -> None:
-        self._screen.status(text, elapsed_s, eta_s)
-
-    def note(self, text: str) -> None:
-        self._screen.note(text)
-
-    def table(self, rows: Sequence[TableRow]) -> None:
-        self._screen.table(results_table(rows))
-
-    def close(self) -> None:
-        self._screen.close()
 
 
 # ------------------------------------------------------------------------------------------------ files that grow

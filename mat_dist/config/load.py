@@ -114,7 +114,7 @@ def _made_for(path: str | None) -> tuple[Any, Any]:
 def recipe_notes(path: str | None, config: Config) -> list[str]:
     """That the settings were made for other data, where they were; one line."""
     made, stem = _made_for(path)[0], os.path.basename(path or f"{DEFAULT}.yaml")
-    if made in (None, config.data.name):
+    if made in (None, config.data.name, "folder"):  # a recipe for a folder is one for any images of one's own
         return []
     return [f"the recipe is that of {stem}{'' if path else ' (no --config)'}, made for {made}, and the data are "
             f"{config.data.name}: its peers, rate, batch and radius may not fit; --config own_images is for own images"]

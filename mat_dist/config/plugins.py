@@ -89,6 +89,15 @@ def _run(path: str, data: bytes, name: str) -> None:
         raise ConfigError(what, place, how) from error
 
 
+def raised(error: BaseException) -> str:
+    """What a plug-in's function raised, and the innermost line of a plug-in that it came through."""
+    files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items())
+             if name.startswith("mat_dist_plugin_")}
+    lines = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename in files]
+    return " ".join(f"{type(error).__name__}: {error}".split()) + (lines[-1] if lines else "")
+
+
 def _told(error: BaseException) -> tuple[str, str]:
     """What a plug-in raised, and how to mend it; of an import of ours that is no more, where it is now."""
     found = re.match(r"(?:No module named|cannot import name) '(?:mat_dist\.)?(\w+)[\w.]*'", str(error))

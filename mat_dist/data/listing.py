@@ -60,8 +60,8 @@ def list_images(root: Path, stop: StopFlag | None = None, voice: Voice | None = 
     """The classes and files below `root`; opens no image. Raises DataError where the folder is missing, not readable or
     not laid out as expected, or a class has no image."""
     if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
-        raise DataError(f"the folder {found}", f"data.root={root}", LAYOUT)
+        found, npz = ("is a file", "data.name=npz reads an .npz file; ") if root.exists() else ("does not exist", "")
+        raise DataError(f"the folder {found}", f"data.root={root}", npz + LAYOUT)
     there = [entry.name for entry in _entries(root) if not entry.name.startswith(".") and _is_folder(entry)]
     if "train" not in there:
         raise DataError(f"no folder train, found {', '.join(there[:5]) or 'nothing'}", f"data.root={root}", LAYOUT)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mat_dist import rng
 from mat_dist.config.fields import real_images
+from mat_dist.config.plugins import raised
 from mat_dist.config.schema import DataConfig
 from mat_dist.data.arrays import class_numbers, generated_images
 from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError, DataError, printable
+from mat_dist.errors import ConfigError, DataError, MatError, printable
 
 DEVICE_SHARE = 0.25  # of the free device memory may be filled with images by residency auto
 RANGE_TOLERANCE = 1e-4  # rounding of resizing libraries; 0 - 3e-8 was refused by others and annoyed users
@@ -106,6 +107,10 @@ def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> Raw
     except SystemExit as problem:  # in a plug-in: the other ranks would wait for this one
         raise DataError(f"its reader left with sys.exit({problem.code!r})", _where(config),
                         "raise an error there instead") from problem
+    except Exception as problem:
+        if isinstance(problem, MatError) or config.name in (*_BUILT_IN, "folder"):
+            raise
+        raise DataError(f"its reader raised {raised(problem)}", _where(config), "correct the file") from problem
 
 
 def _rows(raw: RawData, config: DataConfig, seed: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -120,6 +125,9 @@ def _check_settings(config: DataConfig) -> None:
     if config.name in _BUILT_IN and config.image_size is not None:
         raise ConfigError(f"data.image_size={config.image_size} has no meaning for {config.name}", "data.image_size",
                           "remove it; only data.name=folder resizes")
+    if config.name == "digits" and config.root is not None:
+        raise ConfigError(f"data.root={config.root} has no meaning for digits, a part of the package", "data.root",
+                          "remove it; for images of your own: --config own_images, or data.name=folder (npz, ...)")
     if config.name in _BUILT_IN and config.residency == "mmap":
         raise ConfigError(f"data.residency=mmap has no meaning for {config.name}", "data.residency",
                           "use host; only data.name=folder has a cache to map")

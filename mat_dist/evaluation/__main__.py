@@ -68,10 +68,7 @@ def run(arguments: Arguments, words: list[str]) -> None:
         new = importing.config(arguments.settings, config, folder.path) if importing is not None else config
     else:
         assert importing is not None
-        if not request.threats:
-            raise ConfigError("a state dict does not tell which threats it was trained for", "threats",
-                              "write threats=linf:8/255, or others")
-        config = new = importing.config(arguments.settings)
+        config = new = importing.config(arguments.settings, threats=bool(request.threats))
 
     # torch is imported from here on: --help and mistakes in the settings answer at once.
     from mat_dist.distributed.groups import choose_device, open_mesh, prepare_torch

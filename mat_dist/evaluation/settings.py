@@ -237,15 +237,17 @@ class Importing:
     options: FileOptions
     settings: tuple[str, ...]
 
-    def config(self, free: Sequence[str], run: Config | None = None, beside: Path | None = None) -> Config:
+    def config(self, free: Sequence[str], run: Config | None = None, beside: Path | None = None, *,
+               threats: bool = True) -> Config:
         """The settings of the run folder that a file becomes: one peer.
 
         Args:
             free: settings that every evaluation may set.
             run: settings of the run that is evaluated, where the file is a source; they give the data.
             beside: the folder of that run.
+            threats: whether the request names them.
 
-        Raises ConfigError.
+        Raises ConfigError, which names all that the file does not tell.
         """
         words = [*self.settings, *(word for word in free if word.startswith(("data.", "run.", "comm.")))]
         owner = self.subject.absolute().parents[2:3] if self.subject is not None else []  # <run>/checkpoints/step_N/
@@ -253,6 +255,9 @@ class Importing:
         lacking = [(key, how + ours) for key, how in (
             ("model", "write model=resnet18 or another architecture"),
             ("data.name", "write data.name=cifar10 or another data set")) if not self._has(key, words, run)]
+        lacking += [] if threats else [("threats", "write threats=linf:8/255, or those that it was trained for")]
+        if lacking and run is None and self.options.mean is None and self.options.normalise is None:
+            lacking.append(("mean, std", "where the file has none, mean=M,M,M std=S,S,S or normalise=data (or none)"))
         if lacking:
             raise joined([ConfigError("a state dict does not tell it", key, how) for key, how in lacking], COMMAND_LINE)
         config = load_config("base", ["peers=1", "loss=at", "train.batch_size=2", *words])

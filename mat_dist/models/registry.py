@@ -14,8 +14,9 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from mat_dist import rng
+from mat_dist.config.plugins import raised
 from mat_dist.config.schema import ModelConfig, PeerConfig, StepConfig
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, MatError
 from mat_dist.models.library import PREFIXES, in_libraries, library_builder
 from mat_dist.models.modes import frozen
 
@@ -24,6 +25,8 @@ Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]  # of what a file te
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
+BUILDER = "correct it; a builder takes (config, shape, classes) and returns a module"
+ROUNDING = 1e-5  # of probabilities that sum up to 1
 DTYPES = {**dict.fromkeys(("fp32", "tf32", "ieee", "bf16"), torch.float32), "fp64": torch.float64}  # of images, losses
 
 
@@ -97,13 +100,20 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
     EnvironmentFault: timm/<name> without timm.
     """
     _check_data(shape, classes, mean, std)
+    builder = _find_builder(config.name)
     try:
-        net = _find_builder(config.name)(config, shape, classes)
+        net = builder(config, shape, classes)
+        if not isinstance(net, nn.Module):
+            raise ConfigError(f"its builder returned {type(net).__name__}", f"model.name={config.name}", BUILDER)
         model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
         _try_one_image(model, config.name, shape, classes)
     except SystemExit as error:
         raise ConfigError(f"its code left with sys.exit({error.code!r})", f"model.name={config.name}",
                           "raise an error there instead") from error
+    except Exception as error:
+        if isinstance(error, MatError) or builder.__module__.startswith("mat_dist."):
+            raise
+        raise ConfigError(f"its builder raised {raised(error)}", f"model.name={config.name}", BUILDER) from error
     return model
 
 
@@ -141,14 +151,19 @@ def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> N
     try:
         with frozen(model), torch.no_grad():
             logits_BK = model(x_BCHW)
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-        raise ConfigError(f"the model cannot take images of shape {shape}: {error}", f"model.name={name}",
+    except Exception as error:
+        raise ConfigError(f"the model cannot take images of shape {shape}: {raised(error)}", f"model.name={name}",
                           "choose another model, or another image size") from error
     if not isinstance(logits_BK, Tensor) or logits_BK.shape != (1, classes):
         found = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
         raise ConfigError(f"the model returns {found} for one image of shape {shape}", f"model.name={name}",
                           f"return raw logits of shape (B, {classes})")
-    if not logits_BK.is_meta and not logits_BK.isfinite().all():
+    if logits_BK.is_meta:
+        return
+    if (logits_BK >= 0).all() and abs(logits_BK.sum().item() - 1) < ROUNDING:
+        raise ConfigError("the model returns probabilities, behind which gradients hide", f"model.name={name}",
+                          "return raw logits: leave its softmax out")
+    if not logits_BK.isfinite().all():
         raise ConfigError("a fresh model returns logits that are not finite", f"model.name={name}",
                           "check its initial weights")
 

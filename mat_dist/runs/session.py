@@ -216,8 +216,8 @@ def _check_restart(folder: RunFolder, launch: Launch) -> None:
 
 
 def check_continues(folder: RunFolder, config: Config) -> None:
-    """Refuse a folder whose run is finished or has other settings."""
-    if not folder.config.exists():
+    """Refuse a folder whose run is finished or has other settings; one in which nothing was trained binds nobody."""
+    if not folder.config.exists() or not (folder.checkpoints.exists() or folder.metrics.exists()):
         return
     old = load_config(str(folder.config))
     if finished(folder) and not trains_longer(old, config):

@@ -74,6 +74,8 @@ def test_config_name_is_a_stem_fit_for_a_run_name() -> None:
     (None, ["data.name=npz", "data.root=a/b.npz"], "b", "digits"),
     (None, ["data.name=cifar10", "data.root=x"], "cifar10", "digits"), ("own_images", [], "own_images", None),
     ("own_images", ["data.root=pets"], "own_images-pets", None),
+    ("own_images", ["data.name=npz", "data.root=a/b.npz"], "own_images-b", None),
+    ("own_images", ["data.name=of_a_plugin"], "own_images-of_a_plugin", None),
     ("cifar10_resnet18", ["data.root=/scratch"], "cifar10_resnet18", None),
     ("cifar10_resnet18", ["data.name=folder", "data.root=pets"], "cifar10_resnet18-pets", "cifar10"),
     ("base", ["data.name=cifar10", "data.root=x"], "base", None)])

@@ -19,6 +19,7 @@ from scipy.io import savemat
 from torch import nn
 from torchvision import datasets
 
+from mat_dist.config import load_plugins
 from mat_dist.config.schema import DataConfig, ModelConfig
 from mat_dist.data import RawData, builtin, dataset_names, load_data, register_dataset
 from mat_dist.data.builtin import IDX_FILES, load_digits, load_fashion_mnist, read_idx, scale_levels
@@ -315,6 +316,40 @@ def test_a_reader_or_a_builder_that_exits_is_an_error_with_its_name(monkeypatch,
     for name in ("leaves", "leaves later"):
         with pytest.raises(ConfigError, match=rf"its code left with sys.exit\({code!r}\) \(model.name={name}\)"):
             build_model(ModelConfig(name=name), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
+
+
+@pytest.mark.parametrize(("body", "error", "told"), [
+    ("@register_dataset('faulty')\ndef read(config):\n    return RawData(1)", DataError,
+     "raised TypeError.*mine.py, line 5"),
+    ("@register_model('faulty')\ndef net(config, shape, classes):\n    return config.hidden", ConfigError,
+     "raised AttributeError.*mine.py, line 5"),
+    ("@register_model('faulty')\nclass Net(nn.Module):\n    def __init__(self):\n        pass", ConfigError,
+     "raised TypeError.*a builder takes"),
+    ("@register_model('faulty')\ndef net(config, shape, classes):\n    nn.Flatten()", ConfigError, "returned NoneType"),
+    ("@register_model('faulty')\nclass Net(nn.Module):\n    def __init__(self, *_):\n        super().__init__()\n"
+     "    def forward(self, x):\n        return self.nope", ConfigError, "cannot take images.*AttributeError.*line 8")])
+def test_what_a_plug_in_raises_is_its_error_with_the_line_and_no_bug_of_ours(tmp_path, monkeypatch, body, error, told):
+    monkeypatch.setattr("mat_dist.data.images._LOADERS", dict(_LOADERS))
+    monkeypatch.setattr("mat_dist.models.registry._BUILDERS", {})
+    file = tmp_path / "mine.py"
+    file.write_text("from torch import nn\nfrom mat_dist.data import RawData, register_dataset; "
+                    f"from mat_dist.models import register_model\n{body}\n")
+    load_plugins([str(file)])
+    with pytest.raises(error, match=told):
+        if error is DataError:
+            load_data(DataConfig(name="faulty"), seed=0, batch_size=8)
+        build_model(ModelConfig(name="faulty"), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
+
+
+def test_a_folder_for_digits_is_refused_since_no_image_of_it_would_be_read():
+    with pytest.raises(ConfigError, match=r"data.root=pets has no meaning for digits.*--config own_images"):
+        load_data(DataConfig(name="digits", root="pets"), seed=0, batch_size=8)
+
+
+def test_a_file_in_place_of_the_folder_is_told_which_data_set_reads_it(tmp_path):
+    (tmp_path / "mine.npz").touch()
+    with pytest.raises(DataError, match=r"data\.name=npz reads an \.npz file"):
+        load_data(DataConfig(name="folder", root=str(tmp_path / "mine.npz")), seed=0, batch_size=8)
 
 
 def test_a_lack_of_memory_while_reading_is_an_error_of_the_data(monkeypatch):

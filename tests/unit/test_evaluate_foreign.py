@@ -371,6 +371,12 @@ def test_a_mistake_is_one_line_with_its_code(words: tuple[str, ...], code: int, 
     assert not list(Path("runs").glob("*/config.yaml")) or code in (2, 3)
 
 
+def test_all_that_a_file_does_not_tell_is_asked_for_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(saved(weights(run)))]) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("write model=", "write data.name=", "write threats=", " mean=")), err
+
+
 def test_weights_for_other_classes_or_channels_are_refused(run: Path, evaluate: Command) -> None:
     state = weights(run)
     fewer = {**state, "4.weight": state["4.weight"][:7], "4.bias": state["4.bias"][:7]}

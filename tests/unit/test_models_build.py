@@ -285,6 +285,9 @@ def test_the_first_image_shows_a_model_that_does_not_fit() -> None:
     offer(nn.Linear(5, 10))
     with pytest.raises(ConfigError, match=r"cannot take images of shape \(1, 8, 8\).*another image size"):
         build("mine", (1, 8, 8))
+    offer(nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1)))
+    with pytest.raises(ConfigError, match=r"returns probabilities.*leave its softmax out"):
+        build("mine", (1, 8, 8))
     bad = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     nn.init.constant_(bad.get_parameter("1.weight"), float("nan"))
     offer(bad)

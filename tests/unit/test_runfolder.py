@@ -8,16 +8,19 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mat_dist.config import dump_config, load_config
 from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
 from mat_dist.runs import files, record
 from mat_dist.runs.files import output_error
 from mat_dist.runs.folder import RunFolder, create_or_open
+from mat_dist.runs.session import check_continues
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -141,6 +144,15 @@ def test_resume_never_refuses_a_run_and_must_needs_one(tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         make(tmp_path, "a", resume="never")
     assert make(tmp_path, "a", resume="must") == run
+
+
+@pytest.mark.parametrize("made", [None, "checkpoints", "metrics.jsonl"])
+def test_other_settings_are_refused_only_where_something_was_trained(folder, made):
+    folder.config.write_text(dump_config(load_config(None, ["data.name=folder", "data.root=mistyped"])))
+    if made:
+        (folder.path / made).mkdir()
+    with pytest.raises(CheckpointError, match="other settings") if made else nullcontext():
+        check_continues(folder, load_config(None, ["data.name=npz", "data.root=mistyped"]))
 
 
 def test_unwritable_folder_is_an_output_error(folder, monkeypatch):

@@ -99,7 +99,7 @@ def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> Raw
     try:
         return reader(config, *more)
     except OSError as problem:  # a folder on the way that may not be entered, a network disk that went away
-        raise DataError(f"cannot read the data: {problem.strerror}", problem.filename or _where(config),
+        raise DataError(f"cannot read the data: {problem.strerror or problem}", problem.filename or _where(config),
                         "check that this path is there and readable on every node") from problem
     except MemoryError as problem:
         raise DataError(f"the images do not fit into memory ({problem})", _where(config),

@@ -111,7 +111,7 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
         raise ConfigError(f"its code left with sys.exit({error.code!r})", f"model.name={config.name}",
                           "raise an error there instead") from error
     except Exception as error:
-        if isinstance(error, MatError) or builder.__module__.startswith("mat_dist."):
+        if isinstance(error, (MatError, MemoryError)) or builder.__module__.startswith("mat_dist."):
             raise
         raise ConfigError(f"its builder raised {raised(error)}", f"model.name={config.name}", BUILDER) from error
     return model
@@ -151,6 +151,8 @@ def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> N
     try:
         with frozen(model), torch.no_grad():
             logits_BK = model(x_BCHW)
+    except MemoryError:
+        raise
     except Exception as error:
         raise ConfigError(f"the model cannot take images of shape {shape}: {raised(error)}", f"model.name={name}",
                           "choose another model, or another image size") from error

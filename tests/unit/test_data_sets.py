@@ -321,6 +321,7 @@ def test_a_reader_or_a_builder_that_exits_is_an_error_with_its_name(monkeypatch,
 @pytest.mark.parametrize(("body", "error", "told"), [
     ("@register_dataset('faulty')\ndef read(config):\n    return RawData(1)", DataError,
      "raised TypeError.*mine.py, line 5"),
+    ("@register_dataset('faulty')\ndef read(config):\n    raise OSError('gone')", DataError, "the data: gone"),
     ("@register_model('faulty')\ndef net(config, shape, classes):\n    return config.hidden", ConfigError,
      "raised AttributeError.*mine.py, line 5"),
     ("@register_model('faulty')\nclass Net(nn.Module):\n    def __init__(self):\n        pass", ConfigError,

@@ -164,8 +164,9 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     all_weights = {about["weights"]: chunks}
     path = write_result(folder.eval, evaluation.name, about, all_weights, checked=True, training=evaluation.training)
     found = gather(all_weights, evaluation.training)
+    names = [f"{name}-{about['plans'][name]['steps']}" if name in about["plans"] else name for name in about["attacks"]]
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
-             f"attack and under {', '.join(about['attacks'])} [95 % interval]")
+             f"attack and under {', '.join(names)} [95 % interval]")
     show_table(attacks_table(found))
     if about.get("sources"):
         show_table(sources_table(found))

@@ -128,6 +128,11 @@ def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tm
     assert evaluate(old, "attacks=pgd", "checks=0", "images=4")["plans"]["pgd"]["steps"] == 20
 
 
+def test_the_table_tells_the_steps_of_each_attack(run: Path, evaluate: Evaluate) -> None:
+    found = evaluate(run, "attacks=pgd,cw", "checks=0", "steps=3", "images=4", "targets=peer0", "transfer=false")
+    assert "under pgd-3, cw-3" in " ".join(found["out"].split())
+
+
 def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, evaluate: Evaluate) -> None:
     found = evaluate(run, "attacks=pgd,fgsm", "checks=0", "threats=linf:0.15,l2:0.7")
     assert found["threats"][0] == {"norm": "linf", "eps": "3/20", "eps_float": 0.15}

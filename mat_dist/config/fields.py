@@ -14,28 +14,25 @@ from pydantic_core import core_schema
 from mat_dist.config.norms import known_norms
 
 
-def parse_number(value: Any) -> Any:
-    """Accept 0.5, "8/255", "1e-3"; leave anything else to pydantic's own message."""
+def _parsed(value: Any, read: Callable[[str], float], wanted: str) -> Any:
+    """Text as a number; truth values are none, anything else is left to pydantic's own message."""
     if isinstance(value, bool):
-        raise ValueError("expected a number, found a truth value")
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.strip())) if "/" in value else float(value)
-        except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
-            raise ValueError('expected a number such as 0.1, 1e-3 or "8/255"') from None
-    return value
+        raise ValueError(f"expected {wanted}, found a truth value")
+    try:
+        return read(value) if isinstance(value, str) else value
+    except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
+        raise ValueError(f"expected {wanted}") from None
+
+
+def parse_number(value: Any) -> Any:
+    """Accept 0.5, "8/255", "1e-3"."""
+    return _parsed(value, lambda text: float(Fraction(text.strip()) if "/" in text else text),
+                   'a number such as 0.1, 1e-3 or "8/255"')
 
 
 def parse_integer(value: Any) -> Any:
     """Accept 10 and "10", refuse 2.5 and truth values."""
-    if isinstance(value, bool):
-        raise ValueError("expected a whole number, found a truth value")
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            raise ValueError("expected a whole number") from None
-    return value
+    return _parsed(value, int, "a whole number")
 
 
 def check_arguments(values: dict[str, Any]) -> dict[str, Any]:

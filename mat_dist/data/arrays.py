@@ -99,10 +99,7 @@ def _check_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
             info, where = members[name], f"{path}, {name}"
             shape, _, dtype, start = read_header(archive, info, where)
-            size = math.prod(shape) * dtype.itemsize
-            if size + start != info.file_size:
-                raise DataError(f"the header says {size} bytes, the archive {info.file_size - start}", where,
-                                "write the file again")
+            size = info.file_size - start
             ratio = size / max(info.compress_size, 1)
             if size >= _RATIO_FROM and name.startswith("x_") and ratio > MOST_RATIO:
                 raise DataError(f"{size} bytes are compressed {ratio:.0f} to 1", where,
@@ -137,6 +134,10 @@ def read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str
         shape, fortran, dtype = readers[version](file)
         if dtype.hasobject or dtype.kind not in "uifbU":
             raise DataError(f"an array of {dtype}", where, "store plain numbers (class names as strings)")
+        size, there = math.prod(map(int, shape)) * dtype.itemsize, info.file_size - file.tell()
+        if size != there:
+            raise DataError(f"the header says {size} bytes, the archive {there}", where,
+                            "write the file again with numpy.savez")
         return tuple(int(side) for side in shape), fortran, dtype, file.tell()
 
 
@@ -202,10 +203,9 @@ def _mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, where: 
         raise DataError("the array is compressed, which cannot be mapped into memory", where,
                         "unpack the file and pack it again with zip -0, or write it with numpy.savez")
     shape, fortran, dtype, start = read_header(archive, info, where)
-    size = math.prod(shape) * dtype.itemsize
-    if size + start != info.file_size or fortran or size == 0:
-        raise DataError(f"{info.file_size - start} bytes for shape {shape}{', column by column' if fortran else ''}",
-                        where, "write the file again with numpy.savez from contiguous arrays")
+    if fortran or 0 in shape:
+        raise DataError(f"an array of shape {shape}{', column by column' if fortran else ''}", where,
+                        "write the file again with numpy.savez from contiguous arrays")
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         local = file.read(_LOCAL_HEADER)

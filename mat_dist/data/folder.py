@@ -183,7 +183,7 @@ def _in_memory(chunks: Iterator[Chunk], shape: tuple[int, ...]) -> tuple[np.ndar
 
 
 def _raw(listing: Listing, train: Any, test: Any, skipped: Sequence[Sequence[str]], told: Mapping[str, int],
-         **other: Any) -> RawData:
+         more: Sequence[str] = (), **other: Any) -> RawData:
     """Images with the labels of those that were not left out, and the notes."""
     gone = dict.fromkeys(name for names in skipped for name in names)
     train_labels, test_labels = (split.labels[[name not in gone for name in split.files]] if gone else split.labels
@@ -193,7 +193,7 @@ def _raw(listing: Listing, train: Any, test: Any, skipped: Sequence[Sequence[str
         notes.append("images that were converted: "
                      + "; ".join(f"{count} x {kind}" for kind, count in sorted(told.items())))
     return RawData(train, train_labels, test, test_labels, listing.classes,
-                   (*listing.notes, *notes, *other.pop("notes", ())), **other)
+                   (*listing.notes, *notes, *more), **other)
 
 
 def _from_cache(decoder: Decoder, parts: Sequence[Iterator[Chunk]], build: bool, stop: StopFlag | None) -> RawData:
@@ -212,5 +212,5 @@ def _from_cache(decoder: Decoder, parts: Sequence[Iterator[Chunk]], build: bool,
 
     manifest = once(ready, make, cache.lock_file, build=build, what="the cache of decoded images", stop=stop)
     file = MappedFile.of(cache.image_file)
-    return _raw(decoder.listing, *cache.open(manifest), manifest.skipped, manifest.told, notes=notes,
+    return _raw(decoder.listing, *cache.open(manifest), manifest.skipped, manifest.told, notes,
                 image_sha256=manifest.image_sha256, mapped=True, file=file)

@@ -44,11 +44,6 @@ def thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float
     return found
 
 
-def curve(records: Sequence[dict[str, Any]], key: str, name: str, index: int) -> Series:
-    """A peer's values of `key` over epochs."""
-    return Series(name, thinned([(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records]), index)
-
-
 def _grouped(records: Sequence[dict[str, Any]]) -> str:
     """How many log steps a point of a curve stands for, where it is more than one."""
     group = -(-len(records) // MOST_POINTS)
@@ -56,7 +51,9 @@ def _grouped(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[Series]:
-    found = [curve(records, key, name, index) for index, name in enumerate(run.peers)]
+    """Of each peer the values of `key` over epochs, where it has any."""
+    found = [Series(name, thinned([(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records]),
+                    index) for index, name in enumerate(run.peers)]
     return [one for one in found if one.known()]
 
 

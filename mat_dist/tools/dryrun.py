@@ -56,7 +56,7 @@ class Passes(NamedTuple):
 
 def step_passes(config: Config, graph: CohortGraph) -> list[Passes]:
     """The passes of each peer in one step of full attacks."""
-    return [_passes_of(config, graph, index, Fraction(spec.attack.steps)) for index, spec in enumerate(config.peers)]
+    return [_passes_of(config, graph, index) for index in range(len(config.peers))]
 
 
 def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, int]:
@@ -65,8 +65,9 @@ def total_passes(config: Config, graph: CohortGraph, total: int) -> tuple[int, i
     return math.ceil(total * sum(row.forward for row in rows)), math.ceil(total * sum(row.backward for row in rows))
 
 
-def _passes_of(config: Config, graph: CohortGraph, index: int, steps: Fraction) -> Passes:
+def _passes_of(config: Config, graph: CohortGraph, index: int) -> Passes:
     spec, row = config.peers[index], graph.peers[index]
+    steps = Fraction(spec.attack.steps)
     used = [method for method in methods().values() if method.uses(spec)]
     learning = Fraction(len(row.learned) + sum(method.learning(spec, row) for method in used if method.learning))
     # With memory: recompute, no graph is kept until the logits have travelled: what is taught is run twice.

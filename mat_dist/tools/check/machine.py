@@ -13,7 +13,6 @@ import socket
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -26,18 +25,6 @@ from mat_dist.tools.check import Answer
 OLDEST_TORCH = (2, 9)
 LISTENING = "0A"  # state in /proc/net/tcp
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who listens on a port: user name, and where /proc tells (own processes, or as root) pid and command."""
-
-    user: str
-    pid: int | None
-    command: str
-
-    def __str__(self) -> str:
-        return f"pid {self.pid} of {self.user}: {self.command}" if self.pid else f"a process of {self.user}"
 
 
 # ---------------------------------------------------------------- ports
@@ -80,8 +67,9 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def who_listens(port: int, proc: Path = Path("/proc")) -> Listener | None:
-    """The process that listens on `port`; None where the kernel's tables do not tell."""
+def who_listens(port: int, proc: Path = Path("/proc")) -> str | None:
+    """Who listens on `port`: user name, and where /proc tells (own processes, or as root) pid and command; None where
+    the kernel's tables do not tell."""
     for name in ("tcp", "tcp6"):
         try:
             lines = (proc / "net" / name).read_text().splitlines()[1:]
@@ -89,8 +77,8 @@ def who_listens(port: int, proc: Path = Path("/proc")) -> Listener | None:
             continue
         for columns in (line.split() for line in lines):
             if columns[3] == LISTENING and int(columns[1].rpartition(":")[2], 16) == port:
-                pid = _holder_of(columns[9], proc)
-                return Listener(_user(int(columns[7])), pid, _shown(pid) if pid else "")
+                pid, user = _holder_of(columns[9], proc), _user(int(columns[7]))
+                return f"pid {pid} of {user}: {_shown(pid)}" if pid else f"a process of {user}"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from mat_dist.checkpoints import json_digest, load_manifest, read_best, step_name
-from mat_dist.checkpoints.load import EMA, FinishedRun, candidates, open_run
+from mat_dist.checkpoints.load import BEST, EMA, FinishedRun, candidates, open_run
 from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
@@ -93,13 +93,11 @@ def open_asked(folder: RunFolder, config: Config, request: Request) -> tuple[Fin
 
     Raises CheckpointError where there is none, ConfigError for averaged weights that are not kept.
     """
-    which = request.checkpoint
-    if which == "best" and read_best(folder) is None:
-        which = "latest"  # the table says which it is
     if request.weights == EMA and not any(spec.averages for spec in config.peers):
         raise ConfigError("the run keeps no averaged weights", "weights=ema", "use weights=raw")
-    run = open_run(folder.path, which, None if request.weights == "auto" else request.weights, config)
-    return run, "last" if which == "latest" else which  # as in the results of a training: its last checkpoint
+    which, weights = request.checkpoint, None if request.weights == "auto" else request.weights
+    last = which == "latest" or (which == BEST and read_best(folder) is None)
+    return open_run(folder.path, which, weights, config), "last" if last else which
 
 
 def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,

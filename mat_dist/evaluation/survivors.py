@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +101,17 @@ def gather(found: Found, training: Sequence[Verdict] = ()) -> list[Survivors]:
 
 def _gather(chunks: Chunks, weights: str, training: Sequence[Verdict]) -> list[Survivors]:
     labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
+
+    def correct(*path: str) -> Tensor:
+        return torch.tensor([guess for chunk in chunks for guess in reduce(getitem, path, chunk)]) == labels_N
+
     found = []
     for name, first in chunks[0]["predictions"].items():
-        def correct(*path: str, part: str = "predictions", name: str = name) -> Tensor:
-            classes: list[int] = []
-            for chunk in chunks:
-                value = chunk[part][name]
-                for key in path:
-                    value = value[key]
-                classes += value
-            return torch.tensor(classes) == labels_N
-
-        held = {threat: {attack: correct("threats", threat, attack) for attack in attacks}
+        held = {threat: {attack: correct("predictions", name, "threats", threat, attack) for attack in attacks}
                 for threat, attacks in first["threats"].items()}
         counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
-        rounded = {threat: correct(threat, part="rounded") for threat in chunks[0]["rounded"].get(name, {})}
-        clean_N, verdicts = correct(CLEAN), [one for one in training if one.check == AS_TRAINED]
+        rounded = {threat: correct("rounded", name, threat) for threat in chunks[0]["rounded"].get(name, {})}
+        clean_N, verdicts = correct("predictions", name, CLEAN), [one for one in training if one.check == AS_TRAINED]
         if counts:
             sums = total(counts)
             headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"])

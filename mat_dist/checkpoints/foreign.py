@@ -75,10 +75,10 @@ class Network:
         return self.place.rstrip(".") or TOP
 
     def state(self, net: nn.Module) -> dict[str, Tensor]:
-        """The weights under the names of `net`; its own counters where the file has none."""
-        tensors = self.source.tensors
-        return {key: tensors.get(self.names.get(key, self.place + key), value)
-                for key, value in net.state_dict().items()}
+        """The weights under the names of `net`; its own counters where the file has none of that shape."""
+        own, tensors = net.state_dict(), self.source.tensors
+        found = {key: tensors.get(self.names.get(key, self.place + key), value) for key, value in own.items()}
+        return {key: value if value.shape == own[key].shape else own[key] for key, value in found.items()}
 
     def normalisation(self, channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]] | None:
         """(name, mean, deviation) of the pair of per-channel tensors that stands nearest in the file; None where there

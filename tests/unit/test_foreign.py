@@ -341,6 +341,15 @@ def test_the_counters_of_batch_norm_may_be_absent() -> None:
     assert fit(state, ours())[0]["0.1.num_batches_tracked"] == 0
 
 
+def test_a_counter_of_another_shape_does_not_keep_the_weights_out() -> None:
+    state = state_of(ours())
+    for counter, expected in ((torch.tensor(7), 7), (torch.ones(2, 3), 0)):
+        net = ours()
+        state.tensors["0.1.num_batches_tracked"] = counter
+        net.load_state_dict(fit(state, net)[0])
+        assert net.state_dict()["0.1.num_batches_tracked"] == expected
+
+
 @pytest.mark.parametrize(("net", "says"), [
     (ours(classes=7), "the weights are for 7 classes, the data have 10"),
     (Named(classes=100), "the weights are for 100 classes, the data have 10"),

@@ -40,6 +40,7 @@ FAMILIES = (
     ("layer2.0.shortcut.", "the ResNets of pytorch-cifar: ReLU, eps 1e-05; in copies of the pre-activation form the "
                            "shortcuts start before or behind the first activation", True),
 )
+Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]  # name in the file, mean and deviation
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,31 @@ class Network:
         found = {key: tensors.get(self.names.get(key, self.place + key), value) for key, value in own.items()}
         return {key: value if value.shape == own[key].shape else own[key] for key, value in found.items()}
 
-    def normalisation(self, channels: int) -> tuple[str, tuple[float, ...], tuple[float, ...]] | None:
-        """(name, mean, deviation) of the pair of per-channel tensors that stands nearest in the file; None where there
-        is none. Raises ConfigError where several stand equally near and differ."""
+    def normalisations(self, channels: int) -> list[Normalisation]:
+        """The pairs of per-channel tensors that stand nearest in the file, as far as they differ."""
         used = set(self.names.values())
-        found: dict[int, dict[tuple[tuple[float, ...], ...], str]] = {}
+        found: dict[int, dict[tuple[tuple[float, ...], tuple[float, ...]], str]] = {}
         for pair in _moments(self.source.tensors):
             values = [self.source.tensors[name].double().flatten() for name in pair]
             if used.isdisjoint(pair) and all(len(value) in (1, channels) for value in values):
                 near = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(
                     pair[0].split("."), self.place.split("."), strict=False)))
-                key = tuple(tuple(value.expand(channels).tolist()) for value in values)
-                found.setdefault(near, {}).setdefault(key, pair[0])
-        if not found:
-            return None
-        nearest = found[max(found)]
-        if len(nearest) > 1:
-            raise ConfigError(f"the file has {len(nearest)} normalisations: {', '.join(nearest.values())}",
-                              str(self.source.file), "give the mean=... and std=... of the network that is meant")
-        ((mean, std), name), = nearest.items()
-        return name, mean, std
+                mean, std = (tuple(value.expand(channels).tolist()) for value in values)
+                found.setdefault(near, {}).setdefault((mean, std), pair[0])
+        return [(name, mean, std) for (mean, std), name in found[max(found)].items()] if found else []
+
+    def normalisation(self, channels: int, how: str) -> Normalisation | None:
+        """The one that stands nearest; None where there is none. Raises ConfigError, with `how` to mend it, where
+        several differ, or it is not for pixels in [0, 1]."""
+        found, file = self.normalisations(channels), str(self.source.file)
+        if len(found) > 1:
+            raise ConfigError(f"the file has {len(found)} normalisations: {', '.join(one[0] for one in found)}", file,
+                              how)
+        for name, mean, std in found:
+            if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+                raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: "
+                                  f"{moments_text(mean, std)}", file, how)
+        return found[0] if found else None
 
 
 def read_tensors(file: Path) -> TensorFile:
@@ -145,6 +151,12 @@ def _leaves(content: Any, name: str, count: list[int]) -> Iterator[tuple[str, Te
     elif isinstance(content, dict) or (type(content) in (list, tuple) and len(content) <= LONGEST_LIST):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from _leaves(value, f"{name}.{key}" if name else str(key), count)
+
+
+def moments_text(mean: Sequence[float], std: Sequence[float]) -> str:
+    """A mean and a deviation per channel, for people."""
+    mean_text, std_text = ("/".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return f"mean {mean_text}, std {std_text}"
 
 
 def _words(name: str) -> str:

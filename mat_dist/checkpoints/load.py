@@ -291,7 +291,8 @@ def _of_a_file(file: Path, entry: str | None, peer: Trained, images: Images) -> 
     net, state = peer.model.get_submodule("net"), dict(peer.model.state_dict())
     network = find_network(read_tensors(file), net, channels=images.shape[0], classes=images.classes, entry=entry,
                            choose=f"init_from={file}:{{}}")
-    own = network.normalisation(images.shape[0])
+    own = network.normalisation(images.shape[0], "save the weights of one network, with a mean and std for pixels in "
+                                      "[0, 1] or without")
     if own is not None:
         for key, values in (("normalize.mean", own[1]), ("normalize.std", own[2])):
             state[key] = torch.tensor(values).reshape(state[key].shape)

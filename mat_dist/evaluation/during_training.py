@@ -103,10 +103,10 @@ class Evaluations:
         rows: list[TableRow] = []
         damaged: CheckpointError | None = None
         for names in labels.values():
-            manifest, shown = manifests[names[0]], ", ".join(names)
+            manifest = manifests[names[0]]
             name = manifest.directory.name
             try:
-                self.note(f"attacking {name} ({shown}) on the test set: PGD-{job.plans['pgd'].steps}")
+                self.note(f"attacking {name} ({names[0]}) on the test set: PGD-{job.plans['pgd'].steps}")
                 found = self.attack(manifest, job, "test", self.config.eval.test_size)
             except CheckpointError as error:
                 damaged = error
@@ -118,7 +118,7 @@ class Evaluations:
                     write_result(self.run.folder.eval, f"test_{label}_{name}",
                                  self.about(manifest, job, label, "test"), found, checked=False)
                     self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
-                rows += table_rows(shown, survivors, job.plans["pgd"])
+                rows += table_rows(", ".join(names), survivors, job.plans["pgd"])
         if rows:
             self.reporter.table(rows)
         if damaged is not None:

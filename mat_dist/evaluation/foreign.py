@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints import Manifest
-from mat_dist.checkpoints.foreign import Network, find_network, read_tensors
+from mat_dist.checkpoints.foreign import Network, find_network, moments_text, read_tensors
 from mat_dist.cli import tell
 from mat_dist.config import dump_config, with_absolute_paths
 from mat_dist.config.rules import RESERVED_NAMES
@@ -133,18 +132,15 @@ def normalisation(network: Network, importing: Importing,
                   data: DataSets) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """(mean, std, in words): the file's own, or those of the command line. Raises ConfigError where there are none."""
     options, channels, file = importing.options, data.train.shape[0], str(network.source.file)
-    own = network.normalisation(channels)
     if options.mean is not None and options.std is not None:
         mean, std, by = options.mean, options.std, "as given"
-    elif own is not None:
+    elif own := network.normalisation(channels, "give mean=... and std=... of the network that is meant; divide those "
+                                      "for bytes by 255"):
         name, mean, std = own
         by = f"of the file ({name})"
         if options.normalise is not None:
             raise ConfigError(f"the file has a normalisation of its own, {name}", file,
                               "leave normalise out; mean=... and std=... overrule the file")
-        if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-            raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: {_shown(mean, std)}",
-                              file, "give mean=... and std=...; divide those for bytes by 255")
     elif options.normalise == "data":
         (mean, std), by = channel_stats(data.train), "of the training images"
     elif options.normalise == "none":
@@ -156,15 +152,10 @@ def normalisation(network: Network, importing: Importing,
     if not len(mean) == len(std) == channels:
         raise ConfigError(f"mean has {len(mean)} and std {len(std)} values, the images {channels} channels",
                           "mean, std", "give one mean and one std per channel")
-    told = f"normalisation {by}: {_shown(mean, std)}"
-    if own is not None and _shown(*own[1:]) != _shown(mean, std):
-        told += f"; the file has {own[0]}: {_shown(*own[1:])}"
-    return mean, std, told
-
-
-def _shown(mean: Sequence[float], std: Sequence[float]) -> str:
-    mean_text, std_text = ("/".join(f"{value:.4g}" for value in values) for values in (mean, std))
-    return f"mean {mean_text}, std {std_text}"
+    shown = moments_text(mean, std)
+    others = [f"; the file has {name}: {text}" for name, *own in network.normalisations(channels)
+              if (text := moments_text(*own)) != shown]
+    return mean, std, f"normalisation {by}: {shown}{''.join(others)}"
 
 
 def assumed(model: nn.Module) -> str:

@@ -271,6 +271,9 @@ def test_a_normalisation_in_the_file_is_used_and_can_be_overruled(run: Path, eva
     assert "normalisation of its own, 0.mean" in evaluate("theirs.pt", *words, "normalise=data", code=2)["err"]
     other = evaluate("theirs.pt", *words, "mean=0.5", "std=0.5")
     assert "as given: mean 0.5, std 0.5; the file has 0.mean" in other["out"] and other["folder"] != found["folder"]
+    several = content | {"2.mean": own[0] / 2, "2.std": own[1]}
+    assert "give mean=... and std=..." in evaluate(saved(several, "several.pt"), *words, code=2)["err"]
+    assert "; the file has 2.mean" in evaluate("several.pt", *words, "mean=0.5", "std=0.5")["out"]
     in_bytes = evaluate(saved(content | {"0.mean": own[0] * 255, "0.std": own[1] * 255}, "b.pt"), *words, code=2)["err"]
     assert "not for pixels in [0, 1]" in in_bytes and "divide those for bytes by 255" in in_bytes
 

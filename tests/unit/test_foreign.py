@@ -156,7 +156,7 @@ def test_a_normalisation_beside_the_network_is_found_under_any_name(
                **{form.format(key): value for key, value in weights.state_dict().items()}}
     found = find(read_tensors(saved(tmp_path, content)), net())
     assert same(found.state(net()), weights)
-    assert found.normalisation(3) == (names[0], (0.5, 0.25, 0.125), (0.25, 0.5, 0.25))
+    assert found.normalisation(3, "") == (names[0], (0.5, 0.25, 0.125), (0.25, 0.5, 0.25))
 
 
 def test_of_several_normalisations_that_of_the_network_counts(tmp_path: Path) -> None:
@@ -166,14 +166,17 @@ def test_of_several_normalisations_that_of_the_network_counts(tmp_path: Path) ->
 
     source = read_tensors(saved(tmp_path, one("student", 0.25) | one("teacher", 0.5)))
     for entry, mean in (("student", 0.25), ("teacher", 0.5)):
-        told = find(source, Named(), entry).normalisation(3)
+        told = find(source, Named(), entry).normalisation(3, "")
         assert told is not None and told[:2] == (f"{entry}.norm.mean", (mean,) * 3)
     loose = {"a.mean": torch.zeros(3), "a.std": torch.ones(3), "b.mean": torch.ones(3), "b.std": torch.ones(3)}
     with pytest.raises(ConfigError, match=r"2 normalisations: a\.mean, b\.mean"):
-        find(read_tensors(saved(tmp_path, loose | Named().state_dict())), Named()).normalisation(3)
+        find(read_tensors(saved(tmp_path, loose | Named().state_dict())), Named()).normalisation(3, "")
     plain = {"mean": [0.5, 0.25, 0.125], "std": (1, 1, 1), "net": Named().state_dict()}
-    assert find(read_tensors(saved(tmp_path, plain)), Named()).normalisation(3) == (
+    assert find(read_tensors(saved(tmp_path, plain)), Named()).normalisation(3, "") == (
         "mean", (0.5, 0.25, 0.125), (1.0, 1.0, 1.0))
+    for wrong in ({"mean": [125.0] * 3, "std": [63.0] * 3}, {"mean": [0.5] * 3, "std": [0.0] * 3}):
+        with pytest.raises(ConfigError, match=r"not for pixels in \[0, 1\].*divide"):
+            find(read_tensors(saved(tmp_path, plain | wrong)), Named()).normalisation(3, "divide")
 
 
 @pytest.mark.parametrize("places", [("state_dict", "state_dict_ema"), ("student", "teacher"), ("", "ema"),

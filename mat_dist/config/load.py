@@ -293,16 +293,22 @@ def _laid(tree: Tree, path: Path, override: Override, model: type[Section], prob
 
 
 def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source: str) -> list[ConfigError]:
-    """Overrides of shared sections that no peer takes over, since each has an own value (as in a resolved file)."""
+    """Overrides of shared sections that no peer takes over, since each has an own value (as in a resolved file), or a
+    union in place of its threat."""
     found = []
     for override in overrides:
         given = normalised(override.tree, [], Config)
         if override.path[0] not in SHARED or override.empty:
             continue
         paths = [path for path in given if not is_gone(path)]
-        used = any(node.source == COMMAND_LINE and depth == len(path) for path in paths for peer in peers
+        free = [peer for peer in peers if ("threat", "norm") not in given or
+                not locate(peer, ("union", "threats"))[0].value]
+        used = any(node.source == COMMAND_LINE and depth == len(path) for path in paths for peer in free
                    for node, depth in [locate(peer, path)])
-        if paths and not used:
+        if paths and not free:
+            found.append(ConfigError(f"{override.key} has no effect beside union.threats", f"{COMMAND_LINE}; {source}",
+                                     "write union.threats=..., or a configuration without a union"))
+        elif paths and not used:
             found.append(ConfigError(f"{override.key} has no effect: each peer sets its own",
                                      f"{COMMAND_LINE}; {source}",
                                      f"write peers.{ALL}.{override.key}=... or peers.0.{override.key}=..."))

@@ -139,6 +139,13 @@ def test_a_value_in_the_place_of_a_section_is_refused_also_before_settings_below
         load_config("digits", ["peers=1", "loss=at", *items])
 
 
+@pytest.mark.parametrize("item", ["threat=l2", "attack.norm=l1", "threat={norm: l2, eps: 1}"])
+def test_a_norm_beside_a_union_is_refused_and_not_passed_over(item: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect beside union\.threats"):
+        load_config("union_baseline", [item])
+    assert load_config("union_baseline", ["attack.steps=3"]).peers[0].attack.steps == 3
+
+
 def test_text_settings_in_a_file_want_quotes_around_numbers(tmp_path: Path) -> None:
     (line,) = refused(tmp_path, "data: {root: 5}")
     assert "5 cannot be used for data.root" in line and "in quotes" in line

@@ -71,8 +71,9 @@ def nodes(*skipped: str) -> Iterator[tuple[str, ast.AST]]:
     """All syntax nodes of the package but those of `skipped` units, each with its `file:line`."""
     for path in FILES:
         if unit_of(path) not in skipped:
+            file = path.relative_to(ROOT)
             for node in walked(path):
-                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", node
+                yield f"{file}:{getattr(node, 'lineno', 0)}", node
 
 
 def unit_of(path: Path) -> str:

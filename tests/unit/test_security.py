@@ -12,8 +12,8 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,12 +37,11 @@ from tests.unit.data_files import write_folder
 PACKAGE = Path(mat_dist.__file__).parent
 
 
-def calls() -> Iterator[tuple[str, ast.Call, str]]:
+@cache
+def calls() -> list[tuple[str, ast.Call, str]]:
     """Every call in the package: place, node, what is called."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                yield f"{path.name}:{node.lineno}", node, ast.unparse(node.func)
+    return [(f"{path.name}:{node.lineno}", node, ast.unparse(node.func)) for path in sorted(PACKAGE.rglob("*.py"))
+            for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
 
 
 # ---------------------------------------------------------------- nothing that is read can run

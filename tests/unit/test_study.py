@@ -217,8 +217,10 @@ def test_a_row_that_this_version_cannot_train_does_not_keep_the_others(tmp_path:
     (["search", "--seeds", "x"], "a list such as 0,1"), (["evidence", "--seeds", "5"], "there is no seed"),
     (["evidence", "--file", "absent.yaml"], "cannot read the file"),
 ])
-def test_mistakes_on_the_command_line_end_in_code_2(words: list[str], message: str, capsys: Any) -> None:
-    assert main(words) == 2
+def test_mistakes_on_the_command_line_end_in_code_2(words: list[str], message: str, capsys: Any,
+                                                    tmp_path: Path) -> None:
+    kind, *options = words  # the last --file counts
+    assert main([kind, *(["--file", str(plan_file(tmp_path))] if kind == "evidence" else []), *options]) == 2
     assert message in capsys.readouterr().err
 
 

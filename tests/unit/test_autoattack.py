@@ -52,6 +52,19 @@ def quiet() -> Iterator[None]:
     logger.propagate = before
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks with a tenth of the iterations, wherever they are made."""
+    made = pyautoattack.AutoAttack.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
+        self.square.n_queries = 500
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", init)
+
+
 @pytest.mark.parametrize(("version", "custom", "threat"), [
     ("custom", FAST, THREATS[2]), ("rand", (), THREATS[1]), ("standard", (), THREATS[0]),
     *(pytest.param("standard", (), threat, marks=pytest.mark.thorough) for threat in THREATS[1:])],
@@ -71,16 +84,8 @@ def test_the_adapter_gives_the_aes_of_a_direct_call(threat: Threat, version: str
 @pytest.mark.parametrize(("name", "threat"), [
     *((name, THREATS[0]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")),
     ("fab-t", THREATS[1]), ("apgd-t", THREATS[2])], ids=lambda v: getattr(v, "norm", v))
-def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat, short: None) -> None:
     """With a tenth of the iterations, in both; the test above has them all."""
-    made = pyautoattack.AutoAttack.__init__
-
-    def short(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self.fab.n_iter, self.square.n_queries = 10, 500
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", short)
     model = make_model(10)
     x, y = images(model)
     found = autoattack(model, x, y, threat, version="standard", custom=(), seed=4, alone=name)
@@ -91,7 +96,8 @@ def test_a_part_alone_gives_the_aes_of_a_direct_call(name: str, threat: Threat,
     assert found.attacks == (name,) and (prediction != y).any() and found.warnings == ()
 
 
-def test_the_first_attack_alone_breaks_what_it_breaks_in_the_standard_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_attack_alone_breaks_what_it_breaks_in_the_standard_version(
+        short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyautoattack.square.SquareAttack, "perturb", lambda self, x, y: x)
     model = make_model(10)
     x, y = images(model)
@@ -132,7 +138,7 @@ def test_a_custom_attack_that_needs_more_classes_is_refused() -> None:
         check_classes(("autoattack",), 1)
 
 
-def test_what_square_alone_breaks_is_counted() -> None:
+def test_what_square_alone_breaks_is_counted(short: None) -> None:
     model = make_model(10)
     x, y = images(model)
     found = autoattack(model, x, y, THREATS[0], version="custom", custom=("square",), seed=1)

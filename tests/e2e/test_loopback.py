@@ -67,10 +67,8 @@ def test_with_our_rendezvous_nothing_listens_beyond_loopback_also_after_a_restar
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
 def test_with_torchruns_own_store_the_ranks_stay_on_loopback(tmp_path):
-    attempts = launch(tmp_path, "--standalone", "--max-restarts=1", "fail")
-    assert [one["restart"] for one in attempts] == [0, 1]
-    for one in attempts:
-        assert all(set(told["rank"]) <= LOOPBACK for told in one["ranks"])
+    (one,) = launch(tmp_path, "--standalone")
+    assert one["restart"] == 0 and all(set(told["rank"]) <= LOOPBACK for told in one["ranks"])
 
 
 def test_our_rendezvous_refuses_several_nodes(tmp_path):

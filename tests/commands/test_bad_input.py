@@ -134,10 +134,10 @@ def test_a_network_that_cannot_learn_or_leaves_in_a_step_is_one_line(name: str, 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_count_that_does_not_fit_ends_with_6_before_the_ranks_meet(
         rank: int, earlier: Finished, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MASTER_ADDR is not set: a rank that tried to meet the others would say so."""
-    for key, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank}.items():
+    """MASTER_ADDR is no address: a rank that tried to meet the others would say so."""
+    for key, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "no.such.host.invalid",
+                       "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert train.main([*SMALL, "peers=4", f"run.root={earlier.folder.path.parent}"]) == 6
     err = capsys.readouterr().err
     if rank == 0:

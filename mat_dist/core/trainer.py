@@ -150,7 +150,7 @@ class Trainer:
         """Report a log step, and what is unusual about it."""
         phases = self.mesh.gather_json(meter.means())
         record = step_record(outcome, meter, self.config.train.batch_size)
-        self.run.check_owner()
+        self.run.together("run folder", self.run.check_owner)
         try:
             self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
                                **device_memory(self.mesh.device)})

@@ -83,9 +83,9 @@ def cohort_run(tmp_path: Path, run_ranks: Ranks) -> Run:
 
         results = run_ranks(rank, len(config.peers), world, errors="return")
         failed = [r for r in results if isinstance(r, Exception) and not isinstance(r, StopRequested)]
+        assert len({str(r) for r in results}) == 1  # all ranks leave with one text
         if failed:
             raise failed[0]
-        assert len({str(r) for r in results}) == 1  # all ranks leave with one text
         return Finished(75 if results[0] is not None else 0, RunFolder(tmp_path / name))
 
     return run

@@ -265,8 +265,9 @@ def charts_of(text: str):
 
 
 def test_equal_charts_are_equal_files_of_their_kind():
+    drawn = [charts_of("name") for _ in range(2)]
     for kind, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
-        files = [[chart.render(kind) for chart in charts_of("name")] for _ in range(2)]
+        files = [[chart.render(kind) for chart in charts] for charts in drawn]
         assert files[0] == files[1] and all(file.startswith(start) for file in files[0])
 
 
@@ -297,12 +298,13 @@ def test_pictures_keep_their_pixels():
 # ------------------------------------------------------------------ security
 
 
-@pytest.mark.parametrize("text", [EVIL, "$x^2_{$", "_hidden", "\ud800\uffff\x1b", "a\n" * 50, "名字", ""])
+@pytest.mark.parametrize("text", [EVIL, "$x^2_{$", "\ud800\uffff\x1b", "_名字\n" * 50, ""])
 def test_any_name_gives_charts_that_are_well_formed_and_run_nothing(text):
     for chart in charts_of(text):
         ElementTree.fromstring(chart.svg)
-        assert not {name for name, _ in Page(chart.svg).tags} & {"script", "img", "foreignobject"}
-        assert not [key for _, attributes in Page(chart.svg).tags for key in attributes if key.startswith("on")]
+        tags = Page(chart.svg).tags
+        assert not {name for name, _ in tags} & {"script", "img", "foreignobject"}
+        assert not [key for _, attributes in tags for key in attributes if key.startswith("on")]
         assert chart.render("pdf") and chart.render("png")
 
 

@@ -1,5 +1,5 @@
-"""50 random interrupts, wherever they fall: the resumed run ends bit-equal, with the same records. The first and the last
-call of each place and ten more are part of every test run; the others are thorough ones (launch/test.sh --all)."""
+"""50 random interrupts, wherever they fall: the resumed run ends bit-equal, with the same records. The first and the
+last call of each place and ten more are part of every test run; the others are thorough ones (launch/test.sh --all)."""
 
 from __future__ import annotations
 

@@ -102,8 +102,9 @@ SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.st
 
 
 def commands() -> dict[str, str]:
-    """Every command in a bash block, with the place where it stands."""
-    lines = [(line, where) for where, text in blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
+    """Every command in a bash block, without the comment behind it, with the place where it stands."""
+    lines = [(line.partition("  # ")[0], where) for where, text in blocks("bash")
+             for line in text.replace("\\\n", " ").splitlines()]
     return {" ".join(line.split()): where for line, where in lines if line.strip() and not line.startswith("#")}
 
 

@@ -266,7 +266,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, nn.Module]]:
         calls.append((alone or "autoattack", model))
         adv = x_BCHW.clone()
         adv[:3] = 1 - adv[:3]
-        return AutoAttacked(adv, y_B, 7, (), ())
+        return AutoAttacked(adv, 7, (), ())
 
     monkeypatch.setattr(attacks, "autoattack", fake)
     return calls

@@ -130,15 +130,15 @@ def race(lab: Lab, code: int) -> None:
     from mat_dist.runs.folder import RunFolder
     from tests.unit.test_runfolder_lock import race as run_race
 
-    for turn in range(3):
-        folder = lab.folder / f"race_{turn}"
-        folder.mkdir()
-        answers = run_race(RunFolder(folder), 20)
+    folders = [RunFolder(lab.folder / f"race_{turn}") for turn in range(3)]
+    for folder in folders:
+        folder.path.mkdir()
+    for folder, answers in run_race(folders, 20):
         won = [answer for answer in answers if answer.startswith("won")]
         lost = [answer for answer in answers if "in use by pid" in answer]
         lab.expect((len(won), len(lost)) == (1, 19), f"{len(won)} won, {len(lost)} lost")
-        holder = json.loads((folder / "lock").read_text())["pid"]
+        holder = json.loads(folder.lock.read_text())["pid"]
         lab.expect(all(f"pid {holder} " in answer for answer in lost), "another holder is named")
         lab.notes.update(code=code, message=lost[0].removeprefix("lost ") if lost else "")
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.path)
     lab.kinds.append("process")

@@ -7,6 +7,7 @@ callers never ask how many ranks there are. Nothing that arrives is unpickled: t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -288,6 +289,7 @@ def prepare_torch(config: Config) -> None:
     if config.step.precision in ("tf32", "ieee"):
         set_fp32(config.step.precision)
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it; torch insists on it
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.run.deterministic
 

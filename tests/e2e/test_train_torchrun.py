@@ -32,11 +32,12 @@ def torchrun(ranks: int, *options: str) -> list[str]:
 
 
 @contextmanager
-def launched(launcher: Sequence[str], root: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+def launched(launcher: Sequence[str], root: Path, name: str, *overrides: str,
+             **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A train command under a launcher, its output in a file that a failing test shows."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-    env["PYTHONPATH"] = str(Path(mat_dist.__file__).parents[1])
-    command = [*launcher, "-m", "mat_dist.train", *SETTINGS, f"run.root={root}", f"run.name={name}"]
+    env.update(variables, PYTHONPATH=str(Path(mat_dist.__file__).parents[1]))
+    command = [*launcher, "-m", "mat_dist.train", *SETTINGS, *overrides, f"run.root={root}", f"run.name={name}"]
     with (root / f"{name}.out").open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         try:
@@ -48,8 +49,8 @@ def launched(launcher: Sequence[str], root: Path, name: str) -> Iterator[subproc
     print((root / f"{name}.out").read_text())
 
 
-def run_to_end(launcher: Sequence[str], root: Path, name: str) -> Finished:
-    with launched(launcher, root, name) as process:
+def run_to_end(launcher: Sequence[str], root: Path, name: str, *overrides: str, **variables: str) -> Finished:
+    with launched(launcher, root, name, *overrides, **variables) as process:
         return Finished(process.wait(PATIENCE), RunFolder(root / name))
 
 

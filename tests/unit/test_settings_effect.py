@@ -202,6 +202,7 @@ def test_memory_settings_change_rounding_only(setting: str, cached: Run) -> None
 def test_deterministic_kernels_are_asked_for_and_change_nothing_on_the_cpu(cached: Run, torch_settings: None) -> None:
     assert cached("run.deterministic=true").hashes() == cached().hashes()
     assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # without it torch refuses products on a GPU
 
 
 def test_threads_are_those_of_the_setting(cached: Run, torch_settings: None) -> None:

@@ -119,7 +119,6 @@ def main() -> None:
             tell(name, f"{type(error).__name__}: {error}")
         else:
             tell(name, "")
-    mesh.close()
     dist.destroy_process_group()
     tell(DESTROY, "")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.leaving import leave
 from mat_dist.distributed.processes import known_error
 from mat_dist.errors import DONE, FINAL_CODES, ConfigError, HelpShown, MatError, StopRequested, described, error_line
 from mat_dist.screens import steady
@@ -27,20 +28,20 @@ def run_entry(body: Callable[[], None]) -> int:
     No traceback reaches the screen for errors that a user can cause. An error that all ranks share is told by one of
     them, any other by whom it meets; under torchrun its own process tells it, as the last line: `distributed/agent`.
     torchrun restarts all ranks on any exit code but 0: where it has restarts left, a rank whose code says that a
-    restart cannot help leaves with 0.
+    restart cannot help leaves with 0. The process groups of a rank that failed come after its words: `leave`.
     """
     with steady():
         return _code(body)
 
 
 def _code(body: Callable[[], None]) -> int:
-    launch = Launch()
+    launch, code = Launch(), DONE
     try:
         launch = Launch.from_environment()
         launch.follow_launcher()
         body()
     except KeyboardInterrupt:
-        return StopRequested.code
+        code = StopRequested.code
     except HelpShown:
         raise
     except (Exception, SystemExit) as error:  # SystemExit: of a plug-in or a library; its code may be 0
@@ -48,8 +49,11 @@ def _code(body: Callable[[], None]) -> int:
         code = _tell_error(known or error, launch)
         if known is None and LOGGED not in getattr(error, "__notes__", []):  # it failed before there was a rank_<r>.log
             traceback.print_exc()
-        return DONE if launch.restarts_left and code in FINAL_CODES else code
-    return DONE
+        if launch.restarts_left and code in FINAL_CODES:
+            code = DONE
+    if launch.world > 1:
+        leave(code)
+    return code
 
 
 def _tell_error(error: BaseException, launch: Launch) -> int:

@@ -96,6 +96,8 @@ class Agreement:
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
         """
         local = self.mesh.placement.peers_per_rank
+        if self.failure is None:
+            self.mesh.await_device()
         # Errors of a device show up where the host waits for it.
         bits = self.run("device", lambda: finite_L4.reshape(-1).tolist()) or [0] * 4 * local
         rows = self._gather("vote", [checksum, int(stop), int(ready), *map(int, bits)])

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -25,11 +26,15 @@ from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.rendezvous import Rendezvous
 from mat_dist.distributed.stopping import StopFlag, leave_if
-from mat_dist.distributed.waiting import LAP, Wait
+from mat_dist.distributed.waiting import LAP, Wait, begun
 from mat_dist.errors import EnvironmentFault, MatError, PeerSilent
 
 RESTART = "start again to continue from the newest checkpoint"
 GLOO_TIMEOUT = timedelta(days=30)  # gloo's clock runs on while a job is suspended, and then breaks the group: we count
+# NCCL's watchdog ends the rank that waits, whoever is late: it must come after us, who name the guilty one.
+NCCL_ROUNDS, NCCL_MORE = 3, 60.0  # times our own timeout, and seconds more
+DEVICE_LAP = 1e-4  # seconds between two looks at a device
+CLOSE_SECONDS = 5.0  # for groups whose exchanges have all ended
 
 
 class Mesh:
@@ -55,7 +60,6 @@ class Mesh:
         self.where = "start"  # what the ranks are about to do, for messages
         self._world, self._peer, self._replica = world, peer, replica
         self._staged = staged
-        self._stuck = False  # whether an exchange of this rank was given up
 
     # ---------------------------------------------------------------- tensors
 
@@ -118,13 +122,19 @@ class Mesh:
         if self.beat is not None:
             self.beat.meet(point, self._timeout)
 
-    def close(self) -> None:
-        """Leave the others. An exchange that never ends would hold its thread, and that thread this process."""
-        if self.beat is not None:
-            self.beat.close()
-        if self._stuck:
-            for group in {dist.group.WORLD, self._world, self._peer, self._replica} - {None}:
-                group.abort()
+    def await_device(self) -> None:
+        """Return when a device has done what it was given, which may hold an exchange with a rank that never comes; the
+        driver would wait for it without a limit, and without a word. Its own errors are left to who reads from it."""
+        beat = self.beat
+        if self.device.type != "cuda" or self._staged or beat is None:
+            return
+        wait = Wait(self._timeout, lambda: beat.word(self.where))
+        with suppress(RuntimeError):
+            done = torch.cuda.current_stream(self.device).record_event()
+            while not done.query():
+                if wait.over():
+                    raise beat.blame(f"exchange of {self.where} on the device")
+                time.sleep(DEVICE_LAP)
 
     def leave(self) -> None:
         """The run is about to end: signals come too late."""
@@ -157,15 +167,11 @@ class Mesh:
             work.wait()
             return
         wait = Wait(self._timeout, lambda: self.beat.word(self.where) if self.beat is not None else "")
-        try:
-            while not _ended(work):
-                if local_work and self.beat is not None and (failure := self.beat.failure()) is not None:
-                    raise failure
-                if wait.over():
-                    raise RuntimeError(f"no answer within {self._timeout:g} s")
-        except BaseException:
-            self._stuck = True
-            raise
+        while not _ended(work):
+            if local_work and self.beat is not None and (failure := self.beat.failure()) is not None:
+                raise failure
+            if wait.over():
+                raise RuntimeError(f"no answer within {self._timeout:g} s")
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
@@ -188,7 +194,8 @@ class Mesh:
 @contextmanager
 def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch, *,
               stop: StopFlag) -> Iterator[Mesh]:
-    """Form the process groups of this launch, and leave them at the end.
+    """Form the process groups of this launch, and close them at the end. After an error, or where closing does not end,
+    they stand: the error is told first, then `leave` ends them and the process.
 
     Args:
         stop: the stop request of this rank; heartbeats carry it to and from the others.
@@ -219,20 +226,20 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
                                    "start with torchrun, and check that the port is free and reachable") from error
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh
+        with suppress(TimeoutError):
+            begun(dist.destroy_process_group, "destroy").result(CLOSE_SECONDS)
     except MatError as error:
         error.shared = mesh is not None
         raise
     finally:
-        if mesh is not None:
-            mesh.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if mesh is not None and mesh.beat is not None:
+            mesh.beat.close()
 
 
 def _form(placement: Placement, device: torch.device, backend: str, timeout: float, meeting: Rendezvous, node: range,
           stop: StopFlag) -> Mesh:
     """The groups of ranks that are all there, and their heartbeats."""
-    patience = GLOO_TIMEOUT if backend == "gloo" else timedelta(seconds=timeout)
+    patience = GLOO_TIMEOUT if backend == "gloo" else timedelta(seconds=NCCL_ROUNDS * timeout + NCCL_MORE)
     dist.init_process_group(backend, timeout=patience, rank=placement.rank, world_size=placement.world,
                             store=meeting.client("groups"))
     control = dist.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
@@ -240,8 +247,8 @@ def _form(placement: Placement, device: torch.device, backend: str, timeout: flo
                      for axis in (placement.peer_axis(), placement.replica_axis()))
     beat = Heartbeat(meeting.client("beats"), placement.rank, placement.world, node=node,
                      peers_of=placement.peers_of, stop=stop)
-    if backend == "nccl" and replica is not None:
-        beat.release = replica.abort  # the host does not wait for it, but the device does
+    if backend == "nccl":  # the host does not wait for its groups, but the device does; an abort may wait for another
+        beat.release = lambda: [begun(group.abort, "abort") for group in (peer, replica) if group is not None]
     return Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
                 timeout=timeout, stop=stop)
 

@@ -56,7 +56,7 @@ class Heartbeat:
 
     Attributes:
         work: the unit of common work, such as a step, that this rank is at.
-        release: ends an exchange that a device waits in; called once, when a rank has failed in that work.
+        release: ends exchanges that a device waits in; called once, when a rank has failed in that work, or is out.
     """
 
     def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
@@ -66,7 +66,7 @@ class Heartbeat:
         self._process, self._told_stop = ProcessIdentity.own(), False
         self._memory_kills = memory_kills()
         self.work = ""
-        self.release: Callable[[], None] | None = None
+        self.release: Callable[[], Any] | None = None
         self._beat(store)
         self._store = StoreThread(store, self._beat, INTERVAL)
 
@@ -263,7 +263,7 @@ class Heartbeat:
         if not self._told_stop and store.check([STOP]):
             self._told_stop = True
             self._stop.pass_on(store.get(STOP).decode())
-        if self.release is not None and store.check([f"failed/{self.work}"]):
+        if self.release is not None and any(store.check([key]) for key in (VERDICT, f"failed/{self.work}")):
             self.release()
             self.release = None
 

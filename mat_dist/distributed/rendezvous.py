@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,7 +17,7 @@ import torch.distributed as dist
 
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag, leave_if
-from mat_dist.distributed.waiting import LAP, Wait
+from mat_dist.distributed.waiting import LAP, Wait, begun
 from mat_dist.errors import EnvironmentFault, MatError, described, told_error
 
 LEFT = "left"  # why a rank left before the groups stood
@@ -104,16 +102,8 @@ class Rendezvous:
         """The store, or a client of it; made in a thread, since that may wait in C++ for a foreign program's answer.
         Raises RuntimeError."""
         host, port = self._address
-        answer: Future[dist.Store] = Future()
-
-        def connect() -> None:
-            try:
-                answer.set_result(dist.TCPStore("localhost" if serve else host, port, is_master=serve,
-                                                wait_for_workers=False, timeout=timedelta(seconds=self._timeout)))
-            except Exception as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+        answer = begun(lambda: dist.TCPStore("localhost" if serve else host, port, is_master=serve,
+                                             wait_for_workers=False, timeout=timedelta(seconds=self._timeout)), "store")
         return self._patiently(lambda: answer.result(timeout=LAP), "an answer of the store",
                                "what listens there does not answer as a store")
 

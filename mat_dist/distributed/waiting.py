@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 LAP = 0.5  # seconds between two looks
 _LONGEST_LAP = 1.0  # a longer one is time in which this process did not run: a suspended job, a closed lid
 _FIRST_WORD = 15.0  # seconds of silence
+T = TypeVar("T")
+
+
+def begun(work: Callable[[], T], name: str) -> Future[T]:
+    """Work in a thread of its own, since it may wait in C++ for ever; this process can end meanwhile."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return answer
 
 
 class Wait:

@@ -232,7 +232,20 @@ def _watch(fault: Fault) -> None:
     trainer.train_step = watched
 
 
-AT_START: dict[str, Callable[[Fault], None]] = {"limit": _limit_files, "watch": _watch, "words": lambda fault: None}
+def _stuck_groups(fault: Fault) -> None:
+    """Closing or aborting process groups never ends, as NCCL's does while an exchange of theirs hangs."""
+    import torch.distributed as dist
+
+    def for_ever(*_: Any) -> None:
+        _tell(fault, None)
+        while True:
+            time.sleep(60)
+
+    dist.destroy_process_group = dist.distributed_c10d._abort_process_group = for_ever
+
+
+AT_START: dict[str, Callable[[Fault], None]] = {"limit": _limit_files, "watch": _watch, "words": lambda fault: None,
+                                                "stuck groups": _stuck_groups}
 
 
 def marked(fault: Fault, mark: Path) -> Fault:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mat_dist import cli
-from mat_dist.distributed import processes
+from mat_dist.distributed import leaving, processes
 from mat_dist.distributed.groups import Mesh, open_mesh
 from mat_dist.distributed.launch import LAUNCHER_DIED, Launch
 from mat_dist.distributed.placement import Placement
@@ -429,6 +429,44 @@ def test_what_torchrun_tries_again_is_not_told_to_its_process_as_the_end(bare, c
     assert cli.run_entry(body) == code
     assert told == ([] if left else [code])
     assert capsys.readouterr().err.startswith("mat_dist: error: ") == left
+
+
+@pytest.mark.parametrize("body", [lambda: None, lambda: sys.exit(3)])
+@pytest.mark.parametrize("aborting", ["blocks", "fails", "ends"])
+def test_a_rank_tells_its_end_before_it_ends_its_groups_and_waits_for_nothing(bare, capsys, body, aborting):
+    """Groups stand after an error, or where they could not be closed; an abort that blocks must not keep the rank."""
+    blocked, seen = threading.Event(), []
+
+    def abort() -> None:
+        seen.append(capsys.readouterr().err)
+        if aborting == "blocks":
+            blocked.wait()
+        if aborting == "fails":
+            raise RuntimeError("NCCL error")
+
+    def left(code: int) -> None:
+        seen.append(code)
+        raise StopIteration
+
+    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": "2"}.items():
+        bare.setenv(key, value)
+    bare.setattr(torch.distributed, "is_initialized", lambda: True)
+    bare.setattr(torch.distributed.distributed_c10d, "_abort_process_group", abort)
+    bare.setattr(leaving, "ABORT_SECONDS", 0.05)
+    bare.setattr(os, "_exit", left)
+    with pytest.raises(StopIteration):
+        cli.run_entry(body)
+    blocked.set()
+    told, code = seen
+    failed = code != 0
+    assert code == (70 if failed else 0) and told.startswith("mat_dist: error: SystemExit: 3") == failed
+    assert capsys.readouterr().err == ""
+
+
+def test_one_process_leaves_the_groups_of_somebody_else_alone(bare):
+    bare.setattr(torch.distributed, "is_initialized", lambda: True)
+    bare.setattr(os, "_exit", lambda code: pytest.fail("left"))
+    assert cli.run_entry(lambda: sys.exit(3)) == 70
 
 
 def test_other_programs_of_torchrun_are_left_alone():

@@ -1,4 +1,4 @@
-"""Rows 1 to 9: a rank dies, leaves, fails, runs out of memory, hangs, or is slow."""
+"""Rows 1 to 9 and 43: a rank dies, leaves, fails, runs out of memory, hangs, is slow, or cannot close its groups."""
 
 from __future__ import annotations
 
@@ -134,3 +134,14 @@ def held(lab: Lab, code: int) -> None:
     end = lab.run([Fault("gil", at=AT, seconds=120)])
     lab.expect_end(end, code, names="rank 1 (peer 1)", survivors=[0])
     lab.expect_lost(end)
+
+
+@case(43, "process groups that cannot be closed", "after an error", code=13, bound=5, at=AT, ci=True)
+@case(43, "process groups that cannot be closed", "at the end of a run", code=0, bound=10, at=None)
+def stuck(lab: Lab, code: int, at: int | None) -> None:
+    """Neither the line on the screen nor the end of the ranks waits for them."""
+    failure = [] if at is None else [Fault("raise", at=at)]
+    end = lab.run([Fault("stuck groups", rank=None), *failure])
+    lab.expect_end(end, code, names="the cat sat on the cable" if code else "", survivors=[0, 1] if code else None)
+    lab.expect(set(end.codes.values()) == {code}, f"codes of the ranks: {end.codes}")
+    lab.expect(code > 0 or "next: python -m mat_dist.evaluate" in end.text, "the end of the run is not told")

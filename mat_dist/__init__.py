@@ -1,19 +1,38 @@
-"""mat_dist: distributed mutual adversarial training (MAT) of several classifiers."""
+"""mat_dist: distributed mutual adversarial training (MAT) of several classifiers. Its public names: docs/api.md."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
+    from mat_dist.api.run import Run
+    from mat_dist.api.training import train
+    from mat_dist.attacks import Threat, norms, register_norm
+    from mat_dist.checkpoints.load import load
+    from mat_dist.config.methods import register_method
+    from mat_dist.core import losses
+    from mat_dist.data import register_dataset
+    from mat_dist.errors import MatError
+    from mat_dist.models import register_model
 
 __version__ = "0.2.0"
+__all__ = ["MatError", "Run", "Threat", "load", "losses", "norms", "register_dataset", "register_method",
+           "register_model", "register_norm", "train"]
+# Imported when they are asked for: most need torch, for which `--help` must not wait.
+_PLACES = {"MatError": "errors", "Run": "api.run", "Threat": "attacks", "load": "checkpoints.load",
+           "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data",
+           "register_method": "config.methods", "register_model": "models", "register_norm": "attacks",
+           "train": "train"}
 
 
-def load(run: str | Path, peer: str | int = "best", **choices: Any) -> nn.Module:
-    """A trained classifier of a run, images in [0, 1] -> logits. Arguments: `mat_dist.checkpoints.load.load`."""
-    from mat_dist.checkpoints.load import load as load_model  # torch is imported only where a model is wanted
+def __getattr__(name: str) -> Any:
+    """A public name, or the module that has it: `losses`, `norms`, and commands that are functions too."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mat_dist' has no attribute {name!r}")
+    module = importlib.import_module(f"mat_dist.{_PLACES[name]}")
+    return getattr(module, name) if _PLACES[name] != name and hasattr(module, name) else module
 
-    return load_model(run, peer, **choices)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
@@ -20,6 +23,13 @@ def tell(text: str) -> None:
     """A line for people, whole also where several threads tell something: `print` writes its end apart."""
     sys.stdout.write(f"mat_dist: {text}\n")
     sys.stdout.flush()
+
+
+def also_function(module: str, function: Callable[..., Any]) -> None:
+    """Let a command's module be called as a function too: `mat_dist.train` is the module for whoever has imported it,
+    and `mat_dist.train(...)` works all the same."""
+    sys.modules[module].__class__ = type("Command", (ModuleType,), {
+        "__call__": staticmethod(function), "__signature__": property(lambda _: inspect.signature(function))})
 
 
 def run_entry(body: Callable[[], None]) -> int:

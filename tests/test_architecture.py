@@ -36,6 +36,7 @@ ROWS = (
     ("methods",),
     ("evaluation",),
     ("report", "tools"),
+    ("api",),
     ("train", "evaluate", "check", "table", "hashes", "__init__"),
     ("__main__",),
     ("bench",),

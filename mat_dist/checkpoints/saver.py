@@ -45,10 +45,11 @@ def _in_background(write: Callable[[], list[checkpoints.FileEntry]]) -> Future[l
 
 class Saver:
     """Writes the checkpoints of a run, and keeps the newest `keep`. All verbs but `ready` are called by all ranks
-    together; `note` tells the user."""
+    together; `note` tells the user, and `tell` a program, with the folder of each checkpoint."""
 
-    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None]) -> None:
-        self.run, self.keep, self.note = run, keep, note
+    def __init__(self, run: Run, *, keep: int, note: Callable[[str], None],
+                 tell: Callable[[str, Any], None] = lambda event, what: None) -> None:
+        self.run, self.keep, self.note, self.tell = run, keep, note, tell
         self.newest: checkpoints.Manifest | None = None
         self._pending: _Pending | None = None
 
@@ -119,6 +120,7 @@ class Saver:
         self.run.refusals = 0
         self.newest = agree.run("manifest", checkpoints.load_manifest, self.run.folder, pending.done)
         agree.header("saved")
+        self.tell("checkpoint", self.run.folder.checkpoints / checkpoints.step_name(pending.done))
         return True
 
     def close(self) -> None:

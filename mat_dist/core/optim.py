@@ -95,7 +95,7 @@ def check_optimizers(config: Config) -> None:
     for optim in {spec.optim.model_dump_json(): spec.optim for spec in config.peers}.values():
         users = [str(index) for index, spec in enumerate(config.peers) if spec.optim == optim]
         try:
-            build_optimizer(nn.Linear(2, 2), optim, f"peers.{','.join(users)}")
+            build_optimizer(nn.utils.skip_init(nn.Linear, 2, 2), optim, f"peers.{','.join(users)}")
         except ConfigError as problem:
             problems.append(problem)
     if problems:

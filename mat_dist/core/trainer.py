@@ -67,7 +67,7 @@ class Trainer:
         self.batches = training_batches(config, data, mesh.device, DTYPES[config.step.precision], self.cohort.rows)
         self.cohort.shown = lambda step: self.batches.shown(step // config.train.replays)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
-        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note)
+        self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, tell=self.reporter.tell)
         self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
 
@@ -149,13 +149,14 @@ class Trainer:
     def log(self, done: int, outcome: Outcome, meter: Meter) -> None:
         """Report a log step, and what is unusual about it."""
         phases = self.mesh.gather_json(meter.means())
-        record = step_record(outcome, meter, self.config.train.batch_size)
+        record = {**self.progress(done), **step_record(outcome, meter, self.config.train.batch_size),
+                  "phases_s": phases, "wait_share": wait_shares(phases), **device_memory(self.mesh.device)}
         self.run.together("run folder", self.run.check_owner)
         try:
-            self.reporter.log({**self.progress(done), **record, "phases_s": phases, "wait_share": wait_shares(phases),
-                               **device_memory(self.mesh.device)})
+            self.reporter.log(record)
         except OutputError as error:  # a full disk stops a run only where it cannot save
             self.note(f"warning: no record of step {done}: {error}")
+        self.reporter.tell("step", record)
         for line in self.watch.lines(done, record, phases):
             self.note(line)
 

@@ -31,14 +31,21 @@ def set_fp32(kind: str) -> None:
 @contextmanager
 def strict_arithmetic() -> Iterator[None]:
     """Plain fp32: no TF32, deterministic convolutions; settings are restored."""
+    with kept_arithmetic():
+        set_fp32("ieee")
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        yield
+
+
+@contextmanager
+def kept_arithmetic() -> Iterator[None]:
+    """Whatever is set inside, afterwards the arithmetic of this process is as it was."""
     cudnn, products, convolutions = torch.backends.cudnn, None, None
     with suppress(RuntimeError):  # torch does not tell where the generations differ
         products = torch.get_float32_matmul_precision()
     with suppress(RuntimeError):
         convolutions = cudnn.allow_tf32
     before, flags = [switch.fp32_precision for switch in _switches()], (cudnn.deterministic, cudnn.benchmark)
-    set_fp32("ieee")
-    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mat_dist.config.schema import CommConfig, Config
-from mat_dist.distributed.arithmetic import set_fp32
+from mat_dist.distributed.arithmetic import kept_arithmetic, set_fp32
 from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
@@ -211,6 +211,9 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     backend = comm.backend if comm.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise EnvironmentFault("nccl needs GPUs", "comm.backend=nccl", "use comm.backend=gloo")
+    if dist.is_initialized():
+        raise EnvironmentFault("this process has joined a process group already", launch.meeting_place,
+                               "leave it before (torch.distributed.destroy_process_group)")
     launch.stay_on_node()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -288,6 +291,19 @@ def choose_device(config: Config, *, local_rank: int, local_world: int) -> torch
 def ranks_per_device(device: torch.device, local_world: int) -> int:
     """How many ranks of this node share a device, at most."""
     return -(-local_world // torch.cuda.device_count()) if device.type == "cuda" else local_world
+
+
+@contextmanager
+def prepared_torch(config: Config) -> Iterator[None]:
+    """`prepare_torch` for what runs inside; afterwards this process computes as before."""
+    threads, strict = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    with kept_arithmetic():
+        try:
+            prepare_torch(config)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_deterministic_debug_mode(strict)
 
 
 def prepare_torch(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,11 +77,16 @@ def leave_if(stop: StopFlag | None, doing: str, where: str) -> None:
 
 
 @contextmanager
-def watching() -> Iterator[StopFlag]:
+def watching(*, leaving: bool = True) -> Iterator[StopFlag]:
     """Route signals into a flag; former handlers are restored, but after a stop those that would end this process while
-    it leaves. Signals that somebody else handles stay theirs, and a hang-up that is ignored stays ignored (nohup)."""
+    it leaves. Signals that somebody else handles stay theirs, and a hang-up that is ignored stays ignored (nohup).
+    No other thread than the main one can hear signals.
+
+    Args:
+        leaving: this process ends afterwards; else all handlers are restored.
+    """
     flag, before = StopFlag(Launch.from_environment().speaks_for()), {}
-    for number in SIGNALS:
+    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         handler = signal.getsignal(number)
         if handler in (signal.SIG_DFL, signal.default_int_handler) or isinstance(
                 getattr(handler, "__self__", None), StopFlag) or (
@@ -91,5 +97,5 @@ def watching() -> Iterator[StopFlag]:
     finally:
         flag.leaving = True
         for number, handler in before.items():
-            if not flag.requested or handler != signal.SIG_DFL:
+            if not (leaving and flag.requested and handler == signal.SIG_DFL):
                 signal.signal(number, handler)

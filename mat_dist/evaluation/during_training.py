@@ -79,6 +79,7 @@ class Evaluations:
         found = self.attack(manifest, job, "val", self.config.eval.size)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         own: list[float | None] = []
+        record: dict[str, Any] = {}
         if self.mesh.placement.is_lead:
             survivors = gather(found)
             record = {**progress, "eval_s": perf_counter() - began, "attack": f"PGD-{job.plans['pgd'].steps}",
@@ -87,6 +88,7 @@ class Evaluations:
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
             own = own_robust(survivors, self.config.peers)
         self.run.outlives(agree, "records", f"no result of the evaluation after step {done}", self.note)
+        self.reporter.tell("evaluation", {"split": "val", **record})
         told: list[float | None] = self.mesh.from_lead(own)
         return told
 
@@ -119,6 +121,8 @@ class Evaluations:
                                  self.about(manifest, job, label, "test"), found, checked=False)
                     self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
                 rows += table_rows(", ".join(names), survivors, job.plans["pgd"])
+                self.reporter.tell("evaluation", {"split": "test", "step": manifest.step, "checkpoint": names,
+                                                  **validation_record(survivors)})
         if rows:
             self.reporter.table(rows)
         if damaged is not None:

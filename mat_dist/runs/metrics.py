@@ -87,6 +87,9 @@ class Reporter:
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         """Pictures of an evaluation; made only where they are wanted."""
 
+    def tell(self, event: str, what: Any) -> None:
+        """For the program that trains: a record of a `step` or an `evaluation`, the folder of a `checkpoint`."""
+
     def table(self, rows: Sequence[TableRow]) -> None:
         """The final results."""
         self._screen.table(results_table(rows))

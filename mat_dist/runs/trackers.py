@@ -21,6 +21,7 @@ from mat_dist.runs.metrics import JsonlReporter, Picture, Reporter
 from mat_dist.runs.session import Run
 
 PER_RANK = frozenset({"phases_s", "wait_share"})  # lists with an entry per rank; all others are per peer
+Callbacks = Mapping[str, Callable[[Any], object] | None]  # by event, see Reporter.tell
 NO_SERIES = frozenset({"step", "attempt"})
 
 
@@ -152,22 +153,27 @@ def _numbers(tag: str, value: Any, peers: Sequence[str], per_rank: bool) -> Iter
 # ------------------------------------------------------------------------------------------------ the reporter
 
 
-def open_reporter(run: Run, config: Config) -> Reporter:
-    """The reporter of a rank. Rank 0: files and console, and the trackers of the section `log`; others: none."""
+def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) -> Reporter:
+    """The reporter of a rank. Rank 0: files and console, the trackers of the section `log`, and a program's callbacks;
+    others: none."""
     if not run.mesh.placement.is_lead:
         return Reporter()
     run.check_owner()
     folder = run.folder.path
     trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))
                 for name, told in parse_trackers(config.log.trackers).items()]
-    return TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt)
+    return TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt,
+                           callbacks=callbacks)
 
 
 class TrackedReporter(JsonlReporter):
-    """The same numbers to trackers too. One that fails is left out with a note; the run goes on."""
+    """The same numbers to trackers too. One that fails is left out with a note; the run goes on. What a callback raises
+    ends it."""
 
-    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1) -> None:
+    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1,
+                 callbacks: Callbacks | None = None) -> None:
         super().__init__(folder, console=console, attempt=attempt)
+        self._callbacks = {event: call for event, call in (callbacks or {}).items() if call is not None}
         self.wants_pictures = bool(trackers)
         self._trackers = list(trackers)
         self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
@@ -186,6 +192,10 @@ class TrackedReporter(JsonlReporter):
     def epoch(self, record: Mapping[str, Any]) -> None:
         with self._sending(record):
             super().epoch(record)
+
+    def tell(self, event: str, what: Any) -> None:
+        if event in self._callbacks:
+            self._callbacks[event](what)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         self._each(lambda tracker: tracker.pictures(step, group, pictures))

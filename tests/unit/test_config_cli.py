@@ -11,7 +11,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from mat_dist import train
+from mat_dist.api import training
 from mat_dist.config import Options, TrainingOptions, count, load_config, load_plugins, schema_json
 from mat_dist.config.help import settings
 from mat_dist.config.schema import Config
@@ -128,7 +128,7 @@ def _sections(model: type) -> list[type]:
 
 
 def test_the_help_of_the_training_fits_100_columns_and_shows_both_launches() -> None:
-    top = TrainingOptions("train", train.__doc__).format_help().split("options:")[0].splitlines()
+    top = TrainingOptions("train", training.__doc__).format_help().split("options:")[0].splitlines()
     assert max(map(len, top)) <= 100
     assert [line.split()[0] for line in top if line.startswith("  ")] == ["torchrun", "python"]
 

@@ -1,0 +1,93 @@
+"""A run as programs see it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mat_dist.config import load_config
+from mat_dist.config.schema import Config
+from mat_dist.errors import EnvironmentFault
+from mat_dist.evaluation.results import Result, read_results
+from mat_dist.evaluation.settings import find_run
+from mat_dist.evaluation.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import nn
+
+
+def frame(rows: Sequence[dict[str, Any]]) -> DataFrame:
+    """The rows as a data frame. Raises EnvironmentFault without pandas."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise EnvironmentFault(f"pandas cannot be imported: {error}", "data frames",
+                               "pip install 'mat_dist[pandas]'") from None
+    return pandas.DataFrame(rows)
+
+
+def result_rows(result: Result) -> Iterator[dict[str, Any]]:
+    """A row for each accuracy of each target: without an attack, under each attack of each threat, under all of them
+    (attack: worst), and under all threats (threat: union)."""
+    for one in result.targets:
+        values = [(name, "none" if name == "clean" else "worst", value) for name, value in one.accuracy.items()]
+        values += [(threat, attack, value) for threat, found in one.attacks.items() for attack, value in found.items()]
+        for threat, attack, value in values:
+            low, high = wilson_interval(value, one.n)
+            yield {"target": one.target, "weights": one.weights, "threat": threat, "attack": attack, "accuracy": value,
+                   "low": low, "high": high, "n": one.n,
+                   "reportable": None if one.checks is None else not one.failed}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run, which `mat_dist.load` and all commands take too.
+
+    Attributes:
+        path: the folder. Raises ConfigError where it is none of a run.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", find_run(str(self.path), "run").path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Config:
+        """The complete settings."""
+        return load_config(str(self.path / "config.yaml"))
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the peers."""
+        return [str(spec.name) for spec in self.config.peers]
+
+    def load(self, peer: str | int = "best", *, which: str = "best", weights: str | None = None,
+             device: str = "cpu") -> nn.Module:
+        """One of its models, see `mat_dist.load`."""
+        from mat_dist.checkpoints.load import load
+
+        return load(self.path, peer, which=which, weights=weights, device=device)
+
+    def metrics(self, kind: str = "step") -> DataFrame:
+        """metrics.jsonl as a data frame: a row for each log step, or with kind="epoch" for each evaluation; columns
+        such as `loss/peer0`. Raises EnvironmentFault without pandas."""
+        from mat_dist.report.files import read_records
+        from mat_dist.runs.trackers import series
+
+        records = read_records(self.path / "metrics.jsonl", [], growing=True)
+        return frame([{"step": one["step"], "attempt": one.get("attempt", 1), **series(one, self.peers)}
+                      for one in records if one["kind"] == kind])
+
+    def results(self) -> DataFrame:
+        """All result files as a data frame, from the oldest to the newest, see `result_rows`. Raises EnvironmentFault
+        without pandas, NotReportable for a damaged file."""
+        return frame([{"file": result.file.name, "checkpoint": result.checkpoint, "step": result.step,
+                       "split": result.split, **row}
+                      for result in read_results(self.path / "eval", "*") for row in result_rows(result)])

@@ -1,0 +1,33 @@
+"""Settings of a program as the words of a command line, which has all checks already. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mat_dist.errors import ConfigError
+
+
+def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key=value` for each setting: sections may be nested, keys may have dots, text is as on the command line."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from setting_words(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}={value}"
+        else:
+            yield f"{prefix}{key}={json.dumps(value, default=_plain)}"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch; paths and fractions as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def path_text(path: Any, where: str) -> str:
+    """A path as text. Raises ConfigError for something that is none."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{type(path).__name__} is no path", where, "give the name or the path of a file")
+    return os.fspath(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from mat_dist.core.peer import Peer
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import ConfigError, EnvironmentFault, MatError
+from mat_dist.errors import ConfigError, EnvironmentFault, MatError, NonFinite
 from mat_dist.models.modes import replica_buffers, saved_buffers
 from mat_dist.models.registry import Images, make_model
 from mat_dist.models.synchronised import SynchronisedNorms
@@ -191,11 +191,13 @@ class Cohort:
         restorers = [saved_buffers(peer.model) for peer in self.peers]
         try:
             yield
-        except Exception:
-            for restore in restorers:
-                restore()
-            for peer in self.peers:
-                peer.forget()
+        except Exception as error:
+            # A device that failed refuses this too, and all ranks end with what the others were told of it.
+            with nullcontext() if isinstance(error, NonFinite) else suppress(RuntimeError):
+                for restore in restorers:
+                    restore()
+                for peer in self.peers:
+                    peer.forget()
             raise
 
     def gradients(self) -> list[Tensor]:

@@ -104,11 +104,9 @@ class Mesh:
         if self._world is None:
             return [json.loads(json.dumps(value))]
         data = json.dumps(value).encode()
-        sizes = [row[0] for row in self.gather_world([len(data)])]
-        padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
-        padded[0, :len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        rows = self._gather(padded, self._world)
-        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+        size = max(row[0] for row in self.gather_world([len(data)]))
+        padded = torch.frombuffer(bytearray(data.ljust(size)), dtype=torch.uint8)
+        return [json.loads(row.tobytes()) for row in self._gather(padded[None], self._world).numpy()]
 
     def from_lead(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank."""

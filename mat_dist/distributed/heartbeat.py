@@ -12,7 +12,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from mat_dist.errors import MatError, PeerSilent, told_error
 INTERVAL = 0.5  # seconds between beats
 STALE = 4.0  # seconds without a beat after which a rank counts as stopped (8 beats)
 CLOSE_SECONDS = 1.0  # a healthy store answers within milliseconds
-VERDICT, STOP = "verdict", "stop"
+VERDICT, STOP, BEATING = "verdict", "stop", "beating"
 T = TypeVar("T")
 
 
@@ -68,6 +68,8 @@ class Heartbeat:
         self.work = ""
         self.release: Callable[[], Any] | None = None
         self._beat(store)
+        store.append(BEATING, f"{rank} ")
+        self._beating: set[int] = set()  # whose beats can be read
         self._store = StoreThread(store, self._beat, INTERVAL)
 
     # ---------------------------------------------------------------- while all is well
@@ -92,23 +94,25 @@ class Heartbeat:
             self._stop.pass_on(LAUNCHER_GONE)
 
     def _meet(self, point: str, timeout: float) -> None:
-        keys = {rank: f"meet/{self._arrived}/{rank}" for rank in range(self._world)}
-        self._store.ask(lambda store: store.set(keys[self._rank], "1"), timeout)
+        key, everyone = f"meet/{self._arrived}", range(self._world)
+        self._store.ask(lambda store: store.append(key, f"{self._rank} "), timeout)
         seen: dict[int, tuple[int, float]] = {}  # rank -> its latest beat, and when that was first seen
         missing: list[int] = []
-        wait, pause = Wait(float("inf"), lambda: self._missed(missing, point)), 0.002
-        while missing := self._store.ask(lambda store: [r for r, k in keys.items() if not store.check([k])], timeout):
-            verdict = self._verdict(timeout)
-            if verdict is not None:
-                raise self._as_error(verdict)
+        wait, pause, look = Wait(float("inf"), lambda: self._missed(missing, point)), 0.002, 0.0
+        while missing := sorted({*everyone} - self._store.ask(lambda store: _listed(store, key), timeout)):
             wait.over()
-            beats = self._beats(timeout)
-            for rank in missing:
-                count = beats[rank].count if rank in beats else 0
-                if rank not in seen or seen[rank][0] != count:
-                    seen[rank] = count, wait.seconds
-            if any(self._is_gone(beats.get(r)) or wait.seconds - seen[r][1] > timeout for r in missing):
-                raise self.blame(f"waiting at {point}")
+            if wait.seconds >= look:
+                look = wait.seconds + LAP / 2
+                verdict = self._verdict(timeout)
+                if verdict is not None:
+                    raise self._as_error(verdict)
+                beats = self._beats(timeout, missing)
+                for rank in missing:
+                    count = beats[rank].count if rank in beats else 0
+                    if rank not in seen or seen[rank][0] != count:
+                        seen[rank] = count, wait.seconds
+                if any(self._is_gone(beats.get(r)) or wait.seconds - seen[r][1] > timeout for r in missing):
+                    raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
 
@@ -156,7 +160,7 @@ class Heartbeat:
             gone = [r for r in self._others() if self._is_gone(beats.get(r))]
             if gone or over:
                 break
-            time.sleep(0.1)
+            time.sleep(max(0.1, self._world / 512))  # the more ranks, the more the store has to tell each
         there = [r for r in self._others() if r not in gone]
         stopped = [r for r in there if r not in beats or beats[r].count == first.get(r)]
         late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
@@ -234,10 +238,14 @@ class Heartbeat:
     def _is_gone(self, beat: Beat | None) -> bool:
         return beat is not None and beat.process.shares_pids_with(self._process) and not beat.process.runs()
 
-    def _beats(self, patience: float = STALE) -> dict[int, Beat]:
+    def _beats(self, patience: float = STALE, ranks: Iterable[int] | None = None) -> dict[int, Beat]:
+        """The newest beat of each of these ranks, of all by default, that has begun to beat; one request for all."""
         def read(store: Any) -> dict[int, Beat]:
-            texts = {rank: _get(store, f"beat/{rank}") for rank in range(self._world)}
-            return {rank: Beat.parse(text) for rank, text in texts.items() if text is not None}
+            if len(self._beating) < self._world:
+                self._beating = _listed(store, BEATING)
+            found = [rank for rank in ranks or range(self._world) if rank in self._beating]
+            texts = store.multi_get([f"beat/{rank}" for rank in found]) if found else []
+            return dict(zip(found, map(Beat.parse, texts), strict=True))
 
         return self._store.ask(read, patience)
 
@@ -270,6 +278,11 @@ class Heartbeat:
 
 def _get(store: Any, key: str) -> bytes | None:
     return store.get(key) if store.check([key]) else None
+
+
+def _listed(store: Any, key: str) -> set[int]:
+    """The ranks that have added themselves to a key."""
+    return {int(rank) for rank in store.get(key).split()}
 
 
 class SilentStore(RuntimeError):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -39,7 +40,7 @@ class Rendezvous:
         self._address, self._where = launch.master, launch.meeting_place
         # Where torchrun has no store for the ranks, rank 0 opens one, and keeps it as long as this object.
         self._server = self._open(serve=True) if launch.rank == 0 and not launch.agent_store else None
-        self._store = self.client("rendezvous")
+        self._store: Any = self.client("rendezvous")
 
     def client(self, purpose: str) -> dist.Store:
         """A new client of the store, with keys of this restart: torchrun's store outlives one, and gloo would connect
@@ -62,9 +63,7 @@ class Rendezvous:
 
     def _wait_for_all(self) -> None:
         rank, world = self._launch.rank, self._launch.world
-        if self._store.add(f"came/{rank}", 1) > 1:
-            raise EnvironmentFault(f"two processes say that they are rank {rank}", "RANK", "start with torchrun")
-        self._store.set(f"here/{rank}", str(world))
+        self._store.append("here", f"{rank}/{world} ")
         wait, pause = Wait(self._timeout, self._word), 0.01
         while absent := self._absent():
             if self._store.check([LEFT]):
@@ -75,14 +74,18 @@ class Rendezvous:
                                        self._where, "start all of them, with one WORLD_SIZE; see what they printed")
             time.sleep(pause)
             pause = min(LAP / 2, pause * 1.5)
-        sizes = [int(self._store.get(f"here/{other}")) for other in range(world)]
-        if set(sizes) != {world}:
-            raise EnvironmentFault(f"the ranks differ in their number: WORLD_SIZE={', '.join(map(str, sizes))}",
-                                   self._where, "start all ranks with one WORLD_SIZE")
 
     def _absent(self) -> list[int]:
-        keys = [f"here/{rank}" for rank in range(self._launch.world)]
-        return [] if self._store.check(keys) else [r for r, key in enumerate(keys) if not self._store.check([key])]
+        """Who is not there: one request. Raises EnvironmentFault where those who are cannot be one launch."""
+        here = sorted(tuple(map(int, word.split(b"/"))) for word in self._store.get("here").split())
+        ranks, sizes = Counter(rank for rank, _ in here), [size for _, size in here]
+        ((rank, count),) = ranks.most_common(1)
+        if count > 1:
+            raise EnvironmentFault(f"two processes say that they are rank {rank}", "RANK", "start with torchrun")
+        if len(set(sizes)) > 1:
+            raise EnvironmentFault(f"the ranks differ in their number: WORLD_SIZE={', '.join(map(str, sizes))}",
+                                   self._where, "start all ranks with one WORLD_SIZE")
+        return [rank for rank in range(self._launch.world) if rank not in ranks]
 
     def _word(self) -> str:
         """Said by the lowest rank that is there."""

@@ -160,6 +160,24 @@ def test_mixed_labels_add_no_wait(run_ranks: Run) -> None:
     assert run_ranks(lambda mesh: waits(mesh, mixed, models, data=mixed_images), 1, 1) == [NOW_AND_THEN]
 
 
+class Reads(list[str]):
+    """Each call that waits, where a set keeps one of each place."""
+
+    add = list.append
+
+
+def test_text_of_all_ranks_is_read_at_once_and_not_rank_by_rank(run_ranks: Run) -> None:
+    def gathered(mesh: Any) -> int:
+        reads = Reads()
+        with noting(reads):  # type: ignore[arg-type]
+            found = mesh.gather_json({"rank": mesh.placement.rank, "text": "ü" * 10 * mesh.placement.rank})
+        assert found == [{"rank": rank, "text": "ü" * 10 * rank} for rank in range(len(found))]
+        return len(reads)
+
+    (few,), (many,) = ({*run_ranks(gathered, world, world)} for world in (2, 6))
+    assert 0 < few == many
+
+
 @pytest.mark.parametrize("call", [
     lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: bool((x > 0).all()), lambda x: x.tolist(),
     lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.to(device="cpu"), lambda x: x.numpy(), lambda x: x.nonzero(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -278,7 +279,12 @@ def test_an_error_of_a_device_that_shows_up_at_the_vote_is_that_rank_s_failure(r
         cohort = build(cohort_config("at", 2), mesh, models)
         if mesh.placement.rank == 1:
             cohort.peers[0].reduced = lambda: torch.zeros(()).as_subclass(Lost)  # type: ignore[method-assign]
+            cohort.peers[0].forget = partial(lost, cohort.peers[0].forget)  # type: ignore[method-assign]
         return str(refused(cohort, lambda cohort: None, 0)[0])
+
+    def lost(plain: Callable[[], None]) -> None:
+        plain()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered (when the step is undone)")
 
     models = nets(2)
     (text,) = set(run_ranks(one, 2, 2))

@@ -223,6 +223,33 @@ def test_ranks_that_cannot_meet_all_say_why(port, ranks, what):
     assert {error.what for error in meet(port, ranks) if error} == {what}
 
 
+@pytest.mark.parametrize("world", [2, 512])
+def test_looking_for_absent_ranks_is_as_many_requests_however_many_they_are(world, monkeypatch):
+    class Store:
+        """The others come at the 11th look."""
+
+        here, requests = b"", 0
+
+        def append(self, key: str, value: str) -> None:
+            self.here += value.encode()
+
+        def get(self, key: str) -> bytes:
+            self.requests += 1
+            if self.requests == 21:
+                self.here += b"".join(b"%d/%d " % (rank, world) for rank in range(1, world))
+            return self.here
+
+        def check(self, keys: list[str]) -> bool:
+            self.requests += 1
+            return False
+
+    store = Store()
+    monkeypatch.setattr(Rendezvous, "client", lambda self, purpose: store)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    Rendezvous(Launch(0, world, 0, 1, master=("localhost", 1), agent_store=True), 5, StopFlag()).wait_for_all()
+    assert store.requests == 21  # with those that ask why somebody left
+
+
 def test_a_signal_to_one_rank_ends_the_wait_of_all(port):
     stop = StopFlag()
     threading.Timer(0.5, stop.pass_on, ["stopped by SIGUSR2"]).start()

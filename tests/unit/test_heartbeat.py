@@ -16,14 +16,15 @@ from mat_dist.errors import PeerFailed, PeerSilent
 
 
 class Store:
-    """Like a TCPStore client: `silent` blocks every call, `gone` makes it fail."""
+    """Like a TCPStore client that counts its requests: `silent` blocks every call, `gone` makes it fail."""
 
     def __init__(self, values: dict[str, bytes] | None = None) -> None:
         self.values = {} if values is None else values
-        self.speaks, self.gone = threading.Event(), False
+        self.speaks, self.gone, self.requests = threading.Event(), False, 0
         self.speaks.set()
 
     def _answer(self) -> None:
+        self.requests += 1
         self.speaks.wait()
         if self.gone:
             raise RuntimeError("Connection reset by peer")
@@ -35,6 +36,14 @@ class Store:
     def get(self, key: str) -> bytes:
         self._answer()
         return self.values[key]
+
+    def append(self, key: str, value: str) -> None:
+        self._answer()
+        self.values[key] = self.values.get(key, b"") + value.encode()
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._answer()
+        return [self.values[key] for key in keys]
 
     def check(self, keys: list[str]) -> bool:
         self._answer()
@@ -235,3 +244,58 @@ def test_a_rank_is_last_seen_at_the_newest_exchange_that_it_completed(monkeypatc
     assert "rank 1 was last seen at step 1, vote" in mine.blame("gather of step 2, AEs").where
     for one in ranks:
         one.close()
+
+
+# ------------------------------------------------------------------ many ranks
+
+
+class Crowd(Store):
+    """The store of rank 0 of so many ranks, which all beat. The others come to a meeting after `polls` looks at it."""
+
+    def __init__(self, world: int, polls: int = 20) -> None:
+        super().__init__()
+        self.world, self.polls, self.looks = world, polls, 0
+
+    def begin(self) -> Heartbeat:
+        mine = Heartbeat(self, 0, self.world, node=range(1), peers_of=str, stop=StopFlag())
+        for rank in range(1, self.world):
+            self.values[f"beat/{rank}"] = self.values["beat/0"]
+            self.values["beating"] += f"{rank} ".encode()
+        self.requests = 0
+        return mine
+
+    def get(self, key: str) -> bytes:
+        if key.startswith("meet/"):
+            self.looks += 1
+            if self.looks == self.polls:
+                self.append(key, "".join(f"{rank} " for rank in range(1, self.world)))
+        return super().get(key)
+
+
+@pytest.mark.parametrize("world", [2, 512])
+def test_a_look_at_all_ranks_is_as_many_requests_however_many_there_are(world, monkeypatch):
+    monkeypatch.setattr(heartbeat, "INTERVAL", 100)
+    monkeypatch.setattr(ProcessIdentity, "kill", lambda self: None)
+    store = Crowd(world)
+    mine = store.begin()
+    assert len(mine._beats()) == world and store.requests == 2  # who beats is asked until all do
+    assert len(mine._beats()) == world and store.requests == 3
+    assert "all ranks are there" in mine.word("step 3") and store.requests == 4
+    mine.meet("evaluation", 100)
+    assert store.looks == 20 and store.requests - 4 <= 2 + 3 * store.looks
+    store.requests, naps = 0, []
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: naps.append(seconds) or clock.wait(0.02))
+    clock = threading.Event()
+    assert "stopped answering" in mine.blame("gather of step 3, AEs").what
+    assert naps and store.requests <= 3 * len(naps) + 6
+    mine.close()
+
+
+def test_a_rank_that_has_not_begun_to_beat_is_no_reason_to_ask_for_each_one_alone(monkeypatch):
+    monkeypatch.setattr(heartbeat, "INTERVAL", 100)
+    store = Crowd(512)
+    mine = store.begin()
+    store.values["beating"] = b"0 7 "
+    assert mine._beats().keys() == {0, 7} and store.requests == 2
+    assert mine._beats(ranks=[3, 5]) == {} and store.requests == 3
+    mine.close()

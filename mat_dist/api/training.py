@@ -26,6 +26,7 @@ from mat_dist.config import (
     recipe_notes,
 )
 from mat_dist.distributed.launch import Launch
+from mat_dist.distributed.leaving import abort_groups
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.starts import Start, recording
 
@@ -69,7 +70,12 @@ def train(config: str | Path | None = None, *, plugins: Sequence[str | Path] = (
              *(f"--plugin={path_text(file, 'plugins')}" for file in plugins), *setting_words(settings)]
     callbacks = {"step": on_step, "evaluation": on_evaluation, "checkpoint": on_checkpoint}
     with recording(words) as start, watching(leaving=False) as stop:
-        folder = _start(words, start, stop, callbacks)
+        try:
+            folder = _start(words, start, stop, callbacks)
+        except BaseException:
+            if start.launch.world > 1:
+                abort_groups()
+            raise
     assert folder is not None
     return Run(folder)
 

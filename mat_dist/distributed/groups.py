@@ -193,7 +193,7 @@ class Mesh:
 def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch, *,
               stop: StopFlag) -> Iterator[Mesh]:
     """Form the process groups of this launch, and close them at the end. After an error, or where closing does not end,
-    they stand: the error is told first, then `leave` ends them and the process.
+    they stand: the error is told first, see `leaving`.
 
     Args:
         stop: the stop request of this rank; heartbeats carry it to and from the others.

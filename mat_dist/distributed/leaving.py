@@ -11,14 +11,20 @@ from mat_dist.distributed.waiting import begun
 ABORT_SECONDS = 3.0  # a healthy group needs milliseconds
 
 
-def leave(code: int) -> None:
-    """The last act of a rank that has told its end: leave at once where its groups still stand, since it failed or they
-    could not be closed. NCCL would wait for exchanges that never end, here or when the interpreter ends."""
+def abort_groups() -> bool:
+    """End process groups that still stand, since this rank failed or they could not be closed -> whether any stood. To
+    close them could, over NCCL, mean to wait for exchanges that never end."""
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
-        return
-    with suppress(Exception):  # it has told what counts
+        return False
+    with suppress(Exception):  # what counts is the error before
         begun(dist.distributed_c10d._abort_process_group, "abort").result(ABORT_SECONDS)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    return True
+
+
+def leave(code: int) -> None:
+    """The last act of a rank that has told its end. Where its groups stood, the interpreter may not come to its own."""
+    if abort_groups():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)

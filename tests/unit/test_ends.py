@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mat_dist
 from mat_dist import cli
 from mat_dist.distributed import leaving, processes
 from mat_dist.distributed.groups import Mesh, open_mesh
@@ -488,6 +489,18 @@ def test_a_rank_tells_its_end_before_it_ends_its_groups_and_waits_for_nothing(ba
     failed = code != 0
     assert code == (70 if failed else 0) and told.startswith("mat_dist: error: SystemExit: 3") == failed
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_program_that_trains_keeps_running_after_an_error_and_finds_no_groups_of_ours(bare, world):
+    ended: list[int] = []
+    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": world}.items():
+        bare.setenv(key, value)
+    bare.setattr(torch.distributed, "is_initialized", lambda: True)
+    bare.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: ended.append(1))
+    with pytest.raises(MatError):
+        mat_dist.train(peers=0)
+    assert len(ended) == int(world) - 1
 
 
 def test_one_process_leaves_the_groups_of_somebody_else_alone(bare):

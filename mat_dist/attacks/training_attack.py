@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.apgd import APGD_SHARE, apgd
 from mat_dist.attacks.attack_copy import AttackCopy
+from mat_dist.attacks.memory import release
 from mat_dist.attacks.norms import Region, Threat
 from mat_dist.attacks.pgd import Model, n_fgsm, pgd
 from mat_dist.config.presets import step_size
@@ -147,15 +147,13 @@ class TrainingAttack:
         if not self._halves:
             try:
                 return make(slice(0, rows))
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if rows < 2:
                     raise
                 self._halves = True
                 self._tell("memory ran out in the attack: batches are attacked in halves from now on; more "
                            "step.microbatches avoid this")
-        gc.collect()  # the failed attempt's graph
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                release(error)
         one, two = make(slice(0, rows // 2)), make(slice(rows // 2, rows))
         held_B = None if one.held_B is None or two.held_B is None else torch.cat([one.held_B, two.held_B])
         return Found(torch.cat([one.adv_BCHW, two.adv_BCHW]), held_B)
@@ -181,6 +179,7 @@ class TrainingAttack:
                     raise
                 except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
                     self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
+                    release(error)
             return Found(*self._attack(x_BCHW, y_B, start, plan, region))
 
     def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
+from mat_dist.attacks.memory import release
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
 from mat_dist.attacks.random_search import noisy, random_search
@@ -167,10 +168,11 @@ def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan:
                                        chunk=chunk, restart=first + number, first_row=row)
                                  for row in range(0, len(y_B), size)])
                 break
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise
                 parts *= 2
+                release(error)
 
 
 def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,

@@ -88,7 +88,7 @@ def run(words: list[str]) -> None:
     from mat_dist.runs.record import git_revision, versions
 
     launch = Launch.from_environment()
-    device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
+    device = choose_device(config, launch.local_rank)
     prepare_torch(config)
     what = describe(config, options, launch, device_name(device))
     with watching() as stop, open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh:

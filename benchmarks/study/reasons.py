@@ -81,7 +81,7 @@ def main(options: Namespace) -> None:
 def make(run: FinishedRun, images: int) -> dict[str, Any]:
     """Measure a run, at most so many images of each split -> JSON values."""
     watch, config = Watch(tell=tell), run.config
-    device = choose_device(config, local_rank=0, local_world=1)
+    device = choose_device(config, local_rank=0)
     prepare_torch(config)
     watch.say(f"{len(config.peers)} peers, {images} validation and {images} training images, {device}")
     with watching() as stop:

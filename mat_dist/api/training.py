@@ -104,7 +104,7 @@ def _start(words: list[str], start: Start, stop: StopFlag, callbacks: Callbacks 
     from mat_dist.tools.dryrun import show_run
 
     require_trackers(wanted.config.log)
-    device = choose_device(wanted.config, local_rank=launch.local_rank, local_world=launch.local_world)
+    device = choose_device(wanted.config, launch.local_rank)
     with prepared_torch(wanted.config):
         check_optimizers(wanted.config)
         if wanted.dry_run:
@@ -127,7 +127,7 @@ def _train(wanted: Wanted, launch: Launch, stop: StopFlag, device: torch.device,
     """Ranks, run folder, data, training: in this order."""
     from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
-    from mat_dist.distributed.groups import open_mesh, ranks_per_device
+    from mat_dist.distributed.groups import open_mesh
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
     from mat_dist.runs.trackers import open_reporter
@@ -138,8 +138,7 @@ def _train(wanted: Wanted, launch: Launch, stop: StopFlag, device: torch.device,
         run.notes += [*wanted.notes, *config_warnings(config)]
         data = run.together("data", load_data, config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                             build_cache=launch.local_rank == 0, stop=stop)
-        data = run.together("placing the data", place, data, config.data.residency, device,
-                            sharing=ranks_per_device(device, launch.local_world))
+        data = run.together("placing the data", place, data, config.data.residency, device, sharing=mesh.sharing)
         reporter = open_reporter(run, config, callbacks)
         Trainer(config, mesh, run, data, stop, Evaluations(config, mesh, run, data, stop, reporter)).fit()
         for line in next_commands(run.folder.path, wanted.plugins):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from mat_dist.distributed.waiting import LAP, Wait, begun
 from mat_dist.errors import EnvironmentFault, MatError, PeerSilent
 
 RESTART = "start again to continue from the newest checkpoint"
+SHARE = "use run.device=cpu, or comm.backend=gloo to let ranks share a GPU, or fewer ranks"
 GLOO_TIMEOUT = timedelta(days=30)  # gloo's clock runs on while a job is suspended, and then breaks the group: we count
 # NCCL's watchdog ends the rank that waits, whoever is late: it must come after us, who name the guilty one.
 NCCL_ROUNDS, NCCL_MORE = 3, 60.0  # times our own timeout, and seconds more
@@ -57,6 +59,7 @@ class Mesh:
                  timeout: float = 600.0, stop: StopFlag | None = None) -> None:
         self.placement, self.device, self._timeout = placement, device, timeout
         self.beat, self._stop = beat, stop
+        self.sharing = 1  # ranks on this rank's device, itself included
         self.where = "start"  # what the ranks are about to do, for messages
         self._world, self._peer, self._replica = world, peer, replica
         self._staged = staged
@@ -219,12 +222,13 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     try:
         try:
             meeting = Rendezvous(launch, comm.timeout, stop)
-            meeting.wait_for_all()
+            sharing = _sharing(meeting.wait_for_all(_identity(device)), launch.rank, backend)
             mesh = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
         except (RuntimeError, ValueError) as error:
             # What follows the first line are addresses of C++.
             raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", launch.meeting_place,
                                    "start with torchrun, and check that the port is free and reachable") from error
+        mesh.sharing = sharing
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh
         with suppress(TimeoutError):
@@ -272,23 +276,31 @@ def _own_group(axis: list[list[int]], rank: int, timeout: timedelta) -> Any:
     return next(g for g, ranks in zip(groups, axis, strict=True) if rank in ranks)
 
 
-def choose_device(config: Config, *, local_rank: int, local_world: int) -> torch.device:
-    """The device of this rank. Raises EnvironmentFault when there are GPUs but too few: never a silent CPU run."""
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """The device of this rank, which may see all GPUs of its node or those of its own alone. Raises EnvironmentFault
+    where there is no GPU but there should be."""
     count = torch.cuda.device_count() if config.run.device != "cpu" else 0
     if config.run.device == "cuda" and count == 0:
         raise EnvironmentFault("no GPU is visible", "run.device=cuda",
                                "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
     if count == 0:
         return torch.device("cpu")
-    if local_world > count and config.comm.backend != "gloo":
-        raise EnvironmentFault(f"{local_world} ranks on this node but {count} GPUs", "run.device",
-                               "use run.device=cpu, or comm.backend=gloo to let ranks share a GPU, or fewer ranks")
     return torch.device("cuda", local_rank % count)
 
 
-def ranks_per_device(device: torch.device, local_world: int) -> int:
-    """How many ranks of this node share a device, at most."""
-    return -(-local_world // torch.cuda.device_count()) if device.type == "cuda" else local_world
+def _identity(device: torch.device) -> str:
+    """The same for ranks that compute on one device, whatever number it has for each."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else socket.gethostname()
+
+
+def _sharing(devices: list[str], rank: int, backend: str) -> int:
+    """How many ranks compute on this rank's device. Raises EnvironmentFault where some share one over NCCL, which
+    refuses that in many lines unless it is asked not to."""
+    shared = [str(other) for other, one in enumerate(devices) if devices.count(one) > 1]
+    if shared and backend == "nccl" and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        raise EnvironmentFault(f"ranks {', '.join(shared)} share GPUs, which NCCL refuses",
+                               "CUDA_VISIBLE_DEVICES, LOCAL_RANK", f"let each rank see a GPU of its own, or {SHARE}")
+    return devices.count(devices[rank])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ _TASKS = (("SLURM", "SLURM_PROCID", "SLURM_NTASKS"), ("Open MPI", "OMPI_COMM_WOR
           ("MPI", "PMI_RANK", "PMI_SIZE"), ("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
           ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"), ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
           ("PALS", "PALS_RANKID", ""), ("ALPS", "ALPS_APP_PE", ""), ("PMIx", "PMIX_RANK", ""))  # they tell no number
+# Where a task finds its number, how many there are, its number on its node, and how many there are on each node.
+_ON_NODE = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+            *([start + end for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+              for start in ("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "JSM_NAMESPACE_", "PMI_")))
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Launch:
     @classmethod
     def from_environment(cls) -> Launch:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_*, TORCHELASTIC_*, SLURM_JOB_ID,
-        SLURM_RESTART_COUNT.
+        SLURM_RESTART_COUNT, and where LOCAL_RANK is not told, what srun or mpirun tell of their tasks.
 
         Raises EnvironmentFault where they contradict each other, or do not say where the ranks meet.
         """
@@ -61,6 +66,8 @@ class Launch:
             if end.address is None or not end.given:
                 raise _contradiction(f"WORLD_SIZE={numbers['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT")
             master = end.address, end.port
+            if "LOCAL_RANK" not in env and not _on_node():
+                raise _contradiction(f"WORLD_SIZE={numbers['WORLD_SIZE']} without LOCAL_RANK")
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"],
                    job, restart, restart < most, master, env.get("TORCHELASTIC_RUN_ID", "none"),
                    env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", numbers["SLURM_RESTART_COUNT"])
@@ -120,10 +127,10 @@ class Launch:
 def _numbers() -> dict[str, int]:
     """The launcher's numbers. Raises EnvironmentFault where they cannot be true."""
     env, numbers = os.environ, {}
-    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
-                         ("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1")),
-                         ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
-                         ("SLURM_RESTART_COUNT", "0")):
+    local_rank, local_world = _on_node() or ("0", env.get("WORLD_SIZE", "1"))
+    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", local_rank),
+                         ("LOCAL_WORLD_SIZE", local_world), ("TORCHELASTIC_RESTART_COUNT", "0"),
+                         ("TORCHELASTIC_MAX_RESTARTS", "0"), ("SLURM_RESTART_COUNT", "0")):
         text = env.get(key, default)
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise _contradiction(f"{key}={text[:40]!r} is not a number from 0")
@@ -136,7 +143,21 @@ def _numbers() -> dict[str, int]:
                                ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0), ("LOCAL_RANK", "RANK", 0)):
         if numbers[less] + beyond > numbers[more]:
             raise _contradiction(f"{less}={numbers[less]} does not fit {more}={numbers[more]}")
+    if env.get("GROUP_WORLD_SIZE") == f"{numbers['WORLD_SIZE'] / numbers['LOCAL_WORLD_SIZE']:g}":
+        # With torchrun --virtual-local-rank each is told that it is the first of its node.
+        numbers["LOCAL_RANK"] = numbers["RANK"] % numbers["LOCAL_WORLD_SIZE"]
     return numbers
+
+
+def _on_node() -> tuple[str, str] | None:
+    """LOCAL_RANK and LOCAL_WORLD_SIZE where the ranks are tasks of srun or mpirun."""
+    env = os.environ
+    for rank, world, local, nodes in ([env.get(name, "") for name in names] for names in _ON_NODE):
+        # SLURM tells the numbers of all nodes, as in 4(x2),3
+        sizes = [one for one, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", nodes) for _ in range(int(times or 1))]
+        if local and sizes and (rank, world) == (env.get("RANK"), env.get("WORLD_SIZE")):
+            return local, {str(n): one for n, one in enumerate(sizes)}.get(env.get("SLURM_NODEID", ""), sizes[0])
+    return None
 
 
 def _contradiction(what: str) -> EnvironmentFault:

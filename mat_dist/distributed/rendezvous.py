@@ -22,6 +22,7 @@ from mat_dist.distributed.waiting import LAP, Wait, begun
 from mat_dist.errors import EnvironmentFault, MatError, described, told_error
 
 LEFT = "left"  # why a rank left before the groups stood
+HEARING = 3.0  # seconds at most in which others hear it
 T = TypeVar("T")
 
 
@@ -49,21 +50,23 @@ class Rendezvous:
         prefix = f"mat_dist/{self._launch.run_id}/{self._launch.restart}/{purpose}"
         return dist.PrefixStore(prefix, self._open(serve=False))
 
-    def wait_for_all(self) -> None:
-        """Return when all ranks are there. Raises, with one text on all ranks that are there, EnvironmentFault where
-        they cannot be one launch, or some do not come, and StopRequested after a signal."""
+    def wait_for_all(self, told: str = "") -> list[str]:
+        """Return when all ranks are there, what each of them told. Raises, with one text on all ranks that are there,
+        EnvironmentFault where they cannot be one launch, or some do not come, and StopRequested after a signal."""
         try:
-            self._wait_for_all()
+            return self._wait_for_all(told)
         except MatError as error:
-            told = json.dumps(described(error))
-            first = json.loads(self._store.compare_set(LEFT, "", told) or told)
+            mine = json.dumps(described(error))
+            first = json.loads(self._store.compare_set(LEFT, "", mine) or mine)
             raise told_error(first) from None
+        finally:
+            self._leave_last()
 
     # ---------------------------------------------------------------- inside
 
-    def _wait_for_all(self) -> None:
+    def _wait_for_all(self, told: str) -> list[str]:
         rank, world = self._launch.rank, self._launch.world
-        self._store.append("here", f"{rank}/{world} ")
+        self._store.append("here", json.dumps([rank, world, told]) + "\n")
         wait, pause = Wait(self._timeout, self._word), 0.01
         while absent := self._absent():
             if self._store.check([LEFT]):
@@ -74,11 +77,19 @@ class Rendezvous:
                                        self._where, "start all of them, with one WORLD_SIZE; see what they printed")
             time.sleep(pause)
             pause = min(LAP / 2, pause * 1.5)
+        return [one for *_, one in self._here]
+
+    def _leave_last(self) -> None:
+        """Rank 0's store answers until all that are there have heard, so that all can end with the same words."""
+        heard, wait = self._store.add("heard", 1), Wait(HEARING)
+        while self._server is not None and heard < self._store.get("here").count(b"\n") and not wait.over():
+            time.sleep(0.01)
+            heard = self._store.add("heard", 0)
 
     def _absent(self) -> list[int]:
         """Who is not there: one request. Raises EnvironmentFault where those who are cannot be one launch."""
-        here = sorted(tuple(map(int, word.split(b"/"))) for word in self._store.get("here").split())
-        ranks, sizes = Counter(rank for rank, _ in here), [size for _, size in here]
+        self._here = sorted(json.loads(line) for line in self._store.get("here").splitlines())
+        ranks, sizes = Counter(rank for rank, *_ in self._here), [size for _, size, _ in self._here]
         ((rank, count),) = ranks.most_common(1)
         if count > 1:
             raise EnvironmentFault(f"two processes say that they are rank {rank}", "RANK", "start with torchrun")

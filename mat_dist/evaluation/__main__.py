@@ -78,7 +78,7 @@ def run(arguments: Arguments, words: list[str]) -> None:
     from mat_dist.evaluation.targets import make_job
 
     launch = Launch.from_environment()
-    device = choose_device(config, local_rank=launch.local_rank, local_world=launch.local_world)
+    device = choose_device(config, launch.local_rank)
     prepare_torch(config)
     # Chunks, not peers, are shared: any number of ranks fits.
     with watching() as stop, open_mesh(launch.world, config.comm, device, launch, stop=stop) as mesh:

@@ -17,7 +17,7 @@ from mat_dist.cli import LOGGED, tell
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.agreement import Agreement
-from mat_dist.distributed.groups import Mesh, device_name, ranks_per_device
+from mat_dist.distributed.groups import Mesh, device_name
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, NotReportable, OutputError
@@ -115,7 +115,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, run)
-    data = place(data, config.data.residency, mesh.device, sharing=ranks_per_device(mesh.device, launch.local_world))
+    data = place(data, config.data.residency, mesh.device, sharing=mesh.sharing)
     split: ImageSet = getattr(data, request.split)
     if request.images is not None and request.images > len(split):
         raise DataError(f"{request.images} images are asked for, the {request.split} split has {len(split)}", "images",

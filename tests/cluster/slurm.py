@@ -81,10 +81,10 @@ class Slurm:
         self.variables = {"SLURM_CONF": str(lab / "etc" / "slurm.conf")}
         self.jobs: list[str] = []
 
-    def command(self, *words: str, **variables: str) -> str:
+    def command(self, *words: str, seconds: float = 60, **variables: str) -> str:
         """Output of a SLURM command, run in the repository."""
         done = subprocess.run(words, cwd=ROOT, env={**environment(), **self.variables, **variables},
-                              capture_output=True, text=True, timeout=60)
+                              capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 

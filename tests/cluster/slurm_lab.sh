@@ -7,13 +7,13 @@
 # Needs root and Debian (installs slurm-wlm and munge where they are missing); no systemd, no cgroups. All its files
 # are in FOLDER but one marked line per node in /etc/hosts. A process is only ended if its pid was recorded here and
 # its command line still is that daemon's with this FOLDER.
-#   SLURM_LAB_NODES=2 virtual nodes n1, n2, ...   SLURM_LAB_CPUS=4 CPUs of each, more than there are
+#   SLURM_LAB_NODES=2 virtual nodes n1, n2, ...   SLURM_LAB_CPUS=16 CPUs of each, more than there are
 #   SLURM_LAB_CRED=6 seconds that a credential lives: a requeued job waits as long (SLURM's default: 120). Shorter than
 #   KillWait, so whoever takes a node away must wait for the job's other processes before giving it back: their srun
 #   would signal the new step, which has the same name.
 set -euo pipefail
 action="${1:?up, down or node}" lab="$(realpath -m "${2:?folder}")"
-nodes="${SLURM_LAB_NODES:-2}" cpus="${SLURM_LAB_CPUS:-4}" cred="${SLURM_LAB_CRED:-6}"
+nodes="${SLURM_LAB_NODES:-2}" cpus="${SLURM_LAB_CPUS:-16}" cred="${SLURM_LAB_CRED:-6}"
 export SLURM_CONF="$lab/etc/slurm.conf"
 mark="# slurm_lab $lab"
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+from mat_dist.runs.folder import RunFolder
+from mat_dist.tools.check.machine import free_port
 from mat_dist.tools.table import main as print_table
 from tests.cluster.runs import ROOT, SETTINGS, STEPS, wait_until
 from tests.cluster.slurm import Job
+from tests.small_runs import Finished
 
 MULTINODE = "slurm_multinode.sbatch"
 
@@ -65,6 +68,15 @@ def test_jobs_that_may_not_come_back_save_and_stay_away(slurm):
 
 
 # ------------------------------------------------------------------ two nodes
+
+
+def test_tasks_of_srun_that_are_told_so_are_the_ranks(slurm, reference):
+    """Without torchrun, as docs/slurm.md has it: each finds its place on its node in what SLURM tells."""
+    words = " ".join([*SETTINGS, f"run.root={slurm.root}", "run.name=ranks"])
+    slurm.command("srun", "--nodes=2", "--ntasks-per-node=2", "bash", "-c",
+                  f"RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec python -m mat_dist.train {words}",
+                  seconds=240, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo")
+    assert Finished(0, RunFolder(slurm.root / "ranks")).hashes() == reference
 
 
 def test_a_job_whose_first_node_loses_its_ranks_goes_on_to_the_weights_of_one_process(slurm, reference):

@@ -81,6 +81,9 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                            "tests/unit/test_evaluate_foreign.py"),
            **dict.fromkeys((f"{TRAIN} log.trackers=tensorboard", "tensorboard --logdir runs"),
                            "tests/unit/test_trackers.py"),
+           **dict.fromkeys(("export MASTER_ADDR=$(hostname) MASTER_PORT=29500", "srun --ntasks-per-node=4 "
+                            "--gpus-per-task=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec python -m "
+                            "mat_dist.train'"), "SLURM; tests/cluster"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "python -m mat_dist.report runs/first": "test_the_training_commands_...",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",

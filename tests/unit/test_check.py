@@ -35,8 +35,8 @@ QUICK = ("run.device=cpu", "model.width=0.25", "peers=2")
 def quiet_place(tmp_path, monkeypatch):
     """An empty folder to run in, and no launcher's variables."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
-                 "NCCL_SOCKET_IFNAME", "SLURM_JOB_ID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                 "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -157,7 +157,8 @@ def test_the_help_names_its_options(capsys):
 
 
 def test_it_is_started_as_one_process(capsys, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     assert main([*QUICK]) == 6
     assert "start it as one process: python -m mat_dist.check --ranks N" in capsys.readouterr().err
@@ -512,6 +513,7 @@ def test_several_nodes_also_ask_for_a_shared_folder(capsys, monkeypatch):
 
 def test_too_few_gpus_for_the_ranks_are_an_error_that_names_the_ways_out(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     checked = Checked(capsys, "peers=4", "--ranks=4", "run.device=auto")
     assert checked.code == 6
     assert "4 ranks on this node but 2 GPUs" in checked.row("device")["found"]
@@ -519,9 +521,20 @@ def test_too_few_gpus_for_the_ranks_are_an_error_that_names_the_ways_out(capsys,
     assert "on cpu" in checked.row("model peers 0-3")["found"]  # tried all the same
 
 
-def test_more_threads_than_cores_are_a_warning(capsys, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert Checked(capsys, "--ranks=2").row("device")["status"] == "warning"
+@pytest.mark.parametrize(("gpus", "free", "says"), [
+    (0, 0, ["cpu, 1 cores for 2 threads"]), (2, 80, ["2 x H100, 80 GiB each, 1 cores for 2 threads"]),
+    (2, 40, ["another program uses memory of GPU 0, 1"])])
+def test_more_threads_than_cores_are_a_warning_on_gpus_too(gpus, free, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free << 30, 80 << 30))
+    config = load_config(None, [*QUICK, "run.device=auto"])
+    for cores, warned in ((1, True), (2, False)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        answer = run.check_device(config, Launch(world=2, local_world=2))
+        assert answer.value.type == ("cuda" if gpus else "cpu")
+        assert ("2 threads share 1 cores" in answer.warning and "--cpus-per-task" in answer.warning) == warned
+        assert all(text.replace("1 cores", f"{cores} cores") in answer.found + answer.warning for text in says)
 
 
 def test_the_first_batch_is_checked_after_augmentation(monkeypatch):

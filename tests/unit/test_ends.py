@@ -237,12 +237,15 @@ def test_looking_for_absent_ranks_is_as_many_requests_however_many_they_are(worl
         def get(self, key: str) -> bytes:
             self.requests += 1
             if self.requests == 21:
-                self.here += b"".join(b"%d/%d " % (rank, world) for rank in range(1, world))
+                self.here += b"".join(b'[%d, %d, ""]\n' % (rank, world) for rank in range(1, world))
             return self.here
 
         def check(self, keys: list[str]) -> bool:
             self.requests += 1
             return False
+
+        def add(self, key: str, amount: int) -> int:
+            return amount
 
     store = Store()
     monkeypatch.setattr(Rendezvous, "client", lambda self, purpose: store)
@@ -293,6 +296,7 @@ MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ({**MASTER, "RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
     ({**MASTER, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3"}, "LOCAL_RANK=3 does not fit LOCAL_WORLD_SIZE=2"),
     ({**MASTER, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4 does not fit WORLD_SIZE"),
+    ({**MASTER, "RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK"),
     ({**MASTER, "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "'99999' is no port")])
 def test_surroundings_that_contradict_themselves_are_one_error(bare, variables, what):
     for name, value in variables.items():
@@ -476,7 +480,7 @@ def test_a_rank_tells_its_end_before_it_ends_its_groups_and_waits_for_nothing(ba
         seen.append(code)
         raise StopIteration
 
-    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": "2"}.items():
+    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         bare.setenv(key, value)
     bare.setattr(torch.distributed, "is_initialized", lambda: True)
     bare.setattr(torch.distributed.distributed_c10d, "_abort_process_group", abort)
@@ -494,7 +498,7 @@ def test_a_rank_tells_its_end_before_it_ends_its_groups_and_waits_for_nothing(ba
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_a_program_that_trains_keeps_running_after_an_error_and_finds_no_groups_of_ours(bare, world):
     ended: list[int] = []
-    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": world}.items():
+    for key, value in {**MASTER, "RANK": "0", "WORLD_SIZE": world, "LOCAL_RANK": "0"}.items():
         bare.setenv(key, value)
     bare.setattr(torch.distributed, "is_initialized", lambda: True)
     bare.setattr(torch.distributed.distributed_c10d, "_abort_process_group", lambda: ended.append(1))

@@ -221,6 +221,12 @@ def requeues(checkout: Checkout) -> list[list[str]]:
 STATIC = ["--rdzv_backend=static", "--rdzv_endpoint=n1:23456"]
 
 
+def test_every_batch_script_asks_for_cores_since_slurm_gives_a_task_one():
+    scripts = [*ROOT.glob("launch/*.sbatch")]
+    assert len(scripts) == 3
+    assert all("\n#SBATCH --cpus-per-task=8\n" in script.read_text() for script in scripts)
+
+
 @pytest.mark.parametrize(("script", "nodes", "rendezvous"), [
     ("slurm.sbatch", 1, ["--rdzv_backend=mat_dist_local"]), ("slurm.sbatch", 2, STATIC),
     ("slurm_multinode.sbatch", 2, STATIC)])

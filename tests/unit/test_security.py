@@ -186,7 +186,8 @@ def test_the_store_of_a_one_node_run_can_be_bound_to_loopback():
 def test_ranks_of_one_node_listen_on_loopback_unless_the_user_says_otherwise(monkeypatch, variables, interface):
     for name in ("LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", **variables}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+                        **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     Launch.from_environment().stay_on_node()

@@ -13,7 +13,6 @@ from mat_dist.config.schema import Config
 from mat_dist.core.graph import CohortGraph
 from mat_dist.data.images import available_bytes
 from mat_dist.data.load import DEVICE_SHARE
-from mat_dist.distributed.groups import ranks_per_device
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import EnvironmentFault
@@ -56,7 +55,7 @@ def check_memory(config: Config, launch: Launch, device: torch.device, sample: S
                  measured: Mapping[int, Measured]) -> Answer[Need]:
     """Compare the fullest rank with what its device has. Raises EnvironmentFault where it cannot fit."""
     on_gpu = device.type == "cuda"
-    sharing = ranks_per_device(device, launch.local_world)
+    sharing = -(-launch.local_world // torch.cuda.device_count()) if on_gpu else launch.local_world
     if on_gpu:
         have = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) // sharing
         base = CUDA_CONTEXT

@@ -14,7 +14,7 @@ import torch
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.optim import check_optimizers
-from mat_dist.distributed.groups import choose_device, prepare_torch
+from mat_dist.distributed.groups import SHARE, choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, OutputError
@@ -89,32 +89,27 @@ def check_ranks(config: Config, ranks: int, nodes: int) -> Answer[Launch]:
 
 def check_device(config: Config, launch: Launch) -> Answer[torch.device]:
     """The device of the first rank of a node. Raises EnvironmentFault as a run would."""
-    local = launch.local_world
-    choose_device(config, local_rank=local - 1, local_world=local)
-    device = choose_device(config, local_rank=0, local_world=local)
-    if device.type == "cpu":
-        return _cpu(config, launch)
-    names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    free = [torch.cuda.mem_get_info(n) for n in range(min(local, len(names)))]
-    busy = [n for n, (left, total) in enumerate(free) if left < total * (1 - BUSY)]
-    found = f"{len(names)} x {names[0]}, {min(total for _, total in free) / GIB:.0f} GiB each"
-    warning = f"another program uses memory of GPU {', '.join(map(str, busy))}: see nvidia-smi" if busy else ""
-    return Answer(device, found, warning)
-
-
-def _cpu(config: Config, launch: Launch) -> Answer[torch.device]:
-    if config.comm.backend == "nccl":
+    device, local, found, warnings = choose_device(config, 0), launch.local_world, "cpu", []
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        if local > len(names) and config.comm.backend != "gloo":
+            raise EnvironmentFault(f"{local} ranks on this node but {len(names)} GPUs", "run.device", SHARE)
+        free = [torch.cuda.mem_get_info(n) for n in range(min(local, len(names)))]
+        busy = [n for n, (left, total) in enumerate(free) if left < total * (1 - BUSY)]
+        found = f"{len(names)} x {names[0]}, {min(total for _, total in free) / GIB:.0f} GiB each"
+        if busy:
+            warnings.append(f"another program uses memory of GPU {', '.join(map(str, busy))}: see nvidia-smi")
+    elif config.comm.backend == "nccl":
         raise EnvironmentFault("nccl needs GPUs", "comm.backend=nccl", "use comm.backend=gloo")
-    cores, threads = len(os.sched_getaffinity(0)), launch.local_world * config.run.threads
-    warning = ""
-    if config.run.device == "auto" and Path("/proc/driver/nvidia/version").exists():
+    elif config.run.device == "auto" and Path("/proc/driver/nvidia/version").exists():
         built = "sees none" if torch.version.cuda else "is a build for the CPU"
-        warning = (f"this machine has an NVIDIA driver, but torch {built}: install torch with CUDA, check "
-                   "CUDA_VISIBLE_DEVICES, or say run.device=cpu")
-    elif threads > cores:
-        warning = f"{threads} threads share {cores} cores, steps take that much longer: use fewer ranks or threads"
-    found = f"cpu, {cores} cores for {threads} threads of all ranks"
-    return Answer(torch.device("cpu"), found, warning)
+        warnings.append(f"this machine has an NVIDIA driver, but torch {built}: install torch with CUDA, check "
+                        "CUDA_VISIBLE_DEVICES, or say run.device=cpu")
+    cores, threads = len(os.sched_getaffinity(0)), local * config.run.threads
+    if threads > cores:
+        warnings.append(f"{threads} threads share {cores} cores, steps take that much longer: use fewer ranks or "
+                        "threads, or ask the scheduler for more cores (--cpus-per-task)")
+    return Answer(device, f"{found}, {cores} cores for {threads} threads of all ranks", "; ".join(warnings))
 
 
 # ---------------------------------------------------------------- where a run writes

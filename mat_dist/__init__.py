@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mat_dist.api.attack import attack
+    from mat_dist.api.evaluation import Results, evaluate
     from mat_dist.api.run import Run
     from mat_dist.api.training import train
     from mat_dist.attacks import Threat, norms, register_norm
@@ -17,13 +19,13 @@ if TYPE_CHECKING:
     from mat_dist.models import register_model
 
 __version__ = "0.2.0"
-__all__ = ["MatError", "Run", "Threat", "load", "losses", "norms", "register_dataset", "register_method",
-           "register_model", "register_norm", "train"]
-# Imported when they are asked for: most need torch, for which `--help` must not wait.
-_PLACES = {"MatError": "errors", "Run": "api.run", "Threat": "attacks", "load": "checkpoints.load",
-           "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data",
-           "register_method": "config.methods", "register_model": "models", "register_norm": "attacks",
-           "train": "train"}
+# Where the names are. They are imported when they are asked for: most need torch, for which `--help` must not wait.
+_PLACES = {"MatError": "errors", "Results": "api.evaluation", "Run": "api.run", "Threat": "attacks",
+           "attack": "api.attack", "evaluate": "evaluate", "load": "checkpoints.load", "losses": "core.losses",
+           "norms": "attacks.norms", "register_dataset": "data", "register_method": "config.methods",
+           "register_model": "models", "register_norm": "attacks", "train": "train"}
+__all__ = ["MatError", "Results", "Run", "Threat", "attack", "evaluate", "load", "losses", "norms", "register_dataset",
+           "register_method", "register_model", "register_norm", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 import traceback
@@ -25,11 +26,15 @@ def tell(text: str) -> None:
     sys.stdout.flush()
 
 
-def also_function(module: str, function: Callable[..., Any]) -> None:
-    """Let a command's module be called as a function too: `mat_dist.train` is the module for whoever has imported it,
-    and `mat_dist.train(...)` works all the same."""
+def also_function(module: str, place: str) -> None:
+    """Let the module of a command be called too, as the function of its name in the module `place`, which is imported
+    then: `mat_dist.train` is the module for whoever has imported it, and `mat_dist.train(...)` works all the same."""
+    def function() -> Any:
+        return getattr(importlib.import_module(place), module.rpartition(".")[2])
+
     sys.modules[module].__class__ = type("Command", (ModuleType,), {
-        "__call__": staticmethod(function), "__signature__": property(lambda _: inspect.signature(function))})
+        "__call__": lambda _, *args, **settings: function()(*args, **settings),
+        "__signature__": property(lambda _: inspect.signature(function()))})
 
 
 def run_entry(body: Callable[[], None]) -> int:

@@ -2,10 +2,10 @@
 
 import sys
 
-from mat_dist.api.training import main, train
+from mat_dist.api.training import main
 from mat_dist.cli import also_function
 
-also_function(__name__, train)
+also_function(__name__, "mat_dist.api.training")
 
 if __name__ == "__main__":
     sys.exit(main())

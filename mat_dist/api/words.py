@@ -22,8 +22,8 @@ def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch; paths and fractions as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Numbers and lists of numpy and torch; paths and fractions as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def path_text(path: Any, where: str) -> str:

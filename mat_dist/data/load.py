@@ -208,8 +208,8 @@ def check_layout(raw: RawData, where: str) -> RawData:
     if train.shape[1:] != test.shape[1:]:
         raise DataError(f"train images are {train.shape[1:]}, test images {test.shape[1:]}", where,
                         "(C, H, W) must be the same")
-    train_labels, done = _check_labels(raw.train_labels, len(train), len(classes), f"{where}, train labels")
-    test_labels, too = _check_labels(raw.test_labels, len(test), len(classes), f"{where}, test labels")
+    train_labels, done = check_labels(raw.train_labels, len(train), len(classes), f"{where}, train labels")
+    test_labels, too = check_labels(raw.test_labels, len(test), len(classes), f"{where}, test labels")
     empty = [classes[k] for k in (torch.bincount(train_labels, minlength=len(classes)) == 0).nonzero().flatten()]
     if empty:
         raise DataError(f"{len(empty)} of {len(classes)} classes have no training image, the first is {empty[0]!r}",
@@ -237,19 +237,28 @@ def _pixels(array: np.ndarray, where: str) -> np.ndarray:
     clamped = np.empty(array.shape, np.float32)
     for first in range(0, len(array), _CHUNK):
         chunk = array[first : first + _CHUNK].astype(np.float32)
-        outside = ~((chunk >= -RANGE_TOLERANCE) & (chunk <= 1 + RANGE_TOLERANCE))  # NaN is outside, too
-        if outside.any():
-            bad = int(np.argwhere(outside)[0][0])
-            if not np.isfinite(chunk[bad]).all():
-                raise DataError(f"image {first + bad} has NaN or infinite pixels", where, "repair or remove it")
-            raise DataError(f"images outside [0, 1]: found {chunk[bad].min():.4g} to {chunk[bad].max():.4g}, first in "
-                            f"image {first + bad}", where,
-                            "normalisation is a layer of the model, give images in [0, 1] (or uint8 in 0 to 255)")
+        check_range(chunk, where, "normalisation is a layer of the model, give images in [0, 1] (or uint8 in 0 to 255)",
+                    first)
         np.clip(chunk, 0, 1, out=clamped[first : first + _CHUNK])
     return clamped
 
 
-def _check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> tuple[Tensor, str]:
+def check_range(images: Any, where: str, how: str, first: int = 0) -> None:
+    """Raises DataError for pixels outside [0, 1], of an array or a tensor; `first`: number of its first image."""
+    inside = (images >= -RANGE_TOLERANCE) & (images <= 1 + RANGE_TOLERANCE)  # NaN is outside, too
+    outside = ~inside.reshape(len(images), -1).all(1)
+    if not outside.any():
+        return
+    row = int(outside.nonzero()[0][0])  # numpy gives a tuple of places, torch a table
+    bad = np.asarray(images[row].tolist())
+    if not np.isfinite(bad).all():
+        raise DataError(f"image {first + row} has NaN or infinite pixels", where, "repair or remove it")
+    raise DataError(f"images outside [0, 1]: found {bad.min():.4g} to {bad.max():.4g}, first in image {first + row}",
+                    where, how)
+
+
+def check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> tuple[Tensor, str]:
+    """Labels as int64, and what was done for it. Raises DataError for labels that are no classes of `count` images."""
     array, done = class_numbers(np.asarray(labels), where)
     if len(array) != count:
         raise DataError(f"{count} images but {len(array)} labels", where, "give one label per image")

@@ -63,6 +63,13 @@ class AttackPlan:
         return threat.kind.adaptive and self.momentum is None
 
 
+class AutoPlan(AttackPlan):
+    """APGD in every norm."""
+
+    def adaptive(self, threat: Threat) -> bool:
+        return True
+
+
 FGSM = AttackPlan(**MENU["fgsm"].plan)
 
 

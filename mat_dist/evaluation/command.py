@@ -10,6 +10,7 @@ from traceback import format_exception
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
 from mat_dist.checkpoints import json_digest, load_manifest, read_best, step_name
 from mat_dist.checkpoints.load import BEST, EMA, FinishedRun, candidates, open_run
@@ -105,22 +106,13 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     """Settle what is asked for, load models and images."""
     run, label = open_asked(folder, config, request)
     names, job = target_names(request, config), make_job(request, config)
-    if made_by(job.attacks, "package"):
-        autoattack.check_norms(job.threats)
-        autoattack.require()
-        autoattack.check_classes((*job.attacks, *job.custom), run.images.classes)
-        if config.step.precision == "fp64":
-            raise ConfigError("pyautoattack computes in fp32, the run in fp64", "attacks",
-                              "choose other attacks, such as attacks=pgd,cw,targeted")
+    autoattack.check(job, run.images.classes, config.step.precision)
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, run)
     data = place(data, config.data.residency, mesh.device, sharing=mesh.sharing)
     split: ImageSet = getattr(data, request.split)
-    if request.images is not None and request.images > len(split):
-        raise DataError(f"{request.images} images are asked for, the {request.split} split has {len(split)}", "images",
-                        f"ask for at most {len(split)}")
-    samples_N = chosen_images(len(split), request.images)
+    samples_N = asked_images(request, split)
     targets = make_targets(names, run.peers, run.models(mesh.device),
                            [str(spec.name) for spec in config.peers if spec.frozen])
     sources, told = load_sources(request.sources, run.images, config, mesh.device)
@@ -135,6 +127,14 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
                            save=request.save, sources=sources), about, [
                                judge_training(config, newest.meta, newest.step),
                                *unconfirmed(folder, run.manifest, targets[0].model)])
+
+
+def asked_images(request: Request, split: ImageSet) -> Tensor:
+    """Positions of the images to attack. Raises DataError where there are fewer."""
+    if request.images is not None and request.images > len(split):
+        raise DataError(f"{request.images} images are asked for, the {request.split} split has {len(split)}", "images",
+                        f"ask for at most {len(split)}")
+    return chosen_images(len(split), request.images)
 
 
 def check_images(data: DataSets, run: FinishedRun) -> None:

@@ -174,29 +174,33 @@ def _shape() -> TypeAdapter[Result]:
 def read_result(file: Path) -> Result:
     """Read one document. Raises NotReportable for one that is missing, damaged, or of a later format."""
     try:
-        document = parse_json(file.read_bytes())
-        if not isinstance(document, dict):
-            raise ValueError("it is no JSON object")
-        if document.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"format {str(document['format'])[:40]}, this version reads {FORMAT}")
-        found = _shape().validate_python({**_upgraded(document, file), "file": file, "document": document})
-        needed = {CLEAN, UNION, *(threat.label for threat in found.threats)}
-        for one in found.targets:
-            if not needed <= one.accuracy.keys():
-                raise ValueError(f"{one.target} lacks the accuracy {sorted(needed - one.accuracy.keys())[0]}")
-        if not all(isinstance(plan[key], int) for plan in found.plans.values() for key in ("steps", "restarts")):
-            raise ValueError("steps or restarts that are no number")
-        if not all(isinstance(source["run"], str) for source in found.sources):
-            raise ValueError("a source without its run")
-        if not isinstance(found.config.get("data", {}), dict):
-            raise ValueError("config.data is no section")
-        return found
+        return as_result(parse_json(file.read_bytes()), file)
     except ValidationError as error:
         first = error.errors()[0]
         text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise NotReportable(f"not a result file: {text}", str(file), REPAIR) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotReportable(f"not a result file: {type(error).__name__}: {error}", str(file), REPAIR) from error
+
+
+def as_result(document: Any, file: Path = Path()) -> Result:
+    """A document, of whichever format, as a result. Raises ValueError and the like for one that is none."""
+    if not isinstance(document, dict):
+        raise ValueError("it is no JSON object")
+    if document.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"format {str(document['format'])[:40]}, this version reads {FORMAT}")
+    found = _shape().validate_python({**_upgraded(document, file), "file": file, "document": document})
+    needed = {CLEAN, UNION, *(threat.label for threat in found.threats)}
+    for one in found.targets:
+        if not needed <= one.accuracy.keys():
+            raise ValueError(f"{one.target} lacks the accuracy {sorted(needed - one.accuracy.keys())[0]}")
+    if not all(isinstance(plan[key], int) for plan in found.plans.values() for key in ("steps", "restarts")):
+        raise ValueError("steps or restarts that are no number")
+    if not all(isinstance(source["run"], str) for source in found.sources):
+        raise ValueError("a source without its run")
+    if not isinstance(found.config.get("data", {}), dict):
+        raise ValueError("config.data is no section")
+    return found
 
 
 def read_results(folder: Path, pattern: str) -> list[Result]:

@@ -36,6 +36,7 @@ class Kind:
         white_box: it follows gradients, so that nothing else should break more.
         fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
             targeted form by the fourth's.
+        auto: PGD that sets its own step length, in every norm.
     """
 
     maker: Literal["pgd", "noise", "search", "package"]
@@ -43,6 +44,7 @@ class Kind:
     plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     white_box: bool = True
     fewest_classes: int = 2
+    auto: bool = False
 
 
 # From the clean image a second start would repeat the first.
@@ -58,6 +60,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "pgd": Kind("pgd", "PGD on the cross-entropy"),
     "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
     "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
+    "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", auto=True),
     "search": Kind("search", "random search with square patches", white_box=False),
     "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),
     "apgd-dlr": Kind("package", "Auto-PGD on the DLR loss", fewest_classes=3),
@@ -133,8 +136,8 @@ class Request(Section):
     images: Integer | None = Field(None, ge=1, description="a random subset of so many images; default all")
     attacks: Annotated[tuple[str, ...], Words, _among(MENU)] = Field(
         ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
-    steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted and mifgsm; default "
-                                                                     "eval.test_steps, or 20 where that is 0")
+    steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted, mifgsm and apgd; "
+                                                                     "default eval.test_steps, or 20 where that is 0")
     restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default 2.5 eps / "
                                                              "steps, for mifgsm eps / steps")

@@ -154,26 +154,12 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Found
                  checked: bool, images: bool = True, training: Sequence[Verdict] = ()) -> Path:
     """Write the table of images, then the document -> the latter's path.
 
-    A file of that name which says anything else but for the time stays, and -2, -3, ... is appended.
-
-    Args:
-        about: what `about_run` and `about_job` and the caller say.
-        checked: whether soundness checks were wanted.
-        images: write the table too.
-        training: as for `gather`.
-
-    Raises OutputError when the folder cannot be written.
+    A file of that name which says anything else but for the time stays, and -2, -3, ... is appended. Arguments as those
+    of `document_of`; `images`: write the table too. Raises OutputError when the folder cannot be written.
     """
     with reported(folder):
         folder.mkdir(exist_ok=True)
-    survivors = gather(found, training)
-    targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
-    some = next(iter(found.values()))
-    warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
-    document = {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": len(survivors[0].clean_N),
-                "images_digest": json_digest([chunk["images"] for chunk in some]),
-                **({"reportable": all(one.reportable for one in survivors)} if checked else {}), "targets": targets,
-                "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
+    document = document_of(about, found, gather(found, training), checked=checked)
     table = image_rows(found) if images else None
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     paths = (folder / f"{name}{ending}.json" for ending in endings)
@@ -182,6 +168,24 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Found
         write_text(path.with_suffix(".csv"), table)
     write_json(path, document)
     return path
+
+
+def document_of(about: Mapping[str, Any], found: Found, survivors: Sequence[Survivors], *,
+                checked: bool) -> dict[str, Any]:
+    """What a result file says.
+
+    Args:
+        about: what `about_run` and `about_job` and the caller say.
+        survivors: what `gather` makes of `found`.
+        checked: whether soundness checks were wanted.
+    """
+    targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
+    some = next(iter(found.values()))
+    warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
+    return {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": len(survivors[0].clean_N),
+            "images_digest": json_digest([chunk["images"] for chunk in some]),
+            **({"reportable": all(one.reportable for one in survivors)} if checked else {}), "targets": targets,
+            "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
 
 
 def _has(path: Path, document: Mapping[str, Any], table: str | None) -> bool:

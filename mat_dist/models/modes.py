@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,20 +44,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batch_stats_only(model: nn.Module) -> Iterator[None]:
-    """Train mode inside: batch norm uses the batch's statistics, and no buffer of any module is touched, since copies
-    take their places; afterwards all is as it was."""
-    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers and type(m) not in _OBEDIENT]
+    """Train mode inside: batch norm uses the batch's statistics, and no buffer of any module is touched; afterwards all
+    is as it was."""
+    with (_kept(model.modules(), "training"), _kept(_batch_norms(model), "track_running_stats"),
+          spared_buffers(model, _OBEDIENT)):
+        model.train()
+        for layer in _batch_norms(model):
+            layer.track_running_stats = False
+        yield
+
+
+@contextmanager
+def spared_buffers(model: nn.Module, but: Collection[type] = ()) -> Iterator[None]:
+    """Inside, copies stand in the places of all buffers but those of some kinds of modules; afterwards the buffers are
+    back, which nothing has touched."""
+    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers and type(m) not in but]
     copies = {buffer: buffer.clone() for _, before in places for buffer in before.values() if buffer is not None}
-    with _kept(model.modules(), "training"), _kept(_batch_norms(model), "track_running_stats"):
-        try:
-            model.train()
-            for layer in _batch_norms(model):
-                layer.track_running_stats = False
-            for live, before in places:
-                live.update((name, copies[buffer]) for name, buffer in before.items() if buffer is not None)
-            yield
-        finally:
-            _put_back(places)
+    try:
+        for live, before in places:
+            live.update((name, copies[buffer]) for name, buffer in before.items() if buffer is not None)
+        yield
+    finally:
+        _put_back(places)
 
 
 def _put_back(places: Iterable[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]]) -> None:

@@ -106,7 +106,11 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
         if not isinstance(net, nn.Module):
             raise ConfigError(f"its builder returned {type(net).__name__}", f"model.name={config.name}", BUILDER)
         model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
-        _try_one_image(model, config.name, shape, classes)
+        grey = torch.full_like(model.get_submodule("normalize").get_buffer("mean"), 0.5).expand(1, *shape).contiguous()
+        logits_BK = try_images(model, grey, f"model.name={config.name}", classes)
+        if not logits_BK.is_meta and not logits_BK.isfinite().all():
+            raise ConfigError("a fresh model returns logits that are not finite", f"model.name={config.name}",
+                              "check its initial weights")
     except SystemExit as error:
         raise ConfigError(f"its code left with sys.exit({error.code!r})", f"model.name={config.name}",
                           "raise an error there instead") from error
@@ -145,29 +149,26 @@ def _find_builder(name: str) -> Builder:
     return _BUILDERS[name]
 
 
-def _try_one_image(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
-    """Pass one grey image through in eval mode, so that a misfit shows before the training starts."""
-    x_BCHW = torch.full_like(model.get_submodule("normalize").get_buffer("mean"), 0.5).expand(1, *shape).contiguous()
+def try_images(model: nn.Module, x_BCHW: Tensor, where: str, classes: int | None = None) -> Tensor:
+    """Pass images through in eval mode, so that a misfit shows before anything begins -> logits (B, K). Raises
+    ConfigError unless they are raw logits, of so many classes where that is known."""
+    count, shape = len(x_BCHW), tuple(x_BCHW.shape[1:])
     try:
         with frozen(model), torch.no_grad():
             logits_BK = model(x_BCHW)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"the model cannot take images of shape {shape}: {raised(error)}", f"model.name={name}",
+        raise ConfigError(f"the model cannot take images of shape {shape}: {raised(error)}", where,
                           "choose another model, or another image size") from error
-    if not isinstance(logits_BK, Tensor) or logits_BK.shape != (1, classes):
-        found = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
-        raise ConfigError(f"the model returns {found} for one image of shape {shape}", f"model.name={name}",
-                          f"return raw logits of shape (B, {classes})")
-    if logits_BK.is_meta:
-        return
-    if (logits_BK >= 0).all() and abs(logits_BK.sum().item() - 1) < ROUNDING:
-        raise ConfigError("the model returns probabilities, behind which gradients hide", f"model.name={name}",
+    found = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
+    if not isinstance(logits_BK, Tensor) or found[:-1] != (count,) or found[-1] != (classes or max(found[-1], 2)):
+        raise ConfigError(f"the model returns {found} for {count} image{'s' * (count > 1)} of shape {shape}", where,
+                          f"return raw logits of shape (B, {classes or 'classes'})")
+    if not logits_BK.is_meta and ((logits_BK >= 0).all(1) & ((logits_BK.sum(1) - 1).abs() < ROUNDING)).all():
+        raise ConfigError("the model returns probabilities, behind which gradients hide", where,
                           "return raw logits: leave its softmax out")
-    if not logits_BK.isfinite().all():
-        raise ConfigError("a fresh model returns logits that are not finite", f"model.name={name}",
-                          "check its initial weights")
+    return logits_BK
 
 
 @dataclass(frozen=True)

@@ -540,7 +540,7 @@ def test_other_images_or_classes_are_refused(change: dict[str, Any], text: str, 
 def test_pyautoattack_is_refused_for_a_run_in_fp64(tmp_path: Path, evaluate: Evaluate) -> None:
     pytest.importorskip("pyautoattack", exc_type=ImportError)
     done = run_small(tmp_path, "double", "train.max_steps=1", "step.precision=fp64")
-    assert "computes in fp32, the run in fp64" in evaluate(done.folder.path, "attacks=pgd,apgd-ce", code=2)["err"]
+    assert "computes in fp32, the models in fp64" in evaluate(done.folder.path, "attacks=pgd,apgd-ce", code=2)["err"]
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ a later step, that their files are on the disk.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from mat_dist import checkpoints
 from mat_dist.distributed.agreement import Agreement
+from mat_dist.distributed.waiting import begun
 from mat_dist.runs.session import Run
 
 LAST_MOMENT = 1.0  # seconds that a rank which leaves waits for a write
@@ -27,20 +27,6 @@ class _Pending:
     done: int
     meta: checkpoints.Meta
     writing: Future[list[checkpoints.FileEntry]]
-
-
-def _in_background(write: Callable[[], list[checkpoints.FileEntry]]) -> Future[list[checkpoints.FileEntry]]:
-    """Run `write` in a thread that does not keep the process alive: a hung disk must not hold a rank that leaves."""
-    future: Future[list[checkpoints.FileEntry]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(write())
-        except BaseException as error:  # raised again where the result is asked for; SystemExit would end this thread
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
 
 
 class Saver:
@@ -92,8 +78,8 @@ class Saver:
                                           checkpoints.identity(meta, done, index))
         agree.header("copies")
         directory = checkpoints.partial_directory(self.run.folder, done, self.run.attempt)
-        self._pending = _Pending(done, meta, _in_background(
-            lambda: [checkpoints.write_peer(directory, i, copy) for i, copy in copies.items()]))
+        self._pending = _Pending(done, meta, begun(
+            lambda: [checkpoints.write_peer(directory, i, copy) for i, copy in copies.items()], "checkpoint"))
         return True
 
     def finish(self) -> bool:

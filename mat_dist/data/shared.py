@@ -12,14 +12,15 @@ import fcntl
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from mat_dist.distributed.stopping import StopFlag, leave_if
+from mat_dist.distributed.waiting import begun
 from mat_dist.errors import DataError, OutputError
 
 T = TypeVar("T")
@@ -124,32 +125,20 @@ def fetch_once(found: Callable[[], T | None], sources: Sequence[Source], folder:
 
 
 def _fetch(source: Source, folder: Path, stop: StopFlag | None) -> None:
-    """Download one file under another name and rename it. torchvision's function returns only at its end, so it runs
-    in a thread that does not keep the process alive."""
+    """Download one file under another name and rename it. torchvision's function returns only at its end."""
     from torchvision.datasets.utils import download_url  # imports much, and only a download needs it
 
     url, filename, md5 = source
     part = folder / f".{filename}.{os.getpid()}.part"
-    failed: list[BaseException] = []
-
-    def download() -> None:
-        try:
-            download_url(url, folder, part.name, md5)
-        except BaseException as problem:  # whatever it is, the caller gets it
-            failed.append(problem)
-
     if (folder / filename).exists():
         return
-    thread = threading.Thread(target=download, name="download", daemon=True)
-    thread.start()
+    download = begun(lambda: download_url(url, folder, part.name, md5), "download")
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not wait([download], 0.2).done:
             leave_if(stop, f"downloading {filename}", url)
             if part.exists() and part.stat().st_size > MOST_BYTES:
                 raise RuntimeError(f"more than {MOST_BYTES} bytes")
-        if failed:
-            raise failed[0]
+        download.result()
         os.replace(part, folder / filename)
     except (OSError, RuntimeError) as problem:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise DataError(f"cannot download {url} ({problem})", f"data.root={folder}",

@@ -218,32 +218,30 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
     launch.stay_on_node()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    mesh = None
     try:
-        try:
-            meeting = Rendezvous(launch, comm.timeout, stop)
-            sharing = _sharing(meeting.wait_for_all(_identity(device)), launch.rank, backend)
-            mesh = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
-        except (RuntimeError, ValueError) as error:
-            # What follows the first line are addresses of C++.
-            raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", launch.meeting_place,
-                                   "start with torchrun, and check that the port is free and reachable") from error
-        mesh.sharing = sharing
+        meeting = Rendezvous(launch, comm.timeout, stop)
+        sharing = _sharing(meeting.wait_for_all(_identity(device)), launch.rank, backend)
+        mesh, beat = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
+    except (RuntimeError, ValueError) as error:
+        # What follows the first line are addresses of C++.
+        raise EnvironmentFault(f"the ranks cannot meet: {str(error).splitlines()[0]}", launch.meeting_place,
+                               "start with torchrun, and check that the port is free and reachable") from error
+    mesh.sharing = sharing
+    try:
         mesh.barrier()  # gloo connects lazily: use the group once while everybody is certainly there
         yield mesh
         with suppress(TimeoutError):
             begun(dist.destroy_process_group, "destroy").result(CLOSE_SECONDS)
     except MatError as error:
-        error.shared = mesh is not None
+        error.shared = True
         raise
     finally:
-        if mesh is not None and mesh.beat is not None:
-            mesh.beat.close()
+        beat.close()
 
 
 def _form(placement: Placement, device: torch.device, backend: str, timeout: float, meeting: Rendezvous, node: range,
-          stop: StopFlag) -> Mesh:
-    """The groups of ranks that are all there, and their heartbeats."""
+          stop: StopFlag) -> tuple[Mesh, Heartbeat]:
+    """The groups of ranks that are all there, and this one's heartbeat."""
     patience = GLOO_TIMEOUT if backend == "gloo" else timedelta(seconds=NCCL_ROUNDS * timeout + NCCL_MORE)
     dist.init_process_group(backend, timeout=patience, rank=placement.rank, world_size=placement.world,
                             store=meeting.client("groups"))
@@ -255,7 +253,7 @@ def _form(placement: Placement, device: torch.device, backend: str, timeout: flo
     if backend == "nccl":  # the host does not wait for its groups, but the device does; an abort may wait for another
         beat.release = lambda: [begun(group.abort, "abort") for group in (peer, replica) if group is not None]
     return Mesh(placement, device, world=control, peer=peer, replica=replica, staged=backend == "gloo", beat=beat,
-                timeout=timeout, stop=stop)
+                timeout=timeout, stop=stop), beat
 
 
 def _ended(work: Any) -> bool:

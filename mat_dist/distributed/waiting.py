@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def begun(work: Callable[[], T], name: str) -> Future[T]:
-    """Work in a thread of its own, since it may wait in C++ for ever; this process can end meanwhile."""
+    """Work in a thread of its own, since it may wait for ever, in C++ or for a disk; this process can end meanwhile."""
     answer: Future[T] = Future()
 
     def run() -> None:
         try:
             answer.set_result(work())
-        except Exception as error:
+        except BaseException as error:  # raised where the result is asked for; SystemExit would end this thread
             answer.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

@@ -292,13 +292,13 @@ def test_having_to_resume_a_run_without_name_ends_with_2(fails: Fail, earlier: F
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
     """A run of two epochs on arrays that ended in the second one, after its checkpoint of step 4."""
-    def at_once(write: Callable[[], Any]) -> Future[Any]:
+    def at_once(write: Callable[[], Any], name: str) -> Future[Any]:
         done: Future[Any] = Future()
         done.set_result(write())
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver, "_in_background", at_once)
+        patch.setattr(saver, "begun", at_once)
         interrupted(patch, (trainer, "train_step"), 6, lambda: OutputError("the disk is on fire", "disk", "put it out"))
         run = run_small(tmp_path, "stopped", *two_epochs(tmp_path), write_npz(tmp_path / "a.npz"))
     assert run.code == 5 and run.steps() == [4]

@@ -52,7 +52,7 @@ def formed(monkeypatch: Patch, backend: str, timeout: float) -> tuple[Mesh, dict
 
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **words: group(**{**words, "backend": backend}))
     monkeypatch.setattr(dist, "new_group", group)
-    mesh = groups._form(Placement.place(2, 4, 0), torch.device("cpu"), backend, timeout, Meeting(),  # type: ignore
+    mesh, _ = groups._form(Placement.place(2, 4, 0), torch.device("cpu"), backend, timeout, Meeting(),  # type: ignore
                         range(4), StopFlag())
     return mesh, clocks, made
 

@@ -220,7 +220,7 @@ def open_mesh(peers: int, comm: CommConfig, device: torch.device, launch: Launch
         torch.cuda.set_device(device)
     try:
         meeting = Rendezvous(launch, comm.timeout, stop)
-        sharing = _sharing(meeting.wait_for_all(_identity(device)), launch.rank, backend)
+        sharing = _sharing(meeting, device, launch.rank, backend)
         mesh, beat = _form(placement, device, backend, comm.timeout, meeting, launch.node, stop)
     except (RuntimeError, ValueError) as error:
         # What follows the first line are addresses of C++.
@@ -281,19 +281,14 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     if config.run.device == "cuda" and count == 0:
         raise EnvironmentFault("no GPU is visible", "run.device=cuda",
                                "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
-    if count == 0:
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % count)
+    return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
 
 
-def _identity(device: torch.device) -> str:
-    """The same for ranks that compute on one device, whatever number it has for each."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else socket.gethostname()
-
-
-def _sharing(devices: list[str], rank: int, backend: str) -> int:
-    """How many ranks compute on this rank's device. Raises EnvironmentFault where some share one over NCCL, which
-    refuses that in many lines unless it is asked not to."""
+def _sharing(meeting: Rendezvous, device: torch.device, rank: int, backend: str) -> int:
+    """Meet all ranks -> how many compute on this rank's device, whatever number each has for it. Raises
+    EnvironmentFault where some share one over NCCL, which refuses that in many lines unless it is asked not to."""
+    gpu = device.type == "cuda"
+    devices = meeting.wait_for_all(str(torch.cuda.get_device_properties(device).uuid) if gpu else socket.gethostname())
     shared = [str(other) for other, one in enumerate(devices) if devices.count(one) > 1]
     if shared and backend == "nccl" and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         raise EnvironmentFault(f"ranks {', '.join(shared)} share GPUs, which NCCL refuses",

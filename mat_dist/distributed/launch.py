@@ -120,8 +120,7 @@ class Launch:
 
     def speaks_for(self, guilty: tuple[int, ...] = ()) -> bool:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""
-        sound = [rank for rank in range(self.world) if rank not in guilty]
-        return bool(sound) and self.rank == sound[0]
+        return self.rank == next((rank for rank in range(self.world) if rank not in guilty), None)
 
 
 def _numbers() -> dict[str, int]:
@@ -135,10 +134,9 @@ def _numbers() -> dict[str, int]:
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise _contradiction(f"{key}={text[:40]!r} is not a number from 0")
         numbers[key] = int(text)
-    told = [key for key in ("RANK", "WORLD_SIZE") if key in env]
-    if len(told) == 1:
-        other = "WORLD_SIZE" if told == ["RANK"] else "RANK"
-        raise _contradiction(f"{told[0]}={numbers[told[0]]} without {other}")
+    for key, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if key in env and other not in env:
+            raise _contradiction(f"{key}={numbers[key]} without {other}")
     for less, more, beyond in (("RANK", "WORLD_SIZE", 1), ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1),
                                ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0), ("LOCAL_RANK", "RANK", 0)):
         if numbers[less] + beyond > numbers[more]:

@@ -97,6 +97,5 @@ class Placement:
 
     def describe(self) -> str:
         """One line for logs and --dry-run."""
-        noun = "rank" if self.world == 1 else "ranks"
         replicas = "" if self.replicas == 1 else f", {self.replicas} replicas of each peer"
-        return f"{self.peers} peers on {self.world} {noun}: {self.peers_per_rank} per rank{replicas}"
+        return f"{self.peers} peers on {self.world} rank{'s' * (self.world > 1)}: {self.peers_per_rank} per rank{replicas}"

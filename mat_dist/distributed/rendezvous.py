@@ -22,7 +22,6 @@ from mat_dist.distributed.waiting import LAP, Wait, begun
 from mat_dist.errors import EnvironmentFault, MatError, described, told_error
 
 LEFT = "left"  # why a rank left before the groups stood
-HEARING = 3.0  # seconds at most in which others hear it
 T = TypeVar("T")
 
 
@@ -80,8 +79,8 @@ class Rendezvous:
         return [one for *_, one in self._here]
 
     def _leave_last(self) -> None:
-        """Rank 0's store answers until all that are there have heard, so that all can end with the same words."""
-        heard, wait = self._store.add("heard", 1), Wait(HEARING)
+        """Rank 0's store answers for some laps until all that are there have heard, so that all end with one text."""
+        heard, wait = self._store.add("heard", 1), Wait(6 * LAP)
         while self._server is not None and heard < self._store.get("here").count(b"\n") and not wait.over():
             time.sleep(0.01)
             heard = self._store.add("heard", 0)

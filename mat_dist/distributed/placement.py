@@ -66,8 +66,7 @@ class Placement:
 
     def peers_by_rank(self) -> list[range]:
         """The peers of each rank along the peer axis."""
-        local = self.peers_per_rank
-        return [range(rank * local, (rank + 1) * local) for rank in range(self.peer_ranks)]
+        return [replace(self, rank=rank).local_peers for rank in range(self.peer_ranks)]
 
     @property
     def is_lead(self) -> bool:
@@ -97,5 +96,6 @@ class Placement:
 
     def describe(self) -> str:
         """One line for logs and --dry-run."""
-        replicas = "" if self.replicas == 1 else f", {self.replicas} replicas of each peer"
-        return f"{self.peers} peers on {self.world} rank{'s' * (self.world > 1)}: {self.peers_per_rank} per rank{replicas}"
+        replicas = f", {self.replicas} replicas of each peer" * (self.replicas > 1)
+        ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        return f"{self.peers} peers on {ranks}: {self.peers_per_rank} per rank{replicas}"

@@ -116,8 +116,8 @@ def met(monkeypatch: pytest.MonkeyPatch, uuids: list[str], backend: str) -> list
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index]))
 
-    def form(placement: Placement, device: torch.device, *_: Any) -> Mesh:
-        return Mesh(placement, device)
+    def form(placement: Placement, device: torch.device, *_: Any) -> Any:
+        return Mesh(placement, device), SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr(groups, "_form", form)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)

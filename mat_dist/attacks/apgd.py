@@ -1,9 +1,10 @@
 """Auto-PGD: gradient ascent that sets its own step length, image by image.
 
-`_Halving`: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks", ICML 2020: momentum, and a step that is halved where the loss no longer rises. `_Sparsity`, for l1: Croce and
-Hein, "Mind the box", ICML 2021: no momentum, and a step moves fewer values as the perturbation grows sparse.
-Everything that is decided per image is decided on the device: no word to the host inside the loop.
+`apgd` is one search in one ball, `narrowing`, for l1, one in larger balls before. `_Halving`: Croce and Hein, "Reliable
+evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks", ICML 2020: momentum, and a
+step that is halved where the loss no longer rises. `_Sparsity`, for l1: Croce and Hein, "Mind the box", ICML 2021: no
+momentum, and a step moves fewer values as the perturbation grows sparse. Everything that is decided per image is
+decided on the device: no word to the host inside the loop.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mat_dist.attacks.norms import Region, per_image
+from mat_dist import rng
+from mat_dist.attacks.norms import Region, Threat, per_image
 from mat_dist.attacks.pgd import Model, attack_loss, likeliest, loss_and_gradient
 from mat_dist.config.norms import known_norms
 
@@ -24,6 +26,7 @@ SPARSE_CHECK = 0.04  # of the steps, and the figures below: authors' code (fra31
 SPARSER = 1.5  # a step moves so many times fewer values than the best perturbation has
 SPARSITY_FELL = 0.95  # below this share of the last count the step starts again at its full length
 SHORTER, SHORTEST = 1.5, 10.0  # divisor of the step otherwise, and the largest divisor
+RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # of the balls, in eps, and shares of the steps (2021, section 3.3)
 # Shares of the values that move in the first steps in a sparse norm: of an evaluation (authors' code), and in training
 # (E-AT's code).
 APGD_L1_SHARE, APGD_SHARE = 0.2, 0.05
@@ -39,17 +42,19 @@ class Apgd(NamedTuple):
 
 
 def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW: Tensor, loss: str, steps: int,
-         step_size: float | None = None, teacher_BK: Tensor | None = None) -> Apgd:
+         step_size: float | None = None, teacher_BK: Tensor | None = None, goes_on: bool = False) -> Apgd:
     """Auto-PGD: `steps` gradients and steps + 1 forwards; arguments as those of `pgd`, but for two.
 
     Args:
         region: the `share` of a sparse one is that of the first steps.
         step_size: length of the first step; default: the norm's `apgd_step`.
+        goes_on: in a sparse norm the start tells how many values the first steps move, as the best point does later.
     """
     objective = attack_loss(model, x_BCHW, y_B, loss, teacher_BK)
     if step_size is None:
         step_size = known_norms()[region.name].apgd_step * region.eps
-    pace = (_Sparsity if region.sparse else _Halving)(region, steps, step_size)
+    begun = start_BCHW if goes_on else None
+    pace = _Sparsity(region, steps, step_size, begun) if region.sparse else _Halving(region, steps, step_size)
     adv, label_B = start_BCHW.detach(), likeliest(y_B)
     logits_BK, value_B, grad = loss_and_gradient(model, objective, adv)
     best, best_B, best_grad = adv, value_B, grad
@@ -69,6 +74,31 @@ def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCH
             adv, grad = _where(back_B, best, adv), _where(back_B, best_grad, grad)
             rises_B = torch.zeros_like(rises_B)
     return Apgd(region.round_inward(best), region.round_inward(_where(held_B, best, wrong)), held_B)
+
+
+def narrowing(model: Model, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, share: float, stream: int | None,
+              first_row: int, loss: str, steps: int, step_size: float) -> Apgd:
+    """Auto-PGD in balls of three, two and one times the radius, each from the best point of the one before, brought
+    into the smaller ball: `steps` gradients and up to steps + 3 forwards.
+
+    Args:
+        threat: in a sparse norm.
+        share: of the values that the first steps move, where they start at x_BCHW.
+        stream, first_row: of the normal noise that is added to x_BCHW and brought into the largest ball, as for
+            `Region.start`; no stream: it starts at x_BCHW.
+        step_size: length of the first step in the smallest ball; in proportion in the others.
+    """
+    counts = [int(part * steps) for _, part in RADII[:-1]]
+    point = x_BCHW
+    if stream is not None:
+        point = x_BCHW + rng.normal(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
+    for (factor, _), count in zip(RADII, (*counts, steps - sum(counts)), strict=True):
+        if count:  # few steps are for the smallest ball
+            region = threat.scaled(factor).region(x_BCHW, share)
+            found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=region.inside(point), loss=loss, steps=count,
+                         step_size=factor * step_size, goes_on=point is not x_BCHW)
+            point = found.best_BCHW
+    return found
 
 
 def _where(rows_B: Tensor, yes_BCHW: Tensor, no_BCHW: Tensor) -> Tensor:
@@ -120,13 +150,15 @@ class _Halving:
 
 class _Sparsity:
     """As `_Halving`: from the number of values that the best perturbation changes follow the next steps' number and
-    length."""
+    length. `begun`: a start that they follow too."""
 
-    def __init__(self, region: Region, steps: int, size: float) -> None:
+    def __init__(self, region: Region, steps: int, size: float, begun: Tensor | None) -> None:
         self._region, self._size = region, size
         self._size_B = region.x.new_full((len(region.x),), size)
         self._changed_B = torch.full_like(self._size_B, region.x[0].numel())
         self._top: Tensor | None = None  # by the region's share at first
+        if begun is not None:
+            self._follow(begun)
         distance = max(int(SPARSE_CHECK * steps), 1)
         self.checks = frozenset(range(distance, steps + 1, distance))
 
@@ -134,10 +166,14 @@ class _Sparsity:
         return self._region.project(self._region.step(adv_BCHW, grad_BCHW, self._size_B, self._top))
 
     def check(self, best_BCHW: Tensor, best_B: Tensor, rises_B: Tensor) -> Tensor:
-        changed_B = (best_BCHW != self._region.x).flatten(1).sum(1)
-        sparser_B = changed_B < SPARSITY_FELL * self._changed_B
+        before_B = self._changed_B
+        self._follow(best_BCHW)
+        sparser_B = self._changed_B < SPARSITY_FELL * before_B
         shorter_B = (self._size_B / SHORTER).clamp(min=self._size / SHORTEST)
         self._size_B = torch.where(sparser_B, self._size, shorter_B)
+        return sparser_B
+
+    def _follow(self, best_BCHW: Tensor) -> None:
+        changed_B = (best_BCHW != self._region.x).flatten(1).sum(1)
         self._top = (changed_B / SPARSER).ceil().long().clamp(min=1)
         self._changed_B = changed_B.to(self._size_B.dtype)
-        return sparser_B

@@ -77,6 +77,12 @@ class AttackCopy:
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def folded(model: nn.Module, sample: Tensor) -> nn.Module:
+    """What attacks call instead of a model whose weights stay as they are: its copy, or itself where a copy gains
+    nothing. `sample` as for `AttackCopy`."""
+    return AttackCopy(model, sample)._called
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A copied layer, its name, and where its values come from: the layer, and the batch norm after it."""

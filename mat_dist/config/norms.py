@@ -29,12 +29,14 @@ class NormInfo:
     Attributes:
         largest: the radius from which on the ball holds every image: a larger one is a mistake.
         apgd_step: default length of APGD's first step, in radii.
+        restarts: default number of an evaluation's random starts.
         autoattack: what AutoAttack calls the norm; None where it does not have it.
         radii: standard radii for images in [0, 1], by data set.
     """
 
     largest: float = math.inf
     apgd_step: float = 2.0
+    restarts: int = 1
     autoattack: str | None = None
     radii: Mapping[str, float] = field(default_factory=dict)
 
@@ -45,8 +47,9 @@ _NORMS = {
         "imagenet": 4 / 255}),
     "l2": NormInfo(autoattack="L2", radii={
         "cifar10": 0.5, "cifar100": 0.5, "svhn": 128 / 255, "mnist": 2.0, "fashion_mnist": 2.0, "imagenet": 2.0}),
-    # The diameter of the ball is the first step of APGD (ICML 2020), in l1 the radius (Croce and Hein, ICML 2021).
-    "l1": NormInfo(apgd_step=1.0, autoattack="L1", radii={
+    # The diameter of the ball is the first step of APGD (ICML 2020), in l1 the radius (Croce and Hein, ICML 2021);
+    # AutoAttack starts five times there.
+    "l1": NormInfo(apgd_step=1.0, restarts=5, autoattack="L1", radii={
         "cifar10": 12.0, "cifar100": 12.0, "mnist": 10.0, "fashion_mnist": 10.0, "imagenet": 255.0}),
 }
 

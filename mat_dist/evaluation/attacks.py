@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd
+from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd, narrowing
+from mat_dist.attacks.attack_copy import folded
 from mat_dist.attacks.memory import release
 from mat_dist.attacks.norms import Threat
 from mat_dist.attacks.pgd import likely_wrong, pgd
@@ -34,15 +35,17 @@ WHITE_BOX = frozenset(name for name, kind in MENU.items() if kind.white_box)
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """PGD of an evaluation: steps, restarts (the worst counts per image), step length (default `reach` eps / steps).
+    """PGD of an evaluation: steps, restarts (the worst counts per image; None: the norm's), step length (default
+    `reach` eps / steps).
 
-    In an adaptive norm (l1) it is APGD, whose first step is `step_size` long, unless there is momentum. `loss` is one
+    In an adaptive norm (l1) it is APGD, whose first step is `step_size` long, unless there is momentum; in a sparse one
+    (l1) it comes from larger balls, and a uniform start is normal noise, as in AutoAttack. `loss` is one
     of `ATTACK_LOSSES`; `start` is one of `Region.start`; `momentum` is that of `pgd`; `targets` is the number of
     classes that a targeted loss is led to, one after another.
     """
 
     steps: int
-    restarts: int = 1
+    restarts: int | None = 1
     step_size: float | None = None
     loss: str = "ce"
     start: str = "uniform"
@@ -57,6 +60,10 @@ class AttackPlan:
         if self.adaptive(threat):
             return threat.info.apgd_step * threat.eps
         return self.reach * threat.eps / self.steps
+
+    def starts(self, threat: Threat) -> int:
+        """How often it starts; towards each target class once, unless more is asked for."""
+        return self.restarts or (1 if self.targets else threat.info.restarts)
 
     def adaptive(self, threat: Threat) -> bool:
         """Whether it is APGD."""
@@ -133,18 +140,42 @@ def silent(target: str, threat: str, attack: str, held: int, of: int) -> None:
 # ------------------------------------------------------------------------------------------------ one attack
 
 
+class OpenRows(nn.Module):
+    """A model that is asked about some rows of a batch alone. The others get zeros, and gradients of zero.
+
+    So an attack passes by images that are decided, and the noise of the rest, keyed by rows, stays theirs.
+
+    Args:
+        open_B: the rows; where there is none, the first one is asked about.
+    """
+
+    def __init__(self, model: nn.Module, open_B: Tensor) -> None:
+        super().__init__()
+        rows = open_B.nonzero()[:, 0]
+        self.model, self.rows = model, rows if len(rows) else rows.new_zeros(1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if len(self.rows) == len(x_BCHW):
+            logits_BK: Tensor = self.model(x_BCHW)
+            return logits_BK
+        logits_BK = self.model(x_BCHW[self.rows])
+        return logits_BK.new_zeros(len(x_BCHW), logits_BK.shape[1]).index_copy(0, self.rows, logits_BK)
+
+
 def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
-         found: list[AutoAttacked]) -> Iterator[Tensor]:
-    """The AEs that one attack makes with one module; `found` gets what pyautoattack told."""
+         found: list[AutoAttacked], open_B: Tensor | None = None) -> Iterator[Tensor]:
+    """The AEs that one attack makes with one module; `found` gets what pyautoattack told. `open_B` as for `crafted`."""
     maker = MENU[name].maker
+    if open_B is None:
+        open_B = torch.ones_like(y_B, dtype=torch.bool)
     if maker == "pgd":
-        yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk)
+        yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk, open_B=open_B)
     elif maker == "noise":
         for draw in range(NOISE_DRAWS):
             yield noisy(name, x_BCHW, threat, stream=rng.key(job.seed, f"eval-{name}-{threat.norm}", draw, chunk))
     elif maker == "search":
         stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
-        yield random_search(model, x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
+        yield random_search(OpenRows(model, open_B), x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
     else:
         version, custom, alone = (job.version, job.custom, None) if name == AUTOATTACK else ("standard", (), name)
         one = autoattack(model, x_BCHW, y_B, threat, version=version, custom=custom, alone=alone,
@@ -154,26 +185,31 @@ def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threa
 
 
 def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: AttackPlan, *, seed: int, chunk: int,
-            first: int = 0) -> Iterator[Tensor]:
+            first: int = 0, open_B: Tensor | None = None) -> Iterator[Tensor]:
     """The AEs of each restart of PGD, and of each target class. Where memory runs out, the chunk is attacked in
     halves, quarters, ...
 
-    An image's noise does not depend on the parts, so the result is the same but for the rounding of other batch sizes.
+    An image's noise depends neither on the parts nor on which others are attacked, so the result is the same but for
+    the rounding of other batch sizes.
 
     Args:
         first: number of the first restart, which keys its noise.
+        open_B: the images to attack (bool (B,)), looked at before each restart; the AEs of others mean nothing.
     """
+    if open_B is None:
+        open_B = torch.ones_like(y_B, dtype=torch.bool)
     with frozen(model):
         goals = likely_wrong(model, x_BCHW, y_B, plan.targets) if plan.targets else [y_B]
     parts = 1
-    for number in range(plan.restarts * len(goals)):
+    for number in range(plan.starts(threat) * len(goals)):
         goal_B = goals[number % len(goals)]
         while True:
             size = -(-len(y_B) // parts)
             try:
-                yield torch.cat([craft(model, x_BCHW[row:row + size], goal_B[row:row + size], threat, plan, seed=seed,
-                                       chunk=chunk, restart=first + number, first_row=row)
-                                 for row in range(0, len(y_B), size)])
+                yield torch.cat([
+                    craft(OpenRows(model, open_B[row:row + size]), x_BCHW[row:row + size], goal_B[row:row + size],
+                          threat, plan, seed=seed, chunk=chunk, restart=first + number, first_row=row)
+                    for row in range(0, len(y_B), size)])
                 break
             except torch.OutOfMemoryError as error:
                 if size == 1:
@@ -190,10 +226,15 @@ def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: A
         y_B: true classes; with `plan.targets` the classes to lead to.
         first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
     """
-    region = threat.region(x_BCHW, APGD_L1_SHARE)
     stream = rng.key(seed, f"eval-{threat.norm}", restart, chunk)
-    start = region.start(plan.start, stream=stream, first_row=first_row)
     with frozen(model):
+        if plan.adaptive(threat) and threat.kind.sparse:
+            noise = None if plan.start == "zero" else stream
+            found = narrowing(model, x_BCHW, y_B, threat=threat, share=APGD_L1_SHARE, stream=noise, first_row=first_row,
+                              loss=plan.loss, steps=plan.steps, step_size=plan.size(threat))
+            return found.best_BCHW if plan.targets else found.wrong_BCHW
+        region = threat.region(x_BCHW, APGD_L1_SHARE)
+        start = region.start(plan.start, stream=stream, first_row=first_row)
         if plan.adaptive(threat):
             found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
                          step_size=plan.size(threat))
@@ -290,8 +331,9 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
                chunk: int, tell: Tell = silent) -> Tried:
     """All attacks of one threat on one target. Images that are wrong without an attack are not attacked.
 
-    Gradient attacks use the modules `attacked`, the others the target itself. A target that has no gradient of its
-    own gets a gradient-free attack even where none is asked for, see `stand_in`.
+    Gradient attacks use the modules `attacked`, ours their folded copies, the others the target itself; predictions
+    are the target's own. A target that has no gradient of its own gets a gradient-free attack even where none is asked
+    for, see `stand_in`.
 
     Raises NotReportable for a module whose output has no gradient with respect to the image.
     """
@@ -300,15 +342,16 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
             if not model(x_BCHW[:1].clone().requires_grad_(True)).requires_grad:
                 raise NotReportable("the output has no gradient with respect to the image", target.name,
                                     "attack a differentiable form of the model: logits, without detach or argmax")
-    tried = Tried()
+    tried, copies = Tried(), [folded(model, x_BCHW[:2]) for model in target.attacked]
     more = stand_in(job.attacks) if target.surrogates else None
     for name in (*job.attacks, *([more] if more else [])):
         tell(target.name, threat.label, name, int(tried.held(clean_B, y_B, tried.predictions).sum()), len(y_B))
         found: list[AutoAttacked] = []
-        models = target.attacked if MENU[name].white_box else (target.model,)
+        models = (target.model,) if not MENU[name].white_box else copies if name in job.plans else target.attacked
         # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
-        advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found))
-        prediction_B, adv_BCHW = first_wrong(target.model, advs, y_B, clean_B)
+        open_B = clean_B == y_B
+        advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found, open_B))
+        prediction_B, adv_BCHW = first_wrong(target.model, advs, y_B, clean_B, open_B)
         tried.predictions[name] = prediction_B
         if job.keep:
             tried.advs[name] = torch.where((clean_B == y_B).view(-1, 1, 1, 1), adv_BCHW, x_BCHW)
@@ -338,18 +381,24 @@ def replay_sources(sources: Sequence[Target], targets: Sequence[Target], x_BCHW:
                 mine.predictions[f"{FROM}{source.name}"] = found_B
 
 
-def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor) -> tuple[Tensor, Tensor]:
+def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: Tensor,
+                open_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Predictions (B,) and AEs of the first batch that a model gets wrong, image by image; else of the last one.
 
     Args:
         advs: at least one batch.
         clean_B: predictions without an attack; kept where they are wrong.
+        open_B: where they are right (bool (B,)); kept up to date for whoever makes the next batch.
     """
     prediction_B, adv_BCHW = clean_B, None
+    if open_B is None:
+        open_B = clean_B == y_B
     for adv in advs:
-        open_B = prediction_B == y_B
         prediction_B = torch.where(open_B, predict(model, adv), prediction_B)
         adv_BCHW = adv if adv_BCHW is None else torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)
+        open_B &= prediction_B == y_B
+        if not open_B.any():
+            break
     assert adv_BCHW is not None
     return prediction_B, adv_BCHW
 

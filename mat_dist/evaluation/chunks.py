@@ -45,7 +45,7 @@ from mat_dist.evaluation.soundness import examine
 from mat_dist.models.registry import DTYPES
 from mat_dist.runs.files import parse_json, reported, write_bytes, write_json
 
-FORMAT = 2  # of a chunk's file
+FORMAT = 3  # of a chunk's file; 2: l1 was attacked in one ball
 
 
 @dataclass(frozen=True)

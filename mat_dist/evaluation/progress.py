@@ -46,7 +46,7 @@ def passes(name: str, job: Job) -> int:
         steps = max((plan.steps for plan in job.plans.values()), default=OWN_STEPS)
         return 2 * NOISE_DRAWS + SEARCH_QUERIES + 7 * steps
     if (plan := job.plans.get(name)) is not None:
-        return plan.steps * plan.restarts * max(plan.targets, 1)
+        return plan.steps * max(map(plan.starts, job.threats)) * max(plan.targets, 1)
     package = PACKAGE_ALL if name == AUTOATTACK else PACKAGE
     return {"noise": NOISE_DRAWS, "search": job.queries}.get(MENU[name].maker, package)
 
@@ -78,6 +78,9 @@ class Progress:
         self._before = CLEAN  # what the images withstood last
         self._text = ""
         self._slow = made_by(work.job.attacks, "package")  # of which a warning is due
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
+        return self  # a copy of a network, made for attacks, is watched with it
 
     def _cost(self, chunk: int) -> int:
         work = self._work

@@ -138,7 +138,7 @@ class Request(Section):
         ("pgd", "cw", "autoattack"), min_length=1, description=f"{', '.join(MENU)}; the worst counts per image")
     steps: Integer | None = Field(None, ge=1, le=100000, description="steps of pgd, cw, targeted, mifgsm and apgd; "
                                                                      "default eval.test_steps, or 20 where that is 0")
-    restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1")
+    restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1, in l1 5")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default 2.5 eps / "
                                                              "steps, for mifgsm eps / steps")
     targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")

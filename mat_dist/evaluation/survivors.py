@@ -144,7 +144,8 @@ def about_run(run: FinishedRun, label: str, device: str) -> dict[str, Any]:
 
 def about_job(job: Job, chunk: int) -> dict[str, Any]:
     """What a document says of the attacks. `chunk`: images of one."""
-    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats}}
+    plans = {name: asdict(plan) | {"step_size": {t.label: plan.size(t) for t in job.threats},
+                                   "restarts": max(map(plan.starts, job.threats))}
              for name, plan in job.plans.items()}
     return {"threats": [{"norm": t.norm, "eps": eps_text(t.eps), "eps_float": t.eps} for t in job.threats],
             "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "seed": job.seed, "chunk": chunk}

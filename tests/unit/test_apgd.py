@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks import APGD_L1_SHARE, apgd, pgd
+from mat_dist.attacks.apgd import narrowing
 from mat_dist.attacks.norms import L1, Threat
 from mat_dist.attacks.training_attack import Plan, TrainingAttack
 from mat_dist.config import load_config
 from mat_dist.config.schema import DataConfig
-from mat_dist.data import as_float, load_data
-from mat_dist.evaluation.attacks import AttackPlan, correct, craft
+from mat_dist.data import ImageSet, as_float, load_data
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target, attack_one, correct, craft, predict
 from mat_dist.models.modes import frozen
 from tests.cohorts import CLASSES, batch, nets
 
@@ -176,6 +177,28 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval().requires_grad_(False), as_float(x_test), y_test
 
 
+def larger_model() -> tuple[nn.Module, Tensor, Tensor]:
+    """A CNN with batch norm, trained with two-step examples on enlarged digits, and 150 test images."""
+    data = load_data(DataConfig(), seed=0, batch_size=64)
+    def images(split: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+        x, y = split.batch(torch.arange(count))
+        return F.interpolate(as_float(x), size=(16, 16), mode="bilinear"), y
+    x, y = images(data.train, 500)
+    with rng.keyed_rng(1):
+        model = nn.Sequential(nn.Conv2d(1, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1),
+                              nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 3, 1, 1), nn.BatchNorm2d(24), nn.ReLU(),
+                              nn.Flatten(), nn.Linear(24 * 16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for epoch in range(6):
+        for rows in rng.permutation(epoch, len(x)).split(50):
+            region = Threat("linf", 0.2).region(x[rows])
+            adv = pgd(model, x[rows], y[rows], region=region, start_BCHW=x[rows], loss="ce", steps=2, step_size=0.15)
+            optimizer.zero_grad()
+            F.cross_entropy(model(adv), y[rows]).backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False), *images(data.test, 150)
+
+
 # Radii at which the model withstands on about half of the images.
 STRENGTH = [Threat("linf", 0.13), Threat("l2", 0.7), Threat("l1", 1.6)]
 
@@ -210,6 +233,54 @@ def test_l1_apgd_breaks_at_least_what_sparse_pgd_breaks(steps: int, trained: tup
     adv = craft(model, x, y, threat, AttackPlan(steps), seed=0, chunk=0)  # what evaluations do in l1
     found = correct(model, adv, y)
     assert found.double().mean() <= sparse
+
+
+@pytest.mark.parametrize(("steps", "balls"), [(100, (30, 30, 40)), (10, (3, 3, 4)), (3, (0, 0, 3))])
+def test_l1_searches_three_balls_and_ends_in_the_smallest(steps: int, balls: tuple[int, ...]) -> None:
+    """30, 30 and 40 % of the steps at 3, 2 and 1 eps; few steps are for the smallest ball alone."""
+    x, y = some_images(20)
+    threat, seen = THREATS[2], []
+
+    def watched(images: Tensor) -> Tensor:
+        seen.append((threat.distance(images.detach(), x) / threat.eps).amax().item())
+        return smooth_model(images)
+
+    found = narrowing(watched, x, y, threat=threat, share=0.2, stream=4, first_row=0, loss="ce", steps=steps,
+                      step_size=threat.eps)
+    points = [count + 1 for count in balls if count]  # the start of each search is looked at too
+    assert len(seen) == sum(points)
+    for part, factor in zip(torch.tensor(seen).split(points), (3, 2, 1)[-len(points):], strict=True):
+        assert factor - 0.3 < part.max() <= factor * (1 + 1e-6)
+    for adv in (found.best_BCHW, found.wrong_BCHW):
+        assert adv.min() >= 0 and adv.max() <= 1 and (threat.distance(adv, x) <= threat.eps * (1 + 1e-6)).all()
+    assert torch.equal(smooth_model(found.wrong_BCHW).argmax(1) == y, found.held_B)
+
+
+@pytest.mark.slow
+def test_the_evaluation_in_l1_is_as_strong_as_autoattacks_apgd_with_its_radii_and_restarts() -> None:
+    """On images of 16 x 16: the original with the schedule, one start and five; 150 images, 10 steps."""
+    reference = pytest.importorskip("pyautoattack.autopgd_base")
+    model, x, y = larger_model()
+    threat, clean = Threat("l1", 3.6), correct(model, x, y)
+
+    def theirs(restarts: int) -> float:
+        attack = reference.APGDAttack(model, n_iter=10, norm="L1", n_restarts=restarts, eps=threat.eps, loss="ce",
+                                      device="cpu", seed=0, use_largereps=True)
+        with torch.random.fork_rng(devices=[]):
+            return (clean & correct(model, attack.perturb(x, y), y)).double().mean().item()
+
+    def ours(restarts: int | None) -> float:
+        target, plan = Target("model", model, (model,)), AttackPlan(10, restarts)
+        job = Job((threat,), {"pgd": plan}, ("pgd",), transfer=False)
+        tried = attack_one(target, x, y, predict(model, x), threat, job, 0)
+        return (clean & (tried.predictions["pgd"] == y)).double().mean().item()
+
+    region = threat.region(x, APGD_L1_SHARE)
+    start = region.start("uniform", stream=3)
+    in_one_ball = apgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=10).held_B.double().mean().item()
+    one, five = ours(1), ours(None)
+    assert abs(one - theirs(1)) <= 0.02 and abs(five - theirs(5)) <= 0.02
+    assert five < one < in_one_ball - 0.04 and ours(5) == five  # five starts are what an evaluation makes in l1
 
 
 # ------------------------------------------------------------------------------------------------ in training

@@ -1,0 +1,27 @@
+"""A model that is asked about some images of a batch alone."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class OpenRows(nn.Module):
+    """A model that is asked about some rows of a batch alone. The others get zeros, and gradients of zero.
+
+    So an attack passes by images that are decided, and the noise of the rest, keyed by rows, stays theirs.
+
+    Args:
+        open_B: the rows; where there is none, the first one is asked about.
+    """
+
+    def __init__(self, model: nn.Module, open_B: Tensor) -> None:
+        super().__init__()
+        rows = open_B.nonzero()[:, 0]
+        self.model, self.rows = model, rows if len(rows) else rows.new_zeros(1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if len(self.rows) == len(x_BCHW):
+            logits_BK: Tensor = self.model(x_BCHW)
+            return logits_BK
+        logits_BK = self.model(x_BCHW[self.rows])
+        return logits_BK.new_zeros(len(x_BCHW), logits_BK.shape[1]).index_copy(0, self.rows, logits_BK)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,6 +37,7 @@ class AttackCopy:
         model: images -> logits. Its weights are read at every `refresh`.
         sample: a few images, to see which batch norms follow a convolution, and that the copy computes what the
             model computes.
+        fixed: the model does not change: it is compared as it is, and nobody who uses it meanwhile notices.
         dtype: type of the copied weights of convolutions and linear layers, to be used under autocast; None: as in
             the model.
 
@@ -44,12 +45,14 @@ class AttackCopy:
         reason: why the model itself is to be attacked; empty while a copy does, or where one would gain nothing.
     """
 
-    def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, *,
+                 fixed: bool = False) -> None:
         self._model, self._called, self._layers, self._refreshed, self.reason = model, model, list[_Layer](), 0, ""
         with _exact(model, sample):
             try:
                 called, layers = _copied(model, _recorded(model, sample), casts=dtype is not None)
-                with _other_statistics(model):  # and other images: what a module keeps of a forward is copied too
+                # And with other images: what a module keeps of a forward is copied too.
+                with nullcontext() if fixed else _other_statistics(model):
                     _compare(model, called, layers, 1 - sample)
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -80,7 +83,7 @@ class AttackCopy:
 def folded(model: nn.Module, sample: Tensor) -> nn.Module:
     """What attacks call instead of a model whose weights stay as they are: its copy, or itself where a copy gains
     nothing. `sample` as for `AttackCopy`."""
-    return AttackCopy(model, sample)._called
+    return AttackCopy(model, sample, fixed=True)._called
 
 
 @dataclass(frozen=True)

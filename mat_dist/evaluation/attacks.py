@@ -18,8 +18,10 @@ from mat_dist.attacks.apgd import APGD_L1_SHARE, apgd, narrowing
 from mat_dist.attacks.attack_copy import folded
 from mat_dist.attacks.memory import release
 from mat_dist.attacks.norms import Threat
+from mat_dist.attacks.open_rows import OpenRows
 from mat_dist.attacks.pgd import likely_wrong, pgd
 from mat_dist.attacks.random_search import noisy, random_search
+from mat_dist.attacks.relaxation import Relaxation
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.autoattack import AutoAttacked, autoattack, chunk_seed
 from mat_dist.evaluation.settings import AUTOATTACK, MENU, SQUARE, stand_in
@@ -140,28 +142,6 @@ def silent(target: str, threat: str, attack: str, held: int, of: int) -> None:
 # ------------------------------------------------------------------------------------------------ one attack
 
 
-class OpenRows(nn.Module):
-    """A model that is asked about some rows of a batch alone. The others get zeros, and gradients of zero.
-
-    So an attack passes by images that are decided, and the noise of the rest, keyed by rows, stays theirs.
-
-    Args:
-        open_B: the rows; where there is none, the first one is asked about.
-    """
-
-    def __init__(self, model: nn.Module, open_B: Tensor) -> None:
-        super().__init__()
-        rows = open_B.nonzero()[:, 0]
-        self.model, self.rows = model, rows if len(rows) else rows.new_zeros(1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if len(self.rows) == len(x_BCHW):
-            logits_BK: Tensor = self.model(x_BCHW)
-            return logits_BK
-        logits_BK = self.model(x_BCHW[self.rows])
-        return logits_BK.new_zeros(len(x_BCHW), logits_BK.shape[1]).index_copy(0, self.rows, logits_BK)
-
-
 def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
          found: list[AutoAttacked], open_B: Tensor | None = None) -> Iterator[Tensor]:
     """The AEs that one attack makes with one module; `found` gets what pyautoattack told. `open_B` as for `crafted`."""
@@ -173,6 +153,10 @@ def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threa
     elif maker == "noise":
         for draw in range(NOISE_DRAWS):
             yield noisy(name, x_BCHW, threat, stream=rng.key(job.seed, f"eval-{name}-{threat.norm}", draw, chunk))
+    elif maker == "relaxation":
+        stream = rng.key(job.seed, f"eval-cr-{threat.norm}", chunk)
+        with frozen(model):
+            yield Relaxation(model, x_BCHW, y_B, threat, stream, open_B).run()
     elif maker == "search":
         stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
         yield random_search(OpenRows(model, open_B), x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
@@ -347,7 +331,8 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
     for name in (*job.attacks, *([more] if more else [])):
         tell(target.name, threat.label, name, int(tried.held(clean_B, y_B, tried.predictions).sum()), len(y_B))
         found: list[AutoAttacked] = []
-        models = (target.model,) if not MENU[name].white_box else copies if name in job.plans else target.attacked
+        kind = MENU[name]
+        models = (target.model,) if not kind.white_box else target.attacked if kind.maker == "package" else copies
         # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
         open_B = clean_B == y_B
         advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found, open_B))

@@ -30,21 +30,25 @@ class Kind:
     """One attack.
 
     Attributes:
-        maker: `pgd`, `noise` and `search` are ours (mat_dist/attacks/), `package` is pyautoattack.
+        maker: `pgd`, `noise`, `search` and `relaxation` are ours (mat_dist/attacks/), `package` is pyautoattack.
         meaning: in a few words.
         plan: of PGD, what differs from `AttackPlan` with the request's steps, restarts and step size.
         white_box: it follows gradients, so that nothing else should break more.
         fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
             targeted form by the fourth's.
         auto: PGD that sets its own step length, in every norm.
+        glance: it is for a look: no number is reportable that rests on nothing else that follows gradients.
+        norm: the only one that it knows, or empty.
     """
 
-    maker: Literal["pgd", "noise", "search", "package"]
+    maker: Literal["pgd", "noise", "search", "relaxation", "package"]
     meaning: str
     plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     white_box: bool = True
     fewest_classes: int = 2
     auto: bool = False
+    glance: bool = False
+    norm: str = ""
 
 
 # From the clean image a second start would repeat the first.
@@ -61,6 +65,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
     "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
     "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", auto=True),
+    "cr": Kind("relaxation", "constraint relaxation, some hundred passes", glance=True, norm="linf"),
     "search": Kind("search", "random search with square patches", white_box=False),
     "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),
     "apgd-dlr": Kind("package", "Auto-PGD on the DLR loss", fewest_classes=3),

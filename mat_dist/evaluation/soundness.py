@@ -35,7 +35,8 @@ from mat_dist.evaluation.attacks import (
     predict,
     silent,
 )
-from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, UNDERTRAINED, Verdict
+from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, GLANCE, UNDERTRAINED, Verdict
+from mat_dist.evaluation.settings import MENU
 from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.models.modes import frozen
 
@@ -210,19 +211,25 @@ def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
             if check in found or (check == "monotone" and "half" in found)]
 
 
-def judge_headline(clean: float, labels: Sequence[int], classes: int) -> list[Verdict]:
-    """Whether an accuracy may stand for a model: on enough images, and of one that has learnt something.
+def judge_headline(clean: float, labels: Sequence[int], classes: int, attacks: Iterable[str]) -> list[Verdict]:
+    """Whether an accuracy may stand for a model: on enough images, of one that has learnt something, and under an
+    attack that is not for a look alone.
 
     Chance is what the answer that is right most often would give.
 
     Args:
         clean: share that is right without an attack.
         labels: of the images.
+        attacks: names of those that were made; others, such as TRANSFER, do not count.
     """
+    white = [name for name in attacks if name in WHITE_BOX]
+    glances = [name for name in white if MENU[name].glance]
     n, chance = len(labels), max(1 / classes, Counter(labels).most_common(1)[0][1] / len(labels))
     learnt = wilson_interval(clean, n)[0] > chance + FROM_CHANCE * (1 - chance)
     return [Verdict(FEW, "", n >= FEWEST_IMAGES, f"{n} images of at least {FEWEST_IMAGES}"),
-            Verdict(CHANCE, "", learnt, f"{100 * clean:.1f} % right without an attack, by chance {100 * chance:.1f} %")]
+            Verdict(CHANCE, "", learnt, f"{100 * clean:.1f} % right without an attack, by chance {100 * chance:.1f} %"),
+            *[Verdict(GLANCE, "", len(white) > len(glances), f"{', '.join(white)}; a number needs another attack that "
+                      "follows gradients, such as autoattack") for _ in glances[:1]]]
 
 
 def judge_training(config: Config, meta: Meta, step: int) -> Verdict:

@@ -70,9 +70,13 @@ def make_targets(names: Sequence[str], peers: Sequence[str], models: Sequence[nn
 
 
 def make_job(request: Request, config: Config) -> Job:
-    """The attacks that are asked for, on the threats that are asked for."""
+    """The attacks that are asked for, on the threats that are asked for. Raises ConfigError where they do not fit."""
     seed = config.run.seed if request.seed is None else request.seed
     threats = threats_asked(request, threats_of(config.peers), config.data.name)
+    for name, threat in ((name, threat) for name in request.attacks for threat in threats):
+        if MENU[name].norm not in ("", threat.norm):
+            raise ConfigError(f"{name} knows {MENU[name].norm} alone, not {threat.norm}", "attacks",
+                              f"leave {name} out, or attack in {MENU[name].norm}: threats={MENU[name].norm}:8/255")
     return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
                tuple(request.custom), request.transfer, seed, request.queries)
 

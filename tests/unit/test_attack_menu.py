@@ -188,6 +188,8 @@ def test_patches_change_a_pixel_by_the_width_of_the_ball() -> None:
 @pytest.mark.parametrize("name", [name for name, kind in MENU.items() if kind.maker != "package"])
 @pytest.mark.parametrize("norm", known_norms())
 def test_each_of_our_attacks_stays_in_the_ball_and_is_reproducible(name: str, norm: str) -> None:
+    if MENU[name].norm not in ("", norm):
+        pytest.skip("not its norm")
     x = rng.uniform(1, (6, 1, 4, 4))
     model, threat = network(1).float(), Threat(norm, 0.3)
     y = model(x).argmax(1)

@@ -466,6 +466,16 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     assert "NO: noise" in found["out"]
 
 
+@pytest.mark.parametrize(("attacks", "alone"), [("cr", True), ("cr,uniform", True), ("cr,fgsm", False)])
+def test_no_number_is_reportable_that_rests_on_constraint_relaxation_alone(attacks: str, alone: bool, run: Path,
+                                                                          evaluate: Evaluate) -> None:
+    found = evaluate(run, f"attacks={attacks}", "checks=1", "threats=linf:0.1", "images=8", "targets=peer0")
+    verdicts = {check["check"]: check["passed"] for check in targets(found)["peer0"]["checks"]}
+    assert verdicts["a look alone"] is not alone
+    assert found["reportable"] is False and targets(found)["peer0"]["reportable"] is False  # 8 images are too few too
+    assert ("a look alone" in found["out"]) is alone
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -477,6 +487,7 @@ def test_a_failed_check_marks_the_numbers_and_ends_with_16(run: Path, evaluate: 
     (["attacks=pgd,mifgms"], 2, "there is no attack 'mifgms' (command line, attacks): did you mean mifgsm?"),
     (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
     (["attacks="], 2, "there is no attack ''"),
+    (["attacks=pgd,cr"], 2, "cr knows linf alone, not l2"),
     (["threats=standard"], 2, "no standard radius for the data set 'digits'"),
     (["threats=union:all"], 2, "choose from eat, msd, mng"),
     (["attack.eps=0.1"], 2, "attack.eps cannot be changed for a run that is there"),

@@ -144,6 +144,16 @@ def test_rows_that_are_asked_about_get_the_models_logits_and_others_zeros(target
     assert torch.equal(OpenRows(model, torch.ones_like(open_B))(x), model(x))
 
 
+def test_a_model_that_is_copied_is_not_touched(targets: list[Target], digits: tuple[Images, Images]) -> None:
+    """Others may use it meanwhile: no tensor is written to, be it for a moment."""
+    model = targets[0].model
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(t._version, t.clone()) for t in tensors]
+    assert attacks.folded(model, digits[1][0][:2]) is not model
+    for tensor, (version, value) in zip(tensors, before, strict=True):
+        assert tensor._version == version and torch.equal(tensor, value)
+
+
 def test_a_signal_is_obeyed_in_a_pass_of_a_folded_copy(targets: list[Target], digits: tuple[Images, Images]) -> None:
     """A copy is watched with its network, and does not copy who watches."""
     x, y = digits[1]

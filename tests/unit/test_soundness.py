@@ -120,6 +120,14 @@ def test_a_model_that_hides_its_gradient_fails_two_checks(mask: Callable[[nn.Mod
     assert named <= found and len(found) >= 2
 
 
+@pytest.mark.parametrize("mask", [Scaled, Quantised, Noisy])
+def test_constraint_relaxation_makes_no_masked_model_sound(mask: Callable[[nn.Module], nn.Module],
+                                                           honest: dict[str, nn.Module],
+                                                           digits: tuple[Tensor, ...]) -> None:
+    job = Job((LINF,), {}, ("cr",), transfer=False)
+    assert failed(mask(honest["cnn"]).eval(), *digits[2:], job=job) and not failed(honest["cnn"], *digits[2:], job=job)
+
+
 # ------------------------------------------------------------------------------------------------ planted faults
 
 

@@ -233,13 +233,15 @@ def _watch(fault: Fault) -> None:
 
 
 def _stuck_groups(fault: Fault) -> None:
-    """Closing or aborting process groups never ends, as NCCL's does while an exchange of theirs hangs."""
+    """Closing or aborting process groups never ends, as NCCL's does while an exchange of theirs hangs, or it fails with
+    `text`."""
     import torch.distributed as dist
 
     def for_ever(*_: Any) -> None:
         _tell(fault, None)
-        while True:
+        while not fault.text:
             time.sleep(60)
+        raise RuntimeError(fault.text)
 
     dist.destroy_process_group = dist.distributed_c10d._abort_process_group = for_ever
 

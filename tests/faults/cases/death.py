@@ -138,10 +138,12 @@ def held(lab: Lab, code: int) -> None:
 
 @case(43, "process groups that cannot be closed", "after an error", code=13, bound=5, at=AT, ci=True)
 @case(43, "process groups that cannot be closed", "at the end of a run", code=0, bound=10, at=None)
-def stuck(lab: Lab, code: int, at: int | None) -> None:
-    """Neither the line on the screen nor the end of the ranks waits for them."""
+@case(43, "process groups that cannot be closed", "an error at the end", code=0, bound=10, at=None, text="NCCL error")
+def stuck(lab: Lab, code: int, at: int | None, text: str = "") -> None:
+    """Neither the line on the screen nor the end of the ranks waits for them, and a finished run has not failed."""
     failure = [] if at is None else [Fault("raise", at=at)]
-    end = lab.run([Fault("stuck groups", rank=None), *failure])
+    end = lab.run([Fault("stuck groups", rank=None, text=text), *failure])
     lab.expect_end(end, code, names="the cat sat on the cable" if code else "", survivors=[0, 1] if code else None)
     lab.expect(set(end.codes.values()) == {code}, f"codes of the ranks: {end.codes}")
+    lab.expect("NCCL error" not in end.text, "a group that could not be closed is told as an error")
     lab.expect(code > 0 or "next: python -m mat_dist.evaluate" in end.text, "the end of the run is not told")

@@ -59,10 +59,9 @@ class Mesh:
                  timeout: float = 600.0, stop: StopFlag | None = None) -> None:
         self.placement, self.device, self._timeout = placement, device, timeout
         self.beat, self._stop = beat, stop
-        self.sharing = 1  # ranks on this rank's device, itself included
         self.where = "start"  # what the ranks are about to do, for messages
         self._world, self._peer, self._replica = world, peer, replica
-        self._staged = staged
+        self._staged, self.sharing = staged, 1  # ranks on this rank's device, itself included
 
     # ---------------------------------------------------------------- tensors
 
@@ -291,8 +290,10 @@ def _sharing(meeting: Rendezvous, device: torch.device, rank: int, backend: str)
     devices = meeting.wait_for_all(str(torch.cuda.get_device_properties(device).uuid) if gpu else socket.gethostname())
     shared = [str(other) for other, one in enumerate(devices) if devices.count(one) > 1]
     if shared and backend == "nccl" and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        raise EnvironmentFault(f"ranks {', '.join(shared)} share GPUs, which NCCL refuses",
-                               "CUDA_VISIBLE_DEVICES, LOCAL_RANK", f"let each rank see a GPU of its own, or {SHARE}")
+        error = EnvironmentFault(f"ranks {', '.join(shared)} share GPUs, which NCCL refuses",
+                                 "CUDA_VISIBLE_DEVICES, LOCAL_RANK", f"let each rank see a GPU of its own, or {SHARE}")
+        error.shared = True  # all ranks compute it
+        raise error
     return devices.count(devices[rank])
 
 

@@ -115,8 +115,7 @@ class Launch:
     @property
     def node(self) -> range:
         """The ranks on this node; torchrun numbers them in a row."""
-        first = self.rank - self.local_rank
-        return range(first, first + self.local_world)
+        return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_world)
 
     def speaks_for(self, guilty: tuple[int, ...] = ()) -> bool:
         """Whether this rank tells the user, and writes how the run ended: the lowest one that is still sound."""

@@ -42,7 +42,7 @@ class Beat:
     @classmethod
     def parse(cls, text: bytes) -> Beat:
         values = json.loads(text)
-        return cls(values["count"], values["arrived"], values["where"], ProcessIdentity(**values["process"]))
+        return cls(**{**values, "process": ProcessIdentity(**values["process"])})
 
 
 class Heartbeat:
@@ -64,7 +64,7 @@ class Heartbeat:
         self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
         self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
         self._process, self._told_stop = ProcessIdentity.own(), False
-        self._memory_kills = memory_kills()
+        self._memory_kills, self._lap = memory_kills(), max(LAP / 2, world / 256)  # the store tells all of all
         self.work = ""
         self.release: Callable[[], Any] | None = None
         self._beat(store)
@@ -102,16 +102,14 @@ class Heartbeat:
         while missing := sorted({*everyone} - self._store.ask(lambda store: _listed(store, key), timeout)):
             wait.over()
             if wait.seconds >= look:
-                look = wait.seconds + LAP / 2
-                verdict = self._verdict(timeout)
-                if verdict is not None:
+                look = wait.seconds + self._lap
+                if (verdict := self._verdict(timeout)) is not None:
                     raise self._as_error(verdict)
                 beats = self._beats(timeout, missing)
-                for rank in missing:
-                    count = beats[rank].count if rank in beats else 0
-                    if rank not in seen or seen[rank][0] != count:
-                        seen[rank] = count, wait.seconds
-                if any(self._is_gone(beats.get(r)) or wait.seconds - seen[r][1] > timeout for r in missing):
+                seen.update({rank: (beat.count, wait.seconds) for rank, beat in beats.items()
+                             if rank not in seen or seen[rank][0] != beat.count})
+                if any(self._is_gone(beats.get(r)) or wait.seconds - seen.get(r, (0, 0.0))[1] > timeout
+                       for r in missing):
                     raise self.blame(f"waiting at {point}")
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
@@ -153,14 +151,13 @@ class Heartbeat:
     def _judge(self, what: str) -> dict[str, Any]:
         first, wait = {r: b.count for r, b in self._beats().items()}, Wait(STALE)
         while True:
-            found = self._verdict()
-            if found is not None:
+            if (found := self._verdict()) is not None:
                 return found
             beats, over = self._beats(), wait.over()
             gone = [r for r in self._others() if self._is_gone(beats.get(r))]
             if gone or over:
                 break
-            time.sleep(max(0.1, self._world / 512))  # the more ranks, the more the store has to tell each
+            time.sleep(self._lap)
         there = [r for r in self._others() if r not in gone]
         stopped = [r for r in there if r not in beats or beats[r].count == first.get(r)]
         late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
@@ -188,14 +185,12 @@ class Heartbeat:
 
     def failure(self) -> MatError | None:
         """With what a rank has failed in the present work, if one has."""
-        text, key = None, f"failed/{self.work}"
         with suppress(RuntimeError):
-            text = self._store.ask(lambda store: _get(store, key), STALE)
-        if text is None:
-            return None
-        found = told_error(json.loads(text))
-        found.told = True
-        return found
+            if (told := self._told(f"failed/{self.work}", STALE)) is not None:
+                found = told_error(told)
+                found.told = True
+                return found
+        return None
 
     def _cut_off(self, what: str, symptom: str) -> PeerSilent:
         """The store is gone, and with it the way to agree: each node speaks for itself, so all other ranks are out."""
@@ -250,8 +245,10 @@ class Heartbeat:
         return self._store.ask(read, patience)
 
     def _verdict(self, patience: float = STALE) -> dict[str, Any] | None:
-        text = self._store.ask(lambda store: _get(store, VERDICT), patience)
-        return None if text is None else json.loads(text)
+        return self._told(VERDICT, patience)
+
+    def _told(self, key: str, patience: float) -> dict[str, Any] | None:
+        return self._store.ask(lambda store: json.loads(store.get(key)) if store.check([key]) else None, patience)
 
     def _publish(self, verdict: dict[str, Any]) -> dict[str, Any]:
         """Make `verdict` the one of all ranks unless there is one -> the one that counts."""
@@ -274,10 +271,6 @@ class Heartbeat:
         if self.release is not None and any(store.check([key]) for key in (VERDICT, f"failed/{self.work}")):
             self.release()
             self.release = None
-
-
-def _get(store: Any, key: str) -> bytes | None:
-    return store.get(key) if store.check([key]) else None
 
 
 def _listed(store: Any, key: str) -> set[int]:

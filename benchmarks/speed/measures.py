@@ -22,7 +22,7 @@ from benchmarks.command import Watch
 from benchmarks.speed import references
 from benchmarks.speed.references import Recipe, careful_attack, mutual_losses, naive_attack
 from benchmarks.speed.subject import Limit, Subject
-from benchmarks.speed.timing import WARM_UP, Contestant, both, interleaved, of_all_ranks, spreads
+from benchmarks.speed.timing import Contestant, both, interleaved, of_all_ranks, spreads, warm_up
 from mat_dist.config.schema import Config
 from mat_dist.distributed.groups import Mesh, prepare_torch
 from mat_dist.distributed.placement import Placement
@@ -50,7 +50,8 @@ def measure_step(subject: Subject, rounds: int, watch: Watch) -> dict[str, Any]:
                                           "limit": Limit(subject), "logged": subject.logged_step}
     times = of_all_ranks(mesh, interleaved(contestants, rounds, mesh, watch))
     timed = len(times["step"])
-    clocks = mesh.gather_json(subject.clocks[WARM_UP:WARM_UP + timed])
+    first = warm_up(mesh.device)
+    clocks = mesh.gather_json(subject.clocks[first:first + timed])
     parts = {phase: statistics.median(max(rank[n][phase] for rank in clocks) for n in range(timed))
              for phase in clocks[0][0]}
     spread = spreads(times, "step", "limit")
@@ -79,7 +80,7 @@ def measure_against_references(subject: Subject, rounds: int, watch: Watch) -> d
     watch.say("checking that all trainers compute the same")
     began = time.monotonic()
     equal = check_equal(subject, recipe)
-    whole = (time.monotonic() - began) * CHECKS_A_ROUND * (WARM_UP + rounds)
+    whole = (time.monotonic() - began) * CHECKS_A_ROUND * (warm_up(subject.mesh.device) + rounds)
     watch.say(f"a warm-up and {rounds} rounds of the step and both trainers take about {duration(whole)}")
     trainers = {name: trainer(subject, name) for name in ATTACKS}
     times = interleaved({"step": subject.step, **trainers}, rounds, subject.mesh, watch)

@@ -18,7 +18,8 @@ from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.guard import Guard
-from mat_dist.core.step import Batch, Clock, train_step
+from mat_dist.core.capture import captured_steps
+from mat_dist.core.step import Batch, Clock, Compute, compute, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
@@ -37,6 +38,7 @@ class Subject:
     Attributes:
         images, labels: uint8 (N, C, H, W) and int64 (N,) on the CPU.
         number: of the next step.
+        compute: the step's engine.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Subject:
     images: Tensor
     labels: Tensor
     number: int = 0
+    compute: Compute = compute
     clocks: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
@@ -70,7 +73,8 @@ class Subject:
         batches = Batches(ImageSet(images.to(mesh.device), labels.to(mesh.device)), seed=config.run.seed,
                           batch_size=config.train.batch_size, augment=config.data.augment, device=mesh.device,
                           dtype=DTYPES[config.step.precision], rows=cohort.rows, classes=classes)
-        return cls(config, cohort, batches, images, labels)
+        return cls(config, cohort, batches, images, labels,
+                   compute=captured_steps(cohort, cohort.peers[0].notes.append))
 
     @property
     def mesh(self) -> Mesh:
@@ -102,13 +106,13 @@ class Subject:
         clock = PhaseClock(self.mesh.device, self.places)
         batch = self.batch()
         clock.lap("data")
-        train_step(self.cohort, batch, clock=clock)
+        train_step(self.cohort, batch, clock=clock, compute=self.compute)
         self.clocks.append(clock.seconds)
         self.number += 1
 
     def logged_step(self) -> Tensor:
         """One whole training step that also measures what a log step does -> loss of each peer, (P,)."""
-        loss_P = train_step(self.cohort, self.batch(), log=True).loss_P
+        loss_P = train_step(self.cohort, self.batch(), log=True, compute=self.compute).loss_P
         self.number += 1
         assert loss_P is not None
         return loss_P
@@ -168,11 +172,10 @@ class Limit:
         self._cohort, self._steps = subject.cohort, [spec.attack.steps for spec in subject.config.peers]
         self._x = subject.cohort.peers[0].arrange(subject.batch().x_BCHW)
         self._models = [copy.deepcopy(peer.model) for peer in subject.cohort.peers]
-        self._called: list[AttackCopy | nn.Module] = []
+        self._called: list[AttackCopy] = []
         dtype = torch.bfloat16 if subject.config.step.precision == "bf16" else None
         for model in self._models:
-            folds = subject.config.step.attack_engine != "model"
-            self._called.append(AttackCopy(model, self._x[:2], dtype) if folds else model)
+            self._called.append(AttackCopy(model, self._x[:2], dtype))
 
     def __call__(self) -> None:
         for peer, model, called in zip(self._cohort.peers, self._models, self._called, strict=True):

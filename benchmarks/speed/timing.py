@@ -15,7 +15,12 @@ from mat_dist.errors import StopRequested
 from mat_dist.runs.console import duration
 
 Contestant = Callable[[], object]
-WARM_UP = 1  # rounds that do not count
+
+
+def warm_up(device: torch.device) -> int:
+    """Rounds that do not count: on a GPU steps are recorded, kernels chosen and passes compiled meanwhile."""
+    return 5 if device.type == "cuda" else 1
+
 
 
 @dataclass(frozen=True)
@@ -49,19 +54,19 @@ def interleaved(contestants: Mapping[str, Contestant], rounds: int, mesh: Mesh, 
 
 def _take_turns(contestants: Mapping[str, Contestant], rounds: int, mesh: Mesh, watch: Watch, times: Times) -> None:
     """Fill `times` until the end, or until some rank was asked to stop."""
-    names, began = list(contestants), time.monotonic()
-    for number in range(WARM_UP + rounds):
-        if number == WARM_UP and (whole := (time.monotonic() - began) * rounds / WARM_UP) >= EVERY:
+    names, began, unmeasured = list(contestants), time.monotonic(), warm_up(mesh.device)
+    for number in range(unmeasured + rounds):
+        if number == unmeasured and (whole := (time.monotonic() - began) * rounds / unmeasured) >= EVERY:
             watch.say(f"{rounds} rounds of {', '.join(names)} take about {duration(whole)}; Ctrl-C ends them earlier")
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
             if any(mesh.gather_json(watch.stopped)):
                 return
-            left = (time.monotonic() - began) / number * (WARM_UP + rounds - number) if number else None
-            watch.now(f"{name}, warm-up" if number < WARM_UP else
-                      f"{name}, round {number - WARM_UP + 1} of {rounds}, {duration(left)} left")
+            left = (time.monotonic() - began) / number * (unmeasured + rounds - number) if number else None
+            watch.now(f"{name}, warm-up" if number < unmeasured else
+                      f"{name}, round {number - unmeasured + 1} of {rounds}, {duration(left)} left")
             found = timed(contestants[name], mesh.device)
-            if number >= WARM_UP:
+            if number >= unmeasured:
                 times[name].append(found)
 
 

@@ -67,10 +67,12 @@ class AttackCopy:
         logits_BK: Tensor = self._called(x_BCHW)
         return logits_BK
 
-    def refresh(self, sample: Tensor) -> None:
-        """Take over the model's present weights and running statistics; now and then check with `sample`."""
+    def refresh(self, sample: Tensor | None) -> None:
+        """Take over the model's present weights and running statistics; now and then check with `sample`, if any."""
         for layer in self._layers:
             layer.refresh()
+        if sample is None:
+            return
         self._refreshed += 1
         if self._layers and (self._refreshed & (self._refreshed - 1) == 0 or self._refreshed % CHECKED == 0):
             try:

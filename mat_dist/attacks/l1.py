@@ -14,7 +14,7 @@ from mat_dist import rng
 BISECTIONS = {torch.float32: 26, torch.float64: 55}  # bits of the mantissa, and two
 
 
-def random_change(x_BCHW: Tensor, eps: float, stream: int, first_row: int) -> Tensor:
+def random_change(x_BCHW: Tensor, eps: float, stream: rng.Key, first_row: int) -> Tensor:
     """Uniform in the l1 ball of radius eps: each of d values is about eps / d -> (B, C, H, W), x's dtype.
 
     AutoAttack projects normal noise onto the ball, a sparse point of which plain PGD undoes little: on digits, l1

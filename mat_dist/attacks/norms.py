@@ -69,7 +69,7 @@ class Region(ABC):
         """The norm of each change -> (B,); infinite where a value moved that the norm keeps fixed."""
 
     @abstractmethod
-    def random(self, stream: int, first_row: int) -> Tensor:
+    def random(self, stream: rng.Key, first_row: int) -> Tensor:
         """A random point of the ball, projected -> (B, C, H, W). `stream` and `first_row` as for `start`."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class Region(ABC):
         """`project`, inside to the last bit."""
         return self.round_inward(self.project(adv_BCHW))
 
-    def start(self, kind: str, *, stream: int, first_row: int = 0) -> Tensor:
+    def start(self, kind: str, *, stream: rng.Key, first_row: int = 0) -> Tensor:
         """The first point of an attack.
 
         Args:
@@ -152,7 +152,7 @@ class Linf(Region):
     def length(change_BCHW: Tensor) -> Tensor:
         return change_BCHW.flatten(1).abs().amax(1)
 
-    def random(self, stream: int, first_row: int) -> Tensor:
+    def random(self, stream: rng.Key, first_row: int) -> Tensor:
         """Uniform in the cube (Madry et al., ICLR 2018), then cut with the box."""
         u = rng.uniform(stream, self.x.shape, first_row=first_row, device=self.x.device, dtype=self.x.dtype)
         return self.project(self.x + u.mul_(2).sub_(1).mul_(self.eps))
@@ -185,7 +185,7 @@ class L2(Region):
     def length(change_BCHW: Tensor) -> Tensor:
         return change_BCHW.flatten(1).norm(dim=1)
 
-    def random(self, stream: int, first_row: int) -> Tensor:
+    def random(self, stream: rng.Key, first_row: int) -> Tensor:
         """Uniform in the ball: a normal direction, and a radius eps u^(1/d)."""
         shape, device, dtype = self.x.shape, self.x.device, self.x.dtype
         direction = rng.normal(stream, shape, first_row=first_row, device=device, dtype=dtype)
@@ -221,7 +221,7 @@ class L1(Region):
     def length(change_BCHW: Tensor) -> Tensor:
         return change_BCHW.flatten(1).norm(1, dim=1)
 
-    def random(self, stream: int, first_row: int) -> Tensor:
+    def random(self, stream: rng.Key, first_row: int) -> Tensor:
         """Uniform in the ball, then projected onto the box too."""
         return self.project(self.x + random_change(self.x, self.eps, stream, first_row))
 

@@ -129,7 +129,7 @@ def pgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCHW
     return found
 
 
-def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: float, loss: str, stream: int,
+def n_fgsm(model: Model, x_BCHW: Tensor, y_B: Tensor, *, eps: float, step_size: float, loss: str, stream: rng.Key,
            first_row: int, teacher_BK: Tensor | None = None) -> Tensor:
     """x + noise + step_size sign(gradient there), in [0, 1]; up to (NOISE + step_size / eps) eps from x in linf.
 

@@ -1,10 +1,9 @@
-"""The attack of training: PGD or APGD on a copy of the weights, run eagerly, compiled, or as one CUDA graph."""
+"""The attack of training: PGD or APGD on a copy of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,53 +16,9 @@ from mat_dist.attacks.norms import Region, Threat
 from mat_dist.attacks.pgd import Model, n_fgsm, pgd
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
+from mat_dist.models.compiled import compiled
 from mat_dist.models.modes import frozen
-
-# (clean images, labels, start) -> AEs and, where they are counted, the images that held at every point of the attack
-Engine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # graph, inputs, results
-WARM_UP = 3  # calls before the capture: cuDNN tries its kernels and autograd starts its threads
-
-
-class GraphedAttack:
-    """`attack` as one CUDA graph for each shape that it meets: its few thousand small kernels are launched at once.
-
-    What a graph reads must stay where it is, so inputs are copied into fixed tensors; weights are read where the model
-    keeps them, and may change between calls. Random numbers are drawn before: a captured draw would repeat itself.
-
-    Args:
-        attack: deterministic, without a synchronisation with the host; always with the same model.
-
-    Raises RuntimeError in a call where the capture fails; the attack itself can still be called then.
-    """
-
-    def __init__(self, attack: Engine) -> None:
-        self._attack = attack
-        self._graphs: dict[torch.Size, Captured] = {}
-
-    def __call__(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor) -> tuple[Tensor, ...]:
-        if x_BCHW.shape not in self._graphs:
-            self._graphs[x_BCHW.shape] = self._capture(x_BCHW, y_B, start_BCHW)
-        graph, inputs, result = self._graphs[x_BCHW.shape]
-        for fixed, given in zip(inputs, (x_BCHW, y_B, start_BCHW), strict=True):
-            fixed.copy_(given)
-        graph.replay()
-        return tuple(part.clone() for part in result)
-
-    def _capture(self, *given: Tensor) -> Captured:
-        x_BCHW, y_B, start_BCHW = (tensor.detach().clone() for tensor in given)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._attack(x_BCHW, y_B, start_BCHW)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog thread asks its events meanwhile, which a global capture would forbid.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self._attack(x_BCHW, y_B, start_BCHW)
-        return graph, (x_BCHW, y_B, start_BCHW), result
-
+from mat_dist.rng import Key
 
 class Found(NamedTuple):
     """AEs (B, C, H, W) in [0, 1], detached, and, where it is asked for, whether each image was classified correctly at
@@ -77,11 +32,11 @@ class Plan(NamedTuple):
     """One batch's attack."""
 
     threat: int  # its position
-    stream: int  # key of the start noise
+    stream: Key  # of the start noise
     first_row: int  # row of the global batch at which the batch starts
     # (first point, by the settings; its region; row of the global batch) -> the point to begin at
     start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
-    guide_BK: Tensor | None = None  # a teacher's logits of the clean images, where the loss needs them; runs eagerly
+    guide_BK: Tensor | None = None  # a teacher's logits of the clean images, where the loss needs them
 
 
 class TrainingAttack:
@@ -90,9 +45,11 @@ class TrainingAttack:
     Args:
         model: the peer's live model; an attack leaves it as it was.
         threats: what to attack with; the first is the peer's own, to which the step length belongs.
-        tell: gets one line where memory runs out, or a copy or an engine cannot be used.
+        tell: gets one line where memory runs out, or a copy cannot be used.
 
     Attributes:
+        captured: the attack is being recorded, which allows no look at a value: the copy is not compared, and errors
+            are the caller's.
         counts: also tell which images held.
         sizes: length of a (first) step for each threat.
     """
@@ -101,8 +58,8 @@ class TrainingAttack:
                  tell: Callable[[str], None]) -> None:
         self._model, self.threats, self.settings, self._step, self._tell = model, threats, settings, step, tell
         self._copy: AttackCopy | None = None  # made by the first attack, which knows the images
-        self._called: Model = model
-        self._engines: list[Engine] = []  # one per threat
+        self._called: Model | None = None  # what attacks call; None before the first one
+        self.captured = False
         self._halves = False  # the attack ran out of memory once
         self.counts = False
         self.sizes = [settings.step_size or 0.0] + [
@@ -127,15 +84,14 @@ class TrainingAttack:
         small CNN). No cache of cast weights: frozen ones do not change, and a CUDA graph may not hold it.
         """
         with frozen(self._model), autocast(self._step.precision, x_BCHW.device, cache=False):
-            if not self._engines:
+            if self._called is None:
                 self._prepare(x_BCHW)
             if self._copy is not None:
-                self._copy.refresh(x_BCHW[:2])
+                self._copy.refresh(None if self.captured else x_BCHW[:2])
                 if self._copy.reason:
-                    self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}; "
-                               "step.attack_engine=model silences this")
-                    self._copy, self._called = None, self._model
-                    self._build_engines(x_BCHW)
+                    self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}")
+                    self._copy, self._called = None, self._compiled(self._model)
+            assert self._called is not None
             yield self._called
 
     def fitting(self, make: Callable[[slice], Found], rows: int) -> Found:
@@ -148,7 +104,7 @@ class TrainingAttack:
             try:
                 return make(slice(0, rows))
             except torch.OutOfMemoryError as error:
-                if rows < 2:
+                if rows < 2 or self.captured:
                     raise
                 self._halves = True
                 self._tell("memory ran out in the attack: batches are attacked in halves from now on; more "
@@ -171,56 +127,30 @@ class TrainingAttack:
         region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
         start = plan.start(start, region, plan.first_row)
-        with self.ready(x_BCHW):
-            if self._step.attack_engine not in ("eager", "model") and plan.guide_BK is None:
-                try:
-                    return Found(*self._engines[plan.threat](x_BCHW, y_B, start))
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # compilers raise anything; eager calls raise it again if it is the model's
-                    self._fall_back(f"{type(error).__name__}: {error}".splitlines()[0])
-                    release(error)
-            return Found(*self._attack(x_BCHW, y_B, start, plan, region))
+        with self.ready(x_BCHW) as model:
+            return Found(*self._attack(model, x_BCHW, y_B, start, plan, region))
 
-    def _attack(self, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,
-                region: Region | None = None) -> tuple[Tensor, ...]:
-        """What an engine gives; a graph, whose images change in place, leaves the region to be formed inside."""
-        settings = self.settings
+    def _attack(self, model: Model, x_BCHW: Tensor, y_B: Tensor, start_BCHW: Tensor, plan: Plan,
+                region: Region) -> tuple[Tensor, ...]:
+        settings, size = self.settings, self.sizes[plan.threat]
         assert settings.loss is not None
-        region, size = region or self.region(x_BCHW, plan.threat), self.sizes[plan.threat]
         if settings.method == "apgd":
-            best = apgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+            best = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
                         steps=settings.steps, step_size=size, teacher_BK=plan.guide_BK)
             return (best.best_BCHW, best.held_B) if self.counts else (best.best_BCHW,)
         right: list[Tensor] | None = [] if self.counts else None
-        adv = pgd(self._called, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
+        adv = pgd(model, x_BCHW, y_B, region=region, start_BCHW=start_BCHW, loss=settings.loss,
                   steps=settings.steps, step_size=size, teacher_BK=plan.guide_BK, right=right)
         return (adv, torch.stack(right).all(0)) if right else (adv,)
 
-    def _eager(self) -> list[Engine]:
-        return [partial(self._attack, plan=Plan(number, 0, 0)) for number in range(len(self.threats))]
-
     def _prepare(self, x_BCHW: Tensor) -> None:
-        """Make the copy and the engine; the images tell shape and device."""
-        if self._step.attack_engine != "model":
-            dtype = torch.bfloat16 if self._step.precision == "bf16" else None
-            self._called = self._copy = AttackCopy(self._model, x_BCHW[:2], dtype)
-        self._build_engines(x_BCHW)
+        """Make the copy; the images tell shape and device."""
+        dtype = torch.bfloat16 if self._step.precision == "bf16" else None
+        self._copy = AttackCopy(self._model, x_BCHW[:2], dtype)
+        self._called = self._compiled(self._copy)
 
-    def _build_engines(self, x_BCHW: Tensor) -> None:
-        step = self._step
-        self._engines = self._eager()
-        if step.attack_engine == "compile":
-            self._called = torch.compile(self._called, dynamic=False)
-        elif step.attack_engine == "cuda_graph" and not x_BCHW.is_cuda:
-            self._fall_back("a CUDA graph needs a GPU")
-        elif step.attack_engine == "cuda_graph":
-            self._engines = [GraphedAttack(engine) for engine in self._engines]
-
-    def _fall_back(self, why: str) -> None:
-        self._tell(f"step.attack_engine={self._step.attack_engine} cannot run, attacks go on eagerly: {why}")
-        self._engines = self._eager()
-        self._called = self._copy if self._copy is not None else self._model
+    def _compiled(self, model: Model) -> Model:
+        return compiled(model, self._tell) if self._step.engine == "compile" else model
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager[Any]:

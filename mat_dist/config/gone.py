@@ -118,7 +118,9 @@ GONE = (
     Gone("step.opinions", f"every peer's logits travel: leave it out, {_OLD}", ("all",)),
     Gone("step.bn", f"batch statistics are per source of AEs: leave it out, {_OLD}", ("separate",)),
     Gone("step.channels_last", f"images lie channels last: leave it out, {_OLD}", (True,)),
-    Gone("step.attack_copy", neutral=(True, None), moved="step.attack_engine", put="model"),
+    Gone("step.attack_copy", "attacks run on a copy that is checked: leave it out", None),
+    Gone("step.attack_engine", neutral=(None,), moved="step.engine", put=lambda value, sibling: {
+        "cuda_graph": "graph", "compile": "compile"}.get(value)),  # eager and model: the same AEs but for rounding
     Gone("step.pull", f"weights of peers are not pulled together: leave it out, {_OLD}", (0,)),
     Gone("step.pull_every", "leave it out together with step.pull", None),
     Gone("step.on_nonfinite", "use skip", values=("quarantine",)),

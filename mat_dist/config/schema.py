@@ -241,10 +241,11 @@ class StepConfig(Section):
                             "source at a time (ImageNet size, many peers)")
     microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after "
                                                                 "another")
-    attack_engine: Literal["eager", "compile", "cuda_graph", "model"] = Field(
-        "eager", description="how the attack's passes run, on a copy of the model whose batch norms are folded: one by "
-                             "one, compiled (torch.compile, a minute at start), or the whole attack as one CUDA graph; "
-                             "one that fails falls back to eager with a note; model: one by one, on the model itself")
+    engine: Literal["auto", "eager", "graph", "compile"] = Field(
+        "auto", description="how a step runs: operation by operation; graph: recorded once as CUDA graphs, which run "
+                            "without waiting for the host, and checked against eager steps; compile: the passes of "
+                            "the models compiled (torch.compile, a minute at start), and recorded on GPUs; auto: graph "
+                            "on GPUs, eager elsewhere. What cannot be recorded or compiled runs eagerly, with a note")
     wire: Literal["full", "fp16", "int8"] = Field(
         "full", description="how AEs travel: all bits, or their perturbation in fewer, for slow networks; the sender "
                             "trains on the shortened ones too, where others need them")

@@ -65,7 +65,7 @@ class Cohort:
         used = [method for method in methods().values() for spec in config.peers if method.uses(spec)]
         self.climbs = any(method.climbs for method in used)
         self.counts = mesh.placement.replicas > 1 and any(method.counts for method in used)
-        self._warming_up: frozenset[int] = frozenset()
+        self.warming_up: frozenset[int] = frozenset()
         self.shown: Callable[[int], AugmentedView] | None = None
         self.failure: MatError | None = None
         for peer in peers:
@@ -110,8 +110,8 @@ class Cohort:
         """Before each step: let warm-ups end, and hooks recall what they know of the images."""
         warming_up = frozenset(row.index for row in self.graph.peers
                                if step < row.weights.warmup_epochs * self.steps_per_epoch)
-        if warming_up != self._warming_up:
-            self._warming_up, self.graph = warming_up, CohortGraph.of(self.specs, warming_up)
+        if warming_up != self.warming_up:
+            self.warming_up, self.graph = warming_up, CohortGraph.of(self.specs, warming_up)
             for peer in self.peers:
                 peer.follow(self.graph.peers[peer.index])
         for peer in self.peers:

@@ -39,12 +39,17 @@ class Guard(Agreement):
     Args:
         clock: takes the times of the phases; the benchmark hands in one that waits for the device.
         failure: what the guard before this one could not tell any more.
+
+    Attributes:
+        meet: (guard, point, what this rank sends, checksum) -> what all have sent; a capture puts its own in place of
+            `exchange`.
     """
 
     def __init__(self, mesh: Mesh, where: str, step: int, clock: Clock | None = None,
                  failure: MatError | None = None) -> None:
         super().__init__(mesh, where, step)
         self.failure = failure
+        self.meet: Callable[[Guard, str, Tensor, int], Tensor] = Guard.exchange
         self.clock = clock or Clock()
 
     def each(self, phase: str, work: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
@@ -59,7 +64,11 @@ class Guard(Agreement):
         Where W is 0, alike on all ranks, nothing travels but the header.
         """
         local, number = self.run(point, make), self.run("checksum", checksum)
-        self._header(point, local, number or 0)
+        return self.meet(self, point, local, number or 0)
+
+    def exchange(self, point: str, local: Tensor, number: int = 0) -> Tensor:
+        """The header, and the gathering of `all_gather`."""
+        self._header(point, local, number)
         gathered = self.mesh.gather_peers(local) if len(local) else local
         self.clock.lap("exchange")
         return gathered

@@ -33,10 +33,13 @@ class Hook:
     Attributes:
         name: of the method; its state is stored under it.
         averages: it says how the averaged weights follow (`kept_share`).
+        repeats: from `craft` to `proposed` it asks torch for the same operations on the same tensors in every step for
+            which `choose` gives the same, so that a step with it can be captured.
     """
 
     name = ""
     averages = False
+    repeats = False
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer

@@ -20,6 +20,7 @@ from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.core.objective import Teaching, couples, partial_loss
 from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at, optimizer_notes
+from mat_dist.models.compiled import compiled
 from mat_dist.models.modes import batch_stats_only, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Peer:
         hooks: of its methods, in the order of their names.
         steps_per_epoch, total_steps, batch_size: of the training; rows: of the batch that live on this rank.
         norms: the scope in which batch norm sees the batch of all replicas; all of them enter it alike.
+        drawn: the scope in which what a model draws is keyed.
+        called: the model as learning calls it.
         fresh_model: makes another model of its architecture.
         notes: what the run should tell its user; who tells it empties the list.
     """
@@ -56,10 +59,11 @@ class Peer:
         self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
         self.ema = copied_state(model) if spec.averages and not spec.frozen else None
         self.notes = [f"{self.name}: {note}" for note in optimizer_notes(spec.optim, model)]
-        self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step,
-                                                 lambda text: self.notes.append(f"{self.name}: {text}"))
+        self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step, self._tell)
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
         self.norms: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.drawn: Callable[[int], AbstractContextManager[Any]] = rng.keyed_rng
+        self.called = compiled(model, self._tell) if step.engine == "compile" else model
         self.fresh_model: Callable[[], nn.Module] = lambda: copy.deepcopy(model)
         self.follow(row)
         self.hooks: list[Hook] = [method.hook(self) for method in methods().values()
@@ -95,13 +99,13 @@ class Peer:
                 point = hook.start(point, region, first_row)
             return point
 
-        stream = self.stream("attack", part.step, *([threat] if threat else []))
+        stream = part.key(lambda step: self.stream("attack", step, *([threat] if threat else [])))
         return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK))
 
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Train-mode logits (B, K) with a graph; buffers move. `draw` keys what the model draws (`Batch.draw`)."""
         with torch.enable_grad(), self.training(draw):
-            return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
+            return self.called(self.arrange(x_BCHW)).to(x_BCHW.dtype)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits without a graph or a trace in the buffers; of a frozen peer in eval mode."""
@@ -116,7 +120,7 @@ class Peer:
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
         """Of the model as it is, in x's type."""
-        return self.model(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
+        return self.model(self.arrange(x_BCHW)).to(x_BCHW.dtype)
 
     def forward(self, part: Batch, views: Views, taught: Sequence[View]) -> dict[View, Tensor]:
         """Logits by view: with graph where the peer learns (memory: keep), without where it only teaches."""
@@ -241,7 +245,10 @@ class Peer:
 
     def drawing(self, draw: Sequence[int]) -> AbstractContextManager[Any]:
         """The scope of every forward: whatever a model draws from a global generator is keyed."""
-        return rng.keyed_rng(self.stream("forward", *draw))
+        return self.drawn(self.stream("forward", *draw))
+
+    def _tell(self, text: str) -> None:
+        self.notes.append(f"{self.name}: {text}")
 
     @contextmanager
     def training(self, draw: Sequence[int]) -> Iterator[None]:

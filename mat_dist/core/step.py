@@ -6,8 +6,8 @@ each peer, then the clean images), T views taught, B rows of this replica's (mic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from mat_dist.core.graph import View
 from mat_dist.core.guard import Clock, Guard
 from mat_dist.core.hooks import Views
 from mat_dist.distributed.agreement import batch_checksum
+from mat_dist.rng import Key, KeyTable
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Batch:
         step: 0-based number of the step; keys all randomness and schedules.
         first_row: row of the global batch at which these begin.
         parts: how many micro-batches make the step.
+        keys: in a step that is captured, the keys that follow the step's number.
     """
 
     x_BCHW: Tensor
@@ -37,6 +39,11 @@ class Batch:
     step: int
     first_row: int = 0
     parts: int = 1
+    keys: KeyTable | None = None
+
+    def key(self, make: Callable[[int], int]) -> Key:
+        """A key that is a function of the step's number."""
+        return make(self.step) if self.keys is None else self.keys.slot(make)
 
     def draw(self, number: int) -> tuple[int, int, int]:
         """What keys the draws of a forward on the view of this number."""
@@ -46,12 +53,12 @@ class Batch:
         """Equal micro-batches, in order."""
         rows = len(self.x_BCHW) // parts
         for first in range(0, parts * rows, rows):
-            yield Batch(self.x_BCHW[first:first + rows], self.y_B[first:first + rows], self.step,
-                        self.first_row + first, parts)
+            yield replace(self, x_BCHW=self.x_BCHW[first:first + rows], y_B=self.y_B[first:first + rows],
+                          first_row=self.first_row + first, parts=parts)
 
-    def checksum(self, on_cuda: bool) -> int:
-        """A number that tells batches apart, 0 where they do not lie there: on a GPU it waits for the device."""
-        return int(batch_checksum(self.x_BCHW, self.y_B)) if self.x_BCHW.is_cuda == on_cuda else 0
+    def checksum(self) -> int:
+        """A number that tells batches apart; 0 on a GPU, where it would have to be waited for."""
+        return 0 if self.x_BCHW.is_cuda else int(batch_checksum(self.x_BCHW, self.y_B))
 
 
 class Ask(NamedTuple):
@@ -91,33 +98,61 @@ class Learned(NamedTuple):
     correct_LS: Tensor
 
 
+class Computed(NamedTuple):
+    """What a step leaves for its vote.
+
+    Attributes:
+        told: int64 on the device: the batch's checksum where it lies there, else 0; then for each local peer whether
+            AEs, logits, loss and gradient are finite.
+        parts: the micro-batches.
+        proposed: what each hook of each local peer would keep.
+    """
+
+    told: Tensor
+    parts: list[Learned]
+    proposed: list[list[Sequence[Tensor]]]
+
+
+# (cohort, guard, batch, log) -> what `compute` gives
+Compute = Callable[[Cohort, Guard, Batch, bool], Computed]
+
+
+def compute(cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
+    """Everything of a step before its vote: gradients are in the parameters, and nothing else is changed but what
+    `Cohort.rollback` restores."""
+    parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.step.microbatches)]
+    guard.average("gradients", cohort.gradients)
+    norms = guard.each("backward", lambda peer: peer.reduced(), cohort.peers)
+    told = guard.run("finite check", told_at_vote, batch, parts, norms)
+    return Computed(told, parts, guard.run("proposals", cohort.proposed))
+
+
 def train_step(cohort: Cohort, batch: Batch, *, log: bool = False, ask: Ask = Ask(),  # noqa: B008  a constant
-               clock: Clock | None = None) -> Outcome:
+               clock: Clock | None = None, compute: Compute = compute) -> Outcome:
     """Attack, exchange, learn, vote, update: every peer by one step, or none.
 
     Args:
         log: also compute losses and the transfer table (one more small exchange).
         clock: takes the times of the phases.
+        compute: what does the work, this module's or one that has captured it.
 
     Raises:
         MatError: on all ranks with one text. No peer was changed.
     """
     guard = Guard(cohort.mesh, f"step {batch.step}", batch.step, clock, cohort.failure)
-    peers = cohort.peers
     with cohort.rollback():
         cohort.begin(guard, batch.step)
-        parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.step.microbatches)]
-        guard.average("gradients", cohort.gradients)
-        norms = guard.each("backward", lambda peer: peer.reduced(), peers)
-        proposed = guard.run("proposals", cohort.proposed)
-        verdict = guard.vote(guard.run("finite check", finite, parts, norms), stop=ask.stop, ready=ask.ready,
-                             checksum=guard.run("checksum", batch.checksum, True) or 0)
+        found = compute(cohort, guard, batch, log)
+        # A step's only wait for a GPU, whose errors show up here.
+        checksum, *bits = guard.run("device", lambda: found.told.tolist()) or [0]
+        guard.clock.lap("device")
+        verdict = guard.vote(bits, stop=ask.stop, ready=ask.ready, checksum=checksum)
         guard.clock.lap("wait")
-    cohort.update(guard, batch.step, proposed)
+    cohort.update(guard, batch.step, found.proposed)
     guard.clock.lap("optimizer")
     outcome = Outcome(verdict.stop, verdict.ready, seconds=guard.clock.seconds)
     if log:
-        outcome.loss_P, outcome.transfer_PS = gather_records(cohort, parts)
+        outcome.loss_P, outcome.transfer_PS = gather_records(cohort, found.parts)
         guard.clock.lap("log")
     return outcome
 
@@ -128,7 +163,7 @@ def learn(cohort: Cohort, guard: Guard, part: Batch, log: bool) -> Learned:
 
     guides = cohort.guides(guard, part)
     made = guard.each("attack", lambda peer, guide: peer.attack(part, cohort.makes(peer, log), guide), peers, guides)
-    sent = guard.all_gather("AEs", lambda: cohort.packed(made, part, log), lambda: part.checksum(False))
+    sent = guard.all_gather("AEs", lambda: cohort.packed(made, part, log), part.checksum)
     views: Views = guard.run("decoding", cohort.unpacked, sent, made, part, log)
 
     climbs = guard.each("attack", lambda peer: peer.climb(part, views), peers)
@@ -162,11 +197,13 @@ def all_finite(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
     return found
 
 
-def finite(parts: Sequence[Learned], norms: Sequence[Tensor]) -> Tensor:
-    """AEs, logits, loss and gradient of each local peer: all finite? -> bool (L, 4)."""
+def told_at_vote(batch: Batch, parts: Sequence[Learned], norms: Sequence[Tensor]) -> Tensor:
+    """`Computed.told`."""
     early = torch.stack([part.finite_L2 for part in parts]).all(0)
     loss = torch.stack([part.loss_L for part in parts]).isfinite().all(0)
-    return torch.stack([early[:, 0], early[:, 1], loss, torch.stack(list(norms)).isfinite()], dim=1)
+    finite_L4 = torch.stack([early[:, 0], early[:, 1], loss, torch.stack(list(norms)).isfinite()], dim=1)
+    checksum = batch_checksum(batch.x_BCHW, batch.y_B) if batch.x_BCHW.is_cuda else early.new_zeros(())
+    return torch.cat([checksum.long()[None], finite_L4.long().reshape(-1)])
 
 
 def gather_records(cohort: Cohort, parts: Sequence[Learned]) -> tuple[Tensor, Tensor]:

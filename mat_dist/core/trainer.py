@@ -12,6 +12,7 @@ from mat_dist.checkpoints.load import check_resumed, initialise, restore
 from mat_dist.checkpoints.saver import Saver
 from mat_dist.config import binding, with_absolute_paths
 from mat_dist.config.schema import Config
+from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
 from mat_dist.core.step import Ask, Batch, Outcome, train_step
@@ -68,6 +69,7 @@ class Trainer:
         self.cohort.shown = lambda step: self.batches.shown(step // config.train.replays)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, tell=self.reporter.tell)
+        self.compute = captured_steps(self.cohort, self.note)
         self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
 
@@ -126,7 +128,8 @@ class Trainer:
     def step(self, batch: Batch, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or, a few times, is left out, as the settings say."""
         try:
-            return train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready))
+            return train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready),
+                              compute=self.compute)
         except NonFinite as error:
             self.refused = [s for s in self.refused if s > batch.step - WINDOW] + [batch.step]
             if self.config.step.on_nonfinite == "abort" or len(self.refused) > MOST_REFUSED:

@@ -83,12 +83,12 @@ class Agreement:
             self._compare(self.mesh.gather_json(form), "the shape or type of the data to exchange")
         self._compare_batches(rows)
 
-    def vote(self, finite_L4: Tensor, *, stop: bool = False, ready: bool = True, checksum: int = 0) -> Verdict:
+    def vote(self, bits: Sequence[int], *, stop: bool = False, ready: bool = True, checksum: int = 0) -> Verdict:
         """Decide together whether this step is committed.
 
         Args:
-            finite_L4: for each local peer, whether its AEs, logits, loss and gradient are finite (bool); read
-                here, which is a step's only wait for a GPU.
+            bits: for each local peer in turn, whether its AEs, logits, loss and gradient are finite; of a rank that
+                failed they do not count.
             stop: a signal asked this rank to stop after the step.
             ready: this rank has written its part of a checkpoint.
             checksum: as in `header`, for batches whose checksum lay on the device until now.
@@ -96,11 +96,7 @@ class Agreement:
         Raises the first failure of any rank, or NonFinite naming the peers where it began.
         """
         local = self.mesh.placement.peers_per_rank
-        if self.failure is None:
-            self.mesh.await_device()
-        # Errors of a device show up where the host waits for it.
-        bits = self.run("device", lambda: finite_L4.reshape(-1).tolist()) or [0] * 4 * local
-        rows = self._gather("vote", [checksum, int(stop), int(ready), *map(int, bits)])
+        rows = self._gather("vote", [checksum, int(stop), int(ready), *(bits or [0] * 4 * local)])
         self._compare_batches(rows)
         for stage, name in enumerate(STAGES):
             guilty = sorted({rank % self.mesh.placement.peer_ranks * local + i for rank, row in enumerate(rows)

@@ -45,6 +45,7 @@ class WeightPerturbation(Hook):
     """One step up the peer's own loss in the space of weights, and back."""
 
     name = "awp"
+    repeats = True
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)

@@ -51,6 +51,7 @@ class Mart(Hook):
     """The two terms; beside distillation the first one has the weight that labels have, 1 - kd_weight."""
 
     name = "mart"
+    repeats = True
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)

@@ -74,6 +74,7 @@ class Ramp(Hook):
     """Pairs the logits of two norms, and projects the gradient."""
 
     name = "ramp"
+    repeats = True
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)

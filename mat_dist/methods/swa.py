@@ -43,6 +43,7 @@ class WeightAverage(Hook):
     """Says how the averaged weights follow, and renews their batch-norm statistics before they are stored."""
 
     name = "swa"
+    repeats = True
     averages = True
 
     def epochs(self, done: int) -> int:

@@ -151,6 +151,7 @@ class Drawn(Hook):
     """One threat per batch, each as likely; the draw is the same on all replicas."""
 
     name = "unions"
+    repeats = True
 
     def choose(self, step: int) -> int:
         return self.peer.stream("norm", step) % len(self.peer.threats)

@@ -4,7 +4,7 @@ recording, with the numbers of the recording."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mat_dist.core.guard import Lane, one_lane
+
 Call = tuple[Any, Any, Any, Any]
+UNSAID = {torch.ops.aten.native_batch_norm.default: {3, 4}}  # it moves the statistics, and its schema is silent
 
 
 class Operations(TorchDispatchMode):
@@ -21,20 +24,40 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.born: set[int] = set()  # storages made here
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what else was written, and what was there
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Nothing was executed."""
+        for tensor, value in self.before.values():
+            tensor.copy_(value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = tensors((args, kwargs))
+        said = {place for place, argument in enumerate(func._schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write}
+        written = [one for place in said | UNSAID.get(func, set()) for one in tensors(args[place:place + 1])]
+        for one in written:
+            if storage(one) not in self.born:
+                self.before.setdefault(storage(one), (one, one.clone()))
         found = func(*args, **(kwargs or {}))
+        self.born |= {storage(one) for one in tensors(found)} - {storage(one) for one in read}
         self.calls.append((func, args, kwargs or {}, found))
         return found
 
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, found in self.calls:
-            read = {storage(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+            read = {storage(one) for one in tensors((args, kwargs))}
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and storage(old) not in read:
                     old.detach().copy_(new)
+
+
+def tensors(given: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(given) if isinstance(one, Tensor)]
 
 
 def storage(tensor: Tensor) -> int:
@@ -42,7 +65,7 @@ def storage(tensor: Tensor) -> int:
 
 
 class CpuRecorder:
-    """Records by doing, so what it changes must be undone."""
+    """Records by doing, and undoes it."""
 
     def __init__(self) -> None:
         self.now: Operations | None = None
@@ -61,9 +84,13 @@ class CpuRecorder:
         self.now = Operations()
         self.now.__enter__()
 
+    def lanes(self, count: int) -> AbstractContextManager[Lane]:
+        return one_lane(count)
+
     def end(self) -> Operations:
         done, self.now = self.now, None
         assert done is not None
         done.__exit__(None, None, None)
+        done.undo()
         self.made.append(done)
         return done

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from benchmarks.speed.timing import synchronise
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
+from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
+from mat_dist.core.feed import Feed
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.guard import Guard
-from mat_dist.core.capture import captured_steps
 from mat_dist.core.step import Batch, Clock, Compute, compute, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
@@ -39,6 +40,7 @@ class Subject:
         images, labels: uint8 (N, C, H, W) and int64 (N,) on the CPU.
         number: of the next step.
         compute: the step's engine.
+        feed: its batches.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Subject:
     labels: Tensor
     number: int = 0
     compute: Compute = compute
+    feed: Feed = field(init=False)
     clocks: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
@@ -76,6 +79,9 @@ class Subject:
         return cls(config, cohort, batches, images, labels,
                    compute=captured_steps(cohort, cohort.peers[0].notes.append))
 
+    def __post_init__(self) -> None:
+        self.feed = Feed(self.cohort, self.batches)
+
     @property
     def mesh(self) -> Mesh:
         return self.cohort.mesh
@@ -102,11 +108,12 @@ class Subject:
         return Batch(*self.batches.at(self.number), self.number, self.cohort.rows.start)
 
     def step(self) -> None:
-        """One whole training step, data included; its phases are kept in `clocks`."""
-        clock = PhaseClock(self.mesh.device, self.places)
-        batch = self.batch()
+        """One whole training step, data included; its phases are kept in `clocks`, where it is captured those of the
+        host."""
+        clock = PhaseClock(self.mesh.device, self.places) if self.compute is compute else Clock()
+        batch = self.feed.fetch(self.number)
         clock.lap("data")
-        train_step(self.cohort, batch, clock=clock, compute=self.compute)
+        train_step(self.cohort, batch, clock=clock, compute=self.feed.behind(self.compute))
         self.clocks.append(clock.seconds)
         self.number += 1
 
@@ -136,7 +143,8 @@ class Subject:
         cohort.mesh.average_replicas(cohort.gradients())
         for peer in cohort.peers:
             peer.reduced()
-        cohort.update(Guard(cohort.mesh, "update", batch.step), batch.step, cohort.proposed())
+        cohort.update(Guard(cohort.mesh, "update", batch.step), batch.step, cohort.proposed(),
+                      [peer.descend for peer in cohort.peers])
         self.number += 1
 
     def _learn(self, part: Batch) -> None:

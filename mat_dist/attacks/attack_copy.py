@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mat_dist import rng
 from mat_dist.distributed.arithmetic import strict_arithmetic
-from mat_dist.models.modes import frozen
+from mat_dist.models.modes import copy_all, frozen
 
 TOLERANCE = 1e-3  # of the largest logit: rounding is a thousand times less, a wrong copy far more
 CHECKED = 1024  # it is checked at call 1, 2, 4, 8 ... of `refresh`, and every so many calls
@@ -61,16 +61,22 @@ class AttackCopy:
             self._called, self._layers = called, layers
             for layer in layers:
                 layer.own.to(dtype)
-                layer.refresh()
+            self._take_over()
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         logits_BK: Tensor = self._called(x_BCHW)
         return logits_BK
 
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        pairs = [(own, value) for layer in self._layers
+                 for own, value in zip((layer.own.weight, layer.own.bias), layer.folded(), strict=True)
+                 if own is not None and value is not None]
+        copy_all([own for own, _ in pairs], [value for _, value in pairs])
+
     def refresh(self, sample: Tensor | None) -> None:
         """Take over the model's present weights and running statistics; now and then check with `sample`, if any."""
-        for layer in self._layers:
-            layer.refresh()
+        self._take_over()
         if sample is None:
             return
         self._refreshed += 1
@@ -96,12 +102,6 @@ class _Layer:
     own: nn.Conv2d | nn.Linear
     source: nn.Conv2d | nn.Linear
     norm: _BatchNorm | None
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for own, value in zip((self.own.weight, self.own.bias), self.folded(), strict=True):
-            if own is not None and value is not None:
-                own.copy_(value)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, in the model's type."""

@@ -20,6 +20,7 @@ from mat_dist.models.compiled import compiled
 from mat_dist.models.modes import frozen
 from mat_dist.rng import Key
 
+
 class Found(NamedTuple):
     """AEs (B, C, H, W) in [0, 1], detached, and, where it is asked for, whether each image was classified correctly at
     every point of its attack, the start and the result included (bool (B,))."""

@@ -11,156 +11,24 @@ on eagerly beside the others. A recorded step is compared with an eager one of a
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mat_dist import rng
 from mat_dist.core import step as steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.guard import Guard
+from mat_dist.core.recorder import CudaRecorder, Recorder
 from mat_dist.core.step import Batch, Computed
-from mat_dist.models.modes import saved_buffers
+from mat_dist.core.tape import Tape, raise_kept, trainable
+from mat_dist.models.modes import copy_all, saved_buffers
 
 MOST = 8  # kinds of step that are recorded: each holds the memory of its results
 EAGER_EVERY = 1024  # steps 1, 2, 4 ... 1024, 2048, 3072 ... run eagerly, where attacked copies are compared
 NOISE = 2.0  # a recorded step may differ from an eager one by so many times what eager ones differ by
-
-
-class Graph(Protocol):
-    """Operations that can be launched again."""
-
-    def replay(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """What makes graphs."""
-
-    def scope(self) -> AbstractContextManager[Any]:
-        """Where recording happens."""
-
-    def begin(self) -> None:
-        """What follows is recorded, not executed."""
-
-    def end(self) -> Graph:
-        """Until here."""
-
-
-class CudaRecorder:
-    """CUDA graphs that share one pool of memory, since they run one after another."""
-
-    def __init__(self) -> None:
-        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        torch.cuda.synchronize()
-        gc.collect()  # what is freed while a graph is captured would end the capture
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            try:
-                yield
-            finally:
-                if self._graph is not None:  # something failed
-                    self._abandon()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def begin(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog thread asks its events meanwhile, which a global capture would forbid.
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-    def end(self) -> Graph:
-        graph, self._graph = self._graph, None
-        assert graph is not None
-        graph.capture_end()
-        return graph
-
-    def _abandon(self) -> None:
-        try:
-            self.end()
-        except RuntimeError:  # it tells again what has failed
-            pass
-
-
-class Meeting(NamedTuple):
-    """An exchange between two graphs: what this rank sends, and where what all have sent goes."""
-
-    point: str
-    local: Tensor
-    gathered: Tensor
-    number: int
-
-
-@dataclass
-class Tape:
-    """A recorded step.
-
-    Attributes:
-        batch: the tensors and keys that its graphs read.
-        events: graphs and exchanges, in order.
-        found: what the step gives.
-        gradients: of each trainable parameter.
-    """
-
-    batch: Batch
-    events: list[Graph | Meeting] = field(default_factory=list)
-    found: Computed | None = None
-    gradients: list[tuple[torch.nn.Parameter, Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def record(cls, cohort: Cohort, batch: Batch, log: bool, recorder: Recorder) -> Tape:
-        """The step of a batch, recorded; the cohort stays as it was. Raises anything where that is impossible."""
-        keys = rng.KeyTable(batch.x_BCHW.device)
-        tape = cls(replace(batch, x_BCHW=batch.x_BCHW.clone(), y_B=batch.y_B.clone(), keys=keys))
-        guard = Guard(cohort.mesh, f"recording of step {batch.step}", batch.step)
-
-        def meet(guard: Guard, point: str, local: Tensor, number: int) -> Tensor:
-            _raise_kept(guard)
-            place = cohort.mesh.placement
-            if place.world == 1:
-                return local
-            tape.events.append(recorder.end())
-            gathered = local.new_zeros(place.peer_ranks * len(local), *local.shape[1:])
-            tape.events.append(Meeting(point, local, gathered, number))
-            recorder.begin()
-            return gathered
-
-        guard.meet = meet
-        with _recording(cohort), recorder.scope():
-            recorder.begin()
-            tape.found = steps.compute(cohort, guard, tape.batch, log)
-            _raise_kept(guard)
-            tape.gradients = [(p, p.grad) for p in _trainable(cohort) if p.grad is not None]
-            tape.events.append(recorder.end())
-        return tape
-
-    def play(self, guard: Guard, batch: Batch, meet: Callable[[Meeting], Tensor] | None = None) -> Computed:
-        """The step of another batch. `meet`: in place of the exchanges."""
-        guard.run("inputs", self._fill, batch)
-        for event in self.events:
-            if isinstance(event, Meeting):
-                gathered = meet(event) if meet else guard.exchange(event.point, event.local, event.number)
-                guard.run(event.point, event.gathered.copy_, gathered)
-            else:
-                guard.run("graph", event.replay)
-                guard.clock.lap("graph")
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-        assert self.found is not None
-        return self.found
-
-    def _fill(self, batch: Batch) -> None:
-        assert self.batch.keys is not None
-        self.batch.x_BCHW.copy_(batch.x_BCHW, non_blocking=True)
-        self.batch.y_B.copy_(batch.y_B, non_blocking=True)
-        self.batch.keys.fill(batch.step)
 
 
 class CapturedSteps:
@@ -185,12 +53,12 @@ class CapturedSteps:
         kind = _kind(cohort, batch, log)
         if kind not in self._first:
             self._first[kind] = batch.step
-        elif kind not in self._tapes and len(self._tapes) < MOST:
+        elif kind not in self._tapes and len(self._tapes) < MOST and _moved(cohort):
             return self._compared(kind, cohort, guard, batch)
         tape, eager = self._tapes.get(kind), self._number & (self._number - 1) == 0 or self._number % EAGER_EVERY == 0
         if tape is None or eager or self._first[kind] == batch.step:
             return steps.compute(cohort, guard, batch, log)
-        return tape.play(guard, batch)
+        return tape.play(cohort, guard, batch)
 
     def _compared(self, kind: Any, cohort: Cohort, guard: Guard, batch: Batch) -> Computed:
         """An eager step, and beside it a recorded one of this kind, if possible."""
@@ -202,14 +70,12 @@ class CapturedSteps:
         except Exception as error:  # drivers, models and hooks raise anything
             self._refuse(kind, f"{type(error).__name__}: {error}".splitlines()[0])
             tape = None
-        finally:
-            _restore(before)
         answers: list[Tensor] = []
         guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
         found = steps.compute(cohort, guard, batch, log)
         if tape is None or guard.failure is not None:
             return found
-        after, gradients = [saved_buffers(peer.model) for peer in cohort.peers], [p.grad for p in _trainable(cohort)]
+        after, gradients = [saved_buffers(peer.model) for peer in cohort.peers], [p.grad for p in trainable(cohort)]
         try:
             if why := _difference(tape, cohort, batch, log, answers, before):
                 self._refuse(kind, why)
@@ -217,7 +83,7 @@ class CapturedSteps:
                 self._tapes[kind] = tape
         finally:
             _restore(after)
-            for p, gradient in zip(_trainable(cohort), gradients, strict=True):
+            for p, gradient in zip(trainable(cohort), gradients, strict=True):
                 p.grad = gradient
         return found
 
@@ -252,31 +118,14 @@ def _kind(cohort: Cohort, batch: Batch, log: bool) -> tuple[Any, ...]:
     return log, shapes, cohort.warming_up, chosen
 
 
-def _trainable(cohort: Cohort) -> list[torch.nn.Parameter]:
-    return [p for peer in cohort.peers for p in peer.model.parameters() if p.requires_grad]
+def _moved(cohort: Cohort) -> bool:
+    """Whether all optimizers have made a step, and so what they keep."""
+    return all(peer.optimizer.state for peer in cohort.peers if not peer.spec.frozen)
 
 
 def _restore(restorers: Sequence[Callable[[], None]]) -> None:
     for restore in restorers:
         restore()
-
-
-def _raise_kept(guard: Guard) -> None:
-    if guard.failure is not None:
-        raise guard.failure
-
-
-@contextmanager
-def _recording(cohort: Cohort) -> Iterator[None]:
-    """Peers do nothing that a recording forbids; afterwards they have no gradients."""
-    try:
-        for peer in cohort.peers:
-            peer.drawn, peer.attack_of_training.captured = rng.undrawn, True
-        yield
-    finally:
-        for peer in cohort.peers:
-            peer.drawn, peer.attack_of_training.captured = rng.keyed_rng, False
-            peer.forget()
 
 
 def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Sequence[Tensor],
@@ -293,18 +142,21 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
         guard.meet = lambda *given: waiting.pop(0)
         _restore(before)
         work(guard)
-        _raise_kept(guard)
+        raise_kept(guard)
         return _results(cohort)
 
     wanted, waiting, drawn = _results(cohort), list(answers), _offsets()
     try:
-        played = results(lambda guard: tape.play(guard, batch, lambda _: waiting.pop(0)))
+        played = results(lambda guard: tape.play(cohort, guard, batch, lambda _: waiting.pop(0)))
         if _offsets() != drawn:
             return "the model draws random numbers"
         found = _distance(played, wanted)
+        if not _updates_alike(tape, cohort, batch.step):
+            return "the optimizer's step differs from an eager one"
         for peer in cohort.peers:
             peer.forget()
-        noise = 0.0 if found == 0 else _distance(results(lambda guard: steps.compute(cohort, guard, batch, log)), wanted)
+        noise = 0.0 if found == 0 else _distance(
+            results(lambda guard: steps.compute(cohort, guard, batch, log)), wanted)
     except Exception as error:  # as in recording
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "" if found <= NOISE * noise else f"gradients differ by {found:.1e} from those of an eager step, which " \
@@ -314,7 +166,24 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
 def _results(cohort: Cohort) -> list[Tensor]:
     """Copies of the gradients and buffers of the local peers."""
     buffers = [b for peer in cohort.peers for b in peer.model.buffers()]
-    return [t.detach().to(torch.float64, copy=True) for t in (*(p.grad for p in _trainable(cohort) if p.grad is not None), *buffers)]
+    gradients = [p.grad for p in trainable(cohort) if p.grad is not None]
+    return [t.detach().to(torch.float64, copy=True) for t in (*gradients, *buffers)]
+
+
+def _updates_alike(tape: Tape, cohort: Cohort, step: int) -> bool:
+    """Whether the recorded optimizer steps do the same as eager ones, bit by bit; all is as before afterwards."""
+    kept = [t for peer in cohort.peers for state in peer.optimizer.state.values() for t in state.values()
+            if isinstance(t, Tensor)]
+    places = [p.detach() for p in trainable(cohort)] + kept
+    before, found = [place.clone() for place in places], []
+    assert tape.found is not None
+    for work in ([peer.descend for peer in cohort.peers], tape.found.descend):
+        for peer, descend in zip(cohort.peers, work, strict=True):
+            if not peer.spec.frozen:
+                descend(cohort.lr(peer.spec, step))
+        found.append([place.clone() for place in places])
+        copy_all(places, before)
+    return all(map(torch.equal, *found))
 
 
 def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:

@@ -54,6 +54,7 @@ class Cohort:
         rows: this replica's rows of a batch.
         climbs, counts: some peer of the cohort has a method with such an exchange between replicas.
         shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
+        restorers: give the buffers the values that `keep` found.
         failure: of an update, which follows the last exchange of its step; the next step, or a save, tells all ranks.
     """
 
@@ -68,6 +69,7 @@ class Cohort:
         self.warming_up: frozenset[int] = frozenset()
         self.shown: Callable[[int], AugmentedView] | None = None
         self.failure: MatError | None = None
+        self.restorers: list[Callable[[], None]] = []
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
             peer.rows, peer.batch_size = self.rows, config.train.batch_size
@@ -185,16 +187,20 @@ class Cohort:
 
     # ---------------------------------------------------------------- before and after the vote
 
+    def keep(self) -> None:
+        """Remember the buffers, for `rollback`."""
+        self.restorers = [saved_buffers(peer.model) for peer in self.peers]
+
     @contextmanager
     def rollback(self) -> Iterator[None]:
         """Undo what a step does before its vote, should it be refused: buffers, gradients, what hooks changed."""
-        restorers = [saved_buffers(peer.model) for peer in self.peers]
+        self.restorers = []
         try:
             yield
         except Exception as error:
             # A device that failed refuses this too, and all ranks end with what the others were told of it.
             with nullcontext() if isinstance(error, NonFinite) else suppress(RuntimeError):
-                for restore in restorers:
+                for restore in self.restorers:
                     restore()
                 for peer in self.peers:
                     peer.forget()
@@ -208,16 +214,22 @@ class Cohort:
         """What each hook of each local peer would keep of the step."""
         return [[hook.proposed() for hook in peer.hooks] for peer in self.peers]
 
-    def update(self, guard: Guard, step: int, proposed: Sequence[Sequence[Sequence[Tensor]]]) -> None:
-        """Apply the gradients of a committed step; average the weights. The vote told that all ranks are here."""
+    def update(self, guard: Guard, step: int, proposed: Sequence[Sequence[Sequence[Tensor]]],
+               descend: Sequence[Callable[[float], None]]) -> None:
+        """Apply the gradients of a committed step; average the weights. The vote told that all ranks are here.
+
+        Args:
+            proposed: as from `proposed`.
+            descend: each local peer's optimizer step at a rate.
+        """
         shared = [[[*map(self.mesh.gather_replicas, rows)] for rows in one] for one in proposed]
         followed = [buffer for peer in self.peers for buffer in replica_buffers(peer.model)]
         means = [buffer.double() for buffer in followed]  # in fp32 the mean of three equal constants may be another
         self.mesh.average_replicas(means)
         for buffer, mean in zip(followed, means, strict=True):
             buffer.copy_(mean)
-        for peer, rows in zip(self.peers, shared, strict=True):
-            guard.run(f"update of {peer.name}", peer.update, step, self.lr(peer.spec, step), rows)
+        for peer, rows, work in zip(self.peers, shared, descend, strict=True):
+            guard.run(f"update of {peer.name}", peer.update, step, self.lr(peer.spec, step), rows, work)
             guard.run(f"update of {peer.name}", peer.average, step)
         self.failure = guard.kept()
 

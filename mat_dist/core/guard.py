@@ -7,6 +7,7 @@ it to all ranks. Every exchange is a header, the collective, and two laps of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -17,6 +18,14 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, told_error
 
 T = TypeVar("T")
+
+
+Lane = Callable[[int], AbstractContextManager[Any]]
+
+
+def one_lane(count: int) -> AbstractContextManager[Lane]:
+    """The peers of a rank work one after another."""
+    return nullcontext(lambda number: nullcontext())
 
 
 class Clock:
@@ -43,6 +52,7 @@ class Guard(Agreement):
     Attributes:
         meet: (guard, point, what this rank sends, checksum) -> what all have sent; a capture puts its own in place of
             `exchange`.
+        lanes: (number of peers) -> a scope that gives each of them one for its work, so that a GPU may do all at once.
     """
 
     def __init__(self, mesh: Mesh, where: str, step: int, clock: Clock | None = None,
@@ -50,11 +60,16 @@ class Guard(Agreement):
         super().__init__(mesh, where, step)
         self.failure = failure
         self.meet: Callable[[Guard, str, Tensor, int], Tensor] = Guard.exchange
+        self.lanes: Callable[[int], AbstractContextManager[Lane]] = one_lane
         self.clock = clock or Clock()
 
     def each(self, phase: str, work: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
         """`work` for each peer of the first column, with its entries of the others; messages name the peer."""
-        found = [self.run(f"{phase} of {row[0].name}", work, *row) for row in zip(*columns, strict=True)]
+        rows, found = list(zip(*columns, strict=True)), []
+        with self.lanes(len(rows)) as lane:
+            for number, row in enumerate(rows):
+                with lane(number):
+                    found.append(self.run(f"{phase} of {row[0].name}", work, *row))
         self.clock.lap(phase)
         return found
 

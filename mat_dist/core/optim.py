@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mat_dist.config.schema import Config, OptimConfig
 from mat_dist.config.tree import joined
 from mat_dist.errors import ConfigError
-from mat_dist.models.modes import split_norm_bias
+from mat_dist.models.modes import copy_all, split_norm_bias
 
 SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
@@ -59,9 +59,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
         decayed, spared = split_norm_bias(model)
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     given = {**DEFAULTS.get(kind.__name__, {}), **optim.args}
-    if "foreach" in inspect.signature(kind).parameters and not {"foreach", "fused"} & set(given):
-        given["foreach"] = True  # one call for all parameters, on CPUs too
-    if "weight_decay" in inspect.signature(kind).parameters:
+    takes, on_gpu = set(inspect.signature(kind).parameters), next(model.parameters()).is_cuda
+    if not {"foreach", "fused"} & set(given):  # one call for all parameters, on CPUs too
+        given.update({name: True for name in ["fused" if on_gpu and "fused" in takes else "foreach"] if name in takes})
+    if on_gpu and "capturable" in takes:
+        given["capturable"] = True  # its counts of steps lie on the GPU, so that its steps can be captured
+    if "weight_decay" in takes:
         given["weight_decay"] = optim.weight_decay
     try:
         # YAML has no tuples, and classes ask for them (betas).
@@ -149,6 +152,5 @@ def average(ema: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> N
         return
     floating = [k for k, v in ema.items() if v.is_floating_point()]
     torch._foreach_lerp_([ema[k] for k in floating], [state[k] for k in floating], 1 - decay)
-    for k, v in ema.items():
-        if not v.is_floating_point():
-            v.copy_(state[k])
+    counters = [k for k, v in ema.items() if not v.is_floating_point()]
+    copy_all([ema[k] for k in counters], [state[k] for k in counters])

@@ -186,16 +186,20 @@ class Peer:
             hook.after_reduce()
         return clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
 
-    def update(self, step: int, lr: float, shared: Sequence[Sequence[Tensor]]) -> None:
-        """One optimizer step at rate `lr`; gradients are dropped. `shared`: for each hook what `Hook.commit` gets."""
-        for hook, rows in zip(self.hooks, shared, strict=True):
-            hook.commit(step, rows)
-        if self.spec.frozen:
-            return
+    def descend(self, lr: float | Tensor) -> None:
+        """One optimizer step at rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()
+
+    def update(self, step: int, lr: float, shared: Sequence[Sequence[Tensor]],
+               descend: Callable[[float], None] | None = None) -> None:
+        """`descend` at rate `lr`, and gradients are dropped. `shared`: for each hook what `Hook.commit` gets."""
+        for hook, rows in zip(self.hooks, shared, strict=True):
+            hook.commit(step, rows)
+        if not self.spec.frozen:
+            (descend or self.descend)(lr)
+            self.optimizer.zero_grad()
 
     def average(self, step: int) -> None:
         """Let the averaged weights follow those after the update of `step`."""

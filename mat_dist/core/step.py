@@ -106,11 +106,13 @@ class Computed(NamedTuple):
             AEs, logits, loss and gradient are finite.
         parts: the micro-batches.
         proposed: what each hook of each local peer would keep.
+        descend: each local peer's optimizer step at a rate.
     """
 
     told: Tensor
     parts: list[Learned]
     proposed: list[list[Sequence[Tensor]]]
+    descend: list[Callable[[float], None]]
 
 
 # (cohort, guard, batch, log) -> what `compute` gives
@@ -120,11 +122,12 @@ Compute = Callable[[Cohort, Guard, Batch, bool], Computed]
 def compute(cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
     """Everything of a step before its vote: gradients are in the parameters, and nothing else is changed but what
     `Cohort.rollback` restores."""
+    guard.run("buffers", cohort.keep)
     parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.step.microbatches)]
     guard.average("gradients", cohort.gradients)
     norms = guard.each("backward", lambda peer: peer.reduced(), cohort.peers)
     told = guard.run("finite check", told_at_vote, batch, parts, norms)
-    return Computed(told, parts, guard.run("proposals", cohort.proposed))
+    return Computed(told, parts, guard.run("proposals", cohort.proposed), [peer.descend for peer in cohort.peers])
 
 
 def train_step(cohort: Cohort, batch: Batch, *, log: bool = False, ask: Ask = Ask(),  # noqa: B008  a constant
@@ -143,12 +146,14 @@ def train_step(cohort: Cohort, batch: Batch, *, log: bool = False, ask: Ask = As
     with cohort.rollback():
         cohort.begin(guard, batch.step)
         found = compute(cohort, guard, batch, log)
+        if guard.failure is None:
+            guard.mesh.await_device()
         # A step's only wait for a GPU, whose errors show up here.
         checksum, *bits = guard.run("device", lambda: found.told.tolist()) or [0]
         guard.clock.lap("device")
         verdict = guard.vote(bits, stop=ask.stop, ready=ask.ready, checksum=checksum)
         guard.clock.lap("wait")
-    cohort.update(guard, batch.step, found.proposed)
+    cohort.update(guard, batch.step, found.proposed, found.descend)
     guard.clock.lap("optimizer")
     outcome = Outcome(verdict.stop, verdict.ready, seconds=guard.clock.seconds)
     if log:

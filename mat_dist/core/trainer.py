@@ -14,6 +14,7 @@ from mat_dist.config import binding, with_absolute_paths
 from mat_dist.config.schema import Config
 from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
+from mat_dist.core.feed import Feed
 from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
 from mat_dist.core.step import Ask, Batch, Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
@@ -69,7 +70,8 @@ class Trainer:
         self.cohort.shown = lambda step: self.batches.shown(step // config.train.replays)
         self.evaluations, self.reporter = evaluations, evaluations.reporter
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, tell=self.reporter.tell)
-        self.compute = captured_steps(self.cohort, self.note)
+        self.feed = Feed(self.cohort, self.batches, config.train.replays)
+        self.compute = self.feed.behind(captured_steps(self.cohort, self.note))
         self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
 
@@ -97,10 +99,11 @@ class Trainer:
         total, per_epoch, meter = self.cohort.total_steps, self.cohort.steps_per_epoch, Meter()
         for done in range(first + 1, total + 1):
             began = perf_counter()
-            batch = self.fetch(done - 1)
+            batch = self.feed.fetch(done - 1)
             fetched = perf_counter()
             outcome = self.step(batch, log=any(done % n == 0 for n in (self.config.log.every, per_epoch, total)))
-            meter.add({"data": fetched - began, **outcome.seconds}, perf_counter() - began)
+            seconds = outcome.seconds | {"data": fetched - began + outcome.seconds.get("data", 0.0)}
+            meter.add(seconds, perf_counter() - began)
             self.tell()
             if outcome.loss_P is not None:
                 self.log(done, outcome, meter)
@@ -116,14 +119,6 @@ class Trainer:
                 raise StopRequested(f"{reason}, saved after step {done}", str(self.run.folder.path), AGAIN)
             if evaluates:
                 self.validate(done)
-
-    def fetch(self, step: int) -> Batch:
-        """This rank's rows of a batch; an error on any rank reaches all."""
-        agree = Agreement(self.mesh, f"step {step}", step)
-        batch = agree.run("batch", self.batches.at, step // self.config.train.replays)
-        if agree.failure is not None:
-            agree.header("AEs")  # where the other ranks are; raises
-        return Batch(*batch, step, self.cohort.rows.start)
 
     def step(self, batch: Batch, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or, a few times, is left out, as the settings say."""

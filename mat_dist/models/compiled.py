@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mat_dist.attacks.memory import release
+
 
 def compiled(model: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
     """`torch.compile(model)`, for one shape of batch at a time; from its first failure on the model itself.
@@ -27,6 +29,7 @@ def compiled(model: Callable[[Tensor], Tensor], tell: Callable[[str], None]) -> 
                 raise
             except Exception as error:  # compilers raise anything; the model raises it again if it is its own
                 failed = True
+                release(error)
                 tell(f"its passes are not compiled: {type(error).__name__}: {error}".splitlines()[0])
         return model(x_BCHW)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,15 +77,23 @@ def _put_back(places: Iterable[tuple[dict[str, Tensor | None], dict[str, Tensor 
 def saved_buffers(model: nn.Module) -> Callable[[], None]:
     """What gives a model the buffers of now back: the same tensors with the same values, whatever modules did."""
     places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
-    values = [(buffer, buffer.clone()) for _, before in places for buffer in before.values() if buffer is not None]
+    buffers = list({buffer: None for _, before in places for buffer in before.values() if buffer is not None})
+    values = [torch.empty_like(buffer) for buffer in buffers]
+    copy_all(values, buffers)
 
     def restore() -> None:
         _put_back(places)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        copy_all(buffers, values)
 
     return restore
+
+
+@torch.no_grad()
+def copy_all(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Each value into its place: one launch for each type of number, not one for each tensor."""
+    for dtype in {place.dtype for place in places}:
+        chosen = [(place, value) for place, value in zip(places, values, strict=True) if place.dtype == dtype]
+        torch._foreach_copy_([place for place, _ in chosen], [value for _, value in chosen])
 
 
 def replica_buffers(model: nn.Module) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.config.schema import Config
-from mat_dist.core.capture import CapturedSteps, captured_steps
+from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.hooks import Hook
-from mat_dist.core.step import compute
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
@@ -27,12 +24,12 @@ STEPS = 8  # steps 1, 2, 4 and 8 run eagerly anyway
 FOLLOW = {"strategy msd", "strategy eat", "attack free", "method warm_start"}  # their operations follow the step
 
 
-def trained(mesh: Mesh, config: Config, models: list[nn.Module], engine: str,
+def trained(mesh: Mesh, made: Config, models: list[nn.Module], engine: str,
             recorder: CpuRecorder | None = None, steps: int = STEPS) -> tuple[Cohort, list[str]]:
     """A cohort after some steps, some of them log steps, and what was told."""
     notes: list[str] = []
-    made = config.model_copy(update={"step": config.step.model_copy(update={"engine": engine})})
-    cohort = build(made, mesh, models, steps_per_epoch=2)
+    step_of = made.step.model_copy(update={"engine": engine})
+    cohort = build(made.model_copy(update={"step": step_of}), mesh, models, steps_per_epoch=2)
     rows = torch.arange(cohort.rows.start, cohort.rows.stop)
     cohort.shown = lambda step: AugmentedView.plain(rows, BATCH)
     work = captured_steps(cohort, notes.append, recorder)
@@ -40,33 +37,49 @@ def trained(mesh: Mesh, config: Config, models: list[nn.Module], engine: str,
         return [tensor.to(mesh.device) for tensor in batch(*given)]
 
     for step in range(steps):
-        one_step(cohort, step // config.train.replays, log=step % 3 == 2, compute=work, data=data)
+        one_step(cohort, step // made.train.replays, log=step % 3 == 2, compute=work, data=data)
     return cohort, notes
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FOLLOW])
 def test_captured_steps_leave_the_bits_of_eager_ones(name: str, run_ranks: Run) -> None:
-    config = CASES[name]
-    models = nets(len(config.peers), dtype=torch.float64 if config.step.precision == "fp64" else torch.float32)
-    recorder = CpuRecorder()
+    case, recorder = CASES[name], CpuRecorder()
+    models = nets(len(case.peers), dtype=torch.float64 if case.step.precision == "fp64" else torch.float32)
 
     def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
-        plain, _ = trained(mesh, config, models, "eager")
-        captured, notes = trained(mesh, config, models, "graph", recorder)
+        plain, _ = trained(mesh, case, models, "eager")
+        captured, notes = trained(mesh, case, models, "graph", recorder)
         return [plain, captured], notes
 
-    ((cohorts, notes),) = run_ranks(both, len(config.peers), 1)
+    ((cohorts, notes),) = run_ranks(both, len(case.peers), 1)
     assert notes == [] and len(recorder.made) >= 1
     assert hashes(cohorts[:1]) == hashes(cohorts[1:])
+
+
+FUSED = {"optim": {"args": {"fused": True}, "schedule": "onecycle", "ema_decay": 0.9, "clip_norm": 1.0}}
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam"])
+def test_captured_updates_follow_the_rate(name: str, run_ranks: Run) -> None:
+    """A fused optimizer's step is captured too; its rate and the averaged weights change from step to step."""
+    entry = {"loss": {"preset": "mat"}, "optim": {**FUSED["optim"], "name": name, "lr": 0.01}}
+    made, models, recorder = config(entry, entry, train={"epochs": 4}), nets(2), CpuRecorder()
+
+    def both(mesh: Mesh) -> list[Cohort]:
+        return [trained(mesh, made, models, engine, recorder)[0] for engine in ("eager", "graph")]
+
+    ((plain, captured),) = run_ranks(both, 2, 1)
+    assert len(recorder.made) == 2 * 3  # of plain and log steps: the work, and the updates of two peers
+    assert hashes([plain]) == hashes([captured])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["preset at", "preset mat", "preset trades", "strategy max", "method awp",
                                   "apgd in l1", "memory recompute", "precision bf16"])
 def test_on_a_gpu_captured_steps_leave_the_weights_of_eager_ones(name: str) -> None:
-    config, place = CASES[name], Placement.place(len(CASES[name].peers), 1, 0)
+    case, place = CASES[name], Placement.place(len(CASES[name].peers), 1, 0)
     mesh = Mesh(place, torch.device("cuda"))
-    models = [model.cuda() for model in nets(len(config.peers))]
-    (plain, _), (captured, notes) = (trained(mesh, config, models, engine) for engine in ("eager", "graph"))
+    models = [model.cuda() for model in nets(len(case.peers))]
+    (plain, _), (captured, notes) = (trained(mesh, case, models, engine) for engine in ("eager", "graph"))
     assert notes == []
     assert largest_difference([plain], [captured]) < (1e-2 if name == "precision bf16" else 1e-5)

@@ -85,9 +85,9 @@ def test_the_naive_trainer_learns() -> None:
 
 def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     """K attack passes and P learning passes for each of P = 3 peers."""
-    made = subject("step.attack_engine=model")
+    made = subject()
     limit, calls = Limit(made), []
-    for model in limit._models:
+    for model in (*limit._models, *(called._called for called in limit._called)):
         model.register_forward_hook(lambda m, given, out: calls.append(m.training))
     before = [state_hash(p.state()) for p in made.cohort.peers]
     limit()
@@ -101,7 +101,7 @@ def test_a_step_has_all_its_phases_in_order(changed: tuple[str, ...]) -> None:
     made = subject(*changed)
     made.step()
     assert list(made.clocks[0]) == ["data", "attack", "AEs, header", "AEs, exchange", "forward", "logits, header",
-                                    "logits, exchange", "backward", "vote", "optimizer"]
+                                    "logits, exchange", "backward", "device", "vote", "optimizer"]
 
 
 def test_phases_are_named_after_their_place() -> None:

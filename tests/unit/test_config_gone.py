@@ -274,8 +274,9 @@ MOVED = [  # as version 0.1 was asked, and as this one is
     ("loss=trades attack.start=previous", "loss=trades attack.start=uniform methods.warm_start={}"),
     ("attack.start=previous attack.reset_epochs=3", "methods.warm_start.reset_epochs=3"),
     ("attack.reset_epochs=3 attack.start=previous", "methods.warm_start.reset_epochs=3"),
-    ("step.attack_copy=false", "step.attack_engine=model"),
-    ("step.attack_copy=true step.attack_engine=compile", "step.attack_engine=compile"),
+    ("step.attack_engine=cuda_graph", "step.engine=graph"),
+    ("step.attack_engine=eager", ""),
+    ("step.attack_engine=compile", "step.engine=compile"),
     ("optim.momentum=0.8", "optim.args.momentum=0.8"),
     ("optim.momentum=0.9", "optim.args.momentum=0.9"),
     ("optim.nesterov=true peers.1.optim.momentum=0.5", "optim.args.nesterov=true peers.1.optim.args.momentum=0.5"),
@@ -366,8 +367,8 @@ def test_the_settings_of_a_run_of_version_01_are_the_same_here(peers: list[dict[
 def test_settings_of_the_whole_run_that_moved_are_moved(tmp_path: Path) -> None:
     path = old_run(tmp_path / "run", PLAIN, test="true", tensorboard="true", wandb="mine", attack_copy="false")
     config = load_config(path, ["run.device=cpu"])
-    assert (config.eval.test_steps, config.log.trackers, config.step.attack_engine) == (
-        20, "tensorboard,wandb:mine", "model")
+    assert (config.eval.test_steps, config.log.trackers, config.step.engine) == (
+        20, "tensorboard,wandb:mine", "auto")
 
 
 LOST = [({**PLAIN, "attackers": "one"}, {}, "peers.0.loss.attackers=one"),

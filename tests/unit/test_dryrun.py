@@ -91,8 +91,7 @@ MORE = [
     *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)])
 def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None:
     steps = 1 if "free" in settings else 2
-    config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", f"attack.steps={steps}",
-                       "step.attack_engine=model")  # the hooks below count calls of the model, not of its copy
+    config = config_of(*settings.split(), f"step.memory={memory}", "train.batch_size=8", f"attack.steps={steps}")
     told, count = cells(description(config), "passes"), len(config.peers)
     cohort = Cohort.build(config, Mesh(Placement.place(count, 1, 0), CPU), Images((1, 8, 8), 10, (0.5,), (0.25,)),
                           steps_per_epoch=1)
@@ -103,6 +102,7 @@ def test_the_passes_are_those_of_a_real_step(settings: str, memory: str) -> None
         counts[name][1] += torch.is_grad_enabled()
 
     for peer in cohort.peers:
+        peer.attack_of_training._called = peer.model  # the hook counts calls of the model, not of its copy
         peer.model.register_forward_hook(lambda *_, name=peer.name: passes(name))
     train_step(cohort, Batch(torch.rand(8, 1, 8, 8), torch.arange(8), 0))
     assert counts == {name: [int(n) for n in told[name][-2:]] for name in counts}

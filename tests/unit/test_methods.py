@@ -106,7 +106,7 @@ def test_eat_counts_images_that_are_right_at_every_point_of_the_attack(method: s
     """Against the predictions at every batch that the model is called with."""
     (net,) = nets(1, dtype=torch.float64)
     attack = {"method": method, "steps": 5, "step_size": 0.2}  # from side to side of the ball
-    config = cohort_config("at", 1, step={"precision": "fp64", "attack_engine": "model"}, entry={
+    config = cohort_config("at", 1, step={"precision": "fp64"}, entry={
         "attack": attack, "union": {"strategy": "eat", "threats": "linf:0.1,l2:1,l1:0.5"}})
     peer = make_peer(net, config)
     (hook,) = peer.hooks

@@ -73,12 +73,14 @@ class CpuRecorder:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
+        first = len(self.made)
         try:
             yield
         finally:
             if self.now is not None:
-                self.now.__exit__(None, None, None)
-                self.now = None
+                self.end()
+            for done in reversed(self.made[first:]):
+                done.undo()
 
     def begin(self) -> None:
         self.now = Operations()
@@ -91,6 +93,5 @@ class CpuRecorder:
         done, self.now = self.now, None
         assert done is not None
         done.__exit__(None, None, None)
-        done.undo()
         self.made.append(done)
         return done

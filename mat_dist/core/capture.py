@@ -29,6 +29,7 @@ from mat_dist.models.modes import copy_all, saved_buffers
 MOST = 8  # kinds of step that are recorded: each holds the memory of its results
 EAGER_EVERY = 1024  # steps 1, 2, 4 ... 1024, 2048, 3072 ... run eagerly, where attacked copies are compared
 NOISE = 2.0  # a recorded step may differ from an eager one by so many times what eager ones differ by
+LOUD = 0.1  # but not by more than twice this (relative L2 distance of a gradient): such a model follows something else
 
 
 class CapturedSteps:
@@ -159,8 +160,9 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
             results(lambda guard: steps.compute(cohort, guard, batch, log)), wanted)
     except Exception as error:  # as in recording
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "" if found <= NOISE * noise else f"gradients differ by {found:.1e} from those of an eager step, which " \
-                                             f"differ by {noise:.1e} from each other"
+    if found <= NOISE * min(noise, LOUD):
+        return ""
+    return f"gradients differ by {found:.1e} from those of an eager step, and eager ones by {noise:.1e} from each other"
 
 
 def _results(cohort: Cohort) -> list[Tensor]:

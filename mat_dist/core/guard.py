@@ -59,7 +59,7 @@ class Guard(Agreement):
                  failure: MatError | None = None) -> None:
         super().__init__(mesh, where, step)
         self.failure = failure
-        self.meet: Callable[[Guard, str, Tensor, int], Tensor] = Guard.exchange
+        self.meet: Callable[[Guard, str, Tensor, Callable[[], int]], Tensor] = Guard.exchange
         self.lanes: Callable[[int], AbstractContextManager[Lane]] = one_lane
         self.clock = clock or Clock()
 
@@ -78,12 +78,11 @@ class Guard(Agreement):
 
         Where W is 0, alike on all ranks, nothing travels but the header.
         """
-        local, number = self.run(point, make), self.run("checksum", checksum)
-        return self.meet(self, point, local, number or 0)
+        return self.meet(self, point, self.run(point, make), checksum)
 
-    def exchange(self, point: str, local: Tensor, number: int = 0) -> Tensor:
+    def exchange(self, point: str, local: Tensor, checksum: Callable[[], int] = int) -> Tensor:
         """The header, and the gathering of `all_gather`."""
-        self._header(point, local, number)
+        self._header(point, local, self.run("checksum", checksum) or 0)
         gathered = self.mesh.gather_peers(local) if len(local) else local
         self.clock.lap("exchange")
         return gathered

@@ -25,7 +25,7 @@ class Meeting(NamedTuple):
     point: str
     local: Tensor
     gathered: Tensor
-    number: int
+    checksum: Callable[[], int]
 
 
 @dataclass
@@ -53,14 +53,14 @@ class Tape:
         tape = cls(replace(batch, x_BCHW=batch.x_BCHW.clone(), y_B=batch.y_B.clone(), keys=keys))
         guard = Guard(cohort.mesh, f"recording of step {batch.step}", batch.step)
 
-        def meet(guard: Guard, point: str, local: Tensor, number: int) -> Tensor:
+        def meet(guard: Guard, point: str, local: Tensor, checksum: Callable[[], int]) -> Tensor:
             raise_kept(guard)
             place = cohort.mesh.placement
-            if place.world == 1:
+            if cohort.mesh.alone:
                 return local
             tape.events.append(recorder.end())
             gathered = local.new_zeros(place.peer_ranks * len(local), *local.shape[1:])
-            tape.events.append(Meeting(point, local, gathered, number))
+            tape.events.append(Meeting(point, local, gathered, checksum))
             recorder.begin()
             return gathered
 
@@ -81,7 +81,7 @@ class Tape:
         guard.run("inputs", self._fill, batch)
         for event in self.events:
             if isinstance(event, Meeting):
-                gathered = meet(event) if meet else guard.exchange(event.point, event.local, event.number)
+                gathered = meet(event) if meet else guard.exchange(event.point, event.local, event.checksum)
                 guard.run(event.point, event.gathered.copy_, gathered)
             else:
                 guard.run("graph", event.replay)

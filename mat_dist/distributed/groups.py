@@ -65,6 +65,11 @@ class Mesh:
 
     # ---------------------------------------------------------------- tensors
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing travels."""
+        return self._world is None and self._peer is None
+
     def gather_peers(self, local_L: Tensor) -> Tensor:
         """(L, ...) here -> (P, ...) on every rank, in peer order, contiguous, without gradient."""
         return self._gather(local_L.detach(), self._peer)

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mat_dist.core.capture import captured_steps
+from mat_dist.core.cohort import Cohort
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from tests.cohorts import batch, cohort_config, largest_difference, nets, train
+from tests.cohorts import batch, build, cohort_config, largest_difference, nets, one_step
 
 TWO_PEERS = Placement.place(2, 1, 0)
 WATCHDOG = 0.1  # seconds between two looks of NCCL's watchdog thread at the exchanges that it does not know to be over
@@ -78,16 +80,24 @@ def an_average_over_one_replica_is_what_it_was(mesh: Mesh) -> None:
     assert [one.unique().tolist() for one in tensors] == [[2], [3]]
 
 
-def steps_with_attacks_in_graphs_are_those_without_nccl(mesh: Mesh) -> None:
-    config = cohort_config("mat", 2, norm="l2", eps=0.5, step={"attack_engine": "cuda_graph", "precision": "fp64"})
+def captured_steps_are_those_without_nccl(mesh: Mesh) -> None:
     models = [model.to(mesh.device) for model in nets(2, dtype=torch.float64)]
+    notes: list[str] = []
 
     def data(step: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x, y = batch(step, rows, dtype)
         return x.to(mesh.device), y.to(mesh.device)
 
-    with_nccl, alone = (train(config, one, models, 3, data=data) for one in (mesh, Mesh(TWO_PEERS, mesh.device)))
-    assert [peer.notes for peer in with_nccl.peers] == [[], []]
+    def trained(mesh: Mesh, engine: str) -> Cohort:
+        config = cohort_config("mat", 2, norm="l2", eps=0.5, step={"engine": engine, "precision": "fp64"})
+        cohort = build(config, mesh, models)
+        compute = captured_steps(cohort, notes.append)
+        for step in range(7):
+            one_step(cohort, step, data=data, compute=compute)
+        return cohort
+
+    with_nccl, alone = trained(mesh, "graph"), trained(Mesh(TWO_PEERS, mesh.device), "eager")
+    assert notes == [] and [peer.notes for peer in with_nccl.peers] == [[], []]
     assert largest_difference([with_nccl], [alone]) < 1e-9
 
 
@@ -96,7 +106,7 @@ CLAIMS = {claim.__name__: claim for claim in (
     an_exchange_inside_a_graph_sends_what_is_there_at_each_replay,
     an_exchange_between_two_graphs_waits_for_one_and_is_waited_for_by_the_other,
     an_average_over_one_replica_is_what_it_was,
-    steps_with_attacks_in_graphs_are_those_without_nccl)}
+    captured_steps_are_those_without_nccl)}
 DESTROY = "a_group_that_was_used_in_and_beside_graphs_is_left"
 
 

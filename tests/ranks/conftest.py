@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mat_dist import rng
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.heartbeat import Heartbeat
 from mat_dist.distributed.placement import Placement
@@ -86,3 +88,19 @@ def run_ranks() -> Callable[..., list[Any]]:
             return [f.result(timeout=60) for f in futures]
 
     return run
+
+
+@pytest.fixture
+def one_draws_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are threads here, which share the global generators: let them take turns."""
+    lock = threading.RLock()
+
+    def in_turn(scope: Callable[[int], AbstractContextManager[None]]) -> Callable[[int], AbstractContextManager[None]]:
+        @contextmanager
+        def locked(stream: int) -> Iterator[None]:
+            with lock, scope(stream):
+                yield
+        return locked
+
+    for name in ("keyed_rng", "undrawn"):
+        monkeypatch.setattr(rng, name, in_turn(getattr(rng, name)))

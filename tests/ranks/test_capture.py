@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from mat_dist.config.schema import Config
 from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
+from mat_dist.core.step import compute
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from tests.cohorts import BATCH, batch, build, hashes, largest_difference, nets, one_step
+from mat_dist.errors import NonFinite
+from tests.cohorts import BATCH, Net, batch, broken, build, hashes, largest_difference, nets, one_step
 from tests.ranks.test_host_waits import CASES, config
 from tests.recorder import CpuRecorder
 
@@ -71,6 +75,106 @@ def test_captured_updates_follow_the_rate(name: str, run_ranks: Run) -> None:
     ((plain, captured),) = run_ranks(both, 2, 1)
     assert len(recorder.made) == 2 * 3  # of plain and log steps: the work, and the updates of two peers
     assert hashes([plain]) == hashes([captured])
+
+
+@pytest.mark.parametrize("name", ["preset mat", "preset trades", "memory recompute", "teachers ema", "wire int8"])
+def test_on_several_ranks_graphs_lie_between_exchanges(name: str, run_ranks: Run,
+                                                            one_draws_at_a_time: None) -> None:
+    case = CASES[name]
+    models, recorders = nets(len(case.peers)), [CpuRecorder() for _ in case.peers]
+
+    def both(mesh: Mesh) -> list[Cohort]:
+        recorder = recorders[mesh.placement.rank]
+        (plain, _), (captured, notes) = (trained(mesh, case, models, engine, recorder) for engine in ("eager", "graph"))
+        assert notes == []
+        return [plain, captured]
+
+    found = run_ranks(both, len(case.peers), len(case.peers))
+    assert all(len(recorder.made) == 2 * 3 for recorder in recorders)  # two kinds of step, two exchanges in each
+    assert hashes([one for one, _ in found]) == hashes([captured for _, captured in found])
+
+
+def test_a_rank_that_cannot_record_goes_on_beside_one_that_can(run_ranks: Run,
+                                                                      one_draws_at_a_time: None) -> None:
+    case, models = CASES["preset mat"], nets(3)
+
+    def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
+        recorder = CpuRecorder()
+        if mesh.placement.rank == 1:
+            recorder.begin = broken  # type: ignore[method-assign]
+        captured, notes = trained(mesh, case, models, "graph", recorder)
+        return [trained(mesh, case, models, "eager")[0], captured], notes
+
+    found = run_ranks(both, 3, 3)
+    assert [len(notes) for _, notes in found] == [0, 2, 0] and "cat sat" in found[1][1][0]  # two kinds of step
+    assert hashes([one for (one, _), _ in found]) == hashes([captured for (_, captured), _ in found])
+
+
+class Odd(Net):
+    """A model that does something that a recording would repeat."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * {"torch": lambda: 1 + torch.rand(()), "numpy": lambda: 1 + np.random.rand(),
+                                     "python": lambda: 1 + random.random(),
+                                     "count": lambda: 1 + self.calls % 2}[self.kind]()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("torch", "random"), ("numpy", "random"), ("python", "random"),
+                                              ("count", "differ")])
+def test_a_model_that_a_recording_would_change_runs_eagerly_and_the_user_is_told(kind: str, reason: str,
+                                                                                 run_ranks: Run) -> None:
+    case, models = CASES["preset at"], [Odd(kind), *nets(2)]
+
+    def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
+        captured, notes = trained(mesh, case, models, "graph", CpuRecorder())
+        return [trained(mesh, case, models, "eager")[0], captured], notes
+
+    ((cohorts, notes),) = run_ranks(both, 3, 1)
+    assert notes and all("run eagerly" in note and reason in note for note in notes)
+    assert kind == "count" or hashes(cohorts[:1]) == hashes(cohorts[1:])
+
+
+@pytest.mark.parametrize(("made", "world", "reason"), [
+    (CASES["strategy msd"], 1, "method unions follows the step"), (CASES["attack free"], 1, "free_at"),
+    (CASES["preset at"].model_copy(update={"peers": CASES["preset at"].peers[:1]}), 2, "replicas")])
+def test_what_is_never_recorded_is_told_once(made: Config, world: int, reason: str, run_ranks: Run) -> None:
+    models = nets(len(made.peers))
+    for _, notes in run_ranks(lambda mesh: trained(mesh, made, models, "graph", CpuRecorder(), 2),
+                              len(made.peers), world):
+        assert len(notes) == 1 and reason in notes[0]
+
+
+@pytest.mark.parametrize(("engine", "told"), [("auto", 0), ("compile", 0), ("graph", 1), ("eager", 0)])
+def test_without_a_gpu_only_who_asks_for_graphs_is_told(engine: str, told: int, run_ranks: Run) -> None:
+    models, notes = nets(3), list[str]()
+    (work,) = run_ranks(lambda mesh: captured_steps(build(config(
+        *[{"loss": {"preset": "at"}}] * 3, engine=engine), mesh, models), notes.append), 3, 1)
+    assert work is compute and len(notes) == told and all("no GPU" in note for note in notes)
+
+
+def test_a_refused_step_that_was_played_leaves_no_trace(run_ranks: Run) -> None:
+    """Images that are not numbers, after the step is recorded."""
+    models = nets(3)
+
+    def refused(mesh: Mesh) -> tuple[dict[int, str], dict[int, str]]:
+        recorder = CpuRecorder()
+        cohort, _ = trained(mesh, CASES["preset trades"], models, "graph", recorder, 6)
+        work = captured_steps(cohort, print, recorder)
+        for step in (6, 7, 8, 9):
+            one_step(cohort, step, compute=work)
+        made, before = len(recorder.made), hashes([cohort])
+        with pytest.raises(NonFinite):
+            one_step(cohort, 10, compute=work, data=lambda *given: (batch(*given)[0] * torch.nan, batch(*given)[1]))
+        assert len(recorder.made) == made
+        return before, hashes([cohort])
+
+    ((before, after),) = run_ranks(refused, 3, 1)
+    assert before == after
 
 
 @pytest.mark.gpu

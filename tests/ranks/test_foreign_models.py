@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,19 +62,6 @@ DRAWS: dict[str, Callable[[Tensor, bool], Tensor]] = {
     "a coin of Python": lambda x, training: x * (0.5 + random.random()),
     "a coin of numpy": lambda x, training: x * float(np.random.uniform(0.5, 1.5)),
 }
-
-
-@pytest.fixture
-def one_draws_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are threads here, which share the global generators: let them take turns."""
-    lock, keyed = threading.RLock(), rng.keyed_rng
-
-    @contextmanager
-    def locked(stream: int) -> Iterator[None]:
-        with lock, keyed(stream):
-            yield
-
-    monkeypatch.setattr(rng, "keyed_rng", locked)
 
 
 def models(count: int, make: Callable[[], nn.Module]) -> list[nn.Module]:

@@ -104,10 +104,11 @@ def short(request: pytest.FixtureRequest) -> Callable[[nn.Module, int], Short]:
                          ids=["pgd", "apgd", "n_fgsm", "msd"])
 def test_an_attack_of_training_goes_on_in_halves_without_the_whole_one(
         entry: dict[str, Any], short: Callable[[nn.Module, int], Short]) -> None:
-    config = cohort_config("at", 1, entry=entry, step={"attack_engine": "model"})
+    config = cohort_config("at", 1, entry=entry)
     model = short(nets(1)[0], BATCH // 2)
-    x, y = batch(0)
-    assert first_view(make_peer(model, config), x, y).shape == x.shape
+    peer, (x, y) = make_peer(model, config), batch(0)
+    peer.attack_of_training._called = model  # not a copy
+    assert first_view(peer, x, y).shape == x.shape
     assert model.failures and model.alive[0] == 0
 
 

@@ -53,14 +53,14 @@ measure() {
 "$python" -m pytest -q -p no:cacheprovider -m gpu tests || { code=$?; [ "$code" = 5 ] || failed=1; }
 at=(peers=1 loss=at step.precision=bf16)
 mutual=(loss=mat step.precision=bf16)
-measure at_1_eager step "${at[@]}"
-measure at_1_graph step "${at[@]}" step.attack_engine=cuda_graph
-measure at_1_compile step "${at[@]}" step.attack_engine=compile
-measure mat_2_naive naive "${mutual[@]}" peers=2 step.attack_engine=cuda_graph
-measure mat_2_naive_fp32 naive loss=mat peers=2 step.attack_engine=cuda_graph
+measure at_1_eager step "${at[@]}" step.engine=eager
+measure at_1_graph step "${at[@]}" step.engine=graph
+measure at_1_compile step "${at[@]}" step.engine=compile
+measure mat_2_naive naive "${mutual[@]}" peers=2 step.engine=graph
+measure mat_2_naive_fp32 naive loss=mat peers=2 step.engine=graph
 measure mat_2 step "${mutual[@]}" peers=2
-measure mat_4_graph step "${mutual[@]}" peers=4 step.attack_engine=cuda_graph
-measure mat_4_recompute step "${mutual[@]}" peers=4 step.memory=recompute step.attack_engine=cuda_graph
+measure mat_4_graph step "${mutual[@]}" peers=4 step.engine=graph
+measure mat_4_recompute step "${mutual[@]}" peers=4 step.memory=recompute step.engine=graph
 measure mat_2_ranks step torchrun "${mutual[@]}" peers=2 comm.backend=gloo
 "$python" -m benchmarks.speed summary "$out"
 exit "$failed"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.config.presets import fill_peer
 from mat_dist.config.schema import Config
-from mat_dist.core.cohort import Cohort, state_hash
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.peer import Peer
+from mat_dist.core.state_hash import state_hash
 from mat_dist.core.step import Batch, Outcome, train_step
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import MatError, NonFinite

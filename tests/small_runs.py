@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mat_dist import checkpoints, train
-from mat_dist.core.cohort import state_hash
+from mat_dist.core.state_hash import state_hash
 from mat_dist.runs.folder import RunFolder
 
 # 4 steps per epoch; PGD-1 everywhere.

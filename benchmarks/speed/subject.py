@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,7 @@ from torch import Tensor, nn
 from benchmarks.speed.timing import synchronise
 from mat_dist.attacks.attack_copy import AttackCopy
 from mat_dist.config.schema import Config
-from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.feed import Feed
 from mat_dist.core.graph import CohortGraph, View
 from mat_dist.core.guard import Guard
 from mat_dist.core.step import Batch, Clock, Compute, compute, train_step
@@ -28,6 +27,8 @@ from mat_dist.errors import ConfigError
 from mat_dist.models.modes import frozen
 from mat_dist.models.registry import DTYPES, Images
 from mat_dist.rng import key, keyed_rng
+from mat_dist.training.capture import captured_steps
+from mat_dist.training.feed import Feed
 
 BATCHES = 4  # made-up batches; an epoch is as long
 
@@ -151,7 +152,7 @@ class Subject:
         cohort, graph, peers = self.cohort, self.cohort.graph, self.cohort.peers
         made = [peer.attack(part, cohort.makes(peer, False)) for peer in peers]
         views = cohort.unpacked(self._gathered(cohort.packed(made, part, False)), made, part, False)
-        climbs = [peer.climb(part, views) for peer in peers]
+        climbs = [[hook.climb(part, views) for hook in peer.hooks] for peer in peers]
         cohort.mesh.average_replicas([one for climb in climbs for tensors in climb for one in tensors])
         inputs = [peer.begin_learning(climb, views) for peer, climb in zip(peers, climbs, strict=True)]
         known = [peer.forward(part, seen, graph.taught[peer.index])
@@ -160,7 +161,8 @@ class Subject:
                                            for peer, seen, logits in zip(peers, inputs, known, strict=True)], known,
                                           part))
         for peer, seen, logits in zip(peers, inputs, known, strict=True):
-            counts = peer.counts(part, seen, logits) if cohort.counts else [None] * len(peer.hooks)
+            counts = [hook.count(peer.row, partial(peer.constant, part, seen, logits), part.y_B)
+                      if cohort.counts else None for hook in peer.hooks]
             cohort.mesh.average_replicas([one for one in counts if one is not None])
             peer.backward(part, seen, logits, lambda teacher, view: told[teacher, graph.position[teacher, view]],
                           counts)

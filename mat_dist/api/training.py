@@ -125,12 +125,12 @@ def _wanted(words: list[str]) -> Wanted:
 
 def _train(wanted: Wanted, launch: Launch, stop: StopFlag, device: torch.device, callbacks: Callbacks | None) -> Path:
     """Ranks, run folder, data, training: in this order."""
-    from mat_dist.core.trainer import Trainer
     from mat_dist.data import load_data, place
     from mat_dist.distributed.groups import open_mesh
     from mat_dist.evaluation.during_training import Evaluations
     from mat_dist.runs.session import open_run
     from mat_dist.runs.trackers import open_reporter
+    from mat_dist.training.trainer import Trainer
 
     config = wanted.config
     with (open_mesh(len(config.peers), config.comm, device, launch, stop=stop) as mesh,

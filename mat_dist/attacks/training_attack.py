@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mat_dist.attacks.apgd import APGD_SHARE, apgd
 from mat_dist.attacks.attack_copy import AttackCopy
+from mat_dist.attacks.compiled import compiled
 from mat_dist.attacks.memory import release
 from mat_dist.attacks.norms import Region, Threat
 from mat_dist.attacks.pgd import Model, n_fgsm, pgd
 from mat_dist.config.presets import step_size
 from mat_dist.config.schema import AttackConfig, StepConfig
-from mat_dist.models.compiled import compiled
 from mat_dist.models.modes import frozen
 from mat_dist.rng import Key
 

@@ -20,7 +20,7 @@ _MOVED = {
     "streams": "mat_dist.rng", "evaluator": "mat_dist.evaluation", "evaluate": "mat_dist.evaluation",
     "results": "mat_dist.evaluation", "entry": "mat_dist.cli", "mesh": "mat_dist.distributed",
     "runfolder": "mat_dist.runs", "telemetry": "mat_dist.runs", "loading": "mat_dist: its function load",
-    "schedules": "mat_dist.core.optim", "step": "mat_dist.core.step", "trainer": "mat_dist.core.trainer",
+    "schedules": "mat_dist.core.optim", "step": "mat_dist.core.step", "trainer": "mat_dist.training.trainer",
 }
 _PUBLIC = "mat_dist.models, mat_dist.data, mat_dist.attacks, mat_dist.methods, mat_dist.config and mat_dist.rng"
 

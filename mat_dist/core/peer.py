@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
+from mat_dist.attacks.compiled import compiled
 from mat_dist.attacks.norms import Region
 from mat_dist.attacks.training_attack import Found, Plan, TrainingAttack, autocast
 from mat_dist.config.methods import methods
@@ -20,7 +21,6 @@ from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.core.objective import Teaching, couples, partial_loss
 from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at, optimizer_notes
-from mat_dist.models.compiled import compiled
 from mat_dist.models.modes import batch_stats_only, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Peer:
         hooks: of its methods, in the order of their names.
         steps_per_epoch, total_steps, batch_size: of the training; rows: of the batch that live on this rank.
         norms: the scope in which batch norm sees the batch of all replicas; all of them enter it alike.
-        drawn: the scope in which what a model draws is keyed.
-        called: the model as learning calls it.
+        drawn: the scope in which what a model draws is keyed; called: the model as learning calls it.
         fresh_model: makes another model of its architecture.
         notes: what the run should tell its user; who tells it empties the list.
     """
@@ -105,7 +104,7 @@ class Peer:
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Train-mode logits (B, K) with a graph; buffers move. `draw` keys what the model draws (`Batch.draw`)."""
         with torch.enable_grad(), self.training(draw):
-            return self.called(self.arrange(x_BCHW)).to(x_BCHW.dtype)
+            return self.called(x_BCHW.contiguous(memory_format=LAYOUT)).to(x_BCHW.dtype)
 
     def teach(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """The same logits without a graph or a trace in the buffers; of a frozen peer in eval mode."""
@@ -141,17 +140,8 @@ class Peer:
         """Its logits on a view, without graph; those that are not known yet are made, without a trace."""
         return known[view].detach() if view in known else self.teach(views[view], part.draw(self.row.number(view)))
 
-    def counts(self, part: Batch, views: Views, known: Views) -> list[Tensor | None]:
-        """What each hook counts on this replica's rows."""
-        return [hook.count(self.row, lambda view: self.constant(part, views, known, view), part.y_B)
-                for hook in self.hooks]
-
-    def climb(self, part: Batch, views: Views) -> list[Sequence[Tensor]]:
-        """What replicas average before the forwards, by hook."""
-        return [hook.climb(part, views) for hook in self.hooks]
-
     def begin_learning(self, climbs: Sequence[Sequence[Tensor]], views: Views) -> Views:
-        """After that: the views as this peer's model gets them."""
+        """After `Hook.climb`, by hook: the views as this peer's model gets them."""
         for hook, climb in zip(self.hooks, climbs, strict=True):
             hook.before_forward(climb)
             views = hook.inputs(views)
@@ -187,7 +177,7 @@ class Peer:
         return clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
 
     def descend(self, lr: float | Tensor) -> None:
-        """One optimizer step at rate `lr`."""
+        """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -223,8 +213,7 @@ class Peer:
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take over the weights of another model of this architecture. Raises RuntimeError if they do not fit."""
         self.model.load_state_dict(weights)
-        if self.ema is not None:
-            self.ema = copied_state(self.model)
+        self.ema = copied_state(self.model) if self.ema is not None else None
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state of the same architecture, optimizer and methods."""

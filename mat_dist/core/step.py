@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -171,7 +172,7 @@ def learn(cohort: Cohort, guard: Guard, part: Batch, log: bool) -> Learned:
     sent = guard.all_gather("AEs", lambda: cohort.packed(made, part, log), part.checksum)
     views: Views = guard.run("decoding", cohort.unpacked, sent, made, part, log)
 
-    climbs = guard.each("attack", lambda peer: peer.climb(part, views), peers)
+    climbs = guard.each("attack", lambda peer: [hook.climb(part, views) for hook in peer.hooks], peers)
     guard.average("climb", lambda: [one for climb in climbs for tensors in climb for one in tensors], cohort.climbs)
     inputs = guard.each("forward", lambda peer, climb: peer.begin_learning(climb, views), peers, climbs)
     known = guard.each("forward", lambda peer, inputs: peer.forward(part, inputs, graph.taught[peer.index]),
@@ -179,8 +180,9 @@ def learn(cohort: Cohort, guard: Guard, part: Batch, log: bool) -> Learned:
     opinions = guard.each("forward", lambda peer, inputs, known: peer.opinions(
         part, inputs, known, graph.taught[peer.index]), peers, inputs, known)
     told = guard.all_gather("logits", lambda: cohort.told(opinions, known, part))
-    counts = guard.each("forward", lambda peer, inputs, known: peer.counts(part, inputs, known) if cohort.counts else
-                        [None] * len(peer.hooks), peers, inputs, known)
+    counts = guard.each("forward", lambda peer, inputs, known: [
+        hook.count(peer.row, partial(peer.constant, part, inputs, known), part.y_B) if cohort.counts else None
+        for hook in peer.hooks], peers, inputs, known)
     guard.average("counts", lambda: [one for count in counts for one in count if one is not None], cohort.counts)
 
     def teaching(teacher: int, view: View) -> Tensor:

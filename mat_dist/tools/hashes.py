@@ -30,7 +30,7 @@ def print_hashes(words: Sequence[str]) -> None:
                               "give the folder of a run, e.g. runs/NAME")
 
     from mat_dist import checkpoints
-    from mat_dist.core.cohort import state_hash
+    from mat_dist.core.state_hash import state_hash
     from mat_dist.runs.folder import RunFolder
 
     found = []

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
+from mat_dist.training.capture import captured_steps
 from tests.cohorts import batch, build, cohort_config, largest_difference, nets, one_step
 
 TWO_PEERS = Placement.place(2, 1, 0)

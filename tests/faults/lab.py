@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mat_dist import checkpoints
-from mat_dist.core.cohort import state_hash
+from mat_dist.core.state_hash import state_hash
 from mat_dist.errors import MatError
 from mat_dist.runs.folder import RunFolder
 from tests.faults import victim

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.config.schema import Config
-from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.step import compute
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.errors import NonFinite
+from mat_dist.training.capture import captured_steps
 from tests.cohorts import BATCH, Net, batch, broken, build, hashes, largest_difference, nets, one_step
 from tests.ranks.test_host_waits import CASES, config
 from tests.recorder import CpuRecorder

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mat_dist.core.cohort import Cohort, state_hash
+from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import CLEAN
 from mat_dist.core.hooks import Hook
+from mat_dist.core.state_hash import state_hash
 from mat_dist.core.step import Ask, Batch, train_step
-from mat_dist.core.trainer import Trainer
 from mat_dist.distributed.groups import Mesh
 from mat_dist.errors import EnvironmentFault, MatError, NonFinite, PeerFailed
 from mat_dist.models.modes import batch_stats_only
+from mat_dist.training.trainer import Trainer
 from tests.cohorts import (
     BATCH,
     batch,

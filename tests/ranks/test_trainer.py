@@ -19,7 +19,6 @@ import pytest
 from mat_dist import checkpoints, rng
 from mat_dist.checkpoints import load, load_manifest, read_best
 from mat_dist.config import load_config
-from mat_dist.core.trainer import Trainer
 from mat_dist.data import load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.launch import Launch
@@ -35,6 +34,7 @@ from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run as OpenRun
 from mat_dist.runs.session import open_run
 from mat_dist.runs.trackers import open_reporter
+from mat_dist.training.trainer import Trainer
 from tests.small_runs import SMALL, Finished, as_format_1, robust_of, run_small
 
 pytestmark = pytest.mark.slow  # many small trainings

@@ -31,7 +31,7 @@ from mat_dist.config.schema import (
     ThreatConfig,
     UnionConfig,
 )
-from mat_dist.core.cohort import state_hash
+from mat_dist.core.state_hash import state_hash
 from tests.small_runs import SMALL, Finished, run_small
 
 PARTS, STEPS = 10, 20

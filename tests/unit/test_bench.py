@@ -21,7 +21,7 @@ from benchmarks.speed.subject import Limit, PhaseClock, Subject
 from benchmarks.speed.timing import Spread, Timing, both, interleaved, ratio, together
 from mat_dist import bench
 from mat_dist.config import load_config
-from mat_dist.core.cohort import state_hash
+from mat_dist.core.state_hash import state_hash
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mat_dist.core import losses
-from mat_dist.core.cohort import state_hash
 from mat_dist.core.graph import CLEAN, CohortGraph, View
+from mat_dist.core.state_hash import state_hash
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.methods import mart, ramp

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.core.cohort import state_hash
 from mat_dist.core.peer import Peer
+from mat_dist.core.state_hash import state_hash
 from mat_dist.models.modes import set_bn_forwards
 from tests import cohorts
 from tests.cohorts import Net, batch, cohort_config, first_view, nets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mat_dist.core.monitor import Watch, wait_shares
+from mat_dist.training.monitor import Watch, wait_shares
 
 
 def test_the_slow_rank_is_named_once() -> None:

@@ -15,8 +15,8 @@ from mat_dist.core import step as steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.guard import Guard
 from mat_dist.core.peer import Peer
-from mat_dist.core.recorder import Graph, Recorder
 from mat_dist.core.step import Batch, Computed
+from mat_dist.training.recorder import Graph, Recorder
 
 
 class Meeting(NamedTuple):

@@ -37,7 +37,7 @@ class Feed:
         """`compute`, and behind it the next batch, which the device makes before the host waits for this step."""
         def both(cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
             found = compute(cohort, guard, batch, log)
-            if batch.step + 1 < cohort.total_steps:
+            if batch.step + 1 != cohort.total_steps:
                 self._make(batch.step + 1)
                 guard.clock.lap("data")
             return found

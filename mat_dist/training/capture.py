@@ -21,10 +21,10 @@ from torch import Tensor
 from mat_dist.core import step as steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.guard import Guard
-from mat_dist.core.recorder import CudaRecorder, Recorder
 from mat_dist.core.step import Batch, Computed
-from mat_dist.core.tape import Tape, raise_kept, trainable
 from mat_dist.models.modes import copy_all, saved_buffers
+from mat_dist.training.recorder import CudaRecorder, Recorder
+from mat_dist.training.tape import Tape, raise_kept, trainable
 
 MOST = 8  # kinds of step that are recorded: each holds the memory of its results
 EAGER_EVERY = 1024  # steps 1, 2, 4 ... 1024, 2048, 3072 ... run eagerly, where attacked copies are compared

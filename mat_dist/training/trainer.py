@@ -12,10 +12,7 @@ from mat_dist.checkpoints.load import check_resumed, initialise, restore
 from mat_dist.checkpoints.saver import Saver
 from mat_dist.config import binding, with_absolute_paths
 from mat_dist.config.schema import Config
-from mat_dist.core.capture import captured_steps
 from mat_dist.core.cohort import Cohort
-from mat_dist.core.feed import Feed
-from mat_dist.core.monitor import Meter, Watch, step_record, wait_shares
 from mat_dist.core.step import Ask, Batch, Outcome, train_step
 from mat_dist.data import DataSets, channel_stats, steps_per_epoch, training_batches
 from mat_dist.distributed.agreement import Agreement
@@ -25,6 +22,9 @@ from mat_dist.errors import NonFinite, OutputError, PeerFailed, StopRequested
 from mat_dist.models.registry import DTYPES, Images
 from mat_dist.runs.metrics import Reporter, device_memory
 from mat_dist.runs.session import Run
+from mat_dist.training.capture import captured_steps
+from mat_dist.training.feed import Feed
+from mat_dist.training.monitor import Meter, Watch, step_record, wait_shares
 
 MOST_REFUSED, WINDOW = 3, 100  # refused steps that are borne within so many steps
 

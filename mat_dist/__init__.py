@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from mat_dist.data import register_dataset
     from mat_dist.errors import MatError
     from mat_dist.models import register_model
+    from mat_dist.tools.export import export
 
 __version__ = "0.2.0"
 # Where the names are. They are imported when they are asked for: most need torch, for which `--help` must not wait.
 _PLACES = {"MatError": "errors", "Results": "api.evaluation", "Run": "api.run", "Threat": "attacks",
-           "attack": "api.attack", "evaluate": "evaluate", "load": "checkpoints.load", "losses": "core.losses",
-           "norms": "attacks.norms", "register_dataset": "data", "register_method": "config.methods",
-           "register_model": "models", "register_norm": "attacks", "train": "train"}
-__all__ = ["MatError", "Results", "Run", "Threat", "attack", "evaluate", "load", "losses", "norms", "register_dataset",
-           "register_method", "register_model", "register_norm", "train"]
+           "attack": "api.attack", "evaluate": "evaluate", "export": "tools.export", "load": "checkpoints.load",
+           "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data",
+           "register_method": "config.methods", "register_model": "models", "register_norm": "attacks",
+           "train": "train"}
+__all__ = ["MatError", "Results", "Run", "Threat", "attack", "evaluate", "export", "load", "losses", "norms",
+           "register_dataset", "register_method", "register_model", "register_norm", "train"]
 
 
 def __getattr__(name: str) -> Any:

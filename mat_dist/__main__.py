@@ -18,6 +18,7 @@ COMMANDS = {  # name: module in mat_dist, what it does
     "check": ("tools.check.__main__", "look for everything that would stop a run, without starting it"),
     "table": ("tools.table", "mean and deviation of accuracies over seeds"),
     "hashes": ("tools.hashes", "compare runs bit by bit"),
+    "export": ("tools.export", "write a trained model for others: safetensors, hf, robustbench, torch_export, onnx"),
 }
 
 

@@ -68,7 +68,7 @@ def _directories(folder: RunFolder) -> list[tuple[int, Path]]:
 
 
 def _names(folder: RunFolder) -> str:
-    return ", ".join(entry.name for _, entry in _directories(folder)) or "none"
+    return ", ".join(entry.name for _, entry in _directories(folder))
 
 
 def _manifest_of(step: int, directory: Path) -> Manifest:
@@ -237,7 +237,8 @@ def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
     directory = folder.checkpoints / step_name(step or 0)
     if step is None or not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint {which!r}" + (f" ({step_name(step)})" if step else ""),
-                              str(folder.checkpoints), f"choose latest, best or one of these: {_names(folder)}")
+                              str(folder.checkpoints), f"choose latest, best or one of these: {names}" if (
+                                  names := _names(folder)) else "the run has none yet: train it")
     return _manifest_of(step, directory)
 
 

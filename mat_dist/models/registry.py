@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -147,6 +147,11 @@ def _find_builder(name: str) -> Builder:
         known = ", ".join((*model_names(), *(f"{prefix}<name>" for prefix in PREFIXES)))
         raise ConfigError(f"unknown model {name!r}", "model.name", f"{hint}Known: {known}, or a name from --plugin")
     return _BUILDERS[name]
+
+
+def made_by(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
+    """The builder of a known name; or what makes it, and of which arguments."""
+    return (library_builder, (name,)) if name.startswith(PREFIXES) else (_BUILDERS[name], None)
 
 
 def try_images(model: nn.Module, x_BCHW: Tensor, where: str, classes: int | None = None) -> Tensor:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval_chart, line_chart, surface
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
 from mat_dist.report.files import Evaluation, RunFiles
-from mat_dist.runs.console import duration, percent
+from mat_dist.runs.console import counted, duration, percent
 from mat_dist.runs.files import reported, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -143,11 +142,6 @@ def _took(run: RunFiles) -> str:
         return "-"
 
 
-def _several(values: Sequence[object]) -> str:
-    """Equal values counted: 3 x resnet18, wrn_28_10."""
-    return ", ".join(f"{n} × {value}" if n > 1 else str(value) for value, n in Counter(map(str, values)).items())
-
-
 def _facts(run: RunFiles) -> dict[str, object]:
     """The run in a dozen words."""
     config, peers, around = run.config, run.config.peers, run.environment
@@ -155,14 +149,14 @@ def _facts(run: RunFiles) -> dict[str, object]:
     ranks = placement.get("ranks", "-") if isinstance(placement, dict) else "-"
     attempts = len(around.get("attempts", []))
     return {
-        "state": status(run), "data": config.data.name, "peers": _several([p.model.name for p in peers]),
-        "loss": _several([p.loss.preset for p in peers]),
+        "state": status(run), "data": config.data.name, "peers": counted([p.model.name for p in peers]),
+        "loss": counted([p.loss.preset for p in peers]),
         "threat": ", ".join(run.threats),
-        "training attack": _several([f"{p.attack.method.upper()}-{p.attack.steps}" for p in peers]),
+        "training attack": counted([f"{p.attack.method.upper()}-{p.attack.steps}" for p in peers]),
         "training": f"{config.train.epochs} epochs of batches of {config.train.batch_size}, "
                     f"{run.steps[-1]['step'] if run.steps else 0} steps",
         "seed": config.run.seed,
-        "ranks": f"{ranks}, {_several(devices)}" if isinstance(devices, list) and devices else ranks,
+        "ranks": f"{ranks}, {counted(devices)}" if isinstance(devices, list) and devices else ranks,
         "wall time": _took(run) + (f" (attempt {attempts})" if attempts > 1 else ""),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("mat_dist", "torch") if name in versions)
         if isinstance(versions, dict) else "-"}

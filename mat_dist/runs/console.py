@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,11 @@ MOST_VALUES = 8  # of a line, and rows of a table; more peers are summed up
 QUIET_S, QUIET_SHARE, MOST_QUIET_S = 5.0, 0.05, 300.0
 
 # ------------------------------------------------------------------------------------------------ numbers
+
+
+def counted(values: Iterable[object]) -> str:
+    """Equal values counted: 3 × resnet18, wrn_28_10."""
+    return ", ".join(f"{n} × {value}" if n > 1 else str(value) for value, n in Counter(map(str, values)).items())
 
 
 def duration(seconds: float | None) -> str:

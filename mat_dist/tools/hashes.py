@@ -17,8 +17,7 @@ from mat_dist.screens import arrived
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code: 0, or 4 when runs differ or a checkpoint cannot be read."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: print_hashes(words))
+    return run_entry(lambda: print_hashes(sys.argv[1:] if argv is None else argv))
 
 
 def print_hashes(words: Sequence[str]) -> None:
@@ -45,7 +44,3 @@ def print_hashes(words: Sequence[str]) -> None:
             raise CheckpointError("the runs differ", ", ".join(runs), "compare the lines above")
         print(f"all {len(found)} runs are bitwise equal")
     arrived()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

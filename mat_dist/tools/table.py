@@ -77,8 +77,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code: 0, 2 for runs that cannot be compared, 16 where there are no results."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: print_table(words))
+    return run_entry(lambda: print_table(sys.argv[1:] if argv is None else argv))
 
 
 def print_table(words: Sequence[str]) -> None:
@@ -186,7 +185,3 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
     columns, texts = _cells(rows)
     return "\n".join(markdown_table(columns, texts, text_columns=len(LEAD)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

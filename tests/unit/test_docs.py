@@ -182,7 +182,7 @@ def test_the_documents_name_only_settings_that_exist():
         text = document.read_text(encoding="utf-8")
         for token in re.findall(r"`([^`\n]+)`", text):
             for key in re.findall(rf"(?<![\w./])(?:{sections})(?:\.\w+)+", token):
-                meant = (key.endswith((".py", ".yaml", ".json", ".md")) or key in known
+                meant = (key.endswith((".py", ".yaml", ".json", ".md", ".safetensors", ".pt2", ".onnx")) or key in known
                          or f"there is no setting {key} " in text or key.startswith("methods.centralise"))
                 if not is_setting(key) and not meant:
                     unknown.append(f"{document.name}: {key}")

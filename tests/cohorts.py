@@ -152,13 +152,14 @@ def resumed_and_refused(train: Callable[..., Cohort], steps: int, cut: int) -> N
 
 
 def failed_step(cohort: Cohort, method: str, *, here: bool, step: int = 0) -> MatError:
-    """The error of a step in which `method` of the first peer of some rank is `broken`.
+    """The error of a step in which `method` of the first peer, or of its first hook, of some rank is `broken`.
 
     Args:
         here: whether it is this rank's.
     """
     if here:
-        setattr(cohort.peers[0], method, broken)
+        peer = cohort.peers[0]
+        setattr(peer if hasattr(peer, method) else peer.hooks[0], method, broken)
     with pytest.raises(MatError) as caught:
         one_step(cohort, step)
     return caught.value

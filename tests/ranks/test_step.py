@@ -223,7 +223,7 @@ def test_a_non_finite_peer_is_named_and_changes_nobody(spoil: Any, world: int, r
     assert {i for _, same in results for i in same} >= {0, 1, 3}  # weights, optimizer, averaged weights, BN buffers
 
 
-PHASES = ["attack", "climb", "begin_learning", "learn", "forward", "opinions", "backward", "reduced"]
+PHASES = ["attack", "begin_learning", "learn", "forward", "opinions", "backward", "reduced"]
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -66,6 +66,9 @@ def mixed() -> nn.Sequential:
 @pytest.mark.parametrize("method", [name for name, kind in MENU.items() if kind.maker != "package"] + [
     pytest.param("apgd-ce", marks=pytest.mark.slow)])
 def test_every_attack_stays_in_the_ball_and_leaves_the_model_as_it_was(method, threat):
+    norm = threat.norm if isinstance(threat, Threat) else threat.partition(":")[0]
+    if MENU[method].norm not in ("", norm):
+        pytest.skip("not its norm")
     x, y = batch()
     model, few = mixed(), {"queries": 9} if method == "search" else {"steps": 2} if method != "apgd-ce" else {}
     before = state(model)
@@ -84,8 +87,9 @@ def test_the_examples_are_those_of_the_attack_by_hand():
     region = Threat("l2", 0.5).region(x)
     start = region.start("uniform", stream=rng.key(7, "eval-l2", 0, 0))
     by_hand = pgd(model, x, y, region=region, start_BCHW=start, loss="ce", steps=3, step_size=2.5 * 0.5 / 3)
-    assert torch.equal(mat_dist.attack(model, x, y, "l2:0.5", steps=3, seed=7), by_hand)
-    assert torch.equal(mat_dist.attack(model.train(), x, y.tolist(), "l2:0.5", steps=3, seed=7), by_hand)
+    found = mat_dist.attack(model, x, y, "l2:0.5", steps=3, seed=7)
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5)  # batch norm is folded into the convolution: rounding
+    assert torch.equal(mat_dist.attack(model.train(), x, y.tolist(), "l2:0.5", steps=3, seed=7), found)
 
 
 def test_an_image_that_is_wrong_already_is_attacked_too_and_restarts_help():

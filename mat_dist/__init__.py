@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mat_dist.api.attack import attack
     from mat_dist.api.evaluation import Results, evaluate
+    from mat_dist.api.losses import register_loss
     from mat_dist.api.run import Run
     from mat_dist.api.training import train
-    from mat_dist.attacks import Threat, norms, register_norm
+    from mat_dist.attacks import Threat, norms, register_threat
     from mat_dist.checkpoints.load import load
     from mat_dist.config.methods import register_method
     from mat_dist.core import losses
@@ -23,11 +24,11 @@ __version__ = "0.2.0"
 # Where the names are. They are imported when they are asked for: most need torch, for which `--help` must not wait.
 _PLACES = {"MatError": "errors", "Results": "api.evaluation", "Run": "api.run", "Threat": "attacks",
            "attack": "api.attack", "evaluate": "evaluate", "export": "tools.export", "load": "checkpoints.load",
-           "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data",
-           "register_method": "config.methods", "register_model": "models", "register_norm": "attacks",
+           "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data", "register_loss": "api.losses",
+           "register_method": "config.methods", "register_model": "models", "register_threat": "attacks",
            "train": "train"}
 __all__ = ["MatError", "Results", "Run", "Threat", "attack", "evaluate", "export", "load", "losses", "norms",
-           "register_dataset", "register_method", "register_model", "register_norm", "train"]
+           "register_dataset", "register_loss", "register_method", "register_model", "register_threat", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 import traceback
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
@@ -27,14 +25,11 @@ def tell(text: str) -> None:
 
 
 def also_function(module: str, place: str) -> None:
-    """Let the module of a command be called too, as the function of its name in the module `place`, which is imported
-    then: `mat_dist.train` is the module for whoever has imported it, and `mat_dist.train(...)` works all the same."""
-    def function() -> Any:
-        return getattr(importlib.import_module(place), module.rpartition(".")[2])
-
+    """Let the module of a command be called too, as the function of its name in the module `place`, imported then:
+    whoever has imported `mat_dist.train` has a module, and `mat_dist.train(...)` works all the same."""
+    function = property(lambda one: getattr(importlib.import_module(place), module.rpartition(".")[2]))
     sys.modules[module].__class__ = type("Command", (ModuleType,), {
-        "__call__": lambda _, *args, **settings: function()(*args, **settings),
-        "__signature__": property(lambda _: inspect.signature(function()))})
+        "__wrapped__": function, "__call__": lambda one, *args, **settings: one.__wrapped__(*args, **settings)})
 
 
 def run_entry(body: Callable[[], None]) -> int:

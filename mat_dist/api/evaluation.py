@@ -15,22 +15,21 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mat_dist.api.inputs import Threats, asked, borrowed, checked_images, checked_labels, home, tried
+from mat_dist.api.inputs import TRIED, Threats, asked, borrowed, checked_images, checked_labels, home
 from mat_dist.api.run import frame, result_rows
 from mat_dist.config.schema import Config
-from mat_dist.data import ImageSet, channel_stats, load_data
+from mat_dist.data import ImageSet, load_data
 from mat_dist.distributed.groups import Mesh, device_name, prepared_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import DataError
-from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import Target
 from mat_dist.evaluation.chunks import Work, pixels, run_chunks
-from mat_dist.evaluation.command import as_table, asked_images, attacks_table
-from mat_dist.evaluation.results import FORMAT, Result, TargetResult, as_result
+from mat_dist.evaluation.command import as_table, asked_images, attacks_table, check_package
+from mat_dist.evaluation.results import FORMAT, Result, as_result
 from mat_dist.evaluation.survivors import Chunks, Survivors, about_job, document_of, gather, image_rows
-from mat_dist.evaluation.targets import load_sources, make_job
-from mat_dist.models.registry import Images
+from mat_dist.evaluation.targets import make_job
+from mat_dist.models.registry import try_images
 from mat_dist.runs.console import choose_screen, show_table
 from mat_dist.runs.files import reported
 from mat_dist.runs.record import versions
@@ -43,31 +42,22 @@ RAW = "raw"
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found. `print` shows its tables.
-
-    Attributes:
-        chunks, survivors: for each chunk of images, and image by image.
-        result: as a result file has it.
-    """
+    """What an evaluation found: for each chunk of images, image by image, and as a result file has it. `print` shows
+    its tables."""
 
     chunks: Chunks
     survivors: Sequence[Survivors]
     result: Result
 
     @property
-    def target(self) -> TargetResult:
-        """Accuracies (clean, each threat, union), those under each attack, checks, and the names of what `failed`."""
-        return self.result.targets[0]
-
-    @property
     def accuracy(self) -> dict[str, float]:
-        """Shares in [0, 1]: clean, under each threat (the worst attack counts), and union."""
-        return self.target.accuracy
+        """Shares in [0, 1]: clean, under each threat (the worst attack counts), and under all threats (union)."""
+        return self.result.targets[0].accuracy
 
     @property
-    def reportable(self) -> bool:
-        """Whether there were soundness checks, and all were passed."""
-        return bool(self.result.reportable)
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that were not passed: the numbers must not be reported where there are any."""
+        return self.result.targets[0].failed
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -96,18 +86,16 @@ def evaluate(model: nn.Module, images: Tensor | str | Iterable[Any], labels: Ten
     """Attack a model as `python -m mat_dist.evaluate` does, with its soundness checks, in this process.
 
     Args:
-        model: any module over images in [0, 1] -> raw logits (B, K), over normalised ones with `mean` and `std`;
-            attacked in eval mode, and left as it was.
+        model: as for `mat_dist.attack`.
         images: float images (N, C, H, W) in [0, 1]; or batches of (images, labels), such as those of a DataLoader; or
             the name of a data set, whose `split` counts.
         labels: (N,), 0 to K - 1, beside images.
-        threats: norm:radius or a `Threat`, or several.
-        attacks: names, see that command's --help; the worst counts per image.
+        threats, attacks: one or several; the worst counts per image.
         size: a random subset of so many images, the same in every call.
         name: of the model, in the results.
-        settings: mean, std (a value per channel), steps, restarts, seed, checks, data={"root": ...}, ... of it.
+        settings: mean, std, steps, restarts, seed, checks, data={"root": ...}, ... of that command.
 
-    Raises ConfigError, DataError, EnvironmentFault for what cannot be used; NotReportable for a model without gradient.
+    Raises as `mat_dist.attack`.
     """
     data = {"data.name": images} if isinstance(images, str) else {}
     precision = home(model)[1] if isinstance(model, nn.Module) else torch.float32
@@ -117,30 +105,20 @@ def evaluate(model: nn.Module, images: Tensor | str | Iterable[Any], labels: Ten
         with borrowed(model, options, split.shape[0]) as lent:
             device = home(lent)[0] or split.device
             samples_N = asked_images(request, split)
-            x_BCHW, _ = pixels(split, samples_N[:config.eval.chunk], device, config)
-            classes = tried(lent, x_BCHW)
+            classes = try_images(lent, pixels(split, samples_N[:TRIED], device, config)[0], "model").shape[1]
             split = replace(split, labels=checked_labels(labels, len(split), classes).to(split.device))
             job = make_job(request, config)
-            autoattack.check(job, classes, config.step.precision)
-            sources, told = load_sources(request.sources, Images(split.shape, classes, *channel_stats(split)), config,
-                                         device)
+            check_package(job, classes, config)
             work = Work(config, job, [Target(name, lent, (lent,))], split, samples_N, f"evaluation of {name}",
-                        checked=-(-request.checks // config.eval.chunk), sources=sources)
-            chunks = _run(work, device)
+                        checked=-(-request.checks // config.eval.chunk))
+            with closing(choose_screen("auto")) as screen:
+                screen.start(0, (), 0)
+                chunks = run_chunks(work, Mesh(Placement.place(1, 1, 0), device), StopFlag(), screen)
     found = gather({RAW: chunks})
     about = about_job(job, config.eval.chunk) | {
         "format": FORMAT, "run": name, "step": 0, "split": request.split if data else "given", "files": {},
-        "device": device_name(device), "versions": versions(), "config": config.model_dump(mode="json"), **({
-            "sources": told} if told else {})}
+        "device": device_name(device), "versions": versions(), "config": config.model_dump(mode="json")}
     return Results(chunks, found, as_result(document_of(about, {RAW: chunks}, found, checked=True)))
-
-
-def _run(work: Work, device: torch.device) -> Chunks:
-    """All chunks, in this process."""
-    stop = StopFlag()  # signals are the program's
-    with closing(choose_screen("auto")) as screen:
-        screen.start(0, (), 0)
-        return run_chunks(work, Mesh(Placement.place(1, 1, 0), device, stop=stop), stop, screen)
 
 
 def _given(images: Any, labels: Any, config: Config, split: str) -> tuple[ImageSet, Any]:

@@ -19,10 +19,10 @@ from mat_dist.data.load import check_labels, check_range
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault
 from mat_dist.evaluation.settings import FileOptions, Request, parse
 from mat_dist.models.modes import frozen, spared_buffers
-from mat_dist.models.registry import Normalize, try_images
+from mat_dist.models.registry import Normalize, check_moments
 
-TRIED = 8  # images that a model is tried with before it is attacked
-OF_RUNS = ("targets", "weights", "checkpoint", "save", "entry", "clean", "confirmed", "normalise", "out")
+TRIED = 8  # images that a model is shown before it is attacked
+OF_RUNS = ("targets", "weights", "checkpoint", "save", "entry", "clean", "confirmed", "normalise", "out", "sources")
 Threats = str | Threat | Sequence[str | Threat]
 
 
@@ -75,12 +75,11 @@ def borrowed(model: nn.Module, options: FileOptions, channels: int) -> Iterator[
     who needs them, buffers; and so are the global generators, which it may draw from. Raises ConfigError."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model is {type(model).__name__}", "model", "give a torch.nn.Module")
-    mean, std = options.mean, options.std
-    if mean is not None and std is not None and not {len(mean), len(std)} <= {1, channels}:
-        raise ConfigError(f"mean has {len(mean)} and std {len(std)} values for {channels} channels", "mean, std",
-                          "give one of each per channel")
     device, dtype = home(model)
-    normalise = [] if mean is None or std is None else [Normalize(mean, std).to(device, dtype)]
+    normalise = []
+    if options.mean is not None and options.std is not None:
+        check_moments(channels, options.mean, options.std)
+        normalise = [Normalize(options.mean, options.std).to(device, dtype)]
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), spared_buffers(model), rng.keyed_rng(0):
         yield nn.Sequential(*normalise, model).eval() if normalise else model
 
@@ -94,8 +93,3 @@ def home(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
                                "put all of it on one device, with model.to(device)")
     floats = [value.dtype for value in values if value.is_floating_point()]
     return next(iter(devices), None), floats[0] if floats else torch.float32
-
-
-def tried(model: nn.Module, x_BCHW: Tensor) -> int:
-    """Show a model some images -> its number of classes. Raises ConfigError, see `try_images`."""
-    return try_images(model, x_BCHW[:TRIED], "model").shape[1]

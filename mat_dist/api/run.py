@@ -16,7 +16,6 @@ from mat_dist.evaluation.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from torch import nn
 
 
 def frame(rows: Sequence[dict[str, Any]]) -> DataFrame:
@@ -44,11 +43,7 @@ def result_rows(result: Result) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a run, which `mat_dist.load` and all commands take too.
-
-    Attributes:
-        path: the folder. Raises ConfigError where it is none of a run.
-    """
+    """The folder of a run, for `mat_dist.load` too. Raises ConfigError where it is none."""
 
     path: Path
 
@@ -63,31 +58,18 @@ class Run:
         """The complete settings."""
         return load_config(str(self.path / "config.yaml"))
 
-    @property
-    def peers(self) -> list[str]:
-        """Names of the peers."""
-        return [str(spec.name) for spec in self.config.peers]
-
-    def load(self, peer: str | int = "best", *, which: str = "best", weights: str | None = None,
-             device: str = "cpu") -> nn.Module:
-        """One of its models, see `mat_dist.load`."""
-        from mat_dist.checkpoints.load import load
-
-        return load(self.path, peer, which=which, weights=weights, device=device)
-
     def metrics(self, kind: str = "step") -> DataFrame:
         """metrics.jsonl as a data frame: a row for each log step, or with kind="epoch" for each evaluation; columns
         such as `loss/peer0`. Raises EnvironmentFault without pandas."""
         from mat_dist.report.files import read_records
         from mat_dist.runs.trackers import series
 
-        records = read_records(self.path / "metrics.jsonl", [], growing=True)
-        return frame([{"step": one["step"], "attempt": one.get("attempt", 1), **series(one, self.peers)}
-                      for one in records if one["kind"] == kind])
+        peers = [str(spec.name) for spec in self.config.peers]
+        return frame([{"step": one["step"], **series(one, peers)} for one in
+                      read_records(self.path / "metrics.jsonl", [], growing=True) if one["kind"] == kind])
 
     def results(self) -> DataFrame:
-        """All result files as a data frame, from the oldest to the newest, see `result_rows`. Raises EnvironmentFault
-        without pandas, NotReportable for a damaged file."""
+        """All result files as a data frame, see `result_rows`. Raises NotReportable for a damaged one."""
         return frame([{"file": result.file.name, "checkpoint": result.checkpoint, "step": result.step,
                        "split": result.split, **row}
                       for result in read_results(self.path / "eval", "*") for row in result_rows(result)])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-from mat_dist.errors import ConfigError
 
 
 def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -24,10 +21,3 @@ def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str
 def _plain(value: Any) -> Any:
     """Numbers and lists of numpy and torch; paths and fractions as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def path_text(path: Any, where: str) -> str:
-    """A path as text. Raises ConfigError for something that is none."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"{type(path).__name__} is no path", where, "give the name or the path of a file")
-    return os.fspath(path)

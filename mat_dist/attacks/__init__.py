@@ -1,7 +1,7 @@
 """Attacks: PGD and APGD for every norm, start and loss; norms, and how to add one."""
 
 from mat_dist.attacks.apgd import APGD_L1_SHARE, Apgd, apgd
-from mat_dist.attacks.norms import L1, L2, Linf, Region, Threat, register_norm
+from mat_dist.attacks.norms import L1, L2, Linf, Region, Threat, register_norm, register_threat
 from mat_dist.attacks.pgd import ATTACK_LOSSES, margin, pgd
 from mat_dist.config.norms import NormInfo
 
@@ -19,4 +19,5 @@ __all__ = [
            "margin",
            "pgd",
            "register_norm",
+           "register_threat",
 ]

@@ -260,6 +260,9 @@ def register_norm(name: str, info: NormInfo | None = None) -> Callable[[AnyRegio
     return register
 
 
+register_threat = register_norm  # its name in `mat_dist`
+
+
 def eps_text(eps: float) -> str:
     """A radius as an exact fraction where it is one of n/255 or a short decimal: 8/255, 1/10, 12."""
     for limit in (255, 1000):

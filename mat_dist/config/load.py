@@ -436,7 +436,7 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=data), "peers": peers})
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         children: Any = value.items()
     elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
@@ -445,7 +445,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, list(value) if isinstance(value, tuple) else value
         return
     for name, child in children:
-        yield from _flat(child, f"{key}.{name}" if key else str(name))
+        yield from flat(child, f"{key}.{name}" if key else str(name))
 
 
 def _complete(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -458,7 +458,7 @@ def _complete(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    before, after = dict(_flat(_complete(old))), dict(_flat(_complete(new)))
+    before, after = dict(flat(_complete(old))), dict(flat(_complete(new)))
     keys = [*after, *(key for key in before if key not in after)]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -474,7 +474,7 @@ def config_differences(old: Config | Mapping[str, Any], new: Config | Mapping[st
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """The settings of a complete configuration by their keys, with absolute paths."""
-    return dict(_flat(_values(with_absolute_paths(config))))
+    return dict(flat(_values(with_absolute_paths(config))))
 
 
 def binding(config: Config) -> dict[str, Any]:

@@ -246,10 +246,9 @@ def _pixels(array: np.ndarray, where: str) -> np.ndarray:
 def check_range(images: Any, where: str, how: str, first: int = 0) -> None:
     """Raises DataError for pixels outside [0, 1], of an array or a tensor; `first`: number of its first image."""
     inside = (images >= -RANGE_TOLERANCE) & (images <= 1 + RANGE_TOLERANCE)  # NaN is outside, too
-    outside = ~inside.reshape(len(images), -1).all(1)
-    if not outside.any():
+    if inside.all():
         return
-    row = int(outside.nonzero()[0][0])  # numpy gives a tuple of places, torch a table
+    row = inside.reshape(len(images), -1).all(1).tolist().index(False)
     bad = np.asarray(images[row].tolist())
     if not np.isfinite(bad).all():
         raise DataError(f"image {first + row} has NaN or infinite pixels", where, "repair or remove it")

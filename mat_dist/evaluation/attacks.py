@@ -52,7 +52,7 @@ class AttackPlan:
     loss: str = "ce"
     start: str = "uniform"
     momentum: float | None = None
-    reach: float = 2.5
+    reach: float | None = 2.5
     targets: int = 0
 
     def size(self, threat: Threat) -> float:
@@ -61,7 +61,7 @@ class AttackPlan:
             return self.step_size
         if self.adaptive(threat):
             return threat.info.apgd_step * threat.eps
-        return self.reach * threat.eps / self.steps
+        return (self.reach or 0) * threat.eps / self.steps
 
     def starts(self, threat: Threat) -> int:
         """How often it starts; towards each target class once, unless more is asked for."""
@@ -69,14 +69,7 @@ class AttackPlan:
 
     def adaptive(self, threat: Threat) -> bool:
         """Whether it is APGD."""
-        return threat.kind.adaptive and self.momentum is None
-
-
-class AutoPlan(AttackPlan):
-    """APGD in every norm."""
-
-    def adaptive(self, threat: Threat) -> bool:
-        return True
+        return self.reach is None or (threat.kind.adaptive and self.momentum is None)
 
 
 FGSM = AttackPlan(**MENU["fgsm"].plan)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,8 @@ from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.norms import known_norms
 from mat_dist.errors import ConfigError, EnvironmentFault
-from mat_dist.evaluation.settings import MENU, made_by
+from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
-
-if TYPE_CHECKING:
-    from mat_dist.evaluation.attacks import Job
 
 # Warnings of pyautoattack that are judged elsewhere: Square's drop over all chunks, classes before the attack.
 _JUDGED_ELSEWHERE = ("Square Attack has decreased", "classes it is not possible", "target classes")
@@ -55,18 +52,6 @@ def require() -> Any:
         raise EnvironmentFault(f"AutoAttack needs the package pyautoattack: {error}", "attacks",
                                "pip install 'mat_dist[eval]', or choose other attacks such as attacks=pgd,cw") from None
     return pyautoattack
-
-
-def check(job: Job, classes: int, precision: str) -> None:
-    """Where pyautoattack is asked for: raises ConfigError for what it cannot attack, EnvironmentFault where it is
-    missing."""
-    if made_by(job.attacks, "package"):
-        check_norms(job.threats)
-        require()
-        check_classes((*job.attacks, *job.custom), classes)
-        if precision == "fp64":
-            raise ConfigError("pyautoattack computes in fp32, the models in fp64", "attacks",
-                              "choose other attacks, such as attacks=pgd,cw,targeted")
 
 
 def chunk_seed(seed: int, norm: str, chunk: int) -> int:

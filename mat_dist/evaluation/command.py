@@ -106,7 +106,7 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     """Settle what is asked for, load models and images."""
     run, label = open_asked(folder, config, request)
     names, job = target_names(request, config), make_job(request, config)
-    autoattack.check(job, run.images.classes, config.step.precision)
+    check_package(job, run.images.classes, config)
     data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size,
                      build_cache=launch.local_rank == 0, stop=stop)
     check_images(data, run)
@@ -127,6 +127,17 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
                            save=request.save, sources=sources), about, [
                                judge_training(config, newest.meta, newest.step),
                                *unconfirmed(folder, run.manifest, targets[0].model)])
+
+
+def check_package(job: Job, classes: int, config: Config) -> None:
+    """Where pyautoattack is asked for: raises ConfigError for what it cannot do, EnvironmentFault without it."""
+    if made_by(job.attacks, "package"):
+        autoattack.check_norms(job.threats)
+        autoattack.require()
+        autoattack.check_classes((*job.attacks, *job.custom), classes)
+        if config.step.precision == "fp64":
+            raise ConfigError("pyautoattack computes in fp32, the models in fp64", "attacks",
+                              "choose other attacks, such as attacks=pgd,cw,targeted")
 
 
 def asked_images(request: Request, split: ImageSet) -> Tensor:

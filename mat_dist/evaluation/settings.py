@@ -36,7 +36,6 @@ class Kind:
         white_box: it follows gradients, so that nothing else should break more.
         fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
             targeted form by the fourth's.
-        auto: PGD that sets its own step length, in every norm.
         glance: it is for a look: no number is reportable that rests on nothing else that follows gradients.
         norm: the only one that it knows, or empty.
     """
@@ -46,7 +45,6 @@ class Kind:
     plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     white_box: bool = True
     fewest_classes: int = 2
-    auto: bool = False
     glance: bool = False
     norm: str = ""
 
@@ -64,7 +62,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "pgd": Kind("pgd", "PGD on the cross-entropy"),
     "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
     "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
-    "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", auto=True),
+    "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", {"reach": None}),
     "cr": Kind("relaxation", "constraint relaxation, some hundred passes", glance=True, norm="linf"),
     "search": Kind("search", "random search with square patches", white_box=False),
     "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),

@@ -17,7 +17,7 @@ from mat_dist.config.fields import parse_threats
 from mat_dist.config.norms import UNIONS, data_sets, known_norms, standard_radii, union_radii
 from mat_dist.config.schema import Config, EvalConfig, PeerConfig
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.attacks import AttackPlan, AutoPlan, Job, Target
+from mat_dist.evaluation.attacks import AttackPlan, Job, Target
 from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
 from mat_dist.models import Ensemble
 from mat_dist.models.ensemble import RULES
@@ -86,8 +86,7 @@ def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
     asked: dict[str, Any] = {"steps": request.steps or test_steps(config),
                              "restarts": request.restarts,
                              "step_size": request.step_size}
-    plans = {name: (AutoPlan if MENU[name].auto else AttackPlan)(**asked | dict(MENU[name].plan))
-             for name in made_by(request.attacks, "pgd")}
+    plans = {name: AttackPlan(**asked | dict(MENU[name].plan)) for name in made_by(request.attacks, "pgd")}
     if TARGETED in plans:
         plans[TARGETED] = replace(plans[TARGETED], targets=request.targets_per_image)
     return plans

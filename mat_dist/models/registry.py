@@ -99,7 +99,9 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
     Raises ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take;
     EnvironmentFault: timm/<name> without timm.
     """
-    _check_data(shape, classes, mean, std)
+    check_moments(shape[0], mean, std)
+    if classes < 2:
+        raise ConfigError(f"{classes} classes", "data", "a classifier needs at least 2")
     builder = _find_builder(config.name)
     try:
         net = builder(config, shape, classes)
@@ -126,15 +128,14 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_data(shape: Shape, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    if len(mean) != shape[0] or len(std) != shape[0]:
-        raise ConfigError(f"mean has {len(mean)} and std {len(std)} values for {shape[0]} channels", "data",
+def check_moments(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ConfigError for a mean and deviation per channel that cannot normalise."""
+    if not len(mean) == len(std) == channels:
+        raise ConfigError(f"mean has {len(mean)} and std {len(std)} values for {channels} channels", "data",
                           "give one mean and one std per channel")
     if not all(math.isfinite(m) for m in mean) or not all(math.isfinite(s) and s > 0 for s in std):
         raise ConfigError(f"mean {tuple(mean)} or std {tuple(std)} cannot normalise", "data",
                           "means must be finite, deviations finite and above 0")
-    if classes < 2:
-        raise ConfigError(f"{classes} classes", "data", "a classifier needs at least 2")
 
 
 def _find_builder(name: str) -> Builder:

@@ -1,25 +1,26 @@
 """Mean and sample standard deviation of final accuracies over seeds.
 
-Runs that differ only in run.seed share their rows.
+Runs that differ only in run.seed share their rows; rows of other runs say in which settings they differ.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from mat_dist.cli import run_entry
 from mat_dist.config import Options
+from mat_dist.config.load import flat
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import CLEAN, UNION, Result, accuracies, present, read_results
+from mat_dist.evaluation.results import CLEAN, UNION, Result, TargetResult, accuracies, present, read_results
 from mat_dist.runs.console import new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
@@ -27,7 +28,7 @@ from mat_dist.screens import arrived
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
 # Sections that do not change what is trained or how it is evaluated; run holds the seed.
 _FREE = ("run", "comm", "log", "checkpoint")
-LEAD = ("runs", "target", "weights", "checkpoint", "attack")
+LEAD = ("runs", "settings", "target", "weights", "checkpoint", "attack")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> list[str]:
@@ -39,40 +40,21 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, tex
 
 @dataclass(frozen=True)
 class Value:
-    """The accuracies of one target in one run.
+    """One target of the newest result of a run's `checkpoint`, best or last."""
 
-    Attributes:
-        group: what the runs of a row share: all settings but the seed, and those that do not matter.
-        run, seed: which run.
-        target, weights, checkpoint: a peer or `ensemble`; `raw` or `ema`; `best` or `last`.
-        attack: name, steps and restarts.
-        accuracy: name of the accuracy -> share in [0, 1]: clean, each threat, union.
-    """
-
-    group: str
     run: str
-    seed: int
-    target: str
-    weights: str
     checkpoint: str
-    attack: str
-    accuracy: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Mean and sample standard deviation (n - 1; None for one seed) over the runs of `seeds`, by name of the
-    accuracy."""
-
-    lead: tuple[str, ...]
-    seeds: tuple[int, ...]
-    mean: dict[str, float]
-    deviation: dict[str, float | None]
+    result: Result
+    target: TargetResult
 
     @property
-    def several(self) -> bool:
-        """Whether there is more than one threat."""
-        return len(self.mean.keys() - {CLEAN, UNION}) > 1
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.result.config.items() if key not in _FREE}
+
+    @property
+    def group(self) -> str:
+        """What the runs of a row share: all settings but the seed, and those that do not matter."""
+        return json.dumps([self.settings, self.result.attacks, self.result.plans], sort_keys=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,21 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_table(words: Sequence[str]) -> None:
-    """The table for people, then the same in Markdown."""
-    runs = Options("table", __doc__, "RUN [RUN ...]").read(words).words
+    """The table for people, then the same in Markdown; or for programs."""
+    options = Options("table", __doc__, "RUN [RUN ...]")
+    options.add_argument("--csv", action="store_true", help="print CSV: shares in [0, 1], seeds separated by blanks")
+    options.add_argument("--json", action="store_true", help="print JSON: a list of rows")
+    asked = options.read(words)
     values: list[Value] = []
-    for word in runs:
+    for word in asked.words:
         found = read_run(Path(word))
         if not found:
             print(f"mat_dist: warning: {word} has no test results of its best or last checkpoint yet and is left out",
                   file=sys.stderr)
         values += found
     if not values:
-        raise NotReportable("none of the runs has test results", ", ".join(runs[:5]),
+        raise NotReportable("none of the runs has test results", ", ".join(asked.words[:5]),
                             "wait until they are finished, with eval.test_steps above 0")
     rows = summarise(values)
-    show_table(as_table(rows))
-    print(as_markdown(rows))
+    if asked.json:
+        print(json.dumps(rows, indent=1))
+    elif asked.csv:
+        _print_csv(rows)
+    else:
+        columns, texts = _cells(rows)
+        lead = columns.index("attack") + 1
+        table = new_table("Accuracy on the test set: mean ± sample standard deviation over seeds", columns[:lead],
+                          columns[lead:])
+        for row in texts:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        show_table(table)
+        print("\n".join(markdown_table(columns, texts, text_columns=lead)))
     arrived()
 
 
@@ -107,37 +103,54 @@ def read_run(folder: Path) -> list[Value]:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{str(folder)!r} is not a run folder", "command line", "give folders like runs/NAME")
     results = read_results(folder / "eval", "test_*_step_*")
-    newest = {label: found[-1] for label, found in present(RunFolder(folder), results).items() if found}
-    return [value for label, result in newest.items() for value in _values(folder, label, result)]
+    return [Value(folder.resolve().name, label, found[-1], one)
+            for label, found in present(RunFolder(folder), results).items() if found for one in found[-1].targets]
 
 
-def _values(folder: Path, label: str, result: Result) -> list[Value]:
-    settings = {key: value for key, value in result.config.items() if key not in _FREE}
-    group = json.dumps([settings, result.attacks, result.plans], sort_keys=True)
-    return [Value(group, folder.resolve().name, result.seed, one.target, one.weights, label,
-                  ", ".join(result.named_attacks()), dict(one.accuracy)) for one in result.targets]
-
-
-def summarise(values: Sequence[Value]) -> list[Row]:
-    """A row per group, target, weights and checkpoint, in the order of the runs.
+def summarise(values: Sequence[Value]) -> list[dict[str, Any]]:
+    """A row per group, target, weights and checkpoint, in the order of the runs: LEAD (`settings` are those in which it
+    differs from other groups), seeds, mean and sample standard deviation (n - 1; None for one seed) by accuracy.
 
     Raises ConfigError when two runs of a group have one seed: they are one observation, not two.
     """
     cells: dict[tuple[str, ...], list[Value]] = {}
     for value in values:
-        cells.setdefault((value.group, value.target, value.weights, value.checkpoint), []).append(value)
-    names = _names(values)
+        cells.setdefault((value.group, value.target.target, value.target.weights, value.checkpoint), []).append(value)
+    names, labels = _names(values), differing({value.group: value.settings for value in values})
     rows = []
-    for (group, *lead), same in cells.items():
+    for (group, target, weights, checkpoint), same in cells.items():
         for one, other in combinations(same, 2):
-            if one.seed == other.seed:
-                raise ConfigError(f"{one.run} and {other.run} have the same settings and seed {one.seed}",
+            if one.result.seed == other.result.seed:
+                raise ConfigError(f"{one.run} and {other.run} have the same settings and seed {one.result.seed}",
                                   "command line", "give one run per seed")
-        shares = {key: [value.accuracy[key] for value in same] for key in same[0].accuracy}
-        rows.append(Row((names[group], *lead, same[0].attack), tuple(sorted(value.seed for value in same)),
-                        {key: statistics.fmean(found) for key, found in shares.items()},
-                        {key: statistics.stdev(found) if len(found) > 1 else None for key, found in shares.items()}))
+        shares = {key: [value.target.accuracy[key] for value in same] for key in same[0].target.accuracy}
+        rows.append({"runs": names[group], "settings": labels[group], "target": target, "weights": weights,
+                     "checkpoint": checkpoint, "attack": ", ".join(same[0].result.named_attacks()),
+                     "seeds": sorted(value.result.seed for value in same),
+                     "mean": {key: statistics.fmean(found) for key, found in shares.items()},
+                     "deviation": {key: statistics.stdev(found) if len(found) > 1 else None
+                                   for key, found in shares.items()}})
     return rows
+
+
+def differing(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By group, the settings in which the groups differ. What all peers share stands there once, and where a preset
+    differs, what follows from it does not."""
+    settings = {group: _of_peers(values) for group, values in groups.items()}
+    keys = dict.fromkeys(key for values in settings.values() for key in values)
+    differ = [key for key in keys if len({json.dumps(values.get(key)) for values in settings.values()}) > 1]
+    chosen = [key for key in differ if key.endswith("preset") or f"{key.rpartition('.')[0]}.preset" not in differ]
+    return {group: {key: values.get(key) for key in chosen} for group, values in settings.items()}
+
+
+def _of_peers(values: Mapping[str, Any]) -> dict[str, Any]:
+    peers = [dict(flat(peer)) for peer in values.get("peers", ())]
+    found = dict(flat({key: value for key, value in values.items() if key != "peers"}))
+    for key in dict.fromkeys(key for peer in peers for key in peer if key not in ("name", "stream")):
+        each = [peer.get(key) for peer in peers]
+        found |= {key: each[0]} if all(one == each[0] for one in each) else {
+            f"peers.{index}.{key}": one for index, one in enumerate(each)}
+    return {"peers": len(peers), **found}
 
 
 def _names(values: Sequence[Value]) -> dict[str, str]:
@@ -155,33 +168,36 @@ def _names(values: Sequence[Value]) -> dict[str, str]:
     return names
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column names and texts: per cent, mean +- deviation. `union` only of rows with more than one threat."""
-    shown = [name for name in accuracies(key for row in rows for key in row.mean if key not in (CLEAN, UNION))
-             if name != UNION or any(row.several for row in rows)]
+def _lead(row: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of LEAD."""
+    told = ", ".join(f"{key}={'null' if value is None else value}" for key, value in row["settings"].items())
+    return {name: told if name == "settings" else row[name] for name in LEAD}
 
-    def text(row: Row, key: str) -> str:
-        if key not in row.mean or (key == UNION and not row.several):
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Column names and texts: per cent, mean +- deviation. `union` only of rows with more than one threat, `settings`
+    only where rows differ in some."""
+    several = [len(row["mean"].keys() - {CLEAN, UNION}) > 1 for row in rows]
+    shown = [name for name in accuracies(key for row in rows for key in row["mean"] if key not in (CLEAN, UNION))
+             if name != UNION or any(several)]
+    lead = [name for name in LEAD if name != "settings" or any(row["settings"] for row in rows)]
+
+    def text(row: Mapping[str, Any], key: str, union: bool) -> str:
+        if key not in row["mean"] or (key == UNION and not union):
             return "-"
-        deviation = row.deviation[key]
-        return f"{100 * row.mean[key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+        deviation = row["deviation"][key]
+        return f"{100 * row['mean'][key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
-    columns = [*LEAD, *(f"{key} %" for key in shown), "seeds"]
-    return columns, [[*row.lead, *(text(row, key) for key in shown),
-                      f"{len(row.seeds)}: {', '.join(map(str, row.seeds))}"] for row in rows]
-
-
-def as_table(rows: Sequence[Row]) -> Table:
-    """The table for a terminal."""
-    columns, texts = _cells(rows)
-    table = new_table("Accuracy on the test set: mean ± sample standard deviation over seeds", LEAD,
-                      columns[len(LEAD):])
-    for row in texts:
-        table.add_row(*row)
-    return table
+    return [*lead, *(f"{key} %" for key in shown), "seeds"], [
+        [*(_lead(row)[name] for name in lead), *(text(row, key, union) for key in shown),
+         f"{len(row['seeds'])}: {', '.join(map(str, row['seeds']))}"] for row, union in zip(rows, several, strict=True)]
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    columns, texts = _cells(rows)
-    return "\n".join(markdown_table(columns, texts, text_columns=len(LEAD)))
+def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    shown = [f"{key}{end}" for key in dict.fromkeys(key for row in rows for key in row["mean"])
+             for end in ("", " deviation")]
+    writer = csv.DictWriter(sys.stdout, [*LEAD, "seeds", *shown], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**_lead(row), "seeds": " ".join(map(str, row["seeds"])), **row["mean"],
+                         **{f"{key} deviation": value for key, value in row["deviation"].items()}})

@@ -41,14 +41,14 @@ def test_a_module_has_the_numbers_of_the_command_bit_by_bit(run, images):
     assert mat_dist.evaluate.main([str(run.path), *words]) == 0
     (command,) = read_results(run.path / "eval", "evaluate*")
     (theirs,) = command.targets
-    found = mat_dist.evaluate(run.load(1), *images, threats=["linf:0.1", mat_dist.Threat("l2", 0.3)], size=9,
+    found = mat_dist.evaluate(mat_dist.load(run, 1), *images, threats=["linf:0.1", mat_dist.Threat("l2", 0.3)], size=9,
                               attacks=["pgd", "cw", "apgd", "uniform"], steps=2, restarts=2, seed=5, checks=1,
                               eval={"chunk": 5}, name="peer1")
-    assert (found.accuracy, found.target.attacks) == (theirs.accuracy, theirs.attacks)
+    assert (found.accuracy, found.result.targets[0].attacks) == (theirs.accuracy, theirs.attacks)
     ours = json.loads(found.to_json())["targets"][0]
     assert ours["interval_95"] == command.document["targets"][0]["interval_95"]
     told = [[(check.check, check.threat, check.passed, check.found) for check in one.checks
-             if check.check not in HEADLINE] for one in (found.target, theirs)]
+             if check.check not in HEADLINE] for one in (found.result.targets[0], theirs)]
     assert told[0] == told[1] and len(told[0]) > 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
@@ -56,7 +56,7 @@ def test_a_module_has_the_numbers_of_the_command_bit_by_bit(run, images):
 
 
 def test_tensors_batches_and_a_name_are_the_same_images(run, images):
-    model, x, y = run.load(0), *images
+    model, x, y = mat_dist.load(run, 0), *images
     given = mat_dist.evaluate(model, x, y, **QUICK)
     batches = DataLoader(TensorDataset(x, y), batch_size=7)
     for other in (batches, [(x[:30], y[:30].tolist()), (x[30:], y[30:])], "digits"):
@@ -65,7 +65,7 @@ def test_tensors_batches_and_a_name_are_the_same_images(run, images):
         assert found.survivors[0].accuracy == given.accuracy
         assert torch.equal(found.survivors[0].worst("linf 8/255"), given.survivors[0].worst("linf 8/255"))
         assert found.result.document["images_digest"] == given.result.document["images_digest"]
-    assert mat_dist.evaluate(model, x, y, size=9, **QUICK).target.n == 9
+    assert mat_dist.evaluate(model, x, y, size=9, **QUICK).result.targets[0].n == 9
 
 
 def test_the_model_and_the_process_are_left_as_they_were():
@@ -78,12 +78,12 @@ def test_the_model_and_the_process_are_left_as_they_were():
 
 
 def test_results_print_their_tables_and_are_a_result_file(run, images, tmp_path):
-    found = mat_dist.evaluate(run.load(0), *images, threats="linf:0.1,l2:0.2", name="mine", **QUICK)
+    found = mat_dist.evaluate(mat_dist.load(run, 0), *images, threats="linf:0.1,l2:0.2", name="mine", **QUICK)
     text = str(found)
     assert all(word in text for word in ("mine", "linf 1/10", "l2 1/5", "union", "pgd", "not checked"))
     assert found.to_json(tmp_path / "found.json") == (tmp_path / "found.json").read_text()
     again = read_result(tmp_path / "found.json")
-    assert again.targets == found.result.targets and not found.reportable
+    assert again.targets == found.result.targets and found.failed
     for place in (tmp_path / "found.json", tmp_path, tmp_path / "none" / "a.json"):
         before = (tmp_path / "found.json").read_bytes()
         with pytest.raises(OutputError):
@@ -93,7 +93,7 @@ def test_results_print_their_tables_and_are_a_result_file(run, images, tmp_path)
 
 def test_the_rows_of_a_data_frame_are_the_accuracies(run, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
-    found = mat_dist.evaluate(run.load(0), *images, threats="linf:0.1", **QUICK)
+    found = mat_dist.evaluate(mat_dist.load(run, 0), *images, threats="linf:0.1", **QUICK)
     rows = {(row["threat"], row["attack"]): row["accuracy"] for row in found.to_pandas()}
     accuracy = found.accuracy
     assert rows == {("clean", "none"): accuracy["clean"], ("linf 1/10", "worst"): accuracy["linf 1/10"],
@@ -109,7 +109,7 @@ def test_a_model_that_masks_its_gradients_is_not_reportable():
     with torch.no_grad():
         y = model.eval()(x).argmax(1)
     found = mat_dist.evaluate(model, x, y, attacks="pgd", steps=2, checks=32)
-    assert "zero gradients" in found.target.failed and not found.reportable
+    assert "zero gradients" in found.failed
     with pytest.raises(NotReportable, match="no gradient"):
         mat_dist.evaluate(Wrap(lambda logits: logits.detach()), x, y, **QUICK)
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_used_is_one_error(make, error, text):
     (("cifar10",), {"data": {"root": "/none"}}, DataError, "none"), (batch(), {"size": 99}, DataError, "at most 6"),
     (batch(), {"attacks": "pdg"}, ConfigError, "did you mean pgd"), (batch(), {"attacks": []}, ConfigError, "attacks"),
     (batch(), {"targets": "peers"}, ConfigError, "no effect"),
-    (batch(), {"sources": "none"}, ConfigError, "no run folder"),
+    (batch(), {"sources": "none"}, ConfigError, "no effect"),
     (batch(), {"chekcs": 3}, ConfigError, "did you mean checks"), (batch(), {"save": True}, ConfigError, "no effect"),
     ((nn.Linear(2, 2),), {}, DataError, "no batches"),
 ])

@@ -95,7 +95,8 @@ def test_another_thread_than_the_main_one_may_train(tmp_path):
     ({"attack.esp": 1}, ConfigError, "attack.eps"),
     ({"attack": {"esp": 1}}, ConfigError, "attack.eps"),
     ({"config": "no_such"}, ConfigError, "there is no such configuration file"),
-    ({"config": 3}, ConfigError, "int is no path"),
+    ({"config": 3}, ConfigError, "there is no such configuration file"),
+    ({"plugins": "none.py"}, ConfigError, "cannot read the plug-in"),
     ({"config": "--help"}, ConfigError, "there is no such configuration file"),
     ({"plugins": ["none.py"]}, ConfigError, "cannot read the plug-in"),
     ({"run.name": ""}, ConfigError, "run.name has no value"),
@@ -113,7 +114,7 @@ def test_settings_of_any_python_type_mean_what_they_mean_on_the_command_line(tmp
     run = tiny(tmp_path, "007", attack={"eps": "8/255", "step_size": np.float32(0.5)}, **{
         "data.cache": tmp_path / "cache", "optim.args": {"nesterov": True}, "peers.0.name": "one"})
     config = run.config
-    assert (run.path.name, run.peers) == ("007", ["one"])
+    assert (run.path.name, config.peers[0].name) == ("007", "one")
     assert config.peers[0].threat.eps == 8 / 255 and config.peers[0].attack.step_size == 0.5
     assert config.data.cache == str(tmp_path / "cache") and config.peers[0].optim.args == {"nesterov": True}
 
@@ -145,10 +146,11 @@ def run(tmp_path_factory) -> mat_dist.Run:
 
 def test_a_run_is_taken_wherever_a_folder_is(run):
     images = torch.rand(3, 1, 8, 8)
-    one, other = mat_dist.load(run, which="latest"), mat_dist.Run(str(run.path)).load("peer0")
+    one, other = mat_dist.load(run, which="latest"), mat_dist.load(str(run.path), "peer0")
     assert torch.equal(one(images), other(images))
     parameters = inspect.signature(mat_dist.load).parameters
     assert list(parameters) == ["run", "peer", "which", "weights", "device"]
+    assert mat_dist.Run(str(run.path)).path == run.path
     with pytest.raises(ConfigError, match="there is no run folder"):
         mat_dist.Run(run.path.parent / "none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mat_dist.tools.table import main
+from mat_dist.tools.table import differing, main
 
 
 def write(root: Path, run: str, seed: int, shares: dict[str, tuple[float, float]], *, label: str = "last",
@@ -65,9 +66,10 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(table, tmp
                write(tmp_path, "b-seed0", 0, {"peer0": (0.9, 0.6)}, lr=0.1),
                write(tmp_path / "again", "a-seed2", 2, {"peer0": (0.1, 0.0)}, lr=0.2)]
     rows, _, _ = table(*folders)
-    assert [(row[0], row[1], row[5], row[-1]) for row in rows[2:]] == [
-        ("a", "peer0", "60.00 ± 14.14", "2: 0, 1"), ("a", "ensemble", "70.00 ± 0.00", "2: 0, 1"),
-        ("b", "peer0", "90.00", "1: 0"), ("a (2)", "peer0", "10.00", "1: 2")]
+    assert [(row[0], row[1], row[2], row[6], row[-1]) for row in rows[2:]] == [
+        ("a", "train.lr=null", "peer0", "60.00 ± 14.14", "2: 0, 1"),
+        ("a", "train.lr=null", "ensemble", "70.00 ± 0.00", "2: 0, 1"),
+        ("b", "train.lr=0.1", "peer0", "90.00", "1: 0"), ("a (2)", "train.lr=0.2", "peer0", "10.00", "1: 2")]
 
 
 @pytest.mark.parametrize(("runs", "name"), [
@@ -91,6 +93,40 @@ def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(tabl
         ["best", "PGD-20", "50.00", "30.00", "30.00", "-", "30.00", "1: 0"],
         ["last", "PGD-20", "50.00", "20.00", "20.00", "-", "20.00", "1: 0"],
         ["last", "PGD-50", "50.00", "-", "-", "10.00", "-", "1: 0"]]
+
+
+def peers(*loss: str, **more: Any) -> list[dict[str, Any]]:
+    return [{"name": f"peer{index}", "loss": {"preset": preset, "kd_weight": len(preset)}, "model": more}
+            for index, preset in enumerate(loss)]
+
+
+def test_a_group_is_labelled_by_the_settings_in_which_it_differs_alone():
+    """What all peers share stands there once; what follows from a preset does not stand beside it."""
+    same = {"data": {"name": "digits"}, "optim": {"args": {"a": [1, 2]}}}
+    groups = {"one": {**same, "peers": peers("mat", "mat", width=1)},
+              "two": {**same, "peers": peers("at", "at", width=1)},
+              "three": {**same, "peers": peers("mat", "at", width=2)}, "four": {"peers": peers("mat", width=1)}}
+    found = differing(groups)
+    assert found["one"] == {"peers": 2, "data.name": "digits", "optim.args.a": [1, 2], "loss.preset": "mat",
+                            "model.width": 1, "peers.0.loss.preset": None, "peers.1.loss.preset": None}
+    assert (found["two"]["loss.preset"], found["three"]["model.width"], found["four"]["peers"]) == ("at", 2, 1)
+    assert found["three"]["peers.1.loss.preset"] == "at" and not any("kd_weight" in key for key in found["three"])
+    assert differing({"one": groups["one"]}) == {"one": {}}
+
+
+def test_programs_get_the_same_numbers_as_csv_and_as_json(tmp_path, capsys):
+    folders = [write(tmp_path, f"a-seed{seed}", seed, {"peer0": (share, 0.25)}) for seed, share in ((0, 0.8), (1, 0.4))]
+    folders.append(write(tmp_path, "b", 0, {"peer0": (0.5, 0.125)}, lr=0.1, threats=("l2 1/2",)))
+    assert main(["--json", *folders]) == 0
+    one, other = json.loads(capsys.readouterr().out)
+    assert one["mean"] == {"clean": pytest.approx(0.6), "linf 8/255": 0.25, "union": 0.25} and one["seeds"] == [0, 1]
+    assert one["deviation"]["clean"] == pytest.approx(0.2 * 2**0.5) and other["deviation"]["clean"] is None
+    assert (one["settings"], other["settings"]) == ({"train.lr": None}, {"train.lr": 0.1})
+    assert main([*folders, "--csv"]) == 0
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (first["runs"], first["seeds"], float(first["clean"])) == ("a", "0 1", one["mean"]["clean"])
+    assert float(first["clean deviation"]) == one["deviation"]["clean"] and first["l2 1/2"] == ""
+    assert (second["settings"], second["l2 1/2"], second["clean deviation"]) == ("train.lr=0.1", "0.125", "")
 
 
 def test_the_newest_evaluation_of_a_checkpoint_counts(table, tmp_path):

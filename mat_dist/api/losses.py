@@ -1,0 +1,42 @@
+"""`mat_dist.register_loss`: a loss of one's own as a function. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import create_model
+
+from mat_dist.config.fields import Section
+from mat_dist.config.methods import Method, Preset, register_method
+from mat_dist.core.hooks import Hook, Views
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mat_dist.core.graph import PeerGraph, View
+
+AnyLoss = TypeVar("AnyLoss", bound="Callable[[Tensor, Tensor, Tensor], Tensor]")
+
+
+def register_loss(name: str) -> Callable[[AnyLoss], AnyLoss]:
+    """Decorator that makes a function (logits on own AEs (B, K), on clean images (B, K), labels (B,)) -> scalar known
+    as `loss=<name>`, in the place of hard labels; `loss.kd_weight` adds distillation. Raises ConfigError for a name
+    that is taken, or no word in lower case."""
+    def register(function: AnyLoss) -> AnyLoss:
+        class OwnLoss(Hook):
+            def couples(self, row: PeerGraph) -> Sequence[View]:
+                return () if row.me.frozen else (row.mine[0], *(view for view in row.learned if view.maker < 0))
+
+            def loss(self, row: PeerGraph, logits: Views, y_B: Tensor, count: Tensor | None) -> Tensor:
+                own, clean = self.couples(row)
+                return function(logits[own], logits[clean], y_B)
+
+        OwnLoss.name = name
+        section = create_model(function.__qualname__, __base__=Section, __module__=function.__module__)
+        preset = Preset(({"hard_weight": 0.0},), methods=({name: {}},))
+        register_method(Method(name, f"the loss {name}", section=section, hook=OwnLoss, pairs=True,
+                               presets={name: preset}))
+        return function
+
+    return register

@@ -144,8 +144,7 @@ def cr() -> None:
             adv = mat_dist.attack(model, x, y, threat, method)
             shares.append(100 * (correct(model, x, y) & correct(model, adv, y)).double().mean().item())
         found = mat_dist.evaluate(model, x, y, threats=threat, attacks="cr")
-        failed = dict.fromkeys(check.check for check in found.target.checks or () if not check.passed)
-        tell(name, *shares, found.reportable, ", ".join(failed))
+        tell(name, *shares, found.reportable, ", ".join(found.failed))
 
 
 def robust_l1(model: nn.Module, images: Images, threat: Threat, steps: int, starts: int) -> float:

@@ -56,8 +56,13 @@ class Results:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the checks that were not passed: the numbers must not be reported where there are any."""
+        """Names of the checks that were not passed."""
         return self.result.targets[0].failed
+
+    @property
+    def reportable(self) -> bool:
+        """Whether all checks were made and passed."""
+        return not self.failed
 
     def __str__(self) -> str:
         text = io.StringIO()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mat_dist.attacks.memory import release
 from mat_dist.core import step as steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.guard import Guard
@@ -70,6 +71,7 @@ class CapturedSteps:
             tape = Tape.record(cohort, replace(batch, step=self._first[kind]), log, self._recorder)
         except Exception as error:  # drivers, models and hooks raise anything
             self._refuse(kind, f"{type(error).__name__}: {error}".splitlines()[0])
+            release(error)
             tape = None
         answers: list[Tensor] = []
         guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
@@ -159,6 +161,7 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
         noise = 0.0 if found == 0 else _distance(
             results(lambda guard: steps.compute(cohort, guard, batch, log)), wanted)
     except Exception as error:  # as in recording
+        release(error)
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if found <= NOISE * min(noise, LOUD):
         return ""

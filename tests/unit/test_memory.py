@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.attacks.norms import Threat
+from mat_dist.core import step as steps
+from mat_dist.distributed.groups import Mesh
+from mat_dist.distributed.placement import Placement
 from mat_dist.evaluation.attacks import AttackPlan, crafted
-from tests.cohorts import BATCH, SHAPE, batch, cohort_config, first_view, make_peer, nets
+from mat_dist.training import capture
+from tests.cohorts import BATCH, SHAPE, batch, build, cohort_config, first_view, make_peer, nets, one_step
+from tests.recorder import CpuRecorder
 
 HELD_BY = ["nobody", "the model", "a cycle", "another error"]
 
@@ -121,3 +126,25 @@ def test_an_attack_of_the_evaluation_goes_on_in_parts_without_the_larger_ones(
     assert found.shape == (11, *SHAPE)
     assert len(model.failures) == 2 and model.alive[0] == 0
     assert max(model.alive) <= 1  # of the step before, in the same attempt
+
+
+def test_a_step_that_cannot_be_recorded_runs_eagerly_without_what_was_recorded(
+        short: Callable[[nn.Module, int], Short], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive = short(nets(1)[0], 0), []
+
+    def record(*_: Any) -> None:
+        model(batch(0)[0].requires_grad_()).sum().backward()
+
+    def compute(*given: Any, plain: Any = steps.compute) -> Any:
+        alive.append([len(model.failures), sum(life() is not None for life in model.lives)])
+        return plain(*given)
+
+    monkeypatch.setattr(capture.Tape, "record", record)
+    monkeypatch.setattr(steps, "compute", compute)
+    mesh = Mesh(Placement.place(1, 1, 0), torch.device("cpu"))
+    cohort = build(cohort_config("at", 1, step={"engine": "graph"}), mesh, nets(1))
+    notes: list[str] = []
+    work = capture.captured_steps(cohort, notes.append, CpuRecorder())
+    for step in range(2):
+        one_step(cohort, step, compute=work)
+    assert alive == [[0, 0], [1, 0]] and len(notes) == 1 and "OutOfMemoryError" in notes[0]

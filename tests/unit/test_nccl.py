@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mat_dist.distributed import groups
-from mat_dist.distributed.agreement import Agreement
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.distributed.waiting import Wait
-from mat_dist.errors import MatError, PeerFailed, PeerSilent
+from mat_dist.errors import MatError, PeerSilent
+from tests.cohorts import build, cohort_config, nets, one_step, state_hashes
 
 Patch = pytest.MonkeyPatch
 TOLD = PeerSilent("rank 1 (peer 0) is late", "here", "start again")
@@ -73,12 +74,12 @@ def test_whom_a_device_waits_for_is_named_by_our_own_clock(monkeypatch: Patch) -
     """A host that waited in the driver would be ended by NCCL's watchdog, though another rank hangs."""
     mesh, asked = on_device(monkeypatch, lambda: False)
     with pytest.raises(PeerSilent) as caught:
-        Agreement(mesh, "step 3").vote(torch.ones(1, 4))
+        mesh.await_device()
     assert caught.value is TOLD and asked == ["exchange of start on the device"]
 
 
 @pytest.mark.parametrize("ends", ["done", "failed"])
-def test_a_device_that_is_done_or_has_failed_is_read_and_its_error_is_this_ranks(ends: str, monkeypatch: Patch) -> None:
+def test_a_device_that_is_done_or_has_failed_is_left_to_who_reads_from_it(ends: str, monkeypatch: Patch) -> None:
     looks = iter([False, False, True])
 
     def query() -> bool:
@@ -86,17 +87,28 @@ def test_a_device_that_is_done_or_has_failed_is_read_and_its_error_is_this_ranks
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return next(looks)
 
-    class Lost(torch.Tensor):
-        def tolist(self) -> Any:
-            return query() and [1, 1, 1, 1]
-
     mesh, asked = on_device(monkeypatch, query)
-    if ends == "done":
-        assert not Agreement(mesh, "step 3").vote(torch.ones(1, 4)).stop
-    else:
-        with pytest.raises(PeerFailed, match=r"CUDA error: an illegal.*step 3, device, rank 0"):
-            Agreement(mesh, "step 3").vote(torch.ones(1, 4).as_subclass(Lost))
-    assert not asked
+    mesh.await_device()
+    assert not asked and list(looks) == [False, False, True] * (ends == "failed")
+
+
+def test_a_step_looks_for_its_device_before_it_reads_from_it(monkeypatch: Patch) -> None:
+    class Unread(Tensor):
+        def tolist(self) -> Any:
+            pytest.fail("read")
+
+    mesh = Mesh(Placement.place(1, 1, 0), torch.device("cpu"))
+    cohort = build(cohort_config("at", 1), mesh, nets(1))
+    cohort.peers[0].reduced = lambda: torch.zeros(()).as_subclass(Unread)  # type: ignore[method-assign]
+    before = state_hashes(cohort)
+
+    def missing() -> None:
+        raise TOLD
+
+    monkeypatch.setattr(mesh, "await_device", missing)
+    with pytest.raises(PeerSilent) as caught:
+        one_step(cohort, 0)
+    assert caught.value is TOLD and state_hashes(cohort) == before
 
 
 def on_device(monkeypatch: Patch, query: Callable[[], bool]) -> tuple[Mesh, list[str]]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within 9 minutes and without a network: bash benchmarks/gpu.sh [key=value ...]
-# Tests marked gpu, then `benchmarks.speed step` and `naive` for ResNet-18 on 32 x 32, then one table.
+# Tests marked gpu, then `benchmarks.speed engines`, `naive` and `step` for ResNet-18 on 32 x 32, then one table.
 #   key=value   settings for every benchmark, e.g. train.batch_size=256; run.device=cpu tries the script without a GPU
 #   PYTHON      a Python with what the package needs, and pytest (default: python3)
 #   OUT         folder for the JSON files (default: benchmarks/results/<device>)
@@ -50,17 +50,19 @@ measure() {
     fi
 }
 
-"$python" -m pytest -q -p no:cacheprovider -m gpu tests || { code=$?; [ "$code" = 5 ] || failed=1; }
 at=(peers=1 loss=at step.precision=bf16)
 mutual=(loss=mat step.precision=bf16)
-measure at_1_eager step "${at[@]}" step.engine=eager
+# What decides most comes first; "$budget" ends the list.
+"$python" -m pytest -q -p no:cacheprovider -m gpu tests || { code=$?; [ "$code" = 5 ] || failed=1; }
+measure at_1_engines engines "${at[@]}"
+measure mat_2_engines engines "${mutual[@]}" peers=2
+measure at_1_naive naive "${at[@]}" step.engine=compile
+measure mat_2_naive naive "${mutual[@]}" peers=2 step.engine=compile
 measure at_1_graph step "${at[@]}" step.engine=graph
-measure at_1_compile step "${at[@]}" step.engine=compile
-measure mat_2_naive naive "${mutual[@]}" peers=2 step.engine=graph
-measure mat_2_naive_fp32 naive loss=mat peers=2 step.engine=graph
-measure mat_2 step "${mutual[@]}" peers=2
+measure mat_2_ranks step torchrun "${mutual[@]}" peers=2 comm.backend=gloo
+measure at_1_batch_512 engines "${at[@]}" train.batch_size=512
 measure mat_4_graph step "${mutual[@]}" peers=4 step.engine=graph
 measure mat_4_recompute step "${mutual[@]}" peers=4 step.memory=recompute step.engine=graph
-measure mat_2_ranks step torchrun "${mutual[@]}" peers=2 comm.backend=gloo
+measure mat_2_naive_fp32 naive loss=mat peers=2 step.engine=graph
 "$python" -m benchmarks.speed summary "$out"
 exit "$failed"

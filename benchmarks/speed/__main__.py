@@ -4,6 +4,7 @@ python -m benchmarks.speed step [options] [key=value ...]      its parts, its li
 python -m benchmarks.speed naive [options] [key=value ...]     against the plain trainers of speed/references.py
 python -m benchmarks.speed scale [options] [key=value ...]     against batch, image size, attack steps
 python -m benchmarks.speed memory [options] [key=value ...]    peak memory against the naive trainer
+python -m benchmarks.speed engines [options] [key=value ...]   eager, captured, compiled; kernels by class
 python -m benchmarks.speed summary FOLDER                      one table of the JSON files of a folder
 torchrun --nproc_per_node=2 -m benchmarks.speed step peers=2   the same on several ranks
 
@@ -34,7 +35,8 @@ from mat_dist.screens import arrived
 COMMANDS = {"step": ("Parts of a step, its limit, what the guards cost", 15),  # what, rounds
             "naive": ("The step against a naive and a careful trainer", 3),
             "scale": ("A cost model over batch, image size and attack steps", 15),
-            "memory": ("Peak memory against the naive trainer", 1)}
+            "memory": ("Peak memory against the naive trainer", 1),
+            "engines": ("The step under each engine, and what a GPU does meanwhile", 20)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +114,7 @@ def run(words: list[str]) -> None:
 
 def measure(options: argparse.Namespace, config: Config, mesh: Any, watch: Watch) -> dict[str, Any]:
     """The figures of the command."""
+    from benchmarks.speed.engines import measure_engines
     from benchmarks.speed.measures import measure_against_references, measure_memory, measure_step
     from benchmarks.speed.scale import measure_scale
     from benchmarks.speed.subject import Subject
@@ -120,6 +123,8 @@ def measure(options: argparse.Namespace, config: Config, mesh: Any, watch: Watch
         return measure_scale(config, mesh, options.image, options.classes, options.rounds, watch)
     if options.command == "memory":
         return measure_memory(config, options.image, options.classes, mesh, watch)
+    if options.command == "engines":
+        return measure_engines(config, mesh, options.image, options.classes, options.rounds, watch)
     subject = Subject.make(config, mesh, options.image, options.classes)
     measured = measure_step if options.command == "step" else measure_against_references
     figures = measured(subject, options.rounds, watch)

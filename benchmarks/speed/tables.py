@@ -65,6 +65,18 @@ def _naive(figures: dict[str, Any]) -> Rows:
     yield from _memory(figures)
 
 
+def _engines(figures: dict[str, Any]) -> Rows:
+    yield "one launch", f"{figures['launch_us']:.1f} us"
+    for name, one in figures["engines"].items():
+        yield f"{name}: a step among others", f"{1e3 * one['step_s']:.2f} ms"
+        yield "  with a wait after each", _spread({k: 1e3 * v for k, v in one["apart_s"].items()}, " ms")
+        yield "  the first six", f"{one['ready_s']:.1f} s"
+        if "busy_s" in one:
+            yield "  the device is busy for", f"{1e3 * one['busy_s']:.2f} ms in {one['kernels']:.0f} kernels"
+            for kind, seconds in one["classes_s"].items():
+                yield f"    {kind}", f"{1e3 * seconds:.2f} ms"
+
+
 def _scale(figures: dict[str, Any]) -> Rows:
     yield "measured points", str(len(figures["points"]))
     error = figures["held_out_error"]
@@ -96,7 +108,7 @@ def _peaks(figures: dict[str, Any]) -> Rows:
             yield f"{name} over naive", f"{figures[f'{name}_over_naive']:.2f}"
 
 
-_ROWS = {"step": _step, "naive": _naive, "scale": _scale, "memory": _peaks}
+_ROWS = {"step": _step, "naive": _naive, "scale": _scale, "memory": _peaks, "engines": _engines}
 
 
 # ------------------------------------------------------------------------------------------------ a folder

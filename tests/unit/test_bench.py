@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from benchmarks.command import Watch
-from benchmarks.speed import measures, references
-from benchmarks.speed.__main__ import main, read_options
+from benchmarks.record import training_seconds
+from benchmarks.speed import engines, measures, references
+from benchmarks.speed.__main__ import COMMANDS, main, read_options
 from benchmarks.speed.measures import check_equal, recipe_of
 from benchmarks.speed.references import Recipe
 from benchmarks.speed.scale import IMAGENET, NETWORKS, Costs, Point, predictions
 from benchmarks.speed.subject import Limit, PhaseClock, Subject
+from benchmarks.speed.tables import print_result
 from benchmarks.speed.timing import Spread, Timing, both, interleaved, ratio, together
 from mat_dist import bench
 from mat_dist.config import load_config
@@ -26,8 +28,10 @@ from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, PeerFailed, StopRequested
+from mat_dist.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 SMALL = ("model=tiny_cnn", "peers=3", "train.batch_size=6", "attack.steps=2")
 
 
@@ -284,3 +288,50 @@ def test_the_summary_of_a_folder_has_a_row_per_benchmark(tmp_path: Path, capsys:
     assert cells[0] == "two" and cells[4] == f"{figures['naive_over_step']['wall']['median']:.2f}"
     assert cells[3] == f"{50_000 * figures['step_s']['median'] / 6:.1f}"
     assert main(["summary", str(tmp_path / "absent")]) == 2
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def test_engines_are_timed_one_after_another_and_say_what_they_could_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    config = load_config("bench_small", [*SMALL, "run.device=cpu"])
+    mesh = Mesh(Placement.place(3, 1, 0), CPU)
+    found = engines.measure_engines(config, mesh, (3, 8, 8), 5, 2, Watch())
+    assert list(found["engines"]) == ["eager", "graph", "compile"] and found["launch_us"] > 0
+    assert len(found["notes"]) == 1 and "there is no GPU" in found["notes"][0]
+    print_result({"command": "engines", "what": "tiny", "figures": found})
+
+
+@pytest.mark.parametrize(("kernel", "kind"), [
+    ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32", "convolution"), ("triton_poi_fused_add_1", "compiled"),
+    ("at::native::batch_norm_collect_statistics_channels_last_kernel", "batch norm"), ("Memset (Device)", "copy"),
+    ("at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", "elementwise")])
+def test_kernels_belong_to_classes(kernel: str, kind: str) -> None:
+    assert engines.class_of(kernel) == kind
+
+
+def test_every_line_of_the_script_for_gpus_has_settings_that_exist() -> None:
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    arrays = {name: words.split() for name, words in re.findall(r"^(\w+)=\((.*)\)$", text, re.MULTILINE)}
+    lines = re.findall(r"^measure (\w+) (\w+) (?:torchrun )?(.*)$", text, re.MULTILINE)
+    assert len(lines) >= 8
+    for name, command, rest in lines:
+        words = [one for word in rest.split() for one in arrays.get(word.strip('"${}[@]'), [word])]
+        config = load_config("bench_resnet18", words)
+        assert command in COMMANDS and f"_{len(config.peers)}_" in name
+
+
+def test_a_record_counts_the_seconds_of_all_attempts(tmp_path: Path) -> None:
+    def times(key: str, *minutes: int) -> dict[str, Any]:
+        told = [{"attempt": n, key: f"2026-01-01T00:{minute:02}:00+00:00", "code": 0, "state": "done"}
+                for n, minute in enumerate(minutes, 1)]
+        return {**told[-1], "attempts": told}
+
+    folder = RunFolder(tmp_path)
+    folder.environment.write_text(json.dumps(times("started", 1, 10)))
+    folder.exit.write_text(json.dumps(times("time", 3, 14)))
+    assert training_seconds(folder) == 6 * 60
+    folder.environment.write_text(json.dumps(times("started", 1, 10, 20)))
+    with pytest.raises(ConfigError, match="not told its end"):
+        training_seconds(folder)

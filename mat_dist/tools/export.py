@@ -67,11 +67,11 @@ class _Exported:
         with torch.random.fork_rng(devices=[]):  # Model() draws fresh weights first
             return runpy.run_path(str(self.folder / "model.py"))["load"]()
 
-    def graph(self, write: Callable[[torch.export.ExportedProgram], object]) -> None:
-        """Write the network for batches of any size. Raises ConfigError where it cannot be traced or translated."""
+    def graph(self, use: Callable[[torch.export.ExportedProgram], Any]) -> Any:
+        """What `use` makes of the network for batches of any size. Raises ConfigError where that cannot be done."""
         plain = self.model.to(memory_format=torch.contiguous_format)
         try:
-            write(torch.export.export(plain, (self.x_BCHW,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
+            return use(torch.export.export(plain, (self.x_BCHW,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
         except OSError:
             raise
         except Exception as error:
@@ -111,9 +111,11 @@ def _pt2(one: _Exported) -> Any:
 def _onnx(one: _Exported) -> Any:
     runtime = [_imported(package, "--to onnx") for package in ("onnx", "onnxscript", "onnxruntime")][-1]
     file, size = one.folder / "model.onnx", sum(value.nbytes for value in one.model.state_dict().values())
-    one.graph(partial(torch.onnx.export, f=file, input_names=["images"], output_names=["logits"], verbose=False,
-                      external_data=size > 1 << 30))  # a file of this kind holds 2 GiB at most
-    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    def translated(graph: torch.export.ExportedProgram) -> Any:
+        torch.onnx.export(graph, f=file, input_names=["images"], output_names=["logits"], verbose=False,
+                          external_data=size > 1 << 30)  # a file of this kind holds 2 GiB at most
+        return runtime.InferenceSession(file, providers=["CPUExecutionProvider"])  # it has not every operator in fp64
+    session = one.graph(translated)
     return lambda x_BCHW: torch.from_numpy(session.run(None, {"images": x_BCHW.numpy()})[0])
 
 
@@ -161,7 +163,7 @@ def _checked(one: _Exported, loaded: Any) -> tuple[float, float]:
     with torch.no_grad():
         own = one.model(one.x_BCHW)
         largest, found = own.abs().max().item(), (own - loaded(one.x_BCHW)).abs().max().item()
-    if not found <= 1e-4 * max(largest, 1):
+    if not found <= 1e-4 * largest + 1e-6:
         raise MatError(f"what was written gives other logits, by {found:g} of {largest:g}", one.told["target"],
                        "choose another format, and please report it")
     return largest, found
@@ -177,8 +179,8 @@ def _whole(out: Path) -> Iterator[Path]:
         folder.rename(out)
         fsync_directory(out.parent)
     except (OSError, OutputError) as error:
-        raise OutputError(f"it cannot be written: {getattr(error, 'what', error)}", str(out),
-                          "choose a place with room where you may write") from error
+        what = f"it cannot be written: {getattr(error, 'what', error)}"
+        raise OutputError(what, str(out), "choose a place with room where you may write") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,17 +22,20 @@ from torch import Tensor, nn
 
 import mat_dist
 from mat_dist.__main__ import main
+from mat_dist.attacks import Threat
 from mat_dist.checkpoints.load import open_run
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import ModelConfig, PeerConfig
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError
 from mat_dist.evaluation.autoattack import chunk_seed
+from mat_dist.evaluation.results import TargetResult, Verdict
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.registry import Images, model_names
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from mat_dist.tools import export as exporting
+from mat_dist.tools.card import filled
 from tests.documents import MODEL, ROOT
 from tests.small_runs import run_small, tree_hash
 
@@ -152,6 +156,24 @@ def test_the_robustbench_folder_has_its_record_weights_and_loader(run: Path, ima
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     # RobustBench strips these wherever they stand in a name.
     assert not any("model." in name or "module." in name for name in state)
+
+
+def test_the_record_has_the_numbers_of_the_newest_reportable_autoattack() -> None:
+    def result(share: float, *attacks: str, reportable: bool = True, split: str = "test",
+               norm: str = "linf 8/255") -> tuple[Any, TargetResult]:
+        checks = (Verdict("enough steps", "", reportable, ""),)
+        return (SimpleNamespace(reportable=reportable, split=split, attacks=attacks),
+                TargetResult("peer0", "raw", 1000, {"clean": 0.9, norm: share, "union": share}, checks=checks))
+
+    told = {"peers": [PeerConfig(model=ModelConfig(name="resnet18"))],
+            "config": load_config(None, ["data.name=cifar10", "data.root=."]),
+            "threat": Threat("linf", 8 / 255), "results": [
+                result(0.1, "autoattack"), result(0.512, "autoattack", "pgd"), result(0.3, "pgd"),
+                result(0.4, "autoattack", reportable=False), result(0.5, "autoattack", split="val"),
+                result(0.6, "autoattack", norm="l2 1/2")]}
+    record = json.loads(filled("model_info.json", told))
+    assert (record["clean_acc"], record["autoattack_acc"], record["eps"]) == ("90.00", "51.20", "8/255")
+    assert record["additional_data"] is False and record["architecture"] == "resnet18"
 
 
 def test_robustbench_loads_it_into_its_zoo(run: Path, images: Tensor, here: Path, cifar: None,
@@ -317,6 +339,15 @@ def test_an_export_that_is_cut_off_leaves_nothing(error: BaseException, to: str,
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
         mat_dist.export(run, to, "deep/out")
     assert [path for path in here.rglob("*") if path.name != "deep"] == []
+
+
+def test_what_onnxruntime_cannot_run_is_told_so(here: Path) -> None:
+    """It has no convolution in fp64."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    one = exporting._Exported(nn.Conv2d(1, 2, 1).double().eval(), torch.rand(3, 1, 2, 2).double(), {}, here)
+    with pytest.raises(ConfigError, match=r"has no graph of this form: .*NOT_IMPLEMENTED"):
+        exporting._onnx(one)
 
 
 def test_a_network_without_a_graph_is_told_so(here: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mat_dist.checkpoints.codes import CODES, Code
 from mat_dist.checkpoints.peers import read_safetensors, read_torch, reason
 from mat_dist.errors import CheckpointError, ConfigError
 
@@ -32,14 +33,7 @@ TOP = "."  # names the top of a file
 MOST_NAMES = 3  # of each kind in a message
 MOST_VALUES, LONGEST_NAME, LONGEST_LIST = 200_000, 2000, 64  # of a file's tree
 BY_NAME, BY_ORDER = "by name", "by order, kind and shape, since the names differ"
-# Published code by the names of its layers: what no shape tells, and whether a built-in network computes it.
-FAMILIES = (
-    ("batchnorm_0.", "DeepMind's networks (Gowal et al., 2020): SiLU, and padding on two sides before strides of 2",
-     False),
-    ("convShortcut.", "the Wide ResNet of TRADES: ReLU, eps 1e-05, shortcuts behind the first activation", True),
-    ("layer2.0.shortcut.", "the ResNets of pytorch-cifar: ReLU, eps 1e-05; in copies of the pre-activation form the "
-                           "shortcuts start before or behind the first activation", True),
-)
+BY_CODE = "by the names of a published code"
 Normalisation = tuple[str, tuple[float, ...], tuple[float, ...]]  # name in the file, mean and deviation
 
 
@@ -62,14 +56,27 @@ class Network:
         place: what stands before its names in the file; ends with a dot where it is not empty.
         names: name in our network -> name in the file, of all weights.
         by: how they were matched, in words.
+        code: whose names they are, where they are not those of our network.
         notes: what is worth telling, a line each.
+        moments: the normalisation that the architecture has by itself.
+        drawn: the weights of a new last layer, which stay as they were drawn.
+        stem: the first convolution, of whose kernels the middle is taken.
     """
 
     source: TensorFile
     place: str
     names: dict[str, str]
     by: str
+    code: Code | None = None
     notes: tuple[str, ...] = ()
+    moments: Normalisation | None = None
+    drawn: tuple[str, ...] = ()
+    stem: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """That the file's last layer tells apart, where another one is drawn."""
+        return int(self.source.tensors[self.names[self.drawn[0]]].shape[0]) if self.drawn else 0
 
     @property
     def label(self) -> str:
@@ -79,6 +86,9 @@ class Network:
         """The weights under the names of `net`; its own counters where the file has none of that shape."""
         own, tensors = net.state_dict(), self.source.tensors
         found = {key: tensors.get(self.names.get(key, self.place + key), value) for key, value in own.items()}
+        for key in self.stem:
+            cut = [(theirs - ours) // 2 for theirs, ours in zip(found[key].shape[2:], own[key].shape[2:], strict=True)]
+            found[key] = found[key][..., cut[0]:cut[0] + own[key].shape[2], cut[1]:cut[1] + own[key].shape[3]]
         return {key: value if value.shape == own[key].shape else own[key] for key, value in found.items()}
 
     def normalisations(self, channels: int) -> list[Normalisation]:
@@ -95,8 +105,8 @@ class Network:
         return [(name, mean, std) for (mean, std), name in found[max(found)].items()] if found else []
 
     def normalisation(self, channels: int, how: str) -> Normalisation | None:
-        """The one that stands nearest; None where there is none. Raises ConfigError, with `how` to mend it, where
-        several differ, or it is not for pixels in [0, 1]."""
+        """The one that stands nearest in the file, else the architecture's; None where there is none. Raises
+        ConfigError, with `how` to mend it, where several differ, or it is not for pixels in [0, 1]."""
         found, file = self.normalisations(channels), str(self.source.file)
         if len(found) > 1:
             raise ConfigError(f"the file has {len(found)} normalisations: {', '.join(one[0] for one in found)}", file,
@@ -105,7 +115,11 @@ class Network:
             if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
                 raise ConfigError(f"the normalisation {name} of the file is not for pixels in [0, 1]: "
                                   f"{moments_text(mean, std)}", file, how)
-        return found[0] if found else None
+        return found[0] if found else self.moments
+
+    def origin(self, found: Normalisation) -> str:
+        """Whose it is, in words."""
+        return "of the architecture" if found is self.moments else f"of the file ({found[0]})"
 
 
 def read_tensors(file: Path) -> TensorFile:
@@ -184,56 +198,102 @@ def _moments(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def find_network(source: TensorFile, net: nn.Module, *, channels: int, classes: int, entry: str | None = None,
-                 choose: str = "entry={}") -> Network:
+                 choose: str = "entry={}", adapt: bool = False) -> Network:
     """The network in a file that fits ours: by the names of `net`, or in the order of its modules by kind and shape.
 
     Args:
         channels, classes: of the data, that the weights are made for.
         entry: where in the file to look; the start of the names of the network that is meant.
         choose: how a user writes that, with {} for the entry.
+        adapt: whether it may be for other classes, whose last layer is left out, and have larger kernels in the stem.
 
     Raises CheckpointError where none fits, ConfigError where several do that differ, or there is no such entry.
     """
     expected: Mapping[str, Tensor] = net.state_dict()
-    tensors, start = source.tensors, "" if entry in (None, TOP) else f"{entry}."
+    start = "" if entry in (None, TOP) else f"{entry}."
     found = [one for one in _candidates(source, expected)
              if one.place.startswith(start) and (entry != TOP or not one.place)]
-    fits = [one for one in found if all(tensors[mine].shape == expected[key].shape for key, mine in one.names.items())]
+    fits = [fit for one in found if (fit := _fitting(one, expected, classes, adapt))]
     if not fits:
-        names = [key for key in tensors if key.startswith(start)]
-        if not names:
-            tops = dict.fromkeys(key.partition(".")[0] for key in tensors)
-            raise ConfigError(f"there is no entry {entry!a} with tensors", str(source.file),
-                              f"choose from {', '.join(list(tops)[:8])}")
-        what = _of_another_size(found[0], expected, channels, classes) if found else _differences(
-            {key: tensors[key] for key in names}, expected)
-        raise CheckpointError(what, str(source.file), "name the architecture that was trained (model=..., model.width="
-                              "...; with other layers or names: --plugin FILE.py), and its data set")
+        raise _misfit(source, start, found, net, channels, classes)
     distinct = [one for number, one in enumerate(fits) if not any(_equal(one, other) for other in fits[:number])]
     if len(distinct) > 1:
         labels = [one.label for one in distinct]
         raise ConfigError(f"the file holds {len(labels)} networks that fit: {', '.join(labels[:8])}", str(source.file),
                           f"write {' or '.join(choose.format(label) for label in labels[:8])}")
-    for key in distinct[0].names.values():
-        if not tensors[key].is_floating_point():  # codes of a quantised network, which need their scales
-            raise CheckpointError(f"the weights are {str(tensors[key].dtype).removeprefix('torch.')}, no real numbers",
-                                  f"{source.file}, {key}", "save the network's own weights, in floating point")
-        if not tensors[key].isfinite().all():
-            raise CheckpointError("NaN or infinite values in the weights", f"{source.file}, {key}",
-                                  "use another checkpoint")
-    return _told(distinct[0], fits)
+    _check_values(distinct[0])
+    return _told(distinct[0], fits, net)
 
 
-def _told(chosen: Network, fits: Sequence[Network]) -> Network:
+def _misfit(source: TensorFile, start: str, found: Sequence[Network], net: nn.Module, channels: int,
+            classes: int) -> CheckpointError | ConfigError:
+    """What is wrong where no network in the file, below `start`, fits ours; some may be `found` of other shapes."""
+    tensors = {key: value for key, value in source.tensors.items() if key.startswith(start)}
+    if not tensors:
+        tops = dict.fromkeys(key.partition(".")[0] for key in source.tensors)
+        return ConfigError(f"there is no entry {start[:-1]!a} with tensors", str(source.file),
+                           f"choose from {', '.join(list(tops)[:8])}")
+    what, how = _differences(tensors, net.state_dict()), ""
+    if found:
+        _code(found[0], net)
+        what = _of_another_size(found[0], net.state_dict(), channels, classes)
+        if any(_fitting(one, net.state_dict(), classes, True) for one in found):
+            how = "; a training takes the other layers with init_from=pretrained:FILE"
+    return CheckpointError(what, str(source.file), "name the architecture that was trained (model=..., model.width=...;"
+                           f" with other layers or names: --plugin FILE.py), and its data set{how}")
+
+
+def _fitting(one: Network, expected: Mapping[str, Tensor], classes: int, adapt: bool) -> Network | None:
+    """The same where the shapes are equal, or may be made so."""
+    stem = next((key for key, value in expected.items() if value.ndim == 4), None)
+    shapes = [(key, tuple(one.source.tensors[name].shape), tuple(expected[key].shape)) for key, name in
+              one.names.items()]
+    wrong = [pair for pair in shapes if pair[1] != pair[2]]
+    drawn = tuple(key for key, theirs, ours in wrong if ours[:1] == (classes,) and theirs[1:] == ours[1:])
+    cut = tuple(key for key, theirs, ours in wrong if key == stem and theirs[:2] == ours[:2] and all(
+        more >= less and more % 2 == less % 2 for more, less in zip(theirs[2:], ours[2:], strict=True)))
+    if not wrong or (adapt and len(wrong) == len(drawn) + len(cut)):
+        return replace(one, drawn=drawn, stem=cut)
+    return None
+
+
+def _check_values(network: Network) -> None:
+    """Raises CheckpointError for weights that are no finite real numbers."""
+    for key in network.names.values():
+        tensor, where = network.source.tensors[key], f"{network.source.file}, {key}"
+        if not tensor.is_floating_point():  # codes of a quantised network, which need their scales
+            raise CheckpointError(f"the weights are {str(tensor.dtype).removeprefix('torch.')}, no real numbers",
+                                  where, "save the network's own weights, in floating point")
+        if not tensor.isfinite().all():
+            raise CheckpointError("NaN or infinite values in the weights", where, "use another checkpoint")
+
+
+def _code(found: Network, net: nn.Module) -> Code | None:
+    """The published code whose names the weights have. Raises CheckpointError where it computes something else."""
+    code = found.code or next((one for one in CODES if found.by == BY_ORDER and one.same and any(
+        f".{one.layers['norm1']}." in name for name in found.names.values())), None)
+    if code and code.same != any(getattr(module, "same", False) for module in net.modules()):
+        raise CheckpointError(f"its names are those of {code.text}; the network computes something else",
+                              str(found.source.file), f"{'write +dm behind' if code.same else 'leave +dm out of'} the "
+                              "name of the model, such as model=wrn_28_10+dm, or register the original network: "
+                              "--plugin FILE.py")
+    return code
+
+
+def _told(chosen: Network, fits: Sequence[Network], net: nn.Module) -> Network:
     """The chosen network with what is worth telling about it."""
     source, used = chosen.source, set(chosen.names.values())
     notes = [f"weights {f'of {chosen.label!a} ' if chosen.place else ''}matched {chosen.by}"]
-    family = next((one for one in FAMILIES if any(one[0] in name for name in used)), None)
-    if family and chosen.by != BY_NAME:
-        if not family[2]:
-            raise CheckpointError(f"its names are those of {family[1]}; no built-in network computes that",
-                                  str(source.file), "register the original network: --plugin FILE.py")
-        notes.append(f"its names are those of {family[1]}")
+    if code := _code(chosen, net):
+        notes.append(f"its names are those of {code.text}")
+    if chosen.drawn:
+        count = net.state_dict()[chosen.drawn[0]].shape[0]
+        notes.append(f"a new last layer ({', '.join(chosen.drawn)}) for {count} classes, the weights are for "
+                     f"{chosen.classes}")
+    if chosen.stem:
+        notes.append(f"of the kernels of the first convolution, {chosen.names[chosen.stem[0]]}, the middle is taken")
+    if missing := [key for pair in _moments(net.state_dict()) for key in pair if key not in chosen.names]:
+        notes.append(f"the network's own {', '.join(missing)} stay, since the file has none")
     if twins := [one.label for one in fits if one is not chosen]:
         notes.append(f"equal weights stand at {', '.join(map(ascii, twins[:MOST_NAMES]))}")
     ignored = used.union(*_moments(source.tensors), *(one.names.values() for one in fits))
@@ -242,29 +302,38 @@ def _told(chosen: Network, fits: Sequence[Network]) -> Network:
         notes.append(f"left out: {_listed('tensors beside the network', left)}")
     if source.skipped:
         notes.append(f"left out: objects of {', '.join(source.skipped[:8])}; nothing of them was executed")
-    return Network(source, chosen.place, chosen.names, chosen.by, tuple(notes))
+    own = getattr(net, "normalisation", None)
+    return replace(chosen, notes=tuple(notes), moments=("", tuple(own[0]), tuple(own[1])) if own else None)
 
 
 def _equal(one: Network, other: Network) -> bool:
+    if one.names.keys() != other.names.keys():
+        return False
     pairs = [(one.source.tensors[name], other.source.tensors[other.names[key]]) for key, name in one.names.items()]
     return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Network]:
     """Networks in the file that have the names of ours, or its kinds of tensors in its order; shapes may differ."""
-    tensors, want = source.tensors, [key for key in expected if not key.endswith(COUNTERS)]
+    tensors, own = source.tensors, {name for pair in _moments(expected) for name in pair}
+    want = [key for key in expected if not key.endswith(COUNTERS) and key not in own]
     moments = {name for pair in _moments(tensors) for name in pair}
     places, found = _places(tensors), list[Network]()
+    codes = [(code, code.names(expected)) for code in CODES if code.names(expected)]
     for place, names in places.items():
-        if all(place + key in tensors for key in want) and not _kin(place, names, want, moments):
-            found.append(Network(source, place, {key: place + key for key in want}, BY_NAME))
+        for code, theirs in ((None, {key: key for key in want}), *codes):
+            mine = {key: place + theirs[key] for key in want}
+            mine |= {key: place + key for key in own if place + key in tensors and code is None}
+            stems = {_stem(name) for name in (*theirs.values(), *(code.layers.values() if code else ()))}
+            if all(name in tensors for name in mine.values()) and not _kin(place, names, mine, stems, moments):
+                found.append(Network(source, place, mine, BY_NAME if code is None else BY_CODE, code))
     named = {name for one in found for name in one.names.values()}
     for place, names in reversed(places.items()) if source.ordered else ():  # the longest place of equal ones
         every = [name for name in names if not name.endswith(COUNTERS)]
-        for mine in (every, [name for name in every if name not in moments]):
-            if [kind(name) for name in mine] == [kind(name) for name in want] and named.isdisjoint(mine):
-                found.append(Network(source, place, dict(zip(want, mine, strict=True)), BY_ORDER))
-                named.update(mine)
+        for some in (every, [name for name in every if name not in moments]):
+            if [kind(name) for name in some] == [kind(name) for name in want] and named.isdisjoint(some):
+                found.append(Network(source, place, dict(zip(want, some, strict=True)), BY_ORDER))
+                named.update(some)
     return found
 
 
@@ -282,14 +351,15 @@ def kind(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _kin(place: str, names: Sequence[str], want: Sequence[str], moments: set[str]) -> list[str]:
+def _kin(place: str, names: Sequence[str], mine: Mapping[str, str], stems: set[str], moments: set[str]) -> list[str]:
     """Names at a place that look like more layers of the same network: it is a larger one than ours."""
-    def stem(key: str) -> str:
-        return key.partition(".")[0].rstrip("0123456789_")
-
-    stems, known = {stem(key) for key in want}, {place + key for key in want}
+    known = set(mine.values())
     return [name for name in names if name not in known and name not in moments and not name.endswith(COUNTERS)
-            and stem(name.removeprefix(place)) in stems]
+            and _stem(name.removeprefix(place)) in stems]
+
+
+def _stem(key: str) -> str:
+    return key.partition(".")[0].rstrip("0123456789_")
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit

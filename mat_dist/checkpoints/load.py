@@ -13,16 +13,17 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from mat_dist.checkpoints import Manifest, load_manifest, load_peer, read_best, step_name
-from mat_dist.checkpoints.foreign import find_network, read_tensors
+from mat_dist.checkpoints.foreign import TensorFile, find_network, read_tensors
+from mat_dist.checkpoints.hub import HUB, fetched
 from mat_dist.checkpoints.peers import reason
 from mat_dist.config import load_config, other_plugins, resume_conflicts
-from mat_dist.config.load import require_plugins
+from mat_dist.config.load import PRETRAINED, require_plugins
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.images import dataset_names
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
-from mat_dist.models.library import PREFIXES
-from mat_dist.models.registry import Images, make_model, model_names
+from mat_dist.models.pretrained import published_weights
+from mat_dist.models.registry import Images, is_known, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import Run
@@ -131,9 +132,7 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
         raise CheckpointError(what, str(run), "give the folder that holds config.yaml")
     own = load_config(str(folder.config))
     config = config or own
-    known = (*model_names(), *dataset_names())
-    if not all(name in known or name.startswith(PREFIXES) for name in (
-            config.data.name, *(spec.model.name for spec in config.peers))):
+    if config.data.name not in dataset_names() or not all(is_known(spec.model.name) for spec in config.peers):
         require_plugins(folder.config)
     manifest = load_manifest(folder, "latest" if which == BEST and read_best(folder) is None else which)
     check_origin(manifest, own)
@@ -271,33 +270,55 @@ def initialise(peers: Iterable[Trained], images: Images) -> None:
         source = peer.spec.init_from
         if source is None:
             continue
-        start, _, last = source.rpartition(":")
-        for file, entry in ((source, None), (start, last)):
-            if file and Path(file).is_file():
-                peer.start_from(_of_a_file(Path(file), entry, peer, images))
-                break
-        else:
-            path, member = split_peer(source)
-            try:
-                peer.start_from(trained_state(path, member or BEST, images))
-            except RuntimeError as error:
-                raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
-                                      f"{str(error).splitlines()[-1].strip()[:200]}", source,
-                                      f"give {peer.name} the model of that run") from error
+        if file := _tensors(source, peer, images):
+            peer.start_from(_of_others(*file, source, peer, images))
+            continue
+        path, member = split_peer(source)
+        try:
+            peer.start_from(trained_state(path, member or BEST, images))
+        except RuntimeError as error:
+            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
+                                  f"{str(error).splitlines()[-1].strip()[:200]}", source,
+                                  f"give {peer.name} the model of that run") from error
 
 
-def _of_a_file(file: Path, entry: str | None, peer: Trained, images: Images) -> dict[str, Tensor]:
-    """The weights for a peer's model from a file that no run of ours wrote; `peer.notes` gets what is worth telling."""
+def _tensors(source: str, peer: Trained, images: Images) -> tuple[TensorFile, str | None] | None:
+    """What `init_from` names, and the entry in it; None for a run, whose weights are those of one of our models."""
+    if source == PRETRAINED:
+        name = peer.spec.model.name
+        weights = published_weights(name, images.shape, lambda address: fetched(address)[0])
+        return TensorFile(Path(name), weights, "", True), None
+    rest = source.removeprefix(f"{PRETRAINED}:")
+    if rest.startswith(HUB):
+        file, entry = fetched(rest)
+        return read_tensors(file), entry
+    start, _, last = rest.rpartition(":")
+    for path, entry in ((rest, None), (start, last)):
+        if path and Path(path).is_file():
+            return read_tensors(Path(path)), entry
+    if rest == source:
+        return None
+    run, member = split_peer(rest)
+    return TensorFile(Path(run), open_run(run).state(member or BEST), "", True), None
+
+
+def _of_others(file: TensorFile, entry: str | None, source: str, peer: Trained, images: Images) -> dict[str, Tensor]:
+    """The weights for a peer's model from tensors by name; `peer.notes` gets what is worth telling."""
     net, state = peer.model.get_submodule("net"), dict(peer.model.state_dict())
-    network = find_network(read_tensors(file), net, channels=images.shape[0], classes=images.classes, entry=entry,
-                           choose=f"init_from={file}:{{}}")
+    told, adapt = source.removesuffix(f":{entry}"), source.partition(":")[0] == PRETRAINED
+    network = find_network(file, net, channels=images.shape[0], classes=images.classes, entry=entry,
+                           choose=f"init_from={told}:{{}}", adapt=adapt)
+    if network.drawn and peer.spec.frozen:
+        raise CheckpointError(f"the weights are for {network.classes} classes, the data have {images.classes}, and a "
+                              f"frozen peer cannot learn a new last layer", str(file.file),
+                              "give it weights for these classes, or let it train")
     own = network.normalisation(images.shape[0], "save the weights of one network, with a mean and std for pixels in "
-                                      "[0, 1] or without")
+                                "[0, 1] or without")
     if own is not None:
         for key, values in (("normalize.mean", own[1]), ("normalize.std", own[2])):
             state[key] = torch.tensor(values).reshape(state[key].shape)
-    told = f"normalisation {f'of the file ({own[0]})' if own else 'of these data, since the file has none'}"
-    peer.notes += [f"{peer.name}: starts from {file}: {note}" for note in (*network.notes, told)]
+    by = network.origin(own) if own else "of these data, since the file has none"
+    peer.notes += [f"{peer.name}: starts from {told}: {note}" for note in (*network.notes, f"normalisation {by}")]
     return state | {f"net.{key}": value for key, value in network.state(net).items()}
 
 

@@ -52,6 +52,7 @@ from mat_dist.config.tree import (
 from mat_dist.errors import ConfigError
 
 DEFAULT = "digits"
+PRETRAINED = "pretrained"  # init_from: what the network's library publishes; before a source: with a new last layer
 _MOST_FILES = 100  # a file may be named by several others, but not without end
 _MOST_ERRORS = 100  # with more bad values than this the rules are not checked
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
@@ -431,8 +432,14 @@ def with_absolute_paths(config: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
+    def start(source: str | None) -> str | None:
+        word, _, rest = (source or "").partition(":")
+        if source == PRETRAINED or word == "hf":
+            return source
+        return f"{PRETRAINED}:{start(rest)}" if word == PRETRAINED else absolute(source)
+
     data = {name: absolute(getattr(config.data, name)) for name in ("root", "cache", "generated")}
-    peers = tuple(spec.model_copy(update={"init_from": absolute(spec.init_from)}) for spec in config.peers)
+    peers = tuple(spec.model_copy(update={"init_from": start(spec.init_from)}) for spec in config.peers)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "peers": peers})
 
 

@@ -88,8 +88,9 @@ class ModelConfig(Section):
     """A classifier over [0, 1] images; normalisation is its first layer."""
 
     name: str = Field(
-        "tiny_cnn", min_length=1, description="tiny_cnn, small_cnn, resnet18, preact_resnet18, wrn_28_10, wrn_34_10, "
-                                              "mobilenet_v2, torchvision/<name>, timm/<name>, or a plug-in's name")
+        "tiny_cnn", min_length=1, description="tiny_cnn, small_cnn, resnet18, preact_resnet18, wrn_28_10, other depths "
+                                              "of these, mobilenet_v2, torchvision/<name>, timm/<name>, "
+                                              "robustbench/<entry>, or a plug-in's name")
     width: Number = Field(1.0, gt=0, le=16, description="factor on the number of channels")
     activation: Literal["relu", "silu", "softplus"] | None = Field(
         None, description="default: the architecture's own (relu)")
@@ -215,7 +216,9 @@ class PeerConfig(Section):
                             "all but specialists")
     frozen: bool = Field(False, description="do not train it: a teacher with the weights of init_from")
     init_from: str | None = Field(None, description="start from the weights of a run: its folder RUN (its best peer) "
-                                                    "or RUN:PEER; or of a state dict: FILE.pt or FILE.pt:ENTRY")
+                                                    "or RUN:PEER; of a file: FILE.pt or FILE.pt:ENTRY; of a hub: "
+                                                    "hf:ORG/NAME; or from what torchvision or timm offer: pretrained; "
+                                                    "pretrained:SOURCE has a new last layer where classes differ")
     union: UnionConfig = Field(default_factory=UnionConfig, description="several threats at once")
     model: ModelConfig = Field(default_factory=ModelConfig, description="architecture (a name alone is enough)")
     threat: ThreatConfig = Field(default_factory=ThreatConfig, description="norm ball (a norm alone is enough)")

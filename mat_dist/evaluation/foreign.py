@@ -137,10 +137,10 @@ def normalisation(network: Network, importing: Importing,
     elif own := network.normalisation(channels, "give mean=... and std=... of the network that is meant; divide those "
                                       "for bytes by 255"):
         name, mean, std = own
-        by = f"of the file ({name})"
+        by = network.origin(own)
         if options.normalise is not None:
-            raise ConfigError(f"the file has a normalisation of its own, {name}", file,
-                              "leave normalise out; mean=... and std=... overrule the file")
+            raise ConfigError(f"the {'file' if name else 'architecture'} has a normalisation of its own{name and ', '}"
+                              f"{name}", file, "leave normalise out; mean=... and std=... overrule it")
     elif options.normalise == "data":
         (mean, std), by = channel_stats(data.train), "of the training images"
     elif options.normalise == "none":

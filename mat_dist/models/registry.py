@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]  # of what a file te
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
+_FAMILIES: dict[str, tuple[Callable[..., Builder], tuple[str, ...]]] = {}  # by the pattern of their names
 BUILDER = "correct it; a builder takes (config, shape, classes) and returns a module"
 ROUNDING = 1e-5  # of probabilities that sum up to 1
 DTYPES = {**dict.fromkeys(("fp32", "tf32", "ieee", "bf16"), torch.float32), "fp64": torch.float64}  # of images, losses
@@ -46,7 +48,7 @@ def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:
             raise ConfigError(f"model name {name!r} is taken by a library", where,
                               f"do not start with {' or '.join(PREFIXES)}")
         # The same plug-in may be loaded twice in one process.
-        if name in _BUILDERS and _origin(_BUILDERS[name]) != where:
+        if name in model_names() and not (name in _BUILDERS and _origin(_BUILDERS[name]) == where):
             raise ConfigError(f"model name {name!r} is registered twice", where, "choose another name")
         _BUILDERS[name] = builder
         return builder
@@ -54,13 +56,34 @@ def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:
     return register
 
 
+def register_family(pattern: str, *shown: str) -> Callable[[Callable[..., Builder]], Callable[..., Builder]]:
+    """Decorator for a function from the groups of a name that matches `pattern` to its builder; some names to show."""
+    def register(make: Callable[..., Builder]) -> Callable[..., Builder]:
+        _FAMILIES[pattern] = (make, shown)
+        return make
+
+    return register
+
+
+def _of_a_family(name: str) -> Builder | None:
+    for pattern, (make, _) in _FAMILIES.items():
+        if match := re.fullmatch(pattern, name):
+            return make(*match.groups())
+    return None
+
+
 def _origin(builder: Builder) -> str:
     return f"{builder.__module__}.{getattr(builder, '__qualname__', repr(builder))}"
 
 
 def model_names() -> tuple[str, ...]:
-    """Names of the built-in networks and of those that plug-ins have registered, sorted."""
-    return tuple(sorted(_BUILDERS))
+    """Names of the built-in networks and of those that plug-ins have registered, sorted; of families the usual ones."""
+    return tuple(sorted([*_BUILDERS, *(name for _, shown in _FAMILIES.values() for name in shown)]))
+
+
+def is_known(name: str) -> bool:
+    """Whether a model has this name. Raises ConfigError for one that is spelt like those of a family, and is none."""
+    return name in _BUILDERS or name.startswith(PREFIXES) or _of_a_family(name) is not None
 
 
 class Normalize(nn.Module):
@@ -94,7 +117,7 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
 
     Args:
         shape: (C, H, W) of an image.
-        mean, std: per channel, in [0, 1] units; std above 0.
+        mean, std: per channel, in [0, 1] units; std above 0. Those of a net with an attribute `normalisation` count.
 
     Raises ConfigError: unknown name, a setting that the architecture does not support, or images that it cannot take;
     EnvironmentFault: timm/<name> without timm.
@@ -102,11 +125,12 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
     check_moments(shape[0], mean, std)
     if classes < 2:
         raise ConfigError(f"{classes} classes", "data", "a classifier needs at least 2")
-    builder = _find_builder(config.name)
+    builder = find_builder(config.name)
     try:
         net = builder(config, shape, classes)
         if not isinstance(net, nn.Module):
             raise ConfigError(f"its builder returned {type(net).__name__}", f"model.name={config.name}", BUILDER)
+        mean, std = getattr(net, "normalisation", (mean, std))
         model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
         grey = torch.full_like(model.get_submodule("normalize").get_buffer("mean"), 0.5).expand(1, *shape).contiguous()
         logits_BK = try_images(model, grey, f"model.name={config.name}", classes)
@@ -138,16 +162,17 @@ def check_moments(channels: int, mean: Sequence[float], std: Sequence[float]) ->
                           "means must be finite, deviations finite and above 0")
 
 
-def _find_builder(name: str) -> Builder:
+def find_builder(name: str) -> Builder:
+    """The builder of a name. Raises ConfigError for an unknown one."""
     if name.startswith(PREFIXES):
         return library_builder(name)
-    if name not in _BUILDERS:
-        near = [name.lower()] if name.lower() in _BUILDERS else in_libraries(name) or difflib.get_close_matches(
-            name.lower(), _BUILDERS, n=3, cutoff=0.5)
+    if (found := _BUILDERS.get(name) or _of_a_family(name)) is None:
+        near = [name.lower()] if is_known(name.lower()) else in_libraries(name) or difflib.get_close_matches(
+            name.lower(), model_names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         known = ", ".join((*model_names(), *(f"{prefix}<name>" for prefix in PREFIXES)))
         raise ConfigError(f"unknown model {name!r}", "model.name", f"{hint}Known: {known}, or a name from --plugin")
-    return _BUILDERS[name]
+    return found
 
 
 def made_by(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:

@@ -18,7 +18,7 @@ from mat_dist.errors import CheckpointError, ConfigError
 from mat_dist.evaluation.__main__ import main as evaluate
 from mat_dist.evaluation.settings import Request, find_run, parse
 from mat_dist.models import register_model, registry
-from mat_dist.models.registry import _find_builder
+from mat_dist.models.registry import find_builder
 from tests.small_runs import run_small
 
 PLUGIN = """
@@ -117,12 +117,12 @@ def test_a_tab_is_called_a_tab(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "advised"), [
-    ("resnet50", "torchvision/resnet50"), ("vgg16", "torchvision/vgg16"), ("ResNet18", "resnet18"),
-    ("resnet-18", "resnet18"), ("WRN_28_10", "wrn_28_10")])
+    ("resnext50_32x4d", "torchvision/resnext50_32x4d"), ("vgg16", "torchvision/vgg16"), ("ResNet18", "resnet18"),
+    ("resnet-18", "resnet18"), ("WRN_28_10", "wrn_28_10"), ("WRN_34_20", "wrn_34_20")])
 def test_the_model_that_is_advised_exists(name: str, advised: str) -> None:
-    told = answer(_find_builder, name)
+    told = answer(find_builder, name)
     assert f"did you mean {advised}" in told
-    _find_builder(advised)
+    find_builder(advised)
 
 
 @pytest.mark.parametrize("key", ["attack.eps", "threat.eps", "peers.1.attack.eps", "peers.all.threat.eps"])

@@ -278,8 +278,8 @@ def test_a_normalisation_in_the_file_is_used_and_can_be_overruled(run: Path, eva
     assert "not for pixels in [0, 1]" in in_bytes and "divide those for bytes by 255" in in_bytes
 
 
-@pytest.mark.parametrize("form", [".pt", ".safetensors", ":ema"])
-def test_a_peer_starts_from_a_file_of_weights(form: str, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "loss"), [(".pt", "ard"), (".safetensors", "rslad"), (":ema", "lbgat")])
+def test_a_peer_starts_from_a_file_of_weights(form: str, loss: str, run: Path, tmp_path: Path) -> None:
     own = {"0.mean": torch.tensor([0.25]), "0.std": torch.tensor([0.5])}
     plain = {f"1.{key}": value.contiguous() for key, value in weights(run).items()}
     if form == ".safetensors":
@@ -291,7 +291,7 @@ def test_a_peer_starts_from_a_file_of_weights(form: str, run: Path, tmp_path: Pa
     else:
         bad = {key: -value for key, value in plain.items()}
         start = f"{saved({'net': bad, 'ema': {**own, **plain}, 'args': Path('a')})}:ema"
-    done = run_small(tmp_path / "started", "a", "loss=ard", "train.max_steps=1", "peers.1.frozen=true",
+    done = run_small(tmp_path / "started", "a", f"loss={loss}", "train.max_steps=1", "peers.1.frozen=true",
                      f"peers.1.init_from={start}")
     model = done.peers()[1]["model"]
     assert all(torch.equal(model[f"net.{key}"], value) for key, value in weights(run).items() if value.ndim)

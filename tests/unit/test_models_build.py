@@ -18,7 +18,8 @@ from mat_dist.models import Normalize, build_model, model_names, parameter_count
 from mat_dist.models.blocks import norm_groups, scaled
 from mat_dist.models.networks import PreActBlock
 
-BUILT_IN = ["mobilenet_v2", "preact_resnet18", "resnet18", "small_cnn", "tiny_cnn", "wrn_28_10", "wrn_34_10"]
+BUILT_IN = ["mobilenet_v2", "preact_resnet18", "resnet18", "resnet50", "small_cnn", "tiny_cnn", "wrn_28_10",
+            "wrn_34_10"]
 
 
 ONE_OF_EACH = [n for n in BUILT_IN if n != "wrn_34_10"]  # which is wrn_28_10 with a block more per stage
@@ -45,7 +46,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # ---------------------------------------------------------------- shapes and sizes
 
 def test_the_built_in_names_are_the_documented_ones() -> None:
-    assert [n for n in model_names() if registry._BUILDERS[n].__module__.startswith("mat_dist.models")] == BUILT_IN
+    assert [n for n in model_names() if registry.find_builder(n).__module__.startswith("mat_dist.models")] == BUILT_IN
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 28, 20), (3, 65, 66)])
@@ -95,7 +96,7 @@ def test_width_scales_the_channels_to_multiples_of_8() -> None:
 
 # ---------------------------------------------------------------- the same function as an independent one
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_the_form_for_large_images_computes_what_torchvision_computes(name: str) -> None:
     model = build(name, (3, 96, 96), classes=6).eval()
     reference = torchvision.models.get_model(name, weights=None, num_classes=6).eval()

@@ -130,11 +130,12 @@ class PreActBlock(nn.Module):
                  same: bool = False) -> None:
         super().__init__()
         self.early, self.same = early, same
-        self.norm1, self.act1 = make_norm(config.norm, inputs), make_activation(config.activation)
+        activation = config.activation or ("silu" if same else None)
+        self.norm1, self.act1 = make_norm(config.norm, inputs), make_activation(activation)
         shifted = same and stride == 2
         self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if shifted else nn.Identity()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 0 if shifted else 1, bias=False)
-        self.norm2, self.act2 = make_norm(config.norm, outputs), make_activation(config.activation)
+        self.norm2, self.act2 = make_norm(config.norm, outputs), make_activation(activation)
         self.conv2 = conv3x3(outputs, outputs)
         self.shortcut: nn.Module | None = None
         if (stride != 1 or inputs != outputs) and early and same:
@@ -217,11 +218,10 @@ def _pre_activation(stem: int, channels: Sequence[int], blocks: Sequence[int], f
     """3x3 stem, pre-activation stages, norm, activation, mean, linear layer."""
 
     def build(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
-        if forms["same"] and config.activation is None:
-            config = config.model_copy(update={"activation": "silu"})
+        activation = config.activation or ("silu" if forms["same"] else None)
         first, *widths = [scaled(c, config.width) for c in (stem, *channels)]
         block = partial(PreActBlock, early=forms["early"], same=forms["same"])
-        last = nn.Sequential(make_norm(config.norm, widths[-1]), make_activation(config.activation))
+        last = nn.Sequential(make_norm(config.norm, widths[-1]), make_activation(activation))
         return initialise(nn.Sequential(conv3x3(shape[0], first), _stages(block, first, widths, blocks, config),
                                         nn.Identity() if forms["bare"] else last, GlobalPool(),
                                         nn.Linear(widths[-1], classes)))

@@ -26,7 +26,9 @@ Size = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]  # of what a file te
 Builder = Callable[[ModelConfig, Shape, int], nn.Module]
 AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
-_FAMILIES: dict[str, tuple[Callable[..., Builder], tuple[str, ...]]] = {}  # by the pattern of their names
+# By the pattern of their names: what makes a builder of its groups, and names that are shown.
+_FAMILIES: dict[str, tuple[Callable[..., Builder], tuple[str, ...]]] = {
+    f"((?:{'|'.join(PREFIXES)}).*)": (library_builder, ())}
 BUILDER = "correct it; a builder takes (config, shape, classes) and returns a module"
 ROUNDING = 1e-5  # of probabilities that sum up to 1
 DTYPES = {**dict.fromkeys(("fp32", "tf32", "ieee", "bf16"), torch.float32), "fp64": torch.float64}  # of images, losses
@@ -65,13 +67,6 @@ def register_family(pattern: str, *shown: str) -> Callable[[Callable[..., Builde
     return register
 
 
-def _of_a_family(name: str) -> Builder | None:
-    for pattern, (make, _) in _FAMILIES.items():
-        if match := re.fullmatch(pattern, name):
-            return make(*match.groups())
-    return None
-
-
 def _origin(builder: Builder) -> str:
     return f"{builder.__module__}.{getattr(builder, '__qualname__', repr(builder))}"
 
@@ -79,11 +74,6 @@ def _origin(builder: Builder) -> str:
 def model_names() -> tuple[str, ...]:
     """Names of the built-in networks and of those that plug-ins have registered, sorted; of families the usual ones."""
     return tuple(sorted([*_BUILDERS, *(name for _, shown in _FAMILIES.values() for name in shown)]))
-
-
-def is_known(name: str) -> bool:
-    """Whether a model has this name. Raises ConfigError for one that is spelt like those of a family, and is none."""
-    return name in _BUILDERS or name.startswith(PREFIXES) or _of_a_family(name) is not None
 
 
 class Normalize(nn.Module):
@@ -164,9 +154,13 @@ def check_moments(channels: int, mean: Sequence[float], std: Sequence[float]) ->
 
 def find_builder(name: str) -> Builder:
     """The builder of a name. Raises ConfigError for an unknown one."""
-    if name.startswith(PREFIXES):
-        return library_builder(name)
-    if (found := _BUILDERS.get(name) or _of_a_family(name)) is None:
+    made, arguments = made_by(name)
+    return made if arguments is None else made(*arguments)
+
+
+def made_by(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
+    """The builder of a name; or what makes it, and of which arguments. Raises ConfigError for an unknown one."""
+    if (found := _match(name)) is None:
         near = [name.lower()] if is_known(name.lower()) else in_libraries(name) or difflib.get_close_matches(
             name.lower(), model_names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -175,9 +169,16 @@ def find_builder(name: str) -> Builder:
     return found
 
 
-def made_by(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
-    """The builder of a known name; or what makes it, and of which arguments."""
-    return (library_builder, (name,)) if name.startswith(PREFIXES) else (_BUILDERS[name], None)
+def is_known(name: str) -> bool:
+    """Whether a builder has this name, or it is spelt like those of a family or a library."""
+    return _match(name) is not None
+
+
+def _match(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None] | None:
+    if name in _BUILDERS:
+        return _BUILDERS[name], None
+    return next(((make, match.groups()) for pattern, (make, _) in _FAMILIES.items()
+                 if (match := re.fullmatch(pattern, name))), None)
 
 
 def try_images(model: nn.Module, x_BCHW: Tensor, where: str, classes: int | None = None) -> Tensor:

@@ -39,21 +39,26 @@ def entries(classes: int) -> dict[str, tuple[str, Moments]]:
 def robustbench(threat: str | None, entry: str) -> Builder:
     """The network of an entry, of the threat model that is named or the first that has it."""
     def build(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
-        known = entries(classes)
-        found = known.get(f"{threat}/{entry}", known.get(entry))
         if shape[0] != 3:
             raise ConfigError(f"the images have {shape[0]} channels", f"model.name={config.name}",
                               "networks of RobustBench take 3; choose a built-in network")
-        if found is None:
-            net = _of_the_package(threat, entry, config, classes)
-        else:
-            model, _, factor = found[0].partition("*")
-            ours = config.model_copy(update={"name": model, "width": config.width * int(factor or 1)})
-            net = find_builder(model)(ours, shape, classes)
-        net.normalisation = found[1] if found else RAW  # type: ignore[assignment]  # a plain attribute
+        ours, moments = as_ours(config, classes)
+        net = _of_the_package(threat, entry, config, classes) if ours == config else find_builder(ours.name)(
+            ours, shape, classes)
+        net.normalisation = moments  # type: ignore[assignment]  # a plain attribute
         return net
 
     return build
+
+
+def as_ours(config: ModelConfig, classes: int) -> tuple[ModelConfig, Moments]:
+    """The network of ours that an entry is, with its normalisation; any other network as it is, without one."""
+    name, known = config.name.removeprefix("robustbench/"), entries(classes)
+    found = known.get(name, known.get(name.rpartition("/")[2])) if name != config.name else None
+    if found is None:
+        return config, RAW
+    model, _, factor = found[0].partition("*")
+    return config.model_copy(update={"name": model, "width": config.width * int(factor or 1)}), found[1]
 
 
 def _of_the_package(threat: str | None, entry: str, config: ModelConfig, classes: int) -> nn.Module:

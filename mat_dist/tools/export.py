@@ -36,6 +36,7 @@ from mat_dist.config import Options, flat_settings, load_plugins
 from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError
 from mat_dist.evaluation.settings import find_run, refuse_unfinished
 from mat_dist.models.registry import DTYPES, parameter_count
+from mat_dist.models.robustbench import as_ours
 from mat_dist.runs.files import fsync_directory, write_bytes, write_json, write_text
 from mat_dist.screens import arrived
 from mat_dist.tools.card import facts, filled
@@ -63,7 +64,8 @@ class _Exported:
     def source(self, weights: str) -> Any:
         """Write model.py, for weights in a file of the folder -> the module that it loads. Raises ConfigError."""
         self.write("model.py", "model.py", weights=weights, dtype=self.x_BCHW.dtype, version=mat_dist.__version__,
-                   **definitions([spec.model for spec in self.told["peers"]], self.told["rule"] is not None))
+                   **definitions([as_ours(spec.model, self.told["images"].classes)[0] for spec in self.told["peers"]],
+                                 self.told["rule"] is not None))
         with torch.random.fork_rng(devices=[]):  # Model() draws fresh weights first
             return runpy.run_path(str(self.folder / "model.py"))["load"]()
 

@@ -11,6 +11,7 @@ from typing import Any
 from mat_dist.config.schema import ModelConfig
 from mat_dist.errors import ConfigError
 from mat_dist.models.registry import made_by
+from mat_dist.models.robustbench import robustbench
 
 # Names that check settings and speak to users of the package are others in the file.
 _INSTEAD = {"ModelConfig": "from types import SimpleNamespace as ModelConfig"}
@@ -22,8 +23,9 @@ def definitions(networks: Sequence[ModelConfig], ensemble: bool) -> dict[str, An
     source, builders = _Source(), []
     for name in dict.fromkeys(config.name for config in networks):
         made, arguments = made_by(name)
-        if not made.__module__.startswith("mat_dist."):
-            raise ConfigError(f"the network {name} is that of a plug-in, which needs this package", "--to",
+        if not made.__module__.startswith("mat_dist.") or made is robustbench:
+            whose = "the package robustbench" if made is robustbench else "a plug-in, which needs this package"
+            raise ConfigError(f"the network {name} is that of {whose}", "--to",
                               "write --to torch_export or --to onnx, whose files hold the network itself")
         source.want(made.__module__, made.__name__)
         builders.append(f"{name!r}: {made.__name__}" + ("" if arguments is None else f"(*{arguments})"))

@@ -225,6 +225,7 @@ def written(tmp_path: Path, *configs: ModelConfig, shape: tuple[int, int, int] =
 @pytest.mark.parametrize("config", [
     *(ModelConfig(name=name, width=0.25 if not name.startswith("wrn") else 0.1) for name in model_names()),
     *(ModelConfig(name=name, width=0.25, norm="group", activation="silu") for name in ("resnet18", "mobilenet_v2")),
+    *(ModelConfig(name=one, width=0.1) for one in ("preact_resnet18+bare+early", "preact_resnet18+dm", "wrn_10_4+dm")),
     ModelConfig(name="torchvision/mobilenet_v3_small"), ModelConfig(name="timm/resnet10t"),
     ModelConfig(name="torchvision/squeezenet1_1", activation="softplus"),
     ModelConfig(name="torchvision/mobilenet_v2", norm="group")],

@@ -19,7 +19,8 @@ from mat_dist.config.schema import ModelConfig, PeerConfig, StepConfig
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault
 from mat_dist.models import model_names
 from mat_dist.models.registry import Images, find_builder, make_model
-from mat_dist.models.robustbench import entries
+from mat_dist.models.robustbench import as_ours, entries
+from mat_dist.tools.standalone import definitions
 from tests.robustbench_table import FORMS, ROWS, Loaded, difference, original
 
 IMAGES = Images((3, 32, 32), 10, (0.3, 0.3, 0.3), (0.2, 0.2, 0.2))
@@ -277,6 +278,18 @@ def test_every_entry_is_a_network_of_ours() -> None:
             find_builder(model.partition("*")[0])
             assert [len(one) for one in moments] == [3, 3]
     assert "resnet50" in model_names()
+
+
+def test_an_entry_leaves_as_the_source_of_its_network() -> None:
+    def written(name: str) -> list[str]:
+        builders: list[str] = definitions([as_ours(ModelConfig(name=name), 10)[0]], False)["builders"]
+        return builders
+
+    assert written("robustbench/Wong2020Fast")[0].endswith(": preact_resnet(*('18', '+bare+early'))")
+    assert "wrn_34_20" in written("robustbench/Rice2020Overfitting")[0]
+    assert "preact_resnet18" in written("robustbench/L2/Rice2020Overfitting")[0]
+    with pytest.raises(ConfigError, match="of the package robustbench"):
+        written("robustbench/Ding2020MMA")
 
 
 @pytest.mark.thorough

@@ -39,6 +39,7 @@ class Preset:
         attack: `attack.loss` and `attack.start`, by index as above; default: cross-entropy from a uniform start.
         methods: settings of method sections that it needs, by index, e.g. ({"mart": {"beta": 6}},).
         roles: coefficients that replace those of `parts` in a cohort with roles.
+        strategy: `union.strategy` of peers that are no specialists, where the settings say nothing of it.
         ema_decay: decay of the averaged weights, where the settings say nothing of them.
     """
 
@@ -46,6 +47,7 @@ class Preset:
     attack: tuple[Values, ...] = ({},)
     methods: tuple[Values, ...] = ({},)
     roles: Mapping[str, Values] = field(default_factory=dict)
+    strategy: str | None = None
     ema_decay: float | None = None
 
 
@@ -206,10 +208,10 @@ Methods = Annotated[dict[str, SerializeAsAny[Section]], BeforeValidator(_read_me
 
 
 def presets() -> dict[str, Preset]:
-    """All presets by name, but those whose attack needs a method that is not there."""
-    losses = attack_losses()
+    """All presets by name, but those whose attack or union needs a method that is not there."""
+    losses, known = attack_losses(), (None, *strategies())
     return {name: preset for method in methods().values() for name, preset in method.presets.items()
-            if all(part.get("loss", "ce") in losses for part in preset.attack)}
+            if preset.strategy in known and all(part.get("loss", "ce") in losses for part in preset.attack)}
 
 
 def kept_bytes(config: Config, spec: PeerConfig, images: int, shape: tuple[int, ...]) -> int:

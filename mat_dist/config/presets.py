@@ -24,12 +24,13 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
 def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerConfig:
     """The complete entry of the peer at `index` of a cohort of `peers`, trained on the data set `data`."""
     preset = presets()[peer.loss.preset]
-    loss = fill_loss(peer.loss, index, peers, peer.role, peer.union)
-    threat = fill_threat(peer.threat, peer.union, data)
+    union = fill_union(peer)
+    loss = fill_loss(peer.loss, index, peers, peer.role, union)
+    threat = fill_threat(peer.threat, union, data)
     added = methods_model().model_validate(dict(preset.methods[index % len(preset.methods)]))
     return peer.model_copy(update={
         "name": peer.name or f"peer{index}", "stream": index if peer.stream is None else peer.stream, "loss": loss,
-        "threat": threat, "attack": fill_attack(peer.attack, loss.preset, index, threat),
+        "union": union, "threat": threat, "attack": fill_attack(peer.attack, loss.preset, index, threat),
         "optim": fill_optim(peer.optim, peer),
         "methods": {**{name: getattr(added, name) for name in added.model_fields_set}, **peer.methods}})
 
@@ -59,6 +60,14 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
     if values["kd_own"] is None:
         values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else 1 / peers
     return LossConfig(preset=loss.preset, **values)
+
+
+def fill_union(peer: PeerConfig) -> UnionConfig:
+    """The union of a peer with the strategy that belongs to its preset, where nothing is said of it."""
+    strategy = presets()[peer.loss.preset].strategy
+    if strategy is None or peer.role == "specialist" or peer.frozen or "strategy" in peer.union.model_fields_set:
+        return peer.union
+    return peer.union.model_copy(update={"strategy": strategy})
 
 
 def fill_threat(threat: ThreatConfig, union: UnionConfig, data: str = "") -> ThreatConfig:

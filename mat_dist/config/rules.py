@@ -252,7 +252,7 @@ def some_term_counts(config: Config) -> Iterator[ConfigError]:
                           "give hard_weight or clean_weight a weight in at least one peer")
 
 
-@rule("peers", "loss")
+@rule("peers", "loss", "union")
 def somebody_is_there_to_learn_from(config: Config) -> Iterator[ConfigError]:
     """Shares for other peers need other peers, shares for frozen teachers a frozen one."""
     how = "write loss.preset: at (or trades), or more peers"
@@ -304,7 +304,7 @@ def averages_are_kept(config: Config) -> Iterable[ConfigError]:
             if config.step.teachers == "ema" and not peer.averages and not peer.frozen]
 
 
-@rule("loss", "peers", "union")
+@rule("loss", "peers", "union", "threat")
 def teachers_know_the_view(config: Config) -> Iterator[ConfigError]:
     """With `teacher_set: owner` nobody teaches on own examples (their owner is the student), with `owner` and `expert`
     nobody on clean images, and experts defend the norm of every view that is distilled."""
@@ -325,9 +325,11 @@ def teachers_know_the_view(config: Config) -> Iterator[ConfigError]:
         if mixed:
             yield ConfigError(f"teacher_set expert, and the AEs of {', '.join(mixed)} are of several norms at once",
                               where, "write union.strategy: avg or max there, or teacher_set: all")
-        elif missing := {norm for maker in makers for norm in _view_norms(maker)} - experts:
-            yield ConfigError("teacher_set expert, and no peer that this one learns from defends "
-                              f"{', '.join(sorted(missing))}", where, "add a specialist for each norm")
+        elif experts and (missing := {norm for maker in makers for norm in _view_norms(maker)} - experts):
+            norms = ", ".join(sorted(missing))
+            yield ConfigError(f"preset {loss.preset} with teacher_set expert, and no peer that {peer.name} learns from "
+                              f"defends {norms}", where, f"add a peer with role: specialist for each of {norms}, or "
+                                                         "leave the norm out")
 
 
 def _distilled_makers(config: Config, index: int) -> list[PeerConfig]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from mat_dist.config.methods import Method, Strategy, register_method
+from mat_dist.config.methods import Method, Preset, Strategy, register_method
 from mat_dist.config.rules import entries, heard_by
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
@@ -289,7 +289,10 @@ def unions_fit(config: Config) -> list[ConfigError]:
 
 
 register_method(Method(
-    "unions", "several threats at once", strategies={
+    "unions", "several threats at once", presets={
+        "mat_union": Preset(({"kd_weight": 0.5, "kd_own": 1.0, "teacher_set": "expert"},), strategy="max",
+                            roles={"specialist": {"kd_weight": 0.0, "kd_own": 1.0, "teacher_set": "all"}})},
+    strategies={
         "avg": Strategy("learn from all threats evenly", each=True),
         "max": Strategy("learn from each image's worst one", each=True, worst=True),
         "random": Strategy("from one drawn per step (SAT)"),
@@ -297,4 +300,4 @@ register_method(Method(
         "msd": Strategy("from the steepest over the threats in each attack step (MSD)")},
     hook=_hook, when=_draws, attack_passes=_attack_passes,
     one_label=(lambda peer: peer.union.strategy == "eat", "union.strategy", "strategy: max"),
-    rules=((unions_fit, frozenset({"union", "peers", "loss"})),)))
+    rules=((unions_fit, frozenset({"union", "peers", "loss", "threat"})),)))

@@ -56,7 +56,7 @@ SPREAD: dict[str, list[dict[str, Any]]] = {
     "generalists beside specialists": TWO_BY_TWO,
     "views of unions among peers": [*alone("avg"), {"loss": "mat"}, *alone("max"), {"loss": "mat"}],
 }
-FAST = ("rslad", "eat", "experts, max and received", "experts, fed back")
+FAST = ("rslad", "eat", "mat_union, all ways", "experts, fed back")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=slow) for name in SPREAD])
@@ -119,7 +119,7 @@ def test_an_at_peer_of_four_is_bitwise_a_cohort_of_one(index: int, run_ranks: Ru
     assert hashes(four)[index] == hashes(one)[0]
 
 
-@pytest.mark.parametrize("name", ["experts, max and received", "experts, fed back"])
+@pytest.mark.parametrize("name", ["mat_union, all ways", "experts, fed back"])
 def test_a_resumed_cohort_of_experts_goes_on_bit_by_bit(name: str, run_ranks: Run) -> None:
     models, config = nets(4), fp32(EXPERTS[name].peers)
     run_ranks(lambda mesh: resumed_and_refused(partial(train, config, mesh, models), 5, 2), 4, 1)
@@ -196,7 +196,7 @@ RECOMPUTED = ("max", "ramp", "ramp+projection", "mart", "rslad", "lbgat", "peera
               "mart+awp", "teachers=ema", "generalist ramp", "generalist that feeds back", *EXPERTS)
 
 
-@pytest.mark.parametrize("name", [n if n == "experts, max and received" else pytest.param(n, marks=slow)
+@pytest.mark.parametrize("name", [n if n == "mat_union, all ways" else pytest.param(n, marks=slow)
                                   for n in RECOMPUTED])
 def test_recompute_equals_keep(name: str, run_ranks: Run) -> None:
     count = len(CASES[name].peers)
@@ -260,7 +260,7 @@ def test_microbatches_equal_the_plain_step_without_batch_norm(preset: str, run_r
     assert largest_difference(plain, run_ranks(lambda mesh: train(parts, mesh, models, 4), 3, 3)) < 1e-10
 
 
-REPLICATED = ("mart", "rslad", "student_wrong", "generalist max", "experts, max and received", "experts, fed back")
+REPLICATED = ("mart", "rslad", "student_wrong", "generalist max", "mat_union, all ways", "experts, fed back")
 
 
 @slow

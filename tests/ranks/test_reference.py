@@ -360,12 +360,13 @@ def experts(strategy: str, norms: tuple[Threat, ...] = (LINF, L2, L1), **general
     return [*entries, {"role": "generalist", "loss": loss, "union": {"strategy": strategy, "threats": threats}}]
 
 
-def taught_by_experts(hard: Callable[[Z, Tensor], Tensor], g: int = 3) -> Formula:
-    """Specialists alone; generalist g, on its AE of each norm, also by the opinion of the specialist of that norm."""
+def taught_by_experts(hard: Callable[[Z, Tensor], Tensor], g: int = 3, kd: float = 0.4, back: float = 0) -> Formula:
+    """Specialists alone, or with the share `back` on the generalist's opinion of their AEs; generalist g, on its AE of
+    each norm, also by the opinion of the specialist of that norm."""
     def loss(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
         if k < g:
-            return ce(z(k, k), y)
-        return 0.6 * hard(z, y) + 0.4 / g * sum(kl(t(n, (g, n)), z(g, (g, n))) for n in range(g))
+            return (1 - back) * ce(z(k, k), y) + (back * kl(t(g, k), z(k, k)) if back else 0)
+        return (1 - kd) * hard(z, y) + kd / g * sum(kl(t(n, (g, n)), z(g, (g, n))) for n in range(g))
     return loss
 
 
@@ -401,7 +402,16 @@ def feeding_back() -> list[dict[str, Any]]:
     return [*({**entry, "loss": loss} for entry in entries[:3]), entries[3]]
 
 
+def mat_union(back: float | None = None, **generalist: Any) -> list[dict[str, Any]]:
+    """Its preset says what `experts("max")` writes out."""
+    three = [{**entry, "loss": {"preset": "mat_union", "kd_weight": back}} for entry in experts("max")[:3]]
+    return [*three, {"role": "generalist", "loss": {"preset": "mat_union", **generalist}, "union": {"threats": THREE}}]
+
+
 EXPERTS = {
+    "mat_union": Case(mat_union(), taught_by_experts(own_worst, kd=0.5), generalist_looks()),
+    "mat_union, all ways": Case(mat_union(0.3, hard_own=0.5, kd_weight=0.7), taught_by_experts(
+        worst_of_six, kd=0.7, back=0.3), generalist_looks(0, 1, 2)),
     "experts, avg": Case(experts("avg"), taught_by_experts(own_mean()), generalist_looks()),
     "experts, max": Case(experts("max"), taught_by_experts(own_worst), generalist_looks()),
     "experts, avg and received": Case(experts("avg", hard_own=0.5), taught_by_experts(
@@ -415,7 +425,8 @@ EXPERTS = {
 CASES |= EXPERTS
 
 # "student_wrong", "generalist" and "generalist with msd of its own" cover them in the fast part.
-SLOW = ("teacher_right", "generalist avg", "generalist with a norm of its own", "mart+awp")
+SLOW = ("teacher_right", "generalist avg", "experts, max", "experts, max and received",
+        "generalist with a norm of its own", "mart+awp")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=slow) if n in SLOW else n for n in CASES])

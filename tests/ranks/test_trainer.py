@@ -369,9 +369,8 @@ def test_experts_that_teach_on_the_views_of_a_generalist_go_on_after_a_move(worl
                                                                            uninterrupted: Run) -> None:
     settings = ("peers=4", "peers.0.role=specialist", "peers.1.role=specialist", "peers.1.threat=l2",
                 "peers.1.threat.eps=0.1", "peers.2.role=specialist", "peers.2.threat=l1", "peers.2.threat.eps=0.1",
-                "peers.3.role=generalist", "loss.hard_own=0.5",
-                "peers.3.union.strategy=max", "peers.3.union.threats=linf:0.1,l2:0.5,l1:2", "peers.3.loss.kd_own=1",
-                "peers.3.loss.teacher_set=expert", "optim.ema_decay=0.9")
+                "peers.3.role=generalist", "loss=mat_union", "peers.1.loss.kd_weight=0.3",
+                "peers.3.loss.hard_own=0.5", "peers.3.union.threats=linf:0.1,l2:0.5,l1:2", "optim.ema_decay=0.9")
     whole = uninterrupted(*settings)
     assert cohort_run("stopped", worlds[0], *settings, stop_after=3).code == 75
     assert cohort_run("stopped", worlds[1], *settings).hashes() == whole.hashes()

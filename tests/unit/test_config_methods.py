@@ -146,6 +146,16 @@ def test_a_method_cannot_replace_a_preset_or_strategy_of_another_one():
     assert registry.presets()["mat"] is mat and "second" not in registry.methods()
 
 
+def test_a_preset_is_there_while_its_strategy_is_and_fills_in_what_is_not_said():
+    register_method(Method("lone", "needs a strategy", presets={"lone": registry.Preset(strategy="worst")}))
+    assert "lone" not in registry.presets()
+    register_method(Method("first", "has it", strategies={"worst": registry.Strategy("the worst"),
+                                                          "other": registry.Strategy("another")}))
+    found = load_config("digits", ["peers=4", "loss=lone", "peers.1.union.strategy=other", "peers.2.role=specialist",
+                                   "peers.3.union.strategy=null"]).peers
+    assert [peer.union.strategy for peer in found] == ["worst", "other", None, None]
+
+
 def test_a_plug_in_is_imported_before_the_settings_are_read(tmp_path, capsys):
     plugin = tmp_path / "wobble.py"
     plugin.write_text("from pydantic import Field\nfrom mat_dist.config.methods import Method, register_method\n"

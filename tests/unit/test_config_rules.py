@@ -16,6 +16,7 @@ COHORT = ("peers=3 peers.0.role=specialist peers.1.role=specialist peers.1.threa
 GUIDED = "peers=2 peers.1.frozen=true peers.1.init_from=x"
 FREE = "loss=at attack.method=free attack.steps=1 train.replays=2"
 EXPERT = f"{COHORT} peers.2.loss.teacher_set=expert peers.2.loss.kd_own=0.5 peers.2.loss.hard_own=0.5"
+TAUGHT = f"{COHORT} loss=mat_union peers.2.union.threats="
 # rule, overrides of the default that break it, part of the message, overrides that keep it
 CASES = [
     ("radius_is_known", "peers.1.threat=l2", "there is no standard one for digits (command line, peers.1.threat): give "
@@ -88,6 +89,14 @@ CASES = [
      "learns from defends l1", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=avg"),
     ("teachers_know_the_view", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=msd",
      "are of several norms at once", f"{EXPERT} peers.2.union.threats=linf:0.1,l2:1 peers.2.union.strategy=max"),
+    ("teachers_know_the_view", f"{TAUGHT}linf:0.1,l2:1,l1:9", "preset mat_union with teacher_set expert, and no peer "
+     "that peer2 learns from defends l1", f"{TAUGHT}linf:0.1,l2:1"),
+    ("teachers_know_the_view", f"{TAUGHT}l2:1,linf:0.1 peers.0.threat={{norm: l2, eps: 4}}",
+     "role: specialist for each of linf", f"{TAUGHT}l2:1,linf:0.1 peers.1.frozen=true peers.1.init_from=x"),
+    ("somebody_is_there_to_learn_from", "peers=1 loss=mat_union peers.0.role=generalist union.threats=linf:0.1,l2:1",
+     "preset mat_union distils from other peers, and there is one", "peers=1 loss=at union.threats=linf:0.1,l2:1 "
+     "peers.0.role=generalist union.strategy=max"),
+    ("unions_fit", f"{COHORT} loss=mat_union", "strategy max with 0 threats", f"{TAUGHT}linf:0.1,l2:1"),
     ("frozen_peers_have_weights", "peers.1.frozen=true", "without trained weights",
      "peers.1.frozen=true peers.1.init_from=x"),
     ("frozen_peers_have_weights", "peers.all.frozen=true peers.all.init_from=x", "all peers are frozen",
@@ -209,6 +218,20 @@ def test_a_rule_is_silent_where_a_value_it_reads_is_unknown(tmp_path: Path) -> N
         load_config(str(path))
     whats = sorted(problem.what for problem in caught.value.problems)
     assert whats == ["a batch of one image has no batch statistics", "there is no setting threat.nrm"]
+
+
+def test_unknown_norms_are_told_alone_and_a_missing_expert_with_all_other_mistakes() -> None:
+    def found(text: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            load(text)
+        return [problem.what for problem in caught.value.problems]
+
+    assert found(f"{TAUGHT}linf:0.1,l2:1 peers.1.threat.norm=l7") == ["'l7' cannot be used for peers.1.threat.norm"]
+    assert found(f"{COHORT} peers.2.union.strategy=max peers.1.threat.norm=l7") == [
+        "'l7' cannot be used for peers.1.threat.norm"]
+    for text in (f"{TAUGHT}linf:0.1,l2", "peers=3 loss=at peers.2.role=generalist peers.2.union.threats=linf:0.1,l2"):
+        assert found(text) == ["'linf:0.1,l2' cannot be used for peers.2.union.threats"]
+    assert len(found(f"{TAUGHT}linf:0.1,l1:9 peers.0.name=peer1 train.batch_size=1 optim.milestones=[2]")) == 4
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ MORE = [
     *(ROLES + f"peers.2.union.strategy={strategy}" for strategy in ("avg", "max", "ramp")),
     ROLES + "peers.2.union.strategy=msd peers.2.union.threats=linf:0.1,l2:1",
     ROLES + "peers.0.loss.kd_weight=0.5",
+    ROLES + "loss=mat_union peers.2.union.threats=linf:0.1,l2:1 peers.0.loss.kd_weight=0.5",
     TAUGHT + "ard", UNION + "avg attack.method=apgd attack.loss=kl_clean",
     "peers=2 loss=at methods.awp.gamma=0.01", UNION + "ramp methods.ramp.projection=0.5",
     UNION + "max methods.awp.gamma=0.01",
@@ -219,6 +220,22 @@ def test_of_a_generalist_with_experts_the_bytes_are_those_counted_by_hand() -> N
     assert travels(*EXPERTS, "peers.2.loss.kd_own=0", world=3) == (
         f"each rank sends {aes // 2:,} bytes of AEs (1 view) and {logits // 2:,} bytes of logits views that stay with "
         "their makers: peer2 (linf 1/10, l2 1)")
+
+
+def test_of_mat_union_passes_and_bytes_are_those_counted_by_hand() -> None:
+    """The generalist attacks and learns each of two norms; each specialist teaches on one of its views, and only these
+    travel. Heard by the specialists, it teaches on their views, which travel then."""
+    union = (*ROLES.split(), "loss=mat_union", "threat.eps=0.1", "attack.steps=10",
+             "peers.2.union.threats=linf:0.1,l2:1")
+    passes = cells(description(config_of(*union)), "passes")
+    assert [passes[f"peer{i}"] for i in range(3)] == [["10", "1", "1", "12", "11"]] * 2 + [["20", "2", "0", "22", "22"]]
+    aes, logits = 2 * 96 * 64 * 4, 96 * 10 * 4
+    assert travels(*union, world=3) == (f"each rank sends {aes:,} bytes of AEs (2 views) and {logits:,} bytes of "
+                                        "logits views that stay with their makers: peer0 (linf 1/10), peer1 (l2 1)")
+    back = (*union, "peers.0.loss.kd_weight=0.5", "peers.1.loss.kd_weight=0.5")
+    assert cells(description(config_of(*back)), "passes")["peer2"] == ["20", "2", "2", "24", "22"]
+    assert travels(*back, world=3) == (f"each rank sends {aes:,} bytes of AEs (2 views) and {2 * logits:,} bytes of "
+                                       "logits views that stay with their makers: none")
 
 
 def test_the_passes_of_a_training_are_those_of_its_steps() -> None:

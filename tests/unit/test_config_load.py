@@ -293,7 +293,8 @@ def test_coefficients_of_presets_by_hand(tmp_path: Path) -> None:
     assert {c.kd_weight for c in cat} == {19 / 20}
     assert loss("mat", 0, "loss.teacher_set=owner").kd_own == 0
     union = load(tmp_path, """{loss: mat_union, peers: [
-        {role: specialist}, {role: specialist, threat: {norm: l2, eps: 1}}, {role: generalist, union: {threats: "linf:0.1,l2:1"}}]}""").peers
+        {role: specialist}, {role: specialist, threat: {norm: l2, eps: 1}},
+        {role: generalist, union: {threats: "linf:0.1,l2:1"}}]}""").peers
     assert [(p.loss.hard_weight, p.loss.kd_weight, p.loss.teacher_set, p.union.strategy) for p in union] == [
         (1, 0, "all", None), (1, 0, "all", None), (0.5, 0.5, "expert", "max")]
     assert (union[2].loss.hard_own, union[2].loss.kd_own) == (1, 1)

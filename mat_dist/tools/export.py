@@ -1,11 +1,10 @@
 """Write a trained peer or the ensemble for others, with a card that tells how it was made: README.md.
 
 --to FORMAT, each a new folder:
-  safetensors   model.safetensors, and model.py, which needs torch alone
-  hf            the same: where huggingface_hub is installed, its Model has from_pretrained
-  robustbench   weights, loader and model_info for RobustBench's model zoo
-  torch_export  model.pt2 for torch.export.load
-  onnx          model.onnx for onnxruntime and others
+  safetensors, hf  model.safetensors and model.py, which needs torch alone; with huggingface_hub Model.from_pretrained
+  robustbench      weights, loader and model_info for RobustBench's model zoo
+  torch_export     model.pt2 for torch.export.load
+  onnx             model.onnx for onnxruntime and others
 """
 
 from __future__ import annotations
@@ -130,13 +129,12 @@ def export(run: str | Path, to: str, out: str | Path, *, peer: str | int = BEST,
 
     Args: run, peer, which and weights as for `mat_dist.load`; `to` is one of FORMATS; `licence` of the weights, such as
     mit, stands in the card; `hub` is ORG/NAME on the Hugging Face hub, where the folder is pushed to.
-
     Raises MatError: the run still trains or has no such checkpoint, the folder exists, a package is missing, the hub
     does not answer, or the network cannot be written in this form.
     """
     out = Path(out)
     if to not in FORMATS:
-        raise ConfigError(f"there is no format {to[:40]!r}", "--to", f"choose one of {', '.join(FORMATS)}")
+        raise ConfigError(f"there is no format {str(to)[:40]!r}", "--to", f"choose one of {', '.join(FORMATS)}")
     if os.path.lexists(out):
         raise OutputError("it is there already, and nothing is overwritten", str(out), "choose another folder")
     refuse_unfinished(find_run(str(run)))
@@ -174,7 +172,7 @@ def _checked(one: _Exported, loaded: Any) -> tuple[float, float]:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which gets its name at the end; after an exception nothing stays."""
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    folder = out.with_name(f".export.{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)
         yield folder

@@ -303,6 +303,8 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(run: Path, here: Pat
     refused(MatError, "there is no checkpoint 'step_999'", run, which="step_999")
     refused(MatError, "there are no weights 'swa'", run, weights="swa")
     refused(ConfigError, "RobustBench has no list for digits and linf 1/10", run, "robustbench")
+    refused(ConfigError, "there is no format 'None'", run, None)
+    refused(MatError, "there is no peer -1", run, peer=-1)
     (here / "file").touch()
     refused(OutputError, "it cannot be written: .*Not a directory", run, out="file/out")
 
@@ -319,6 +321,16 @@ def test_a_run_that_still_trains_is_not_exported(run: Path, here: Path) -> None:
     with RunLock(RunFolder(run), None), pytest.raises(OutputError, match=told):
         mat_dist.export(run, "safetensors", "out")
     assert not list(here.iterdir())
+
+
+def test_damaged_weights_do_not_leave(run: Path, here: Path) -> None:
+    shutil.copytree(run, "copy")
+    for file in Path("copy/checkpoints").glob("step_*/peer_1.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    refused(MatError, "peer_1", here / "copy", peer="ensemble")
+    assert mat_dist.export("copy", "safetensors", "x" * 255, peer="peer0").is_dir()
 
 
 def test_a_run_without_a_checkpoint_is_told_so(here: Path) -> None:

@@ -26,7 +26,7 @@ SPARSE_CHECK = 0.04  # of the steps, and the figures below: authors' code (fra31
 SPARSER = 1.5  # a step moves so many times fewer values than the best perturbation has
 SPARSITY_FELL = 0.95  # below this share of the last count the step starts again at its full length
 SHORTER, SHORTEST = 1.5, 10.0  # divisor of the step otherwise, and the largest divisor
-RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # of the balls, in eps, and shares of the steps (2021, section 3.3)
+RADII, LARGER = (3, 2, 1), 0.3  # of the balls, in eps, and share of the steps in each but the last (2021)
 # Shares of the values that move in the first steps in a sparse norm: of an evaluation (authors' code), and in training
 # (E-AT's code).
 APGD_L1_SHARE, APGD_SHARE = 0.2, 0.05
@@ -84,18 +84,16 @@ def narrowing(model: Model, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, shar
     Args:
         threat: in a sparse norm.
         share: of the values that the first steps move, where they start at x_BCHW.
-        stream, first_row: of the normal noise that is added to x_BCHW and brought into the largest ball, as for
-            `Region.start`; no stream: it starts at x_BCHW.
+        stream, first_row: of the start, normal noise that is brought into the largest ball; no stream: x_BCHW.
         step_size: length of the first step in the smallest ball; in proportion in the others.
     """
-    counts = [int(part * steps) for _, part in RADII[:-1]]
-    point = x_BCHW
+    point, count = x_BCHW, int(LARGER * steps)
     if stream is not None:
         point = x_BCHW + rng.normal(stream, x_BCHW.shape, first_row=first_row, device=x_BCHW.device, dtype=x_BCHW.dtype)
-    for (factor, _), count in zip(RADII, (*counts, steps - sum(counts)), strict=True):
-        if count:  # few steps are for the smallest ball
+    for factor, number in zip(RADII, (count, count, steps - 2 * count), strict=True):
+        if number:  # few steps are for the smallest ball
             region = threat.scaled(factor).region(x_BCHW, share)
-            found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=region.inside(point), loss=loss, steps=count,
+            found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=region.inside(point), loss=loss, steps=number,
                          step_size=factor * step_size, goes_on=point is not x_BCHW)
             point = found.best_BCHW
     return found

@@ -47,8 +47,7 @@ class AttackCopy:
         reason: why the model itself is to be attacked; empty while a copy does, or where one would gain nothing.
     """
 
-    def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, *,
-                 fixed: bool = False) -> None:
+    def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, fixed: bool = False) -> None:
         self._model, self._called, self._layers, self._refreshed, self.reason = model, model, list[_Layer](), 0, ""
         with _exact(model, sample):
             try:

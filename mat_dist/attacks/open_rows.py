@@ -6,13 +6,8 @@ from torch import Tensor, nn
 
 
 class OpenRows(nn.Module):
-    """A model that is asked about some rows of a batch alone. The others get zeros, and gradients of zero.
-
-    So an attack passes by images that are decided, and the noise of the rest, keyed by rows, stays theirs.
-
-    Args:
-        open_B: the rows; where there is none, the first one is asked about.
-    """
+    """A model that is asked about the rows `open_B` (bool (B,)), one at least. The others get zeros, and gradients of
+    zero: an attack passes by images that are decided, and the noise of the rest, keyed by rows, stays theirs."""
 
     def __init__(self, model: nn.Module, open_B: Tensor) -> None:
         super().__init__()

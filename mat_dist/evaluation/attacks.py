@@ -138,9 +138,7 @@ def silent(target: str, threat: str, attack: str, held: int, of: int) -> None:
 def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, job: Job, chunk: int,
          found: list[AutoAttacked], open_B: Tensor | None = None) -> Iterator[Tensor]:
     """The AEs that one attack makes with one module; `found` gets what pyautoattack told. `open_B` as for `crafted`."""
-    maker = MENU[name].maker
-    if open_B is None:
-        open_B = torch.ones_like(y_B, dtype=torch.bool)
+    maker, open_B = MENU[name].maker, torch.ones_like(y_B, dtype=torch.bool) if open_B is None else open_B
     if maker == "pgd":
         yield from crafted(model, x_BCHW, y_B, threat, job.plans[name], seed=job.seed, chunk=chunk, open_B=open_B)
     elif maker == "noise":
@@ -166,15 +164,13 @@ def crafted(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan:
     """The AEs of each restart of PGD, and of each target class. Where memory runs out, the chunk is attacked in
     halves, quarters, ...
 
-    An image's noise depends neither on the parts nor on which others are attacked, so the result is the same but for
-    the rounding of other batch sizes.
+    An image's noise depends neither on the parts nor on the others, so the result is the same but for rounding.
 
     Args:
         first: number of the first restart, which keys its noise.
         open_B: the images to attack (bool (B,)), looked at before each restart; the AEs of others mean nothing.
     """
-    if open_B is None:
-        open_B = torch.ones_like(y_B, dtype=torch.bool)
+    open_B = torch.ones_like(y_B, dtype=torch.bool) if open_B is None else open_B
     with frozen(model):
         goals = likely_wrong(model, x_BCHW, y_B, plan.targets) if plan.targets else [y_B]
     parts = 1
@@ -204,20 +200,19 @@ def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: A
         first_row: row of the chunk at which x_BCHW starts, where it is a part of one.
     """
     stream = rng.key(seed, f"eval-{threat.norm}", restart, chunk)
+    region, size = threat.region(x_BCHW, APGD_L1_SHARE), plan.size(threat)
     with frozen(model):
-        if plan.adaptive(threat) and threat.kind.sparse:
-            noise = None if plan.start == "zero" else stream
-            found = narrowing(model, x_BCHW, y_B, threat=threat, share=APGD_L1_SHARE, stream=noise, first_row=first_row,
-                              loss=plan.loss, steps=plan.steps, step_size=plan.size(threat))
-            return found.best_BCHW if plan.targets else found.wrong_BCHW
-        region = threat.region(x_BCHW, APGD_L1_SHARE)
-        start = region.start(plan.start, stream=stream, first_row=first_row)
-        if plan.adaptive(threat):
+        if plan.adaptive(threat) and region.sparse:
+            found = narrowing(model, x_BCHW, y_B, threat=threat, share=APGD_L1_SHARE, loss=plan.loss, steps=plan.steps,
+                              stream=None if plan.start == "zero" else stream, first_row=first_row, step_size=size)
+        else:
+            start = region.start(plan.start, stream=stream, first_row=first_row)
+            if not plan.adaptive(threat):
+                return pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
+                           step_size=size, momentum=plan.momentum)
             found = apgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
-                         step_size=plan.size(threat))
-            return found.best_BCHW if plan.targets else found.wrong_BCHW
-        return pgd(model, x_BCHW, y_B, region=region, start_BCHW=start, loss=plan.loss, steps=plan.steps,
-                   step_size=plan.size(threat), momentum=plan.momentum)
+                         step_size=size)
+    return found.best_BCHW if plan.targets else found.wrong_BCHW
 
 
 # ----------------------------------------------------------------------------------------------- all attacks
@@ -368,9 +363,7 @@ def first_wrong(model: nn.Module, advs: Iterable[Tensor], y_B: Tensor, clean_B: 
         clean_B: predictions without an attack; kept where they are wrong.
         open_B: where they are right (bool (B,)); kept up to date for whoever makes the next batch.
     """
-    prediction_B, adv_BCHW = clean_B, None
-    if open_B is None:
-        open_B = clean_B == y_B
+    prediction_B, adv_BCHW, open_B = clean_B, None, clean_B == y_B if open_B is None else open_B
     for adv in advs:
         prediction_B = torch.where(open_B, predict(model, adv), prediction_B)
         adv_BCHW = adv if adv_BCHW is None else torch.where(open_B.view(-1, 1, 1, 1), adv, adv_BCHW)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mat_dist.evaluation.chunks import Work
 
 PACKAGE, PACKAGE_ALL = 1000, 4000  # passes of an image under one attack of AutoAttack, and under all of them
-RELAXATION = 110  # under cr, as its authors count
 REFRESH_S = 0.25
 SURE_AFTER_S, LONG_S = 5.0, 120.0  # when the pace is known, and what is worth a warning
 
@@ -49,7 +48,7 @@ def passes(name: str, job: Job) -> int:
     if (plan := job.plans.get(name)) is not None:
         return plan.steps * max(map(plan.starts, job.threats)) * max(plan.targets, 1)
     package = PACKAGE_ALL if name == AUTOATTACK else PACKAGE
-    return {"noise": NOISE_DRAWS, "search": job.queries, "relaxation": RELAXATION}.get(MENU[name].maker, package)
+    return {"noise": NOISE_DRAWS, "search": job.queries, "relaxation": 110}.get(MENU[name].maker, package)
 
 
 class Progress:

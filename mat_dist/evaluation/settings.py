@@ -36,7 +36,6 @@ class Kind:
         white_box: it follows gradients, so that nothing else should break more.
         fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
             targeted form by the fourth's.
-        glance: it is for a look: no number is reportable that rests on nothing else that follows gradients.
         norm: the only one that it knows, or empty.
     """
 
@@ -45,7 +44,6 @@ class Kind:
     plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     white_box: bool = True
     fewest_classes: int = 2
-    glance: bool = False
     norm: str = ""
 
 
@@ -63,7 +61,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
     "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
     "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", {"reach": None}),
-    "cr": Kind("relaxation", "constraint relaxation, some hundred passes", glance=True, norm="linf"),
+    "cr": Kind("relaxation", "constraint relaxation, some hundred passes", norm="linf"),
     "search": Kind("search", "random search with square patches", white_box=False),
     "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),
     "apgd-dlr": Kind("package", "Auto-PGD on the DLR loss", fewest_classes=3),
@@ -73,7 +71,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "square": Kind("package", "Square, without gradients", white_box=False),
     "autoattack": Kind("package", "several of the six above, see version"),
 })
-AUTOATTACK, SQUARE, SEARCH, TARGETED = "autoattack", "square", "search", "targeted"
+AUTOATTACK, SQUARE, SEARCH, TARGETED, RELAXATION = "autoattack", "square", "search", "targeted", "cr"
 PARTS = tuple(name for name, kind in MENU.items() if kind.maker == "package" and name != AUTOATTACK)  # of AutoAttack
 
 

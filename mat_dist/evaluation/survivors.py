@@ -114,8 +114,8 @@ def _gather(chunks: Chunks, weights: str, training: Sequence[Verdict]) -> list[S
         clean_N, verdicts = correct("predictions", name, CLEAN), [one for one in training if one.check == AS_TRAINED]
         if counts:
             sums = total(counts)
-            attacks = {attack for attacks in held.values() for attack in attacks}
-            headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"], sorted(attacks))
+            attacks = [name for names in held.values() for name in names]
+            headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"], attacks)
             verdicts = [*judge(sums), *headline, *training]
         found.append(Survivors(name, weights, clean_N, held, verdicts, rounded))
     return found

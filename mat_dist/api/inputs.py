@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from mat_dist import rng
 from mat_dist.api.words import setting_words
 from mat_dist.attacks.norms import Threat
-from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.data.load import check_labels, check_range
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault
-from mat_dist.evaluation.settings import FileOptions, Request, parse
+from mat_dist.evaluation.settings import FileOptions, Request, one_peer, parse
 from mat_dist.models.modes import frozen, spared_buffers
 from mat_dist.models.registry import Normalize, check_moments
 
@@ -37,8 +36,7 @@ def asked(threats: Threats, attacks: str | Sequence[str], precision: torch.dtype
     found = parse(["model.pt", *setting_words(own)])
     assert found.importing is not None
     words = [*found.settings, *found.importing.settings, *(["step.precision=fp64"] * (precision == torch.float64))]
-    return found.request, load_config("base", ["peers=1", "loss=at", "train.batch_size=2", *words]), \
-        found.importing.options
+    return found.request, one_peer(*words), found.importing.options
 
 
 def _listed(values: Any) -> str:

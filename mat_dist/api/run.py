@@ -48,10 +48,12 @@ class Run:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", find_run(str(self.path), "run").path)
+        object.__setattr__(self, "path", find_run(str(self.path), "run").path.resolve())
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    __str__ = __fspath__
 
     @property
     def config(self) -> Config:

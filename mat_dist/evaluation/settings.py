@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from mat_dist.config import load_config
+from mat_dist.config import config_folders, load_config
 from mat_dist.config.fields import Integer, Number, Section
 from mat_dist.config.help import Options, nearest, setting
+from mat_dist.config.load import find_config
 from mat_dist.config.norms import UNIONS
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
@@ -233,6 +235,13 @@ class FileOptions(Section):
         return self
 
 
+@cache
+def one_peer(*words: str) -> Config:
+    """The settings around a model that is there already."""
+    base = find_config("base", config_folders())  # the project's, whatever lies in the working directory
+    return load_config(str(base), ["peers=1", "loss=at", "train.batch_size=2", *words])
+
+
 @dataclass(frozen=True)
 class Importing:
     """How files are to be read: options and settings. `subject`: the file that is evaluated, None for a run."""
@@ -264,7 +273,7 @@ class Importing:
             lacking.append(("mean, std", "where the file has none, mean=M,M,M std=S,S,S or normalise=data (or none)"))
         if lacking:
             raise joined([ConfigError("a state dict does not tell it", key, how) for key, how in lacking], COMMAND_LINE)
-        config = load_config("base", ["peers=1", "loss=at", "train.batch_size=2", *words])
+        config = one_peer(*words)
         if run is None or beside is None:
             return config
         where = run.run.model_copy(update={"root": str(beside.resolve().parent)})

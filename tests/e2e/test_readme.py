@@ -5,6 +5,7 @@ Every command in a bash block is in one of the tables below; a new one fails unt
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -205,8 +206,13 @@ def test_the_training_commands_run_and_a_run_continues(run, tmp_path, monkeypatc
     assert (folder / "report" / "index.html").is_file()
     capsys.readouterr()
     (shown,) = [text for where, text in blocks("python") if where.startswith("README.md")]
+    for whole, part in (('{"epochs": 5}', '{"max_steps": 2}'),
+                        ('"digits", threats', '"digits", size=9, checks=0, threats')):
+        assert whole in shown
+        shown = shown.replace(whole, part)
     exec(compile(shown, "README.md", "exec"), {})
-    assert "labelled as the ensemble does:" in capsys.readouterr().out
+    assert "linf 1/10 %" in capsys.readouterr().out and json.loads((tmp_path / "found.json").read_text())["n"] == 9
+    assert (tmp_path / "exported" / "model.py").is_file()
     rows = [row.split(",")[:4] for row in (folder / "summary.csv").read_text().splitlines()]
     assert (rows[1], rows[-1]) == (["15.0", "15", "1", "peer0"], ["30.0", "30", "2", "peer3"])
     for path, _ in table("docs/architecture.md", "## The run folder"):
@@ -231,6 +237,19 @@ def test_the_examples_of_the_python_interface_run_one_after_the_other(tmp_path):
     (tmp_path / "examples.py").write_text(text)
     done = subprocess.run([sys.executable, "examples.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """As a program that runs its cells; no Jupyter is needed for that."""
+    cells = json.loads((ROOT / "docs/examples/python.ipynb").read_text())["cells"]
+    assert not [cell for cell in cells if cell.get("outputs")]  # they would name a machine's folders
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert "images outside [0, 1]" in capsys.readouterr().out
+    assert names["history"] and names["found"].accuracy["clean"] > 0.5
 
 
 def test_the_mistakes_in_the_documents_are_answered_as_shown(run):

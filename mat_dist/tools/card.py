@@ -37,4 +37,4 @@ def facts(opened: FinishedRun, target: str) -> dict[str, Any]:
     return {"config": config, "peers": peers, "threats": threats_of(peers), "images": opened.images, "target": target,
             "rule": rule, "step": step, "weights_kind": opened.weights, "results": list(results.values()),
             "run": opened.folder.path.resolve().name, "cost": training_passes(config, step) or (0, 0, 0),
-            "made": read_environment(opened.folder) or {}}
+            "made": read_environment(opened.folder) or {}, "imported": "imported" in opened.manifest.meta.extra}

@@ -276,6 +276,20 @@ def test_the_card_tells_the_numbers_of_the_result_files_of_this_model_alone(run:
     assert "| cost of the whole cohort | 4 steps, " in card
 
 
+def test_the_card_claims_no_training_for_weights_that_came_from_elsewhere(run: Path, here: Path) -> None:
+    told = "| recipe | unknown: the weights came from elsewhere"
+    frozen, trained = ((mat_dist.export(run, "safetensors", peer, peer=peer) / "README.md").read_text()
+                       for peer in ("peer2", "peer0"))
+    assert told in frozen and "| threat | unknown |" in frozen and "cost" not in frozen
+    assert "| recipe | mat in a cohort of 3, training attack pgd of 1 steps" in trained
+    torch.save(mat_dist.load(run, "peer0").state_dict(), "weights.pt")
+    assert main(["evaluate", "weights.pt", "model=tiny_cnn", "model.width=0.25", "data.name=digits", "attacks=pgd",
+                 "steps=1", "images=20", "checks=0", "threats=linf:0.1", "run.device=cpu"]) == 0
+    (imported,) = Path("runs").iterdir()
+    card = (mat_dist.export(imported, "safetensors", "out") / "README.md").read_text()
+    assert told in card and "| threat | unknown |" in card and "network not confirmed" in card and "cost" not in card
+
+
 def test_nothing_that_leaves_tells_paths_of_this_machine(run: Path, here: Path) -> None:
     out = mat_dist.export(run, "safetensors", "out")
     for file in out.iterdir():

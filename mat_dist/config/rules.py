@@ -345,6 +345,12 @@ def _view_norms(peer: PeerConfig) -> set[str]:
     return {norm for norm, _ in peer.union.balls if strategy and strategy.each} or {peer.threat.norm}
 
 
+def _listens(student: PeerConfig, norm: str) -> bool:
+    """Whether a peer that hears another one, whose norm is `norm`, may learn from it: experts are asked for theirs."""
+    loss = student.loss
+    return loss.teacher_set != "expert" or loss.hard_own != 1 or loss.kd_own != 1 or norm in _view_norms(student)
+
+
 def config_warnings(config: Config) -> list[str]:
     """What is allowed but unusual, one line each; with the names of the peers where it is not all of them."""
     texts: dict[str, list[str]] = {}
@@ -390,11 +396,13 @@ def _role_warnings(config: Config) -> Iterator[str]:
             if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
     if deaf:
         yield (f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % on "
-               "the union where one with them had 54 %, docs/evidence.md); write union.strategy: msd and "
-               "union.threats, with attack.method: pgd")
-    roles = {peer.role for peer in config.peers}
-    if "specialist" in roles and roles <= {"specialist"} and not any(peer.frozen for peer in config.peers):
-        yield "specialists alone: nobody learns from them; role: generalist is the peer that does"
+               "the union where one with them had 54 %, docs/evidence.md); write union.threats and loss: mat_union, or "
+               "union.threats and union.strategy: msd with attack.method: pgd")
+    unheard = [str(peer.name) for index, peer in enumerate(config.peers) if peer.role == "specialist" and not any(
+        index in heard_by(config, i) and _listens(other, peer.threat.norm) for i, other in enumerate(config.peers))]
+    if unheard and not any(peer.frozen for peer in config.peers):
+        yield (f"{', '.join(unheard)}: a specialist that nobody learns from; role: generalist is the peer that does, "
+               "with teacher_set expert (mat_union) where its union.threats have the norm")
     fixed = [(peer.init_from or peer.stream, peer.model_copy(update={"name": "", "stream": 0}))
              for peer in config.peers if peer.attack.start == "zero" and not peer.frozen]
     if any(one in fixed[:n] for n, one in enumerate(fixed)):

@@ -286,9 +286,17 @@ def test_the_even_average_takes_the_place_of_the_decaying_one() -> None:
 
 def test_specialists_that_nobody_learns_from_are_warned_of() -> None:
     alone = ["peers=2", "peers.all.role=specialist"]
-    assert any("specialists alone" in text for text in config_warnings(load_config("digits", alone)))
-    taught = ["peers=2", "peers.0.role=specialist", "peers.1.role=generalist"]
-    assert not any("specialists alone" in text for text in config_warnings(load_config("digits", taught)))
+    def unheard(words: list[str]) -> list[str]:
+        notes = config_warnings(load_config("digits", words))
+        return [text.partition(":")[0] for text in notes if "a specialist that nobody learns from" in text]
+
+    assert unheard(alone) == ["peer0, peer1"]
+    assert unheard(["peers=2", "peers.0.role=specialist", "peers.1.role=generalist"]) == []
+    union = ["peers=4", "loss=mat_union", *(f"peers.{i}.role=specialist" for i in range(3)), "peers.3.role=generalist",
+             "peers.1.threat={norm: l2, eps: 1}", "peers.2.threat={norm: l1, eps: 9}"]
+    assert unheard([*union, "peers.3.union.threats=linf:0.1,l2:1"]) == ["peer2"]
+    assert unheard([*union, "peers.3.union.threats=linf:0.1,l2:1", "peers.3.loss.hard_own=0.5"]) == []
+    assert unheard([*union, "peers.3.union.threats=linf:0.1,l2:1,l1:9"]) == []
 
 
 def test_a_generalist_without_aes_of_its_own_is_warned_of() -> None:

@@ -211,7 +211,7 @@ def find_network(source: TensorFile, net: nn.Module, *, channels: int, classes: 
     """
     expected: Mapping[str, Tensor] = net.state_dict()
     start = "" if entry in (None, TOP) else f"{entry}."
-    found = [one for one in _candidates(source, expected)
+    found = [one for one in _candidates(source, net)
              if one.place.startswith(start) and (entry != TOP or not one.place)]
     fits = [fit for one in found if (fit := _fitting(one, expected, classes, adapt))]
     if not fits:
@@ -233,11 +233,12 @@ def _misfit(source: TensorFile, start: str, found: Sequence[Network], net: nn.Mo
         tops = dict.fromkeys(key.partition(".")[0] for key in source.tensors)
         return ConfigError(f"there is no entry {start[:-1]!a} with tensors", str(source.file),
                            f"choose from {', '.join(list(tops)[:8])}")
-    what, how = _differences(tensors, net.state_dict()), ""
+    expected, own, how = net.state_dict(), _own_moments(net), ""
+    what = _differences(tensors, {key: value for key, value in expected.items() if key not in own})
     if found:
         _code(found[0], net)
-        what = _of_another_size(found[0], net.state_dict(), channels, classes)
-        if any(_fitting(one, net.state_dict(), classes, True) for one in found):
+        what = _of_another_size(found[0], expected, channels, classes)
+        if any(_fitting(one, expected, classes, True) for one in found):
             how = "; a training takes the other layers with init_from=pretrained:FILE"
     return CheckpointError(what, str(source.file), "name the architecture that was trained (model=..., model.width=...;"
                            f" with other layers or names: --plugin FILE.py), and its data set{how}")
@@ -292,7 +293,7 @@ def _told(chosen: Network, fits: Sequence[Network], net: nn.Module) -> Network:
                      f"{chosen.classes}")
     if chosen.stem:
         notes.append(f"of the kernels of the first convolution, {chosen.names[chosen.stem[0]]}, the middle is taken")
-    if missing := [key for pair in _moments(net.state_dict()) for key in pair if key not in chosen.names]:
+    if missing := [key for key in _own_moments(net) if key not in chosen.names]:
         notes.append(f"the network's own {', '.join(missing)} stay, since the file has none")
     if twins := [one.label for one in fits if one is not chosen]:
         notes.append(f"equal weights stand at {', '.join(map(ascii, twins[:MOST_NAMES]))}")
@@ -313,20 +314,22 @@ def _equal(one: Network, other: Network) -> bool:
     return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
-def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Network]:
+def _candidates(source: TensorFile, net: nn.Module) -> list[Network]:
     """Networks in the file that have the names of ours, or its kinds of tensors in its order; shapes may differ."""
-    tensors, own = source.tensors, {name for pair in _moments(expected) for name in pair}
+    tensors, own, expected = source.tensors, _own_moments(net), net.state_dict()
     want = [key for key in expected if not key.endswith(COUNTERS) and key not in own]
     moments = {name for pair in _moments(tensors) for name in pair}
     places, found = _places(tensors), list[Network]()
-    codes = [(code, code.names(expected)) for code in CODES if code.names(expected)]
+    codes: list[tuple[Code | None, dict[str, str]]] = [(None, {key: key for key in want})]
+    codes += [(code, {key: called[key] for key in want}) for code in CODES if (called := code.names(expected))]
     for place, names in places.items():
-        for code, theirs in ((None, {key: key for key in want}), *codes):
-            mine = {key: place + theirs[key] for key in want}
-            mine |= {key: place + key for key in own if place + key in tensors and code is None}
-            stems = {_stem(name) for name in (*theirs.values(), *(code.layers.values() if code else ()))}
-            if all(name in tensors for name in mine.values()) and not _kin(place, names, mine, stems, moments):
-                found.append(Network(source, place, mine, BY_NAME if code is None else BY_CODE, code))
+        for code, theirs in codes:
+            if all(place + name in tensors for name in theirs.values()):
+                mine = {key: place + name for key, name in theirs.items()} | {
+                    key: place + key for key in own if code is None and place + key in tensors}
+                stems = {_stem(name) for name in (*theirs.values(), *(code.layers.values() if code else ()))}
+                if not _kin(place, names, mine, stems, moments):
+                    found.append(Network(source, place, mine, BY_CODE if code else BY_NAME, code))
     named = {name for one in found for name in one.names.values()}
     for place, names in reversed(places.items()) if source.ordered else ():  # the longest place of equal ones
         every = [name for name in names if not name.endswith(COUNTERS)]
@@ -335,6 +338,11 @@ def _candidates(source: TensorFile, expected: Mapping[str, Tensor]) -> list[Netw
                 found.append(Network(source, place, dict(zip(want, some, strict=True)), BY_ORDER))
                 named.update(some)
     return found
+
+
+def _own_moments(net: nn.Module) -> dict[str, None]:
+    """The buffers of a normalisation inside the network, which files often do not have."""
+    return dict.fromkeys(name for pair in _moments(dict(net.named_buffers())) for name in pair)
 
 
 def _places(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -159,6 +159,23 @@ def test_a_normalisation_beside_the_network_is_found_under_any_name(
     assert found.normalisation(3, "") == (names[0], (0.5, 0.25, 0.125), (0.25, 0.5, 0.25))
 
 
+def test_a_normalisation_inside_the_network_is_that_of_the_file_or_stays(tmp_path: Path) -> None:
+    class Inside(Named):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mu", torch.full((1, 3, 1, 1), 0.5))
+            self.register_buffer("sigma", torch.full((1, 3, 1, 1), 0.25))
+
+    own, net = {"mu": torch.zeros(1, 3, 1, 1), "sigma": torch.ones(1, 3, 1, 1)}, Inside()
+    for content, mu in ((Named().state_dict(), 0.5), (own | dict(Named().state_dict()), 0.0)):
+        found = find(read_tensors(saved(tmp_path, {"state_dict": content})), net)
+        assert found.state(net)["mu"].flatten().tolist() == [mu] * 3 and found.normalisation(3, "") is None
+        assert any("own mu, sigma stay" in note for note in found.notes) == (mu == 0.5)
+    weights = {key: value for key, value in Named().state_dict().items() if "linear" not in key}
+    with pytest.raises(CheckpointError, match=r"missing \(linear\.weight"):
+        find(read_tensors(saved(tmp_path, weights)), net)
+
+
 def test_of_several_normalisations_that_of_the_network_counts(tmp_path: Path) -> None:
     def one(place: str, mean: float) -> dict[str, Any]:
         return {f"{place}.norm.mean": torch.full((3,), mean), f"{place}.norm.std": torch.ones(3),

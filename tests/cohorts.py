@@ -41,6 +41,11 @@ def cohort_config(preset: str | list[str] = "mat", peers: int = 4, *, norm: str 
     return complete({"peers": entries, "train": {"batch_size": BATCH, "epochs": 1000}, **sections})
 
 
+def cut(parts: int) -> dict[str, Any]:
+    """The section `train` of a training whose batches are cut into parts."""
+    return {"batch_size": BATCH, "epochs": 1000, "accumulate": parts}
+
+
 class Net(nn.Module):
     """Two convolutions with a norm layer each, and a linear layer."""
 

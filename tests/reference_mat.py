@@ -20,7 +20,7 @@ from mat_dist import rng
 from mat_dist.attacks.norms import Threat
 from mat_dist.config.schema import Config
 from tests import cohorts
-from tests.cohorts import BATCH, CLASSES, complete, nets, train
+from tests.cohorts import BATCH, CLASSES, complete, cut, nets, train
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 STEPS, ATTACK_STEPS = 3, 2
@@ -237,15 +237,15 @@ class Case:
         return configured(self.peers, self.attack_steps, **{**self.step, **step})
 
 
-def configured(peers: list[dict[str, Any]], attack_steps: int = ATTACK_STEPS, **step: Any) -> Config:
+def configured(peers: list[dict[str, Any]], attack_steps: int = ATTACK_STEPS, accumulate: int = 1,
+               **step: Any) -> Config:
     """A configuration of entries in which most is left out; a loss may be a preset's name. Precision: fp64."""
     def full(loss: str | dict[str, Any]) -> dict[str, Any]:
         return {"preset": loss} if isinstance(loss, str) else loss
     entries = [{"threat": {"norm": "linf", "eps": 0.1}, **entry,
                 "attack": {"steps": attack_steps, **entry.get("attack", {})}, "loss": full(entry.get("loss", "at")),
                 "optim": {"lr": 0.1, "schedule": "constant", **entry.get("optim", {})}} for entry in peers]
-    return complete({"peers": entries, "train": {"batch_size": BATCH, "epochs": 1000},
-                     "step": {"precision": "fp64", **step}})
+    return complete({"peers": entries, "train": cut(accumulate), "step": {"precision": "fp64", **step}})
 
 
 def threats_of(spec: Any) -> list[Threat]:

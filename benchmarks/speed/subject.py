@@ -97,7 +97,7 @@ class Subject:
         """What ranks exchange in a step, in order."""
         cohort, several = self.cohort, self.mesh.placement.replicas > 1
         part = ["AEs", *["climb"] * (cohort.climbs and several), "logits", *["counts"] * cohort.counts]
-        return [*part * cohort.step.microbatches, *["gradients"] * several, "vote"]
+        return [*part * cohort.accumulate, *["gradients"] * several, "vote"]
 
     def notes(self) -> list[str]:
         """What the peers of all ranks have to tell, e.g. that an engine cannot run."""
@@ -139,7 +139,7 @@ class Subject:
     def unguarded_step(self) -> None:
         """The same mathematics without headers, vote, checksum, finite checks, rollback and clocks."""
         cohort, batch = self.cohort, self.batch()
-        for part in batch.split(cohort.step.microbatches):
+        for part in batch.split(cohort.accumulate):
             self._learn(part)
         cohort.mesh.average_replicas(cohort.gradients())
         for peer in cohort.peers:

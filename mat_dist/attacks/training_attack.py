@@ -109,7 +109,7 @@ class TrainingAttack:
                     raise
                 self._halves = True
                 self._tell("memory ran out in the attack: batches are attacked in halves from now on; more "
-                           "step.microbatches avoid this")
+                           "train.accumulate avoid this")
                 release(error)
         one, two = make(slice(0, rows // 2)), make(slice(rows // 2, rows))
         held_B = None if one.held_B is None or two.held_B is None else torch.cat([one.held_B, two.held_B])

@@ -121,6 +121,7 @@ GONE = (
     Gone("step.attack_copy", "attacks run on a copy that is checked: leave it out", None),
     Gone("step.attack_engine", neutral=(None,), moved="step.engine", put=lambda value, sibling: {
         "cuda_graph": "graph", "compile": "compile"}.get(value)),  # eager and model: the same AEs but for rounding
+    Gone("step.microbatches", moved="train.accumulate"),
     Gone("step.pull", f"weights of peers are not pulled together: leave it out, {_OLD}", (0,)),
     Gone("step.pull_every", "leave it out together with step.pull", None),
     Gone("step.on_nonfinite", "use skip", values=("quarantine",)),

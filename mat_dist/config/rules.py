@@ -146,14 +146,14 @@ def warm_ups_end(config: Config) -> Iterator[ConfigError]:
 @rule("train", "step")
 def batch_can_be_split(config: Config) -> Iterator[ConfigError]:
     """Batch norm needs two images; microbatches are equal."""
-    batch, parts = config.train.batch_size, config.step.microbatches
+    batch, parts = config.train.batch_size, config.train.accumulate
     if batch < 2:
         yield ConfigError("a batch of one image has no batch statistics", "train.batch_size", "write 2 or more")
     elif batch % parts:
-        yield ConfigError(f"a batch of {batch} images cannot be cut into {parts} equal parts", "step.microbatches",
+        yield ConfigError(f"a batch of {batch} images cannot be cut into {parts} equal parts", "train.accumulate",
                           f"write a divisor of {batch}")
     elif batch // parts < 2:
-        yield ConfigError("microbatches of one image have no batch statistics", "step.microbatches",
+        yield ConfigError("microbatches of one image have no batch statistics", "train.accumulate",
                           f"write at most {batch // 2}")
 
 

@@ -242,8 +242,6 @@ class StepConfig(Section):
     memory: Literal["keep", "recompute"] = Field(
         "keep", description="keep the graphs of all sources (fast), or gather logits without graph and recompute one "
                             "source at a time (ImageNet size, many peers)")
-    microbatches: Integer = Field(1, ge=1, le=1024, description="split the batch into this many parts, one after "
-                                                                "another")
     engine: Literal["auto", "eager", "graph", "compile"] = Field(
         "auto", description="how a step runs: operation by operation; graph: recorded once as CUDA graphs, which run "
                             "without waiting for the host, and checked against eager steps; compile: the passes of "
@@ -265,6 +263,8 @@ class TrainConfig(Section):
     epochs: Integer = Field(10, ge=1, le=100000, description="passes over the training images")
     batch_size: Integer = Field(128, ge=1, le=1 << 20, description="clean images per step, the same for all peers; "
                                                                    "replicas of a peer share them")
+    accumulate: Integer = Field(1, ge=1, le=1024, description="split each batch into this many parts, one after "
+                                                              "another, whose gradients are added: less memory")
     replays: Integer = Field(1, ge=1, le=1000, description="steps on each batch, one after another, for attack.method: "
                                                            "free (Free-AT on CIFAR-10: 8); an epoch has so many times "
                                                            "its steps")

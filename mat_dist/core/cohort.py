@@ -30,13 +30,13 @@ from mat_dist.models.synchronised import SynchronisedNorms
 if TYPE_CHECKING:
     from mat_dist.core.step import Batch
 
-def replica_rows(place: Placement, batch_size: int, microbatches: int) -> slice:
+def replica_rows(place: Placement, batch_size: int, parts: int) -> slice:
     """This replica's rows of a batch. Raises EnvironmentFault unless replicas and micro-batches divide it evenly."""
     rows = place.shard(batch_size)
     local = rows.stop - rows.start
-    if local % microbatches:
-        raise EnvironmentFault(f"{local} images per replica cannot be split into {microbatches} micro-batches",
-                               "step.microbatches", "use a divisor of train.batch_size / replicas")
+    if local % parts:
+        raise EnvironmentFault(f"{local} images per replica cannot be split into {parts} micro-batches",
+                               "train.accumulate", "use a divisor of train.batch_size / replicas")
     return rows
 
 
@@ -61,7 +61,8 @@ class Cohort:
                  steps_per_epoch: int) -> None:
         self.peers, self.mesh, self.graph, self.step = peers, mesh, graph, config.step
         self.specs, self.total_steps, self.steps_per_epoch = config.peers, total_steps, steps_per_epoch
-        self.rows = replica_rows(mesh.placement, config.train.batch_size, config.step.microbatches)
+        self.accumulate = config.train.accumulate
+        self.rows = replica_rows(mesh.placement, config.train.batch_size, config.train.accumulate)
         used = [method for method in methods().values() for spec in config.peers if method.uses(spec)]
         self.climbs = any(method.climbs for method in used)
         self.counts = mesh.placement.replicas > 1 and any(method.counts for method in used)
@@ -98,7 +99,8 @@ class Cohort:
             if not spec.frozen and not any(parameter.requires_grad for parameter in model.parameters()):
                 raise ConfigError("the model has no parameter that takes a gradient", f"peers.{index}.model",
                                   f"let one have requires_grad, or set peers.{index}.frozen=true")
-            peers.append(Peer(index, spec, model, graph.peers[index], seed=config.run.seed, step=config.step))
+            peers.append(Peer(index, spec, model, graph.peers[index], seed=config.run.seed, step=config.step,
+                              parts=config.train.accumulate))
             peers[-1].fresh_model = partial(make_model, spec, images, seed=config.run.seed, step=config.step,
                                             device=mesh.device)
         return cls(config, peers, mesh, graph, total_steps=total, steps_per_epoch=steps_per_epoch)

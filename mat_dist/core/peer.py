@@ -38,6 +38,7 @@ class Peer:
         model: images in [0, 1] -> logits, on its device, in its precision.
         row: what it learns from.
         seed: the run's; with `spec.stream` it keys every draw of this peer.
+        parts: how many micro-batches make a step.
 
     Attributes:
         hooks: of its methods, in the order of their names.
@@ -49,8 +50,8 @@ class Peer:
     """
 
     def __init__(self, index: int, spec: PeerConfig, model: nn.Module, row: PeerGraph, *, seed: int,
-                 step: StepConfig) -> None:
-        self.index, self.spec, self.model, self.seed, self.step = index, spec, model, seed, step
+                 step: StepConfig, parts: int = 1) -> None:
+        self.index, self.spec, self.model, self.seed, self.step, self.parts = index, spec, model, seed, step, parts
         self.name = spec.name or f"peer{index}"
         self.threats, self.threat = row.me.threats, row.me.threats[0]
         if spec.frozen:  # else layers that a network keeps fixed stay so
@@ -71,7 +72,7 @@ class Peer:
     def follow(self, row: PeerGraph) -> None:
         """Learn by this graph from now on; running statistics of norm layers keep their pace."""
         self.row = row
-        set_bn_forwards(self.model, max(1, len(row.learned) * self.step.microbatches))
+        set_bn_forwards(self.model, max(1, len(row.learned) * self.parts))
 
     def attack(self, part: Batch, views: Sequence[View], guide_BK: Tensor | None = None) -> dict[View, Tensor]:
         """Its AEs (B, C, H, W) of a clean batch for each view; the model stays as it was. `guide_BK`: as in hooks."""

@@ -124,7 +124,7 @@ def compute(cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
     """Everything of a step before its vote: gradients are in the parameters, and nothing else is changed but what
     `Cohort.rollback` restores."""
     guard.run("buffers", cohort.keep)
-    parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.step.microbatches)]
+    parts = [learn(cohort, guard, part, log) for part in batch.split(cohort.accumulate)]
     guard.average("gradients", cohort.gradients)
     norms = guard.each("backward", lambda peer: peer.reduced(), cohort.peers)
     told = guard.run("finite check", told_at_vote, batch, parts, norms)

@@ -167,7 +167,7 @@ def told_by_rank(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
     where = f"{where}, rank {place.rank}, peer {place.peers_of(place.rank)}"
     text = f"{type(error).__name__}: {error}"[:MAX_TEXT]
     if isinstance(error, torch.OutOfMemoryError):
-        how = "use a smaller train.batch_size, more step.microbatches, or step.memory=recompute"
+        how = "use a smaller train.batch_size, more train.accumulate, or step.memory=recompute"
     else:
         how = f"see the traceback in rank_{place.rank}.log"
     return {"code": PeerFailed.code, "what": text, "where": where, "how": how}

@@ -136,7 +136,7 @@ def describe_run(config: Config, launch: Launch, device: torch.device, seen: Pre
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
     graph = CohortGraph.of(config.peers)
-    rows = replica_rows(place, config.train.batch_size, config.step.microbatches)
+    rows = replica_rows(place, config.train.batch_size, config.train.accumulate)
     run = _Run(config, place, graph, rows.stop - rows.start, seen)
     lines = [dump_config(config, with_name=True).rstrip(), "",
              f"placement   {place.describe()}, device {device.type}",
@@ -294,7 +294,7 @@ def _memory(run: _Run) -> list[str]:
     states = [run.state(spec) for spec in run.config.peers]
     ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
     state = max(sum(states[peer] for peer in local) for local in ranks)
-    rows, shape, local = run.rows // run.config.step.microbatches, run.data.shape, run.place.peers_per_rank
+    rows, shape, local = run.rows // run.config.train.accumulate, run.data.shape, run.place.peers_per_rank
     graph = run.graph
     held = len(graph.travelling | {view for peer in range(run.place.peers) for view in graph.crafted(peer)
                                    if peer in run.place.local_peers})
@@ -325,8 +325,8 @@ def _travel(run: _Run, rows: int) -> list[str]:
     pixels = math.prod(run.data.shape)
     image = {"full": pixels * width, "fp16": pixels * 2, "int8": pixels + 4}[step.wire]  # int8: and its scale
     taught = place.peers_per_rank * (graph.most_taught + any(graph.guides))
-    aes = step.microbatches * rows * sent * image
-    logits = step.microbatches * rows * taught * run.data.classes * width
+    aes = run.config.train.accumulate * rows * sent * image
+    logits = run.config.train.accumulate * rows * taught * run.data.classes * width
     lines = [f"travels per step: {who} {aes:,} bytes of AEs",
              f"  ({_count(sent, 'view')}) and {logits:,} bytes of logits"]
     home = {name: [row.threat_of(view).label for view in graph.crafted(row.index) if view not in graph.travelling]

@@ -74,7 +74,7 @@ def no_new_run(earlier: Finished) -> bool:
     (["--config", "no_such_file"], "no_such_file"),
     (["loss.preset=mta"], "mat"),
     (["peers=1"], "at"),
-    (["train.batch_size=20", "step.microbatches=3"], "divisor of 20"),
+    (["train.batch_size=20", "train.accumulate=3"], "divisor of 20"),
     (["comm.backend=nccl"], "gloo"),
     (["data.name=npz"], "data.root"),
 ])

@@ -113,7 +113,7 @@ def test_placement_micro_batches_and_replicas_do_not_change_free_training(run_ra
     exact = nets(2, norm="group", dtype=torch.float64)
     plain = run_ranks(lambda mesh: train(configured(), mesh, exact, STEPS), 2, 1)
     assert largest_difference(plain, run_ranks(
-        lambda mesh: train(configured(microbatches=2), mesh, exact, STEPS), 2, 1)) < 1e-10
+        lambda mesh: train(configured(accumulate=2), mesh, exact, STEPS), 2, 1)) < 1e-10
     replicas = run_ranks(lambda mesh: train(configured(), mesh, exact, STEPS), 2, 4)
     assert largest_difference(plain, replicas) < 1e-9
     kept = [c.peers[0].state()["methods"]["free_at"]["frames"] for c in (plain[0], *replicas) if c.peers[0].index == 0]

@@ -127,7 +127,7 @@ def cases() -> dict[str, Config]:
     found |= {f"kd_where {name}": config(*[{"loss": {"preset": "mat", "kd_where": name}}] * 2)
               for name in ("teacher_right", "student_wrong")}
     found |= {f"{key} {value}": config(mat, mat, **{key: value}) for key, value in (
-        ("memory", "recompute"), ("microbatches", 2), ("teachers", "ema"), ("wire", "int8"), ("wire", "fp16"),
+        ("memory", "recompute"), ("accumulate", 2), ("teachers", "ema"), ("wire", "int8"), ("wire", "fp16"),
         ("precision", "bf16"), ("precision", "fp64"))}
     return found
 

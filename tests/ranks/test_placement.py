@@ -23,6 +23,7 @@ from tests.cohorts import (
     batch,
     build,
     cohort_config,
+    cut,
     first_view,
     hashes,
     largest_difference,
@@ -255,7 +256,7 @@ def test_a_method_that_couples_a_view_that_its_peer_does_not_learn_is_told_so(me
 @pytest.mark.parametrize("preset", ["mat", "mat_trades"])
 def test_microbatches_equal_the_plain_step_without_batch_norm(preset: str, run_ranks: Run) -> None:
     models = nets(3, norm="group", dtype=torch.float64)
-    reference, parts = (cohort_config(preset, 3, step={"precision": "fp64", "microbatches": n}) for n in (1, 4))
+    reference, parts = (cohort_config(preset, 3, step={"precision": "fp64"}, train=cut(n)) for n in (1, 4))
     plain = run_ranks(lambda mesh: train(reference, mesh, models, 4), 3, 1)
     assert largest_difference(plain, run_ranks(lambda mesh: train(parts, mesh, models, 4), 3, 3)) < 1e-10
 
@@ -270,7 +271,7 @@ def test_microbatches_and_replicas_equal_the_plain_step_of_a_case(name: str, run
     models = nets(count, norm="group", dtype=torch.float64)
     def result(world: int, **step: Any) -> list[Cohort]:
         return run_ranks(lambda mesh: train(CASES[name].config(**step), mesh, models, 3), count, world)
-    assert largest_difference(result(1), result(1, microbatches=2)) < 1e-10
+    assert largest_difference(result(1), result(1, accumulate=2)) < 1e-10
     if name in REPLICATED:
         models = nets(count, dtype=torch.float64)
         assert largest_difference(result(1), result(2 * count)) < 1e-9
@@ -282,7 +283,7 @@ def test_micro_batches_add_up_to_one_natural_gradient(run_ranks: Run) -> None:
                 "union": {"strategy": "ramp", "threats": EASY}, "methods": {"ramp": {"projection": 0.7, "weight": 0}}}]
     models, runs = nets(1, norm="group", dtype=torch.float64), []
     for parts in (1, 2):
-        config = configured(entries, microbatches=parts)
+        config = configured(entries, accumulate=parts)
         runs.append(run_ranks(lambda mesh, c=config: train(c, mesh, models, 3), 1, 1))
     assert 0 < largest_difference(*runs) < 1e-10
 

@@ -25,6 +25,7 @@ from tests.cohorts import (
     broken,
     build,
     cohort_config,
+    cut,
     exploding,
     failed_step,
     first_view,
@@ -74,7 +75,7 @@ def test_the_transfer_table_is_the_accuracy_of_each_peer_on_each_first_view_and_
 def test_the_losses_that_are_logged_are_the_mean_over_micro_batches_and_replicas(run_ranks: Run) -> None:
     models = nets(2, norm="group", dtype=torch.float64)
     def logged(world: int, parts: int) -> list[Tensor]:
-        config = cohort_config("mat", 2, step={"precision": "fp64", "microbatches": parts})
+        config = cohort_config("mat", 2, step={"precision": "fp64"}, train=cut(parts))
         return run_ranks(lambda mesh: one_step(build(config, mesh, models), 0, log=True).loss_P, 2, world)
     (whole,) = logged(1, 1)
     for found in (*logged(1, 4), *logged(2, 1), *logged(4, 2)):
@@ -90,7 +91,7 @@ def test_a_part_of_a_batch_knows_its_rows() -> None:
 
 
 def test_micro_batches_that_do_not_divide_the_rows_of_a_replica_are_refused(run_ranks: Run) -> None:
-    config, models = cohort_config("at", 2, step={"microbatches": 8}), nets(2)
+    config, models = cohort_config("at", 2, train=cut(8)), nets(2)
     errors = run_ranks(lambda mesh: build(config, mesh, models), 2, 4, errors="return")
     assert all(isinstance(e, EnvironmentFault) and "4 images per replica" in str(e) for e in errors)
 
@@ -109,7 +110,7 @@ def test_a_guide_thinks_with_the_weights_of_the_step_in_each_micro_batch(run_ran
     entries = [{**entry, **AWP} for entry in CASES["peeraid"].peers]
     models, seen = nets(2, norm="group"), []
     def one(mesh: Mesh) -> None:
-        cohort = build(configured(entries, precision="fp32", microbatches=2), mesh, models)
+        cohort = build(configured(entries, precision="fp32", accumulate=2), mesh, models)
         guide = cohort.peers[0]
         before, teach = state_hash(guide.model.state_dict()), guide.teach
         def noting(x: Tensor, draw: Any) -> Tensor:
@@ -392,7 +393,7 @@ def test_lack_of_memory_stops_all_changes_nobody_and_says_what_to_set(where: str
     results = run_ranks(lambda mesh: refused(build(config, mesh, models), at_peer(
         1, lambda peer: short_of_memory(peer, where))), 2, world)
     (text,) = {str(error) for error, _ in results}
-    assert "step.memory=recompute" in text and "step.microbatches" in text and "peer1" in text
+    assert "step.memory=recompute" in text and "train.accumulate" in text and "peer1" in text
     assert {i for _, same in results for i in same} == {0, 1}
 
 
@@ -419,4 +420,4 @@ def test_an_attack_that_lacks_memory_goes_on_in_halves_with_equal_weights_and_th
     halves = run_ranks(lambda mesh: one(mesh, BATCH // 2), 2, world)
     assert largest_difference(plain, halves) < 1e-11
     errors = run_ranks(lambda mesh: one(mesh, 1), 2, world, errors="return")
-    assert len({str(e) for e in errors}) == 1 and "step.microbatches" in str(errors[0]) and "peer1" in str(errors[0])
+    assert len({str(e) for e in errors}) == 1 and "train.accumulate" in str(errors[0]) and "peer1" in str(errors[0])

@@ -133,7 +133,7 @@ def test_placement_and_micro_batches_do_not_change_what_is_remembered(run_ranks:
     assert alone == spread
     exact = nets(2, norm="group", dtype=torch.float64)
     plain = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 1)
-    parts = run_ranks(lambda mesh: train(configured(microbatches=2), mesh, exact), 2, 1)
+    parts = run_ranks(lambda mesh: train(configured(accumulate=2), mesh, exact), 2, 1)
     assert largest_difference(plain, parts) < 1e-10
     replicas = run_ranks(lambda mesh: train(configured(), mesh, exact), 2, 4)
     assert largest_difference(plain, replicas) < 1e-9

@@ -44,7 +44,7 @@ def subject(*overrides: str) -> Subject:
 
 
 @pytest.mark.parametrize("changed", [
-    (), ("step.microbatches=2", "step.memory=recompute", "step.wire=int8"), ("methods.awp.gamma=0.01",),
+    (), ("train.accumulate=2", "step.memory=recompute", "step.wire=int8"), ("methods.awp.gamma=0.01",),
     ("peers.0.union.strategy=avg", "peers.0.union.threats=linf:0.1,l2:1"), ("loss=at", "peers=1"),
     ("step.teachers=ema", "optim.ema_decay=0.9", "optim.clip_norm=0.1")])
 def test_the_step_without_guards_is_the_same_step(changed: tuple[str, ...]) -> None:
@@ -99,7 +99,7 @@ def test_the_limit_is_the_passes_of_the_step_and_no_more() -> None:
     assert [state_hash(p.state()) for p in made.cohort.peers] == before
 
 
-@pytest.mark.parametrize("changed", [(), ("step.microbatches=2", "methods.awp.gamma=0.01")])
+@pytest.mark.parametrize("changed", [(), ("train.accumulate=2", "methods.awp.gamma=0.01")])
 def test_a_step_has_all_its_phases_in_order(changed: tuple[str, ...]) -> None:
     """Micro-batches add to the same ones."""
     made = subject(*changed)

@@ -103,7 +103,7 @@ def test_a_terminal_gets_a_table_with_what_was_found_word_by_word(capsys, monkey
     (["attack.epz=1"], 2, "config", "epz"),
     (["peers=4", "--ranks", "3"], 6, "ranks", "3 ranks do not fit 4 peers"),
     (["peers=4", "--ranks=4", "--nodes", "3"], 6, "ranks", "4 ranks on 3 nodes"),
-    (["step.microbatches=32", "--ranks=4"], 6, "ranks", "48 images per replica"),
+    (["train.accumulate=32", "--ranks=4"], 6, "ranks", "48 images per replica"),
     (["comm.backend=nccl", "run.device=auto"], 6, "device", "nccl needs GPUs"),
     (["data.name=npz", "data.root=missing.npz"], 3, "data", "the file does not exist"),
     (["data.name=unheard"], 2, "data", "unknown data set"),

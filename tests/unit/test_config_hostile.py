@@ -120,7 +120,7 @@ TOKENS = [
 ]
 KEYS = [
     "threat.eps", "attack.steps", "loss", "loss.preset", "peers", "peers.0", "peers.1.loss.kd_own", "peers.all.model",
-    "optim.milestones", "optim.milestones.0", "train", "train.batch_size", "data.augment", "step.microbatches",
+    "optim.milestones", "optim.milestones.0", "train", "train.batch_size", "data.augment", "train.accumulate",
     "run.name", "zzz", "loss.teacher_set",
 ]
 

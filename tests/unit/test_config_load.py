@@ -358,7 +358,7 @@ def test_resume_refuses_what_alters_the_weights(tmp_path: Path) -> None:
     assert resume_conflicts(values, load(tmp_path, "{}", *allowed)) == []
     for refusal in (
         "train.epochs=9", "run.seed=1", "run.device=cpu", "optim.lr=0.2", "data.augment.pad=4", "step.precision=bf16",
-        "train.batch_size=64", "peers.3.name=other", "step.microbatches=2", "data.train_size=1000", "peers=3",
+        "train.batch_size=64", "peers.3.name=other", "train.accumulate=2", "data.train_size=1000", "peers=3",
     ):
         key = refusal.split("=")[0].removeprefix("peers.3.")
         conflicts = resume_conflicts(old.model_dump(mode="json"), load(tmp_path, "train: {epochs: 10}", refusal))

@@ -154,7 +154,7 @@ def test_parameters_memory_and_epoch_of_the_cifar_run_are_those_computed_by_hand
 
 
 def test_two_replicas_halve_the_images_and_microbatches_the_memory_of_a_pass() -> None:
-    text = description(config_of("step.microbatches=2", config="cifar10_resnet18"), world=8)
+    text = description(config_of("train.accumulate=2", config="cifar10_resnet18"), world=8)
     assert "passes per step, of 64 images each" in text and "4 peers on 8 ranks" in text
     assert cells(text, "memory")["AEs"][:1] == ["1.50"]
 
@@ -288,7 +288,7 @@ def test_peers_with_schedules_of_their_own_have_columns_of_their_own() -> None:
 
 def test_micro_batches_that_do_not_fit_are_refused_as_in_a_run() -> None:
     with pytest.raises(EnvironmentFault, match="micro-batches"):
-        description(config_of("step.microbatches=32"), world=8)  # a replica has 48 of the 96 images
+        description(config_of("train.accumulate=32"), world=8)  # a replica has 48 of the 96 images
 
 
 @pytest.mark.parametrize("name", CONFIGS)

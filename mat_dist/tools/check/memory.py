@@ -71,7 +71,7 @@ def check_memory(config: Config, launch: Launch, device: torch.device, sample: S
     place = "GPU" if on_gpu else "this machine"
     found = (f"about {total / GIB:.2f} GiB per rank, {have / GIB:.2f} GiB of {place} are free for it "
              f"(GiB: {listed})")
-    how = "use step.memory=recompute, more step.microbatches, a smaller train.batch_size or eval.chunk, or more ranks"
+    how = "use step.memory=recompute, more train.accumulate, a smaller train.batch_size or eval.chunk, or more ranks"
     if total > have:
         raise EnvironmentFault(found, "estimate", how)
     warning = f"close to the limit, and the estimate may be a fifth too low: {how}" if total > TIGHT * have else ""
@@ -84,7 +84,7 @@ def rank_need(config: Config, launch: Launch, rank: int, sample: Sample, measure
     place = Placement.place(len(config.peers), launch.world, rank)
     graph = CohortGraph.of(config.peers)
     local = [measured[index] for index in place.local_peers]
-    batch = config.train.batch_size // place.replicas // config.step.microbatches
+    batch = config.train.batch_size // place.replicas // config.train.accumulate
     pixels, numbers = sample.x_BCHW[0].nbytes, sample.images.classes * sample.x_BCHW.itemsize
     graphs = [len(graph.peers[index].learned) for index in place.local_peers]
     if config.step.memory == "keep":

@@ -79,7 +79,7 @@ def _listed(peers: tuple[int, ...]) -> str:
 def check_ranks(config: Config, ranks: int, nodes: int) -> Answer[Launch]:
     """Rank 0 of the launch. Raises EnvironmentFault for a number of ranks that fits neither peers, batch nor nodes."""
     place = Placement.place(len(config.peers), ranks, 0)
-    replica_rows(place, config.train.batch_size, config.step.microbatches)
+    replica_rows(place, config.train.batch_size, config.train.accumulate)
     if ranks % nodes:
         raise EnvironmentFault(f"{ranks} ranks on {nodes} nodes", "--ranks, --nodes",
                                "torchrun starts the same number of ranks on every node: use a multiple of --nodes")

@@ -91,10 +91,12 @@ class PeerSilent(MatError):
 
 
 class NonFinite(MatError):
-    """A peer produced NaN or infinite values; no peer was updated. `peers` are the ones where it began."""
+    """A peer produced NaN or infinite values; no peer was updated. `peers` are the ones where it began, `stage` tells
+    in what: adversarial example, logit, loss or gradient."""
 
     code = 15
     peers: tuple[int, ...] = ()
+    stage: str = ""
 
 
 class NotReportable(MatError):

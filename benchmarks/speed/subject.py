@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.timing import synchronise
 from mat_dist.attacks.attack_copy import AttackCopy
+from mat_dist.attacks.training_attack import HALVES
 from mat_dist.config.schema import Config
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.graph import CohortGraph, View
@@ -183,7 +184,7 @@ class Limit:
         self._x = subject.cohort.peers[0].arrange(subject.batch().x_BCHW)
         self._models = [copy.deepcopy(peer.model) for peer in subject.cohort.peers]
         self._called: list[AttackCopy] = []
-        dtype = torch.bfloat16 if subject.config.step.precision == "bf16" else None
+        dtype = HALVES.get(subject.config.step.precision)
         for model in self._models:
             self._called.append(AttackCopy(model, self._x[:2], dtype))
 

@@ -20,6 +20,9 @@ from mat_dist.config.schema import AttackConfig, StepConfig
 from mat_dist.models.modes import frozen
 from mat_dist.rng import Key
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GAIN = 1024.0
+
 
 class Found(NamedTuple):
     """AEs (B, C, H, W) in [0, 1], detached, and, where it is asked for, whether each image was classified correctly at
@@ -35,8 +38,8 @@ class Plan(NamedTuple):
     threat: int  # its position
     stream: Key  # of the start noise
     first_row: int  # row of the global batch at which the batch starts
-    # (first point, by the settings; its region; row of the global batch) -> the point to begin at
-    start: Callable[[Tensor, Region, int], Tensor] = lambda start, region, first_row: start
+    # (first point, by the settings; its region; row of the global batch) -> the point to begin at; one after another
+    starts: Sequence[Callable[[Tensor, Region, int], Tensor]] = ()
     guide_BK: Tensor | None = None  # a teacher's logits of the clean images, where the loss needs them
 
 
@@ -93,7 +96,7 @@ class TrainingAttack:
                     self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}")
                     self._copy, self._called = None, self._compiled(self._model)
             assert self._called is not None
-            yield self._called
+            yield amplified(self._called) if self._step.precision == "fp16" else self._called
 
     def fitting(self, make: Callable[[slice], Found], rows: int) -> Found:
         """`make` for all rows; a batch that does not fit into memory is attacked in halves, from then on.
@@ -127,7 +130,8 @@ class TrainingAttack:
                                     teacher_BK=plan.guide_BK))
         region = self.region(x_BCHW, plan.threat)
         start = region.start(settings.start, stream=plan.stream, first_row=plan.first_row)
-        start = plan.start(start, region, plan.first_row)
+        for moved in plan.starts:
+            start = moved(start, region, plan.first_row)
         with self.ready(x_BCHW) as model:
             return Found(*self._attack(model, x_BCHW, y_B, start, plan, region))
 
@@ -146,8 +150,7 @@ class TrainingAttack:
 
     def _prepare(self, x_BCHW: Tensor) -> None:
         """Make the copy; the images tell shape and device."""
-        dtype = torch.bfloat16 if self._step.precision == "bf16" else None
-        self._copy = AttackCopy(self._model, x_BCHW[:2], dtype)
+        self._copy = AttackCopy(self._model, x_BCHW[:2], HALVES.get(self._step.precision))
         self._called = self._compiled(self._copy)
 
     def _compiled(self, model: Model) -> Model:
@@ -155,7 +158,18 @@ class TrainingAttack:
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager[Any]:
-    """The scope in which models of this precision are called: torch's autocast with bf16."""
-    if precision != "bf16":
+    """The scope in which models of this precision are called: torch's autocast with bf16 and fp16."""
+    if precision not in HALVES:
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
+    return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=cache)
+
+
+def amplified(model: Model) -> Model:
+    """A model whose gradients are `GAIN` times as long, so that fp16 has a number for them; steps follow directions."""
+    def call(x_BCHW: Tensor) -> Tensor:
+        logits_BK = model(x_BCHW)
+        if logits_BK.requires_grad:
+            logits_BK.register_hook(lambda grad_BK: grad_BK * GAIN)
+        return logits_BK
+
+    return call

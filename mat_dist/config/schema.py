@@ -236,9 +236,10 @@ class PeerConfig(Section):
 class StepConfig(Section):
     """How a step is computed; of these `teachers` changes the algorithm."""
 
-    precision: Literal["fp32", "tf32", "ieee", "bf16", "fp64"] = Field(
+    precision: Literal["fp32", "tf32", "ieee", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="arithmetic of the models; AEs and losses are fp32 (fp64 with fp64). On GPUs fp32 is "
-                            "torch's default, TF32 in convolutions alone; tf32: in products too; ieee: nowhere")
+                            "torch's default, TF32 in convolutions alone; tf32: in products too; ieee: nowhere. fp16: "
+                            "with scaled losses; a step that overflows is left out")
     memory: Literal["keep", "recompute"] = Field(
         "keep", description="keep the graphs of all sources (fast), or gather logits without graph and recompute one "
                             "source at a time (ImageNet size, many peers)")

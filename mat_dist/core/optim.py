@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mat_dist.models.modes import copy_all, split_norm_bias
 SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
 UNFIT = {"capturable", "differentiable"}  # for steps inside CUDA graphs, and for gradients through them
+LAYER_DECAY = "layer_decay"  # the one argument that is ours: a layer learns at so much of the next one's rate
 WAITS = {"ASGD", "Adafactor"}  # they read numbers of the device in each update
 DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
 ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
@@ -37,7 +39,10 @@ def optimizer_class(optim: OptimConfig, where: str) -> type[torch.optim.Optimize
         raise ConfigError(f"there is no optimizer {optim.name}", f"{where}.optim.name",
                           f"use sgd, adamw, or a class of torch.optim: {', '.join(known)}")
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
-    takes = set(inspect.signature(kind).parameters) - OWN - UNFIT
+    takes = set(inspect.signature(kind).parameters) - OWN - UNFIT | {LAYER_DECAY}
+    decay = optim.args.get(LAYER_DECAY, 1.0)
+    if not isinstance(decay, int | float) or not 0 < decay <= 1:
+        raise ConfigError(f"{LAYER_DECAY}={decay}", f"{where}.optim.args", "write a number in (0, 1], such as 0.75")
     if given := sorted(set(optim.args) & OWN):
         raise ConfigError(f"{', '.join(given)} among the arguments of {name}", f"{where}.optim.args",
                           "write optim.lr and optim.weight_decay")
@@ -53,12 +58,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
     """The optimizer over the trainable parameters; norm layers and biases are spared weight decay when the settings say
     so. Raises ConfigError for a name, an argument or a value that its class refuses."""
     kind = optimizer_class(optim, where)
-    if optim.decay_norm_bias:
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    else:
-        decayed, spared = split_norm_bias(model)
-        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     given = {**DEFAULTS.get(kind.__name__, {}), **optim.args}
+    groups = _groups(model, optim, given.pop(LAYER_DECAY, None), where)
     takes, on_gpu = set(inspect.signature(kind).parameters), next(model.parameters()).is_cuda
     if not {"foreach", "fused"} & set(given):  # one call for all parameters, on CPUs too
         given.update({name: True for name in ["fused" if on_gpu and "fused" in takes else "foreach"] if name in takes})
@@ -75,10 +76,75 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
                           "see the class in the documentation of torch.optim") from refused
 
 
+def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, where: str) -> list[dict[str, Any]]:
+    """Parameters with their weight decay, and the share of the rate that they learn at (`lr_scale`), if any."""
+    if layer_decay is not None:
+        # BEiT (Bao et al., ICLR 2022); timm knows the order of the layers of its models.
+        known = next((module for module in model.modules() if hasattr(module, "group_matcher")), None)
+        if known is None:
+            raise ConfigError("only models of timm tell the order of their layers", f"{where}.optim.args.{LAYER_DECAY}",
+                              "leave it out, or choose model=timm:NAME")
+        from timm.optim import param_groups_layer_decay
+
+        return list(param_groups_layer_decay(known, optim.weight_decay, layer_decay=layer_decay,
+                                             weight_decay_exclude_1d=not optim.decay_norm_bias))
+    if optim.decay_norm_bias:
+        return [{"params": list(model.parameters())}]
+    decayed, spared = split_norm_bias(model)
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+
+
+def pace(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Let `lr` be the rate of an optimizer; layers with a share of it learn at that."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
+
+
 def optimizer_notes(optim: OptimConfig, model: nn.Module) -> list[str]:
     """What the user should know of an optimizer for this model."""
     waits = optim.name in WAITS and next(model.parameters()).device.type != "cpu"
     return [f"optim.name={optim.name} waits for the GPU in each update"] if waits else []
+
+
+class LossScale:
+    """What losses are multiplied by in fp16, whose numbers end at 6e-8 and 65,504 (Micikevicius et al., ICLR 2018). The
+    numbers are those of torch.amp.GradScaler, which knows of no vote.
+
+    Args:
+        used: otherwise nothing is scaled.
+    """
+
+    START, PATIENCE = 2.0**16, 2000  # doubled after so many updates without an overflow
+
+    def __init__(self, device: torch.device, used: bool) -> None:
+        self._value = torch.full((), self.START, device=device) if used else None  # a captured step reads it there
+        self._calm = 0
+
+    def up(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss if self._value is None else loss * self._value
+
+    def down(self, gradients: list[Tensor]) -> None:
+        """Make gradients of it those of the loss."""
+        if self._value is not None and gradients:
+            torch._foreach_div_(gradients, self._value)
+
+    def after(self, overflow: bool) -> None:
+        """A step was left out for an overflow, or made."""
+        self._calm = 0 if overflow else self._calm + 1
+        if self._value is not None and (overflow or self._calm == self.PATIENCE):
+            self._value.mul_(0.5 if overflow else 2.0)
+            self._calm = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; empty where nothing is scaled."""
+        return {} if self._value is None else {"scale": {"value": self._value, "calm": self._calm}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """From a state that holds `state`."""
+        if self._value is not None and "scale" in state:
+            self._value.copy_(state["scale"]["value"])
+            self._calm = int(state["scale"]["calm"])
 
 
 def clipped(model: nn.Module, gradients: list[Tensor], limit: float | None) -> Tensor:
@@ -98,7 +164,10 @@ def check_optimizers(config: Config) -> None:
     for optim in {spec.optim.model_dump_json(): spec.optim for spec in config.peers}.values():
         users = [str(index) for index, spec in enumerate(config.peers) if spec.optim == optim]
         try:
-            build_optimizer(nn.utils.skip_init(nn.Linear, 2, 2), optim, f"peers.{','.join(users)}")
+            optimizer_class(optim, f"peers.{','.join(users)}")
+            plain = {key: value for key, value in optim.args.items() if key != LAYER_DECAY}  # this layer has no order
+            build_optimizer(nn.utils.skip_init(nn.Linear, 2, 2), optim.model_copy(update={"args": plain}),
+                            f"peers.{','.join(users)}")
         except ConfigError as problem:
             problems.append(problem)
     if problems:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.compiled import compiled
-from mat_dist.attacks.norms import Region
 from mat_dist.attacks.training_attack import Found, Plan, TrainingAttack, autocast
 from mat_dist.config.methods import methods
 from mat_dist.config.schema import PeerConfig, StepConfig
+from mat_dist.core import optim
 from mat_dist.core.graph import PeerGraph, View
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.core.objective import Teaching, couples, partial_loss
-from mat_dist.core.optim import average, build_optimizer, clipped, copied_state, ema_decay_at, optimizer_notes
 from mat_dist.models.modes import batch_stats_only, frozen, set_bn_forwards
 
 if TYPE_CHECKING:
@@ -56,9 +55,10 @@ class Peer:
         self.threats, self.threat = row.me.threats, row.me.threats[0]
         if spec.frozen:  # else layers that a network keeps fixed stay so
             model.requires_grad_(False)
-        self.optimizer = build_optimizer(model, spec.optim, f"peers.{index}")
-        self.ema = copied_state(model) if spec.averages and not spec.frozen else None
-        self.notes = [f"{self.name}: {note}" for note in optimizer_notes(spec.optim, model)]
+        self.optimizer = optim.build_optimizer(model, spec.optim, f"peers.{index}")
+        self.ema = optim.copied_state(model) if spec.averages and not spec.frozen else None
+        self.scale = optim.LossScale(next(model.parameters()).device, step.precision == "fp16")
+        self.notes = [f"{self.name}: {note}" for note in optim.optimizer_notes(spec.optim, model)]
         self.attack_of_training = TrainingAttack(model, self.threats, spec.attack, step, self._tell)
         self.steps_per_epoch, self.total_steps, self.batch_size, self.rows = 1, 1, 1, slice(0, 1)
         self.norms: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -94,13 +94,9 @@ class Peer:
         return found
 
     def _found(self, part: Batch, threat: int, guide_BK: Tensor | None) -> Found:
-        def start(point: Tensor, region: Region, first_row: int) -> Tensor:
-            for hook in self.hooks:
-                point = hook.start(point, region, first_row)
-            return point
-
         stream = part.key(lambda step: self.stream("attack", step, *([threat] if threat else [])))
-        return self.attack_of_training(part.x_BCHW, part.y_B, Plan(threat, stream, part.first_row, start, guide_BK))
+        return self.attack_of_training(part.x_BCHW, part.y_B, Plan(
+            threat, stream, part.first_row, [hook.start for hook in self.hooks], guide_BK))
 
     def learn(self, x_BCHW: Tensor, draw: Sequence[int]) -> Tensor:
         """Train-mode logits (B, K) with a graph; buffers move. `draw` keys what the model draws (`Batch.draw`)."""
@@ -158,7 +154,7 @@ class Peer:
             logits = known if not recomputes else {
                 view: self.learn(views[view], part.draw(self.row.number(view))) for view in group}
             loss = partial_loss(self.row, group, logits, teaching, part.y_B, extras)
-            (loss / part.parts).backward()
+            (self.scale.up(loss) / part.parts).backward()
             total += loss.detach()
         for hook in self.hooks:
             hook.after_backward(part, views)
@@ -173,14 +169,14 @@ class Peer:
 
     def reduced(self) -> Tensor:
         """Let hooks change the averaged gradient, clip it if the settings say so -> its norm before that (scalar)."""
+        self.scale.down(self.gradients())
         for hook in self.hooks:
             hook.after_reduce()
-        return clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
+        return optim.clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
 
     def descend(self, lr: float | Tensor) -> None:
         """One optimizer step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        optim.pace(self.optimizer, lr)
         self.optimizer.step()
 
     def update(self, step: int, lr: float, shared: Sequence[Sequence[Tensor]],
@@ -191,13 +187,14 @@ class Peer:
         if not self.spec.frozen:
             (descend or self.descend)(lr)
             self.optimizer.zero_grad()
+        self.scale.after(overflow=False)
 
     def average(self, step: int) -> None:
         """Let the averaged weights follow those after the update of `step`."""
         if self.ema is not None:
             decay = self.spec.optim.ema_decay
             kept = next((hook.kept_share(step) for hook in self.hooks if hook.averages), 1.0)
-            average(self.ema, self.model.state_dict(), kept if decay is None else ema_decay_at(step, decay))
+            optim.average(self.ema, self.model.state_dict(), kept if decay is None else optim.ema_decay_at(step, decay))
 
     def forget(self) -> None:
         """After a refused step: all as before it."""
@@ -209,17 +206,19 @@ class Peer:
         """Everything that a resumed run needs of this peer: tensors and plain numbers."""
         return {"name": self.name, "model": self.model.state_dict(), "ema": self.ema,
                 "optimizer": self.optimizer.state_dict(),
+                **self.scale.state(),
                 "methods": {hook.name: state for hook in self.hooks if (state := hook.state_dict())}}
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take over the weights of another model of this architecture. Raises RuntimeError if they do not fit."""
         self.model.load_state_dict(weights)
-        self.ema = copied_state(self.model) if self.ema is not None else None
+        self.ema = optim.copied_state(self.model) if self.ema is not None else None
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state of the same architecture, optimizer and methods."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scale.load(state)
         for hook in self.hooks:
             hook.load_state_dict(state["methods"].get(hook.name, {}))
         if self.ema is not None:

@@ -106,7 +106,7 @@ class Agreement:
                 found = NonFinite(f"peer {listed} produced a non-finite {name}; no peer was updated", self.where,
                                   "lower optim.lr, set optim.clip_norm, or check the data; the newest checkpoint is "
                                   "intact")
-                found.peers = tuple(guilty)
+                found.peers, found.stage = tuple(guilty), name
                 raise found
         return Verdict(stop=any(row[1] for row in rows), ready=all(row[2] for row in rows))
 

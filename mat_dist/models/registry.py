@@ -31,7 +31,8 @@ _FAMILIES: dict[str, tuple[Callable[..., Builder], tuple[str, ...]]] = {
     f"((?:{'|'.join(PREFIXES)}).*)": (library_builder, ())}
 BUILDER = "correct it; a builder takes (config, shape, classes) and returns a module"
 ROUNDING = 1e-5  # of probabilities that sum up to 1
-DTYPES = {**dict.fromkeys(("fp32", "tf32", "ieee", "bf16"), torch.float32), "fp64": torch.float64}  # of images, losses
+DTYPES = {"fp64": torch.float64,  # of images, losses
+          **dict.fromkeys(("fp32", "tf32", "ieee", "bf16", "fp16"), torch.float32)}
 
 
 def register_model(name: str) -> Callable[[AnyBuilder], AnyBuilder]:

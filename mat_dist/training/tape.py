@@ -14,6 +14,7 @@ from mat_dist import rng
 from mat_dist.core import step as steps
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.guard import Guard
+from mat_dist.core.optim import pace
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch, Computed
 from mat_dist.training.recorder import Graph, Recorder
@@ -104,19 +105,18 @@ def _recorded_update(peer: Peer, recorder: Recorder) -> Callable[[float], None]:
     """A peer's optimizer step as a graph of its own, where it takes its rate from the device."""
     if peer.spec.frozen or not all(group.get("fused") for group in peer.optimizer.param_groups):
         return peer.descend
-    rates = [torch.as_tensor(group["lr"]) for group in peer.optimizer.param_groups]
+    rates = [group["lr"] for group in peer.optimizer.param_groups]
     rate = torch.zeros((), device=next(peer.model.parameters()).device)
     recorder.begin()
     peer.descend(rate)
     graph = recorder.end()
     for group, before in zip(peer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = float(before)
+        group["lr"] = before
 
     def descend(lr: float) -> None:
         rate.fill_(lr)
         graph.replay()
-        for group in peer.optimizer.param_groups:
-            group["lr"] = lr
+        pace(peer.optimizer, lr)
 
     return descend
 

@@ -26,6 +26,7 @@ from mat_dist.training.capture import captured_steps
 from mat_dist.training.feed import Feed
 from mat_dist.training.monitor import Meter, Watch, step_record, wait_shares
 
+MOST_OVERFLOWS = 24  # in a row: by then a loss scale of 2^16 is 2^-8
 MOST_REFUSED, WINDOW = 3, 100  # refused steps that are borne within so many steps
 
 
@@ -72,6 +73,7 @@ class Trainer:
         self.saver = Saver(run, keep=config.checkpoint.keep, note=self.note, tell=self.reporter.tell)
         self.feed = Feed(self.cohort, self.batches, config.train.replays)
         self.compute = self.feed.behind(captured_steps(self.cohort, self.note))
+        self.overflows = 0  # steps in a row whose scaled gradient was too large for fp16
         self.refused: list[int] = []  # the newest steps that the vote refused
         self.watch = Watch(len(config.peers))
 
@@ -123,15 +125,29 @@ class Trainer:
     def step(self, batch: Batch, *, log: bool) -> Outcome:
         """One step of the cohort; a non-finite one ends the run or, a few times, is left out, as the settings say."""
         try:
-            return train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready),
-                              compute=self.compute)
+            outcome = train_step(self.cohort, batch, log=log, ask=Ask(self.stop.requested, self.saver.ready),
+                                 compute=self.compute)
+            self.overflows = 0
+            return outcome
         except NonFinite as error:
+            if self.overflowed(error):
+                return Outcome(ready=False)
             self.refused = [s for s in self.refused if s > batch.step - WINDOW] + [batch.step]
             if self.config.step.on_nonfinite == "abort" or len(self.refused) > MOST_REFUSED:
                 raise
             count = f"{len(self.refused)} of at most {MOST_REFUSED} in {WINDOW}"
             self.note(f"warning: step {batch.step} left out ({count}): {error.what}")
             return Outcome(ready=False)
+
+    def overflowed(self, error: NonFinite) -> bool:
+        """Whether it is the loss scale of fp16 that was too large: it is halved then, and the step left out."""
+        if self.config.step.precision != "fp16" or error.stage != "gradient" or self.overflows > MOST_OVERFLOWS:
+            return False
+        self.overflows += 1
+        for peer in self.cohort.peers:
+            if peer.index in error.peers:
+                peer.scale.after(overflow=True)
+        return True
 
     def note(self, text: str) -> None:
         """Tell the person at the console, and the log."""

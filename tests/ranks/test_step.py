@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,3 +422,41 @@ def test_an_attack_that_lacks_memory_goes_on_in_halves_with_equal_weights_and_th
     assert largest_difference(plain, halves) < 1e-11
     errors = run_ranks(lambda mesh: one(mesh, 1), 2, world, errors="return")
     assert len({str(e) for e in errors}) == 1 and "train.accumulate" in str(errors[0]) and "peer1" in str(errors[0])
+
+
+# ------------------------------------------------------------------------------------------------ fp16
+
+
+def test_steps_in_fp16_are_those_of_fp32_but_for_rounding(run_ranks: Run) -> None:
+    models = nets(2)
+
+    def trained(precision: str) -> list[Cohort]:
+        made = cohort_config("mat", 2, norm="l2", eps=0.3, step={"precision": precision})
+        return run_ranks(lambda mesh: train(made, mesh, models, 3), 2, 2)
+
+    half, full = trained("fp16"), trained("fp32")
+    # Three bits more than bf16 has.
+    assert 0 < 2 * largest_difference(half, full) < largest_difference(trained("bf16"), full)
+    assert all("scale" in peer.state() for cohort in half for peer in cohort.peers)
+
+
+def test_a_gradient_that_overflows_in_fp16_leaves_the_step_out_and_halves_that_peer_s_scale(run_ranks: Run) -> None:
+    """As the trainer does it, on all ranks alike."""
+    models = nets(2)
+
+    def step(mesh: Mesh) -> tuple[list[bool], list[dict[str, Any]]]:
+        cohort = build(cohort_config("at", 2, step={"precision": "fp16"}), mesh, models)
+        (peer,) = cohort.peers
+        if peer.index == 1:
+            peer.scale.load({"scale": {"value": torch.tensor(2.0**40), "calm": 7}})
+        before = state_hashes(cohort)
+        with pytest.raises(NonFinite) as caught:
+            one_step(cohort, 0)
+        trainer = Trainer.__new__(Trainer)
+        trainer.config, trainer.cohort, trainer.overflows = SimpleNamespace(step=cohort.step), cohort, 0
+        assert caught.value.peers == (1,) and state_hashes(cohort) == before
+        return [trainer.overflowed(caught.value), trainer.overflowed(NonFinite("", "", ""))], [peer.state()["scale"]]
+
+    (first, (own,)), (second, (other,)) = run_ranks(step, 2, 2)
+    assert first == second == [True, False]
+    assert (own["value"], other["value"], other["calm"]) == (2.0**16, 2.0**39, 0)

@@ -11,10 +11,10 @@ from torch import nn
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import OptimConfig
-from mat_dist.core.optim import average, build_optimizer, ema_decay_at, lr_at
+from mat_dist.core.optim import LossScale, average, build_optimizer, check_optimizers, ema_decay_at, lr_at, pace
 from mat_dist.errors import ConfigError
 from mat_dist.train import main
-from tests.cohorts import cohort_config, make_peer, nets
+from tests.cohorts import cohort_config, complete, make_peer, nets
 
 
 def net() -> nn.Module:
@@ -198,3 +198,51 @@ def test_arguments_with_which_a_class_cannot_be_made_or_cannot_step_are_refused(
                                                                                 says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_optimizer(net(), OptimConfig(name="adamw", args=args))
+
+
+# ------------------------------------------------------------------------------------------------ layers and precisions
+
+
+def test_layers_of_a_transformer_learn_at_a_share_of_the_next_one_s_rate() -> None:
+    """0.5 to the number of layers above; biases, norms and position embeddings without weight decay."""
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3)
+    depth = len(net.blocks)
+    made = build_optimizer(nn.Sequential(nn.Identity(), net), OptimConfig(
+        name="adamw", lr=0.1, weight_decay=0.05, decay_norm_bias=False, args={"layer_decay": 0.5}))
+    pace(made, 0.2)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
+    assert len(rates) == len(list(net.parameters()))
+    assert rates[id(net.head.weight)] == (0.2, 0.05) and rates[id(net.head.bias)] == (0.2, 0.0)
+    for number, block in enumerate(net.blocks):
+        assert rates[id(block.mlp.fc1.weight)][0] == pytest.approx(0.2 * 0.5 ** (depth - number))
+    assert rates[id(net.patch_embed.proj.weight)] == (pytest.approx(0.2 * 0.5 ** (depth + 1)), 0.05)
+
+
+@pytest.mark.parametrize(("value", "told"), [(0, "a number in"), (1.5, "a number in"), ("x", "a number in")])
+def test_a_layer_decay_that_is_none_is_refused(value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_optimizers(complete({"peers": [{"optim": {"args": {"layer_decay": value}}}]}))
+
+
+def test_a_network_whose_layers_have_no_order_is_refused_a_layer_decay() -> None:
+    with pytest.raises(ConfigError, match="only models of timm"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(args={"layer_decay": 0.75}))
+
+
+def test_a_loss_scale_is_halved_by_an_overflow_and_doubled_after_2000_updates() -> None:
+    scale, other = LossScale(torch.device("cpu"), True), LossScale(torch.device("cpu"), True)
+    (leaf := torch.ones(2, requires_grad=True)).sum().mul(3.0)
+    scale.up((leaf * 3).sum()).backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [3 * 2.0**16] * 2
+    scale.down([leaf.grad])
+    assert leaf.grad.tolist() == [3.0] * 2
+    scale.after(overflow=True)
+    for _ in range(1999):
+        scale.after(overflow=False)
+    other.load(scale.state())
+    for one in (scale, other):
+        assert one.up(torch.ones(())) == 2.0**15
+        one.after(overflow=False)
+        assert one.up(torch.ones(())) == 2.0**16
+    assert LossScale(torch.device("cpu"), False).state() == {}

@@ -152,7 +152,7 @@ ALONE = """
     loss.pair_kl=6 loss.pair_mse=1 loss.label_smoothing=0.1 methods.mart.beta=6 optim.lr=0.05
     optim.name=adamw optim.name=RMSprop optim.args.momentum=0.5 optim.args.nesterov=true
     optim.weight_decay=0.05 optim.schedule=cosine optim.clip_norm=0.01 peers.0.stream=9 peers.1.optim.lr=0.01
-    step.precision=bf16 step.precision=fp64 step.wire=fp16 step.wire=int8 train.accumulate=2
+    step.precision=bf16 step.precision=fp16 step.precision=fp64 step.wire=fp16 step.wire=int8 train.accumulate=2
     train.batch_size=8 train.max_steps=3"""
 UNION = "loss=at union.strategy=avg union.threats=linf:0.1,l2:1,l1:2"
 WITH_OTHERS = {  # setting: what else is set on both sides

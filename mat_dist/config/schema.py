@@ -293,8 +293,8 @@ class CheckpointConfig(Section):
 
 
 def parse_trackers(text: str | None) -> dict[str, str]:
-    """The trackers of "tensorboard,wandb:PROJECT", with its project. Raises ValueError for others, or one twice."""
-    parts = [] if text is None else [re.fullmatch(r"(tensorboard)|(wandb):(.{1,128})", part.strip())
+    """The trackers of "tensorboard,wandb:PROJECT" with projects. Raises ValueError for others, or one twice."""
+    parts = [] if text is None else [re.fullmatch(r"(tensorboard)|(wandb|mlflow|trackio):(.{1,128})", part.strip())
                                      for part in text.split(",")]
     found = {part[1] or part[2]: part[3] or "" for part in parts if part}
     if len(found) < len(parts):
@@ -310,7 +310,7 @@ class LogConfig(Section):
         "auto", description="live table where there is a terminal, plain lines elsewhere")
     trackers: Annotated[str, Written(parse_trackers, "tensorboard,wandb:PROJECT")] | None = Field(
         None, description="where numbers and pictures of AEs are sent too: tensorboard, wandb:PROJECT (Weights & "
-                          "Biases), or both")
+                          "Biases), mlflow:EXPERIMENT, trackio:PROJECT, with commas between")
 
 
 class Config(Section):

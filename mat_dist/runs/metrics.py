@@ -48,11 +48,11 @@ class Picture:
     caption: str
 
     def side_by_side(self) -> Tensor:
-        """The three in a row -> uint8 (1 or 3, H, 3 W), enlarged."""
+        """The three in a row -> uint8 (3, H, 3 W), enlarged; all but three channels: their mean, in grey."""
         row = torch.cat([self.clean, self.perturbation, self.adversarial], dim=2)
         image_CHW = row.detach().to("cpu", torch.float32)
-        if len(image_CHW) not in (1, 3):
-            image_CHW = image_CHW.mean(0, keepdim=True)
+        if len(image_CHW) != 3:
+            image_CHW = image_CHW.mean(0, keepdim=True).expand(3, -1, -1)
         factor = max(round(SIDE / max(self.clean.shape[1:])), 1)
         levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
         return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

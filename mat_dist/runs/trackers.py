@@ -1,18 +1,22 @@
-"""TensorBoard and Weights & Biases: the numbers of metrics.jsonl, and pictures of AEs, sent on by rank 0.
+"""TensorBoard, Weights & Biases, MLflow, trackio: the numbers of metrics.jsonl, and pictures of AEs, sent on by rank 0.
 
-Both are optional and imported on use. The files of the run folder stay the record: a tracker that fails while the run
+All are optional and imported on use. The files of the run folder stay the record: a tracker that fails while the run
 goes on is left out with a warning.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from mat_dist.config.load import flat_settings
 from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
 from mat_dist.runs.console import ConsoleMode
@@ -28,7 +32,7 @@ NO_SERIES = frozenset({"step", "attempt"})
 class Tracker:
     """Where numbers go besides the run folder."""
 
-    name = ""
+    name, help = "", ""  # help: what to do where it cannot begin
 
     def start(self, first_step: int) -> None:
         """Begin after `first_step` steps: what an earlier attempt sent of later ones does not count."""
@@ -46,7 +50,7 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files in `<run>/tensorboard/`."""
 
-    name = "TensorBoard"
+    name, help = "TensorBoard", "check the folder's permissions and the package, or leave tensorboard out"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
@@ -74,48 +78,100 @@ class TensorBoard(Tracker):
             self._writer.close()
 
 
-class WandB(Tracker):
-    """A run of a Weights & Biases project, continued by a resumed run: its id is kept in `<run>/wandb/`."""
+class Service(Tracker):
+    """A library with an entry for each run, whose id is kept in `<run>/<package>/`. A resumed run continues its entry,
+    and what an earlier attempt sent stays: steps that are done again are not sent."""
 
-    name = "W&B"
+    package, _newest = "", -1
+    _run: Any = None
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
-        self._folder, self._project, self._settings = folder, project, settings
-        self._library: Any = None
-        self._run: Any = None
+    def __init__(self, folder: Path, project: str, config: Config) -> None:
+        self._folder, self._name, self._project, self._config = folder, folder.resolve().name, project, config
+        self._library: Any = importlib.import_module(self.package)
 
-    def start(self, first_step: int) -> None:
-        self._library = importlib.import_module("wandb")
-        try:
-            # Steps that an earlier attempt sent are not taken again: a W&B run only goes forward.
-            self._run = self._library.init(project=self._project, name=self._folder.resolve().name, id=self._id(),
-                                           resume="allow", dir=str(self._folder), config=dict(self._settings),
-                                           settings=self._library.Settings(console="off"))  # the screen is ours
-        except Exception as error:  # not logged in, no network, no such project: all types of the library's own
-            raise EnvironmentFault(f"W&B cannot begin: {error}", "log.trackers", "run wandb login, set "
-                                   "WANDB_MODE=offline, or leave wandb out") from error
-
-    def _id(self) -> str:
-        file = self._folder / "wandb" / "mat_dist_id"
+    def _id(self, make: Callable[[], str] = lambda: secrets.token_hex(8)) -> str:
+        file, records = self._folder / self.package / "mat_dist_id", self._folder / "metrics.jsonl"
         with reported(file):
             file.parent.mkdir(exist_ok=True)
             if file.exists():
+                text = records.read_text() if records.exists() else ""
+                self._newest = max(map(int, re.findall(r'^{.*?"step":(\d+)', text, re.MULTILINE)), default=-1)
                 return file.read_text().strip()
-        found = secrets.token_hex(8)
+        found = make()
         write_text(file, found + "\n")
         return found
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        if step >= self._newest:
+            self._run.log(dict(values), step=step)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         images = [self._library.Image(one.side_by_side().permute(1, 2, 0).numpy(), caption=one.caption)
                   for one in pictures]
-        self._run.log({group: images}, step=step)
+        self._run.log({f"{group}/{number}": image for number, image in enumerate(images)}, step=step)
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            with redirect_stdout(io.StringIO()):  # the screen is ours
+                self._library.finish()
+
+
+class WandB(Service):
+    """A run of a Weights & Biases project."""
+
+    name, package, help = "W&B", "wandb", "run wandb login, set WANDB_MODE=offline, or leave wandb out"
+
+    def start(self, first_step: int) -> None:
+        self._run = self._library.init(project=self._project, name=self._name, id=self._id(), resume="allow",
+                                       dir=str(self._folder), config=self._config.model_dump(mode="json"),
+                                       settings=self._library.Settings(console="off"))  # the screen is ours
+
+
+class Trackio(Service):
+    """A run of a trackio project. It is found again by its name, to which an id is added, since folders share names."""
+
+    name, package, help = "trackio", "trackio", "check the project's name and TRACKIO_SPACE_ID, or leave trackio out"
+
+    def start(self, first_step: int) -> None:
+        with redirect_stdout(io.StringIO()):  # the screen is ours
+            self._run = self._library.init(project=self._project, name=f"{self._name}-{self._id()}", resume="allow",
+                                           embed=False, config=self._config.model_dump(mode="json"))
+
+
+class MLflow(Service):
+    """A run of an MLflow experiment, at MLFLOW_TRACKING_URI. Its parameters are the settings by their keys."""
+
+    name, package, help = "MLflow", "mlflow", "set MLFLOW_TRACKING_URI to a server that answers, or leave mlflow out"
+
+    def start(self, first_step: int) -> None:
+        self._client = self._library.MlflowClient()
+        self._run = self._id(self._create)
+        self._client.update_run(self._run, status="RUNNING")
+
+    def _create(self) -> str:
+        found = self._client.get_experiment_by_name(self._project)
+        experiment = found.experiment_id if found else self._client.create_experiment(self._project)
+        run: str = self._client.create_run(experiment, run_name=self._name).info.run_id
+        settings, one = flat_settings(self._config).items(), self._library.entities.Param
+        self._client.log_batch(run, params=[one(key, str(value)[:500]) for key, value in settings])
+        return run
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if step >= self._newest:
+            now, one = int(time.time() * 1000), self._library.entities.Metric
+            self._client.log_batch(self._run, [one(tag, value, now, step) for tag, value in values.items()])
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        for number, one in enumerate(pictures):
+            image = one.side_by_side().permute(1, 2, 0).numpy()
+            self._client.log_image(self._run, image, f"{group}/{step}/{number} {one.caption}.png")
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._client.set_terminated(self._run)
+
+
+SERVICES = {kind.package: kind for kind in (WandB, MLflow, Trackio)}
 
 
 def require_trackers(settings: LogConfig) -> None:
@@ -160,7 +216,7 @@ def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) 
         return Reporter()
     run.check_owner()
     folder = run.folder.path
-    trackers = [TensorBoard(folder) if name == "tensorboard" else WandB(folder, told, config.model_dump(mode="json"))
+    trackers = [TensorBoard(folder) if name == "tensorboard" else SERVICES[name](folder, told, config)
                 for name, told in parse_trackers(config.log.trackers).items()]
     return TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt,
                            callbacks=callbacks)
@@ -182,7 +238,10 @@ class TrackedReporter(JsonlReporter):
               evaluations: Mapping[int, float] | None = None) -> None:
         """Raises EnvironmentFault for a tracker that cannot begin."""
         for tracker in self._trackers:
-            tracker.start(first_step)
+            try:
+                tracker.start(first_step)
+            except Exception as error:  # not logged in, no network, no such project: types of the library's own
+                raise EnvironmentFault(f"{tracker.name} cannot begin: {error}", "log.trackers", tracker.help) from error
         super().start(total_steps, peers, first_step=first_step, evaluations=evaluations)
 
     def log(self, record: Mapping[str, Any]) -> None:

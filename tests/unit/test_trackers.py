@@ -1,4 +1,4 @@
-"""TensorBoard and W&B: the numbers of metrics.jsonl, pictures, resumes, and libraries that are missing or fail."""
+"""TensorBoard, W&B, MLflow, trackio: the numbers of metrics.jsonl, pictures, resumes, libraries that are missing or fail."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
-from mat_dist.core import trainer
+from mat_dist.training import trainer
 from mat_dist.data import as_float, load_data
-from mat_dist.errors import EnvironmentFault, OutputError
+from mat_dist.errors import OutputError
 from mat_dist.evaluation.attacks import AttackPlan, Job
 from mat_dist.evaluation.during_training import Evaluations, gallery
 from mat_dist.evaluation.survivors import Survivors
 from mat_dist.runs.metrics import JsonlReporter, Picture
-from mat_dist.runs.trackers import TrackedReporter, require_trackers, series
+from mat_dist.runs.trackers import SERVICES, TrackedReporter, require_trackers, series
 from mat_dist.tools.check.__main__ import main as check
 from tests.small_runs import SMALL, interrupted, run_small
 
@@ -54,10 +54,10 @@ def picture(channels: int = 1, size: int = 8) -> Picture:
     return Picture(one, one + 0.5, one + 1, "class 3")
 
 
-@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (3, 3), (5, 1)])
-def test_a_picture_is_three_images_in_a_row_of_a_size_to_see(channels: int, shown: int) -> None:
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_picture_is_three_images_in_a_row_of_a_size_to_see(channels: int) -> None:
     image = picture(channels).side_by_side()
-    assert image.dtype == torch.uint8 and image.shape == (shown, 96, 288)
+    assert image.dtype == torch.uint8 and image.shape == (3, 96, 288)
     assert [image[0, 5, x].item() for x in (0, 95, 96, 191, 192, 287)] == [0, 0, 128, 128, 255, 255]
     assert picture(3, 224).side_by_side().shape == (3, 224, 672)
 
@@ -140,7 +140,9 @@ def test_a_full_disk_does_not_keep_numbers_from_the_trackers(tmp_path: Path, mon
 
 @pytest.mark.parametrize(("setting", "package", "command"), [
     ("log.trackers=tensorboard", "tensorboard", "pip install 'mat_dist[logging]'"),
-    ("log.trackers=wandb:project", "wandb", "pip install wandb")])
+    ("log.trackers=wandb:project", "wandb", "pip install wandb"),
+    ("log.trackers=mlflow:experiment", "mlflow", "pip install mlflow"),
+    ("log.trackers=tensorboard,trackio:project", "trackio", "pip install trackio")])
 def test_a_missing_library_ends_with_6_before_anything_is_made(setting: str, package: str, command: str,
                                                                tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,17 +334,137 @@ def test_wandb_gets_the_same_numbers_and_pictures_and_is_continued(tmp_path: Pat
     numbers = {tag: sorted(v.items()) for tag, v in seen.items() if not tag.startswith("gallery")}
     assert numbers.keys() == expected.keys() and numbers["robust_acc/peer0"] == expected["robust_acc/peer0"]
     assert [step for step, _ in numbers["loss/peer0"]] == [1, 2, 3, 4, 5, 6, 7, 8]
-    shapes = {image[0] for step in seen["gallery_validation"].values() for image in step}
-    assert shapes == {(96, 288, 1)} and "peer" in seen["gallery_test_best"][8 if 8 in seen["gallery_test_best"] else 4][
-        0][1]
+    assert {value[0] for value in seen["gallery_validation/0"].values()} == {(96, 288, 3)}
+    assert all("peer" in value[1] for value in seen["gallery_test_best/0"].values())
 
 
-def test_wandb_without_login_ends_with_6_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(RuntimeError("api_key not configured\n(no-tty)")))
-    assert run_small(tmp_path, "run", *WANDB).code == 6
+# ------------------------------------------------------------------------------------------------ MLflow and trackio
+
+
+class FakeTrackio(types.ModuleType):
+    """Takes any step, any number of times, and finds a run again by its name; speaks on the screen."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("trackio")
+        self.error, self.inits, self.rows, self.closed = error, list[dict[str, Any]](), list[Any](), 0
+        self.Image = FakeWandb.Image
+
+    def init(self, **words: Any) -> FakeTrackio:
+        print("* trackio speaks")
+        if self.error is not None:
+            raise self.error
+        self.inits.append(words)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.rows += [(tag, step, value) for tag, value in values.items()]
+
+    def finish(self) -> None:
+        self.closed += 1
+
+
+class FakeMlflow(types.ModuleType):
+    """A server of one experiment: parameters are set once, the points of a metric are kept as they come."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("mlflow")
+        self.error, self.closed, self.rows = error, 0, list[Any]()
+        self.experiments, self.runs, self.params = dict[str, str](), list[str](), dict[str, str]()
+        self.MlflowClient, self.entities = lambda: self, self
+
+    Metric = staticmethod(lambda key, value, timestamp, step: (key, step, value))
+    Param = staticmethod(lambda key, value: (key, value))
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        if self.error is not None:
+            raise self.error
+        return types.SimpleNamespace(experiment_id=self.experiments[name]) if name in self.experiments else None
+
+    def create_experiment(self, name: str) -> str:
+        return self.experiments.setdefault(name, "7")
+
+    def create_run(self, experiment: str, run_name: str) -> Any:
+        assert experiment == "7"
+        self.runs.append(run_name)
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=f"id{len(self.runs)}"))
+
+    def update_run(self, run: str, status: str) -> None:
+        assert (run, status) == ("id1", "RUNNING")
+
+    def log_batch(self, run: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        assert run == "id1" and not {key for key, _ in params} & set(self.params)
+        self.rows += metrics
+        self.params.update(params)
+
+    def log_image(self, run: str, image: Any, file: str) -> None:
+        group, step, name = file.removesuffix(".png").split("/")
+        number, caption = name.split(" ", 1)
+        self.rows.append((f"{group}/{number}", int(step), (image.shape, caption)))
+
+    def set_terminated(self, run: str) -> None:
+        self.closed += run == "id1"
+
+
+FAKES: dict[str, Any] = {"mlflow": FakeMlflow, "trackio": FakeTrackio}
+
+
+@pytest.mark.parametrize("package", FAKES)
+def test_a_service_hears_no_step_again_that_an_earlier_attempt_has_passed(
+        package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake, config = FAKES[package](), load_config(None, ["peers=2"])
+    monkeypatch.setitem(sys.modules, package, fake)
+    for attempt, steps in enumerate((range(1, 6), range(4, 8), range(6, 9)), 1):
+        service = SERVICES[package](tmp_path, "robustness", config)
+        out = TrackedReporter(tmp_path, [service], console="off", attempt=attempt)
+        out.start(8, PEERS, first_step=steps[0] - 1)
+        for step in steps:
+            out.log({"step": step, "loss": [float(step), 2.0]})
+        if attempt == 3:
+            out.pictures(8, "gallery", [picture(), picture(3)])
+        out.close()
+    assert [row for row in fake.rows if row[0] == "loss/a"] == [
+        *(("loss/a", step, float(step)) for step in (1, 2, 3, 4, 5)), ("loss/a", 5, 5.0),  # the newest may come again
+        ("loss/a", 6, 6.0), ("loss/a", 7, 7.0), ("loss/a", 7, 7.0), ("loss/a", 8, 8.0)]
+    assert [row for row in fake.rows if row[0].startswith("gallery")] == [
+        ("gallery/0", 8, ((96, 288, 3), "class 3")), ("gallery/1", 8, ((96, 288, 3), "class 3"))]
+    assert fake.closed == 3 and "speaks" not in capsys.readouterr().out
+    if package == "mlflow":
+        assert fake.runs == [tmp_path.name] and fake.experiments == {"robustness": "7"}
+        assert fake.params["peers.1.loss.temperature"] == str(config.peers[1].loss.temperature)
+    else:
+        assert fake.inits[0] == fake.inits[2] and fake.inits[0]["name"].startswith(f"{tmp_path.name}-")
+        assert fake.inits[0]["config"] == config.model_dump(mode="json") and fake.inits[0]["resume"] == "allow"
+
+
+def test_a_service_that_is_asked_for_later_gets_all_that_is_trained_from_then_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"step","attempt":1,"step":9,"loss":[1.0,2.0]}\n')
+    service = SERVICES["trackio"](tmp_path, "robustness", load_config(None, []))
+    out = TrackedReporter(tmp_path, [service], console="off", attempt=2)
+    out.start(10, PEERS, first_step=4)
+    out.log({"step": 5, "loss": [1.0, 2.0]})
+    assert [row[:2] for row in fake.rows] == [("loss/a", 5), ("loss/b", 5)]
+
+
+def test_two_runs_whose_folders_share_a_name_are_two_runs_of_trackio(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for parent in ("a", "b"):
+        (tmp_path / parent / "run").mkdir(parents=True)
+        SERVICES["trackio"](tmp_path / parent / "run", "robustness", load_config(None, [])).start(0)
+    assert fake.inits[0]["name"] != fake.inits[1]["name"]
+
+
+@pytest.mark.parametrize(("package", "fake", "way_out"), [
+    ("wandb", FakeWandb, "wandb login"), ("mlflow", FakeMlflow, "MLFLOW_TRACKING_URI"),
+    ("trackio", FakeTrackio, "TRACKIO_SPACE_ID")])
+def test_a_service_that_cannot_begin_ends_with_6_in_one_line(package: str, fake: Any, way_out: str, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, fake(RuntimeError("not configured\n(no-tty)")))
+    assert run_small(tmp_path, "run", f"log.trackers={package}:robustness").code == 6
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "wandb login" in err and "api_key not configured (no-tty)" in err
-    with pytest.raises(EnvironmentFault):
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        require_trackers(LogConfig(trackers="wandb:x"))
+    assert err.count("\n") == 1 and way_out in err and "not configured (no-tty)" in err

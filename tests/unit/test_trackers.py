@@ -1,4 +1,4 @@
-"""TensorBoard, W&B, MLflow, trackio: the numbers of metrics.jsonl, pictures, resumes, libraries that are missing or fail."""
+"""TensorBoard, W&B, MLflow, trackio: numbers, pictures, resumes, and libraries that are missing or fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.config import load_config
 from mat_dist.config.schema import LogConfig
-from mat_dist.training import trainer
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import OutputError
 from mat_dist.evaluation.attacks import AttackPlan, Job
@@ -28,6 +27,7 @@ from mat_dist.evaluation.survivors import Survivors
 from mat_dist.runs.metrics import JsonlReporter, Picture
 from mat_dist.runs.trackers import SERVICES, TrackedReporter, require_trackers, series
 from mat_dist.tools.check.__main__ import main as check
+from mat_dist.training import trainer
 from tests.small_runs import SMALL, interrupted, run_small
 
 PEERS = ("a", "b")

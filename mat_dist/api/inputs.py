@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.api.words import setting_words
 from mat_dist.attacks.norms import Threat
+from mat_dist.config.load import setting_words
 from mat_dist.config.schema import Config
 from mat_dist.data.load import check_labels, check_range
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault

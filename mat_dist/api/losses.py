@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import create_model
 
 from mat_dist.config.fields import Section
 from mat_dist.config.methods import Method, Preset, register_method
-from mat_dist.core.hooks import Hook, Views
+from mat_dist.core.hooks import Hook
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mat_dist.core.graph import PeerGraph, View
-
-AnyLoss = TypeVar("AnyLoss", bound="Callable[[Tensor, Tensor, Tensor], Tensor]")
+AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Any])
 
 
 def register_loss(name: str) -> Callable[[AnyLoss], AnyLoss]:
@@ -25,18 +20,16 @@ def register_loss(name: str) -> Callable[[AnyLoss], AnyLoss]:
     that is taken, or no word in lower case."""
     def register(function: AnyLoss) -> AnyLoss:
         class OwnLoss(Hook):
-            def couples(self, row: PeerGraph) -> Sequence[View]:
+            def couples(self, row: Any) -> Sequence[Any]:
                 return () if row.me.frozen else (row.mine[0], *(view for view in row.learned if view.maker < 0))
 
-            def loss(self, row: PeerGraph, logits: Views, y_B: Tensor, count: Tensor | None) -> Tensor:
-                own, clean = self.couples(row)
-                return function(logits[own], logits[clean], y_B)
+            def loss(self, row: Any, logits: Any, y_B: Any, count: Any) -> Any:
+                return function(*(logits[view] for view in self.couples(row)), y_B)
 
         OwnLoss.name = name
         section = create_model(function.__qualname__, __base__=Section, __module__=function.__module__)
-        preset = Preset(({"hard_weight": 0.0},), methods=({name: {}},))
-        register_method(Method(name, f"the loss {name}", section=section, hook=OwnLoss, pairs=True,
-                               presets={name: preset}))
+        register_method(Method(name, f"the loss {name}", section=section, hook=OwnLoss, pairs=True, presets={
+            name: Preset(({"hard_weight": 0.0},), methods=({name: {}},))}))
         return function
 
     return register

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import EnvironmentFault
-from mat_dist.evaluation.results import Result, read_results
+from mat_dist.evaluation.results import CLEAN, Result, read_results
 from mat_dist.evaluation.settings import find_run
 from mat_dist.evaluation.statistics import wilson_interval
 
@@ -32,13 +32,12 @@ def result_rows(result: Result) -> Iterator[dict[str, Any]]:
     """A row for each accuracy of each target: without an attack, under each attack of each threat, under all of them
     (attack: worst), and under all threats (threat: union)."""
     for one in result.targets:
-        values = [(name, "none" if name == "clean" else "worst", value) for name, value in one.accuracy.items()]
-        values += [(threat, attack, value) for threat, found in one.attacks.items() for attack, value in found.items()]
-        for threat, attack, value in values:
+        values = {(name, "none" if name == CLEAN else "worst"): value for name, value in one.accuracy.items()}
+        values |= {(threat, name): value for threat, found in one.attacks.items() for name, value in found.items()}
+        for (threat, attack), value in values.items():
             low, high = wilson_interval(value, one.n)
             yield {"target": one.target, "weights": one.weights, "threat": threat, "attack": attack, "accuracy": value,
-                   "low": low, "high": high, "n": one.n,
-                   "reportable": None if one.checks is None else not one.failed}
+                   "low": low, "high": high, "n": one.n, "reportable": None if one.checks is None else not one.failed}
 
 
 @dataclass(frozen=True)

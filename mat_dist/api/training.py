@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mat_dist.api.run import Run
-from mat_dist.api.words import setting_words
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
+from mat_dist.config.load import setting_words
 from mat_dist.distributed.leaving import abort_groups
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.starts import Start, recording
 
 if TYPE_CHECKING:
-    from mat_dist.runs.trackers import Callbacks
+    from mat_dist.runs.metrics import Callbacks
 
 Told = Callable[[dict[str, Any]], object]
 

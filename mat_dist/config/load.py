@@ -243,6 +243,17 @@ def _read(item: str, problems: list[ConfigError]) -> Override | None:
     return None if found else Override(path, value)
 
 
+def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A program's settings as `key=value`: sections may be nested, keys may have dots, text is as on the command line;
+    numbers and lists of numpy and torch, paths and fractions are read too."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from setting_words(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}=" + (value if isinstance(value, str) else json.dumps(
+                value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one)))
+
+
 def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
     """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
     found = sorted(filter(None, (_read(item, problems) for item in items)), key=lambda override: override.rank)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "rob
                    "ema_robust_acc", "images_per_s", "lr")
 SIDE = 96  # smaller pictures are enlarged by a whole factor to about this many pixels
 _MIB = 1 << 20
+Callbacks = Mapping[str, Callable[[Any], object] | None]  # by event, see Reporter.tell
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Reporter:
     """Where the numbers of a run go: here nowhere, as on all ranks but the first."""
 
     wants_pictures = False
+    callbacks: Callbacks = MappingProxyType({})
     _screen = Screen()  # shows nothing
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
@@ -88,7 +91,10 @@ class Reporter:
         """Pictures of an evaluation; made only where they are wanted."""
 
     def tell(self, event: str, what: Any) -> None:
-        """For the program that trains: a record of a `step` or an `evaluation`, the folder of a `checkpoint`."""
+        """For the program that trains: a record of a `step` or an `evaluation`, the folder of a `checkpoint`. What its
+        callback raises ends the run."""
+        if (call := self.callbacks.get(event)) is not None:
+            call(what)
 
     def table(self, rows: Sequence[TableRow]) -> None:
         """The final results."""

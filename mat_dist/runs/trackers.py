@@ -21,11 +21,10 @@ from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
 from mat_dist.runs.console import ConsoleMode
 from mat_dist.runs.files import reported, write_text
-from mat_dist.runs.metrics import JsonlReporter, Picture, Reporter
+from mat_dist.runs.metrics import Callbacks, JsonlReporter, Picture, Reporter
 from mat_dist.runs.session import Run
 
 PER_RANK = frozenset({"phases_s", "wait_share"})  # lists with an entry per rank; all others are per peer
-Callbacks = Mapping[str, Callable[[Any], object] | None]  # by event, see Reporter.tell
 NO_SERIES = frozenset({"step", "attempt"})
 
 
@@ -218,18 +217,16 @@ def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) 
     folder = run.folder.path
     trackers = [TensorBoard(folder) if name == "tensorboard" else SERVICES[name](folder, told, config)
                 for name, told in parse_trackers(config.log.trackers).items()]
-    return TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt,
-                           callbacks=callbacks)
+    found = TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt)
+    found.callbacks = callbacks or {}
+    return found
 
 
 class TrackedReporter(JsonlReporter):
-    """The same numbers to trackers too. One that fails is left out with a note; the run goes on. What a callback raises
-    ends it."""
+    """The same numbers to trackers too. One that fails is left out with a note; the run goes on."""
 
-    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1,
-                 callbacks: Callbacks | None = None) -> None:
+    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1) -> None:
         super().__init__(folder, console=console, attempt=attempt)
-        self._callbacks = {event: call for event, call in (callbacks or {}).items() if call is not None}
         self.wants_pictures = bool(trackers)
         self._trackers = list(trackers)
         self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
@@ -251,10 +248,6 @@ class TrackedReporter(JsonlReporter):
     def epoch(self, record: Mapping[str, Any]) -> None:
         with self._sending(record):
             super().epoch(record)
-
-    def tell(self, event: str, what: Any) -> None:
-        if event in self._callbacks:
-            self._callbacks[event](what)
 
     def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
         self._each(lambda tracker: tracker.pictures(step, group, pictures))

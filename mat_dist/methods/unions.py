@@ -8,6 +8,9 @@
                   multi-attack robustness", ICML 2021)
     eat           one norm per batch, the less robust one more often (E-AT: Croce and Hein, "Adversarial robustness
                   against multiple and single l_p-threat models via quick fine-tuning of robust classifiers", ICML 2022)
+
+The preset `mat_union`: a generalist learns labels on the worst of its own AEs, and half from what the specialist of
+each norm says of its AE of that norm. Specialists learn alone (their kd_weight > 0 lets the generalist feed back).
 """
 
 from __future__ import annotations

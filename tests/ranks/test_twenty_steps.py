@@ -52,6 +52,8 @@ RAMP = (*THREE, "union.strategy=ramp")
 CONTEXT: dict[str, tuple[str, ...]] = {
     "loss": MAT, "loss.preset": AT, "loss.preset=ard": (*AT, *TEACHER), "loss.preset=rslad": (*AT, *TEACHER),
     "loss.hard_weight": AT, "loss.clean_weight": AT, "loss.teacher_input": ("loss=mat_kd",),
+    "loss.preset=mat_union": ("peers=3", *AT, *COHORT[2:], "peers.2.union.strategy=max",
+                              "peers.2.union.threats=linf:0.1,l2:0.5"),
     "loss.teacher_set=owner": (*MAT, "loss.kd_own=0", "peers=3"),
     "loss.teacher_set=expert": (*MAT, "peers=4", *(f"peers.{i}.threat={{norm: l2, eps: 0.5}}" for i in (0, 1))),
     "loss.teacher_set=frozen": (*MAT, *TEACHER, "peers=3"),

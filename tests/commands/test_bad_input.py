@@ -18,10 +18,10 @@ from PIL import Image
 
 from mat_dist import train
 from mat_dist.checkpoints import saver
-from mat_dist.core import trainer
 from mat_dist.errors import OutputError
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import GUARD, RunLock
+from mat_dist.training import trainer
 from tests.small_runs import SMALL, Finished, interrupted, run_small, tree_hash
 
 LINE = re.compile(r"mat_dist: error: [^\n]+ \([^\n]+\): [^\n]+\n")

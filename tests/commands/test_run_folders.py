@@ -21,7 +21,6 @@ from mat_dist import train
 from mat_dist.checkpoints import load_manifest
 from mat_dist.checkpoints.load import FinishedRun, check_resumed
 from mat_dist.config import load_config
-from mat_dist.core import trainer
 from mat_dist.errors import CheckpointError, OutputError
 from mat_dist.evaluation import during_training
 from mat_dist.runs import files
@@ -29,6 +28,7 @@ from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.record import finished
 from mat_dist.runs.session import Run
+from mat_dist.training import trainer
 from tests.small_runs import SMALL, Finished, interrupted, run_small, tree_hash, vouch
 
 LINE = re.compile(r"mat_dist: error: [^\n]+ \([^\n]+\): [^\n]+\n")

@@ -215,8 +215,8 @@ def _limit_files(fault: Fault) -> None:
 
 def _watch(fault: Fault) -> None:
     """Write down, after a refused step, which local peers are bit-equal to before it."""
-    from mat_dist.core import trainer
     from mat_dist.core.state_hash import state_hash
+    from mat_dist.training import trainer
 
     real = trainer.train_step
 

@@ -27,12 +27,12 @@ from mat_dist.config.fields import Section
 from mat_dist.config.methods import methods
 from mat_dist.config.presets import LossWeights
 from mat_dist.config.schema import Config
-from mat_dist.core import trainer
 from mat_dist.core.peer import Peer
 from mat_dist.distributed import groups
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault
+from mat_dist.training import trainer
 from tests.small_runs import SMALL, Finished, run_small
 
 pytestmark = pytest.mark.slow  # 50 small trainings

@@ -79,13 +79,10 @@ def apgd(model: Model, x_BCHW: Tensor, y_B: Tensor, *, region: Region, start_BCH
 def narrowing(model: Model, x_BCHW: Tensor, y_B: Tensor, *, threat: Threat, share: float, stream: int | None,
               first_row: int, loss: str, steps: int, step_size: float) -> Apgd:
     """Auto-PGD in balls of three, two and one times the radius, each from the best point of the one before, brought
-    into the smaller ball: `steps` gradients and up to steps + 3 forwards.
+    into the smaller ball: `steps` gradients and up to steps + 3 forwards, in a sparse norm.
 
-    Args:
-        threat: in a sparse norm.
-        share: of the values that the first steps move, where they start at x_BCHW.
-        stream, first_row: of the start, normal noise that is brought into the largest ball; no stream: x_BCHW.
-        step_size: length of the first step in the smallest ball; in proportion in the others.
+    It starts at normal noise of the key `stream`, brought into the largest ball; without a stream at x_BCHW, with steps
+    that move `share` of the values. `step_size` is the first one in the smallest ball, in proportion in the others.
     """
     point, count = x_BCHW, int(LARGER * steps)
     if stream is not None:

@@ -15,8 +15,6 @@ class OpenRows(nn.Module):
         self.model, self.rows = model, rows if len(rows) else rows.new_zeros(1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if len(self.rows) == len(x_BCHW):
-            logits_BK: Tensor = self.model(x_BCHW)
-            return logits_BK
-        logits_BK = self.model(x_BCHW[self.rows])
-        return logits_BK.new_zeros(len(x_BCHW), logits_BK.shape[1]).index_copy(0, self.rows, logits_BK)
+        some = len(self.rows) < len(x_BCHW)
+        found: Tensor = self.model(x_BCHW[self.rows] if some else x_BCHW)
+        return found.new_zeros(len(x_BCHW), found.shape[1]).index_copy(0, self.rows, found) if some else found

@@ -57,7 +57,7 @@ class Relaxation:
 
     def _towards(self, class_B: Tensor, on_B: Tensor, *number: int) -> Tensor:
         """One start of the images `on_B` towards one class of each -> those that came near it."""
-        near_B = torch.zeros_like(on_B)
+        near_B, pair_B2 = torch.zeros_like(on_B), torch.stack([self._y_B, class_B], 1)
         point = self._ball.start("uniform", stream=rng.key(self._stream, "towards", *number))
         for cycle, size in enumerate(SIZES):
             wide, narrow = (self._threat.scaled(1 + way * size).region(self._ball.x) for way in (1, -1))
@@ -68,7 +68,7 @@ class Relaxation:
                     u = rng.uniform(rng.key(self._stream, "beside", *number, cycle), point.shape, device=point.device,
                                     dtype=point.dtype)
                     point = self._ball.project(narrow.project(point) + (2 * u - 1) * size * self._threat.eps)
-                logits_BK, lead_B, grad = self._ask(point, on_B, lambda logits: _lead(logits, class_B, self._y_B))
+                logits_BK, lead_B, grad = self._ask(point, on_B, lambda logits: logits.gather(1, pair_B2).diff()[:, 0])
                 if step >= PART:
                     near_B = near_B | self._look(point, logits_BK, on_B)
                 if step == 2 * PART - 1:
@@ -94,7 +94,3 @@ class Relaxation:
         self._adv = torch.where(per_image(broken_B, point_BCHW), point_BCHW, self._adv)
         self._open_B &= ~broken_B
         return on_B & (margin_B > -NEAR)
-
-
-def _lead(logits_BK: Tensor, class_B: Tensor, y_B: Tensor) -> Tensor:
-    return (logits_BK.gather(1, class_B[:, None]) - logits_BK.gather(1, y_B[:, None]))[:, 0]

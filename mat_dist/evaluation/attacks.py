@@ -41,9 +41,8 @@ class AttackPlan:
     `reach` eps / steps).
 
     In an adaptive norm (l1) it is APGD, whose first step is `step_size` long, unless there is momentum; in a sparse one
-    (l1) it comes from larger balls, and a uniform start is normal noise, as in AutoAttack. `loss` is one
-    of `ATTACK_LOSSES`; `start` is one of `Region.start`; `momentum` is that of `pgd`; `targets` is the number of
-    classes that a targeted loss is led to, one after another.
+    (l1) it is `narrowing`. `loss` is one of `ATTACK_LOSSES`; `start` is one of `Region.start`; `momentum` is that of
+    `pgd`; `targets` is the number of classes that a targeted loss is led to, one after another.
     """
 
     steps: int
@@ -145,9 +144,8 @@ def made(name: str, model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threa
         for draw in range(NOISE_DRAWS):
             yield noisy(name, x_BCHW, threat, stream=rng.key(job.seed, f"eval-{name}-{threat.norm}", draw, chunk))
     elif maker == "relaxation":
-        stream = rng.key(job.seed, f"eval-cr-{threat.norm}", chunk)
         with frozen(model):
-            yield Relaxation(model, x_BCHW, y_B, threat, stream, open_B).run()
+            yield Relaxation(model, x_BCHW, y_B, threat, rng.key(job.seed, "eval-cr", chunk), open_B).run()
     elif maker == "search":
         stream = rng.key(job.seed, f"eval-search-attack-{threat.norm}", chunk)
         yield random_search(OpenRows(model, open_B), x_BCHW, y_B, threat=threat, queries=job.queries, stream=stream)
@@ -319,10 +317,9 @@ def attack_one(target: Target, x_BCHW: Tensor, y_B: Tensor, clean_B: Tensor, thr
     for name in (*job.attacks, *([more] if more else [])):
         tell(target.name, threat.label, name, int(tried.held(clean_B, y_B, tried.predictions).sum()), len(y_B))
         found: list[AutoAttacked] = []
-        kind = MENU[name]
+        kind, open_B = MENU[name], clean_B == y_B
         models = (target.model,) if not kind.white_box else target.attacked if kind.maker == "package" else copies
         # One at a time: a list of all restarts' AEs would not fit into the memory that one attack needs.
-        open_B = clean_B == y_B
         advs = (adv for model in models for adv in made(name, model, x_BCHW, y_B, threat, job, chunk, found, open_B))
         prediction_B, adv_BCHW = first_wrong(target.model, advs, y_B, clean_B, open_B)
         tried.predictions[name] = prediction_B

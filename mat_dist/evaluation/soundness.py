@@ -159,20 +159,19 @@ def _examine_attacks(target: Target, x_BCHW: Tensor, y_B: Tensor, threat: Threat
     noise = (noisy(kind, x_BCHW, threat, stream=rng.key(job.seed, f"{purpose}-{threat.norm}", draw, chunk))
              for kind, purpose in (("uniform", "eval-noise"), ("gaussian", "eval-gaussian-noise"))
              for draw in range(NOISE_DRAWS))
-    stream = rng.key(job.seed, f"eval-search-{threat.norm}", chunk)
     plan = job.plans.get("pgd") or job.plans.get("cw") or AttackPlan(OWN_STEPS)
-    one = AttackPlan(plan.steps)
     white = torch.ones(x_BCHW.shape[1:])
-    large = Threat(threat.norm, LARGE * threat.kind.span(white))
     more = AttackPlan(2 * plan.steps)  # of the default length: a step that is too short or too long shows too
     for name, eps in (("half", threat.eps / 2), ("whole", threat.eps), ("double", threat.eps * 2)):
-        counts[name] = held_under(Threat(threat.norm, eps), one)
+        counts[name] = held_under(Threat(threat.norm, eps), AttackPlan(plan.steps))
     if threat.kind.allowed(white).min() == 1:  # else values that stay as they are may tell the class
-        counts["large eps"] = held_under(large, AttackPlan(max(OWN_STEPS, plan.steps)))
+        large = LARGE * threat.kind.span(white)
+        counts["large eps"] = held_under(Threat(threat.norm, large), AttackPlan(max(OWN_STEPS, plan.steps)))
     return counts | {
         "noise": broken(lambda _: noise), "one step": broken(under(threat, FGSM)),
-        "gradient-free": broken(lambda _: [random_search(asked, x_BCHW, y_B, threat=threat, queries=SEARCH_QUERIES,
-                                                         stream=stream)]),
+        "gradient-free": broken(lambda _: [random_search(
+            asked, x_BCHW, y_B, threat=threat, queries=SEARCH_QUERIES,
+            stream=rng.key(job.seed, f"eval-search-{threat.norm}", chunk))]),
         "more steps": broken(under(threat, more, first=plan.starts(threat))),
     }
 

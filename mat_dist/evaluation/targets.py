@@ -84,8 +84,7 @@ def make_job(request: Request, config: Config) -> Job:
 def attack_plans(request: Request, config: Config) -> dict[str, AttackPlan]:
     """The plan of each gradient attack of our own, by name."""
     asked: dict[str, Any] = {"steps": request.steps or test_steps(config),
-                             "restarts": request.restarts,
-                             "step_size": request.step_size}
+                             "restarts": request.restarts, "step_size": request.step_size}
     plans = {name: AttackPlan(**asked | dict(MENU[name].plan)) for name in made_by(request.attacks, "pgd")}
     if TARGETED in plans:
         plans[TARGETED] = replace(plans[TARGETED], targets=request.targets_per_image)

@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from ruamel.yaml import YAML
@@ -34,8 +35,31 @@ def requirement_names(text: str) -> set[str]:
 
 def test_pyproject_holds_only_what_setup_cfg_cannot():
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(document) == {"build-system", "tool"}
-    assert set(document["tool"]) == {"ruff"}
+    assert set(document) == {"build-system", "project", "tool"}
+    assert set(document["project"]) == {"name", "requires-python", "dynamic"}  # uv needs them; the rest is in setup.cfg
+    assert set(document["tool"]) == {"ruff", "uv"}
+
+
+def test_the_lock_file_is_that_of_setup_cfg_and_names_public_addresses_only(setup_cfg):
+    """Whether `uv sync --locked` would take it, without uv."""
+    text = (ROOT / "uv.lock").read_text()
+    assert {urlsplit(address).netloc for address in re.findall(r'"(\w+://[^"]*)"', text)} == {
+        "pypi.org", "files.pythonhosted.org"}
+    lock = tomllib.loads(text)
+    assert lock["requires-python"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    (ours,) = (package["metadata"] for package in lock["package"] if package["name"] == "mat-dist")
+    extras = setup_cfg["options.extras_require"]
+    asked = {"": setup_cfg["options"]["install_requires"], **extras}
+    wanted = {(extra, normal(line)) for extra, lines in asked.items() for line in lines.split("\n") if line}
+    locked = {("".join(re.findall(r"extra == '(\w+)'", one.get("marker", ""))),
+               normal(one["name"] + one.get("specifier", ""))) for one in ours["requires-dist"]}
+    assert locked == wanted and set(ours["provides-extras"]) == set(extras), "run: uv lock (pip install uv)"
+
+
+def normal(requirement: str) -> str:
+    """One spelling for equal requirements: huggingface_hub is huggingface-hub, and commas have no order."""
+    name, bounds = re.fullmatch(r"([\w.-]+)(.*)", requirement.replace(" ", "")).groups()
+    return re.sub(r"[._-]+", "-", name.lower()) + ",".join(sorted(bounds.split(",")))
 
 
 def test_citation_and_changelog_name_the_version_of_the_package():
@@ -72,25 +96,46 @@ def test_each_command_is_a_function_of_the_package(setup_cfg):
             assert function in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
 
 
+BUILD = """
+import os, setuptools.build_meta as backend, sys, tarfile
+out = sys.argv[1]
+with tarfile.open(f"{out}/{backend.build_sdist(out)}") as archive:
+    archive.extractall(out, filter="data")
+    os.chdir(f"{out}/{archive.getnames()[0]}")
+backend.build_wheel(out)
+"""
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_code_data_licence_and_configs(tmp_path):
+def test_a_wheel_built_of_the_sdist_holds_all_and_works_where_it_is_installed(tmp_path):
     """Built from a copy, without the network, by the setuptools of this environment."""
     pytest.importorskip("setuptools", minversion="64")
-    copy = tmp_path / "source"
+    pytest.importorskip("pip")
+    copy, out, there = (tmp_path / name for name in ("source", "out", "there"))
     copy.mkdir()
+    out.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
+        shutil.copy(ROOT / name, copy)
     for name in ("mat_dist", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True, timeout=100)
-    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=copy, check=True, capture_output=True, timeout=100)
+    (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
     in_package = {str(path.relative_to(ROOT)) for path in (ROOT / "mat_dist").rglob("*")
                   if path.is_file() and "__pycache__" not in path.parts}
     assert {name for name in names if name.startswith("mat_dist/")} == in_package
     shared = {Path(name).name for name in names if ".data/data/share/mat_dist/configs/" in name}
     assert shared == {path.name for path in (ROOT / "configs").iterdir()}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert f"Version: {mat_dist.__version__}\n" in metadata and "Requires-Python: >=3.11\n" in metadata
+    subprocess.run([sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--no-deps", "--no-index", "--target",
+                    str(there), str(wheel)], check=True, timeout=100)
+    look = ("import sys; sys.path.insert(0, sys.argv[1]); import importlib.metadata as m, mat_dist;"
+            "found = [e.load() for e in m.distribution('mat_dist').entry_points]; print(mat_dist.__file__, len(found))")
+    told = subprocess.run([sys.executable, "-I", "-c", look, str(there)], cwd=tmp_path, check=True, capture_output=True,
+                          text=True, timeout=100).stdout.split()
+    assert told == [str(there / "mat_dist" / "__init__.py"), "5"]
+    assert {path.name for path in (there / "bin").iterdir()} == {"mat-dist", "mat-dist-train", "mat-dist-check",
+                                                                 "mat-dist-evaluate"}

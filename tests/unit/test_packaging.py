@@ -130,8 +130,8 @@ def test_a_wheel_built_of_the_sdist_holds_all_and_works_where_it_is_installed(tm
     assert shared == {path.name for path in (ROOT / "configs").iterdir()}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert f"Version: {mat_dist.__version__}\n" in metadata and "Requires-Python: >=3.11\n" in metadata
-    subprocess.run([sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--no-deps", "--no-index", "--target",
-                    str(there), str(wheel)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--no-deps", "--no-index",
+                    "--target", str(there), str(wheel)], check=True, timeout=100)
     look = ("import sys; sys.path.insert(0, sys.argv[1]); import importlib.metadata as m, mat_dist;"
             "found = [e.load() for e in m.distribution('mat_dist').entry_points]; print(mat_dist.__file__, len(found))")
     told = subprocess.run([sys.executable, "-I", "-c", look, str(there)], cwd=tmp_path, check=True, capture_output=True,

@@ -33,17 +33,15 @@ class Code:
     def names(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
         """Our names -> those of this code; empty for a network without residual blocks of ours."""
         widths = [value.shape[0] for key, value in expected.items() if _BLOCK.fullmatch(key)]
-        blocks, stage, n = dict[str, str](), 0, 0
+        found, blocks, stage, n = dict[str, str](), list[str](), 0, 0
         for index, width in enumerate(widths):
             stage, n = (stage, n + 1) if index and width == widths[index - 1] else (stage + 1, 0)
-            blocks[str(index)] = self.block.format(stage=stage, group=stage - 1, n=n) + "."
-        found = {}
+            blocks.append(self.block.format(stage=stage, group=stage - 1, n=n) + ".")
         for key in expected if blocks else ():
-            layer, _, kind = key.rpartition(".")
-            number, _, inner = layer.removeprefix("1.").partition(".")
-            in_block = layer.startswith("1.")
-            name = self.layers.get(inner, inner) if in_block else self.layers.get(layer, layer)
-            found[key] = f"{blocks.get(number, '') if in_block else ''}{name}.{kind}"
+            block = re.match(r"1\.(\d+)\.", key)
+            layer, _, kind = key[block.end() if block else 0:].rpartition(".")
+            place = blocks[int(block[1])] if block and int(block[1]) < len(blocks) else ""
+            found[key] = f"{place}{self.layers.get(layer, layer)}.{kind}"
         return found
 
 

@@ -6,6 +6,7 @@ where it is installed. The data set is told by the number of classes.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from importlib import resources
 from typing import Any
@@ -52,8 +53,10 @@ def robustbench(threat: str | None, entry: str) -> Builder:
 
 
 def as_ours(config: ModelConfig, classes: int) -> tuple[ModelConfig, Moments]:
-    """The network of ours that an entry is, with its normalisation; any other network as it is, without one."""
-    name, known = config.name.removeprefix("robustbench/"), entries(classes)
+    """The network of ours that an entry is, with its normalisation; any other network as it is, without one. For other
+    numbers of classes the first data set counts that has the entry."""
+    name = config.name.removeprefix("robustbench/")
+    known = entries(classes) or {**entries(1000), **entries(100), **entries(10)}
     found = known.get(name, known.get(name.rpartition("/")[2])) if name != config.name else None
     if found is None:
         return config, RAW
@@ -63,21 +66,26 @@ def as_ours(config: ModelConfig, classes: int) -> tuple[ModelConfig, Moments]:
 
 def _of_the_package(threat: str | None, entry: str, config: ModelConfig, classes: int) -> nn.Module:
     """The original module, which normalises by itself."""
-    where = f"model.name={config.name}"
+    where, listed = f"model.name={config.name}", entries(classes)
+    near = difflib.get_close_matches(entry, listed, n=1, cutoff=0.7)
+    hint = f"did you mean robustbench/{near[0]}? " if near else ""
+    if not listed:
+        raise ConfigError(f"the data have {classes} classes, those of RobustBench 10, 100 or 1000", where,
+                          "choose one of the entries that are built in (docs/models.md), which take any number")
     try:
         zoo: Any = importlib.import_module("robustbench.model_zoo").model_dicts
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
-        raise EnvironmentFault(f"none of the networks of RobustBench for {classes} classes that are built in, and "
-                               f"the package cannot be imported: {error}", where,
-                               "pip install robustbench, or check the name (docs/models.md)") from error
-    models = {(kind.value, name): one["model"] for data, kinds in zoo.items() if data.value == DATA.get(classes)
+        raise EnvironmentFault(f"none of RobustBench's networks for {classes} classes that are built in, and its "
+                               f"package cannot be imported: {error}", where, f"{hint}Else pip install robustbench"
+                               ) from error
+    models = {(kind.value, name): one["model"] for data, kinds in zoo.items() if data.value == DATA[classes]
               for kind, entries in kinds.items() for name, one in entries.items()}
     key = next((one for one in models if one[1] == entry and threat in (None, one[0])), None)
     if key is None or (config.width, config.activation, config.norm) != (1, None, None):
         raise ConfigError(f"RobustBench has no such network for {classes} classes" if key is None else
                           "width, activation or norm for a network of the package robustbench", where,
-                          "see the list of its model zoo" if key is None else "leave them out")
+                          f"{hint}See the list of its model zoo" if key is None else "leave them out")
     name = f"{entry}_{DATA[classes]}_{key[0]}".lower().replace("-", "_")
     try:  # what is registered in timm would be built with pretrained weights
         net: nn.Module = timm.create_model(name, num_classes=classes) if timm.is_model(name) else models[key]()

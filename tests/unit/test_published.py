@@ -234,6 +234,14 @@ def test_the_normalisation_in_a_file_counts_before_that_of_the_entry(tmp_path: P
     assert apart(net, found.model) < 1e-5
 
 
+def test_an_entry_is_trained_on_for_other_classes(tmp_path: Path) -> None:
+    net, seven = theirs("dm preact"), Images((3, 32, 32), 7, (0.3,) * 3, (0.2,) * 3)
+    found = loaded(f"pretrained:{write(tmp_path, net.state_dict())}", "robustbench/Rebuffi2021Fixing_R18_ddpm", seven,
+                   frozen=False, width=0.125)
+    assert found.model(rng.uniform(1, (2, 3, 32, 32))).shape == (2, 7)
+    assert torch.equal(found.model.state_dict()["net.1.7.conv2.weight"], net.state_dict()["layer_3.1.conv_2d_2.weight"])
+
+
 @pytest.mark.parametrize(("name", "model", "says"), [
     ("dm wide", "wrn_28_10", r"DeepMind's networks.*write \+dm behind"),
     ("dm preact", "preact_resnet18", r"DeepMind's networks.*write \+dm behind"),
@@ -267,6 +275,10 @@ def test_an_entry_that_is_neither_built_in_nor_in_the_package_is_one_line(monkey
     monkeypatch.setitem(sys.modules, "robustbench.model_zoo", None)
     with pytest.raises(EnvironmentFault, match="pip install robustbench"):
         loaded("none", "robustbench/Nobody2030")
+    with pytest.raises(EnvironmentFault, match="did you mean robustbench/Wang2023Better_WRN-28-10"):
+        loaded("none", "robustbench/Wang2023Better_WRN_28_10")
+    with pytest.raises(ConfigError, match="the data have 7 classes, those of RobustBench 10, 100 or 1000"):
+        loaded("none", "robustbench/Nobody2030", Images((3, 32, 32), 7, (0.5,) * 3, (0.5,) * 3))
     with pytest.raises(ConfigError, match="the images have 1 channels"):
         loaded("none", "robustbench/Wong2020Fast", Images((1, 32, 32), 10, (0.5,), (0.5,)))
 

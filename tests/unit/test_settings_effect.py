@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,6 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return done
 
     return run
-
-
-@pytest.fixture
-def torch_settings() -> Iterator[None]:
-    """Give torch its global settings back."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(before[0])
-    torch.use_deterministic_algorithms(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +189,26 @@ def test_memory_settings_change_rounding_only(cached: Run) -> None:
         assert all(torch.allclose(v, theirs["model"][k], rtol=0, atol=1e-9) for k, v in mine["model"].items())
 
 
-def test_deterministic_kernels_are_asked_for_and_change_nothing_on_the_cpu(cached: Run, torch_settings: None) -> None:
-    assert cached("run.deterministic=true").hashes() == cached().hashes()
-    assert torch.are_deterministic_algorithms_enabled()
+def asked_of_torch(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """What a function of torch is called with; a run puts torch's settings back at its end."""
+    calls: list[Any] = []
+    plain = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda value: (calls.append(value), plain(value)))
+    return calls
+
+
+def test_deterministic_kernels_are_asked_for_and_change_nothing_on_the_cpu(
+        cached: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = cached().hashes(), asked_of_torch(monkeypatch, "use_deterministic_algorithms")
+    assert cached("run.deterministic=true").hashes() == before and asked == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # without it torch refuses products on a GPU
 
 
-def test_threads_are_those_of_the_setting(cached: Run, torch_settings: None) -> None:
+def test_threads_are_those_of_the_setting(cached: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, asked = torch.get_num_threads(), asked_of_torch(monkeypatch, "set_num_threads")
     cached("run.threads=2")
-    assert torch.get_num_threads() == 2
+    assert asked == [2, threads] and torch.get_num_threads() == threads
 
 
 # ------------------------------------------------------------------------------------------------ the run

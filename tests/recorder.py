@@ -29,7 +29,11 @@ class Operations(TorchDispatchMode):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Nothing was executed."""
+        """Nothing was executed, and what was made holds no values yet."""
+        for _, _, _, found in self.calls:
+            for one in tensors(found):
+                if storage(one) in self.born and one.is_floating_point():
+                    one.detach().fill_(torch.nan)
         for tensor, value in self.before.values():
             tensor.copy_(value)
 

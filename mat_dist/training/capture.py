@@ -142,7 +142,7 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
     def results(work: Callable[[Guard], Computed]) -> list[Tensor]:
         guard = Guard(cohort.mesh, f"comparison of step {batch.step}", batch.step)
         waiting = list(answers)
-        guard.meet = lambda *given: waiting.pop(0)
+        guard.meet = lambda *given: given[2] if cohort.mesh.alone else waiting.pop(0)
         _restore(before)
         work(guard)
         raise_kept(guard)
@@ -183,11 +183,13 @@ def _updates_alike(tape: Tape, cohort: Cohort, step: int) -> bool:
     before, found = [place.clone() for place in places], []
     assert tape.found is not None
     for work in ([peer.descend for peer in cohort.peers], tape.found.descend):
-        for peer, descend in zip(cohort.peers, work, strict=True):
-            if not peer.spec.frozen:
-                descend(cohort.lr(peer.spec, step))
-        found.append([place.clone() for place in places])
-        copy_all(places, before)
+        try:
+            for peer, descend in zip(cohort.peers, work, strict=True):
+                if not peer.spec.frozen:
+                    descend(cohort.lr(peer.spec, step))
+            found.append([place.clone() for place in places])
+        finally:
+            copy_all(places, before)
     return all(map(torch.equal, *found))
 
 

@@ -17,6 +17,7 @@ from mat_dist.core.guard import Guard
 from mat_dist.core.optim import pace
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import Batch, Computed
+from mat_dist.models.modes import copy_all
 from mat_dist.training.recorder import Graph, Recorder
 
 
@@ -132,7 +133,9 @@ def raise_kept(guard: Guard) -> None:
 
 @contextmanager
 def _recording(cohort: Cohort) -> Iterator[None]:
-    """Peers do nothing that a recording forbids; afterwards they have no gradients."""
+    """Peers do nothing that a recording forbids; afterwards they are as before, without gradients."""
+    weights = trainable(cohort)
+    before = [weight.detach().clone() for weight in weights]
     try:
         for peer in cohort.peers:
             peer.drawn, peer.attack_of_training.captured = rng.undrawn, True
@@ -141,3 +144,5 @@ def _recording(cohort: Cohort) -> Iterator[None]:
         for peer in cohort.peers:
             peer.drawn, peer.attack_of_training.captured = rng.keyed_rng, False
             peer.forget()
+        # What a hook puts back has no values where a recording broke off.
+        copy_all([weight.detach() for weight in weights], before)

@@ -52,9 +52,8 @@ class AttackCopy:
         with _exact(model, sample):
             try:
                 called, layers = _copied(model, _recorded(model, sample), casts=dtype is not None)
-                # And with other images: what a module keeps of a forward is copied too.
                 with nullcontext() if fixed else _other_statistics(model):
-                    _compare(model, called, layers, 1 - sample)
+                    _compare(model, called, layers, 1 - sample)  # what a module keeps of a forward is copied too
             except Exception as error:  # a model may refuse to be copied with anything; it always works itself
                 self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 return
@@ -92,7 +91,8 @@ class AttackCopy:
 def folded(model: nn.Module, sample: Tensor) -> nn.Module:
     """What attacks call instead of a model whose weights stay as they are: its copy, or itself where a copy gains
     nothing. `sample` as for `AttackCopy`."""
-    return AttackCopy(model, sample, fixed=True)._called
+    gains = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return AttackCopy(model, sample, fixed=True)._called if gains else model
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from mat_dist.attacks.pgd import ATTACK_LOSSES, likely_wrong, loss_and_gradient,
 
 PGD_STEPS, PGD_SIZE = 10, 0.5  # of the first search, and the length of its steps in eps
 SIZES = (0.5, 0.25, 0.125, 0.0625, 0.05)  # of each cycle, in eps: its steps, how much larger the ball is, the noise
-PART = 10  # steps in each of a cycle's three parts
-STARTS = 5
+PART, STARTS = 10, 5  # steps in each of a cycle's three parts; starts towards each class
 NEAR = 0.05  # logits: starts after the first are for classes that came so near
 FAR = 1.0  # logits, times the size: a class that is farther off after two parts of a cycle is given up
 

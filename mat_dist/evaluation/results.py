@@ -28,10 +28,9 @@ from mat_dist.runs.folder import RunFolder
 FORMAT = 2
 CLEAN, UNION, ENSEMBLE = "clean", "union", "ensemble"
 UNCHECKED = "no checks were made"
-FEW, CHANCE, UNDERTRAINED, AS_TRAINED = "too few images", "near chance", "undertrained", "network not confirmed"
-GLANCE = "a look alone"
 # What a number lacks that is sound and must not be reported all the same.
-HEADLINE = (FEW, CHANCE, UNDERTRAINED, AS_TRAINED, GLANCE)
+HEADLINE = ("too few images", "near chance", "undertrained", "network not confirmed", "a look alone")
+FEW, CHANCE, UNDERTRAINED, AS_TRAINED, GLANCE = HEADLINE
 FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points and more
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")

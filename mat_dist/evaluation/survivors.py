@@ -114,7 +114,7 @@ def _gather(chunks: Chunks, weights: str, training: Sequence[Verdict]) -> list[S
         clean_N, verdicts = correct("predictions", name, CLEAN), [one for one in training if one.check == AS_TRAINED]
         if counts:
             sums = total(counts)
-            attacks = [name for names in held.values() for name in names]
+            attacks = itertools.chain.from_iterable(held.values())
             headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"], attacks)
             verdicts = [*judge(sums), *headline, *training]
         found.append(Survivors(name, weights, clean_N, held, verdicts, rounded))

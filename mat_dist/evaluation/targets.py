@@ -76,7 +76,7 @@ def make_job(request: Request, config: Config) -> Job:
     for name, threat in ((name, threat) for name in request.attacks for threat in threats):
         if MENU[name].norm not in ("", threat.norm):
             raise ConfigError(f"{name} knows {MENU[name].norm} alone, not {threat.norm}", "attacks",
-                              f"leave {name} out, or attack in {MENU[name].norm}: threats={MENU[name].norm}:8/255")
+                              f"leave {name} out, or ask for threats in {MENU[name].norm}")
     return Job(tuple(threats), attack_plans(request, config), tuple(request.attacks), request.version,
                tuple(request.custom), request.transfer, seed, request.queries)
 

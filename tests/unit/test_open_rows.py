@@ -150,6 +150,8 @@ def test_a_model_that_is_copied_is_not_touched(targets: list[Target], digits: tu
     tensors = [*model.parameters(), *model.buffers()]
     before = [(t._version, t.clone()) for t in tensors]
     assert attacks.folded(model, digits[1][0][:2]) is not model
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert attacks.folded(plain, digits[1][0][:2]) is plain  # nothing to fold: whatever else it holds is not copied
     for tensor, (version, value) in zip(tensors, before, strict=True):
         assert tensor._version == version and torch.equal(tensor, value)
 

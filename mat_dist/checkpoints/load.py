@@ -339,5 +339,6 @@ def trained_state(run: str, peer: str, images: Images) -> dict[str, Tensor]:
     for what, found, wanted in (("images", theirs.shape, images.shape), ("classes", theirs.classes, images.classes)):
         if found != wanted:
             raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", run,
-                                  "train a model for these data, and name its run in init_from")
+                                  "train a model for these data, and name its run in init_from, or write "
+                                  f"init_from=pretrained:{run} for all but the last layer")
     return opened.state(peer)

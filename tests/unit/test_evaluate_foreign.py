@@ -18,15 +18,17 @@ from mat_dist import checkpoints, train
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
-from mat_dist.errors import ConfigError, OutputError
+from mat_dist.errors import CheckpointError, ConfigError, OutputError
 from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import FROM, AttackPlan, craft
 from mat_dist.evaluation.settings import FileOptions, Request, parse
+from mat_dist.models.registry import Images
 from mat_dist.report.__main__ import main as report
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from tests.small_runs import run_small, tree_hash
+from tests.unit.test_published import loaded
 
 pytestmark = pytest.mark.slow  # small trainings and attacks
 
@@ -301,6 +303,17 @@ def test_a_peer_starts_from_a_file_of_weights(form: str, loss: str, run: Path, t
         assert "normalisation of these data, since the file has none" in log
     else:
         assert (model["normalize.mean"].item(), model["normalize.std"].item()) == (0.25, 0.5)
+
+
+def test_a_peer_starts_from_all_but_the_last_layer_of_a_run(run: Path) -> None:
+    seven = Images((1, 8, 8), 7, (0.3,), (0.2,))
+    with pytest.raises(CheckpointError, match=r"init_from=pretrained:\S+ for all but the last layer"):
+        loaded(f"{run}:peer0", "tiny_cnn", seven, frozen=False, width=0.25)
+    peer, theirs = loaded(f"pretrained:{run}:peer0", "tiny_cnn", seven, frozen=False, width=0.25), weights(run)
+    state = peer.model.get_submodule("net").state_dict()
+    assert {key for key, value in theirs.items() if value.shape != state[key].shape} == {"4.weight", "4.bias"}
+    assert all(torch.equal(value, state[key]) for key, value in theirs.items() if not key.startswith("4."))
+    assert any("a new last layer" in note for note in peer.notes)
 
 
 @pytest.mark.parametrize(("start", "text"), [

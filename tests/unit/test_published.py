@@ -201,8 +201,10 @@ def apart(one: nn.Module, other: nn.Module) -> float:
     return float((want_BK - found_BK).abs().max() / want_BK.abs().max())
 
 
-@pytest.mark.parametrize("form", ["plain", "state_dict, module.", "best, last", "safetensors"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "form"), [
+    *((name, "safetensors") for name in NETWORKS), ("trades", "state_dict, module."), ("trades, half", "module."),
+    ("preact", "best, last"), ("preact, bare, early", "plain"), ("dm wide", "module."), ("dm preact", "plain"),
+    ("resnet50", "state_dict, model.")])
 def test_an_entry_of_robustbench_computes_what_the_published_network_computes(name: str, form: str,
                                                                               tmp_path: Path) -> None:
     net, entry = theirs(name), NETWORKS[name][0]

@@ -85,6 +85,11 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            **dict.fromkeys(("export MASTER_ADDR=$(hostname) MASTER_PORT=29500", "srun --ntasks-per-node=4 "
                             "--gpus-per-task=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec python -m "
                             "mat_dist.train'"), "SLURM; tests/cluster"),
+           **dict.fromkeys(("docker build --file containers/Dockerfile --tag mat_dist .",
+                            "apptainer build mat_dist.sif containers/mat_dist.def",
+                            "apptainer run mat_dist.sif train --help", "kubectl create -f launch/trainjob.yaml",
+                            "sky jobs launch launch/sky.yaml --env CONFIG=cifar10_resnet18",
+                            "mkdocs build --strict --config-file .mkdocs.yml"), "tests/unit/test_distribution.py"),
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "python -m mat_dist.report runs/first": "test_the_training_commands_...",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
@@ -47,9 +48,9 @@ def _listed(values: Any) -> str:
 
 def checked_images(images: Any, where: str = "images") -> Tensor:
     """Float images (B, C, H, W) in [0, 1]. Raises DataError for anything else."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
-        found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"images are of {found}", where, "give a tensor (B, C, H, W) with at least one image")
+    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape or images.is_meta or images.is_sparse:
+        found = f"{images.device}, shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"images are of {found}", where, "give a dense tensor (B, C, H, W) with at least one image")
     if images.dtype not in (torch.float32, torch.float64):
         how = "images.float()" if images.is_floating_point() else "images.float() / 255 for bytes"
         raise DataError(f"images are {images.dtype}", where, f"give float32 or float64 in [0, 1]: {how}")
@@ -60,7 +61,12 @@ def checked_images(images: Any, where: str = "images") -> Tensor:
 
 def checked_labels(labels: Any, count: int, classes: int, where: str = "labels") -> Tensor:
     """Labels 0 to classes - 1 as int64 (B,). Raises DataError for anything else."""
-    labels_B = torch.as_tensor(labels).cpu()
+    try:
+        labels_B = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels are no numbers: {error}", where, "give one class per image, int64 (B,)") from error
+    if labels_B.is_floating_point():
+        labels_B = labels_B.double()  # numpy has no bfloat16
     if labels_B.ndim != 1 or labels_B.dtype == torch.bool:
         raise DataError(f"labels are {labels_B.dtype} of shape {tuple(labels_B.shape)}", where,
                         "give one class per image, int64 (B,); of one-hot rows y.argmax(1)")
@@ -84,10 +90,13 @@ def borrowed(model: nn.Module, options: FileOptions, channels: int) -> Iterator[
 
 def home(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
     """Where a model's weights are, None without any, and their type. Raises EnvironmentFault."""
-    values = list(chain(model.parameters(), model.buffers()))
+    values = [value for value in chain(model.parameters(), model.buffers()) if not is_lazy(value)]
     devices = {value.device for value in values}
     if len(devices) > 1 or torch.device("meta") in devices:
         raise EnvironmentFault(f"the model's weights are on {', '.join(sorted(map(str, devices)))}", "model",
                                "put all of it on one device, with model.to(device)")
+    if any(value.is_inference() for value in values):
+        raise ConfigError("the model was made in inference mode, where nothing has a gradient", "model",
+                          "make it, or load its weights, outside of torch.inference_mode()")
     floats = [value.dtype for value in values if value.is_floating_point()]
     return next(iter(devices), None), floats[0] if floats else torch.float32

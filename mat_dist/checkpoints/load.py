@@ -126,7 +126,7 @@ def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
     Raises CheckpointError: no such run or checkpoint, or no such weights. ConfigError for settings that cannot be read;
     a run with a plug-in needs the plug-in imported before.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(Path(str(run)))
     if not folder.config.is_file():
         what = "this is not the folder of a run" if folder.path.exists() else "there is no such file or folder of a run"
         raise CheckpointError(what, str(run), "give the folder that holds config.yaml")

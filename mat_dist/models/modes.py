@@ -57,8 +57,9 @@ def batch_stats_only(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def spared_buffers(model: nn.Module, but: Collection[type] = ()) -> Iterator[None]:
     """Inside, copies stand in the places of all buffers but those of some kinds of modules; afterwards the buffers are
-    back, which nothing has touched."""
-    places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers and type(m) not in but]
+    back, which nothing has touched. Those of a compiled ScriptModule cannot be replaced."""
+    places = [(m._buffers, dict(m._buffers)) for m in model.modules()
+              if isinstance(m._buffers, dict) and m._buffers and type(m) not in but]
     copies = {buffer: buffer.clone() for _, before in places for buffer in before.values() if buffer is not None}
     try:
         for live, before in places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mat_dist
+import mat_dist.api.attack  # importing it draws from Python's generator
 from mat_dist import rng
 from mat_dist.attacks import Threat, pgd
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault, MatError, NotReportable
@@ -134,6 +136,25 @@ def test_mean_and_std_are_a_layer_before_the_model():
             mat_dist.attack(model, x, y, **wrong)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.jit.trace(model.eval(), batch()[0]), nn.DataParallel,
+                                  torch.jit.script])
+def test_a_wrapped_model_is_a_model(wrap):
+    x, y = batch()
+    plain = nn.Sequential(*(layer for layer in network() if not isinstance(layer, Restless)))
+    expected = mat_dist.attack(plain, x, y, steps=2)
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+        assert torch.allclose(mat_dist.attack(wrap(plain), x, y, steps=2), expected, atol=1e-6)
+
+
+def test_a_model_without_weights_is_a_model_too():
+    class Means(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([images.mean((1, 2, 3)), images.amax((1, 2, 3))], 1)
+
+    x, y = batch(classes=2)
+    assert mat_dist.attack(Means(), x, y, steps=2).shape == x.shape
+
+
 def test_double_precision_stays_double():
     x, y = batch()
     with pytest.raises(ConfigError, match="cannot take images of shape"):
@@ -172,11 +193,15 @@ BAD_IMAGES = [
     (lambda x: (x * 255).to(torch.uint8), "torch.uint8.*/ 255"), (lambda x: (x * 255).long(), "torch.int64.*/ 255"),
     (lambda x: x > 0.5, "torch.bool"), (lambda x: x.half(), "torch.float16"), (lambda x: x[0], "shape"),
     (lambda x: x[:0], "shape"), (lambda x: x.numpy(), "ndarray"), (lambda x: None, "NoneType"),
+    (lambda x: x.to_sparse(), "dense"), (lambda x: x.to("meta"), "meta"),
+    (lambda x: x.to(torch.complex64), "complex64"),
 ]
 BAD_LABELS = [
     (lambda y: y[:-1], "6 images but 5 labels"), (lambda y: y[:, None], "shape"), (lambda y: y[0], "shape"),
     (lambda y: nn.functional.one_hot(y, 4), "argmax"), (lambda y: y - 9, "out of range"), (lambda y: y + 4, "0 to 3"),
     (lambda y: y + 0.5, "no whole number"), (lambda y: y > 1, "torch.bool"), (lambda y: [], "0 labels"),
+    (lambda y: "abc", "no numbers"), (lambda y: {}, "no numbers"), (lambda y: y.to(torch.complex64), "complex64"),
+    (lambda y: y.bfloat16() + 0.5, "no whole number"), (lambda y: [[1], [2, 3]], "no numbers"),
 ]
 BAD_MODELS = [
     (lambda: Wrap(lambda z: z.softmax(1)), ConfigError, "probabilities.*softmax"),
@@ -187,7 +212,8 @@ BAD_MODELS = [
     (lambda: Wrap(broken), ConfigError, "KeyError"),
     (lambda: network(3), ConfigError, "cannot take images of shape"),
     (lambda: network().to("meta"), EnvironmentFault, "meta"),
-    (lambda: print, ConfigError, "nn.Module"),
+    (lambda: print, ConfigError, "nn.Module"), (lambda: nn.Linear, ConfigError, "nn.Module"),
+    (lambda: torch.inference_mode()(network)(), ConfigError, "inference mode"),
 ]
 
 
@@ -210,7 +236,7 @@ def test_labels_that_cannot_be_used_are_one_error(change, text):
 def test_a_model_that_cannot_be_used_is_one_error_and_is_left_as_it_was(make, error, text):
     x, y = batch()
     model = make()
-    known = isinstance(model, nn.Module) and next(model.parameters()).device.type != "meta"
+    known = isinstance(model, nn.Module) and next(model.parameters()).device.type != "meta" and text != "inference mode"
     before = state(model) if known else None
     with pytest.raises(error, match=text):
         mat_dist.attack(model, x, y)

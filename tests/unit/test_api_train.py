@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import mat_dist
-from mat_dist.errors import ConfigError, EnvironmentFault, OutputError, StopRequested
+from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, OutputError, StopRequested
 from tests.small_runs import SMALL, Finished, RunFolder, run_small
 
 TINY = {**dict(word.split("=") for word in SMALL), "peers": 1, "loss": "at", "train.max_steps": 2, "log.every": 1}
@@ -151,6 +151,8 @@ def test_a_run_is_taken_wherever_a_folder_is(run):
     parameters = inspect.signature(mat_dist.load).parameters
     assert list(parameters) == ["run", "peer", "which", "weights", "device"]
     assert mat_dist.Run(str(run.path)).path == run.path
+    with pytest.raises(CheckpointError, match="there is no such"):
+        mat_dist.load(5)
     with pytest.raises(ConfigError, match="there is no run folder"):
         mat_dist.Run(run.path.parent / "none")
 

@@ -110,6 +110,7 @@ def test_numbers_that_are_none_are_refused(value: str, tmp_path: Path) -> None:
         ("union.threats", "linf:0", "write text like linf:8/255"),
         ("log.trackers", "mlflow", "write text like tensorboard,wandb:PROJECT"),
         ("log.trackers", "tensorboard,tensorboard", "write text like"),
+        ("log.trackers", "trackio:", "write text like"), ("log.trackers", "mlflow:a,mlflow:b", "write text like"),
         ("log.trackers", "wandb", "write text like"),
         ("optim.args", "3", "such as {momentum: 0.8, nesterov: true}"),
         ("optim.args.momentum", "1e999", "such as {momentum: 0.8"),

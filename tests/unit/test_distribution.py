@@ -298,20 +298,23 @@ class Task(Strict):
     run: str
 
 
-def test_the_sky_task_has_published_fields_and_its_commands_start_and_tell_the_ranks_code(tmp_path):
-    """With a torchrun that writes down its arguments and leaves an exit.json as the ranks do."""
+@pytest.mark.parametrize(("left", "code"), [(75, 75), (2, 2), (0, 1), (None, 1)])
+def test_the_sky_task_has_published_fields_and_its_commands_start_and_tell_the_ranks_code(left, code, tmp_path):
+    """With a torchrun that writes down its arguments, fails, and leaves an exit.json as the ranks do, or an old one."""
     task = Task.model_validate(document("launch/sky.yaml"))
     assert set(task.file_mounts) == {"/runs"} and task.file_mounts["/runs"].mode != "MOUNT"
     again = re.search(r"^\s+([\d|]+)\)", (ROOT / "launch" / "slurm_job.sh").read_text(), re.MULTILINE)[1]
     assert set(task.resources.job_recovery.recover_on_exit_codes) == set(map(int, again.split("|")))
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "env.sh").write_text(
-        'set -euo pipefail\ntorchrun() { printf "%s\\n" "$@" > words; mkdir -p runs/mat-dist;'
-        ' echo \'{"code": 75}\' > runs/mat-dist/exit.json; return 1; }\n')
+        'set -euo pipefail\ntorchrun() { printf "%s\\n" "$@" > words; return 1; }\n')
+    (tmp_path / "runs" / "mat-dist").mkdir(parents=True)
+    if left is not None:
+        (tmp_path / "runs" / "mat-dist" / "exit.json").write_text(f'{{"code": {left}}}')
     given = {**os.environ, **task.envs, "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1",
              "SKYPILOT_NUM_GPUS_PER_NODE": "4", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    for script, code in ((task.setup, 0), (task.run.replace("/runs", "runs"), 75)):
-        assert subprocess.run(["bash", "-c", script], cwd=tmp_path, env=given, timeout=20).returncode == code
+    for script, expected in ((task.setup, 0), (task.run.replace("/runs", "runs"), code)):
+        assert subprocess.run(["bash", "-c", script], cwd=tmp_path, env=given, timeout=20).returncode == expected
     words = (tmp_path / "words").read_text().split()
     assert {"--nnodes=2", "--node_rank=1", "--nproc_per_node=4", "--master_addr=10.0.0.1"} <= set(words)
     assert words[-5:] == ["mat_dist.train", "--config", "cifar10_resnet18", "run.root=runs", "run.name=mat-dist"]

@@ -109,6 +109,7 @@ def test_eat_counts_images_that_are_right_at_every_point_of_the_attack(method: s
     config = cohort_config("at", 1, step={"precision": "fp64"}, entry={
         "attack": attack, "union": {"strategy": "eat", "threats": "linf:0.1,l2:1,l1:0.5"}})
     peer = make_peer(net, config)
+    peer.attack_of_training._called = net  # not its copy: points are counted at the model
     (hook,) = peer.hooks
     points: list[Tensor] = []
     ends = throughout = 0

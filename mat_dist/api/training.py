@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mat_dist.api.run import Run
 from mat_dist.cli import run_entry
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
 from mat_dist.config.load import setting_words
@@ -21,6 +20,7 @@ from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.starts import Start, recording
 
 if TYPE_CHECKING:
+    from mat_dist.api.run import Run
     from mat_dist.runs.metrics import Callbacks
 
 Told = Callable[[dict[str, Any]], object]
@@ -64,6 +64,8 @@ def train(config: str | Path | None = None, *, plugins: Sequence[str | Path] = (
             if start.launch.world > 1:
                 abort_groups()
             raise
+    from mat_dist.api.run import Run  # the command does not wait for it
+
     assert folder is not None
     return Run(folder)
 

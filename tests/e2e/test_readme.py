@@ -90,6 +90,14 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "apptainer run mat_dist.sif train --help", "kubectl create -f launch/trainjob.yaml",
                             "sky jobs launch launch/sky.yaml --env CONFIG=cifar10_resnet18",
                             "mkdocs build --strict --config-file .mkdocs.yml"), "tests/unit/test_distribution.py"),
+           **dict.fromkeys(("python -m mat_dist export runs/first --to safetensors exported",
+                            "python -m mat_dist export runs/first --to onnx --peer ensemble exported_onnx"),
+                           "tests/unit/test_export.py"),
+           f"{TRAIN} --config configs/cifar10_resnet18.yaml peers.all.model=timm/vit_tiny_patch16_224 "
+           "peers.all.init_from=pretrained": "needs the hub; tests/unit/test_pretrained.py",
+           f"{TRAIN} --config configs/cifar10_resnet18.yaml peers=2 peers.0.loss=rslad peers.1.frozen=true "
+           "peers.1.model=robustbench/Wang2023Better_WRN-28-10 "
+           "peers.1.init_from=models/Wang2023Better_WRN-28-10.pt": "needs the file; tests/unit/test_published.py",
            "python -m mat_dist.table runs/array-1234/*": "tests/unit/test_table.py",
            "python -m mat_dist.report runs/first": "test_the_training_commands_...",
            "python -m mat_dist.report runs/first --images 1000 --device cuda": "tests/unit/test_report.py",
@@ -103,7 +111,9 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "python -m benchmarks.study reasons runs/NAME": "tests/unit/test_study_reasons.py",
            **{f"{start} -m benchmarks.speed {rest}": "tests/unit/test_bench.py, with a smaller model"
               for start, rest in (("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"),
-                                  ("python", "memory"), ("torchrun --nproc_per_node=2", "step peers=2"))}}
+                                  ("python", "memory"),
+                                  ("python", "engines --config bench_resnet18 peers=1 loss=at step.precision=bf16"),
+                                  ("torchrun --nproc_per_node=2", "step peers=2"))}}
 
 SMALL = ("train.batch_size=16", "data.train_size=16", "attack.steps=1", "eval.steps=1", "eval.test_steps=1",
          "eval.size=8", "eval.test_size=8", "eval.every=15", "checkpoint.every=15", "log.console=plain",

@@ -125,7 +125,7 @@ def check_equal(subject: Subject, recipe: Recipe) -> dict[str, float]:
     for what, value in found.items():
         if value > limit:
             raise PeerFailed(f"the references reach another {what}: relative difference {value:.2g}, allowed {limit:g}",
-                             "naive", "use preset mat, the linf threat and untrained weights of one precision")
+                             "naive", "use preset mat or at, the linf threat and untrained weights of one precision")
     return found
 
 
@@ -138,7 +138,8 @@ def recipe_of(config: Config) -> Recipe:
     """The settings of the references. Raises ConfigError for what they do not know."""
     first, peers = config.peers[0], config.peers
     unknown = [key for key, unfit in {
-        "loss (preset mat)": any(p.loss.preset != "mat" for p in peers), "one peer": len(peers) < 2,
+        "loss (preset mat or at)": any(p.loss.preset not in ("mat", "at") for p in peers),
+        "one peer": len(peers) < 2 and first.loss.preset != "at",
         "threat (linf)": any(p.threat.norm != "linf" for p in peers),
         "peers that differ": any((p.threat, p.attack, p.loss) != (first.threat, first.attack, first.loss)
                                  for p in peers),

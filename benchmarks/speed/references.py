@@ -10,7 +10,8 @@ layout, one process, peers one after another. What repositories do and what it c
 - images come one by one from a DataLoader with torchvision's PIL transforms.
 
 *Careful* is the same with an eval-mode attack that differentiates the input only. The mathematics is that of preset
-`mat` (docs/method.md): the same adversarial examples give the same losses.
+`mat` (docs/method.md), or of `at`, where each peer learns from its own AEs alone: the same adversarial examples give
+the same losses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torchvision import transforms
 
 @dataclass(frozen=True)
 class Recipe:
-    """What both trainers are told: the l_inf attack, and the weights of preset `mat`."""
+    """What both trainers are told: the l_inf attack, and the weights of preset `mat`, or of `at`."""
 
     eps: float
     step_size: float
@@ -104,11 +105,13 @@ def mutual_losses(models: Sequence[nn.Module], aes: Sequence[Tensor], y: Tensor,
         model.train()
         loss = torch.zeros((), device=y.device)
         for j, x_adv in enumerate(aes):
+            if j != i and not recipe.kd_weight:  # preset `at`: peers learn alone
+                continue
             logits = model(x_adv)
             if j == i:
                 loss = loss + recipe.hard_weight * F.cross_entropy(logits, y)
             for k, teacher in enumerate(models):
-                if k != i:
+                if k != i and recipe.kd_weight:
                     with torch.no_grad():
                         target = F.softmax(teacher(x_adv), dim=1)
                     loss = loss + recipe.kd_weight / peers / (peers - 1) * F.kl_div(

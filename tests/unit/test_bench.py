@@ -63,8 +63,9 @@ def test_steps_that_are_not_alike_are_refused(changed: str) -> None:
         subject(changed, *free)
 
 
-def test_the_references_compute_the_same_loss_and_attack() -> None:
-    made = subject("step.precision=fp64")
+@pytest.mark.parametrize("changed", [(), ("loss=at",), ("loss=at", "peers=1")])
+def test_the_references_compute_the_same_loss_and_attack(changed: tuple[str, ...]) -> None:
+    made = subject("step.precision=fp64", *changed)
     found = check_equal(made, recipe_of(made.config))
     assert found["loss"] < 1e-5 and found["attack"] < 1e-5  # the references are fp32
 
@@ -242,7 +243,7 @@ def test_recompute_holds_one_graph_and_keep_all_of_them(tmp_path: Path) -> None:
     (["step", "--rounds", "0"], "a whole number from 1"),
     (["step", "--image", "32x32"], "three whole numbers such as 3x32x32"),
     (["step", "--rounds"], "expected one argument"),
-    (["naive", "peers=1", "loss=at"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
+    (["naive", "peers=1", "loss=trades"], "preset mat"), (["naive", "threat=l2", "attack.eps=0.5"], "threat (linf)"),
 ])
 def test_mistakes_end_in_code_2_with_one_line(words: list[str], message: str, capsys: Any) -> None:
     assert main(words) == 2

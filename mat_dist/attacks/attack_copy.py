@@ -44,11 +44,12 @@ class AttackCopy:
             the model.
 
     Attributes:
+        refreshed: number of `refresh`; at some of them the copy is checked, the first one among them.
         reason: why the model itself is to be attacked; empty while a copy does, or where one would gain nothing.
     """
 
     def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, fixed: bool = False) -> None:
-        self._model, self._called, self._layers, self._refreshed, self.reason = model, model, list[_Layer](), 0, ""
+        self._model, self._called, self._layers, self.refreshed, self.reason = model, model, list[_Layer](), 0, ""
         with _exact(model, sample):
             try:
                 called, layers = _copied(model, _recorded(model, sample), casts=dtype is not None)
@@ -79,8 +80,8 @@ class AttackCopy:
         self._take_over()
         if sample is None:
             return
-        self._refreshed += 1
-        if self._layers and (self._refreshed & (self._refreshed - 1) == 0 or self._refreshed % CHECKED == 0):
+        self.refreshed += 1
+        if self._layers and (self.refreshed & (self.refreshed - 1) == 0 or self.refreshed % CHECKED == 0):
             try:
                 with _exact(self._model, sample):
                     _compare(self._model, self._called, self._layers, sample)

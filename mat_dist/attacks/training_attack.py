@@ -55,6 +55,7 @@ class TrainingAttack:
         captured: the attack is being recorded, which allows no look at a value: the copy is not compared, and errors
             are the caller's.
         counts: also tell which images held.
+        copies: no copy of the model was found to be wrong.
         sizes: length of a (first) step for each threat.
     """
 
@@ -65,7 +66,7 @@ class TrainingAttack:
         self._called: Model | None = None  # what attacks call; None before the first one
         self.captured = False
         self._halves = False  # the attack ran out of memory once
-        self.counts = False
+        self.counts, self.copies = False, True
         self.sizes = [settings.step_size or 0.0] + [
             step_size(settings.method, settings.steps, one.norm, one.eps) for one in threats[1:]]
 
@@ -74,6 +75,11 @@ class TrainingAttack:
         return self.fitting(lambda rows: self._found(x_BCHW[rows], y_B[rows], plan._replace(
             first_row=plan.first_row + rows.start, guide_BK=None if plan.guide_BK is None else plan.guide_BK[rows])),
             len(x_BCHW))
+
+    def check_soon(self) -> None:
+        """Let the next attack compare its copy with the model."""
+        if self._copy is not None:
+            self._copy.refreshed = 0
 
     def region(self, x_BCHW: Tensor, threat: int = 0) -> Region:
         """The feasible set of a batch for a threat."""
@@ -94,7 +100,7 @@ class TrainingAttack:
                 self._copy.refresh(None if self.captured else x_BCHW[:2])
                 if self._copy.reason:
                     self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}")
-                    self._copy, self._called = None, self._compiled(self._model)
+                    self._copy, self._called, self.copies = None, self._compiled(self._model), False
             assert self._called is not None
             yield amplified(self._called) if self._step.precision == "fp16" else self._called
 

@@ -53,6 +53,7 @@ class Cohort:
         rows: this replica's rows of a batch.
         climbs, counts: some peer of the cohort has a method with such an exchange between replicas.
         shown: step -> what this rank's rows of its batch show, for attacks that start from the epoch before.
+        moved: all optimizers have made a step, and so what they keep.
         restorers: give the buffers the values that `keep` found.
         failure: of an update, which follows the last exchange of its step; the next step, or a save, tells all ranks.
     """
@@ -69,6 +70,7 @@ class Cohort:
         self.warming_up: frozenset[int] = frozenset()
         self.shown: Callable[[int], AugmentedView] | None = None
         self.failure: MatError | None = None
+        self.moved = False
         self.restorers: list[Callable[[], None]] = []
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
@@ -232,4 +234,4 @@ class Cohort:
         for peer, rows, work in zip(self.peers, shared, descend, strict=True):
             guard.run(f"update of {peer.name}", peer.update, step, self.lr(peer.spec, step), rows, work)
             guard.run(f"update of {peer.name}", peer.average, step)
-        self.failure = guard.kept()
+        self.failure, self.moved = guard.kept(), True

@@ -49,18 +49,33 @@ class CapturedSteps:
         self._number = 0
         self._first: dict[Any, int] = {}  # kind -> the step at which it was met
         self._tapes: dict[Any, Tape | None] = {}  # None: it runs eagerly
+        self._form: Any = None  # what all of them hold for
 
     def __call__(self, cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
         self._number += 1
-        kind = _kind(cohort, batch, log)
+        kind = guard.run("choice of threats", _kind, cohort, batch, log)
+        if guard.failure is not None:
+            return steps.compute(cohort, guard, batch, log)
+        self._forget_other(cohort)
         if kind not in self._first:
             self._first[kind] = batch.step
-        elif kind not in self._tapes and len(self._tapes) < MOST and _moved(cohort):
+        elif kind not in self._tapes and len(self._tapes) < MOST and cohort.moved:
             return self._compared(kind, cohort, guard, batch)
         tape, eager = self._tapes.get(kind), self._number & (self._number - 1) == 0 or self._number % EAGER_EVERY == 0
         if tape is None or eager or self._first[kind] == batch.step:
+            for peer in cohort.peers if tape else ():
+                peer.attack_of_training.check_soon()
             return steps.compute(cohort, guard, batch, log)
         return tape.play(cohort, guard, batch)
+
+    def _forget_other(self, cohort: Cohort) -> None:
+        """Drop the steps that were recorded before a warm-up ended, or a copy was found to be wrong: none returns."""
+        if self._form != (form := (cohort.warming_up, [peer.attack_of_training.copies for peer in cohort.peers])):
+            self._form, dropped = form, any(self._tapes.values())
+            self._first.clear()
+            self._tapes.clear()
+            if dropped:
+                release(None)
 
     def _compared(self, kind: Any, cohort: Cohort, guard: Guard, batch: Batch) -> Computed:
         """An eager step, and beside it a recorded one of this kind, if possible."""
@@ -76,18 +91,22 @@ class CapturedSteps:
         answers: list[Tensor] = []
         guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
         found = steps.compute(cohort, guard, batch, log)
-        if tape is None or guard.failure is not None:
-            return found
-        after, gradients = [saved_buffers(peer.model) for peer in cohort.peers], [p.grad for p in trainable(cohort)]
-        try:
-            if why := _difference(tape, cohort, batch, log, answers, before):
-                self._refuse(kind, why)
-            else:
-                self._tapes[kind] = tape
-        finally:
-            _restore(after)
-            for p, gradient in zip(trainable(cohort), gradients, strict=True):
-                p.grad = gradient
+        # Numbers that are not finite compare with nothing: fp16 overflows now and then, and a later step is as good.
+        if tape and guard.failure is None and guard.run("device", lambda: found.told[1:].all().item()):
+            after, gradients = [saved_buffers(peer.model) for peer in cohort.peers], [p.grad for p in trainable(cohort)]
+            try:
+                if why := _difference(tape, cohort, batch, log, answers, before):
+                    self._refuse(kind, why)
+                else:
+                    self._tapes[kind] = tape
+            finally:
+                _restore(after)
+                cohort.restorers = before
+                for p, gradient in zip(trainable(cohort), gradients, strict=True):
+                    p.grad = gradient
+        if self._tapes.get(kind) is None:  # a pool that only graphs of the past have used refuses new ones
+            tape = None
+            release(None)
         return found
 
     def _refuse(self, kind: Any, why: str) -> None:
@@ -118,12 +137,7 @@ def captured_steps(cohort: Cohort, tell: Callable[[str], None],
 def _kind(cohort: Cohort, batch: Batch, log: bool) -> tuple[Any, ...]:
     chosen = tuple(sum(hook.choose(batch.step) for hook in peer.hooks) for peer in cohort.peers)
     shapes = tuple((tensor.shape, tensor.dtype) for tensor in (batch.x_BCHW, batch.y_B))
-    return log, shapes, cohort.warming_up, chosen
-
-
-def _moved(cohort: Cohort) -> bool:
-    """Whether all optimizers have made a step, and so what they keep."""
-    return all(peer.optimizer.state for peer in cohort.peers if not peer.spec.frozen)
+    return log, shapes, chosen
 
 
 def _restore(restorers: Sequence[Callable[[], None]]) -> None:
@@ -148,8 +162,9 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
         raise_kept(guard)
         return _results(cohort)
 
-    wanted, waiting, drawn = _results(cohort), list(answers), _offsets()
+    waiting, drawn = list(answers), _offsets()
     try:
+        wanted = _results(cohort)
         played = results(lambda guard: tape.play(cohort, guard, batch, lambda _: waiting.pop(0)))
         if _offsets() != drawn:
             return "the model draws random numbers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,10 @@ from mat_dist.core.step import compute
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import NonFinite
+from mat_dist.errors import MatError, NonFinite
+from mat_dist.training import capture
 from mat_dist.training.capture import captured_steps
-from tests.cohorts import BATCH, Net, batch, broken, build, hashes, largest_difference, nets, one_step
+from tests.cohorts import BATCH, Net, batch, broken, build, exploding, hashes, largest_difference, nets, one_step
 from tests.ranks.test_host_waits import CASES, config
 from tests.recorder import CpuRecorder
 
@@ -126,7 +128,7 @@ class Odd(Net):
         self.calls += 1
         return super().forward(x) * {"torch": lambda: 1 + torch.rand(()), "numpy": lambda: 1 + np.random.rand(),
                                      "python": lambda: 1 + random.random(),
-                                     "count": lambda: 1 + self.calls % 2}[self.kind]()
+                                     "count": lambda: 1 + self.calls % 3}[self.kind]()
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("torch", "random"), ("numpy", "random"), ("python", "random"),
@@ -199,6 +201,98 @@ def test_a_refused_step_that_was_played_leaves_no_trace(run_ranks: Run) -> None:
 
     ((before, after),) = run_ranks(refused, 3, 1)
     assert before == after
+
+
+def test_a_step_with_numbers_that_are_not_finite_decides_nothing(run_ranks: Run) -> None:
+    """In fp16 the scale overflows now and then: the step after it is recorded."""
+    models = nets(3)
+
+    def captured(mesh: Mesh) -> tuple[int, list[str]]:
+        recorder, notes = CpuRecorder(), list[str]()
+        cohort = build(CASES["preset trades"], mesh, models)
+        work = captured_steps(cohort, notes.append, recorder)
+        one_step(cohort, 0, compute=work)
+        learn = cohort.peers[0].learn
+        exploding(cohort.peers[0])
+        with pytest.raises(NonFinite):
+            one_step(cohort, 1, compute=work)
+        cohort.peers[0].learn = learn  # type: ignore[method-assign]
+        one_step(cohort, 2, compute=work)
+        return len(work._tapes), notes  # type: ignore[attr-defined]
+
+    assert run_ranks(captured, 3, 1) == [(1, [])]
+
+
+def test_steps_of_an_optimizer_that_keeps_nothing_are_captured(run_ranks: Run) -> None:
+    made = config({"loss": {"preset": "at"}, "optim": {"args": {"momentum": 0.0}}})
+    models, recorder = nets(1), CpuRecorder()
+    run_ranks(lambda mesh: trained(mesh, made, models, "graph", recorder, 3), 1, 1)
+    assert recorder.made
+
+
+class Gated(Net):
+    """A model that reads the weight of a convolution itself, as soon as its gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.gate * self.body[0].weight.square().sum())
+
+
+def test_a_copy_that_is_found_wrong_is_not_attacked_by_recorded_steps_either(run_ranks: Run) -> None:
+    """Each step that runs eagerly, such as the 16th, compares it."""
+    with_gate = config({"loss": {"preset": "at"}})
+    models = [Gated()]
+
+    def both(mesh: Mesh) -> tuple[Cohort, Cohort, int]:
+        recorder = CpuRecorder()
+        plain, captured = build(with_gate, mesh, models), build(with_gate, mesh, models)
+        plain.peers[0].attack_of_training._called = plain.peers[0].model
+        work = captured_steps(captured, print, recorder)
+        for step in range(20):
+            if step == 15:
+                captured.peers[0].load(copy.deepcopy(plain.peers[0].state()))
+                for cohort in (plain, captured):
+                    cohort.peers[0].model.gate.fill_(1)  # type: ignore[operator, union-attr]
+            one_step(captured, step, compute=work)
+            one_step(plain, step)
+        return plain, captured, len(recorder.made)
+
+    ((plain, captured, made),) = run_ranks(both, 1, 1)
+    assert made == 2 and not captured.peers[0].attack_of_training.copies
+    assert hashes([plain]) == hashes([captured])
+
+
+def test_steps_of_a_warm_up_make_room_for_those_after_it(run_ranks: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MOST", 1)
+    made, models = config(*[{"loss": {"preset": "mat_kd", "warmup_epochs": 2}}] * 2), nets(2)
+
+    def captured(mesh: Mesh) -> list[Cohort]:
+        recorders = [CpuRecorder(), CpuRecorder()]
+        found = [trained(mesh, made, models, "graph", recorder, steps)[0] for recorder, steps in
+                 zip(recorders, (4, 7), strict=True)]
+        assert [len(one.made) for one in recorders] == [1, 2]
+        return [trained(mesh, made, models, "eager", None, 7)[0], found[1]]
+
+    ((plain, found),) = run_ranks(captured, 2, 1)
+    assert hashes([plain]) == hashes([found])
+
+
+def test_a_hook_that_cannot_choose_ends_the_step_of_all_ranks(run_ranks: Run, one_draws_at_a_time: None) -> None:
+    case, models = CASES["strategy random"], nets(3)
+
+    def failing(mesh: Mesh) -> str:
+        cohort = build(case.model_copy(update={"peers": case.peers[:1] * 2}), mesh, models)
+        if mesh.placement.rank == 1:
+            cohort.peers[0].hooks[0].choose = broken  # type: ignore[method-assign]
+        with pytest.raises(MatError) as caught:
+            one_step(cohort, 0, compute=captured_steps(cohort, print, CpuRecorder()))
+        return str(caught.value)
+
+    one, other = run_ranks(failing, 2, 2)
+    assert one == other and "cat sat" in one
 
 
 @pytest.mark.gpu

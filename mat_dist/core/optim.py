@@ -78,26 +78,36 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
 
 def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, where: str) -> list[dict[str, Any]]:
     """Parameters with their weight decay, and the share of the rate that they learn at (`lr_scale`), if any."""
-    if layer_decay is not None:
-        # BEiT (Bao et al., ICLR 2022); timm knows the order of the layers of its models.
-        known = next((module for module in model.modules() if hasattr(module, "group_matcher")), None)
-        if known is None:
-            raise ConfigError("only models of timm tell the order of their layers", f"{where}.optim.args.{LAYER_DECAY}",
-                              "leave it out, or choose model=timm:NAME")
-        from timm.optim import param_groups_layer_decay
-
-        return list(param_groups_layer_decay(known, optim.weight_decay, layer_decay=layer_decay,
-                                             weight_decay_exclude_1d=not optim.decay_norm_bias))
-    if optim.decay_norm_bias:
-        return [{"params": list(model.parameters())}]
     decayed, spared = split_norm_bias(model)
-    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    plain: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    if optim.decay_norm_bias:
+        plain = [{"params": list(model.parameters())}]
+    if layer_decay is None:
+        return plain
+    # BEiT (Bao et al., ICLR 2022); timm knows the order of the layers of its models.
+    known = next((module for module in model.modules() if hasattr(module, "group_matcher")), None)
+    if known is None:
+        raise ConfigError("only models of timm tell the order of their layers", f"{where}.optim.args.{LAYER_DECAY}",
+                          "leave it out, or choose model=timm:NAME")
+    from timm.optim import param_groups_layer_decay
+
+    layers = list(param_groups_layer_decay(known, optim.weight_decay, layer_decay=layer_decay,
+                                           weight_decay_exclude_1d=not optim.decay_norm_bias))
+    taken = {parameter for group in layers for parameter in group["params"]}
+    return layers + [{**group, "params": [p for p in group["params"] if p not in taken]} for group in plain]
 
 
 def pace(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Let `lr` be the rate of an optimizer; layers with a share of it learn at that."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
+
+
+def resume(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over what an optimizer kept. How it works (fused, capturable) follows this run's device, not that one's."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**group, "params": kept["params"]} for group, kept in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def optimizer_notes(optim: OptimConfig, model: nn.Module) -> list[str]:

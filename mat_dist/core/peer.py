@@ -217,7 +217,7 @@ class Peer:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a state of the same architecture, optimizer and methods."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optim.resume(self.optimizer, state["optimizer"])
         self.scale.load(state)
         for hook in self.hooks:
             hook.load_state_dict(state["methods"].get(hook.name, {}))

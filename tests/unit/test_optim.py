@@ -12,6 +12,8 @@ from torch import nn
 from mat_dist.config import load_config
 from mat_dist.config.schema import OptimConfig
 from mat_dist.core.optim import LossScale, average, build_optimizer, check_optimizers, ema_decay_at, lr_at, pace
+from mat_dist.core.peer import Peer
+from mat_dist.core.state_hash import state_hash
 from mat_dist.errors import ConfigError
 from mat_dist.train import main
 from tests.cohorts import cohort_config, complete, make_peer, nets
@@ -200,6 +202,29 @@ def test_arguments_with_which_a_class_cannot_be_made_or_cannot_step_are_refused(
         build_optimizer(net(), OptimConfig(name="adamw", args=args))
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Rprop"])
+def test_an_optimizer_that_a_gpu_stored_goes_on_on_a_cpu_as_one_of_a_cpu_does(name: str) -> None:
+    """There it is fused, or its counts lie on the device."""
+    config = complete({"peers": [{"optim": {"name": name, "lr": 0.1, "weight_decay": 0.0}}]})
+    made = [make_peer(net(), config) for _ in range(3)]
+
+    def step(peer: Peer) -> None:
+        for number, parameter in enumerate(peer.model.parameters()):
+            parameter.grad = torch.full_like(parameter, number + 1.0)
+        peer.descend(0.1)
+
+    step(made[0])
+    stored = made[0].state()
+    for peer in made[1:]:
+        state = copy.deepcopy(stored)
+        for group in state["optimizer"]["param_groups"] if peer is made[1] else ():
+            group.update({key: value for key, value in (("fused", True), ("foreach", None), ("capturable", True))
+                          if key in group})
+        peer.load(state)
+        step(peer)
+    assert state_hash(made[1].state()) == state_hash(made[2].state())
+
+
 # ------------------------------------------------------------------------------------------------ layers and precisions
 
 
@@ -217,6 +242,19 @@ def test_layers_of_a_transformer_learn_at_a_share_of_the_next_one_s_rate() -> No
     for number, block in enumerate(net.blocks):
         assert rates[id(block.mlp.fc1.weight)][0] == pytest.approx(0.2 * 0.5 ** (depth - number))
     assert rates[id(net.patch_embed.proj.weight)] == (pytest.approx(0.2 * 0.5 ** (depth + 1)), 0.05)
+
+
+def test_what_stands_round_a_transformer_of_timm_learns_too() -> None:
+    """As the last layer does, at the whole rate."""
+    timm = pytest.importorskip("timm")
+    net = nn.Sequential(nn.BatchNorm2d(3), timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3),
+                        nn.Linear(3, 2))
+    made = build_optimizer(net, OptimConfig(name="adamw", lr=0.1, weight_decay=0.05, decay_norm_bias=False,
+                                            args={"layer_decay": 0.5}))
+    pace(made, 0.2)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
+    assert set(rates) == set(map(id, net.parameters()))
+    assert (rates[id(net[2].weight)], rates[id(net[0].weight)]) == ((0.2, 0.05), (0.2, 0.0))
 
 
 @pytest.mark.parametrize(("value", "told"), [(0, "a number in"), (1.5, "a number in"), ("x", "a number in")])

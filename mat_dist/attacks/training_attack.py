@@ -102,7 +102,7 @@ class TrainingAttack:
                     self._tell(f"attacked without folding and casting its weights once: {self._copy.reason}")
                     self._copy, self._called, self.copies = None, self._compiled(self._model), False
             assert self._called is not None
-            yield amplified(self._called) if self._step.precision == "fp16" else self._called
+            yield amplified(self._called, self._step.precision)
 
     def fitting(self, make: Callable[[slice], Found], rows: int) -> Found:
         """`make` for all rows; a batch that does not fit into memory is attacked in halves, from then on.
@@ -170,12 +170,13 @@ def autocast(precision: str, device: torch.device, *, cache: bool = True) -> Abs
     return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=cache)
 
 
-def amplified(model: Model) -> Model:
-    """A model whose gradients are `GAIN` times as long, so that fp16 has a number for them; steps follow directions."""
+def amplified(model: Model, precision: str) -> Model:
+    """In fp16 a model whose gradients are `GAIN` times as long, so that it has a number for them; for steps along a
+    direction."""
     def call(x_BCHW: Tensor) -> Tensor:
         logits_BK = model(x_BCHW)
         if logits_BK.requires_grad:
             logits_BK.register_hook(lambda grad_BK: grad_BK * GAIN)
         return logits_BK
 
-    return call
+    return call if precision == "fp16" else model

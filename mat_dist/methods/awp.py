@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from mat_dist.attacks import training_attack
     from mat_dist.core import objective
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
     from mat_dist.models import modes
 else:
     torch, objective, modes = map(lazy, ("torch", "mat_dist.core.objective", "mat_dist.models.modes"))
+    training_attack = lazy("mat_dist.attacks.training_attack")
 
 DRAW = -2  # keys what the forwards of the step up draw
 
@@ -58,7 +60,8 @@ class WeightPerturbation(Hook):
             return ()
         peer = self.peer
         with torch.enable_grad(), peer.training(part.draw(DRAW)), modes.batch_stats_only(peer.model):
-            loss = objective.own_loss(peer.row, {view: peer.logits(views[view]) for view in peer.row.alone}, part.y_B,
+            model = training_attack.amplified(peer.logits, peer.step.precision)
+            loss = objective.own_loss(peer.row, {view: model(views[view]) for view in peer.row.alone}, part.y_B,
                                       peer.hooks)
         return list(torch.autograd.grad(loss, self._moved()))
 

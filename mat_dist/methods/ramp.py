@@ -110,8 +110,9 @@ class Ramp(Hook):
             smoothing = peer.spec.loss.label_smoothing or 0.0
             loss = 1 / part.parts * losses.cross_entropy(peer.logits(part.x_BCHW), part.y_B, smoothing)
         trainable = [p for p in peer.model.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, trainable, allow_unused=True, materialize_grads=True)
-        self._natural = [a + b for a, b in zip(self._natural, found, strict=True)] if self._natural else list(found)
+        found = list(torch.autograd.grad(peer.scale.up(loss), trainable, allow_unused=True, materialize_grads=True))
+        peer.scale.down(found)
+        self._natural = [a + b for a, b in zip(self._natural, found, strict=True)] if self._natural else found
 
     def gradients(self) -> Sequence[Tensor]:
         return self._natural

@@ -128,7 +128,7 @@ def cases() -> dict[str, Config]:
               for name in ("teacher_right", "student_wrong")}
     found |= {f"{key} {value}": config(mat, mat, **{key: value}) for key, value in (
         ("memory", "recompute"), ("accumulate", 2), ("teachers", "ema"), ("wire", "int8"), ("wire", "fp16"),
-        ("precision", "bf16"), ("precision", "fp64"))}
+        ("precision", "bf16"), ("precision", "fp16"), ("precision", "fp64"))}
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +37,7 @@ from tests.cohorts import (
     state_hashes,
     train,
 )
+from tests.ranks.test_host_waits import CASES as SETTINGS
 from tests.ranks.test_placement import EAT, TOGETHER
 from tests.ranks.test_reference import AWP, CASES, L2, LINF, TEACHER, experts
 from tests.reference_mat import configured
@@ -447,6 +448,26 @@ def test_logits_in_fp16_have_three_bits_more_than_in_bf16() -> None:
     logits = {precision: peer.learn(x, (0, 0, 0)) for precision, peer in peers.items()}
     errors = [(logits[precision] - logits["fp32"]).norm() for precision in ("fp16", "bf16")]
     assert 0 < 4 * errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name", ["method awp", "projected gradients"])
+def test_gradients_of_hooks_that_are_small_do_not_vanish_in_fp16(name: str) -> None:
+    """Its least number is 6e-8. Those of a hook whose length counts are as long as in fp32."""
+    case, found = SETTINGS[name], dict[str, Sequence[Tensor]]()
+    (x, y), model = batch(0), nets(1)[0]
+    with torch.no_grad():
+        model.body[7].weight.mul_(1e-6)  # type: ignore[union-attr, operator, index]
+    for precision in ("fp32", "fp16"):
+        step = case.step.model_copy(update={"precision": precision})
+        peer = make_peer(model, case.model_copy(update={"step": step}))
+        if name == "method awp":
+            found[precision] = peer.hooks[-1].climb(Batch(x, y, 0), dict.fromkeys(peer.row.learned, x))
+        else:
+            peer.hooks[-1].after_backward(Batch(x, y, 0), {})
+            found[precision] = peer.hooks[-1].gradients()
+    for exact, half in zip(found["fp32"], found["fp16"], strict=True):
+        assert torch.cosine_similarity(exact.flatten(), half.flatten(), dim=0) > 0.7
+        assert name == "method awp" or 0.8 < half.norm() / exact.norm() < 1.25
 
 
 def test_a_gradient_that_overflows_in_fp16_leaves_the_step_out_and_halves_that_peer_s_scale(run_ranks: Run) -> None:

@@ -110,6 +110,7 @@ GONE = (
     Gone("attack.steps_warmup_epochs", f"attacks have all their steps from the start: leave it out, {_OLD}", (0, None)),
     Gone("optim.momentum", neutral=(0.9, None), moved="optim.args.momentum"),
     Gone("optim.nesterov", neutral=(False, None), moved="optim.args.nesterov"),
+    Gone("optim.decay_norm_bias", neutral=(True, None), moved="optim.args.decay_norm_bias"),
     Gone("optim.gamma", f"piecewise divides the rate by 10: leave it out, {_OLD}", (0.1, None)),
     Gone("optim.awp_gamma", neutral=(0, None), moved="methods.awp.gamma"),
     Gone("optim.awp_warmup_epochs", f"weights are perturbed from the start: leave it out, {_OLD}", (0, None),

@@ -408,3 +408,12 @@ def _role_warnings(config: Config) -> Iterator[str]:
     if any(one in fixed[:n] for n, one in enumerate(fixed)):
         yield ("peers with equal settings and initial weights attack from the clean image: without dropout they stay "
                "equal; write attack.start: uniform")
+
+
+@rule("eval", "threat", "union", "peers")
+def evaluations_attack_every_threat(config: Config) -> Iterator[ConfigError]:
+    """Constraint relaxation is for linf."""
+    norms = {norm for peer in config.peers for norm in (peer.threat.norm, *(norm for norm, _ in peer.union.balls))}
+    if config.eval.attack == "cr" and norms != {"linf"}:
+        yield ConfigError(f"eval.attack cr beside {', '.join(sorted(norms - {'linf'}))}: it is for linf", "eval.attack",
+                          "write pgd")

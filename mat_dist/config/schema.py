@@ -192,8 +192,8 @@ class OptimConfig(Section):
     args: Arguments = Field(
         default_factory=dict, description="further arguments of the class, such as {nesterov: true} or {betas: [0.9, "
                                           "0.95]}, or one by one: optim.args.momentum=0.8; sgd has momentum 0.9 where "
-                                          "they say nothing else")
-    decay_norm_bias: bool = Field(True, description="also decay norm layers and biases")
+                                          "they say nothing else. Ours: decay_norm_bias: false spares norm layers and "
+                                          "biases weight decay, layer_decay: 0.75 slows lower layers of timm")
     schedule: Literal["constant", "piecewise", "cosine", "onecycle"] = Field(
         "piecewise", description="learning-rate schedule")
     milestones: tuple[Number, ...] = Field((0.5, 0.75), description="piecewise: shares of the training after which the "
@@ -273,9 +273,11 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """What the evaluator measures during and after the training. PGD with the peer's own threat."""
+    """What the evaluator measures during and after the training."""
 
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
+    attack: Literal["pgd", "cr"] = Field("pgd", description="PGD, or constraint relaxation (linf), which comes near "
+                                                            "AutoAttack in some 50 passes")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
     test_steps: Integer = Field(20, ge=0, le=10000, description="PGD steps on the test set, at the end; 0: no test")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")

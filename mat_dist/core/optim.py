@@ -18,7 +18,8 @@ from mat_dist.models.modes import copy_all, split_norm_bias
 SHORT_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 OWN = {"params", "lr", "weight_decay"}  # arguments that other settings give
 UNFIT = {"capturable", "differentiable"}  # for steps inside CUDA graphs, and for gradients through them
-LAYER_DECAY = "layer_decay"  # the one argument that is ours: a layer learns at so much of the next one's rate
+# Arguments that are ours: a layer learns at so much of the next one's rate; norm layers and biases are decayed too.
+LAYER_DECAY, DECAYS_ALL = "layer_decay", "decay_norm_bias"
 WAITS = {"ASGD", "Adafactor"}  # they read numbers of the device in each update
 DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
 ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
@@ -39,10 +40,12 @@ def optimizer_class(optim: OptimConfig, where: str) -> type[torch.optim.Optimize
         raise ConfigError(f"there is no optimizer {optim.name}", f"{where}.optim.name",
                           f"use sgd, adamw, or a class of torch.optim: {', '.join(known)}")
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
-    takes = set(inspect.signature(kind).parameters) - OWN - UNFIT | {LAYER_DECAY}
+    takes = set(inspect.signature(kind).parameters) - OWN - UNFIT | {LAYER_DECAY, DECAYS_ALL}
     decay = optim.args.get(LAYER_DECAY, 1.0)
     if not isinstance(decay, int | float) or not 0 < decay <= 1:
         raise ConfigError(f"{LAYER_DECAY}={decay}", f"{where}.optim.args", "write a number in (0, 1], such as 0.75")
+    if not isinstance(optim.args.get(DECAYS_ALL, True), bool):
+        raise ConfigError(f"{DECAYS_ALL}={optim.args[DECAYS_ALL]}", f"{where}.optim.args", "write true or false")
     if given := sorted(set(optim.args) & OWN):
         raise ConfigError(f"{', '.join(given)} among the arguments of {name}", f"{where}.optim.args",
                           "write optim.lr and optim.weight_decay")
@@ -59,7 +62,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
     so. Raises ConfigError for a name, an argument or a value that its class refuses."""
     kind = optimizer_class(optim, where)
     given = {**DEFAULTS.get(kind.__name__, {}), **optim.args}
-    groups = _groups(model, optim, given.pop(LAYER_DECAY, None), where)
+    groups = _groups(model, optim, given.pop(LAYER_DECAY, None), given.pop(DECAYS_ALL, True), where)
     takes, on_gpu = set(inspect.signature(kind).parameters), next(model.parameters()).is_cuda
     if not {"foreach", "fused"} & set(given):  # one call for all parameters, on CPUs too
         given.update({name: True for name in ["fused" if on_gpu and "fused" in takes else "foreach"] if name in takes})
@@ -76,11 +79,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
                           "see the class in the documentation of torch.optim") from refused
 
 
-def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, where: str) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, decays_all: bool,
+            where: str) -> list[dict[str, Any]]:
     """Parameters with their weight decay, and the share of the rate that they learn at (`lr_scale`), if any."""
     decayed, spared = split_norm_bias(model)
     plain: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    if optim.decay_norm_bias:
+    if decays_all:
         plain = [{"params": list(model.parameters())}]
     if layer_decay is None:
         return plain
@@ -92,7 +96,7 @@ def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, whe
     from timm.optim import param_groups_layer_decay
 
     layers = list(param_groups_layer_decay(known, optim.weight_decay, layer_decay=layer_decay,
-                                           weight_decay_exclude_1d=not optim.decay_norm_bias))
+                                           weight_decay_exclude_1d=not decays_all))
     taken = {parameter for group in layers for parameter in group["params"]}
     return layers + [{**group, "params": [p for p in group["params"] if p not in taken]} for group in plain]
 

@@ -82,7 +82,7 @@ class Evaluations:
         record: dict[str, Any] = {}
         if self.mesh.placement.is_lead:
             survivors = gather(found)
-            record = {**progress, "eval_s": perf_counter() - began, "attack": f"PGD-{job.plans['pgd'].steps}",
+            record = {**progress, "eval_s": perf_counter() - began, "attack": attack_name(job),
                       **validation_record(survivors)}
             agree.run("records", self._record_validation, manifest, job, found, survivors, record)
             self.show_gallery("validation", manifest, self.data.val, job, survivors)
@@ -108,7 +108,7 @@ class Evaluations:
             manifest = manifests[names[0]]
             name = manifest.directory.name
             try:
-                self.note(f"attacking {name} ({names[0]}) on the test set: PGD-{job.plans['pgd'].steps}")
+                self.note(f"attacking {name} ({names[0]}) on the test set: {attack_name(job)}")
                 found = self.attack(manifest, job, "test", self.config.eval.test_size)
             except CheckpointError as error:
                 damaged = error
@@ -120,7 +120,7 @@ class Evaluations:
                     write_result(self.run.folder.eval, f"test_{label}_{name}",
                                  self.about(manifest, job, label, "test"), found, checked=False)
                     self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
-                rows += table_rows(", ".join(names), survivors, job.plans["pgd"])
+                rows += table_rows(", ".join(names), survivors, attack_name(job))
                 self.reporter.tell("evaluation", {"split": "test", "step": manifest.step, "checkpoint": names,
                                                   **validation_record(survivors)})
         if rows:
@@ -129,9 +129,10 @@ class Evaluations:
             raise damaged
 
     def job(self, steps: int) -> Job:
-        """PGD of so many steps with every threat of the cohort."""
-        plan = AttackPlan(steps, 1)
-        return Job(tuple(threats_of(self.config.peers)), {"pgd": plan}, ("pgd",), transfer=False,
+        """The attack of the settings with every threat of the cohort; of PGD so many steps."""
+        name: str = self.config.eval.attack
+        plans = {name: AttackPlan(steps, 1)} if name == "pgd" else {}
+        return Job(tuple(threats_of(self.config.peers)), plans, (name,), transfer=False,
                    seed=self.config.run.seed, keep=False)
 
     def attack(self, manifest: Manifest, job: Job, split: str, size: int | None) -> Found:
@@ -230,6 +231,11 @@ def validation_record(survivors: Sequence[Survivors]) -> dict[str, Any]:
     return record
 
 
+def attack_name(job: Job) -> str:
+    """PGD-20, or cr."""
+    return f"PGD-{job.plans['pgd'].steps}" if job.plans else job.attacks[0]
+
+
 def own_robust(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> list[float | None]:
     """Each peer's accuracy against its own threat, with raw weights, in [0, 1]; None for one that does not train."""
     found = {one.target: one.accuracy for one in survivors if one.weights == RAW}
@@ -237,10 +243,10 @@ def own_robust(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> l
             for spec in specs]
 
 
-def table_rows(checkpoint: str, survivors: Sequence[Survivors], plan: AttackPlan) -> list[TableRow]:
+def table_rows(checkpoint: str, survivors: Sequence[Survivors], attack: str) -> list[TableRow]:
     """Rows of the final table for one checkpoint (`best` or `last`)."""
     return [TableRow(target=one.target, weights="EMA" if one.weights == EMA else "raw", checkpoint=checkpoint,
-                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], pgd_steps=plan.steps, images=len(one.clean_N),
+                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], attack=attack, images=len(one.clean_N),
                      threat_acc={threat: shares[threat] for threat in one.held})
             for one in survivors for shares in [one.accuracy]]
 
@@ -257,7 +263,8 @@ def gallery(run: FinishedRun, data: ImageSet, job: Job, survivors: Sequence[Surv
     model, threat = run.peer(best, device), trained[best].threat
     x_BCHW, y_B = pixels(data, torch.arange(min(LOOKED_AT, len(data))), device, run.config)
     with strict_arithmetic():
-        adv_BCHW = craft(model, x_BCHW, y_B, Threat(threat.norm, threat.eps), job.plans["pgd"], seed=job.seed, chunk=0)
+        adv_BCHW = craft(model, x_BCHW, y_B, Threat(threat.norm, threat.eps),
+                           AttackPlan(run.config.eval.steps, 1), seed=job.seed, chunk=0)
         clean_B, attacked_B = predict(model, x_BCHW), predict(model, adv_BCHW)
     return [Picture(x_BCHW[row], scaled(adv_BCHW[row] - x_BCHW[row]), adv_BCHW[row], f"class {int(y_B[row])}, {best} "
                     f"says {int(clean_B[row])}, under attack {int(attacked_B[row])}")

@@ -94,10 +94,10 @@ class TableRow:
     weights: str  # `raw` or `EMA`
     checkpoint: str  # `best`, `last`, or both
     clean_acc: float
-    robust_acc: float | None  # under PGD of every threat: their union; None where it was not attacked
-    pgd_steps: int
+    robust_acc: float | None  # under every threat: their union; None where it was not attacked
+    attack: str  # PGD-20, cr
     images: int
-    threat_acc: Mapping[str, float] = field(default_factory=dict)  # under PGD of each threat by itself
+    threat_acc: Mapping[str, float] = field(default_factory=dict)  # under each threat by itself
 
 
 def shown_accuracies(clean: float | None, threats: Mapping[str, float | None],
@@ -108,13 +108,13 @@ def shown_accuracies(clean: float | None, threats: Mapping[str, float | None],
 
 
 def results_table(rows: Sequence[TableRow]) -> Table:
-    """A row per result. Raises ValueError for different numbers of steps, which one column cannot hold."""
-    steps = sorted({row.pgd_steps for row in rows})
-    if len(steps) > 1:
-        raise ValueError(f"one table for PGD with {steps} steps")
+    """A row per result. Raises ValueError for different attacks, which one column cannot hold."""
+    attacks = sorted({row.attack for row in rows})
+    if len(attacks) > 1:
+        raise ValueError(f"one table for {', '.join(attacks)}")
     found = [shown_accuracies(row.clean_acc, row.threat_acc, row.robust_acc) for row in rows]
     names = list(dict.fromkeys(name for one in found for name in one))
-    table = new_table(f"Accuracy on the test set, under PGD-{steps[0]}" if steps else "Accuracy on the test set",
+    table = new_table(f"Accuracy on the test set, under {attacks[0]}" if attacks else "Accuracy on the test set",
                       ("target", "weights", "checkpoint"), (*(f"{name} %" for name in names), "n"))
     for row, one in zip(rows, found, strict=True):
         table.add_row(row.target, row.weights, row.checkpoint, *(percent(one.get(name), 2) for name in names),

@@ -278,6 +278,8 @@ MOVED = [  # as version 0.1 was asked, and as this one is
     ("step.attack_engine=eager", ""),
     ("step.attack_engine=compile", "step.engine=compile"),
     ("optim.momentum=0.8", "optim.args.momentum=0.8"),
+    ("optim.decay_norm_bias=false", "optim.args.decay_norm_bias=false"),
+    ("step.microbatches=2", "train.accumulate=2"),
     ("optim.momentum=0.9", "optim.args.momentum=0.9"),
     ("optim.nesterov=true peers.1.optim.momentum=0.5", "optim.args.nesterov=true peers.1.optim.args.momentum=0.5"),
     ("peers.all.optim.momentum=0.8", "peers.all.optim.args.momentum=0.8"),

@@ -161,6 +161,7 @@ CASES = [
     ("milestones_rise", "optim.milestones=[0.5,1]", "[100/110, 105/110]", "optim.milestones=[]"),
     ("milestones_rise", "optim.milestones=[100,105]", "not increasing shares", "optim.milestones=[100/110,105/110]"),
     ("milestones_rise", "optim.milestones=[0,0.75]", "not increasing shares", "optim.milestones=[0.1,0.75]"),
+    ("evaluations_attack_every_threat", "eval.attack=cr threat=l2 attack.eps=0.5", "write pgd", "eval.attack=cr"),
     ("batch_can_be_split", "train.batch_size=1", "a batch of one image", "train.batch_size=2"),
     ("batch_can_be_split", "train.batch_size=100 train.accumulate=3", "a divisor of 100",
      "train.batch_size=99 train.accumulate=3"),

@@ -70,7 +70,7 @@ def test_an_optimizer_is_the_class_of_torch_step_by_step(given: dict[str, Any], 
 
 def test_norm_layers_and_biases_are_a_group_without_decay_where_the_settings_say_so() -> None:
     ours, theirs = net(), net()
-    mine = build_optimizer(ours, OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, decay_norm_bias=False))
+    mine = build_optimizer(ours, OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, args={"decay_norm_bias": False}))
     decayed = [p for p in theirs.parameters() if p.ndim > 1]
     spared = [p for p in theirs.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": spared, "weight_decay": 0.0}], lr=0.1,
@@ -101,7 +101,7 @@ def test_the_state_that_version_0_1_wrote_goes_on_bit_by_bit(momentum: float, ne
 
 
 def test_a_state_of_other_groups_is_refused() -> None:
-    state = build_optimizer(net(), OptimConfig(decay_norm_bias=False)).state_dict()
+    state = build_optimizer(net(), OptimConfig(args={"decay_norm_bias": False})).state_dict()
     with pytest.raises(ValueError, match="group"):
         build_optimizer(net(), OptimConfig()).load_state_dict(state)
 
@@ -234,7 +234,7 @@ def test_layers_of_a_transformer_learn_at_a_share_of_the_next_one_s_rate() -> No
     net = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3)
     depth = len(net.blocks)
     made = build_optimizer(nn.Sequential(nn.Identity(), net), OptimConfig(
-        name="adamw", lr=0.1, weight_decay=0.05, decay_norm_bias=False, args={"layer_decay": 0.5}))
+        name="adamw", lr=0.1, weight_decay=0.05, args={"layer_decay": 0.5, "decay_norm_bias": False}))
     pace(made, 0.2)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
     assert len(rates) == len(list(net.parameters()))

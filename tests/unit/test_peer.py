@@ -89,7 +89,7 @@ def test_a_parameter_that_took_no_part_has_gradient_0_and_still_decays() -> None
 
 
 def test_norm_layers_and_biases_are_spared_weight_decay_on_request() -> None:
-    peer = make_peer(weight_decay=0.5, args={"momentum": 0.0}, decay_norm_bias=False)
+    peer = make_peer(weight_decay=0.5, args={"momentum": 0.0, "decay_norm_bias": False})
     before = copy.deepcopy(peer.model.state_dict())
     peer.gradients()
     peer.update(0, 0.1, ())
@@ -224,7 +224,7 @@ def test_start_noise_of_a_replica_is_its_rows_of_the_whole_batch() -> None:
 
 
 def test_a_loaded_peer_continues_bit_by_bit() -> None:
-    optim = {"ema_decay": 0.9, "decay_norm_bias": False}
+    optim = {"ema_decay": 0.9, "args": {"decay_norm_bias": False}}
     peer, fresh = make_peer(**optim), make_peer(nets(2)[1], **optim)
     for step in range(3):
         learn(peer, step)

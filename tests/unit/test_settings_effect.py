@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import os
 import sys
 import threading
@@ -160,7 +161,7 @@ WITH_OTHERS = {  # setting: what else is set on both sides
     "methods.warm_start.reset_epochs=0": "train.epochs=2 train.max_steps=7",
     "methods.warm_start.reset_epochs=1": "methods.warm_start.reset_epochs=0 train.epochs=2 train.max_steps=7",
     "optim.milestones=[0.9]": "optim.schedule=piecewise",
-    "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.decay_norm_bias=false": "optim.weight_decay=0.5",
+    "optim.warmup_epochs=0.5": "optim.schedule=constant", "optim.args.decay_norm_bias=false": "optim.weight_decay=0.5",
     "optim.schedule=constant": "train.max_steps=4",
     "train.epochs=2": "train.max_steps=null"}
 CHANGES_WEIGHTS = [*((one, ()) for one in ALONE.split()), *((one, tuple(base.split()))
@@ -176,11 +177,22 @@ def test_a_setting_of_the_algorithm_changes_the_weights(setting: str, base: tupl
 
 @pytest.mark.parametrize("settings", [
     "log.every=1", "log.console=plain", "eval.every=1 eval.steps=2 eval.size=20",
-    "eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30",
+    "eval.test_steps=2 eval.test_size=10 eval.ensemble=logit eval.chunk=8", "data.test_size=30", "eval.attack=cr",
     "checkpoint.every_steps=1 checkpoint.keep=2", "data.residency=host", "comm.timeout=9", "run.resume=never",
     "peers.0.name=first", "optim.ema_decay=0.5", "methods.swa.start=0.5", "step.on_nonfinite=skip"])
 def test_a_setting_beside_the_algorithm_does_not_change_a_bit(settings: str, cached: Run) -> None:
     assert cached(*settings.split()).hashes(key="model") == cached().hashes(key="model")
+
+
+def test_evaluations_of_a_training_may_be_constraint_relaxation(cached: Run) -> None:
+    """At most as many images withstand it as PGD-1, and all records say what was done."""
+    evaluated = "eval.every=1", "eval.steps=1", "eval.size=40", "eval.test_steps=1", "eval.test_size=20"
+    looked, plain = cached(*evaluated, "eval.attack=cr"), cached(*evaluated)
+    (mine, *_), (theirs, *_) = looked.records("epoch"), plain.records("epoch")
+    assert (mine["attack"], theirs["attack"]) == ("cr", "PGD-1")
+    assert sum(mine["robust_acc"]) <= sum(theirs["robust_acc"])
+    results = [json.loads(file.read_text()) for file in looked.folder.eval.glob("*.json")]
+    assert results and all(one["attacks"] == ["cr"] and one["plans"] == {} for one in results)
 
 
 def test_memory_settings_change_rounding_only(cached: Run) -> None:

@@ -44,7 +44,7 @@ class Clock:
 
 
 def result(target: str = "peer0", **changes) -> TableRow:
-    values = {"weights": "EMA", "checkpoint": "best", "clean_acc": 0.98765, "robust_acc": 0.8, "pgd_steps": 20,
+    values = {"weights": "EMA", "checkpoint": "best", "clean_acc": 0.98765, "robust_acc": 0.8, "attack": "PGD-20",
               "images": 360, **changes}
     return TableRow(target=target, **values)
 
@@ -264,8 +264,8 @@ def test_each_threat_has_its_column_and_their_union_is_called_union(capsys):
 
 
 def test_one_table_cannot_mix_attacks():
-    with pytest.raises(ValueError, match=r"\[10, 20\]"):
-        results_table([result(), result(pgd_steps=10)])
+    with pytest.raises(ValueError, match="PGD-10, PGD-20"):
+        results_table([result(), result(attack="PGD-10")])
 
 
 def test_the_cpu_tells_its_largest_resident_set():

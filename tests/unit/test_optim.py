@@ -249,8 +249,8 @@ def test_what_stands_round_a_transformer_of_timm_learns_too() -> None:
     timm = pytest.importorskip("timm")
     net = nn.Sequential(nn.BatchNorm2d(3), timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3),
                         nn.Linear(3, 2))
-    made = build_optimizer(net, OptimConfig(name="adamw", lr=0.1, weight_decay=0.05, decay_norm_bias=False,
-                                            args={"layer_decay": 0.5}))
+    made = build_optimizer(net, OptimConfig(name="adamw", lr=0.1, weight_decay=0.05,
+                                            args={"layer_decay": 0.5, "decay_norm_bias": False}))
     pace(made, 0.2)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
     assert set(rates) == set(map(id, net.parameters()))

@@ -73,10 +73,14 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, where: str = "peers.0"
     try:
         # YAML has no tuples, and classes ask for them (betas).
         named: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-        return kind([g for g in groups if g["params"]], lr=optim.lr, **named)  # type: ignore[call-arg]
+        made = kind([g for g in groups if g["params"]], lr=optim.lr, **named)  # type: ignore[call-arg]
     except (ValueError, TypeError, RuntimeError, IndexError) as refused:  # (0.9,) as betas; foreach beside fused
         raise ConfigError(f"{kind.__name__} refuses its settings: {refused}", f"{where}.optim",
                           "see the class in the documentation of torch.optim") from refused
+    for group in made.param_groups:  # where a captured step reads it too; kernels take fp32 alone
+        if group.get("fused") and group["params"][0].dtype == torch.float32:
+            group["lr"] = torch.full((), optim.lr, device=group["params"][0].device)
+    return made
 
 
 def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, decays_all: bool,
@@ -101,10 +105,14 @@ def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, dec
     return layers + [{**group, "params": [p for p in group["params"] if p not in taken]} for group in plain]
 
 
-def pace(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+def pace(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Let `lr` be the rate of an optimizer; layers with a share of it learn at that."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
+        rate = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def resume(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

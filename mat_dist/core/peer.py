@@ -174,7 +174,7 @@ class Peer:
             hook.after_reduce()
         return optim.clipped(self.model, self.gradients(), self.spec.optim.clip_norm)
 
-    def descend(self, lr: float | Tensor) -> None:
+    def descend(self, lr: float) -> None:
         """One optimizer step."""
         optim.pace(self.optimizer, lr)
         self.optimizer.step()

@@ -104,20 +104,15 @@ class Tape:
 
 def _recorded_update(peer: Peer, recorder: Recorder) -> Callable[[float], None]:
     """A peer's optimizer step as a graph of its own, where it takes its rate from the device."""
-    if peer.spec.frozen or not all(group.get("fused") for group in peer.optimizer.param_groups):
+    if peer.spec.frozen or not all(isinstance(group["lr"], Tensor) for group in peer.optimizer.param_groups):
         return peer.descend
-    rates = [group["lr"] for group in peer.optimizer.param_groups]
-    rate = torch.zeros((), device=next(peer.model.parameters()).device)
     recorder.begin()
-    peer.descend(rate)
+    peer.optimizer.step()
     graph = recorder.end()
-    for group, before in zip(peer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = before
 
     def descend(lr: float) -> None:
-        rate.fill_(lr)
-        graph.replay()
         pace(peer.optimizer, lr)
+        graph.replay()
 
     return descend
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mat_dist.config.schema import Config
+from mat_dist.core import optim
 from mat_dist.core.cohort import Cohort
 from mat_dist.core.peer import Peer
 from mat_dist.core.step import compute
@@ -70,17 +71,41 @@ def test_captured_steps_leave_the_bits_of_eager_ones(name: str, run_ranks: Run) 
 FUSED = {"optim": {"args": {"fused": True}, "schedule": "onecycle", "ema_decay": 0.9, "clip_norm": 1.0}}
 
 
+@pytest.mark.parametrize("layers", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam"])
-def test_captured_updates_follow_the_rate(name: str, run_ranks: Run) -> None:
-    """A fused optimizer's step is captured too; its rate and the averaged weights change from step to step."""
+def test_captured_updates_follow_the_rate(name: str, layers: bool, run_ranks: Run,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused optimizer's step is captured too; its rate and the averaged weights change from step to step. `layers`:
+    some learn at a share of it."""
     entry = {"loss": {"preset": "mat"}, "optim": {**FUSED["optim"], "name": name, "lr": 0.01}}
     made, models, recorder = config(entry, entry, train={"epochs": 4}), nets(2), CpuRecorder()
+    groups = optim._groups
 
-    def both(mesh: Mesh) -> list[Cohort]:
-        return [trained(mesh, made, models, engine, recorder)[0] for engine in ("eager", "graph")]
+    def shared(*given: Any) -> list[dict[str, Any]]:
+        return [{**group, "lr_scale": 0.75 ** (5 - n)} for n, group in enumerate(groups(*given))]
 
-    ((plain, captured),) = run_ranks(both, 2, 1)
-    assert len(recorder.made) == 2 * 3  # of plain and log steps: the work, and the updates of two peers
+    if layers:
+        monkeypatch.setattr(optim, "_groups", shared)
+
+    def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
+        (plain, _), (captured, notes) = (trained(mesh, made, models, engine, recorder) for engine in ("eager", "graph"))
+        return [plain, captured], notes
+
+    (((plain, captured), notes),) = run_ranks(both, 2, 1)
+    assert notes == [] and len(recorder.made) == 2 * 3  # of plain and log steps: the work, and the updates of two peers
+    assert hashes([plain]) == hashes([captured])
+
+
+def test_work_in_fp64_is_captured_beside_an_optimizer_whose_kernels_take_rates_in_fp32(run_ranks: Run) -> None:
+    entry = {"loss": {"preset": "at"}, "optim": {**FUSED["optim"], "lr": 0.01}}
+    made, models, recorder = config(entry, precision="fp64"), nets(1, dtype=torch.float64), CpuRecorder()
+
+    def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
+        (plain, _), (captured, notes) = (trained(mesh, made, models, engine, recorder) for engine in ("eager", "graph"))
+        return [plain, captured], notes
+
+    (((plain, captured), notes),) = run_ranks(both, 1, 1)
+    assert notes == [] and len(recorder.made) == 2
     assert hashes([plain]) == hashes([captured])
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import OptimConfig
@@ -223,6 +224,23 @@ def test_an_optimizer_that_a_gpu_stored_goes_on_on_a_cpu_as_one_of_a_cpu_does(na
         peer.load(state)
         step(peer)
     assert state_hash(made[1].state()) == state_hash(made[2].state())
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_fused_optimizer_goes_on_from_a_file_as_if_it_had_not_stopped(name: str) -> None:
+    """Files hold tensors in rows, weights of convolutions lie channels last, and fused kernels do not look."""
+    config = complete({"peers": [{"optim": {"name": name, "lr": 0.1, "args": {"fused": True}}}]})
+    one, other = (make_peer(copy.deepcopy(model).to(memory_format=torch.channels_last), config)
+                  for model in [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())] * 2)
+    for number in range(3):
+        if number == 1:
+            other.load(tree_map_only(Tensor, lambda tensor: tensor.detach().clone(
+                memory_format=torch.contiguous_format), one.state()))
+        for peer in (one, other):
+            for parameter in peer.model.parameters():
+                parameter.grad = parameter.detach().sin()
+            peer.descend(0.1)
+    assert state_hash(one.state()) == state_hash(other.state())
 
 
 # ------------------------------------------------------------------------------------------------ layers and precisions

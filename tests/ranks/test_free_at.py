@@ -33,11 +33,12 @@ REPLAYS, STEPS, EPS = 3, 8, 0.1  # two whole batches and two replays of a third
 
 
 def configured(preset: str = "at", peers: int = 2, *, norm: str = "linf", precision: str = "fp64",
-               **step: Any) -> Config:
+               accumulate: int = 1, **step: Any) -> Config:
     entry = {"threat": {"norm": norm, "eps": EPS}, "attack": {"method": "free", "steps": 1},
              "loss": {"preset": preset}, "optim": {"lr": 0.1, "schedule": "constant"}}
     return complete({"peers": [entry] * peers, "step": {"precision": precision, **step},
-                     "train": {"batch_size": BATCH, "epochs": 1000, "replays": REPLAYS}})
+                     "train": {"batch_size": BATCH, "epochs": 1000, "replays": REPLAYS,
+                               "accumulate": accumulate}})
 
 
 def replayed(step: int, *shape: Any) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,18 @@ from mat_dist.core.step import Batch, train_step
 from mat_dist.data.batches import Batches
 from mat_dist.data.images import ImageSet
 from mat_dist.distributed.groups import Mesh
-from tests.cohorts import BATCH, CLASSES, SHAPE, build, complete, hashes, largest_difference, nets, resumed_and_refused
+from tests.cohorts import (
+    BATCH,
+    CLASSES,
+    SHAPE,
+    build,
+    complete,
+    cut,
+    hashes,
+    largest_difference,
+    nets,
+    resumed_and_refused,
+)
 from tests.reference_mat import Reference, ce, project, start_noise, step_along
 
 Run = Callable[..., list[Any]]
@@ -35,10 +46,10 @@ def image_set() -> ImageSet:
 
 
 def configured(peers: int = 2, *, precision: str = "fp64", norm: str = "linf", reset: int = 0, pad: int = 2,
-               **step: Any) -> Config:
+               accumulate: int = 1, **step: Any) -> Config:
     entry = {"threat": {"norm": norm, "eps": EPS}, "attack": {"steps": 2}, "loss": {"preset": "at"},
              "methods": {"warm_start": {"reset_epochs": reset}}, "optim": {"lr": 0.1, "schedule": "constant"}}
-    return complete({"peers": [entry] * peers, "train": {"batch_size": BATCH, "epochs": 1000},
+    return complete({"peers": [entry] * peers, "train": cut(accumulate),
                      "data": {"augment": {"pad": pad, "flip": pad > 0}}, "step": {"precision": precision, **step}})
 
 

@@ -91,6 +91,7 @@ class CapturedSteps:
         answers: list[Tensor] = []
         guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
         found = steps.compute(cohort, guard, batch, log)
+        cohort.mesh.await_device()  # as before the vote: whatever reads from the device waits without a limit
         # Numbers that are not finite compare with nothing: fp16 overflows now and then, and a later step is as good.
         if tape and guard.failure is None and guard.run("device", lambda: found.told[1:].all().item()):
             after, gradients = [saved_buffers(peer.model) for peer in cohort.peers], [p.grad for p in trainable(cohort)]

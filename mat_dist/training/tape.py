@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mat_dist import rng
 from mat_dist.core import step as steps
@@ -92,8 +93,10 @@ class Tape:
                 guard.clock.lap("graph")
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
-        assert self.found is not None
-        return self.found
+        found = self.found
+        assert found is not None
+        # The next step writes to the same tensors, and a hook may keep what it gets.
+        return found._replace(proposed=guard.run("proposals", tree_map_only, Tensor, torch.clone, found.proposed))
 
     def _fill(self, batch: Batch) -> None:
         assert self.batch.keys is not None

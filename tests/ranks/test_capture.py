@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mat_dist.attacks.training_attack import Found
 from mat_dist.config.schema import Config
 from mat_dist.core import optim
 from mat_dist.core.cohort import Cohort
+from mat_dist.core.hooks import Hook
 from mat_dist.core.peer import Peer
-from mat_dist.core.step import compute
+from mat_dist.core.step import Batch, compute
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
@@ -318,6 +320,51 @@ def test_a_hook_that_cannot_choose_ends_the_step_of_all_ranks(run_ranks: Run, on
 
     one, other = run_ranks(failing, 2, 2)
     assert one == other and "cat sat" in one
+
+
+class Keeper(Hook):
+    """Keeps what its peer attacks with."""
+
+    name, repeats = "keeper", True
+
+    def attacked(self, part: Batch, threat: int, found: Found) -> None:
+        self.made = found.adv_BCHW.mean((1, 2, 3))
+
+    def proposed(self) -> list[Tensor]:
+        return [self.made]
+
+    def commit(self, step: int, shared: Sequence[Tensor]) -> None:
+        self.kept = [*getattr(self, "kept", []), *shared]
+
+
+def test_what_a_hook_keeps_of_a_captured_step_is_not_overwritten_by_the_next(run_ranks: Run,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_keeper(cohort: Cohort, *given: Any, plain: Any = Cohort.__init__, **named: Any) -> None:
+        plain(cohort, *given, **named)
+        cohort.peers[0].hooks.append(Keeper(cohort.peers[0]))
+
+    monkeypatch.setattr(Cohort, "__init__", with_keeper)
+    made, models, recorder = config({"loss": {"preset": "at"}}), nets(1), CpuRecorder()
+    ((plain, captured),) = run_ranks(lambda mesh: [
+        trained(mesh, made, models, engine, recorder)[0].peers[0].hooks[-1].kept  # type: ignore[attr-defined]
+        for engine in ("eager", "graph")], 1, 1)
+    assert recorder.made and len(plain) == STEPS
+    assert all(map(torch.equal, plain, captured))
+
+
+def test_a_comparison_waits_for_the_device_with_a_limit(run_ranks: Run) -> None:
+    """An exchange may be under way with a rank that never comes."""
+    def waited(mesh: Mesh) -> list[int]:
+        calls = list[int]()
+        cohort = build(CASES["preset at"], mesh, models)
+        work = captured_steps(cohort, print, CpuRecorder())
+        for step in range(3):
+            mesh.await_device = lambda step=step: calls.append(step)  # type: ignore[method-assign]
+            one_step(cohort, step, compute=work)
+        return calls
+
+    models = nets(3)
+    assert run_ranks(waited, 3, 1) == [[0, 1, 1, 2]]
 
 
 @pytest.mark.gpu

@@ -44,7 +44,6 @@ class AttackCopy:
             the model.
 
     Attributes:
-        refreshed: number of `refresh`; at some of them the copy is checked, the first one among them.
         reason: why the model itself is to be attacked; empty while a copy does, or where one would gain nothing.
     """
 

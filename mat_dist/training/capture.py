@@ -54,9 +54,10 @@ class CapturedSteps:
     def __call__(self, cohort: Cohort, guard: Guard, batch: Batch, log: bool) -> Computed:
         self._number += 1
         kind = guard.run("choice of threats", _kind, cohort, batch, log)
-        if guard.failure is not None:
-            return steps.compute(cohort, guard, batch, log)
-        self._forget_other(cohort)
+        form = cohort.warming_up, [peer.attack_of_training.copies for peer in cohort.peers]
+        if form != self._form:  # a warm-up has ended, or a copy was found to be wrong: what was recorded never returns
+            self._form, self._first, self._tapes = form, {}, {}
+            release(None)
         if kind not in self._first:
             self._first[kind] = batch.step
         elif kind not in self._tapes and len(self._tapes) < MOST and cohort.moved:
@@ -67,15 +68,6 @@ class CapturedSteps:
                 peer.attack_of_training.check_soon()
             return steps.compute(cohort, guard, batch, log)
         return tape.play(cohort, guard, batch)
-
-    def _forget_other(self, cohort: Cohort) -> None:
-        """Drop the steps that were recorded before a warm-up ended, or a copy was found to be wrong: none returns."""
-        if self._form != (form := (cohort.warming_up, [peer.attack_of_training.copies for peer in cohort.peers])):
-            self._form, dropped = form, any(self._tapes.values())
-            self._first.clear()
-            self._tapes.clear()
-            if dropped:
-                release(None)
 
     def _compared(self, kind: Any, cohort: Cohort, guard: Guard, batch: Batch) -> Computed:
         """An eager step, and beside it a recorded one of this kind, if possible."""
@@ -101,7 +93,8 @@ class CapturedSteps:
                 else:
                     self._tapes[kind] = tape
             finally:
-                _restore(after)
+                for restore in after:
+                    restore()
                 cohort.restorers = before
                 for p, gradient in zip(trainable(cohort), gradients, strict=True):
                     p.grad = gradient
@@ -141,11 +134,6 @@ def _kind(cohort: Cohort, batch: Batch, log: bool) -> tuple[Any, ...]:
     return log, shapes, chosen
 
 
-def _restore(restorers: Sequence[Callable[[], None]]) -> None:
-    for restore in restorers:
-        restore()
-
-
 def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Sequence[Tensor],
                 before: Sequence[Callable[[], None]]) -> str:
     """How a recorded step differs from an eager one, whose results the cohort has, with the same `answers` of the other
@@ -158,7 +146,8 @@ def _difference(tape: Tape, cohort: Cohort, batch: Batch, log: bool, answers: Se
         guard = Guard(cohort.mesh, f"comparison of step {batch.step}", batch.step)
         waiting = list(answers)
         guard.meet = lambda *given: given[2] if cohort.mesh.alone else waiting.pop(0)
-        _restore(before)
+        for restore in before:
+            restore()
         work(guard)
         raise_kept(guard)
         return _results(cohort)

@@ -52,7 +52,8 @@ class CudaRecorder:
                 yield
             finally:
                 if self._graph is not None:  # something failed
-                    self._abandon()
+                    with suppress(RuntimeError):  # it tells again what has failed
+                        self.end()
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def begin(self) -> None:
@@ -80,7 +81,3 @@ class CudaRecorder:
         yield lambda number: torch.cuda.stream(used[number])
         for stream in used:
             main.wait_stream(stream)
-
-    def _abandon(self) -> None:
-        with suppress(RuntimeError):  # it tells again what has failed
-            self.end()

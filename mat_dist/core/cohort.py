@@ -62,7 +62,7 @@ class Cohort:
                  steps_per_epoch: int) -> None:
         self.peers, self.mesh, self.graph, self.step = peers, mesh, graph, config.step
         self.specs, self.total_steps, self.steps_per_epoch = config.peers, total_steps, steps_per_epoch
-        self.accumulate = config.train.accumulate
+        self.accumulate, self.moved = config.train.accumulate, False
         self.rows = replica_rows(mesh.placement, config.train.batch_size, config.train.accumulate)
         used = [method for method in methods().values() for spec in config.peers if method.uses(spec)]
         self.climbs = any(method.climbs for method in used)
@@ -70,7 +70,6 @@ class Cohort:
         self.warming_up: frozenset[int] = frozenset()
         self.shown: Callable[[int], AugmentedView] | None = None
         self.failure: MatError | None = None
-        self.moved = False
         self.restorers: list[Callable[[], None]] = []
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps

@@ -109,10 +109,7 @@ def pace(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Let `lr` be the rate of an optimizer; layers with a share of it learn at that."""
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def resume(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

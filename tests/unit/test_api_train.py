@@ -77,7 +77,7 @@ def test_an_interrupt_is_saved_raised_and_leaves_every_handler(tmp_path):
     with pytest.raises(StopRequested, match="SIGTERM, saved after step 2"):
         tiny(tmp_path, "a", on_step=lambda record: record["step"] == 1 and os.kill(os.getpid(), signal.SIGTERM),
              train={"max_steps": 3})
-    assert process_state() == before and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert process_state() == before
     assert Finished(75, RunFolder(tmp_path / "a")).steps() == [2]
     run = tiny(tmp_path, "a", train={"max_steps": 3})  # the same call goes on
     assert Finished(0, RunFolder(run.path)).steps() == [2, 3]

@@ -15,6 +15,7 @@ from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import prepare_torch
 from tests.cohorts import cohort_config
 
+pytestmark = pytest.mark.alone  # torch's switches are those of the process, which other tests share side by side
 PARTS: dict[str, Any] = {
     "all": backends, "cuda": cudnn, "mkldnn": mkldnn, "products": backends.cuda.matmul, "convolutions": cudnn.conv,
     "rnn": cudnn.rnn, "mkldnn products": mkldnn.matmul, "mkldnn convolutions": mkldnn.conv}

@@ -55,7 +55,12 @@ def trained(mesh: Mesh, made: Config, models: list[nn.Module], engine: str,
 ALIKE = ("attack loss", "start ", "pgd in", "apgd in l2")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in FOLLOW and not name.startswith(ALIKE)])
+QUICK = {"preset mat", "preset trades", "strategy max", "strategy ramp", "strategy random", "method awp", "method swa",
+         "apgd in l1", "attack n_fgsm", "memory recompute", "accumulate 2", "teachers ema", "wire int8", "precision fp16"}
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
+                                  for name in CASES if name not in FOLLOW and not name.startswith(ALIKE)])
 def test_captured_steps_leave_the_bits_of_eager_ones(name: str, run_ranks: Run) -> None:
     case, recorder = CASES[name], CpuRecorder()
     models = nets(len(case.peers), dtype=torch.float64 if case.step.precision == "fp64" else torch.float32)

@@ -171,6 +171,7 @@ def test_autoattack_in_the_command_is_a_direct_call_chunk_by_chunk(run: Path, ev
     assert [int(r["prediction"]) for r in found["rows"]] == told
 
 
+@pytest.mark.thorough
 def test_pgd_20_is_that_of_another_implementation_on_1000_images(tmp_path: Path, evaluate: Evaluate) -> None:
     """fp64, so that rounding decides no image; the noise comes from the published keys."""
     done = run_small(tmp_path, "large", "data.train_size=1000", "train.epochs=3", "optim.lr=0.05", f"run.seed={SEED}",

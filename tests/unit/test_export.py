@@ -185,7 +185,7 @@ def test_robustbench_loads_it_into_its_zoo(run: Path, images: Tensor, here: Path
     assert not loaded.training and torch.equal(loaded(images), mat_dist.load(run, "ensemble")(images))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_autoattack_by_itself_finds_on_the_exported_ensemble_what_the_evaluation_finds(run: Path, here: Path) -> None:
     """Image by image, on 64 images. With the standard version, which takes minutes: docs/export.md."""
     pyautoattack = pytest.importorskip("pyautoattack", exc_type=ImportError)

@@ -154,6 +154,7 @@ def test_ranks_that_would_share_a_gpu_over_nccl_are_refused_by_all_with_one_line
     assert told.startswith(f"ranks {named} share GPUs") and "comm.backend=gloo" in told
 
 
+@pytest.mark.thorough  # the store's first client may take five seconds
 def test_nccl_may_be_asked_to_let_ranks_share_a_gpu(surroundings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     surroundings({"NCCL_MULTI_RANK_GPU_ENABLE": "1"})
     assert met(monkeypatch, ["a", "a"], "nccl") == [2, 2]

@@ -60,7 +60,7 @@ def asked(threat: Threat, restarts: int) -> Job:
     return Job((threat,), plans, OURS, seed=3, queries=8)
 
 
-@pytest.mark.parametrize("threat", [THREATS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in THREATS[1:])],
+@pytest.mark.parametrize("threat", [THREATS[0], *(pytest.param(t, marks=pytest.mark.thorough) for t in THREATS[1:])],
                          ids=lambda t: t.norm)
 def test_folded_copies_and_decided_images_change_no_prediction_and_no_check(
         threat: Threat, targets: list[Target], digits: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch) -> None:

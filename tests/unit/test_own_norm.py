@@ -151,7 +151,7 @@ def short_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SURFACE_PLACES", 3)
 
 
-@pytest.mark.slow  # ten seconds of training and attacks
+@pytest.mark.thorough  # ten seconds of training and attacks
 @pytest.mark.usefixtures("short_attacks")
 def test_a_norm_of_the_users_own_goes_from_training_to_the_report(plugin: Path, images: Path, tmp_path: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:

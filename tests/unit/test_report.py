@@ -591,6 +591,7 @@ def test_the_options_are_named_in_the_help(capsys):
     assert all(option in told for option in ("--images", "--device", "--no-attack", "--figures", "--plugin"))
 
 
+@pytest.mark.thorough
 def test_options_may_stand_anywhere(copy, capsys):
     assert main(["--images=7", str(copy.path), "--device", "cpu", "--figures=png"]) == 0
     assert "attacking 7 test images on cpu" in capsys.readouterr().err

@@ -56,7 +56,8 @@ ALIKE = ("attack loss", "start ", "pgd in", "apgd in l2")
 
 
 QUICK = {"preset mat", "preset trades", "strategy max", "strategy ramp", "strategy random", "method awp", "method swa",
-         "apgd in l1", "attack n_fgsm", "memory recompute", "accumulate 2", "teachers ema", "wire int8", "precision fp16"}
+         "apgd in l1", "attack n_fgsm", "memory recompute", "accumulate 2", "teachers ema", "wire int8",
+         "precision fp16"}
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)

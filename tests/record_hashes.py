@@ -96,6 +96,8 @@ def compare(old: Path, new: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     if sys.argv[1] == "--compare":
         sys.exit(compare(Path(sys.argv[2]), Path(sys.argv[3])))
     record(Path(sys.argv[1]), sys.argv[2:])

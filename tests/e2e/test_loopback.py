@@ -66,6 +66,7 @@ def test_with_our_rendezvous_nothing_listens_beyond_loopback_also_after_a_restar
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+@pytest.mark.thorough
 def test_with_torchruns_own_store_the_ranks_stay_on_loopback(tmp_path):
     (one,) = launch(tmp_path, "--standalone")
     assert one["restart"] == 0 and all(set(told["rank"]) <= LOOPBACK for told in one["ranks"])

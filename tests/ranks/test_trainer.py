@@ -432,6 +432,7 @@ def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
     assert len(lines) == 1 and found in lines[0]
 
 
+@pytest.mark.thorough
 def test_swa_is_the_same_on_every_placement_and_after_a_stop(cohort_run: Run) -> None:
     settings = ("train.max_steps=null", "train.epochs=4", "methods.swa.start=0.5", "checkpoint.every_steps=1")
     whole = cohort_run("whole", 1, *settings)

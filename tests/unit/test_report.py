@@ -369,6 +369,7 @@ def test_the_policy_allows_this_style_sheet_and_images_inside_the_page_only(run)
     assert len(ids) == len(set(ids)) and {a["href"][1:] for _, a in found.tags if "href" in a} <= set(ids)
 
 
+@pytest.mark.thorough
 def test_the_report_changes_nothing_else_in_the_run_folder(copy):
     before = tree_hash(copy.path)
     assert main(["--images", "10", str(copy.path)]) == 0

@@ -57,6 +57,7 @@ class Row(Section):
                                                               "all, of a single peer the mean")
     tried: Integer = Field(1, ge=1, description="settings that were tried to choose this one")
     cost_factor: Number = Field(1.0, gt=0, description="cost of a pass against one of the others' networks")
+    control: str | None = Field(None, description="row of the table that costs as much or more: its control")
     remark: str = Field("", description="what the reader must know")
 
     @property
@@ -72,6 +73,8 @@ class TablePlan(Section):
     settings: Words = Field((), description="of all its rows")
     primary: str = Field(description="the column that decides, of the last checkpoint")
     controls: tuple[str, ...] = Field((), description="rows that every row is compared with")
+    figure: Literal["intervals", "curves"] = Field("intervals", description="intervals of the primary column, or "
+                                                                            "curves of validation over epochs")
     evaluations: dict[Name, Evaluation] = Field(min_length=1, description="columns")
     rows: dict[Name, Row] = Field(min_length=1, description="rows")
 
@@ -214,6 +217,10 @@ def _table_problems(at: tuple[str | int, ...], table: TablePlan, seeds: Sequence
                 yield from _told((*here, "settings"), problem)
     for name, row in table.rows.items():
         yield from _words((*at, "rows", name, "settings"), row.settings)
+        if row.control == name:
+            yield (*at, "rows", name, "control"), f"{name} is its own control", "name another row"
+        elif row.control is not None:
+            yield from _known((*at, "rows", name, "control"), row.control, table.rows)
     for control in table.controls:
         yield from _known((*at, "controls"), control, table.rows)
     if sound:

@@ -181,6 +181,8 @@ def test_all_mistakes_of_a_plan_are_told_at_once_with_their_lines(tmp_path: Path
     (("checkpoints: [best, last]", "seeds: [7]"), "not among those of the suite"),
     (("images=30,", "images=30, checkpoint=last,"), "is not free here"),
     (("rows:\n          at:", "rows:\n          A t:"), "A t"),
+    (("says: mutual,", "says: mutual, control: att,"), "there is no 'att' in this table"),
+    (("says: mutual,", "says: mutual, control: mat,"), "mat is its own control"),
 ])
 def test_a_mistake_is_named(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     assert change[0] in PLAN

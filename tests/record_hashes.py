@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-STEPS = ["train.max_steps=20", "eval.every=0", "eval.test=false", "log.console=off", "run.threads=1"]
+STEPS = ["train.max_steps=20", "eval.every=0", "eval.test_size=10", "log.console=off", "run.threads=1"]
 UNION = "peers.all.union.threats=linf:0.1,l2:0.5,l1:4"
 RUNS: dict[str, list[str]] = {
     "default": [],

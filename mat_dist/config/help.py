@@ -18,12 +18,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mat_dist.config.fields import Section, Written
+from mat_dist.config.gone import VERSION, WENT
 from mat_dist.config.methods import Registered, methods_model
 from mat_dist.config.plugins import load_plugins
 from mat_dist.config.schema import MAX_PEERS, Config, DataConfig, PeerConfig
 from mat_dist.config.tree import (
     ALIASES,
     COMMAND_LINE,
+    OTHER_NAMES,
     SHARED,
     SHORTHANDS,
     Layer,
@@ -175,14 +177,17 @@ def _settings(_: type[Section]) -> dict[str, Setting]:
     return found
 
 
-def canonical(path: tuple[str | int, ...]) -> str:
-    """The key under which `settings` knows a path: `peers.2.threat.eps` and `attack.eps` are both `threat.eps`."""
+def general(path: tuple[str | int, ...]) -> str:
+    """The key of a path, the same for each peer: `peers.2.threat.eps` is `threat.eps`."""
     parts = [str(part) for part in path]
     if len(parts) > 2 and parts[0] == "peers":
         parts = parts[2:] if parts[2] in SHARED else ["peers", PEER, *parts[2:]]
-    if len(parts) == 2 and parts[0] == "attack" and parts[1] in ALIASES:
-        parts[0] = "threat"
     return ".".join(parts)
+
+
+def canonical(path: tuple[str | int, ...]) -> str:
+    """The key under which `settings` knows a path: `peers.2.threat.eps` and `attack.eps` are both `threat.eps`."""
+    return OTHER_NAMES.get(general(path), general(path))
 
 
 def nearest(word: str, known: Any) -> str | None:
@@ -202,7 +207,9 @@ def _section_names(path: tuple[str | int, ...]) -> list[str]:
 
 
 def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) -> ConfigError:
-    """The problem of a key that does not exist, with the nearest one that does."""
+    """The problem of a key that does not exist, with the nearest one that does, or what to do without it."""
+    if (went := WENT.get(canonical(path))) is not None:
+        return ConfigError(f"{node.key} went in version {VERSION}", node.where, went)
     *section, name = path
     names = _section_names(tuple(section))
     prefix = "".join(f"{part}." for part in section)

@@ -22,14 +22,13 @@ from pydantic import ValidationError
 
 from mat_dist.config import rules  # noqa: F401  it registers its rules
 from mat_dist.config.fields import Section
-from mat_dist.config.gone import is_gone, without_gone
-from mat_dist.config.help import canonical, faulty, nearest, problem, settings
+from mat_dist.config.gone import VERSION, lost, unused
+from mat_dist.config.help import canonical, faulty, general, nearest, problem, settings
 from mat_dist.config.plugins import module_name
 from mat_dist.config.presets import fill_peer
 from mat_dist.config.rules import check
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.config.tree import (
-    ALIASES,
     COMMAND_LINE,
     SHARED,
     Layer,
@@ -49,7 +48,7 @@ from mat_dist.config.tree import (
     section_class,
     write,
 )
-from mat_dist.errors import ConfigError
+from mat_dist.errors import CheckpointError, ConfigError
 
 DEFAULT = "digits"
 PRETRAINED = "pretrained"  # init_from: what the network's library publishes; before a source: with a new last layer
@@ -69,9 +68,14 @@ def config_folders() -> list[File]:
     return [package.parent / "configs", File(sys.prefix, share), package.parent / share, File(user, share)]
 
 
-def _run_of(file: File) -> str | None:
-    """The file as in messages, where it holds the settings of a run in the run's folder."""
-    return _display(file) if file.name == "config.yaml" and (file.parent / "environment.json").is_file() else None
+def _of_a_run(tree: Tree, source: str) -> Tree:
+    """The settings of a run without those of an older version that changed nothing. Raises CheckpointError for a run
+    that was trained with settings that went."""
+    went = [f"{node.key}={node.value}" for path, node in tree.items() if lost(general(path), node.value)]
+    if went:
+        raise CheckpointError(f"version {VERSION} no longer has settings of this run: {', '.join(went[:8])}", source,
+                              "use version 0.1 of mat_dist for it")
+    return {path: node for path, node in tree.items() if not unused(general(path), node.value)}
 
 
 def require_plugins(file: File) -> None:
@@ -164,6 +168,8 @@ class _Files:
         if self.count > _MOST_FILES:
             raise ConfigError(f"more than {_MOST_FILES} files", f"{source}, defaults", "name each file once")
         tree = read(str(path), source, self.problems)
+        if path.name == "config.yaml" and (path.parent / "environment.json").is_file():
+            tree = _of_a_run(tree, source)
         bases = {path: node for path, node in tree.items() if path[0] == "defaults"}
         below = Layer({})
         for name in self._bases(bases):
@@ -257,11 +263,12 @@ def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str
 def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
     """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
     found = sorted(filter(None, (_read(item, problems) for item in items)), key=lambda override: override.rank)
-    for alias in ALIASES:
-        for other in found:
-            twin = next((o for o in found if o.path == (*other.path[:-2], "attack", alias)), None)
-            if other.path[-2:] == ("threat", alias) and twin is not None:
-                problems.append(both_names(*(Node(None, COMMAND_LINE, one.key) for one in (twin, other))))
+    given = {one.path: one for one in found}
+    for one in found:
+        other, name = (key.split(".") for key in (general(one.path), canonical(one.path)))
+        twin = given.get((*one.path[:-len(other)], *name))
+        if other != name and twin is not None:
+            problems.append(both_names(*(Node(None, COMMAND_LINE, each.key) for each in (one, twin))))
     return found
 
 
@@ -312,15 +319,14 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source:
         given = normalised(override.tree, [], Config)
         if override.path[0] not in SHARED or override.empty:
             continue
-        paths = [path for path in given if not is_gone(path)]
         free = [peer for peer in peers if ("threat", "norm") not in given or
                 not locate(peer, ("union", "threats"))[0].value]
-        used = any(node.source == COMMAND_LINE and depth == len(path) for path in paths for peer in free
+        used = any(node.source == COMMAND_LINE and depth == len(path) for path in given for peer in free
                    for node, depth in [locate(peer, path)])
-        if paths and not free:
+        if given and not free:
             found.append(ConfigError(f"{override.key} has no effect beside union.threats", f"{COMMAND_LINE}; {source}",
                                      "write union.threats=..., or a configuration without a union"))
-        elif paths and not used:
+        elif given and not used:
             found.append(ConfigError(f"{override.key} has no effect: each peer sets its own",
                                      f"{COMMAND_LINE}; {source}",
                                      f"write peers.{ALL}.{override.key}=... or peers.0.{override.key}=..."))
@@ -397,8 +403,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
             layer = _apply(layer, change, source, problems)
         except ConfigError as refused:
             problems.append(refused)
-    layer = without_gone(_expanded(layer, source), problems, run=_run_of(file))
-    layer, broken = _validated(layer, source, problems)
+    layer, broken = _validated(_expanded(layer, source), source, problems)
     layer = _under_peers(layer)
     # What it sets may stand in another section: attack.eps is threat.eps.
     sound = [one for one in changes if not broken & {path[0] for path in normalised(one.tree, [], Config)}]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_origin
 
 from mat_dist.config.fields import Section
+from mat_dist.config.gone import MOVED
 from mat_dist.config.methods import methods_model
 from mat_dist.config.schema import Config, LossConfig, PeerConfig, ThreatConfig
 from mat_dist.errors import ConfigError
@@ -29,6 +30,8 @@ _IN_ITS_NORM = [("threat", "eps"), ("attack", "step_size")]
 SHORTHANDS = {"model": "name", "threat": "norm", "loss": "preset", "union": "strategy"}
 # These settings of `attack` are other names for settings of `threat`.
 ALIASES = ("eps", "norm")
+# Other name -> setting, those of version 0.1 too.
+OTHER_NAMES = {**{f"attack.{name}": f"threat.{name}" for name in ALIASES}, **MOVED}
 # Sections at the top level that are the defaults of every peer.
 SHARED = tuple(name for name in PeerConfig.model_fields if name in Config.model_fields)
 MAX_BYTES = 1 << 20
@@ -165,18 +168,19 @@ def both_names(alias: Node, setting: Node) -> ConfigError:
 def normalised(tree: Tree, problems: list[ConfigError], model: type[Section]) -> Tree:
     """The sections of the top level (`Config`) or of a peer (`PeerConfig`), without short forms.
 
-    `model: resnet18` becomes `model: {name: resnet18}`, `attack.eps` becomes `threat.eps`, and a section with nothing
-    under its name is left out (all of its settings may be commented out).
+    `model: resnet18` becomes `model: {name: resnet18}`, `attack.eps` becomes `threat.eps`, old names become new ones,
+    and a section with nothing under its name is left out (all of its settings may be commented out).
     """
     tree = {(path[0], SHORTHANDS[str(path[0])]) if len(path) == 1 and path[0] in SHORTHANDS and
             isinstance(node.value, str) else path: node for path, node in tree.items()
             if node.value is not None or not path or not can_be_empty(model, path)}
-    for alias in ALIASES:
-        moved, twice = tree.pop(("attack", alias), None), tree.get(("threat", alias))
-        if moved is not None and twice is not None:
-            problems.append(both_names(moved, twice))
-        elif moved is not None and ("threat",) not in tree:
-            tree["threat", alias] = moved
+    for other, name in OTHER_NAMES.items():
+        moved, path = tree.pop(tuple(other.split(".")), None), tuple(name.split("."))
+        there = [tree[path[:depth]] for depth in range(1, len(path) + 1) if path[:depth] in tree]
+        if moved is not None and there:
+            problems.append(both_names(moved, there[0]))
+        elif moved is not None:
+            tree[path] = moved
     return tree
 
 

@@ -18,7 +18,7 @@ SETTINGS = (
     "--plugin", str(Path(__file__).with_name("slow_net.py")), "model=slow_net", "model.width=0.25", "run.device=cpu",
     "log.console=plain", "log.every=1", "attack.steps=2", "data.train_size=200", "data.val_size=40",
     "data.test_size=40", "train.batch_size=32", "train.epochs=100", f"train.max_steps={STEPS}",
-    "checkpoint.every_steps=5", "eval.every=0", "eval.test=false", "eval.test_steps=2", "eval.chunk=20",
+    "checkpoint.every_steps=5", "eval.every=0", "eval.test_steps=0", "eval.chunk=20",
     f"comm.timeout={TIMEOUT}")
 
 

@@ -112,7 +112,8 @@ def test_a_job_that_loses_a_whole_node_goes_on_when_it_has_two_again(slurm, refe
 
 def test_an_array_of_seeds_and_configurations_ends_in_a_table(slurm, capsys):
     (slurm.root / "slower.yaml").write_text(f"defaults: [{ROOT / 'configs' / 'digits.yaml'}]\noptim:\n  lr: 0.1\n")
-    settings = (*(word for word in SETTINGS if not word.startswith("eval.test=")), "train.max_steps=8")
+    settings = (*(word for word in SETTINGS if not word.startswith("eval.test_")), "eval.test_steps=2",
+                "train.max_steps=8")
     array = slurm.submit("slurm_array.sbatch", "--array=0-3", ranks=1, pause=0.05, settings=(
         "--seeds", "0,7", "--configs", f"configs/digits.yaml,{slurm.root}/slower.yaml", *settings))
     tasks = [Job(slurm, f"{array.id}_{k}", slurm.root / f"{stem}-seed{seed}", slurm.root / f"{array.id}_{k}.log")

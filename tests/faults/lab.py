@@ -27,7 +27,7 @@ LINE = re.compile(r"mat_dist: (?:error: (.*)|(stopped .*))")  # how a launch end
 
 # Two peers on 8 x 8 digits; a step takes some 20 ms.
 WORDS = ("run.device=cpu", "peers=2", "data.train_size=200", "train.batch_size=40", "train.epochs=4", "attack.steps=2",
-         "eval.every=0", "eval.test=false", "eval.size=40", "eval.chunk=20", "eval.steps=2", f"comm.timeout={TIMEOUT}",
+         "eval.every=0", "eval.test_steps=0", "eval.size=40", "eval.chunk=20", "eval.steps=2", f"comm.timeout={TIMEOUT}",
          "log.every=5", "log.console=plain")
 EVALUATED = ("eval.every=1",)
 

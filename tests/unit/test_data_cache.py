@@ -309,7 +309,7 @@ def test_a_signal_while_the_cache_is_built_ends_with_75_and_the_next_start_train
     words = [f"run.root={tmp_path / 'runs'}", "run.name=a", "run.device=cpu", "log.console=off", "peers=2",
              "data.name=folder", f"data.root={settings.root}", "data.residency=mmap", f"data.cache={settings.cache}",
              "model.width=0.25", "attack.steps=1", "train.batch_size=8", "train.epochs=1", "eval.every=0",
-             "eval.test=false"]
+             "eval.test_steps=0"]
     reader = Reader(monkeypatch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train.main(words) == 75
     assert reader.count <= 33, "the main thread may notice it some images later, but in the same chunk"

@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two peers with two threats, attacked by the trainer at the end; the second keeps averaged weights."""
     root = tmp_path_factory.mktemp("runs")
     done = run_small(root, "small", "data.train_size=300", "train.epochs=3", "optim.lr=0.05", "eval.every=1",
-                     "eval.test=true", "eval.test_steps=2", "peers.0.threat=linf", "peers.0.threat.eps=0.1",
+                     "eval.test_steps=2", "peers.0.threat=linf", "peers.0.threat.eps=0.1",
                      "peers.1.threat=l2", "peers.1.threat.eps=1/2", "peers.1.optim.ema_decay=0.5")
     assert done.code == 0
     return done.folder.path
@@ -115,7 +115,7 @@ def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: st
 
 def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tmp_path: Path,
                                                    evaluate: Evaluate) -> None:
-    """Its checkpoints are of format 1, its config.yaml has settings that went; eval.test=false is no 0 steps here."""
+    """Its checkpoints are of format 1, its config.yaml has settings that went; eval.test: false is no 0 steps here."""
     old = Path(shutil.copytree(trained, tmp_path / "old"))
     for directory in old.glob("checkpoints/step_*"):
         as_format_1(directory)

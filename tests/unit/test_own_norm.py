@@ -157,7 +157,7 @@ def test_a_norm_of_the_users_own_goes_from_training_to_the_report(plugin: Path, 
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     plug = ("--plugin", str(plugin))
     words = (*plug, "data.name=npz", f"data.root={images}", "data.train_size=240", "data.test_size=60",
-             "train.epochs=2", "attack.steps=2", "eval.test_steps=3", "eval.test=true", "peers.0.threat.norm=linf",
+             "train.epochs=2", "attack.steps=2", "eval.test_steps=3", "peers.0.threat.norm=linf",
              "peers.0.threat.eps=0.1", "peers.1.threat.norm=red", f"peers.1.threat.eps={EPS}")
     assert check(["run.device=cpu", "peers=2", *words]) == 0
     done = run_small(tmp_path / "runs", "red", *words)

@@ -101,7 +101,7 @@ def test_the_exit_code_of_a_process_is_that_of_its_work_whatever_became_of_its_s
 
 def test_a_training_whose_screen_is_full_ends_well_and_its_files_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Broken(errno.ENOSPC))
-    code = train.main(["peers=1", "loss=at", "attack.steps=1", "train.max_steps=2", "eval.every=0", "eval.test=false",
+    code = train.main(["peers=1", "loss=at", "attack.steps=1", "train.max_steps=2", "eval.every=0", "eval.test_steps=0",
                        f"run.root={tmp_path}", "run.name=one"])
     told = json.loads((tmp_path / "one" / "exit.json").read_text())
     assert (code, told["code"], told["state"]) == (0, 0, "done")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from mat_dist.config import plugins
 from mat_dist.config.methods import attack_methods, presets, strategies
 
 ROOT = Path(__file__).parents[1]
@@ -176,11 +174,6 @@ def test_a_step_fits_one_screen():
     functions = [known[name] for name in reached if isinstance(known[name], ast.FunctionDef)]
     assert {"train_step", "learn", "told_at_vote"} <= reached
     assert sum(node.end_lineno - node.lineno + 1 for node in functions) < MOST_STEP_LINES
-
-
-def test_the_new_places_of_modules_of_version_0_1_exist():
-    for place in plugins._MOVED.values():
-        importlib.import_module(place.partition(":")[0])
 
 
 # ------------------------------------------------------------------------------------------------ all files

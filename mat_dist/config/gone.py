@@ -71,7 +71,7 @@ _VALUES = {"attack.start": "previous", "step.on_nonfinite": "quarantine", "eval.
 
 def unused(key: str, value: Any) -> bool:
     """Whether a run of version 0.1 with this setting did what one without it does here."""
-    return key in _HARMLESS or (key in MOVED or key in WENT) and (value is None or value in _UNUSED.get(key, ()))
+    return key in _HARMLESS or (key in {**MOVED, **WENT} and (value is None or value in _UNUSED.get(key, ())))
 
 
 def lost(key: str, value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,6 @@ from typing import Any
 
 from mat_dist.errors import ConfigError
 
-# Where the modules of version 0.1 are that a plug-in may have used.
-_MOVED = {
-    "threats": "mat_dist.attacks", "losses": "mat_dist.core.losses", "checkpoint": "mat_dist.checkpoints",
-    "streams": "mat_dist.rng", "evaluator": "mat_dist.evaluation", "evaluate": "mat_dist.evaluation",
-    "results": "mat_dist.evaluation", "entry": "mat_dist.cli", "mesh": "mat_dist.distributed",
-    "runfolder": "mat_dist.runs", "telemetry": "mat_dist.runs", "loading": "mat_dist: its function load",
-    "schedules": "mat_dist.core.optim", "step": "mat_dist.core.step", "trainer": "mat_dist.training.trainer",
-}
 _PUBLIC = "mat_dist.models, mat_dist.data, mat_dist.attacks, mat_dist.methods, mat_dist.config and mat_dist.rng"
 
 
@@ -85,8 +76,10 @@ def _run(path: str, data: bytes, name: str) -> None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"--plugin {ascii(path)[1:-1]}" + (f", line {line}" if line else "")
-        what, how = _told(error)
-        raise ConfigError(what, place, how) from error
+        own = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "mat_dist"
+        raise ConfigError(f"the plug-in raised {type(error).__name__}: {error}", place,
+                          f"plug-ins import from {_PUBLIC}" if own else
+                          "correct the file; it must import without error") from error
 
 
 def raised(error: BaseException) -> str:
@@ -96,13 +89,3 @@ def raised(error: BaseException) -> str:
     lines = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename in files]
     return " ".join(f"{type(error).__name__}: {error}".split()) + (lines[-1] if lines else "")
-
-
-def _told(error: BaseException) -> tuple[str, str]:
-    """What a plug-in raised, and how to mend it; of an import of ours that is no more, where it is now."""
-    found = re.match(r"(?:No module named|cannot import name) '(?:mat_dist\.)?(\w+)[\w.]*'", str(error))
-    if isinstance(error, ImportError) and found and (error.name or "").split(".")[0] == "mat_dist":
-        new = _MOVED.get(found[1]) if error.name in ("mat_dist", f"mat_dist.{found[1]}") else None
-        how = f"import it from {new}" if new else f"plug-ins import from {_PUBLIC}"
-        return f"the plug-in imports what this version does not have: {error}", how
-    return f"the plug-in raised {type(error).__name__}: {error}", "correct the file; it must import without error"

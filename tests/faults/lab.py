@@ -26,9 +26,9 @@ TOTAL = 4 * INTERVAL
 LINE = re.compile(r"mat_dist: (?:error: (.*)|(stopped .*))")  # how a launch ended: by an error, or as it was asked to
 
 # Two peers on 8 x 8 digits; a step takes some 20 ms.
-WORDS = ("run.device=cpu", "peers=2", "data.train_size=200", "train.batch_size=40", "train.epochs=4", "attack.steps=2",
-         "eval.every=0", "eval.test_steps=0", "eval.size=40", "eval.chunk=20", "eval.steps=2", f"comm.timeout={TIMEOUT}",
-         "log.every=5", "log.console=plain")
+WORDS = ("run.device=cpu", "peers=2", "data.train_size=200", "train.batch_size=40", "train.epochs=4",
+         "attack.steps=2", "eval.every=0", "eval.test_steps=0", "eval.size=40", "eval.chunk=20", "eval.steps=2",
+         f"comm.timeout={TIMEOUT}", "log.every=5", "log.console=plain")
 EVALUATED = ("eval.every=1",)
 
 

@@ -167,7 +167,7 @@ def test_plugins_run_once_and_their_digest_is_recorded(tmp_path: Path) -> None:
         ("raise SystemExit(0)", "SystemExit", ", line 1"),
         ("x = '\\ud800'\nraise ValueError(1)", "ValueError", ", line 2"),
         (None, "No such file", ""),
-        ("from mat_dist.threats import Threat", "what this version does not have", ", line 1"),
+        ("from mat_dist.threats import Threat", "No module named 'mat_dist.threats'", ", line 1"),
         ("\0", "null bytes", ""),  # a SyntaxError, or a ValueError before Python 3.11.4
     ],
 )
@@ -185,15 +185,13 @@ def test_a_plugin_that_cannot_be_imported_is_a_config_error(
 
 
 @pytest.mark.parametrize(("text", "how"), [
-    ("from mat_dist.threats import Threat", "import it from mat_dist.attacks"),
-    ("import mat_dist.threats.l1", "import it from mat_dist.attacks"),
-    ("from mat_dist import streams", "import it from mat_dist.rng"),
-    ("from mat_dist.loading import load", "import it from mat_dist: its function load"),
+    ("from mat_dist.threats import Threat", "plug-ins import from mat_dist.models, mat_dist.data"),
+    ("from mat_dist import streams", "plug-ins import from mat_dist.models, mat_dist.data"),
     ("import mat_dist.no_such_thing", "plug-ins import from mat_dist.models, mat_dist.data"),
     ("from mat_dist.errors import NoSuchThing", "plug-ins import from mat_dist.models, mat_dist.data"),
     ("from math import threats", "correct the file"),
 ])
-def test_a_plugin_of_an_older_version_is_told_where_things_are_now(text: str, how: str, tmp_path: Path) -> None:
+def test_a_plugin_that_imports_what_is_not_there_is_told_where_to_import_from(text: str, how: str, tmp_path: Path) -> None:
     path = tmp_path / "old.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

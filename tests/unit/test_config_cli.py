@@ -191,7 +191,7 @@ def test_a_plugin_that_cannot_be_imported_is_a_config_error(
     ("from mat_dist.errors import NoSuchThing", "plug-ins import from mat_dist.models, mat_dist.data"),
     ("from math import threats", "correct the file"),
 ])
-def test_a_plugin_that_imports_what_is_not_there_is_told_where_to_import_from(text: str, how: str, tmp_path: Path) -> None:
+def test_a_plugin_that_imports_what_is_not_there_is_told_where_it_is(text: str, how: str, tmp_path: Path) -> None:
     path = tmp_path / "old.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -31,6 +31,8 @@ class Evaluation(Section):
     checkpoints: tuple[Label, ...] = Field(("last",), min_length=1, description="best, last")
     rows: tuple[str, ...] | None = Field(None, description="for these rows alone; default all")
     seeds: tuple[Integer, ...] | None = Field(None, description="for these seeds alone; default all")
+    who: Literal["all", "peers", "first"] = Field("all", description="whom it attacks of a cohort: its peers and their "
+                                                                     "ensemble, the peers, the first of them")
 
     @property
     def arguments(self) -> Arguments:

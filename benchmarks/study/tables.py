@@ -14,6 +14,7 @@ from benchmarks.study.runs import Job, Runner, Trained, failure, training_second
 from benchmarks.study.statistics import paired_difference
 from benchmarks.study.why import why_document
 from mat_dist import checkpoints
+from mat_dist.checkpoints.load import candidates
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.core.graph import CohortGraph
@@ -55,7 +56,7 @@ class Evaluated:
         flags = {target: one.correct for (target, _), one in self.result.images.items()}
         peers = [name for name in self.result.document["names"] if not name.startswith("ensemble")]
         chosen = self.result.document["chosen_on_validation"]
-        members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen else [],
+        members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen in peers else [],
                                           "ensemble": [name for name in flags if name not in peers]}
         return {kind: self._columns([flags[name] for name in names]) for kind, names in members.items() if names}
 
@@ -94,9 +95,13 @@ def evaluate(job: Job, name: str, evaluation: Evaluation, label: Label, runner: 
 
 
 def words(job: Job, evaluation: Evaluation, label: Label) -> tuple[str, ...]:
-    """The words of the command after the run."""
-    targets = "peers" if len(job.config.peers) == 1 else "peers,ensemble"
-    return (*evaluation.settings, f"checkpoint={label}", f"targets={targets}", *job.places)
+    """The words of the command after the run. Whoever may not be the best peer is not attacked: specialists beside a
+    generalist, frozen peers."""
+    peers = candidates(job.config.peers)
+    targets = peers[:1] if evaluation.who == "first" else peers
+    if evaluation.who == "all" and len(peers) > 1:
+        targets = [*targets, "ensemble"]
+    return (*evaluation.settings, f"checkpoint={label}", f"targets={','.join(targets)}", *job.places)
 
 
 def find(job: Job, name: str, evaluation: Evaluation, label: Label) -> Evaluated | None:

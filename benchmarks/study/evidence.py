@@ -14,6 +14,7 @@ from benchmarks.study.plan import Suite, TablePlan, read_evidence
 from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
 from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
 from benchmarks.study.why import explain, write_charts
+from mat_dist.checkpoints.load import candidates
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.runs.console import show_table
@@ -134,9 +135,10 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
 
 def tests(plan: TablePlan, entry: Entry, seed: int) -> float:
     """Passes of an image in the PGD and CW attacks of one run; an ensemble counts as its members."""
-    units = entry.row.peers * (1 if entry.row.peers == 1 else 2)
+    peers = len(candidates(entry.jobs[seed].config.peers))
     total = 0.0
     for one in plan.evaluations.values():
+        units = {"first": 1, "peers": peers, "all": peers if peers == 1 else 2 * peers}[one.who]
         request = one.arguments.request
         attacks = [name for name in request.attacks if name in ("pgd", "cw")]
         if one.applies(entry.name, seed) and attacks and request.images:

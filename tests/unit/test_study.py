@@ -26,7 +26,8 @@ from mat_dist.runs.folder import RunFolder
 from mat_dist.tools.dryrun import training_passes
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("cpu", "cpu_cifar10", "gpu", "gpu_overfit", "gpu_union")
+SUITES = ("cpu", "cpu_cifar10", "overfit", "union", "onestep", "cifar10", "gpu", "gpu_overfit",
+          "gpu_union")
 PLAN = """
 suites:
   cpu:

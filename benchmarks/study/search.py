@@ -15,7 +15,7 @@ from benchmarks.study.plan import SearchSuite, Words, read_search
 from benchmarks.study.runs import Job, Trained, carry_out, head_document, train, write_results
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
-from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, validation_file
+from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, candidates, validation_file
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.results import CLEAN, UNION, read_result
 
@@ -49,7 +49,7 @@ def main(options: Namespace) -> None:
     """
     study = read_search(str(options.file))
     suite = study.suites[chosen([options.suite], list(study.suites), "suite")[0]]
-    found = candidates(suite, options)
+    found = settings_of(suite, options)
     if options.dry_run:
         for one in found:
             print(f"{one.name}: {' '.join(one.point) or '-'}: "
@@ -67,7 +67,7 @@ def main(options: Namespace) -> None:
                             "mend that and start the same command again: finished runs are not repeated")
 
 
-def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
+def settings_of(suite: SearchSuite, options: Namespace) -> list[Candidate]:
     """Every setting with its runs. Names come from the settings: a changed file keeps the runs of the others."""
     found = []
     for title, family in suite.families.items():
@@ -81,7 +81,8 @@ def candidates(suite: SearchSuite, options: Namespace) -> list[Candidate]:
 
 
 def scores(job: Job, weights: str) -> dict[str, float]:
-    """Validation accuracies of the last epoch: of the mean peer and the ensemble under PGD, and clean."""
+    """Validation accuracies of the last epoch: of the mean over the peers that may be the best one (the generalists, where
+    there are some) and of the ensemble under PGD, and clean."""
     step = checkpoints.load_manifest(job.folder).step
     file = validation_file(job.folder, step)
     if not file.is_file():
@@ -91,9 +92,9 @@ def scores(job: Job, weights: str) -> dict[str, float]:
     found = {row.target: row.accuracy for row in rows if row.weights == kept}
     if not found:
         raise NotReportable(f"the run keeps no {kept} weights", str(file), "set optim.ema_decay, or weights: raw")
-    ensemble = found.pop(ENSEMBLE)
-    return {"mean": statistics.fmean(one[UNION] for one in found.values()),
-            "clean": statistics.fmean(one[CLEAN] for one in found.values()), "ensemble": ensemble[UNION]}
+    peers = [found[name] for name in candidates(job.config.peers)]
+    mean = {key: statistics.fmean(one[column] for one in peers) for key, column in (("mean", UNION), ("clean", CLEAN))}
+    return {**mean, "ensemble": found[ENSEMBLE][UNION] if ENSEMBLE in found else mean["mean"]}
 
 
 def candidate_document(one: Candidate, cheapest: int | None, weights: str) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_every_row_of_the_project_can_be_trained(name: str, tmp_path: Path) -> N
     assert [(entry.name, entry.error) for entry in entries if entry.error] == []
     space = str(ROOT / "benchmarks/search.yaml")
     searched = read_search(space).suites
-    found = search.candidates(searched[name], options) if name in searched else []
+    found = search.settings_of(searched[name], options) if name in searched else []
     assert [(one.name, one.error) for one in found if one.error] == []
     assert len({one.name for one in found}) == len(found)
 

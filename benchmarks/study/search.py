@@ -81,8 +81,8 @@ def settings_of(suite: SearchSuite, options: Namespace) -> list[Candidate]:
 
 
 def scores(job: Job, weights: str) -> dict[str, float]:
-    """Validation accuracies of the last epoch: of the mean over the peers that may be the best one (the generalists, where
-    there are some) and of the ensemble under PGD, and clean."""
+    """Validation accuracies of the last epoch, under PGD and clean: of the mean over the peers that may be the best one
+    (the generalists, where there are some), and of the ensemble."""
     step = checkpoints.load_manifest(job.folder).step
     file = validation_file(job.folder, step)
     if not file.is_file():

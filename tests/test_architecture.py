@@ -38,7 +38,6 @@ ROWS = (
     ("api",),
     ("train", "evaluate", "check", "table", "hashes", "__init__"),
     ("__main__",),
-    ("bench",),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units}
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

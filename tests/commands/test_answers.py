@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mat_dist
-from mat_dist import bench, train
+from mat_dist import train
 from mat_dist.attacks import register_norm
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.methods import register_method
@@ -140,8 +140,3 @@ def test_a_run_that_cannot_be_written_says_what_an_evaluation_needs(tmp_path: Pa
     assert evaluate([str(done.folder.path), "attacks=pgd", "steps=1", "checks=0", "images=2", "run.device=cpu"]) == 5
     err = capsys.readouterr().err
     assert "make it writable, or evaluate a copy of it" in err and "run.root" not in err
-
-
-def test_the_benchmarks_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "clone the repository, change into its root, and run python -m benchmarks.speed" in answer(bench.refuse)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+import mat_dist
 from benchmarks.command import Watch
 from benchmarks.record import training_seconds
 from benchmarks.speed import engines, measures, references
@@ -21,7 +22,6 @@ from benchmarks.speed.scale import IMAGENET, NETWORKS, Costs, Point, predictions
 from benchmarks.speed.subject import Limit, PhaseClock, Subject
 from benchmarks.speed.tables import print_result
 from benchmarks.speed.timing import Spread, Timing, both, interleaved, ratio, together
-from mat_dist import bench
 from mat_dist.config import load_config
 from mat_dist.core.state_hash import state_hash
 from mat_dist.distributed.groups import Mesh
@@ -260,16 +260,10 @@ def test_one_file_knows_the_core_and_the_references_know_nothing_of_ours() -> No
 
 def test_the_package_does_without_the_benchmarks() -> None:
     """It neither imports nor installs them."""
-    package = Path(bench.__file__).parent
+    package = Path(mat_dist.__file__).parent
     imports = re.compile(r"^\s*(from|import) benchmarks", re.M)
     assert not [file for file in package.rglob("*.py") if imports.search(file.read_text())]
     assert "include = mat_dist, mat_dist.*\n" in (package.parent / "setup.cfg").read_text()
-
-
-def test_the_old_command_says_where_it_went(capsys: Any) -> None:
-    assert bench.main() == 2
-    error = capsys.readouterr().err
-    assert "python -m benchmarks.speed" in error and error.count("\n") == 1
 
 
 def test_options_may_have_an_equals_sign() -> None:

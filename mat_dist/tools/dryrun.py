@@ -19,11 +19,11 @@ from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
-from mat_dist.config.methods import kept_bytes, methods
+from mat_dist.config.methods import methods
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
-from mat_dist.core.optim import lr_at, optimizer_class
+from mat_dist.core.optim import lr_at
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
 from mat_dist.data.builtin import load_digits
@@ -40,7 +40,6 @@ KNOWN_IMAGES = {  # data set: (shape, classes, training images before the valida
     "digits": ((1, 8, 8), 10, 1437), "fashion_mnist": ((1, 28, 28), 10, 60000), "cifar10": ((3, 32, 32), 10, 50000),
     "cifar100": ((3, 32, 32), 100, 50000), "svhn": ((3, 32, 32), 10, 73257),
 }
-MIB = 1 << 20
 WIDTH = 100
 
 
@@ -130,9 +129,9 @@ def rough(shape: tuple[int, int, int], classes: int) -> Images:
 
 
 def describe_run(config: Config, launch: Launch, device: torch.device, seen: Preview | None = None) -> str:
-    """The resolved settings, placement, plan of each peer, passes, memory and schedule as text; `seen` are its data.
+    """The resolved settings, placement, plan of each peer, passes, bytes that travel and schedule as text.
 
-    Raises EnvironmentFault for a rank count or micro-batches that do not fit.
+    `seen`: its data. Raises EnvironmentFault for a rank count or micro-batches that do not fit.
     """
     place = Placement.place(len(config.peers), launch.world, launch.rank)
     graph = CohortGraph.of(config.peers)
@@ -143,8 +142,8 @@ def describe_run(config: Config, launch: Launch, device: torch.device, seen: Pre
              *(f"  or        {Placement.place(place.peers, world, 0).describe()}"
                for world in place.fitting if world != launch.world),
              f"images      {run.describe_images()}", *(f"  note      {note}" for note in (seen.notes if seen else ()))]
-    return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_memory(run), "",
-                      *_schedule(run)])
+    return "\n".join([*lines, "", *_peers(run), "", *_terms(run), "", *_passes(run), "", *_travel(run), "",
+                      "memory: python -m mat_dist.check measures what a rank needs", "", *_schedule(run)])
 
 
 def training_passes(config: Config, steps: int | None = None) -> tuple[int, int, int] | None:
@@ -199,29 +198,19 @@ class _Run:
     def describe_images(self) -> str:
         data, size, classes = self.config.data, " x ".join(map(str, self.data.shape)), self.data.classes
         if self.seen is None and data.name not in KNOWN_IMAGES:
-            return f"{data.name}: not read; parameters and memory below are for {size} and {classes} classes"
+            return f"{data.name}: not read; parameters below are for {size} and {classes} classes"
         more = f"; {data.generated_share:.0%} of a batch from {data.generated}" if data.generated else ""
         return f"{data.name}: {self.data.train:,} for training, {size}, {classes} classes{more}"
 
     @cached_property
-    def models(self) -> dict[ModelConfig, tuple[int, int]]:
-        """Number of parameters, and bytes of weights and buffers, of each distinct model."""
-        return {model: self._measure(model) for model in {spec.model for spec in self.config.peers}}
-
-    def _measure(self, model: ModelConfig) -> tuple[int, int]:
-        shown, width = rough(self.data.shape, self.data.classes), DTYPES[self.config.step.precision].itemsize
-        with torch.device("meta"):
-            made = build_model(model, shape=shown.shape, classes=shown.classes, mean=shown.mean, std=shown.std)
-        held = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in made.state_dict().values())
-        return parameter_count(made), held
-
-    def state(self, spec: PeerConfig) -> int:
-        """Bytes of a peer's weights and buffers, their average, and the gradient and momentum of its parameters."""
-        parameters, held = self.models[spec.model]
-        if spec.frozen:
-            return held
-        trained = parameters * DTYPES[self.config.step.precision].itemsize
-        return held * (1 + spec.averages) + trained * (1 + optimizer_state(spec))
+    def parameters(self) -> dict[ModelConfig, int]:
+        """Number of parameters of each distinct model."""
+        found, shown = {}, rough(self.data.shape, self.data.classes)
+        for model in {spec.model for spec in self.config.peers}:
+            with torch.device("meta"):
+                found[model] = parameter_count(build_model(model, shape=shown.shape, classes=shown.classes,
+                                                           mean=shown.mean, std=shown.std))
+        return found
 
     def named(self) -> list[tuple[str, PeerConfig, PeerGraph]]:
         """Name, settings and plan of each peer."""
@@ -231,17 +220,11 @@ class _Run:
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def optimizer_state(spec: PeerConfig) -> int:
-    """Tensors of a parameter's size that the optimizer keeps: one for momentum, two for Adam's kind."""
-    name = optimizer_class(spec.optim, "peers").__name__
-    return int(spec.optim.args.get("momentum", 0.9) > 0) if name == "SGD" else 2
-
-
 def _peers(run: _Run) -> list[str]:
     """What each peer is, and what it defends against."""
     table = _table(["peer", "model"], ["parameters"], ["threat", "attack", "loss"])
     for name, spec, _ in run.named():
-        table.add_row(name, spec.model.name, f"{run.models[spec.model][0]:,}", _threats(spec),
+        table.add_row(name, spec.model.name, f"{run.parameters[spec.model]:,}", _threats(spec),
                       f"{spec.attack.method.upper()}-{spec.attack.steps} {spec.attack.loss}", spec.loss.preset)
     return ["peers", *_lines(table)]
 
@@ -288,34 +271,9 @@ def _passes(run: _Run) -> list[str]:
             "  Counted in full: epochs in which peers still learn alone."]
 
 
-def _memory(run: _Run) -> list[str]:
-    """What arithmetic knows of the fullest rank's memory."""
-    width = DTYPES[run.config.step.precision].itemsize
-    states = [run.state(spec) for spec in run.config.peers]
-    ranks = [Placement.place(run.place.peers, run.place.world, rank).local_peers for rank in range(run.place.world)]
-    state = max(sum(states[peer] for peer in local) for local in ranks)
-    rows, shape, local = run.rows // run.config.train.accumulate, run.data.shape, run.place.peers_per_rank
-    graph = run.graph
-    held = len(graph.travelling | {view for peer in range(run.place.peers) for view in graph.crafted(peer)
-                                   if peer in run.place.local_peers})
-    aes = held * rows * math.prod(shape) * width
-    logits = run.place.peers * graph.most_taught * rows * run.data.classes * width
-    table = _table([""], ["MiB"], [""])
-    table.add_row("state", _mib(state), f"weights, gradients, momentum, averaged weights of {_count(local, 'peer')}")
-    table.add_row("AEs", _mib(aes), f"{_count(held, 'view')} of {rows} images")
-    table.add_row("logits", _mib(logits), "that peers teach")
-    remembered = [kept_bytes(run.config, spec, run.data.train or 0, shape) for spec in run.config.peers]
-    kept = max(sum(remembered[peer] for peer in peers) for peers in ranks)
-    if kept:
-        table.add_row("perturbations", _mib(kept), f"of {run.data.train:,} images (methods.warm_start)")
-    table.add_row("sum", _mib(state + aes + logits + kept), "")
-    return [*_travel(run, rows), "", "memory of the fullest rank", *_lines(table),
-            "  Not counted: activations (by far the largest part), the attack's own tensors, data, libraries."]
-
-
-def _travel(run: _Run, rows: int) -> list[str]:
+def _travel(run: _Run) -> list[str]:
     """What each rank sends along the peer axis in a step, and which views never leave their maker."""
-    graph, place, step = run.graph, run.place, run.config.step
+    graph, place, step, rows = run.graph, run.place, run.config.step, run.rows
     who = "each rank sends"
     if place.peer_ranks == 1:
         if place.peers == 1:
@@ -325,8 +283,8 @@ def _travel(run: _Run, rows: int) -> list[str]:
     pixels = math.prod(run.data.shape)
     image = {"full": pixels * width, "fp16": pixels * 2, "int8": pixels + 4}[step.wire]  # int8: and its scale
     taught = place.peers_per_rank * (graph.most_taught + any(graph.guides))
-    aes = run.config.train.accumulate * rows * sent * image
-    logits = run.config.train.accumulate * rows * taught * run.data.classes * width
+    aes = rows * sent * image
+    logits = rows * taught * run.data.classes * width
     lines = [f"travels per step: {who} {aes:,} bytes of AEs",
              f"  ({_count(sent, 'view')}) and {logits:,} bytes of logits"]
     home = {name: [row.threat_of(view).label for view in graph.crafted(row.index) if view not in graph.travelling]
@@ -390,10 +348,6 @@ def _lines(table: Table) -> list[str]:
     with screen.capture() as text:
         screen.print(table)
     return [f"  {row.rstrip()}" for row in text.get().rstrip().splitlines()]
-
-
-def _mib(count: float) -> str:
-    return f"{count / MIB:,.2f}"
 
 
 def _number(count: Fraction | int) -> str:

@@ -302,6 +302,17 @@ def test_what_a_graph_holds_follows_from_few_images(model):
     assert abs(measured.learn.at(32) / held - 1) < 0.02
 
 
+def test_a_frozen_peer_needs_its_weights_alone():
+    config = load_config(None, ["run.device=cpu", "peers=2", "peers.0.loss=ard", "optim.ema_decay=0.9",
+                                "peers.1.frozen=true", "peers.1.init_from=run"])
+    sample = known_sample(config)
+    free = config.peers[1].model_copy(update={"init_from": None})
+    config = config.model_copy(update={"peers": (config.peers[0], free)})
+    student, teacher = (check_model(config, (peer,), sample, torch.device("cpu")).value for peer in (0, 1))
+    assert (teacher.state, teacher.gradients) == (teacher.weights, 0)
+    assert student.state > 2.9 * teacher.weights  # weights, their average, momentum
+
+
 def test_the_need_of_a_rank_is_the_sum_that_a_hand_makes():
     config = load_config(None, ["run.device=cpu", "peers=4", "train.batch_size=40", "eval.chunk=100", "eval.every=1"])
     sample = known_sample(config)  # 64 pixels, 10 classes, 4 bytes each

@@ -193,7 +193,7 @@ def check_model(config: Config, peers: tuple[int, ...], sample: Sample, device: 
                          "the model must take (B, C, H, W) in train and eval mode, and be differentiable") from error
     _check_region(peer, x_BCHW, attacks[-1].result, where)
     weights = sum(t.nbytes for t in model.state_dict().values())
-    state = _total(peer.state())
+    state, gradients = (weights, 0) if spec.frozen else (_total(peer.state()), gradients)
     attack, learn = ((n, len(x_BCHW)) for n in few)
     measured = Measured(weights, gradients, state, _line(learn, [h.total for h in learns]),
                         _line(attack, [h.total for h in attacks]), _line(learn, [h.largest for h in learns]))

@@ -63,7 +63,7 @@ class Run:
         """metrics.jsonl as a data frame: a row for each log step, or with kind="epoch" for each evaluation; columns
         such as `loss/peer0`. Raises EnvironmentFault without pandas."""
         from mat_dist.report.files import read_records
-        from mat_dist.runs.trackers import series
+        from mat_dist.runs.metrics import series
 
         peers = [str(spec.name) for spec in self.config.peers]
         return frame([{"step": one["step"], **series(one, peers)} for one in

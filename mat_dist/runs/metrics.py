@@ -18,7 +18,7 @@ import mmap
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mat_dist.errors import OutputError
+from mat_dist.errors import EnvironmentFault, OutputError
 from mat_dist.runs.console import ConsoleMode, Screen, TableRow, Tally, choose_screen, per_peer, results_table
 from mat_dist.runs.files import reported
 
@@ -37,6 +37,8 @@ SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "rob
                    "ema_robust_acc", "images_per_s", "lr")
 SIDE = 96  # smaller pictures are enlarged by a whole factor to about this many pixels
 _MIB = 1 << 20
+PER_RANK = frozenset({"phases_s", "wait_share"})  # lists with an entry per rank; all others are per peer
+NO_SERIES = frozenset({"step", "attempt"})
 Callbacks = Mapping[str, Callable[[Any], object] | None]  # by event, see Reporter.tell
 
 
@@ -58,6 +60,24 @@ class Picture:
         factor = max(round(SIDE / max(self.clean.shape[1:])), 1)
         levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
         return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+class Tracker:
+    """Where numbers go besides the run folder."""
+
+    name, help = "", ""  # help: what to do where it cannot begin
+
+    def start(self, first_step: int) -> None:
+        """Begin after `first_step` steps: what an earlier attempt sent of later ones does not count."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name."""
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        """Pictures of one evaluation."""
+
+    def close(self) -> None:
+        """Everything is out. May be called without `start`."""
 
 
 class Reporter:
@@ -105,8 +125,9 @@ class Reporter:
         self._screen.close()
 
 
-class JsonlReporter(Reporter):
-    """Writes `metrics.jsonl` and `summary.csv` into the run folder and shows progress on the console.
+class RunReporter(Reporter):
+    """Writes `metrics.jsonl` and `summary.csv` into the run folder, shows progress on the console, and sends the same
+    numbers to trackers; one that fails is left out with a note, and the run goes on.
 
     Both files are appended to, so a resumed run continues them; `attempt` (from 1) tells its records from earlier ones
     of the same step, the highest attempt counts.
@@ -117,11 +138,12 @@ class JsonlReporter(Reporter):
         screen: the rich console to use instead of standard output.
         clock: monotonic seconds.
 
-    Raises OutputError, also from `log` and `epoch`, where the folder cannot be written.
+    Raises OutputError, also from `log` and `epoch`, where the folder cannot be written; from `start` EnvironmentFault
+    for a tracker that cannot begin.
     """
 
-    def __init__(self, folder: Path | str, *, console: ConsoleMode = "auto", attempt: int = 1,
-                 screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path | str, trackers: Sequence[Tracker] = (), *, console: ConsoleMode = "auto",
+                 attempt: int = 1, screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = Path(folder) / "metrics.jsonl"
         self._summary = Path(folder) / "summary.csv"
         drop_partial_line(self._metrics)
@@ -133,28 +155,67 @@ class JsonlReporter(Reporter):
         self._spent, self._spent_s = 0.0, 0.0  # on those of this attempt
         self._peers: tuple[str, ...] = ()
         self._last: dict[str, Any] = {}
+        self.wants_pictures = bool(trackers)
+        self._trackers = list(trackers)
+        self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
 
     def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
               evaluations: Mapping[int, float] | None = None) -> None:
+        for tracker in self._trackers:
+            try:
+                tracker.start(first_step)
+            except Exception as error:  # not logged in, no network, no such project: types of the library's own
+                raise EnvironmentFault(f"{tracker.name} cannot begin: {error}", "log.trackers", tracker.help) from error
         self._total, self._first, self._began = total_steps, first_step, self._clock()
         self._ahead = dict(evaluations or {})
         self._peers = tuple(peers)
         self._screen.start(total_steps, peers, first_step)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        append_text(self._metrics, json_line({"kind": "step", "attempt": self._attempt, **record}))
+        try:
+            append_text(self._metrics, json_line({"kind": "step", "attempt": self._attempt, **record}))
+        finally:
+            self._send(record)
         self._last = {key: record[key] for key in ("loss", "lr", "images_per_s") if key in record}
         elapsed_s = self._clock() - self._began
         self._screen.step(record, eta_seconds(record["step"], self._total, self._first, elapsed_s - self._spent_s,
                                               self._ahead, (self._spent, self._spent_s)))
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        record = {"attempt": self._attempt, **record}
-        append_text(self._metrics, json_line({"kind": "epoch", **record}))
-        append_text(self._summary, summary_rows({**self._last, **record}, self._peers))
+        try:
+            append_text(self._metrics, json_line({"kind": "epoch", "attempt": self._attempt, **record}))
+            append_text(self._summary, summary_rows({**self._last, "attempt": self._attempt, **record}, self._peers))
+        finally:
+            self._send(record)
         self._spent += self._ahead.pop(record["step"], 0.0)
         self._spent_s += record.get("eval_s", 0.0)
         self._screen.epoch(record)
+
+    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
+        self._each(lambda tracker: tracker.pictures(step, group, pictures))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        super().close()
+
+    def _send(self, record: Mapping[str, Any]) -> None:
+        """The numbers of a record to the trackers. That of an epoch repeats the rate of a step's: a point is sent
+        once."""
+        step = record["step"]
+        if step != self._sent[0]:
+            self._sent = (step, set())
+        new = {tag: value for tag, value in series(record, self._peers).items() if tag not in self._sent[1]}
+        self._sent[1].update(new)
+        self._each(lambda tracker: tracker.scalars(step, new))
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of a library that only mirrors: it must not stop the training
+                self._trackers.remove(tracker)
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self.note(f"warning: {tracker.name} gets no more numbers of this attempt: {text}")
 
 
 # ------------------------------------------------------------------------------------------------ files that grow
@@ -225,6 +286,27 @@ def summary_rows(record: Mapping[str, Any], peers: Sequence[str]) -> str:
     columns["peer"] = list(peers)
     csv.writer(text, lineterminator="\n").writerows(zip(*(columns[name] for name in SUMMARY_COLUMNS), strict=True))
     return text.getvalue()
+
+
+def series(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, float]:
+    """The numbers of a record by name: `loss/<peer>`, `transfer/<peer>/<source>`, `phases_s/rank0/attack`, ...
+
+    What is no number (None where nothing was measured) is left out.
+    """
+    return {tag: value for key, content in record.items() if key not in NO_SERIES
+            for tag, value in _numbers(key, content, peers, key in PER_RANK)}
+
+
+def _numbers(tag: str, value: Any, peers: Sequence[str], per_rank: bool) -> Iterator[tuple[str, float]]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield tag, float(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(f"{tag}/{key}", item, peers, per_rank)
+    elif isinstance(value, (list, tuple)):
+        names = [f"rank{index}" for index in range(len(value))] if per_rank else [*peers, "clean"]
+        for index, item in enumerate(value):  # a row of the transfer table ends with the clean accuracy
+            yield from _numbers(f"{tag}/{names[index] if index < len(names) else index}", item, peers, per_rank)
 
 
 # ------------------------------------------------------------------------------------------------ measurements

@@ -11,39 +11,17 @@ import io
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from mat_dist.config.load import flat_settings
 from mat_dist.config.schema import Config, LogConfig, parse_trackers
 from mat_dist.errors import EnvironmentFault
-from mat_dist.runs.console import ConsoleMode
 from mat_dist.runs.files import reported, write_text
-from mat_dist.runs.metrics import Callbacks, JsonlReporter, Picture, Reporter
+from mat_dist.runs.metrics import Callbacks, Picture, Reporter, RunReporter, Tracker
 from mat_dist.runs.session import Run
-
-PER_RANK = frozenset({"phases_s", "wait_share"})  # lists with an entry per rank; all others are per peer
-NO_SERIES = frozenset({"step", "attempt"})
-
-
-class Tracker:
-    """Where numbers go besides the run folder."""
-
-    name, help = "", ""  # help: what to do where it cannot begin
-
-    def start(self, first_step: int) -> None:
-        """Begin after `first_step` steps: what an earlier attempt sent of later ones does not count."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name."""
-
-    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
-        """Pictures of one evaluation."""
-
-    def close(self) -> None:
-        """Everything is out. May be called without `start`."""
 
 
 class TensorBoard(Tracker):
@@ -184,30 +162,6 @@ def require_trackers(settings: LogConfig) -> None:
                                    f"{command}, or leave {package} out") from None
 
 
-def series(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, float]:
-    """The numbers of a record by name: `loss/<peer>`, `transfer/<peer>/<source>`, `phases_s/rank0/attack`, ...
-
-    What is no number (None where nothing was measured) is left out.
-    """
-    return {tag: value for key, content in record.items() if key not in NO_SERIES
-            for tag, value in _numbers(key, content, peers, key in PER_RANK)}
-
-
-def _numbers(tag: str, value: Any, peers: Sequence[str], per_rank: bool) -> Iterator[tuple[str, float]]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield tag, float(value)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _numbers(f"{tag}/{key}", item, peers, per_rank)
-    elif isinstance(value, (list, tuple)):
-        names = [f"rank{index}" for index in range(len(value))] if per_rank else [*peers, "clean"]
-        for index, item in enumerate(value):  # a row of the transfer table ends with the clean accuracy
-            yield from _numbers(f"{tag}/{names[index] if index < len(names) else index}", item, peers, per_rank)
-
-
-# ------------------------------------------------------------------------------------------------ the reporter
-
-
 def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) -> Reporter:
     """The reporter of a rank. Rank 0: files and console, the trackers of the section `log`, and a program's callbacks;
     others: none."""
@@ -217,63 +171,6 @@ def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) 
     folder = run.folder.path
     trackers = [TensorBoard(folder) if name == "tensorboard" else SERVICES[name](folder, told, config)
                 for name, told in parse_trackers(config.log.trackers).items()]
-    found = TrackedReporter(folder, trackers, console=config.log.console, attempt=run.attempt)
+    found = RunReporter(folder, trackers, console=config.log.console, attempt=run.attempt)
     found.callbacks = callbacks or {}
     return found
-
-
-class TrackedReporter(JsonlReporter):
-    """The same numbers to trackers too. One that fails is left out with a note; the run goes on."""
-
-    def __init__(self, folder: Path, trackers: Sequence[Tracker], *, console: ConsoleMode, attempt: int = 1) -> None:
-        super().__init__(folder, console=console, attempt=attempt)
-        self.wants_pictures = bool(trackers)
-        self._trackers = list(trackers)
-        self._sent: tuple[int, set[str]] = (-1, set())  # the newest step, and what was sent of it
-
-    def start(self, total_steps: int, peers: Sequence[str], *, first_step: int = 0,
-              evaluations: Mapping[int, float] | None = None) -> None:
-        """Raises EnvironmentFault for a tracker that cannot begin."""
-        for tracker in self._trackers:
-            try:
-                tracker.start(first_step)
-            except Exception as error:  # not logged in, no network, no such project: types of the library's own
-                raise EnvironmentFault(f"{tracker.name} cannot begin: {error}", "log.trackers", tracker.help) from error
-        super().start(total_steps, peers, first_step=first_step, evaluations=evaluations)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        with self._sending(record):
-            super().log(record)
-
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        with self._sending(record):
-            super().epoch(record)
-
-    def pictures(self, step: int, group: str, pictures: Sequence[Picture]) -> None:
-        self._each(lambda tracker: tracker.pictures(step, group, pictures))
-
-    def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
-        super().close()
-
-    @contextmanager
-    def _sending(self, record: Mapping[str, Any]) -> Iterator[None]:
-        """The record of an epoch repeats the rate of a step's: a point is sent once."""
-        try:
-            yield
-        finally:
-            step = record["step"]
-            if step != self._sent[0]:
-                self._sent = (step, set())
-            new = {tag: value for tag, value in series(record, self._peers).items() if tag not in self._sent[1]}
-            self._sent[1].update(new)
-            self._each(lambda tracker: tracker.scalars(step, new))
-
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                tell(tracker)
-            except Exception as error:  # of a library that only mirrors: it must not stop the training
-                self._trackers.remove(tracker)
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                self.note(f"warning: {tracker.name} gets no more numbers of this attempt: {text}")

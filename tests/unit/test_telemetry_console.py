@@ -21,7 +21,7 @@ from mat_dist.runs.console import (
     results_table,
     show_table,
 )
-from mat_dist.runs.metrics import JsonlReporter, device_memory, eta_seconds, images_per_second
+from mat_dist.runs.metrics import RunReporter, device_memory, eta_seconds, images_per_second
 
 STEP = {"step": 150, "epoch": 5.0, "loss": [1.2341, 1.1979, 1.3], "images_per_s": 3210.4}
 
@@ -76,7 +76,7 @@ def test_evaluations_to_come_count_as_many_steps_until_one_was_timed_and_then_as
 
 def test_the_remaining_time_of_a_run_counts_its_evaluations_and_not_twice(tmp_path):
     clock, screen = Clock(), pipe()
-    out = JsonlReporter(tmp_path, console="plain", screen=screen, clock=clock)
+    out = RunReporter(tmp_path, console="plain", screen=screen, clock=clock)
     out.start(300, ["a"], evaluations={150: 100.0, 300: 200.0})
     clock.now += 15.0  # 150 steps at 0.1 s, and as much time for what counts as 300 more
     out.log({"step": 150})
@@ -107,7 +107,7 @@ def test_many_peers_are_summed_up_on_one_line():
 
 def test_plain_lines_name_the_peers_the_attack_each_threat_and_the_union(tmp_path):
     clock, screen = Clock(), pipe()
-    out = JsonlReporter(tmp_path, console="plain", screen=screen, clock=clock)
+    out = RunReporter(tmp_path, console="plain", screen=screen, clock=clock)
     out.start(300, ["a", "b", "c"], first_step=100)
     clock.now += 14.0  # 50 steps in 14 s: 150 steps take 42 s
     out.log({**STEP, "lr": [0.1, 0.1, 0.01]})
@@ -229,7 +229,7 @@ def test_closing_the_live_screen_gives_the_cursor_back_and_may_be_repeated():
 
 
 def test_off_prints_nothing(tmp_path, capsys):
-    out = JsonlReporter(tmp_path, console="off")
+    out = RunReporter(tmp_path, console="off")
     out.start(300, ["a", "b", "c"])
     out.log(STEP)
     out.note("text")
@@ -242,7 +242,7 @@ def test_results_go_to_a_pipe_wide_and_without_ansi_codes(tmp_path, monkeypatch,
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
     name = "a-peer-with-a-name-of-32-letters"
-    out = JsonlReporter(tmp_path, console="plain")
+    out = RunReporter(tmp_path, console="plain")
     out.start(1, [name])
     out.table([result(name), result("ensemble", weights="raw", checkpoint="last", robust_acc=None)])
     text = capsys.readouterr().out

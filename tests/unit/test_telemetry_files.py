@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from mat_dist.errors import OutputError
 from mat_dist.runs import metrics
 from mat_dist.runs.console import per_peer
-from mat_dist.runs.metrics import JsonlReporter, Reporter
+from mat_dist.runs.metrics import Reporter, RunReporter
 from mat_dist.runs.session import close_logger, rank_logger
 
 EPOCH = {"epoch": 1, "step": 12, "loss": [1.5, math.nan], "clean_acc": [0.5, 0.25], "robust_acc": [0.4, None],
          "images_per_s": 100.0, "lr": 0.1}
 
 
-def reporter(folder: Path, attempt: int = 1) -> JsonlReporter:
-    made = JsonlReporter(folder, console="off", attempt=attempt)
+def reporter(folder: Path, attempt: int = 1) -> RunReporter:
+    made = RunReporter(folder, console="off", attempt=attempt)
     made.start(100, ["a", "b"])
     return made
 
@@ -124,7 +124,7 @@ def test_only_the_text_after_the_last_line_end_is_cut(tmp_path, before, after):
 def test_a_summary_with_other_columns_is_refused(tmp_path):
     (tmp_path / "summary.csv").write_text("epoch,peer\n1,a\n")
     with pytest.raises(OutputError, match=r"another version.*summary\.csv.*run\.name"):
-        JsonlReporter(tmp_path, console="off")
+        RunReporter(tmp_path, console="off")
     assert (tmp_path / "summary.csv").read_text() == "epoch,peer\n1,a\n"
 
 
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
 
 def test_a_missing_folder_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"summary\.csv"):
-        JsonlReporter(tmp_path / "absent", console="off")
+        RunReporter(tmp_path / "absent", console="off")
 
 
 def test_a_wrong_number_of_peers_is_refused():

@@ -24,8 +24,9 @@ from mat_dist.errors import OutputError
 from mat_dist.evaluation.attacks import AttackPlan, Job
 from mat_dist.evaluation.during_training import Evaluations, gallery
 from mat_dist.evaluation.survivors import Survivors
-from mat_dist.runs.metrics import JsonlReporter, Picture
-from mat_dist.runs.trackers import SERVICES, TrackedReporter, require_trackers, series
+from mat_dist.runs import metrics
+from mat_dist.runs.metrics import Picture, RunReporter, series
+from mat_dist.runs.trackers import SERVICES, require_trackers
 from mat_dist.tools.check.__main__ import main as check
 from mat_dist.training import trainer
 from tests.small_runs import SMALL, interrupted, run_small
@@ -93,7 +94,7 @@ class Heard:
 
 def test_trackers_hear_what_the_files_get_and_no_point_twice(tmp_path: Path) -> None:
     heard = Heard()
-    out = TrackedReporter(tmp_path, [heard], console="off")
+    out = RunReporter(tmp_path, [heard], console="off")
     out.start(10, PEERS, first_step=4)
     out.log({"step": 5, "epoch": 0.5, "lr": [0.1, 0.2], "loss": [1.0, 2.0]})
     out.epoch({"step": 5, "epoch": 0.5, "lr": [0.1, 0.2], "robust_acc": [0.3, 0.4]})
@@ -110,7 +111,7 @@ def test_trackers_hear_what_the_files_get_and_no_point_twice(tmp_path: Path) -> 
 @pytest.mark.parametrize("verb", ["scalars", "pictures", "close"])
 def test_a_tracker_that_fails_is_left_out_with_a_note_and_the_others_go_on(verb: str, tmp_path: Path) -> None:
     bad, good, notes = Heard(verb), Heard(), list[str]()
-    out = TrackedReporter(tmp_path, [bad, good], console="off")
+    out = RunReporter(tmp_path, [bad, good], console="off")
     out.note = notes.append  # type: ignore[method-assign]
     out.start(10, PEERS)
     for step in (1, 2):
@@ -123,13 +124,13 @@ def test_a_tracker_that_fails_is_left_out_with_a_note_and_the_others_go_on(verb:
 
 def test_a_full_disk_does_not_keep_numbers_from_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
-    out = TrackedReporter(tmp_path, [heard], console="off")
+    out = RunReporter(tmp_path, [heard], console="off")
     out.start(10, PEERS)
 
     def full(*_: Any) -> None:
         raise OutputError("no space", "here", "free some")
 
-    monkeypatch.setattr(JsonlReporter, "log", full)
+    monkeypatch.setattr(metrics, "append_text", full)
     with pytest.raises(OutputError):
         out.log({"step": 1, "loss": [1.0, 2.0]})
     assert heard.calls[-1] == ("scalars", 1, {"loss/a": 1.0, "loss/b": 2.0})
@@ -272,7 +273,7 @@ def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path)
 
 def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
     notes: list[str] = []
-    reporter = TrackedReporter(tmp_path, [Heard()], console="off")
+    reporter = RunReporter(tmp_path, [Heard()], console="off")
     reporter.note = notes.append  # type: ignore[method-assign]
     nothing: Any = types.SimpleNamespace(step=3, log=logging.getLogger("nowhere"))
     Evaluations(nothing, nothing, nothing, nothing, nothing, reporter).show_gallery("test", nothing, nothing,
@@ -417,7 +418,7 @@ def test_a_service_hears_no_step_again_that_an_earlier_attempt_has_passed(
     monkeypatch.setitem(sys.modules, package, fake)
     for attempt, steps in enumerate((range(1, 6), range(4, 8), range(6, 9)), 1):
         service = SERVICES[package](tmp_path, "robustness", config)
-        out = TrackedReporter(tmp_path, [service], console="off", attempt=attempt)
+        out = RunReporter(tmp_path, [service], console="off", attempt=attempt)
         out.start(8, PEERS, first_step=steps[0] - 1)
         for step in steps:
             out.log({"step": step, "loss": [float(step), 2.0]})
@@ -444,7 +445,7 @@ def test_a_service_that_is_asked_for_later_gets_all_that_is_trained_from_then_on
     monkeypatch.setitem(sys.modules, "trackio", fake)
     (tmp_path / "metrics.jsonl").write_text('{"kind":"step","attempt":1,"step":9,"loss":[1.0,2.0]}\n')
     service = SERVICES["trackio"](tmp_path, "robustness", load_config(None, []))
-    out = TrackedReporter(tmp_path, [service], console="off", attempt=2)
+    out = RunReporter(tmp_path, [service], console="off", attempt=2)
     out.start(10, PEERS, first_step=4)
     out.log({"step": 5, "loss": [1.0, 2.0]})
     assert [row[:2] for row in fake.rows] == [("loss/a", 5), ("loss/b", 5)]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
@@ -27,10 +27,10 @@ from mat_dist.evaluation.chunks import chosen_images, pixels
 from mat_dist.evaluation.results import CLEAN, UNION, Answers
 from mat_dist.evaluation.targets import test_steps, threats_of
 from mat_dist.runs.console import duration
+from mat_dist.runs.metrics import to_see
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEPS = (1, 2, 5, 10, 20, 50)
-PICTURE_SIDE = 96  # smaller images are enlarged by a whole factor to about this many pixels
 SURFACE_IMAGES = 16
 SURFACE_PLACES = 21
 Say = Callable[[str], None]
@@ -275,14 +275,6 @@ def _examples(victims: Victims) -> list[Example]:
 
 
 def png(image_CHW: Tensor) -> bytes:
-    """A PNG of an image in [0, 1]: grey for one channel, colours for three, the mean of any other number."""
-    levels = (image_CHW.detach().to("cpu", torch.float32).clamp(0, 1) * 255).round().to(torch.uint8)
-    if len(levels) == 3:
-        picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
-    else:
-        picture = Image.fromarray(levels.float().mean(0).round().to(torch.uint8).numpy())
-    factor = max(round(PICTURE_SIDE / max(picture.size)), 1)
-    stream = io.BytesIO()
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(
-        stream, "PNG", optimize=True)
+    """A PNG of an image in [0, 1], as `to_see`."""
+    to_pil_image(to_see(image_CHW)).save(stream := io.BytesIO(), "PNG", optimize=True)
     return stream.getvalue()

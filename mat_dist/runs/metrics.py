@@ -52,14 +52,19 @@ class Picture:
     caption: str
 
     def side_by_side(self) -> Tensor:
-        """The three in a row -> uint8 (3, H, 3 W), enlarged; all but three channels: their mean, in grey."""
-        row = torch.cat([self.clean, self.perturbation, self.adversarial], dim=2)
-        image_CHW = row.detach().to("cpu", torch.float32)
-        if len(image_CHW) != 3:
-            image_CHW = image_CHW.mean(0, keepdim=True).expand(3, -1, -1)
-        factor = max(round(SIDE / max(self.clean.shape[1:])), 1)
-        levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        """The three in a row -> uint8 (3, H, 3 W), as `to_see`."""
+        row = [to_see(one) for one in (self.clean, self.perturbation, self.adversarial)]
+        return torch.cat(row, dim=2).expand(3, -1, -1)
+
+
+def to_see(image_CHW: Tensor) -> Tensor:
+    """An image in [0, 1] -> uint8 (3 or 1, H, W) on the CPU, enlarged; all but three channels: their mean, in grey."""
+    image_CHW = image_CHW.detach().to("cpu", torch.float32)
+    if len(image_CHW) != 3:
+        image_CHW = image_CHW.mean(0, keepdim=True)
+    factor = max(round(SIDE / max(image_CHW.shape[1:])), 1)
+    levels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
 class Tracker:

@@ -27,7 +27,7 @@ from mat_dist.evaluation.attacks import Target
 from mat_dist.evaluation.chunks import Work, pixels, run_chunks
 from mat_dist.evaluation.command import as_table, asked_images, attacks_table, check_package
 from mat_dist.evaluation.results import FORMAT, Result, as_result
-from mat_dist.evaluation.survivors import Chunks, Survivors, about_job, document_of, gather, image_rows
+from mat_dist.evaluation.survivors import Chunks, about_job, document_of, image_rows
 from mat_dist.evaluation.targets import make_job
 from mat_dist.models.registry import try_images
 from mat_dist.runs.console import choose_screen, show_table
@@ -46,7 +46,6 @@ class Results:
     its tables."""
 
     chunks: Chunks
-    survivors: Sequence[Survivors]
     result: Result
 
     @property
@@ -66,7 +65,7 @@ class Results:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        for table in (attacks_table(self.survivors), as_table("Accuracy under all attacks", self.survivors)):
+        for table in (attacks_table(self.result.targets), as_table("Accuracy under all attacks", self.result.targets)):
             show_table(table, Console(file=text))
         return text.getvalue()
 
@@ -119,11 +118,10 @@ def evaluate(model: nn.Module, images: Tensor | str | Iterable[Any], labels: Ten
             with closing(choose_screen("auto")) as screen:
                 screen.start(0, (), 0)
                 chunks = run_chunks(work, Mesh(Placement.place(1, 1, 0), device), StopFlag(), screen)
-    found = gather({RAW: chunks})
     about = about_job(job, config.eval.chunk) | {
         "format": FORMAT, "run": name, "step": 0, "split": request.split if data else "given", "files": {},
         "device": device_name(device), "versions": versions(), "config": config.model_dump(mode="json")}
-    return Results(chunks, found, as_result(document_of(about, {RAW: chunks}, found, checked=True)))
+    return Results(chunks, as_result(document_of(about, {RAW: chunks}, checked=True)))
 
 
 def _given(images: Any, labels: Any, config: Config, split: str) -> tuple[ImageSet, Any]:

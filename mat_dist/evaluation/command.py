@@ -26,19 +26,11 @@ from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
 from mat_dist.evaluation.foreign import unconfirmed
-from mat_dist.evaluation.results import HEADLINE, Verdict, accuracies
+from mat_dist.evaluation.results import HEADLINE, TargetResult, Verdict, accuracies, as_result
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
-from mat_dist.evaluation.survivors import (
-    VOLATILE,
-    Chunks,
-    Survivors,
-    about_job,
-    about_run,
-    gather,
-    share,
-    write_result,
-)
+from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.survivors import VOLATILE, Chunks, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
 from mat_dist.runs.console import choose_screen, new_table, show_table
 from mat_dist.runs.folder import RunFolder
@@ -171,8 +163,9 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
     about = evaluation.about
     all_weights = {about["weights"]: chunks}
-    path = write_result(folder.eval, evaluation.name, about, all_weights, checked=True, training=evaluation.training)
-    found = gather(all_weights, evaluation.training)
+    document = document_of(about, all_weights, checked=True, training=evaluation.training)
+    path = write_result(folder.eval, evaluation.name, document, image_rows(all_weights))
+    found = as_result(document).targets
     names = [f"{name}-{about['plans'][name]['steps']}" if name in about["plans"] else name for name in about["attacks"]]
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
              f"attack and under {', '.join(names)} [95 % interval]")
@@ -180,13 +173,13 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     if about.get("sources"):
         show_table(sources_table(found))
     show_table(as_table(title.replace("[", r"\["), found))
-    for reason in dict.fromkeys(f"{v.check}: {v.found}" for one in found for v in one.failed if v.check in HEADLINE):
+    for reason in dict.fromkeys(f"{v.check}: {v.found}" for one in found for v in one.bad if v.check in HEADLINE):
         tell(f"not reportable, {reason}")
     if len(candidates(evaluation.work.config.peers)) > 1:
         tell(f"peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     tell(str(path))
     return str(path), [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"
-                       for one in found for v in one.failed if v.check not in HEADLINE]
+                       for one in found for v in one.bad if v.check not in HEADLINE]
 
 
 @contextmanager
@@ -210,38 +203,37 @@ def _logged(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def as_table(title: str, found: Sequence[Survivors]) -> Table:
+def as_table(title: str, found: Sequence[TargetResult]) -> Table:
     """A row per target: per cent with half the 95 % interval, worst over attacks; whether it may be reported."""
-    shown = accuracies(found[0].held)
+    shown = accuracies(found[0].attacks)
     table = new_table(title, ("target", "weights"), (*(f"{name} %" for name in shown), "n"))
     table.add_column("reportable", overflow="fold", min_width=len("reportable"))
     for one in found:
-        row = one.summary()
-        cells = [f"{100 * row['accuracy'][name]:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]"
-                 for name in shown for low, high in [row["interval_95"][name]]]
-        failed = ", ".join(dict.fromkeys(v.check for v in one.failed))
-        table.add_row(one.target, one.weights, *cells, str(row["n"]),
-                      f"NO: {failed}" if failed else "yes" if one.reportable else "not checked")
+        cells = [f"{100 * one.accuracy[name]:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+                 for name in shown for low, high in [wilson_interval(one.accuracy[name], one.n)]]
+        failed = ", ".join(dict.fromkeys(v.check for v in one.bad))
+        table.add_row(one.target, one.weights, *cells, str(one.n),
+                      f"NO: {failed}" if failed else "yes" if one.checks else "not checked")
     return table
 
 
-def attacks_table(found: Sequence[Survivors]) -> Table:
+def attacks_table(found: Sequence[TargetResult]) -> Table:
     """A row per target and threat: per cent that withstand each attack alone."""
-    names = list(dict.fromkeys(name for one in found for held in one.held.values() for name in held
+    names = list(dict.fromkeys(name for one in found for shares in one.attacks.values() for name in shares
                                if not name.startswith(FROM)))
     table = new_table("Accuracy under each attack alone, %", ("target", "threat"), names)
     for one in found:
-        for threat, held in one.held.items():
-            table.add_row(one.target, threat, *(f"{100 * share(held[name]):.2f}" if name in held else "-"
+        for threat, shares in one.attacks.items():
+            table.add_row(one.target, threat, *(f"{100 * shares[name]:.2f}" if name in shares else "-"
                                                 for name in names))
     return table
 
 
-def sources_table(found: Sequence[Survivors]) -> Table:
+def sources_table(found: Sequence[TargetResult]) -> Table:
     """A row per other checkpoint and threat: per cent of each target that withstand that one's AEs."""
     table = new_table("Accuracy on AEs of other checkpoints, %", ("source", "threat"), (one.target for one in found))
-    for threat, held in found[0].held.items():
-        for name in held:
+    for threat, shares in found[0].attacks.items():
+        for name in shares:
             if name.startswith(FROM):
-                table.add_row(name, threat, *(f"{100 * share(one.held[threat][name]):.2f}" for one in found))
+                table.add_row(name, threat, *(f"{100 * one.attacks[threat][name]:.2f}" for one in found))
     return table

@@ -21,8 +21,8 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks
-from mat_dist.evaluation.results import CLEAN, UNION
-from mat_dist.evaluation.survivors import Found, Survivors, about_job, about_run, gather, write_result
+from mat_dist.evaluation.results import CLEAN, UNION, TargetResult, as_result
+from mat_dist.evaluation.survivors import Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.console import TableRow
 from mat_dist.runs.metrics import Reporter
@@ -81,12 +81,13 @@ class Evaluations:
         own: list[float | None] = []
         record: dict[str, Any] = {}
         if self.mesh.placement.is_lead:
-            survivors = gather(found)
+            document = document_of(self.about(manifest, job, step_name(done), "val"), found, checked=False)
+            targets = as_result(document).targets
             record = {**progress, "eval_s": perf_counter() - began, "attack": attack_name(job),
-                      **validation_record(survivors)}
-            agree.run("records", self._record_validation, manifest, job, found, survivors, record)
-            self.show_gallery("validation", manifest, self.data.val, job, survivors)
-            own = own_robust(survivors, self.config.peers)
+                      **validation_record(targets)}
+            agree.run("records", self._record_validation, manifest, document, targets, record)
+            self.show_gallery("validation", manifest, self.data.val, job, targets)
+            own = own_robust(targets, self.config.peers)
         self.run.outlives(agree, "records", f"no result of the evaluation after step {done}", self.note)
         self.reporter.tell("evaluation", {"split": "val", **record})
         told: list[float | None] = self.mesh.from_lead(own)
@@ -115,14 +116,15 @@ class Evaluations:
                 continue
             if self.mesh.placement.is_lead:
                 self.run.check_owner()
-                survivors = gather(found)
+                document = document_of(self.about(manifest, job, names[0], "test"), found, checked=False)
+                targets = as_result(document).targets
                 for label in names:
-                    write_result(self.run.folder.eval, f"test_{label}_{name}",
-                                 self.about(manifest, job, label, "test"), found, checked=False)
-                    self.show_gallery(f"test_{label}", manifest, self.data.test, job, survivors)
-                rows += table_rows(", ".join(names), survivors, attack_name(job))
+                    write_result(self.run.folder.eval, f"test_{label}_{name}", {**document, "checkpoint": label},
+                                 image_rows(found))
+                    self.show_gallery(f"test_{label}", manifest, self.data.test, job, targets)
+                rows += table_rows(", ".join(names), targets, attack_name(job))
                 self.reporter.tell("evaluation", {"split": "test", "step": manifest.step, "checkpoint": names,
-                                                  **validation_record(survivors)})
+                                                  **validation_record(targets)})
         if rows:
             self.reporter.table(rows)
         if damaged is not None:
@@ -175,59 +177,57 @@ class Evaluations:
         self.reporter.note(text)
 
     def show_gallery(self, group: str, manifest: Manifest, data: ImageSet, job: Job,
-                     survivors: Sequence[Survivors]) -> None:
+                     targets: Sequence[TargetResult]) -> None:
         """Send pictures of a checkpoint's AEs where they are wanted. What goes wrong is a note, not an error."""
         if not self.reporter.wants_pictures:
             return
         try:
-            weights = survivors[-1].weights  # averaged ones come last
-            found = gallery(self.opened(manifest, weights), data, job, survivors, self.mesh.device)
+            weights = targets[-1].weights  # averaged ones come last
+            found = gallery(self.opened(manifest, weights), data, job, targets, self.mesh.device)
         except Exception as error:  # an extra of rank 0 alone: the other ranks would wait for it in vain
             self.note(f"warning: no pictures of step {manifest.step}: {type(error).__name__}: {error}")
             return
         self.reporter.pictures(manifest.step, f"gallery_{group}", found)
 
-    def _record_validation(self, manifest: Manifest, job: Job, found: Found, survivors: Sequence[Survivors],
+    def _record_validation(self, manifest: Manifest, document: Mapping[str, Any], targets: Sequence[TargetResult],
                            record: Mapping[str, Any]) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
         self.run.check_owner()
-        folder, score, step = self.run.folder, selection_score(survivors, self.config.peers), manifest.step
+        folder, score, step = self.run.folder, selection_score(targets, self.config.peers), manifest.step
         best = read_best(folder)
         if best is None or score > best.score:
             mark_best(folder, step, score)
         else:
             step, score = best.step, best.score
         self.reporter.epoch({**record, "best": {"step": step, "score": score}})
-        about = self.about(manifest, job, step_name(manifest.step), "val")
-        write_result(folder.eval, validation_file(folder, manifest.step).stem, about, found, checked=False,
-                     images=False)
+        write_result(folder.eval, validation_file(folder, manifest.step).stem, document)
 
 
-def selection_score(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> float:
+def selection_score(targets: Sequence[TargetResult], specs: Sequence[PeerConfig]) -> float:
     """What `best` maximises on the validation split: mean robust accuracy of the `candidates`, with averaged weights
     where they are kept."""
     names = candidates(specs)
-    peers = [one for one in survivors if one.target in names]
+    peers = [one for one in targets if one.target in names]
     chosen = [one for one in peers if one.weights == EMA] or peers
     return sum(one.accuracy[UNION] for one in chosen) / len(chosen)
 
 
-def validation_record(survivors: Sequence[Survivors]) -> dict[str, Any]:
+def validation_record(targets: Sequence[TargetResult]) -> dict[str, Any]:
     """Accuracies of the peers and the ensemble, with raw and with averaged weights (None where none are kept).
 
     `threat_acc` is under each threat by itself, `robust_acc` under all of them: their union where there are several.
     """
     record: dict[str, Any] = {}
     for prefix, weights in (("", RAW), ("ema_", EMA)):
-        peers = {one.target: one.accuracy for one in survivors if one.weights == weights}
+        peers = {one.target: one.accuracy for one in targets if one.weights == weights}
         ensemble = peers.pop(ENSEMBLE, None)
         record[f"{prefix}clean_acc"] = [shares[CLEAN] for shares in peers.values()] or None
         record[f"{prefix}robust_acc"] = [shares[UNION] for shares in peers.values()] or None
         record[f"{prefix}threat_acc"] = {threat: [shares[threat] for shares in peers.values()]
-                                         for threat in survivors[0].held} if peers else None
+                                         for threat in targets[0].attacks} if peers else None
         if ensemble:
             record[f"{prefix}ensemble"] = {"clean_acc": ensemble[CLEAN], "robust_acc": ensemble[UNION],
-                                           "threat_acc": {threat: ensemble[threat] for threat in survivors[0].held}}
+                                           "threat_acc": {threat: ensemble[threat] for threat in targets[0].attacks}}
     return record
 
 
@@ -236,29 +236,29 @@ def attack_name(job: Job) -> str:
     return f"PGD-{job.plans['pgd'].steps}" if job.plans else job.attacks[0]
 
 
-def own_robust(survivors: Sequence[Survivors], specs: Sequence[PeerConfig]) -> list[float | None]:
+def own_robust(targets: Sequence[TargetResult], specs: Sequence[PeerConfig]) -> list[float | None]:
     """Each peer's accuracy against its own threat, with raw weights, in [0, 1]; None for one that does not train."""
-    found = {one.target: one.accuracy for one in survivors if one.weights == RAW}
+    found = {one.target: one.accuracy for one in targets if one.weights == RAW}
     return [None if spec.frozen else found[str(spec.name)][Threat(spec.threat.norm, spec.threat.eps).label]
             for spec in specs]
 
 
-def table_rows(checkpoint: str, survivors: Sequence[Survivors], attack: str) -> list[TableRow]:
+def table_rows(checkpoint: str, targets: Sequence[TargetResult], attack: str) -> list[TableRow]:
     """Rows of the final table for one checkpoint (`best` or `last`)."""
     return [TableRow(target=one.target, weights="EMA" if one.weights == EMA else "raw", checkpoint=checkpoint,
-                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], attack=attack, images=len(one.clean_N),
-                     threat_acc={threat: shares[threat] for threat in one.held})
-            for one in survivors for shares in [one.accuracy]]
+                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], attack=attack, images=one.n,
+                     threat_acc={threat: shares[threat] for threat in one.attacks})
+            for one in targets for shares in [one.accuracy]]
 
 
-def gallery(run: FinishedRun, data: ImageSet, job: Job, survivors: Sequence[Survivors],
+def gallery(run: FinishedRun, data: ImageSet, job: Job, targets: Sequence[TargetResult],
             device: torch.device) -> list[Picture]:
     """Of the first images of a split: up to half whose AE fools the most robust peer, then others, in their order.
 
     Perturbations are scaled: 0 is grey, the largest pixel of each is white or black.
     """
     trained = {str(spec.name): spec for spec in run.config.peers if not spec.frozen}
-    best = max((one for one in survivors if one.weights == run.weights and one.target in trained),
+    best = max((one for one in targets if one.weights == run.weights and one.target in trained),
                key=lambda one: one.accuracy[UNION]).target
     model, threat = run.peer(best, device), trained[best].threat
     x_BCHW, y_B = pixels(data, torch.arange(min(LOOKED_AT, len(data))), device, run.config)

@@ -72,12 +72,17 @@ class TargetResult:
     checks: tuple[Verdict, ...] | None = None
 
     @property
+    def bad(self) -> list[Verdict]:
+        """The checks that failed."""
+        return [check for check in self.checks or () if not check.passed]
+
+    @property
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that failed, or UNCHECKED; the numbers must not be reported then."""
         few = (FEW,) if self.n < FEWEST_IMAGES else ()  # files of version 0.1, and of a training, do not say it
         if self.checks == ():  # a training's own evaluations have no checks at all
             return (UNCHECKED, *few)
-        return tuple(dict.fromkeys((*(check.check for check in self.checks or () if not check.passed), *few)))
+        return tuple(dict.fromkeys((*(check.check for check in self.bad), *few)))
 
 
 def is_peer(target: str) -> bool:
@@ -139,9 +144,8 @@ class Result:
     @property
     def sound(self) -> bool:
         """Whether there were soundness checks, and all were passed; a headline needs more."""
-        checks = [check for one in self.targets for check in one.checks or ()]
-        failed = {check.check for check in checks if not check.passed}
-        made = any(check.check not in HEADLINE for check in checks)
+        failed = {check.check for one in self.targets for check in one.bad}
+        made = any(check.check not in HEADLINE for one in self.targets for check in one.checks or ())
         return bool(self.reportable) or (self.reportable is False and made and failed <= {*HEADLINE})
 
     @property

@@ -6,8 +6,8 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import reduce
 from operator import getitem
@@ -33,92 +33,50 @@ Chunks = Sequence[Mapping[str, Any]]  # what mat_dist/evaluation/chunks.py tells
 Found = Mapping[str, Chunks]  # weights -> chunks; empty on all ranks but the first
 
 
-@dataclass(frozen=True)
-class Survivors:
-    """What one target did on every image.
-
-    Attributes:
-        target, weights: its name; `raw` or `ema`.
-        clean_N: correct without an attack (bool).
-        held: label of a threat -> attack -> correct under it (bool (N,)).
-        verdicts: of the soundness checks.
-        rounded: label of a threat -> correct on the saved AEs after rounding to bytes (bool (N,)); empty where none
-            were saved.
-    """
-
-    target: str
-    weights: str
-    clean_N: Tensor
-    held: Mapping[str, Mapping[str, Tensor]]
-    verdicts: Sequence[Verdict] = ()
-    rounded: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def worst(self, threat: str) -> Tensor:
-        """Correct without an attack and under all attacks of one threat -> bool (N,)."""
-        return torch.stack([self.clean_N, *self.held[threat].values()]).all(0)
-
-    @property
-    def accuracy(self) -> dict[str, float]:
-        """Shares in [0, 1]: clean, under each threat, and under all threats, image by image."""
-        worst = {threat: self.worst(threat) for threat in self.held}
-        union_N = torch.stack([self.clean_N, *worst.values()]).all(0)
-        return {name: share(flags_N) for name, flags_N in {CLEAN: self.clean_N, **worst, UNION: union_N}.items()}
-
-    @property
-    def failed(self) -> list[Verdict]:
-        """The checks that were not passed."""
-        return [v for v in self.verdicts if not v.passed]
-
-    @property
-    def reportable(self) -> bool:
-        """Whether there were checks, and all were passed."""
-        return bool(self.verdicts) and not self.failed
-
-    def summary(self) -> dict[str, Any]:
-        """The entry of `targets`, but for the checks."""
-        n, shares = len(self.clean_N), self.accuracy
-        return {"target": self.target, "weights": self.weights, "n": n, "accuracy": shares,
-                "interval_95": {name: wilson_interval(value, n) for name, value in shares.items()},
-                "attacks": {threat: {name: share(flags_N & self.clean_N) for name, flags_N in attacks.items()}
-                            for threat, attacks in self.held.items()},
-                **({"accuracy_uint8": {threat: share(flags_N & self.clean_N) for threat, flags_N
-                                       in self.rounded.items()}} if self.rounded else {})}
-
-    def checked(self) -> dict[str, Any]:
-        """What the checks add to the summary."""
-        return {"reportable": self.reportable, "checks": [asdict(verdict) for verdict in self.verdicts]}
+def target_rows(found: Found, training: Sequence[Verdict] = (), *, checked: bool = False) -> list[dict[str, Any]]:
+    """What a document says of every target, in order; see `document_of`."""
+    return [row for weights, chunks in found.items() for row in _target_rows(chunks, weights, training, checked)]
 
 
-def share(flags_N: Tensor) -> float:
-    """Share of true values."""
-    return flags_N.double().mean().item()
-
-
-def gather(found: Found, training: Sequence[Verdict] = ()) -> list[Survivors]:
-    """What every target did on all chunks, in order. `training`: what is to be said of the model's training."""
-    return [one for weights, chunks in found.items() for one in _gather(chunks, weights, training)]
-
-
-def _gather(chunks: Chunks, weights: str, training: Sequence[Verdict]) -> list[Survivors]:
+def _target_rows(chunks: Chunks, weights: str, training: Sequence[Verdict], checked: bool) -> Iterator[dict[str, Any]]:
     labels_N = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
 
     def correct(*path: str) -> Tensor:
         return torch.tensor([guess for chunk in chunks for guess in reduce(getitem, path, chunk)]) == labels_N
 
-    found = []
     for name, first in chunks[0]["predictions"].items():
-        held = {threat: {attack: correct("predictions", name, "threats", threat, attack) for attack in attacks}
-                for threat, attacks in first["threats"].items()}
-        counts = [chunk["checks"][name] for chunk in chunks if name in chunk["checks"]]
-        rounded = {threat: correct("rounded", name, threat) for threat in chunks[0]["rounded"].get(name, {})}
-        clean_N, verdicts = correct("predictions", name, CLEAN), [one for one in training if one.check == AS_TRAINED]
-        if counts:
-            sums = total(counts)
-            attacks = itertools.chain.from_iterable(held.values())
-            headline = judge_headline(share(clean_N), labels_N.tolist(), sums[""]["classes"], attacks)
-            verdicts = [*judge(sums), *headline, *training]
-        found.append(Survivors(name, weights, clean_N, held, verdicts, rounded))
-    return found
+        clean_N = correct("predictions", name, CLEAN)
+        held = {threat: {attack: correct("predictions", name, "threats", threat, attack) & clean_N
+                         for attack in attacks} for threat, attacks in first["threats"].items()}
+        worst = {threat: torch.stack([clean_N, *attacks.values()]).all(0) for threat, attacks in held.items()}
+        union_N = torch.stack([clean_N, *worst.values()]).all(0)
+        shares = {key: share(flags_N) for key, flags_N in {CLEAN: clean_N, **worst, UNION: union_N}.items()}
+        row = {"target": name, "weights": weights, "n": len(labels_N), "accuracy": shares,
+               "interval_95": {key: wilson_interval(value, len(labels_N)) for key, value in shares.items()},
+               "attacks": {threat: {attack: share(flags_N) for attack, flags_N in attacks.items()}
+                           for threat, attacks in held.items()}}
+        if bytes_held := {threat: share(correct("rounded", name, threat) & clean_N)
+                          for threat in chunks[0]["rounded"].get(name, ())}:
+            row["accuracy_uint8"] = bytes_held
+        if checked:
+            verdicts = _verdicts([chunk["checks"][name] for chunk in chunks if name in chunk["checks"]], shares[CLEAN],
+                                 labels_N.tolist(), itertools.chain.from_iterable(held.values()), training)
+            row |= {"reportable": bool(verdicts) and all(one.passed for one in verdicts),
+                    "checks": [asdict(verdict) for verdict in verdicts]}
+        yield row
+
+
+def _verdicts(counts: Sequence[Any], clean: float, labels: Sequence[int], attacks: Iterable[str],
+              training: Sequence[Verdict]) -> list[Verdict]:
+    if not counts:
+        return [one for one in training if one.check == AS_TRAINED]
+    sums = total(counts)
+    return [*judge(sums), *judge_headline(clean, labels, sums[""]["classes"], attacks), *training]
+
+
+def share(flags_N: Tensor) -> float:
+    """Share of true values."""
+    return flags_N.double().mean().item()
 
 
 def transfer_table(chunks: Chunks) -> dict[str, dict[str, dict[str, float]]]:
@@ -152,17 +110,14 @@ def about_job(job: Job, chunk: int) -> dict[str, Any]:
             "attacks": list(job.attacks), "plans": plans, "transfer": job.transfer, "seed": job.seed, "chunk": chunk}
 
 
-def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Found, *,
-                 checked: bool, images: bool = True, training: Sequence[Verdict] = ()) -> Path:
-    """Write the table of images, then the document -> the latter's path.
+def write_result(folder: Path, name: str, document: Mapping[str, Any], table: str | None = None) -> Path:
+    """Write the table of images (`image_rows`), then the document (`document_of`) -> the latter's path.
 
-    A file of that name which says anything else but for the time stays, and -2, -3, ... is appended. Arguments as those
-    of `document_of`; `images`: write the table too. Raises OutputError when the folder cannot be written.
+    A file of that name which says anything else but for the time stays, and -2, -3, ... is appended. Raises OutputError
+    when the folder cannot be written.
     """
     with reported(folder):
         folder.mkdir(exist_ok=True)
-    document = document_of(about, found, gather(found, training), checked=checked)
-    table = image_rows(found) if images else None
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     paths = (folder / f"{name}{ending}.json" for ending in endings)
     path = next(path for path in paths if not path.exists() or _has(path, document, table))
@@ -172,21 +127,21 @@ def write_result(folder: Path, name: str, about: Mapping[str, Any], found: Found
     return path
 
 
-def document_of(about: Mapping[str, Any], found: Found, survivors: Sequence[Survivors], *,
-                checked: bool) -> dict[str, Any]:
+def document_of(about: Mapping[str, Any], found: Found, *, checked: bool,
+                training: Sequence[Verdict] = ()) -> dict[str, Any]:
     """What a result file says.
 
     Args:
         about: what `about_run` and `about_job` and the caller say.
-        survivors: what `gather` makes of `found`.
         checked: whether soundness checks were wanted.
+        training: what is to be said of the model's training.
     """
-    targets = [one.summary() | (one.checked() if checked else {}) for one in survivors]
+    targets = target_rows(found, training, checked=checked)
     some = next(iter(found.values()))
     warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
-    return {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": len(survivors[0].clean_N),
+    return {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": targets[0]["n"],
             "images_digest": json_digest([chunk["images"] for chunk in some]),
-            **({"reportable": all(one.reportable for one in survivors)} if checked else {}), "targets": targets,
+            **({"reportable": all(one["reportable"] for one in targets)} if checked else {}), "targets": targets,
             "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
 
 

@@ -27,7 +27,7 @@ from mat_dist.errors import CheckpointError, ConfigError, OutputError, StopReque
 from mat_dist.evaluation import during_training
 from mat_dist.evaluation.attacks import AttackPlan
 from mat_dist.evaluation.during_training import Evaluations
-from mat_dist.evaluation.survivors import gather
+from mat_dist.evaluation.survivors import target_rows
 from mat_dist.models import registry
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.metrics import Reporter
@@ -237,9 +237,9 @@ def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run
     whole = tables[1][0]
     for world, (first, *others) in tables.items():
         assert first == whole and others == [{"raw": [], "ema": []}] * (world - 1)
-    survivors = gather({"raw": whole["raw"]})
-    assert [len(chunk["samples"]) for chunk in whole["ema"]] == [14, 14, 12] and len(survivors) == 5
-    assert len(survivors[0].clean_N) == 40 and survivors[0].clean_N.any()
+    rows = target_rows({"raw": whole["raw"]})
+    assert [len(chunk["samples"]) for chunk in whole["ema"]] == [14, 14, 12] and len(rows) == 5
+    assert rows[0]["n"] == 40 and rows[0]["accuracy"]["clean"] > 0
 
 
 def test_a_stop_at_the_end_of_an_epoch_leaves_its_evaluation_to_the_next_attempt(cohort_run: Run,

@@ -30,9 +30,9 @@ from mat_dist.evaluation.attacks import AttackPlan, Target, attack_one, correct
 from mat_dist.evaluation.chunks import Work, attack_chunk, chosen_images
 from mat_dist.evaluation.during_training import Evaluations, selection_score, table_rows, validation_record
 from mat_dist.evaluation.progress import Progress
-from mat_dist.evaluation.results import read_result
+from mat_dist.evaluation.results import TargetResult, read_result
 from mat_dist.evaluation.statistics import wilson_interval
-from mat_dist.evaluation.survivors import Survivors, gather, write_result
+from mat_dist.evaluation.survivors import document_of, image_rows, target_rows, write_result
 from mat_dist.evaluation.targets import make_targets
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.registry import Images
@@ -80,10 +80,11 @@ class Trained:
         return Evaluations(config or self.config, MESH, run, data or self.data, StopFlag(), Reporter())
 
     def evaluate(self, attack: AttackPlan, size: int | None = None, config: Config | None = None,
-                 data: DataSets | None = None) -> dict[tuple[str, str], Survivors]:
+                 data: DataSets | None = None) -> dict[tuple[str, str], dict[str, Tensor]]:
         one = self.evaluations(config, data)
-        found = one.attack(self.manifest, replace(one.job(1), plans={"pgd": attack}), "val", size)
-        return {(r.target, r.weights): r for r in gather(found)}
+        found = self.chunks = one.attack(self.manifest, replace(one.job(1), plans={"pgd": attack}), "val", size)
+        return {(target, weights): answers(found[weights], target) for weights in found
+                for target in found[weights][0]["predictions"]}
 
     def model(self, index: int, weights: str = RAW) -> nn.Module:
         """The peer's model, built here without the evaluator."""
@@ -148,9 +149,21 @@ def slow_table(model: nn.Module, x: Tensor, y: Tensor, plan: AttackPlan, restart
     return table
 
 
-def robust(found: Survivors) -> Tensor:
+def answers(chunks: Any, target: str) -> dict[str, Tensor]:
+    """Correct without an attack and under all attacks of each threat -> bool (images,)."""
+    labels = torch.tensor([label for chunk in chunks for label in chunk["labels"]])
+    told = [chunk["predictions"][target] for chunk in chunks]
+    flags = {"clean": torch.tensor([guess for one in told for guess in one["clean"]]) == labels}
+    for threat, names in told[0]["threats"].items():
+        under = [torch.tensor([guess for one in told for guess in one["threats"][threat][name]]) == labels
+                 for name in names]
+        flags[threat] = torch.stack([flags["clean"], *under]).all(0)
+    return flags
+
+
+def robust(found: dict[str, Tensor]) -> Tensor:
     """Correct under each threat -> bool (threats, images)."""
-    return torch.stack([found.worst(label) for label in LABELS])
+    return torch.stack([found[label] for label in LABELS])
 
 
 @pytest.mark.parametrize("target,weights", [("peer0", RAW), ("peer1", RAW), ("peer0", EMA), (ENSEMBLE, RAW)])
@@ -160,12 +173,14 @@ def test_robust_accuracy_is_that_of_a_plain_attack_per_image(target: str, weight
     model = Ensemble(members) if target == ENSEMBLE else members[int(target[-1])]
     plan = AttackPlan(steps=2, restarts=2)
     found = trained.evaluate(plan)[target, weights]
-    assert torch.equal(found.clean_N, model(x).argmax(1) == y)
+    assert torch.equal(found["clean"], model(x).argmax(1) == y)
     table = slow_table(model, x, y, plan, [0, 1])
     assert torch.equal(robust(found), table)
-    assert 0 < table.sum() < 2 * found.clean_N.sum()  # the attack succeeds on some and not on all
-    assert found.accuracy["union"] == (table[0] & table[1]).double().mean().item() < found.accuracy["clean"]
-    assert [found.accuracy[label] for label in LABELS] == table.double().mean(1).tolist()
+    assert 0 < table.sum() < 2 * found["clean"].sum()  # the attack succeeds on some and not on all
+    (accuracy,) = [row["accuracy"] for row in target_rows(trained.chunks)
+                   if (row["target"], row["weights"]) == (target, weights)]
+    assert accuracy["union"] == (table[0] & table[1]).double().mean().item() < accuracy["clean"]
+    assert [accuracy[label] for label in LABELS] == table.double().mean(1).tolist()
 
 
 def test_the_worst_restart_counts(trained: Trained) -> None:
@@ -185,7 +200,7 @@ def test_the_ensemble_follows_its_rule(rule: str, trained: Trained) -> None:
     model = Ensemble([trained.model(i) for i in range(2)], rule)
     assert torch.equal(model(x).argmax(1), expected.argmax(1))
     found = trained.evaluate(AttackPlan(1), config=make_config(rule))[ENSEMBLE, RAW]
-    assert torch.equal(found.clean_N, expected.argmax(1) == trained.pixels()[1])
+    assert torch.equal(found["clean"], expected.argmax(1) == trained.pixels()[1])
     if rule == "prob":
         assert torch.allclose(model(x).exp(), expected)
 
@@ -235,7 +250,7 @@ def test_chunks_name_the_images_they_are_about(trained: Trained) -> None:
     assert samples == chosen_images(COUNT, 9).tolist()
     assert [label for chunk in chunks for label in chunk["labels"]] == trained.data.val.labels[samples].tolist()
     x, y = trained.pixels()
-    assert torch.equal(gather({RAW: chunks})[0].clean_N, (trained.model(0)(x).argmax(1) == y)[samples])
+    assert torch.equal(answers(chunks, "peer0")["clean"], (trained.model(0)(x).argmax(1) == y)[samples])
 
 
 def test_logits_that_are_not_finite_are_wrong_and_not_class_0() -> None:
@@ -278,7 +293,7 @@ def test_a_training_of_one_peer_attacks_it_once(trained: Trained, monkeypatch: p
     config = trained.config.model_copy(update={"peers": (first, second.model_copy(update={"frozen": True}))})
     found = trained.evaluate(AttackPlan(2), size=CHUNK, config=config)
     assert attacked == ["peer0", "peer1"] * len(LABELS) * 2  # raw and averaged weights
-    assert found[ENSEMBLE, EMA].accuracy == found["peer0", EMA].accuracy
+    assert all(torch.equal(found[ENSEMBLE, EMA][name], flags) for name, flags in found["peer0", EMA].items())
 
 
 @pytest.mark.parametrize(("attacks", "passed", "notes"), [
@@ -315,9 +330,17 @@ def test_an_evaluation_that_autoattack_makes_long_says_so_early_and_once(
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def result(target: str, weights: str, rows: list[list[int]], clean: list[int] | None = None) -> Survivors:
-    held = {label: {"pgd": torch.tensor(row, dtype=torch.bool)} for label, row in zip(LABELS, rows, strict=False)}
-    return Survivors(target, weights, torch.tensor(clean or [1] * len(rows[0]), dtype=torch.bool), held)
+def chunk_of(target: str, rows: list[list[int]]) -> dict[str, Any]:
+    """Four images of class 1, the last one wrong without an attack where a row says no more; 1: it withstands."""
+    threats = {label: {"pgd": [*row, 0][:4]} for label, row in zip(LABELS, rows, strict=False)}
+    return {"samples": [3, 5, 8, 9], "labels": [1] * 4, "images": "digest", "transfer": {}, "rounded": {},
+            "checks": {}, "warnings": [],
+            "predictions": {target: {"clean": [1, 1, 1, int(len(rows[0]) > 3)], "threats": threats}}}
+
+
+def result(target: str, weights: str, rows: list[list[int]]) -> TargetResult:
+    (row,) = target_rows({weights: [chunk_of(target, rows)]})
+    return TargetResult(row["target"], row["weights"], row["n"], row["accuracy"], row["attacks"])
 
 
 def test_robust_accuracy_over_two_threats_counts_images_that_withstand_both() -> None:
@@ -338,7 +361,7 @@ def test_a_record_and_a_row_of_the_table_have_each_threat_by_itself_beside_the_u
 
 
 def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -> None:
-    def table(weights: str, *rows: list[int]) -> list[Survivors]:
+    def table(weights: str, *rows: list[int]) -> list[TargetResult]:
         return [result(name, weights, [row]) for name, row in zip(("peer0", "peer1", ENSEMBLE), rows, strict=True)]
 
     raw = table(RAW, [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0])
@@ -373,13 +396,9 @@ def test_a_radius_is_written_as_a_fraction_that_reads_back(eps: float, text: str
 
 
 def write(trained: Trained, folder: Path, rows: list[list[int]]) -> Path:
-    """The result of a chunk of four images of class 1, the last one wrong without an attack; 1: it withstands."""
-    threats = {label: {"pgd": [row[0], row[1], row[2], 0]} for label, row in zip(LABELS, rows, strict=True)}
-    chunk = {"samples": [3, 5, 8, 9], "labels": [1] * 4, "images": "digest", "transfer": {}, "rounded": {},
-             "checks": {}, "warnings": [], "predictions": {"peer0": {"clean": [1, 1, 1, 0], "threats": threats}}}
-    one = trained.evaluations()
+    one, found = trained.evaluations(), {RAW: [chunk_of("peer0", rows)]}
     about = one.about(trained.manifest, one.job(5), "best", "test")
-    return write_result(folder, "test_best", about, {RAW: [chunk]}, checked=False)
+    return write_result(folder, "test_best", document_of(about, found, checked=False), image_rows(found))
 
 
 def test_a_result_file_is_never_overwritten_by_another_result(trained: Trained, tmp_path: Path) -> None:

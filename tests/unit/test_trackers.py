@@ -23,7 +23,7 @@ from mat_dist.data import as_float, load_data
 from mat_dist.errors import OutputError
 from mat_dist.evaluation.attacks import AttackPlan, Job
 from mat_dist.evaluation.during_training import Evaluations, gallery
-from mat_dist.evaluation.survivors import Survivors
+from mat_dist.evaluation.results import TargetResult
 from mat_dist.runs import metrics
 from mat_dist.runs.metrics import Picture, RunReporter, series
 from mat_dist.runs.trackers import SERVICES, require_trackers
@@ -249,12 +249,11 @@ def test_the_gallery_shows_what_fools_the_most_robust_peer_first(tmp_path: Path)
     manifest = checkpoints.load_manifest(run.folder)
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=0, batch_size=16)
-    half, all_40 = torch.arange(40) % 2 == 0, torch.ones(40, dtype=torch.bool)
-    survivors = [Survivors(name, weights, all_40, {"linf 1/5": {"pgd": held}}) for name, weights, held in (
-        ("peer0", "raw", all_40), ("peer0", "ema", half & False), ("peer1", "ema", half), ("ensemble", "ema", all_40))]
+    targets = [TargetResult(name, weights, 40, {"union": robust}) for name, weights, robust in (
+        ("peer0", "raw", 1.0), ("peer0", "ema", 0.0), ("peer1", "ema", 0.5), ("ensemble", "ema", 1.0))]
     job = Job((Threat("linf", 0.2),), {"pgd": AttackPlan(3)}, ("pgd",), seed=config.run.seed)
     opened = FinishedRun(run.folder, config, manifest, "ema")
-    found = gallery(opened, data.test, job, survivors, torch.device("cpu"))
+    found = gallery(opened, data.test, job, targets, torch.device("cpu"))
     model = mat_dist.load(run.folder.path, "peer1", which="latest", weights="ema")
     clean = torch.stack([one.clean for one in found])
     adversarial = torch.stack([one.adversarial for one in found])

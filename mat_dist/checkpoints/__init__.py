@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from mat_dist.checkpoints.manifest import FORMAT, FileEntry, Manifest, Meta, TooNew, json_digest, read_manifest, verify
 from mat_dist.checkpoints.peers import Snapshot, identity, load_peer, migrated, save_peer, snapshot, write_peer
 from mat_dist.checkpoints.store import (
+    FORMAT,
     Best,
+    FileEntry,
+    Manifest,
+    Meta,
+    TooNew,
     abandon,
     adopt,
     begin,
     commit,
     find_newest,
+    json_digest,
     load_manifest,
     mark_best,
     partial_directory,
     prune,
     read_best,
+    read_manifest,
     step_name,
+    verify,
 )
 
 __all__ = [

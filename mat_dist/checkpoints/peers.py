@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from mat_dist.checkpoints.manifest import FileEntry, Manifest, Meta, peer_file, read_file
+from mat_dist.checkpoints.store import FileEntry, Manifest, Meta, peer_file, read_file
 from mat_dist.errors import CheckpointError, NonFinite
 from mat_dist.runs.files import parse_json, write_bytes
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from mat_dist import checkpoints
 from mat_dist.checkpoints import Meta, find_newest, load_manifest, load_peer, mark_best, prune, read_best, save_peer
-from mat_dist.checkpoints.manifest import MANIFEST
 from mat_dist.checkpoints.peers import TYPES
+from mat_dist.checkpoints.store import MANIFEST
 from mat_dist.errors import CheckpointError, NonFinite, OutputError
 from mat_dist.runs.folder import RunFolder
 

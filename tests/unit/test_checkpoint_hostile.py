@@ -19,7 +19,7 @@ import torch
 
 from mat_dist import checkpoints
 from mat_dist.checkpoints import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, migrated, save_peer
-from mat_dist.checkpoints.manifest import MANIFEST
+from mat_dist.checkpoints.store import MANIFEST
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.folder import RunFolder
 

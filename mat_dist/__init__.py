@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mat_dist.api.attack import attack
-    from mat_dist.api.evaluation import Results, evaluate
+    from mat_dist.api.evaluation import Results, attack, evaluate
     from mat_dist.api.losses import register_loss
     from mat_dist.api.run import Run
     from mat_dist.api.training import train
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 # Where the names are. They are imported when they are asked for: most need torch, for which `--help` must not wait.
 _PLACES = {"MatError": "errors", "Results": "api.evaluation", "Run": "api.run", "Threat": "attacks",
-           "attack": "api.attack", "evaluate": "evaluate", "export": "tools.export", "load": "checkpoints.load",
+           "attack": "api.evaluation", "evaluate": "evaluate", "export": "tools.export", "load": "checkpoints.load",
            "losses": "core.losses", "norms": "attacks.norms", "register_dataset": "data", "register_loss": "api.losses",
            "register_method": "config.methods", "register_model": "models", "register_threat": "attacks",
            "train": "train"}

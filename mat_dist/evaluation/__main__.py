@@ -21,18 +21,7 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.settings import (
-    FREE_SETTINGS,
-    MENU,
-    Arguments,
-    FileOptions,
-    Request,
-    find_run,
-    is_file,
-    options,
-    parse,
-    refuse_unfinished,
-)
+from mat_dist.evaluation.settings import Arguments, find_run, is_file, parse, refuse_unfinished
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(words: Sequence[str]) -> None:
     """Settings, ranks, then the evaluation or the comparison."""
-    if not words or {"-h", "--help"} & set(words):
-        options(__doc__, settings_text()).read(words)  # shows the help, and ends here
-    arguments = parse(words)
+    arguments = parse(words, __doc__)
     if arguments.compare:
         from mat_dist.evaluation.compare import compare
 
@@ -94,17 +81,6 @@ def run(arguments: Arguments, words: list[str]) -> None:
                 config = load_config(str(folder.config), arguments.settings)
         assert folder is not None
         evaluate_run(folder, config, request, mesh, launch, stop)
-
-
-def settings_text() -> str:
-    """Every setting with its default and meaning, and every attack."""
-    lines = ["Settings: key=default, meaning"]
-    for name, field in [*Request.model_fields.items(), *FileOptions.model_fields.items()]:
-        default = field.default
-        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
-        lines.append(f"  {f'{name}={shown}':<30} {field.description}")
-    lines.append(f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}")
-    return "\n".join([*lines, "Attacks:", *(f"  {name:<12} {kind.meaning}" for name, kind in MENU.items())])
 
 
 if __name__ == "__main__":

@@ -265,10 +265,13 @@ class Importing:
         words = [*self.settings, *(word for word in free if word.startswith(("data.", "run.", "comm.")))]
         owner = self.subject.absolute().parents[2:3] if self.subject is not None else []  # <run>/checkpoints/step_N/
         ours = f"; or evaluate its run: {owner[0]}" if owner and (owner[0] / "config.yaml").is_file() else ""
-        lacking = [(key, how + ours) for key, how in (
-            ("model", "write model=resnet18 or another architecture"),
-            ("data.name", "write data.name=cifar10 or another data set")) if not self._has(key, words, run)]
-        lacking += [] if threats else [("threats", "write threats=linf:8/255, or those that it was trained for")]
+        given, lacking = {word.partition("=")[0] for word in words}, []
+        if not given & {"model", "model.name"}:
+            lacking.append(("model", f"write model=resnet18 or another architecture{ours}"))
+        if run is None and "data.name" not in given:
+            lacking.append(("data.name", f"write data.name=cifar10 or another data set{ours}"))
+        if not threats:
+            lacking.append(("threats", "write threats=linf:8/255, or those that it was trained for"))
         if lacking and run is None and self.options.mean is None and self.options.normalise is None:
             lacking.append(("mean, std", "where the file has none, mean=M,M,M std=S,S,S or normalise=data (or none)"))
         if lacking:
@@ -278,11 +281,6 @@ class Importing:
             return config
         where = run.run.model_copy(update={"root": str(beside.resolve().parent)})
         return config.model_copy(update={"data": run.data, "run": where, "step": run.step})
-
-    @staticmethod
-    def _has(key: str, words: Sequence[str], run: Config | None) -> bool:
-        return (run is not None and key.startswith("data")) or any(
-            word.startswith((f"{key}=", f"{key}.name=")) for word in words)
 
 
 def is_file(word: str) -> bool:
@@ -307,12 +305,15 @@ class Arguments:
     importing: Importing | None = None
 
 
-def parse(words: Sequence[str]) -> Arguments:
-    """Read the command line. Raises ConfigError; `problems` has all of them.
+def parse(words: Sequence[str], text: str | None = None) -> Arguments:
+    """Read the command line; `text` is for its help. Raises ConfigError; `problems` has all of them.
 
     A file is evaluated alone unless targets=... says more: its ensemble has one member.
     """
-    asked = options("").read(words)
+    options = Options("evaluate", text, "RUN [key=value ...]", epilog=settings_text())
+    options.add_argument("--compare", action="store_true", help="compare the results of several runs")
+    options.add_plugin()
+    asked = options.read(words)
     runs: list[str] = []
     given: list[tuple[str, str]] = []
     for word in asked.words:
@@ -366,12 +367,15 @@ def _checked(section: type[AnySection], values: dict[str, str], problems: list[C
         return section()
 
 
-def options(text: str | None, epilog: str | None = None) -> Options:
-    """The options of the command, with its help."""
-    found = Options("evaluate", text, "RUN [key=value ...]", epilog=epilog)
-    found.add_argument("--compare", action="store_true", help="compare the results of several runs")
-    found.add_plugin()
-    return found
+def settings_text() -> str:
+    """Every setting with its default and meaning, and every attack."""
+    lines = ["Settings: key=default, meaning"]
+    for name, one in [*Request.model_fields.items(), *FileOptions.model_fields.items()]:
+        default = one.default
+        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default).lower()
+        lines.append(f"  {f'{name}={shown}':<30} {one.description}")
+    lines.append(f"  Settings of the run that may change: {', '.join(FREE_SETTINGS)}")
+    return "\n".join([*lines, "Attacks:", *(f"  {name:<12} {kind.meaning}" for name, kind in MENU.items())])
 
 
 def _unknown(key: str, runs: Sequence[str]) -> ConfigError:

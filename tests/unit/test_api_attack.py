@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mat_dist
-import mat_dist.api.attack  # importing it draws from Python's generator
+import mat_dist.api.evaluation  # importing it draws from Python's generator
 from mat_dist import rng
 from mat_dist.attacks import Threat, pgd
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault, MatError, NotReportable

@@ -69,9 +69,10 @@ def storage(tensor: Tensor) -> int:
 
 
 class CpuRecorder:
-    """Records by doing, and undoes it."""
+    """Records by doing, and undoes it. `fits`: whether there is room for eager steps beside."""
 
-    def __init__(self) -> None:
+    def __init__(self, fits: bool = True) -> None:
+        self.fits = fits
         self.now: Operations | None = None
         self.made: list[Operations] = []
 
@@ -99,3 +100,6 @@ class CpuRecorder:
         done.__exit__(None, None, None)
         self.made.append(done)
         return done
+
+    def room(self) -> bool:
+        return self.fits

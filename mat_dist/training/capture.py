@@ -76,10 +76,13 @@ class CapturedSteps:
         try:
             # Of another step: what was recorded and should have followed the step shows in the comparison.
             tape = Tape.record(cohort, replace(batch, step=self._first[kind]), log, self._recorder)
+            if not self._recorder.room():
+                raise MemoryError("the graphs leave no memory for eager steps, which come now and then; lower "
+                                  "train.batch_size")
         except Exception as error:  # drivers, models and hooks raise anything
             self._refuse(kind, f"{type(error).__name__}: {error}".splitlines()[0])
-            release(error)
             tape = None
+            release(error)
         answers: list[Tensor] = []
         guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
         found = steps.compute(cohort, guard, batch, log)

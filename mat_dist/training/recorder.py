@@ -33,6 +33,9 @@ class Recorder(Protocol):
     def lanes(self, count: int) -> AbstractContextManager[Lane]:
         """As in `Guard`."""
 
+    def room(self) -> bool:
+        """Whether a step without a graph fits in memory beside what was recorded."""
+
 
 class CudaRecorder:
     """CUDA graphs that share one pool of memory, since they run one after another."""
@@ -41,11 +44,13 @@ class CudaRecorder:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lanes: list[torch.cuda.Stream] = []
+        self._eager = 0  # bytes that eager steps took beside what lives between steps
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         torch.cuda.synchronize()
         gc.collect()  # what is freed while a graph is captured would end the capture
+        self._eager = max(self._eager, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             try:
@@ -81,3 +86,8 @@ class CudaRecorder:
         yield lambda number: torch.cuda.stream(used[number])
         for stream in used:
             main.wait_stream(stream)
+
+    def room(self) -> bool:
+        """Whether the device has as much free memory as eager steps took before the recording."""
+        torch.cuda.empty_cache()  # what eager steps have left behind is free; what graphs use is not given back
+        return torch.cuda.mem_get_info()[0] >= self._eager

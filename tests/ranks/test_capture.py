@@ -179,6 +179,18 @@ def test_a_model_that_a_recording_would_change_runs_eagerly_and_the_user_is_told
     assert kind == "count" or hashes(cohorts[:1]) == hashes(cohorts[1:])
 
 
+def test_where_graphs_leave_no_memory_for_eager_steps_all_run_eagerly_and_the_user_is_told(run_ranks: Run) -> None:
+    case, models = CASES["preset mat"], nets(3)
+
+    def both(mesh: Mesh) -> tuple[list[Cohort], list[str]]:
+        captured, notes = trained(mesh, case, models, "graph", CpuRecorder(fits=False))
+        return [trained(mesh, case, models, "eager")[0], captured], notes
+
+    ((cohorts, notes),) = run_ranks(both, 3, 1)
+    assert notes and all("leave no memory" in note and "train.batch_size" in note for note in notes)
+    assert hashes(cohorts[:1]) == hashes(cohorts[1:])
+
+
 @pytest.mark.parametrize(("made", "world", "reason"), [
     (CASES["strategy msd"], 1, "method unions follows the step"), (CASES["attack free"], 1, "free_at"),
     (CASES["preset at"].model_copy(update={"peers": CASES["preset at"].peers[:1]}), 2, "replicas")])

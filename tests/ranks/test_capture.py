@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mat_dist.attacks.training_attack import Found
 from mat_dist.config.schema import Config
@@ -35,8 +36,10 @@ FOLLOW = {"strategy msd", "strategy eat", "attack free", "method warm_start"}  #
 
 
 def trained(mesh: Mesh, made: Config, models: list[nn.Module], engine: str,
-            recorder: CpuRecorder | None = None, steps: int = STEPS) -> tuple[Cohort, list[str]]:
-    """A cohort after some steps, some of them log steps, and what was told."""
+            recorder: CpuRecorder | None = None, steps: int = STEPS, resumed: Cohort | None = None
+            ) -> tuple[Cohort, list[str]]:
+    """A cohort after some steps, some of them log steps, and what was told. `resumed`: it goes on after another one,
+    whose state was written and read."""
     notes: list[str] = []
     step_of = made.step.model_copy(update={"engine": engine})
     cohort = build(made.model_copy(update={"step": step_of}), mesh, models, steps_per_epoch=2)
@@ -46,7 +49,9 @@ def trained(mesh: Mesh, made: Config, models: list[nn.Module], engine: str,
     def data(*given: Any) -> list[Tensor]:
         return [tensor.to(mesh.device) for tensor in batch(*given)]
 
-    for step in range(steps):
+    for peer, other in zip(cohort.peers, resumed.peers if resumed else (), strict=False):
+        peer.load(tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), other.state()))
+    for step in range(steps // 2 if resumed else 0, steps):
         one_step(cohort, step // made.train.replays, log=step % 3 == 2, compute=work, data=data)
     return cohort, notes
 
@@ -395,3 +400,18 @@ def test_on_a_gpu_captured_steps_leave_the_weights_of_eager_ones(name: str) -> N
     (plain, _), (captured, notes) = (trained(mesh, case, models, engine) for engine in ("eager", "graph"))
     assert notes == []
     assert largest_difference([plain], [captured]) < (1e-2 if name == "precision bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_resumed_cohort_goes_on_with_captured_steps_as_if_it_had_never_stopped(where: str) -> None:
+    """On a GPU with the fused optimizer, whose state lies elsewhere than a file's."""
+    case, mesh = CASES["preset mat"], Mesh(Placement.place(3, 1, 0), torch.device(where))
+    models = [model.to(where) for model in nets(3)]
+
+    def run(**given: Any) -> Cohort:
+        found, notes = trained(mesh, case, models, "graph", CpuRecorder() if where == "cpu" else None, **given)
+        assert notes == []
+        return found
+
+    whole, resumed = run(), run(resumed=run(steps=STEPS // 2))
+    assert largest_difference([whole], [resumed]) <= (0 if where == "cpu" else 1e-5)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from rich.table import Table
 
 from benchmarks.command import chosen
+from benchmarks.study.cost import cost_problems, relative_cost
 from benchmarks.study.pages import evidence_page
-from benchmarks.study.plan import Suite, TablePlan, read_evidence
+from benchmarks.study.plan import Evidence, Problem, Suite, TablePlan, read_evidence
 from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
 from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
 from benchmarks.study.why import explain, write_charts
@@ -29,9 +30,7 @@ def main(options: Namespace) -> None:
         StopRequested: the budget is over, or a signal came: start again to continue.
         NotReportable: an evaluation failed its soundness checks; any other error of a run, after all others.
     """
-    study = read_evidence(str(options.file))
-    suite = study.suites[chosen([options.suite], list(study.suites), "suite")[0]]
-    entries = plan_entries(suite, options)
+    suite, entries = planned(options)
     for entry in entries:
         if entry.error:
             tell(f"warning: row {entry.name} cannot be trained: {entry.error}")
@@ -47,6 +46,20 @@ def main(options: Namespace) -> None:
     judge([entry for entry in entries if entry.name in rows])
 
 
+def planned(options: Namespace) -> tuple[Suite, list[Entry]]:
+    """The suite and its rows. Raises ConfigError: mistakes of the file, and rows without a control at equal cost."""
+    entries: list[Entry] = []
+
+    def costs(study: Evidence) -> Iterator[Problem]:
+        if options.suite in study.suites:
+            suite = study.suites[options.suite]
+            entries.extend(plan_entries(suite, options))
+            yield from cost_problems(options.suite, suite, {entry.name: entry for entry in entries})
+
+    study = read_evidence(str(options.file), costs)
+    return study.suites[chosen([options.suite], list(study.suites), "suite")[0]], entries
+
+
 def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
     """Every row with its runs; a row whose settings this version refuses has none, and the reason."""
     entries = []
@@ -57,6 +70,8 @@ def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
             entry.plan(suite, options.root, (f"peers={row.peers}", *suite.settings, *table.settings, *row.settings,
                                              *options.words))
             entries.append(entry)
+    for entry in entries:
+        entry.starts_from = [one for one in entries if entry.first and one.name in entry.first.needs]
     return entries
 
 
@@ -116,21 +131,31 @@ def judge(entries: Sequence[Entry]) -> None:
 def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
     """Rows, runs and passes; of a batch for the training, of an image for the evaluations."""
     table = Table("table", "row", "peers", "runs", "steps", "million passes, training", "million passes, PGD of tests",
-                  title=f"{suite.config}, seeds {', '.join(map(str, suite.seeds))}", title_justify="left")
+                  "cost by that of its control", title_justify="left",
+                  title=f"{suite.config}, seeds {', '.join(map(str, suite.seeds))}")
     runs, training, testing = 0, 0.0, 0.0
     for entry in entries:
         if entry.first is None:
-            table.add_row(entry.table, entry.name, str(entry.row.peers), "0: refused", "", "", "")
+            table.add_row(entry.table, entry.name, str(entry.row.peers), "0: refused", "", "", "", "")
             continue
         passes = training_passes(entry.first.config)
         trained = (passes[1] + passes[2]) * entry.first.config.train.batch_size / 1e6 if passes else 0.0
         tested = sum(tests(suite.tables[entry.table], entry, seed) for seed in entry.jobs) / 1e6
         runs, training, testing = runs + len(entry.jobs), training + trained * len(entry.jobs), testing + tested
         table.add_row(entry.table, entry.name, str(entry.row.peers), str(len(entry.jobs)),
-                      str(passes[0]) if passes else "?", f"{trained * len(entry.jobs):.2f}", f"{tested:.2f}")
-    table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}")
+                      str(passes[0]) if passes else "?", f"{trained * len(entry.jobs):.2f}", f"{tested:.2f}",
+                      against_control(entry, entries))
+    table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}", "")
     show_table(table)
-    print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons.")
+    print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons."
+          "\nThe cost of a row that starts from finished peers of others includes the training of those.")
+
+
+def against_control(entry: Entry, entries: Sequence[Entry]) -> str:
+    """The row's cost by that of its control, and the name of that."""
+    control = next((one for one in entries if one.name == entry.row.control), None)
+    ratio = relative_cost(entry, control) if control else None
+    return f"{ratio:.2f} of {control.name}" if control and ratio else "-"
 
 
 def tests(plan: TablePlan, entry: Entry, seed: int) -> float:

@@ -86,6 +86,8 @@ def _accuracies(table: Mapping[str, Any], label: str) -> list[str]:
     notes = ["", f"*Cost*: forward and backward passes of the training against `{_first(table)}`; *train s*: seconds "
                  "in training steps, on a machine that may have done other work; *tried*: settings that were tried to "
                  "choose the row's; *seeds*: of the column that has most, others say theirs in brackets."]
+    notes += [f"The cost of `{row['row']}` includes the training of `{'`, `'.join(row['starts_from'])}`."
+              for row in table["rows"] if row.get("starts_from")]
     if any(seed["failed_checks"] for row in table["rows"] for seed in row["seeds"].values()):
         notes += ["", "† A soundness check failed, see the last table: not reportable."]
     return [*markdown_table(columns, lines, text_columns=2), *notes]
@@ -136,18 +138,21 @@ def _rows(table: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_lines(found: Mapping[str, Any]) -> list[str]:
-    """The comparisons as Markdown: how many, what came out for each row, a sentence for each pair."""
+    """The comparisons as Markdown: each row against its control at equal cost, how many there are, what came out for
+    each row, a sentence for each pair."""
     made: Sequence[Mapping[str, Any]] = found["made"]
+    lines = _at_equal_cost([one for one in made if one.get("equal")], found["column"], found.get("waiting", []))
     if not made:
-        return ["No row in which peers learn from each other meets a control of equal or lower cost yet."]
-    lines = [f"Rows in which peers learn from each other, against every control that costs as much or less: "
-             f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
-             f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
-             f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %); fewer "
-             "where the wider of two intervals counts, more where there is one seed, whose interval knows nothing of "
-             "what another seed would give and is too narrow. Noise means that the difference cannot be told, not that "
-             "there is none: see the intervals. The comparisons share rows, seeds, images: they do not err one by one. "
-             "Cost is that of training; an ensemble also costs as many predictions as it has members.", ""]
+        return [*lines, "No row in which peers learn from each other meets a control of equal or lower cost yet."]
+    lines += [f"Rows in which peers learn from each other, against every control that costs as much or less: "
+              f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
+              f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
+              f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %); "
+              "fewer where the wider of two intervals counts, more where there is one seed, whose interval knows "
+              "nothing of what another seed would give and is too narrow. Noise means that the difference cannot be "
+              "told, not that there is none: see the intervals. The comparisons share rows, seeds, images: they do "
+              "not err one by one. Cost is that of training; an ensemble also costs as many predictions as it has "
+              "members.", ""]
     if found["left_out"]:
         lines += [f"Left out, since the control costs more or its cost is not known: "
                   f"{', '.join(f'`{row}` against `{control}`' for row, control in found['left_out'])}.", ""]
@@ -157,6 +162,23 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
         for control in dict.fromkeys(one["control"] for one in mine):
             lines.append(f"  - {_sentence([one for one in mine if one['control'] == control])}")
     return lines
+
+
+def _at_equal_cost(made: Sequence[Mapping[str, Any]], column: str, waiting: Sequence[Sequence[str]]) -> list[str]:
+    """The rows that have a control of their own, against that; empty where no row has one."""
+    lines = [[f"`{one['row']}`", f"`{one['control']}`", KINDS[one["kind"]], _times(one["cost_ratio"]),
+              f"{100 * one['mean']:+.2f}", f"{100 * one['low']:+.2f} to {100 * one['high']:+.2f}", str(one["seeds"]),
+              one["verdict"]] for one in made]
+    lines += [[f"`{row}`", f"`{control}`", "-", "-", "-", "-", "0", "not measured yet"] for row, control in waiting]
+    if not lines:
+        return []
+    columns = ["row", "its control", "who", "cost by the control's", "points", "95 % interval", "seeds", "verdict"]
+    return [f"Each row against its control at equal cost, `{column}` of the last checkpoint:", "",
+            *markdown_table(columns, lines, text_columns=3), ""]
+
+
+def _times(ratio: float | None) -> str:
+    return "not known" if ratio is None else f"{ratio:.2f}"
 
 
 def _summary(mine: Sequence[Mapping[str, Any]]) -> str:
@@ -179,7 +201,8 @@ def _sentence(pair: Sequence[Mapping[str, Any]]) -> str:
     seeds = min(one["seeds"] for one in pair)
     mine, theirs = first["tried"]
     tried = "" if mine == theirs else f", chosen from {mine} settings where the control is from {theirs}"
-    return (f"against `{first['control']}`, at {first['cost_ratio']:.2f} times its cost, "
+    own = ", its control at equal cost" if first.get("equal") else ""
+    return (f"against `{first['control']}`{own}, at {_times(first['cost_ratio'])} times its cost, "
             f"{'one seed alone' if seeds == 1 else f'{seeds} seeds'}{tried}: {told}.")
 
 

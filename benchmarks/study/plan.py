@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -154,9 +154,9 @@ def _text(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_evidence(path: str) -> Evidence:
-    """`evidence.yaml`. Raises ConfigError; `problems` has all of them."""
-    return _read(path, Evidence, _evidence_problems)
+def read_evidence(path: str, more: Callable[[Evidence], Iterable[Problem]] = lambda study: ()) -> Evidence:
+    """`evidence.yaml`; `more` finds problems beside those of the file alone. Raises ConfigError; `problems` has all."""
+    return _read(path, Evidence, lambda study: itertools.chain(_evidence_problems(study), more(study)))
 
 
 def read_search(path: str) -> Search:
@@ -164,7 +164,7 @@ def read_search(path: str) -> Search:
     return _read(path, Search, _search_problems)
 
 
-def _read(path: str, model: type[S], check: Callable[[S], Iterator[Problem]]) -> S:
+def _read(path: str, model: type[S], check: Callable[[S], Iterable[Problem]]) -> S:
     problems: list[ConfigError] = []
     tree = read(path, path, problems)
     found: S | None = None

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from benchmarks.study import reasons
+from benchmarks.study.cost import EQUAL_COST, image_passes, is_mutual
 from benchmarks.study.plan import KINDS, Evaluation, Kind, Label, Row, TablePlan
 from benchmarks.study.runs import Job, Runner, Trained, failure, training_seconds
 from benchmarks.study.statistics import paired_difference
@@ -16,8 +17,6 @@ from benchmarks.study.why import why_document
 from mat_dist import checkpoints
 from mat_dist.checkpoints.load import candidates
 from mat_dist.config import load_config
-from mat_dist.config.schema import Config
-from mat_dist.core.graph import CohortGraph
 from mat_dist.errors import NotReportable
 from mat_dist.evaluation.command import asked
 from mat_dist.evaluation.results import CLEAN, UNION, Result, read_results
@@ -28,7 +27,6 @@ Accuracies = Mapping[str, Mapping[int, float]]  # column -> image -> share of th
 Cell = tuple[Label, Kind, str]  # checkpoint, who, column
 Cells = Mapping[Cell, Mapping[int, Mapping[int, float]]]  # -> seed -> image -> accuracy
 
-EQUAL_COST = 1.05  # a control may cost so many times a row's passes and still count as one of equal cost
 CHANCE = 0.05  # of a 95 % interval without 0 where there is no difference
 WORDS = {"above": "beats", "below": "loses", "noise": "noise"}
 
@@ -143,19 +141,44 @@ def gathered(found: Mapping[tuple[str, Label], Evaluated]) -> Iterator[tuple[Lab
 # ------------------------------------------------------------------------------------------------ rows
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry(Trained):
     """A row of a table and what has become of it.
 
     Attributes:
         results: seed -> (name of the evaluation, checkpoint of the table) -> result.
         reasons: images of `benchmarks.study reasons`, which every cohort is asked for; 0: none.
+        starts_from: rows whose finished runs it names.
     """
 
     table: str = field(kw_only=True)
     row: Row = field(kw_only=True)
     results: dict[int, dict[tuple[str, Label], Evaluated]] = field(default_factory=dict)
     reasons: int = 0
+    starts_from: list[Entry] = field(default_factory=list)
+
+    def sources(self) -> list[Entry]:
+        """All rows that must be trained before this one, each once; itself too, where a plan goes round in a circle."""
+        found: list[Entry] = []
+        ahead = list(self.starts_from)
+        while ahead:
+            one = ahead.pop(0)
+            if one not in found:
+                found.append(one)
+                ahead += one.starts_from
+        return found
+
+    @property
+    def cost(self) -> float | None:
+        """Passes of an image in its training and in that of its `sources`, times their cost factors; None where that
+        is not known yet."""
+        total = 0.0
+        for one in (self, *self.sources()):
+            passes = one.passes
+            if one.first is None or passes is None:
+                return None
+            total += image_passes(one.first.config, passes) * one.row.cost_factor
+        return total
 
     def missing(self, plan: TablePlan, seed: int) -> list[str]:
         """What is still to be done for a seed, in words."""
@@ -191,8 +214,10 @@ def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
     """The whole table as JSON values."""
     cells = {entry.name: entry.cells() for entry in entries}
     rows = [row_document(plan, entry, cells[entry.name]) for entry in entries]
-    apart = sorted((found for control in plan.controls for entry in entries if entry.name != control
-                    for found in differences(entry, control, cells)), key=_last_and_primary_first(plan))
+    order = list(dict.fromkeys([*plan.controls, *(one.row.control for one in entries if one.row.control)]))
+    apart = sorted((found for control in order for entry in entries
+                    if entry.name != control and control in (*plan.controls, entry.row.control)
+                    for found in differences(entry, control, cells)), key=_last_and_primary_first(order, plan.primary))
     return {"title": plan.title, "columns": [CLEAN, *plan.columns], "primary": plan.primary,
             "controls": list(plan.controls), "settings": list(plan.settings),
             "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
@@ -202,9 +227,8 @@ def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
             "rows": rows, "differences": apart, "comparisons": comparisons(rows, apart, plan.primary)}
 
 
-def _last_and_primary_first(plan: TablePlan) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
-    order = {name: number for number, name in enumerate(plan.controls)}
-    return lambda one: (order[one["control"]], one["checkpoint"] != "last", one["column"] != plan.primary)
+def _last_and_primary_first(order: Sequence[str], primary: str) -> Callable[[dict[str, Any]], tuple[int, bool, bool]]:
+    return lambda one: (order.index(one["control"]), one["checkpoint"] != "last", one["column"] != primary)
 
 
 def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
@@ -224,7 +248,7 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
             "settings": list(row.settings), "command": first.command if first else "",
             "config_digest": first.digest if first else "",
             "steps": steps, "forward": forward, "backward": backward,
-            "cost": (passes[1] + passes[2]) * row.cost_factor if passes else None,
+            "cost": entry.cost, "starts_from": [one.name for one in entry.sources()], "control": row.control,
             "train_seconds": statistics.fmean(seconds.values()) if seconds else None,
             "seeds": {str(seed): {**_state(plan, entry, seed), "train_seconds": seconds.get(seed)}
                       for seed in entry.jobs},
@@ -272,48 +296,43 @@ def differences(entry: Entry, control: str, cells: Mapping[str, Cells]) -> list[
 # ------------------------------------------------------------------------------------------------ verdicts
 
 
-def is_mutual(config: Config) -> bool:
-    """Whether some peer learns from another one that trains in the same run: its AEs, or its opinion."""
-    graph = CohortGraph.of(config.peers)
-    training = {row.index for row in graph.peers if not row.me.frozen}
-    for row in graph.peers:
-        sources = {view.maker for view in row.learned} | set(graph.guides[row.index])
-        sources |= {teacher for view in row.distilled for teacher in row.teachers(view)}
-        if row.index in training and sources & training - {row.index}:
-            return True
-    return False
-
-
 def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]], primary: str
                 ) -> dict[str, Any]:
-    """Every mutual row against every control that costs as much as it or less, by the primary column, last checkpoint.
+    """Every row against its own control, and every mutual row against all others that cost as much as it or less, by
+    the primary column of the last checkpoint.
 
     Args:
         rows, differences: of the table's JSON document.
 
     Returns:
-        `made`: the comparisons, with `verdict` beats, loses or noise and `cost_ratio`, the row's cost by the control's;
-        `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`: how many of those
-        made have more than one seed; `by_chance`: how many of all would not be called noise were there no difference
-        and every interval right.
+        `made`: the comparisons, with `verdict` beats, loses or noise, `cost_ratio`, the row's cost by the control's,
+        and `equal`, whether it is the row's own control, at equal cost; `waiting`: (row, its own control) that were
+        not compared yet; `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`:
+        how many of those made have more than one seed; `by_chance`: how many of all would not be called noise were
+        there no difference and every interval right.
     """
     known = {row["row"]: row for row in rows}
+    own = {row["row"]: row["control"] for row in rows if row.get("control")}
     made: list[dict[str, Any]] = []
     left_out: dict[tuple[str, str], None] = {}
     for one in differences:
         row, control = known[one["row"]], known[one["control"]]
-        if not row["mutual"] or one["checkpoint"] != "last" or one["column"] != primary:
+        equal = own.get(row["row"]) == control["row"]
+        if not (equal or row["mutual"]) or one["checkpoint"] != "last" or one["column"] != primary:
             continue
         ratio = row["cost"] / control["cost"] if row["cost"] and control["cost"] else None
-        if ratio is None or ratio * EQUAL_COST < 1:
+        if not equal and (ratio is None or ratio * EQUAL_COST < 1):
             left_out[row["row"], control["row"]] = None
             continue
         word = WORDS[one["verdict"].partition(" ")[0]]
-        made.append({"row": row["row"], "control": control["row"], "kind": one["kind"], "verdict": word,
-                     "mean": one["mean"], "low": one["low"], "high": one["high"], "seeds": len(one["by_seed"]),
-                     "images": one["images"], "cost_ratio": ratio, "tried": [row["tried"], control["tried"]]})
-    order = [row["row"] for row in rows]
-    made.sort(key=lambda one: (order.index(one["row"]), order.index(one["control"]), list(KINDS).index(one["kind"])))
-    several = sum(one["seeds"] > 1 for one in made)
-    return {"column": primary, "made": made, "left_out": [list(pair) for pair in left_out], "several": several,
+        made.append({"row": row["row"], "control": control["row"], "equal": equal, "kind": one["kind"],
+                     "verdict": word, "mean": one["mean"], "low": one["low"], "high": one["high"],
+                     "seeds": len(one["by_seed"]), "images": one["images"], "cost_ratio": ratio,
+                     "tried": [row["tried"], control["tried"]]})
+    order = list(known)
+    made.sort(key=lambda one: (order.index(one["row"]), not one["equal"], order.index(one["control"]),
+                               list(KINDS).index(one["kind"])))
+    compared = {(one["row"], one["control"]) for one in made}
+    return {"column": primary, "made": made, "waiting": [list(pair) for pair in own.items() if pair not in compared],
+            "left_out": [list(pair) for pair in left_out], "several": sum(one["seeds"] > 1 for one in made),
             "by_chance": CHANCE * len(made)}

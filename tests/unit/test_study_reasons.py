@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from benchmarks.command import Watch
 from benchmarks.study import reasons
 from benchmarks.study.__main__ import main
+from benchmarks.study.cost import is_mutual
 from benchmarks.study.pages import verdict_lines, why_lines
 from benchmarks.study.reasons import MEASURES, measured, opinions
 from benchmarks.study.runs import Runner
-from benchmarks.study.tables import comparisons, is_mutual
+from benchmarks.study.tables import comparisons
 from benchmarks.study.why import charts, curves, spread, told
 from mat_dist import load
 from mat_dist.config import load_config
@@ -297,8 +298,8 @@ suites:
           pgd2: {settings: [attacks=pgd, steps=2, images=30, checks=0, transfer=false, eval.chunk=30]}
         rows:
           at: {says: alone, settings: [loss=at]}
-          at_x2: {says: two alone, peers: 2, settings: [loss=at]}
-          mat: {says: mutual, peers: 2, settings: [loss=mat]}
+          at_x2: {says: two alone, peers: 2, settings: [loss=at, train.max_steps=6]}
+          mat: {says: mutual, peers: 2, control: at_x2, settings: [loss=mat]}
 """
 
 

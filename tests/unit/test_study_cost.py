@@ -93,7 +93,8 @@ def test_a_row_pays_for_rows_behind_those_that_it_starts_from(tmp_path: Path) ->
 
 
 def test_a_larger_batch_costs_more(tmp_path: Path) -> None:
-    found = entries(plan(tmp_path, LONGER, ("says: alone, settings: [", "says: alone, settings: [train.batch_size=128, ")))
+    shown = "says: alone, settings: ["
+    found = entries(plan(tmp_path, LONGER, (shown, f"{shown}train.batch_size=128, ")))
     assert found["at"].cost == 2 * AT
 
 

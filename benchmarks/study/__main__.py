@@ -1,8 +1,8 @@
 """What mutual training is worth: many runs, trained, attacked and compared; from the repository's root.
 
-python -m benchmarks.study evidence --suite cpu data.root=FOLDER [key=value ...]   mutual training and its controls
-python -m benchmarks.study search --suite cpu data.root=FOLDER [key=value ...]     settings of the mutual loss
-python -m benchmarks.study reasons RUN [images=500] [key=value ...]                what peers do with each other's AEs
+python -m benchmarks.study evidence --suite overfit data.root=FOLDER [key=value ...]  mutual training and its controls
+python -m benchmarks.study search --suite cpu data.root=FOLDER [key=value ...]        settings of the mutual loss
+python -m benchmarks.study reasons RUN [images=500] [key=value ...]                   what peers do with others' AEs
 
 Finished runs and evaluations are not repeated. Results are written after every run and say what is missing. A command
 with --help lists its options.
@@ -51,15 +51,13 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     reasons.add_argument("--dry-run", action="store_true", help="print what would be measured")
     found = read_command(words, {"evidence": _of_runs("evidence", EVIDENCE, "ROW", "--file"), "reasons": reasons,
                                  "search": _of_runs("search", SEARCH, "FAMILY", "--space")}, __doc__)
-    if found.command != "reasons":
-        found.root = found.root or Path("runs", f"{found.command}_{found.suite}")
     return found
 
 
 def _of_runs(name: str, about: str, only: str, alias: str) -> Command:
     """The options of a study that trains."""
     one = Command(f"study {name}", about)
-    one.add_argument("--suite", default="cpu", metavar="NAME", help="suite of the file (default %(default)s)")
+    one.add_argument("--suite", metavar="NAME", help="suite of the file (default its first)")
     one.add_argument("--only", type=lambda text: tuple(filter(None, text.split(","))), default=(),
                      metavar=f"{only},...", help="these alone; the tables keep what others have")
     one.add_argument("--seeds", type=_seeds, default=(), metavar="0,1", help="these seeds alone")

@@ -12,7 +12,7 @@ from benchmarks.command import chosen
 from benchmarks.study.cost import cost_problems, relative_cost
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Evidence, Problem, Suite, TablePlan, read_evidence
-from benchmarks.study.runs import Runner, carry_out, head_document, train, write_results
+from benchmarks.study.runs import Runner, carry_out, choose_suite, head_document, train, write_results
 from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
 from benchmarks.study.why import explain, write_charts
 from mat_dist.checkpoints.load import candidates
@@ -51,13 +51,12 @@ def planned(options: Namespace) -> tuple[Suite, list[Entry]]:
     entries: list[Entry] = []
 
     def costs(study: Evidence) -> Iterator[Problem]:
-        if options.suite in study.suites:
-            suite = study.suites[options.suite]
+        if options.suite in (None, *study.suites):
+            suite = choose_suite(options, study.suites)
             entries.extend(plan_entries(suite, options))
             yield from cost_problems(options.suite, suite, {entry.name: entry for entry in entries})
 
-    study = read_evidence(str(options.file), costs)
-    return study.suites[chosen([options.suite], list(study.suites), "suite")[0]], entries
+    return choose_suite(options, read_evidence(str(options.file), costs).suites), entries
 
 
 def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:

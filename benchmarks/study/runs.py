@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.command import chosen
 from benchmarks.study.plan import SearchSuite, Suite
 from mat_dist import checkpoints
 from mat_dist.checkpoints import json_digest
@@ -41,6 +42,9 @@ PATIENCE = ((0.0, signal.SIGTERM), (120.0, signal.SIGTERM), (180.0, signal.SIGKI
 POLL = 0.1
 EVERY = 30.0  # seconds between two lines about how far a command is
 OTHER_RUN = re.compile(r"\bRUN\((\w+)\)")  # in a setting: the run of another row with the same seed
+
+
+S = TypeVar("S", Suite, SearchSuite)
 
 
 class Enough(Exception):
@@ -166,6 +170,14 @@ def training_seconds(folder: RunFolder) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------ several seeds
+
+
+def choose_suite(options: Namespace, suites: Mapping[str, S]) -> S:
+    """The suite that was asked for, by default the first; `options` get its name and the folder of its runs. Raises
+    ConfigError."""
+    (options.suite,) = chosen([options.suite or next(iter(suites))], list(suites), "suite")
+    options.root = options.root or Path("runs", f"{options.command}_{options.suite}")
+    return suites[options.suite]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.command import chosen
 from benchmarks.study.pages import search_page
 from benchmarks.study.plan import SearchSuite, Words, read_search
-from benchmarks.study.runs import Job, Trained, carry_out, head_document, train, write_results
+from benchmarks.study.runs import Job, Trained, carry_out, choose_suite, head_document, train, write_results
 from benchmarks.study.tables import summary
 from mat_dist import checkpoints
 from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, candidates, validation_file
@@ -48,7 +48,7 @@ def main(options: Namespace) -> None:
     Raises ConfigError, StopRequested when the time is over, NotReportable where runs failed.
     """
     study = read_search(str(options.file))
-    suite = study.suites[chosen([options.suite], list(study.suites), "suite")[0]]
+    suite = choose_suite(options, study.suites)
     found = settings_of(suite, options)
     if options.dry_run:
         for one in found:

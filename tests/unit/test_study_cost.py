@@ -13,6 +13,7 @@ from benchmarks.study.cost import relative_cost
 from benchmarks.study.evidence import planned
 from benchmarks.study.pages import verdict_lines
 from benchmarks.study.tables import Entry, comparisons, table_document
+from mat_dist.config import load_config
 from mat_dist.errors import ConfigError
 
 # 100 steps of 64 images, 7 attack passes. A peer alone: 8 forward and backward passes a step. mat with two peers: each
@@ -181,3 +182,13 @@ def test_a_control_that_is_not_measured_yet_is_told_first() -> None:
             {"row": "at", "cost": 1.0, "mutual": False, "tried": 1, "control": None}]
     lines = verdict_lines(comparisons(rows, [], "pgd"))
     assert "| `mat` | `at` | - | - | - | - | 0 | not measured yet |" in lines
+
+
+def test_the_generalist_of_the_gpu_suite_has_the_peers_of_its_configuration(tmp_path: Path) -> None:
+    """But for the schedule and averages of the suite."""
+    words = ["evidence", "--suite", "gpu_union", "--root", str(tmp_path), "data.root=absent.npz"]
+    row = entries(words)["mat_union"].first
+    assert row is not None
+    ours, theirs = ([peer.model_dump(exclude={"optim"}) for peer in config.peers]
+                    for config in (row.config, load_config("union_generalist")))
+    assert ours == theirs

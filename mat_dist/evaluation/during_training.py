@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
 from mat_dist.checkpoints import Manifest, mark_best, read_best, step_name
@@ -21,10 +22,10 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks
-from mat_dist.evaluation.results import CLEAN, UNION, TargetResult, as_result
+from mat_dist.evaluation.results import CLEAN, UNION, TargetResult, accuracies, as_result
 from mat_dist.evaluation.survivors import Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import threats_of
-from mat_dist.runs.console import TableRow
+from mat_dist.runs.console import new_table, percent
 from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run
 from mat_dist.runs.trackers import Picture
@@ -103,7 +104,7 @@ class Evaluations:
         manifests = {"best": best, "last": newest} if best else {"last": newest}
         for label, manifest in manifests.items():
             labels.setdefault(manifest.step, []).append(label)
-        rows: list[TableRow] = []
+        shown: dict[str, Sequence[TargetResult]] = {}
         damaged: CheckpointError | None = None
         for names in labels.values():
             manifest = manifests[names[0]]
@@ -122,11 +123,11 @@ class Evaluations:
                     write_result(self.run.folder.eval, f"test_{label}_{name}", {**document, "checkpoint": label},
                                  image_rows(found))
                     self.show_gallery(f"test_{label}", manifest, self.data.test, job, targets)
-                rows += table_rows(", ".join(names), targets, attack_name(job))
+                shown[", ".join(names)] = targets
                 self.reporter.tell("evaluation", {"split": "test", "step": manifest.step, "checkpoint": names,
                                                   **validation_record(targets)})
-        if rows:
-            self.reporter.table(rows)
+        if shown:
+            self.reporter.table(final_table(attack_name(job), shown))
         if damaged is not None:
             raise damaged
 
@@ -243,12 +244,16 @@ def own_robust(targets: Sequence[TargetResult], specs: Sequence[PeerConfig]) -> 
             for spec in specs]
 
 
-def table_rows(checkpoint: str, targets: Sequence[TargetResult], attack: str) -> list[TableRow]:
-    """Rows of the final table for one checkpoint (`best` or `last`)."""
-    return [TableRow(target=one.target, weights="EMA" if one.weights == EMA else "raw", checkpoint=checkpoint,
-                     clean_acc=shares[CLEAN], robust_acc=shares[UNION], attack=attack, images=one.n,
-                     threat_acc={threat: shares[threat] for threat in one.attacks})
-            for one in targets for shares in [one.accuracy]]
+def final_table(attack: str, found: Mapping[str, Sequence[TargetResult]]) -> Table:
+    """A row per checkpoint (`best`, `last`, or both in one) and target."""
+    shown = accuracies(next(iter(found.values()))[0].attacks)
+    table = new_table(f"Accuracy on the test set, under {attack}", ("target", "weights", "checkpoint"),
+                      (*(f"{name} %" for name in shown), "n"))
+    for checkpoint, targets in found.items():
+        for one in targets:
+            table.add_row(one.target, "EMA" if one.weights == EMA else "raw", checkpoint,
+                          *(percent(one.accuracy[name], 2) for name in shown), str(one.n))
+    return table
 
 
 def gallery(run: FinishedRun, data: ImageSet, job: Job, targets: Sequence[TargetResult],

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
@@ -86,42 +85,6 @@ def per_peer(value: Any, peers: int) -> list[Any]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One evaluated target; shares in [0, 1]."""
-
-    target: str  # name of a peer, or `ensemble`
-    weights: str  # `raw` or `EMA`
-    checkpoint: str  # `best`, `last`, or both
-    clean_acc: float
-    robust_acc: float | None  # under every threat: their union; None where it was not attacked
-    attack: str  # PGD-20, cr
-    images: int
-    threat_acc: Mapping[str, float] = field(default_factory=dict)  # under each threat by itself
-
-
-def shown_accuracies(clean: float | None, threats: Mapping[str, float | None],
-                     robust: float | None) -> dict[str, float | None]:
-    """By the name that a reader sees: clean, each threat, and their union where there are several."""
-    whole = {"union": robust} if len(threats) > 1 else {} if threats or robust is None else {"robust": robust}
-    return {"clean": clean, **threats, **whole}
-
-
-def results_table(rows: Sequence[TableRow]) -> Table:
-    """A row per result. Raises ValueError for different attacks, which one column cannot hold."""
-    attacks = sorted({row.attack for row in rows})
-    if len(attacks) > 1:
-        raise ValueError(f"one table for {', '.join(attacks)}")
-    found = [shown_accuracies(row.clean_acc, row.threat_acc, row.robust_acc) for row in rows]
-    names = list(dict.fromkeys(name for one in found for name in one))
-    table = new_table(f"Accuracy on the test set, under {attacks[0]}" if attacks else "Accuracy on the test set",
-                      ("target", "weights", "checkpoint"), (*(f"{name} %" for name in names), "n"))
-    for row, one in zip(rows, found, strict=True):
-        table.add_row(row.target, row.weights, row.checkpoint, *(percent(one.get(name), 2) for name in names),
-                      str(row.images))
-    return table
-
-
 def new_table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> Table:
     """An empty table; texts to the left, numbers to the right, none is wrapped."""
     table = Table(title=title)
@@ -186,17 +149,19 @@ def accuracy_rows(record: Mapping[str, Any], peers: Sequence[str]) -> dict[str, 
     """The accuracies of an epoch record by row: each peer and the ensemble, with raw and with averaged weights."""
     found: dict[str, dict[str, float | None]] = {}
     for prefix, mark in (("", ""), ("ema_", " EMA")):
-        columns = [per_peer(record.get(f"{prefix}{key}"), len(peers)) for key in ("clean_acc", "robust_acc")]
-        threats = {name: per_peer(values, len(peers))
-                   for name, values in (record.get(f"{prefix}threat_acc") or {}).items()}
-        for index, (name, clean, robust) in enumerate(zip(peers, *columns, strict=True)):
-            if clean is not None:
-                found[f"{name}{mark}"] = shown_accuracies(clean, {key: values[index] for key, values
-                                                                  in threats.items()}, robust)
+        columns = {key: per_peer(values, len(peers)) for key, values in _shown(record, prefix).items()}
+        found |= {f"{name}{mark}": {key: values[index] for key, values in columns.items()}
+                  for index, name in enumerate(peers) if columns["clean"][index] is not None}
         if whole := record.get(f"{prefix}ensemble"):
-            found[f"ensemble{mark}"] = shown_accuracies(whole["clean_acc"], whole.get("threat_acc", {}),
-                                                        whole["robust_acc"])
+            found[f"ensemble{mark}"] = _shown(whole, "")
     return found
+
+
+def _shown(told: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """By the name that a reader sees: clean, each threat, and their union where there are several."""
+    threats = told.get(f"{prefix}threat_acc") or {}
+    union = {"union": told[f"{prefix}robust_acc"]} if len(threats) > 1 else {}
+    return {"clean": told.get(f"{prefix}clean_acc"), **threats, **union}
 
 
 def epoch_lines(record: Mapping[str, Any], peers: Sequence[str]) -> list[str]:

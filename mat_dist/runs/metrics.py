@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from mat_dist.errors import EnvironmentFault, OutputError
-from mat_dist.runs.console import ConsoleMode, Screen, TableRow, Tally, choose_screen, per_peer, results_table
+from mat_dist.runs.console import ConsoleMode, Screen, Tally, choose_screen, per_peer
 from mat_dist.runs.files import reported
 
 SUMMARY_COLUMNS = ("epoch", "step", "attempt", "peer", "loss", "clean_acc", "robust_acc", "ema_clean_acc",
@@ -121,9 +122,9 @@ class Reporter:
         if (call := self.callbacks.get(event)) is not None:
             call(what)
 
-    def table(self, rows: Sequence[TableRow]) -> None:
+    def table(self, table: Table) -> None:
         """The final results."""
-        self._screen.table(results_table(rows))
+        self._screen.table(table)
 
     def close(self) -> None:
         """Leave the console as it was. May be called twice."""

@@ -28,7 +28,7 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.evaluation import attacks, progress
 from mat_dist.evaluation.attacks import AttackPlan, Target, attack_one, correct
 from mat_dist.evaluation.chunks import Work, attack_chunk, chosen_images
-from mat_dist.evaluation.during_training import Evaluations, selection_score, table_rows, validation_record
+from mat_dist.evaluation.during_training import Evaluations, final_table, selection_score, validation_record
 from mat_dist.evaluation.progress import Progress
 from mat_dist.evaluation.results import TargetResult, read_result
 from mat_dist.evaluation.statistics import wilson_interval
@@ -356,8 +356,11 @@ def test_a_record_and_a_row_of_the_table_have_each_threat_by_itself_beside_the_u
     assert record["robust_acc"] == [0.25, 0.75] and record["ema_threat_acc"] is None
     assert record["ensemble"] == {"clean_acc": 1.0, "robust_acc": 0.25,
                                   "threat_acc": {"linf 3/20": 1.0, "l2 3/5": 0.25}}
-    row = table_rows("last", found, AttackPlan(5))[0]
-    assert (row.robust_acc, row.threat_acc) == (0.25, {"linf 3/20": 0.5, "l2 3/5": 0.5})
+    table = final_table("PGD-20", {"last": found})
+    assert table.title == "Accuracy on the test set, under PGD-20"
+    assert [column.header for column in table.columns[3:]] == ["clean %", "linf 3/20 %", "l2 3/5 %", "union %", "n"]
+    assert [next(iter(column.cells)) for column in table.columns] == [
+        "peer0", "raw", "last", "100.00", "50.00", "50.00", "25.00", "4"]
 
 
 def test_the_selection_score_is_the_mean_of_the_peers_averaged_weights_first() -> None:

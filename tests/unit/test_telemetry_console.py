@@ -9,16 +9,16 @@ import re
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from mat_dist.runs import console as forms
 from mat_dist.runs.console import (
     LiveScreen,
     PlainScreen,
     Screen,
-    TableRow,
     choose_screen,
     epoch_lines,
-    results_table,
+    new_table,
     show_table,
 )
 from mat_dist.runs.metrics import RunReporter, device_memory, eta_seconds, images_per_second
@@ -43,10 +43,11 @@ class Clock:
         return self.now
 
 
-def result(target: str = "peer0", **changes) -> TableRow:
-    values = {"weights": "EMA", "checkpoint": "best", "clean_acc": 0.98765, "robust_acc": 0.8, "attack": "PGD-20",
-              "images": 360, **changes}
-    return TableRow(target=target, **values)
+def results(*rows: tuple[str, ...], numbers: tuple[str, ...] = ("clean %", "n")) -> Table:
+    table = new_table("Accuracy on the test set", ("target", "weights", "checkpoint"), numbers)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 EPOCH = {"epoch": 5, "step": 150, "attack": "PGD-10", "clean_acc": [0.91, 0.92, 0.93], "robust_acc": [0.5, 0.6, None],
@@ -152,10 +153,11 @@ def test_what_goes_on_is_told_on_plain_lines_now_and_then_and_less_often_the_lon
 
 @pytest.mark.parametrize("width", [20, 24, 30, 40, 60, 80, 200])
 def test_no_terminal_is_so_narrow_that_it_loses_or_cuts_a_number(width):
-    rows = [result("north", threat_acc={"linf 8/255": 0.51, "l2 1/2": 0.701}, robust_acc=0.40),
-            result("a-peer-with-a-name-of-32-letters", threat_acc={"linf 8/255": 0.2, "l2 1/2": 0.3}, images=12345)]
+    table = results(("north", "EMA", "best", "98.77", "51.00", "70.10", "40.00", "360"),
+                    ("a-peer-with-a-name-of-32-letters", "EMA", "best", "98.77", "20.00", "30.00", "80.00", "12345"),
+                    numbers=("clean %", "linf 8/255 %", "l2 1/2 %", "union %", "n"))
     console = terminal(width)
-    show_table(results_table(rows), console)
+    show_table(table, console)
     screen = LiveScreen(console)
     screen.start(300, ["north", "south", "west"], 0)
     screen.epoch(EPOCH)
@@ -211,7 +213,7 @@ def test_results_stand_below_the_live_table():
     console = terminal()
     screen = LiveScreen(console)
     screen.start(10, ["north"], 0)
-    screen.table(results_table([result("south")]))
+    screen.table(results(("south", "EMA", "best", "98.77", "360")))
     text = console.file.getvalue()
     assert text.rindex("north") < text.rindex("\x1b[?25h") < text.rindex("south")
 
@@ -233,7 +235,7 @@ def test_off_prints_nothing(tmp_path, capsys):
     out.start(300, ["a", "b", "c"])
     out.log(STEP)
     out.note("text")
-    out.table([result()])
+    out.table(results(("a", "EMA", "best", "98.77", "360")))
     out.close()
     assert capsys.readouterr() == ("", "")
 
@@ -244,7 +246,8 @@ def test_results_go_to_a_pipe_wide_and_without_ansi_codes(tmp_path, monkeypatch,
     name = "a-peer-with-a-name-of-32-letters"
     out = RunReporter(tmp_path, console="plain")
     out.start(1, [name])
-    out.table([result(name), result("ensemble", weights="raw", checkpoint="last", robust_acc=None)])
+    out.table(results((name, "EMA", "best", "98.77", "80.00", "360"),
+                      ("ensemble", "raw", "last", "98.77", "-", "360"), numbers=("clean %", "robust %", "n")))
     text = capsys.readouterr().out
     assert "\x1b" not in text
     wanted = [line for line in text.splitlines() if any(word in line for word in ("target", name, "ensemble"))]
@@ -252,20 +255,6 @@ def test_results_go_to_a_pipe_wide_and_without_ansi_codes(tmp_path, monkeypatch,
     assert re.split(r"\s*[│┃|]\s*", heading)[1:-1] == ["target", "weights", "checkpoint", "clean %", "robust %", "n"]
     assert re.split(r"\s*[│┃|]\s*", first)[1:-1] == [name, "EMA", "best", "98.77", "80.00", "360"]
     assert re.split(r"\s*[│┃|]\s*", second)[1:-1] == ["ensemble", "raw", "last", "98.77", "-", "360"]
-
-
-def test_each_threat_has_its_column_and_their_union_is_called_union(capsys):
-    show_table(results_table([result("north", threat_acc={"linf 8/255": 0.5, "l2 1/2": 0.7}, robust_acc=0.4),
-                              result("south", threat_acc={"linf 8/255": 0.6, "l2 1/2": 0.8}, robust_acc=0.55)]))
-    title, _, heading, _, first, *_ = capsys.readouterr().out.splitlines()
-    assert title.strip() == "Accuracy on the test set, under PGD-20"
-    assert re.split(r"\s*[│┃]\s*", heading)[4:-1] == ["clean %", "linf 8/255 %", "l2 1/2 %", "union %", "n"]
-    assert re.split(r"\s*[│┃]\s*", first)[4:-1] == ["98.77", "50.00", "70.00", "40.00", "360"]
-
-
-def test_one_table_cannot_mix_attacks():
-    with pytest.raises(ValueError, match="PGD-10, PGD-20"):
-        results_table([result(), result(attack="PGD-10")])
 
 
 def test_the_cpu_tells_its_largest_resident_set():

@@ -17,7 +17,7 @@ from mat_dist.config import TrainingOptions, config_name, config_warnings, load_
 from mat_dist.config.load import setting_words
 from mat_dist.distributed.leaving import abort_groups
 from mat_dist.distributed.stopping import StopFlag, watching
-from mat_dist.runs.starts import Start, recording
+from mat_dist.runs.record import Start, recording
 
 if TYPE_CHECKING:
     from mat_dist.api.run import Run

@@ -76,7 +76,9 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
     """
     if name is not None:
         _check_name(name)
-    base = _make_root(root)
+    base = resolved(root)
+    with reported(base):
+        base.mkdir(parents=True, exist_ok=True)
     if name is None and job_id is None:
         if resume == "must":
             raise ConfigError("the run to continue has no name", "run.resume=must", "set run.name")
@@ -91,7 +93,7 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
     with reported(path):
         path.mkdir(exist_ok=True)
         _check_existing(path, resume)
-        _check_writable(path)
+    check_writable(path)
     return RunFolder(path)
 
 
@@ -99,8 +101,8 @@ def existing(root: str | os.PathLike[str], name: str | None, config_name: str, j
     """The folder that `create_or_open` would continue; None where no run has begun there. Changes nothing."""
     if name is None and job_id is None:
         return None
-    with suppress(OSError, RuntimeError, ValueError):
-        path = Path(root).expanduser().resolve() / (name or _of_job(config_name, str(job_id)))
+    with suppress(OSError, ConfigError):
+        path = resolved(root) / (name or _of_job(config_name, str(job_id)))
         return RunFolder(path) if not path.is_symlink() and _is_run(set(os.listdir(path))) else None
     return None
 
@@ -128,28 +130,23 @@ def _plain(text: str, longest: int) -> str:
     return f"{plain[: longest - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _make_root(root: str | os.PathLike[str]) -> Path:
+def resolved(root: str | os.PathLike[str]) -> Path:
+    """run.root as an absolute path. Raises ConfigError where it is none."""
     text = os.fspath(root)
     if not text or "\0" in text:
         raise ConfigError(f"{text[:80]!r} cannot be a folder", "run.root", "give the path of a folder")
     try:
-        base = Path(text).expanduser().resolve()
+        return Path(text).expanduser().resolve()
     except (RuntimeError, OSError) as error:  # no such user, a loop of links
         raise ConfigError(f"{text[:80]!r} leads nowhere: {error}", "run.root", "give the path of a folder") from None
-    with reported(base):
-        base.mkdir(parents=True, exist_ok=True)
-    return base
 
 
 def _make_timed(base: Path, stem: str) -> RunFolder:
-    path = base / stem
-    for number in count(2):
-        with reported(path):
-            try:
-                path.mkdir()
-                break
-            except FileExistsError:
-                path = base / f"{stem}-{number}"
+    for number in count(1):
+        path = base / (f"{stem}-{number}" if number > 1 else stem)
+        with reported(path), suppress(FileExistsError):
+            path.mkdir()
+            break
     return RunFolder(path)
 
 
@@ -170,7 +167,9 @@ def _check_existing(path: Path, resume: str) -> None:
                               "move it elsewhere, or choose another run.name")
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises OutputError where no file can be made in a folder."""
     probe = path / f".probe.{secrets.token_hex(4)}.tmp"
-    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-    os.unlink(probe)
+    with reported(path):
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.unlink(probe)

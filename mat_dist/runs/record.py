@@ -1,27 +1,34 @@
 """Two files that tell of each attempt: `environment.json`, what it was made with, and `exit.json`, how it ended.
 
-torchrun returns 0 or 1 for everything, so scripts read `exit.json`. A damaged file is renamed to `<name>.damaged` and
-counts as none.
+torchrun returns 0 or 1 for everything, so scripts read `exit.json`. What ends a start before its run is open goes there
+too: else the file would still tell of the attempt before: 75, start again, or 0, done. A damaged file is renamed to
+`<name>.damaged` and counts as none. Imports no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mat_dist
+from mat_dist.cli import LOGGED
+from mat_dist.config import Config, RunConfig, binding
+from mat_dist.distributed.launch import Launch
 from mat_dist.errors import DONE, OutputError, described
 from mat_dist.runs.files import open_plain, overwrite, parse_json, reported, set_aside, write_json
-from mat_dist.runs.folder import RunFolder
+from mat_dist.runs.folder import RunFolder, existing
+from mat_dist.runs.lock import RunLock
 
 HIDDEN = "<redacted>"
 REFUSED = "refused"  # the state of a start that came to nothing, so that the run is as it was
@@ -157,6 +164,54 @@ def finished(folder: RunFolder) -> bool:
     tried = [one for one in ended["attempts"] if one["state"] != REFUSED] if ended else []
     newest = started["attempts"][-1]["attempt"] if started else 0
     return bool(tried) and (tried[-1]["code"], tried[-1]["state"]) == (DONE, "done") and tried[-1]["attempt"] >= newest
+
+
+# ------------------------------------------------------------------------------------------------ before a run is open
+
+
+@dataclass
+class Start:
+    """Which run a start is to begin or continue, as far as it is known."""
+
+    root: str
+    name: str | None
+    config_name: str = ""
+    job: str | None = None
+    launch: Launch = field(default_factory=Launch)
+
+    def learn(self, config: Config, config_name: str) -> None:
+        """The settings could be read."""
+        self.root, self.name, self.config_name = config.run.root, config.run.name, config_name
+        self.job = job_of(config, self.launch)
+
+    def refused(self, error: Exception) -> None:
+        """Record why it came to nothing; not where another process has the run, and will tell its end itself."""
+        known = LOGGED not in getattr(error, "__notes__", []) and self.launch.speaks_for(getattr(error, "guilty", ()))
+        folder = existing(self.root, self.name, self.config_name, self.job) if known else None
+        with suppress(OutputError):  # the first error counts
+            if folder is not None and RunLock(folder, self.launch).held_by() is None:
+                write_exit(folder, next_attempt(folder), error, REFUSED)
+
+
+def job_of(config: Config, launch: Launch) -> str | None:
+    """What names a run without `run.name` in a job: a requeued job finds its run, and runs with other settings, such as
+    another seed, do not collide. None without a job."""
+    settings = hashlib.sha256(json.dumps(binding(config), sort_keys=True).encode()).hexdigest()
+    return launch.job_id and f"{launch.job_id}-{settings[:8]}"
+
+
+@contextmanager
+def recording(words: Sequence[str]) -> Iterator[Start]:
+    """The start that a command line asks for; `learn` more of it as soon as its settings are read."""
+    told = dict(word.split("=", 1) for word in words if word.startswith(("run.root=", "run.name=")))
+    start = Start(told.get("run.root", RunConfig().root), told.get("run.name"))
+    try:
+        start.launch = Launch.from_environment()  # of the ranks one tells
+        yield start
+    except Exception as error:
+        if "--dry-run" not in words:
+            start.refused(error)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------ both files

@@ -42,8 +42,7 @@ from mat_dist.errors import (
 from mat_dist.runs.files import reported, write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
-from mat_dist.runs.record import finished, next_attempt, read_exit, write_environment, write_exit
-from mat_dist.runs.starts import job_of
+from mat_dist.runs.record import finished, job_of, next_attempt, read_exit, write_environment, write_exit
 from mat_dist.screens import loss
 
 T = TypeVar("T")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +16,9 @@ from mat_dist.core.optim import check_optimizers
 from mat_dist.distributed.groups import SHARE, choose_device, prepare_torch
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.placement import Placement
-from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, OutputError
-from mat_dist.runs.files import free_bytes, output_error
-from mat_dist.runs.folder import RunFolder, create_or_open
+from mat_dist.errors import CheckpointError, EnvironmentFault, OutputError
+from mat_dist.runs.files import free_bytes
+from mat_dist.runs.folder import RunFolder, check_writable, create_or_open, resolved
 from mat_dist.runs.lock import RunLock
 from mat_dist.runs.session import check_continues
 from mat_dist.tools.check import Answer, Report
@@ -115,15 +114,6 @@ def check_device(config: Config, launch: Launch) -> Answer[torch.device]:
 # ---------------------------------------------------------------- where a run writes
 
 
-def root_of(config: Config) -> Path:
-    """run.root as an absolute path. Raises ConfigError where it is none."""
-    try:
-        return Path(config.run.root).expanduser().resolve()
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ConfigError(f"{config.run.root[:80]!r} leads nowhere: {error}", "run.root",
-                          "give the path of a folder") from None
-
-
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that exists."""
     return next(one for one in (path, *path.parents) if os.path.lexists(one))
@@ -135,13 +125,13 @@ def check_run_folder(config: Config, name: str) -> Answer[Path]:
     Raises what a run would: OutputError (cannot be written, finished, in use), CheckpointError (other settings,
     nothing to continue), ConfigError.
     """
-    root = root_of(config)
+    root = resolved(config.run.root)
     path = root / config.run.name if config.run.name else None
     if path is None or not os.path.lexists(path):
         if config.run.resume == "must":
             raise CheckpointError("there is no run to continue", str(path or root),
                                   "check run.root and run.name, or set run.resume=auto")
-        _probe(existing(root))
+        check_writable(existing(root))
         found = f"{path or root / f'{name}-TIME'}, new" + ("" if root.exists() else "; run.root will be made")
         return Answer(root, found)
     folder = create_or_open(root, config.run.name, config_name=name, resume=config.run.resume, job_id=None,
@@ -154,22 +144,15 @@ def check_run_folder(config: Config, name: str) -> Answer[Path]:
     return Answer(root, f"{folder.path}, to be continued")
 
 
-def _probe(folder: Path) -> None:
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".mat_dist-check-", dir=folder))
-    except OSError as error:
-        raise output_error(error, folder) from error
-
-
 def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured]) -> Answer[int]:
     """Whether keep + best + the one being written fit. Raises OutputError."""
-    root = root_of(config)
+    root = resolved(config.run.root)
     each = int(sample.state_bytes(config, measured) * SPARE)
     count = config.checkpoint.keep + 2
     folder = RunFolder(root / config.run.name) if config.run.name else None
     held = sum(file.stat().st_size for file in folder.checkpoints.rglob("peer_*.*")) if folder else 0
     needed = max(each, count * each - held)
-    free = free_bytes(existing(root))
+    free = free_bytes(root)
     found = (f"{count} checkpoints of {each / GIB:.3f} GiB need {needed / GIB:.2f} GiB more below {root}, "
              f"{(free or 0) / GIB:.2f} GiB are free")
     details = {"checkpoint_bytes": each, "needed": needed, "free": free}
@@ -182,7 +165,7 @@ def check_disk(config: Config, sample: Sample, measured: Mapping[int, Measured])
 
 def check_shared(config: Config, nodes: int) -> Answer[str]:
     """Whether the nodes see one run.root, by the type of its file system."""
-    folder = existing(root_of(config))
+    folder = existing(resolved(config.run.root))
     kind, mount = file_system(folder, Path("/proc/mounts"))
     if kind.removeprefix("fuse.") in SHARED:
         return Answer(kind, f"{folder} is on {kind} (mounted at {mount}), which nodes can share")

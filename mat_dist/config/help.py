@@ -28,9 +28,10 @@ from mat_dist.config.tree import (
     OTHER_NAMES,
     SHARED,
     SHORTHANDS,
-    Layer,
     Node,
+    Tree,
     joined,
+    locate,
     printable,
     section_class,
 )
@@ -245,10 +246,10 @@ def faulty(error: ErrorDetails) -> tuple[str | int, ...]:
     return path[:-1] if canonical(path[:-1]) in settings() or error["type"] == "missing" else path
 
 
-def problem(error: ErrorDetails, layer: Layer, count: int) -> ConfigError:
+def problem(error: ErrorDetails, tree: Tree, count: int) -> ConfigError:
     """One of pydantic's errors as ours. `count` errors came before it."""
     path = faulty(error)
-    node, depth = layer.locate(path)
+    node, depth = locate(tree, path)
     if error["type"] == "extra_forbidden":
         return unknown_key(path, node, search=count < _SUGGEST)
     setting = settings().get(canonical(path))

@@ -31,21 +31,24 @@ from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.config.tree import (
     COMMAND_LINE,
     SHARED,
-    Layer,
     Node,
     Path,
     Tree,
     both_names,
     can_be_empty,
     cut,
+    entries,
     joined,
+    layer_of,
     locate,
     normalised,
     over,
     parse,
+    plain,
     printable,
     read,
     section_class,
+    with_entries,
     write,
 )
 from mat_dist.errors import CheckpointError, ConfigError
@@ -111,7 +114,7 @@ def _data_name(name: Any, root: Any) -> Any:
 
 def _made_for(path: str | None) -> tuple[Any, Any]:
     """Name and root of the data that a file gives itself."""
-    top = _Files([]).compose(_file(path)).top
+    top = _Files([]).compose(_file(path))
     name, root = (locate(top, ("data", key)) for key in ("name", "root"))
     return name[0].value if name[1] == 2 else None, root[0].value if root[1] == 2 else None
 
@@ -158,8 +161,8 @@ class _Files:
     def __init__(self, problems: list[ConfigError]) -> None:
         self.problems, self.count = problems, 0
 
-    def compose(self, path: File, chain: tuple[str, ...] = ()) -> Layer:
-        """The merged layer of `path`; `chain` holds the files that led here, to find cycles."""
+    def compose(self, path: File, chain: tuple[str, ...] = ()) -> Tree:
+        """The merged settings of `path`; `chain` holds the files that led here, to find cycles."""
         source, real = _display(path), os.path.realpath(path)
         self.count += 1
         if real in chain:
@@ -171,7 +174,7 @@ class _Files:
         if path.name == "config.yaml" and (path.parent / "environment.json").is_file():
             tree = _of_a_run(tree, source)
         bases = {path: node for path, node in tree.items() if path[0] == "defaults"}
-        below = Layer({})
+        below: Tree = {}
         for name in self._bases(bases):
             try:
                 base = find_config(name, [path.parent, *config_folders()])
@@ -179,8 +182,8 @@ class _Files:
                 what = f"{missing.what}: {missing.where}"
                 self.problems.append(ConfigError(what, f"{source}, defaults", missing.how))
                 continue
-            below = self.compose(base, (*chain, real)).over(below)
-        return Layer.of({path: node for path, node in tree.items() if path not in bases}, self.problems).over(below)
+            below = over(below, self.compose(base, (*chain, real)))
+        return over(below, layer_of({path: node for path, node in tree.items() if path not in bases}, self.problems))
 
     def _bases(self, given: Tree) -> list[str]:
         node = given.get(("defaults",))
@@ -272,33 +275,32 @@ def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Ov
     return found
 
 
-def _expanded(layer: Layer, source: str) -> Layer:
-    """`layer` with `peers` as a list: a number becomes that many empty entries, none at all the default number."""
-    given = locate(layer.top, ("peers",)) if layer.peers is None else (Node(None, source, ""), 1)
-    number = given[0].value if given[1] else len(Config.model_fields["peers"].default)
+def _expanded(tree: Tree) -> Tree:
+    """`tree` with `peers` as a list: a number becomes that many empty entries, none at all the default number."""
+    given, there = locate(tree, ("peers",))
+    number = given.value if there else len(Config.model_fields["peers"].default)
     if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MAX_PEERS:
-        return Layer(cut(layer.top, ("peers",)), ({},) * number)
-    return layer
+        return with_entries(cut(tree, ("peers",)), [{}] * number)
+    return tree
 
 
-def _apply(layer: Layer, override: Override, source: str, problems: list[ConfigError]) -> Layer:
-    """`layer` with an override. Raises ConfigError."""
+def _apply(tree: Tree, override: Override, problems: list[ConfigError]) -> Tree:
+    """`tree` with an override. Raises ConfigError."""
     path = override.path
     if path == ("peers",):
-        return Layer(cut(layer.top, path)) if override.empty else Layer.of(override.tree, problems).over(layer)
+        return cut(tree, path) if override.empty else over(tree, layer_of(override.tree, problems))
     if path[0] != "peers":
-        return layer.changed(path, lambda tree, _: _laid(tree, path, override, Config, problems))
-    layer = _expanded(layer, source)
-    if layer.peers is None:
-        return layer  # what is wrong with `peers` itself is reported when it is validated
-    count, which = len(layer.peers), path[1]
-    if which != ALL and not (which.isdecimal() and int(which) < count):
+        return _laid(tree, path, override, Config, problems)
+    tree = _expanded(tree)
+    peers, which = entries(tree), path[1]
+    if not peers:
+        return tree  # what is wrong with `peers` itself is reported when it is validated
+    if which != ALL and not (which.isdecimal() and int(which) < len(peers)):
         enough = f"; more peers: peers={int(which) + 1}" if which.isdecimal() and int(which) < MAX_PEERS else ""
         raise ConfigError(f"there is no peer {which}", f"{COMMAND_LINE}, {override.key}",
-                          f"the peers are 0 to {count - 1}, or {ALL}{enough}")
-    for index in range(count) if which == ALL else (int(which),):
-        layer = layer.changed(("peers", index), lambda tree, _: _laid(tree, path[2:], override, PeerConfig, problems))
-    return layer
+                          f"the peers are 0 to {len(peers) - 1}, or {ALL}{enough}")
+    return with_entries(tree, [_laid(peer, path[2:], override, PeerConfig, problems) if which in (ALL, str(index)) else
+                               peer for index, peer in enumerate(peers)])
 
 
 def _laid(tree: Tree, path: Path, override: Override, model: type[Section], problems: list[ConfigError]) -> Tree:
@@ -333,46 +335,46 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source:
     return found
 
 
-def _validated(layer: Layer, source: str, problems: list[ConfigError]) -> tuple[Layer, frozenset[str]]:
-    """Check every value by itself. Returns the layer without the bad ones, and the sections that had some."""
+def _validated(tree: Tree, source: str, problems: list[ConfigError]) -> tuple[Tree, frozenset[str]]:
+    """Check every value by itself. Returns the settings without the bad ones, and the sections that had some."""
     try:
-        Config.model_validate(layer.plain())
-        return layer, frozenset()
+        Config.model_validate(plain(tree))
+        return tree, frozenset()
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
     inside = {other["loc"][:1] for other in errors if len(other["loc"]) > 1}
     # To pydantic a list is too short where all of its entries are bad.
     errors = [found for found in errors if found["type"] != "too_short" or found["loc"] not in inside]
-    problems += [problem(found, layer, count) for count, found in enumerate(errors)]
+    problems += [problem(found, tree, count) for count, found in enumerate(errors)]
     if len(errors) > _MOST_ERRORS:
         raise joined(problems, source)
     for found in errors:
-        layer = layer.changed(faulty(found), cut)
-    return _expanded(layer, source), frozenset(canonical(found["loc"]).split(".")[0] for found in errors)
+        tree = cut(tree, faulty(found))
+    return _expanded(tree), frozenset(canonical(found["loc"]).split(".")[0] for found in errors)
 
 
-def _under_peers(layer: Layer) -> Layer:
-    """`layer` with complete peers: each entry laid over the shared sections, which are then left out."""
-    shared = {path: node for path, node in layer.top.items() if path[0] in SHARED}
-    return Layer({path: node for path, node in layer.top.items() if path not in shared},
-                 tuple(over(shared, entry) for entry in layer.peers or ()))
+def _under_peers(tree: Tree) -> Tree:
+    """`tree` with complete peers: each entry laid over the shared sections, which are then left out."""
+    shared = {path: node for path, node in tree.items() if path[0] in SHARED}
+    return with_entries({path: node for path, node in tree.items() if path not in shared},
+                        [over(shared, entry) for entry in entries(tree)])
 
 
-def _resolved(layer: Layer) -> Config:
-    """The configuration of a checked layer whose peers are complete; presets and defaults filled in."""
-    config = Config.model_validate(layer.plain())
+def _resolved(tree: Tree) -> Config:
+    """The configuration of checked settings whose peers are complete; presets and defaults filled in."""
+    config = Config.model_validate(plain(tree))
     peers = tuple(fill_peer(peer, index, len(config.peers), config.data.name)
                   for index, peer in enumerate(config.peers))
     return config.model_copy(update={"peers": peers})
 
 
-def _placed(found: ConfigError, layer: Layer, source: str) -> ConfigError:
+def _placed(found: ConfigError, tree: Tree, source: str) -> ConfigError:
     """A rule's problem (its `where` is a key) with the file and line that gave the value."""
-    path = tuple(found.where.split("."))
-    node, depth = layer.locate(path)
+    path = tuple(int(part) if part.isdecimal() else part for part in found.where.split("."))
+    node, depth = locate(tree, path)
     if depth == len(path):
         return ConfigError(found.what, node.where, found.how)
-    key = ".".join(path[2:]) if path[0] == "peers" and len(path) > 2 and path[2] in SHARED else found.where
+    key = found.where if path[2:3] and path[2] not in SHARED else general(path)
     return ConfigError(found.what, f"{source}, {key}", found.how)
 
 
@@ -395,21 +397,21 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     source = _display(file)
     changes = read_overrides(overrides, problems)
     try:
-        layer = _Files(problems).compose(file)
+        tree = _Files(problems).compose(file)
     except ConfigError as unreadable:
         raise joined([*problems, unreadable], source) from None
     for change in changes:
         try:
-            layer = _apply(layer, change, source, problems)
+            tree = _apply(tree, change, problems)
         except ConfigError as refused:
             problems.append(refused)
-    layer, broken = _validated(_expanded(layer, source), source, problems)
-    layer = _under_peers(layer)
+    tree, broken = _validated(_expanded(tree), source, problems)
+    tree = _under_peers(tree)
     # What it sets may stand in another section: attack.eps is threat.eps.
     sound = [one for one in changes if not broken & {path[0] for path in normalised(one.tree, [], Config)}]
-    problems += without_effect(sound, layer.peers or (), source)
-    config = _resolved(layer)
-    problems += [_placed(found, layer, source) for found in check(config, broken)]
+    problems += without_effect(sound, entries(tree), source)
+    config = _resolved(tree)
+    problems += [_placed(found, tree, source) for found in check(config, broken)]
     if problems:
         require_plugins(file)  # what they register is unknown: all else follows from that
         raise joined(problems, source)

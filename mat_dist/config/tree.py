@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_origin
 
@@ -113,11 +113,13 @@ def locate(tree: Tree, path: Sequence[str | int]) -> tuple[Node, int]:
 
 
 def over(low: Tree, high: Tree) -> Tree:
-    """`high` over `low`: mappings key by key, anything else replaced.
+    """`high` over `low`: mappings key by key, anything else replaced, as are peers.
 
     A `loss` section that changes the preset replaces the lower one: coefficients that were given for another
     preset do not leak into it. Nor do a radius and a step length into another norm.
     """
+    if any(path[:1] == ("peers",) for path in high):
+        low = cut(low, ("peers",))
     for section, name, lost in (("loss", "preset", [("loss",)]), ("threat", "norm", _IN_ITS_NORM)):
         chosen, before = high.get((section, name)), low.get((section, name))
         if chosen is not None and chosen.value != (before.value if before else _DEFAULTS[section]):
@@ -131,9 +133,11 @@ def over(low: Tree, high: Tree) -> Tree:
 
 
 def cut(tree: Tree, path: Path) -> Tree:
-    """`tree` without what is at `path` and below it; a mapping that had nothing else is empty."""
+    """`tree` without what is at `path` and below it; a peer stays, and so does a mapping that had nothing else."""
     kept = {one: node for one, node in tree.items() if one[:len(path)] != path}
-    if path[:-1] and len(kept) < len(tree) and not any(one[:len(path) - 1] == path[:-1] for one in kept):
+    if len(path) == 2 and _in_entry(path):
+        kept[path] = Node({}, locate(tree, path)[0].source, "")
+    elif path[:-1] and len(kept) < len(tree) and not any(one[:len(path) - 1] == path[:-1] for one in kept):
         kept[path[:-1]] = Node({}, locate(tree, path)[0].source, "")
     return kept
 
@@ -173,7 +177,7 @@ def normalised(tree: Tree, problems: list[ConfigError], model: type[Section]) ->
     """
     tree = {(path[0], SHORTHANDS[str(path[0])]) if len(path) == 1 and path[0] in SHORTHANDS and
             isinstance(node.value, str) else path: node for path, node in tree.items()
-            if node.value is not None or not path or not can_be_empty(model, path)}
+            if node.value is not None or not can_be_empty(model, path)}
     for other, name in OTHER_NAMES.items():
         moved, path = tree.pop(tuple(other.split(".")), None), tuple(name.split("."))
         there = [tree[path[:depth]] for depth in range(1, len(path) + 1) if path[:depth] in tree]
@@ -184,62 +188,36 @@ def normalised(tree: Tree, problems: list[ConfigError], model: type[Section]) ->
     return tree
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Settings of a file or more: the top level, and the entries of `peers` where it is a list."""
+def layer_of(tree: Tree, problems: list[ConfigError]) -> Tree:
+    """Settings of a file or of the command line without short forms."""
+    given = tree.get(("peers",), Node({}, "", ""))
+    if given.value is None:
+        tree = cut(tree, ("peers",))
+    elif isinstance(given.value, list) and given.value:  # of empty entries, or of scalars
+        tree = with_entries(cut(tree, ("peers",)), [{(): Node(value, given.source, f"peers.{n}")}
+                                                    for n, value in enumerate(given.value)])
+    top = normalised({path: node for path, node in tree.items() if not _in_entry(path)}, problems, Config)
+    return with_entries(top, [normalised(entry, problems, PeerConfig) for entry in entries(tree)])
 
-    top: Tree
-    peers: tuple[Tree, ...] | None = None
 
-    @classmethod
-    def of(cls, tree: Tree, problems: list[ConfigError]) -> Layer:
-        """Settings as given, without short forms."""
-        given = {path[1:]: node for path, node in tree.items() if path[0] == "peers"}
-        top = normalised({path: node for path, node in tree.items() if path[0] != "peers"}, problems, Config)
-        entries: dict[Any, Tree] = {}
-        alone = given.get(())
-        if alone is not None and isinstance(alone.value, list):  # of empty entries, or of scalars
-            entries = {n: {(): Node(value, alone.source, f"peers.{n}")} for n, value in enumerate(alone.value)}
-        for path, node in given.items():
-            if path:
-                entries.setdefault(path[0], {})[path[1:]] = node
-        if not entries or not all(isinstance(name, int) for name in entries):
-            kept = {("peers", *path): node for path, node in given.items() if path or node.value is not None}
-            return cls({**top, **kept})
-        return cls(top, tuple({} if () in entry and entry[()].value in (None, {}) else
-                              normalised(entry, problems, PeerConfig) for entry in entries.values()))
+def _in_entry(path: Path) -> bool:
+    return len(path) > 1 and path[0] == "peers" and isinstance(path[1], int)
 
-    def over(self, low: Layer) -> Layer:
-        """This layer over a lower one. A list of peers replaces the lower one."""
-        mine = self.peers is not None or any(path[0] == "peers" for path in self.top)
-        below = cut(low.top, ("peers",)) if mine else low.top
-        return Layer(over(below, self.top), self.peers if mine else low.peers)
 
-    def plain(self) -> dict[str, Any]:
-        """The values alone."""
-        return plain(self.top) | ({} if self.peers is None else {"peers": [plain(entry) for entry in self.peers]})
+def entries(tree: Tree) -> list[Tree]:
+    """The peers that are listed; none where only their number is given."""
+    found: dict[str | int, Tree] = {}
+    for path, node in tree.items():
+        if _in_entry(path):
+            found.setdefault(path[1], {})[path[2:]] = node
+    return list(found.values())
 
-    def at(self, path: Path) -> tuple[int | None, Path]:
-        """The peer that a path leads into, None for the top level, and the rest of the path."""
-        if self.peers is None or len(path) < 2 or path[0] != "peers" or not str(path[1]).isdecimal() or int(
-                path[1]) >= len(self.peers):
-            return None, path
-        return int(path[1]), path[2:]
 
-    def locate(self, path: Path) -> tuple[Node, int]:
-        """As for a tree."""
-        index, rest = self.at(path)
-        if index is None or self.peers is None:
-            return locate(self.top, path)
-        node, depth = locate(self.peers[index], rest)
-        return node, depth + 2
-
-    def changed(self, path: Path, change: Callable[[Tree, Path], Tree]) -> Layer:
-        """With the result of `change(tree, path)` for the tree that the path leads into."""
-        index, rest = self.at(path)
-        if index is None or self.peers is None:
-            return Layer(change(self.top, rest), None if path == ("peers",) else self.peers)
-        return Layer(self.top, (*self.peers[:index], change(self.peers[index], rest), *self.peers[index + 1:]))
+def with_entries(tree: Tree, peers: Sequence[Tree]) -> Tree:
+    """`tree` with these peers in place of the listed ones; one without settings is there too."""
+    empty = {(): Node({}, "", "")}
+    return {path: node for path, node in tree.items() if not _in_entry(path)} | {
+        ("peers", n, *path): node for n, entry in enumerate(peers) for path, node in (entry or empty).items()}
 
 
 def printable(text: str) -> str:

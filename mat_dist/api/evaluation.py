@@ -23,7 +23,8 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.config.load import setting_words
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
-from mat_dist.data.load import check_labels, check_range
+from mat_dist.data.arrays import check_labels
+from mat_dist.data.load import check_range
 from mat_dist.distributed.groups import Mesh, device_name, prepared_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag

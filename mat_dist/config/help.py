@@ -396,26 +396,26 @@ class Options(argparse.ArgumentParser):
             metavar = next((action.metavar for action in self.known if option in action.option_strings), None)
             raise ConfigError(f"{option}: {error.message}", COMMAND_LINE,
                               f"write {option} {metavar}" if metavar else f"write {option} alone") from None
-        problems = self.unknown(rest)
+        problems = [ConfigError(f"unknown option {printable(word)}", COMMAND_LINE, self.meant(word))
+                    for word in rest if not self.usable(word)]
         if problems:
             raise joined(problems, COMMAND_LINE)
         found.words = tuple(rest)
         return found
 
-    def unknown(self, words: Sequence[str]) -> list[ConfigError]:
-        """The problems of words that this command cannot use."""
-        names = [name for action in self.known for name in action.option_strings if name.startswith("--")]
-        problems = []
-        for word in words:
-            if word.startswith("-"):
-                near = nearest(word.partition("=")[0], names)
-                how = f"did you mean {near}?" if near else f"options are {', '.join(names)}; {self.other(word)}"
-                problems.append(ConfigError(f"unknown option {printable(word)}", COMMAND_LINE, how))
-        return problems
+    @property
+    def names(self) -> list[str]:
+        """All options."""
+        return [name for action in self.known for name in action.option_strings if name.startswith("--")]
 
-    def other(self, word: str) -> str:
-        """What else an unknown word may be meant for."""
-        return f"see {self.prog} --help"
+    def usable(self, word: str) -> bool:
+        """Whether the command may have a use for a word that is no option."""
+        return not word.startswith("-")
+
+    def meant(self, word: str) -> str:
+        """What an unknown word may be meant for."""
+        near = nearest(word.partition("=")[0], self.names)
+        return f"did you mean {near}?" if near else f"options are {', '.join(self.names)}; see {self.prog} --help"
 
 
 class TrainingOptions(Options):
@@ -436,28 +436,22 @@ class TrainingOptions(Options):
         found.config = found.config[0] if found.config else None
         return found
 
-    def unknown(self, words: Sequence[str]) -> list[ConfigError]:
+    def usable(self, word: str) -> bool:
         """Only settings may be left."""
-        return [*super().unknown(words), *(
-            ConfigError(f"unknown option {printable(word)}", COMMAND_LINE, self._meant(word))
-            for word in words if "=" not in word and not word.startswith("-"))]
+        return "=" in word and not word.startswith("-")
 
-    def _meant(self, word: str) -> str:
-        """How to mend a word that is neither an option nor a setting."""
-        if word.endswith((".yaml", ".yml")):
-            return f"did you mean --config {printable(word)}?"
-        hints = {name[2:]: name for action in self.known for name in action.option_strings if name.startswith("--")}
-        hints |= {key: f"{key}=VALUE" for key in settings()}
-        near = nearest(word, hints)
-        return f"did you mean {hints[near]}?" if near else "settings are written key=value; --help lists them"
-
-    def other(self, word: str) -> str:
-        """A setting that was given dashes."""
+    def meant(self, word: str) -> str:
+        """An option, a setting, also one with dashes, or a file."""
         bare, equals, value = word.lstrip("-").partition("=")
-        key = bare if bare in settings() or bare.startswith("peers.") else nearest(bare, settings())
-        if key is None:
-            return "settings are written key=value"
-        return f"did you mean {key}={printable(value) if equals else 'VALUE'}? Settings have no dashes"
+        if bare.endswith((".yaml", ".yml")):
+            return f"did you mean --config {printable(bare)}?"
+        given = f"={printable(value)}" if equals else "=VALUE"
+        hints = {name[2:]: name for name in self.names} | {key: f"{key}{given}" for key in settings()}
+        near = hints.get(nearest(bare, hints) or "") if not bare.startswith("peers.") else f"{printable(bare)}{given}"
+        if near is None:
+            return f"options are {', '.join(self.names)}; settings are written key=value; --help lists them"
+        dashed = word.startswith("-") and not near.startswith("-")
+        return f"did you mean {near}?" + (" Settings have no dashes" if dashed else "")
 
     def format_help(self) -> str:
         """Also all settings, and examples."""

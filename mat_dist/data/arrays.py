@@ -18,8 +18,6 @@ from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, re
 from mat_dist.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 20
-_RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 # What zipfile and numpy raise on damaged or encrypted files.
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
           LookupError, OverflowError, tokenize.TokenError)
@@ -81,6 +79,18 @@ def class_numbers(labels: np.ndarray, where: str) -> tuple[np.ndarray, str]:
     return array, done
 
 
+def check_labels(labels: torch.Tensor | np.ndarray, count: int, classes: int, where: str) -> tuple[torch.Tensor, str]:
+    """Labels as int64, and what was done for it. Raises DataError for labels that are no classes of `count` images."""
+    array, done = class_numbers(np.asarray(labels), where)
+    if len(array) != count:
+        raise DataError(f"{count} images but {len(array)} labels", where, "give one label per image")
+    outside = np.flatnonzero((array < 0) | (array >= classes))
+    if len(outside):
+        raise DataError(f"label {array[outside[0]]} of image {outside[0]} is out of range", where,
+                        f"labels count from 0 to {classes - 1} for {classes} classes")
+    return torch.from_numpy(array.astype(np.int64)), done
+
+
 def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the highest training label."""
     numbers, _ = class_numbers(labels, where)
@@ -92,19 +102,14 @@ def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
 
 def _check_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and types, from the arrays' headers only, so that nothing large is allocated for a file that lies.
-    DataError for arrays that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
+    DataError for arrays that are missing, hold objects, or do not fit into memory."""
     total, found = 0, {}
     with zipfile.ZipFile(path) as archive:
         members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
             info, where = members[name], f"{path}, {name}"
             shape, _, dtype, start = read_header(archive, info, where)
-            size = info.file_size - start
-            ratio = size / max(info.compress_size, 1)
-            if size >= _RATIO_FROM and name.startswith("x_") and ratio > MOST_RATIO:
-                raise DataError(f"{size} bytes are compressed {ratio:.0f} to 1", where,
-                                "real images are not; write the file again without compression if they are")
-            total += size
+            total += info.file_size - start
             found[name] = shape, dtype
     check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
     return found
@@ -182,18 +187,12 @@ def generated_images(name: str, shape: tuple[int, int, int], classes: int) -> tu
     if tuple(images.shape[1:]) != shape:
         raise DataError(f"generated images are (C, H, W) = {tuple(images.shape[1:])}, the training images {shape}",
                         where, "give images of the same data set")
-    if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.ndim > 2:
-        raise DataError(f"labels are {labels.dtype} of shape {labels.shape} for {len(images)} images", where,
-                        "give one whole number per image")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(f"labels from {low} to {high}, the data set has {classes} classes", where,
-                        f"labels count from 0 to {classes - 1}, in the order of the data set's classes")
+    numbers, _ = check_labels(labels, len(images), classes, where)
     digest = hashlib.sha256(f"{tuple(images.shape)} {members['image'].CRC}".encode())
     for index in np.linspace(0, len(pixels) - 1, min(_PROBED, len(pixels))).astype(int):
         digest.update(np.ascontiguousarray(pixels[index]).data)
     digest.update(np.ascontiguousarray(labels).data)
-    kept = torch.from_numpy(labels.reshape(-1).astype(np.uint8 if classes <= 256 else np.int64))
+    kept = numbers.to(torch.uint8 if classes <= 256 else torch.int64)
     return ImageSet(images, kept, mapped=True, file=file), digest.hexdigest()
 
 

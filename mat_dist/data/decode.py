@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 EXTENSIONS = MappingProxyType({
@@ -21,9 +18,7 @@ MODES = MappingProxyType({  # pixel types that are read, and what the log counts
     "RGBX": "fourth channel left out", "CMYK": "CMYK without its colour profile", "YCbCr": "YCbCr"})
 MOST_PIXELS = 89_478_485  # Pillow warns above this and goes on; we refuse
 MOST_RESIZED = 1 << 24  # pixels of a whole resized image; of a larger one only the square is made
-_MOST_COPIED = 1 << 30  # bytes of a PNG
-_PNG = b"\x89PNG\r\n\x1a\n"
-_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+MOST_TEXT = 1 << 26  # bytes of a PNG's colour profile or text; for more than 1 MiB Pillow would refuse the image
 _BITS, _SAMPLES = 258, 277  # TIFF tags: bits of each channel, number of channels
 
 
@@ -35,7 +30,8 @@ def read_image(path: Path, side: int | None, tell: Callable[[str], object] = str
     Pillow raises; ValueError for more than 89 million pixels, before they are allocated, and for pixels that do not fit
     into 8 bits.
     """
-    with open(path, "rb") as file, Image.open(_without_metadata(file), formats=FORMATS) as image:
+    PngImagePlugin.MAX_TEXT_CHUNK = MOST_TEXT
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if image.size[0] * image.size[1] > MOST_PIXELS:
             raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, at most {MOST_PIXELS} are decoded")
         _check_type(image)
@@ -51,22 +47,6 @@ def read_image(path: Path, side: int | None, tell: Callable[[str], object] = str
     for kind in filter(None, told):
         tell(kind)
     return pixels
-
-
-def _without_metadata(file: BinaryIO) -> BinaryIO:
-    """The same file; a PNG without colour profile and texts, of which Pillow refuses the image for one beyond 1 MB."""
-    size, start = os.fstat(file.fileno()).st_size, file.read(len(_PNG))
-    file.seek(0)
-    if start != _PNG or size > _MOST_COPIED:
-        return file
-    content = file.read()
-    kept, place = [content[:len(_PNG)]], len(_PNG)
-    while place < len(content):
-        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
-        if content[place + 4 : place + 8] not in _METADATA:
-            kept.append(content[place:end])
-        place = end
-    return io.BytesIO(b"".join(kept))
 
 
 def _check_type(image: ImageFile.ImageFile) -> None:

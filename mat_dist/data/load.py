@@ -15,7 +15,7 @@ from mat_dist import rng
 from mat_dist.config.fields import real_images
 from mat_dist.config.plugins import raised
 from mat_dist.config.schema import DataConfig
-from mat_dist.data.arrays import class_numbers, generated_images
+from mat_dist.data.arrays import check_labels, generated_images
 from mat_dist.data.images import DataSets, ImageSet, RawData, find_dataset, sampled_rows
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError, DataError, MatError, printable
@@ -254,18 +254,6 @@ def check_range(images: Any, where: str, how: str, first: int = 0) -> None:
         raise DataError(f"image {first + row} has NaN or infinite pixels", where, "repair or remove it")
     raise DataError(f"images outside [0, 1]: found {bad.min():.4g} to {bad.max():.4g}, first in image {first + row}",
                     where, how)
-
-
-def check_labels(labels: Tensor | np.ndarray, count: int, classes: int, where: str) -> tuple[Tensor, str]:
-    """Labels as int64, and what was done for it. Raises DataError for labels that are no classes of `count` images."""
-    array, done = class_numbers(np.asarray(labels), where)
-    if len(array) != count:
-        raise DataError(f"{count} images but {len(array)} labels", where, "give one label per image")
-    outside = np.flatnonzero((array < 0) | (array >= classes))
-    if len(outside):
-        raise DataError(f"label {array[outside[0]]} of image {outside[0]} is out of range", where,
-                        f"labels count from 0 to {classes - 1} for {classes} classes")
-    return torch.from_numpy(array.astype(np.int64)), done
 
 
 def _same_type(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

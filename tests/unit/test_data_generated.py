@@ -120,9 +120,9 @@ def test_the_plugin_replaces_the_training_images_and_no_others(tmp_path):
 
 @pytest.mark.parametrize(("change", "told"), [
     ({"side": 6}, "generated images are (C, H, W) = (1, 6, 6), the training images (1, 8, 8)"),
-    ({"label": np.arange(COUNT) % 11}, "labels from 0 to 10, the data set has 10 classes"),
-    ({"label": np.arange(COUNT - 1) % 10}, "for 50 images"),
-    ({"label": np.arange(COUNT) / 50}, "labels are float64"),
+    ({"label": np.arange(COUNT) % 11}, "label 10 of image 10 is out of range"),
+    ({"label": np.arange(COUNT - 1) % 10}, "50 images but 49 labels"),
+    ({"label": np.arange(COUNT) / 50}, "label 0.02 of image 1 is no whole number"),
     ({"label": None}, "no array label"),
     ({"image": None}, "no array image, found label"),
     ({"image": np.zeros((COUNT, 8, 8, 1), np.float32)}, "images are float32"),

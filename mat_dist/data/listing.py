@@ -8,7 +8,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def list_images(root: Path, stop: StopFlag | None = None, voice: Voice | None = 
     if not root.is_dir():
         found, npz = ("is a file", "data.name=npz reads an .npz file; ") if root.exists() else ("does not exist", "")
         raise DataError(f"the folder {found}", f"data.root={root}", npz + LAYOUT)
-    there = [entry.name for entry in _entries(root) if not entry.name.startswith(".") and _is_folder(entry)]
+    there = sorted(name for name in next(_walk(root))[1] if not name.startswith("."))
     if "train" not in there:
         raise DataError(f"no folder train, found {', '.join(there[:5]) or 'nothing'}", f"data.root={root}", LAYOUT)
     held_out = [_Tree(root, name, stop, voice) for name in HELD_OUT if name in there]
@@ -109,20 +109,13 @@ def _held_out(trees: list[_Tree], train: _Tree) -> tuple[_Tree, list[str]]:
     return test, notes
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as problem:
-        raise DataError(f"cannot list the folder: {problem.strerror}", str(folder), "make it readable") from problem
+def _walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, through links; it raises DataError for a folder that cannot be listed."""
+    def refuse(problem: OSError) -> None:
+        raise DataError(f"cannot list the folder: {problem.strerror}", str(problem.filename), "make it readable") \
+            from problem
 
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+    return os.walk(top, onerror=refuse, followlinks=True)
 
 
 class _Tree:
@@ -133,18 +126,15 @@ class _Tree:
         self.met: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()
         self.folders: dict[str, str] = {}
-        self.loose: list[str] = []
-        for entry in self._visible(self.where):
-            key = unicodedata.normalize("NFC", entry.name)
-            if not _is_folder(entry):
-                self.loose.append(entry.name)
-            elif key in self.folders:
+        _, folders, files = next(_walk(self.where))
+        for folder in self._visible(folders, FOREIGN):
+            key = unicodedata.normalize("NFC", folder)
+            if key in self.folders:
                 raise DataError(f"two folders of the name {key!r}, which differ in Unicode form only", str(self.where),
                                 "put their images into one of them")
-            else:
-                self.folders[key] = entry.name
-                self.met[LINKS] += entry.is_symlink()
-        self.met[LINKS] += self.where.is_symlink()
+            self.folders[key] = folder
+        self.loose = self._visible(files)
+        self.met[LINKS] = sum((self.where / name).is_symlink() for name in ("", *self.folders.values()))
         self.met[LOOSE] = len(self.loose)
 
     def split(self, classes: tuple[str, ...], digest: hashlib._Hash) -> Split:
@@ -162,42 +152,36 @@ class _Tree:
 
     def _images(self, name: str) -> Iterator[tuple[str, str]]:
         """Path below the root and state of each image of a class: those of a folder, then of the folders in it."""
-        waiting, entered = [str(self.where / name)], set[tuple[int, int]]()
-        while waiting:
-            folder = waiting.pop()
+        entered = set[tuple[int, int]]()
+        for folder, folders, files in _walk(self.where / name):
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in entered:
-                self.met[AGAIN] += 1
-                continue
+            again = (status.st_dev, status.st_ino) in entered
             entered.add((status.st_dev, status.st_ino))
-            below: list[str] = []
-            for entry in self._visible(folder):
+            self.met[AGAIN] += again
+            folders[:] = [] if again else self._visible(folders, FOREIGN)
+            self.met[LINKS] += sum(os.path.islink(os.path.join(folder, one)) for one in folders)
+            for file in [] if again else self._visible(files):
                 leave_if(self.stop, "listing images", str(self.root))  # a network disk answers for some 1000 a second
-                if _is_folder(entry):
-                    self.met[LINKS] += entry.is_symlink()
-                    below.append(entry.path)
-                elif (state := self._state(entry)) is not None:
-                    yield os.path.relpath(entry.path, self.root), state
-            waiting += reversed(below)
+                path = os.path.join(folder, file)
+                if (state := self._state(path)) is not None:
+                    yield os.path.relpath(path, self.root), state
 
-    def _visible(self, folder: Path | str) -> Iterator[os.DirEntry[str]]:
-        """What is in a folder, without what is hidden or of other programs."""
-        for entry in _entries(folder):
-            if entry.name.startswith("."):
-                self.met[HIDDEN] += 1
-            elif entry.name.lower() in FOREIGN and _is_folder(entry):
-                self.met[OTHERS] += 1
-            else:
-                yield entry
+    def _visible(self, names: list[str], others: Collection[str] = ()) -> list[str]:
+        """Names in order, without what is hidden or of other programs."""
+        seen = sorted(name for name in names if not name.startswith("."))
+        kept = [name for name in seen if name.lower() not in others]
+        self.met[HIDDEN] += len(names) - len(seen)
+        self.met[OTHERS] += len(seen) - len(kept)
+        return kept
 
-    def _state(self, entry: os.DirEntry[str]) -> str | None:
+    def _state(self, path: str) -> str | None:
         """Size and modification time of an image file; None for a file that is not read."""
-        ending = os.path.splitext(entry.name)[1].lower()
+        ending = os.path.splitext(path)[1].lower()
         if ending not in EXTENSIONS:
             self.endings[ending or "without ending"] += 1
             return None
         try:
-            status = entry.stat()
+            status = os.stat(path)
         except OSError:  # a broken link: reading it will be refused or skipped like any bad file
             return "unreadable"
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer

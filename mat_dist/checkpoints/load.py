@@ -22,7 +22,7 @@ from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.images import dataset_names
 from mat_dist.errors import CheckpointError
 from mat_dist.models import Ensemble
-from mat_dist.models.pretrained import published_weights
+from mat_dist.models.library import published_weights
 from mat_dist.models.registry import Images, is_known, make_model
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder

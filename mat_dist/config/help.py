@@ -216,17 +216,11 @@ def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) ->
     prefix = "".join(f"{part}." for part in section)
     how = f"known here: {', '.join(names) or 'none'}"
     if search:
-        word = str(name)
-        near = nearest(word, names)
-        elsewhere = [key for key in settings() if key.endswith(f".{word}") and key.split(".")[0] not in path[:1]]
-        if near is None and not elsewhere and section[-1:] != ["methods"]:
-            leaves = {key.rpartition(".")[2]: key for key in reversed(settings())}
-            close = nearest(word, [*leaves, *settings()])
-            elsewhere = [leaves.get(close, close)] if close else []
-        if near is not None:
-            how = f"did you mean {prefix}{near}?"
-        elif elsewhere:
-            how = f"did you mean {' or '.join(elsewhere[:3])}?"
+        near = nearest(str(name), names)
+        elsewhere = {} if section[-1:] == ["methods"] else {key.rpartition(".")[2]: key for key in reversed(settings())}
+        close = nearest(str(name), [*elsewhere, *settings()]) if near is None and elsewhere else None
+        if near is not None or close is not None:
+            how = f"did you mean {f'{prefix}{near}' if close is None else elsewhere.get(close, close)}?"
     return ConfigError(f"there is no setting {node.key}", node.where, how)
 
 

@@ -61,14 +61,13 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
         OutputError: the lock's folder cannot be written, or what was made does not read back.
         StopRequested: this process was asked to stop.
     """
-    held, deadline, voice = False, time.monotonic() + PATIENCE, Voice(build)
+    deadline, voice = time.monotonic() + PATIENCE, Voice(build)
     while (found := ready()) is None:
-        with _alone(lock) as alone:
+        with _alone(lock, build) as alone:
             if alone and build:
                 return _made(ready, make, lock, what)
-        if not alone and held:  # twice in a row: a maker, not merely another process that looks
+        if not alone:
             deadline = time.monotonic() + GRACE
-        held = not alone
         if not build and time.monotonic() > deadline:
             raise DataError(f"{what} is missing, the process that makes it stopped or did not start", str(lock.parent),
                             "look into the log of the first rank of this node, it prepares shared files")
@@ -79,8 +78,9 @@ def once(ready: Callable[[], T | None], make: Callable[[], None], lock: Path, *,
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[bool]:
-    """Whether this process has the lock. Raises OutputError where its file cannot be written."""
+def _alone(lock: Path, build: bool) -> Iterator[bool]:
+    """Whether no maker has the lock, which this process takes if it may `build`; others only look, side by side.
+    Raises OutputError where its file cannot be written."""
     try:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as problem:
@@ -88,7 +88,7 @@ def _alone(lock: Path) -> Iterator[bool]:
             from problem
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_EX if build else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             alone = True
         except OSError as problem:  # another one has it, or the disk has no locks
             alone = problem.errno not in (errno.EACCES, errno.EAGAIN)

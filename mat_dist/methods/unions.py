@@ -16,7 +16,7 @@ each norm says of its AE of that norm. Specialists learn alone (their kd_weight 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +112,6 @@ class EatChoice:
     held: list[int]
     seen: list[int]
 
-    @classmethod
-    def of(cls, count: int) -> EatChoice:
-        """For `count` norms of which nothing is known."""
-        return cls([0] * count, [0] * count)
-
     def weights(self) -> list[float]:
         """Chance of each norm; they sum to 1."""
         if all(self.seen):
@@ -141,14 +136,6 @@ class EatChoice:
         self.held[norm] += held
         self.seen[norm] += seen
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return {"held": list(self.held), "seen": list(self.seen)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state of as many norms."""
-        self.held, self.seen = list(state["held"]), list(state["seen"])
-
 
 class Drawn(Hook):
     """One threat per batch, each as likely; the draw is the same on all replicas."""
@@ -168,8 +155,8 @@ class LessRobust(Hook):
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)
         self.drawn = [n for n, threat in enumerate(peer.threats) if threat.norm != "l2"]
-        self.choice = EatChoice.of(len(self.drawn))
-        self._counts = self._nothing()
+        self.choice = EatChoice([0] * len(self.drawn), [0] * len(self.drawn))
+        self.abort()
         peer.attack_of_training.counts = True
 
     def choose(self, step: int) -> int:
@@ -192,17 +179,15 @@ class LessRobust(Hook):
         self.abort()
 
     def abort(self) -> None:
-        self._counts = self._nothing()
-
-    def _nothing(self) -> Tensor:
-        return torch.zeros(1, len(self.drawn), 2, dtype=torch.int64, device=_device(self.peer))
+        device = next(self.peer.model.parameters()).device
+        self._counts = torch.zeros(1, len(self.drawn), 2, dtype=torch.int64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"eat": self.choice.state()}
+        return {"eat": asdict(self.choice)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
-            self.choice.load(state["eat"])
+            self.choice = EatChoice(**state["eat"])
 
 
 class Steepest(Hook):
@@ -226,10 +211,6 @@ class Steepest(Hook):
                     teacher_BK=None if guide_BK is None else guide_BK[rows]))
 
         return attack.fitting(make, len(part.x_BCHW)).adv_BCHW
-
-
-def _device(peer: Peer) -> torch.device:
-    return next(peer.model.parameters()).device
 
 
 HOOKS = {"random": Drawn, "eat": LessRobust, "msd": Steepest}

@@ -90,26 +90,19 @@ class Cache:
 
     def look(self) -> tuple[Manifest | None, str]:
         """The manifest of a cache that is whole, or None and what is wrong (empty: there is none yet)."""
-        try:
-            manifest = Manifest.parse(self.image_file.with_suffix(".json").read_bytes())
-        except FileNotFoundError:
+        path = self.image_file.with_suffix(".json")
+        if not path.exists():
             return None, ""
+        try:
+            manifest, status = Manifest.parse(path.read_bytes()), self.image_file.stat()
         except OSError as problem:
-            return None, f"its manifest cannot be read ({problem.strerror})"
+            return None, f"its files cannot be read ({problem.strerror})"
         if manifest is None:
             return None, "its manifest is damaged or of another version"
-        try:
-            status = os.lstat(self.image_file)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                return None, "its image file is not a file of this user"
-            wanted = sum(self._counts(manifest)) * math.prod(self.shape)
-            if status.st_size != wanted:
-                return None, f"it has {status.st_size} bytes instead of {wanted}"
-            if status.st_mtime_ns != manifest.mtime_ns:
-                return None, "its images were changed"
-        except OSError as problem:
-            return None, f"its images cannot be read ({problem.strerror})"
-        return manifest, ""
+        wanted = sum(self._counts(manifest)) * math.prod(self.shape)
+        if status.st_size != wanted:
+            return None, f"it has {status.st_size} bytes instead of {wanted}"
+        return (manifest, "") if status.st_mtime_ns == manifest.mtime_ns else (None, "its images were changed")
 
     def _counts(self, manifest: Manifest) -> tuple[int, int]:
         train, test = (count - len(gone) for count, gone in zip(self.files, manifest.skipped, strict=True))

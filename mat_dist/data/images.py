@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _SUMMED = 512  # images per sum; 2**16 levels squared times 512 images of 1024 x
 _FLOAT_LEVELS = 65535
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# Settings, whether this process writes shared files, the stop request of this process -> images.
+Loader = Callable[[DataConfig, bool, "StopFlag | None"], "RawData"]
 _LOADERS: dict[str, Loader] = {}
 
 
@@ -211,12 +213,6 @@ def check_memory(nbytes: int, where: str, how: str) -> None:
     if nbytes > free:
         raise DataError(f"the images need {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", where,
                         how)
-
-
-class Loader(Protocol):
-    """Settings, whether this process writes shared files, the stop request of this process -> images."""
-
-    def __call__(self, config: DataConfig, build: bool, stop: StopFlag | None = None) -> RawData: ...
 
 
 def register_dataset(name: str, *, shared: bool = False,

@@ -116,7 +116,9 @@ def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> Raw
 def _rows(raw: RawData, config: DataConfig, seed: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Training, validation and test rows (None: all of the test images). DataError where there are too few."""
     train, val = split_train(raw.train_labels, seed=seed, val_size=config.val_size, train_size=config.train_size)
-    _check_batch(len(train), batch_size, config)
+    if len(train) < (real := real_images(batch_size, config.generated_share)):
+        raise DataError(f"{len(train)} training images do not fill one batch of {real}", f"data.name={config.name}",
+                        "lower train.batch_size or data.val_size, or raise data.train_size")
     return train, val, subset_test(raw.test_labels, config.test_size)
 
 
@@ -131,16 +133,6 @@ def _check_settings(config: DataConfig) -> None:
     if config.name in _BUILT_IN and config.residency == "mmap":
         raise ConfigError(f"data.residency=mmap has no meaning for {config.name}", "data.residency",
                           "use host; only data.name=folder has a cache to map")
-
-
-def _check_batch(train: int, batch_size: int, config: DataConfig) -> None:
-    real = real_images(batch_size, config.generated_share)
-    if batch_size < 2:
-        raise DataError(f"a batch of {batch_size} image", "train.batch_size",
-                        "take 2 or more, batch norm has no statistics of one image")
-    if train < real:
-        raise DataError(f"{train} training images do not fill one batch of {real}", f"data.name={config.name}",
-                        "lower train.batch_size or data.val_size, or raise data.train_size")
 
 
 def data_digest(name: str, raw: RawData) -> str:

@@ -254,11 +254,9 @@ def test_arrays_beyond_memory_are_refused(tmp_path, monkeypatch):
         load(tmp_path)
 
 
-def test_a_set_too_small_for_a_batch_and_batches_of_one_are_refused(tmp_path):
+def test_a_set_too_small_for_a_batch_is_refused(tmp_path):
     np.savez(tmp_path / "set.npz", **arrays())
     config = DataConfig(name="npz", root=str(tmp_path / "set.npz"))
     assert len(load_data(config, seed=0, batch_size=32).train) == 32  # a fifth is held out
     with pytest.raises(DataError, match="32 training images do not fill one batch of 33"):
         load_data(config, seed=0, batch_size=33)
-    with pytest.raises(DataError, match="a batch of 1 image"):
-        load_data(config, seed=0, batch_size=1)

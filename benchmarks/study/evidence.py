@@ -10,11 +10,12 @@ from rich.table import Table
 
 from benchmarks.command import chosen
 from benchmarks.study.cost import cost_problems, relative_cost
+from benchmarks.study.figures import write_pictures
 from benchmarks.study.pages import evidence_page
 from benchmarks.study.plan import Evidence, Problem, Suite, TablePlan, read_evidence
 from benchmarks.study.runs import Runner, carry_out, choose_suite, head_document, train, write_results
 from benchmarks.study.tables import Entry, evaluate, find, labels, table_document
-from benchmarks.study.why import explain, write_charts
+from benchmarks.study.why import explain
 from mat_dist.checkpoints.load import candidates
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
@@ -97,14 +98,14 @@ def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
 
 
 def write(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
-    """`<suite>.json` and `<suite>.md`, each whole or as before."""
+    """`<suite>.json` and `<suite>.md` with its pictures, each whole or as before."""
     pairs = [(entry, seed) for entry in entries for seed in suite.seeds]
     done = [entry for entry, seed in pairs if entry.jobs and not entry.missing(suite.tables[entry.table], seed)]
     document = {**head_document(options, suite, entries), "runs": {"done": len(done), "all": len(pairs)},
                 "tables": {title: table_document(table, [e for e in entries if e.table == title])
                            for title, table in suite.tables.items()}}
     write_results(options, options.suite, document, evidence_page(document))
-    write_charts(options.out, document)
+    write_pictures(options.out, document)
 
 
 def judge(entries: Sequence[Entry]) -> None:

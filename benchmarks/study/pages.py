@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.study.figures import FIGURES, figure
 from benchmarks.study.plan import KINDS
-from benchmarks.study.why import FOLDER, reference
+from benchmarks.study.why import CURVES, reference
 from mat_dist.tools.table import markdown_table
 
 COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs %",
@@ -18,8 +19,8 @@ COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs 
 def evidence_page(document: Mapping[str, Any]) -> str:
     """All tables of a suite, their differences, commands, and what is missing."""
     lines = [f"# Evidence, suite {document['suite']}", "", *head(document, "evidence")]
-    for table in document["tables"].values():
-        lines += ["", f"## {table['title']}", "", *_about(table)]
+    for name, table in document["tables"].items():
+        lines += ["", f"## {table['title']}", "", *_figure(document["suite"], name, table), *_about(table)]
         for label in ("last", "best"):
             if any(label in row["accuracy"] for row in table["rows"]):
                 lines += ["", f"### {label.capitalize()} checkpoint", "", *_accuracies(table, label)]
@@ -52,6 +53,15 @@ def _machine(one: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in one["versions"].items())
     return (f"- {one['runs']} run{'s' if one['runs'] > 1 else ''} on {', '.join(one['devices'])}; git "
             f"{one['git'] or 'unknown'}; {versions}")
+
+
+def _figure(suite: str, name: str, table: Mapping[str, Any]) -> list[str]:
+    """The table's figure; empty where nothing was measured."""
+    if figure(table) is None:
+        return []
+    about = ("Robust accuracy on the validation split over epochs, mean over seeds and peers" if table.get("figure") ==
+             "curves" else "Mean peer with 95 % intervals over seeds and images; *: best peer")
+    return [f'<img src="{FIGURES.format(suite=suite)}/{name}.svg" width="700" alt="{about}">', "", f"{about}.", ""]
 
 
 def _about(table: Mapping[str, Any]) -> list[str]:
@@ -224,7 +234,7 @@ def why_lines(table: Mapping[str, Any], suite: str) -> list[str]:
     if charts:
         lines += ["", "Curves on the validation split, means over seeds; *training*: in its batches, with batch norm "
                   "in train mode; the last line is robust accuracy of the control that a row is held against.", ""]
-        lines += [f'<img src="{FOLDER.format(suite=suite)}/{row["row"]}.svg" width="400" alt="Curves of {row["row"]}">'
+        lines += [f'<img src="{CURVES.format(suite=suite)}/{row["row"]}.svg" width="400" alt="Curves of {row["row"]}">'
                   for row in charts]
     return lines
 

@@ -24,23 +24,29 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
-def image_half_width(differences: Sequence[Mapping[int, float]]) -> float:
+# Images that are added to those that were measured, as (value, how many).
+PAIRS = ((1.0, 0.5), (-1.0, 0.5), (0.0, 1.0))  # half of one in each outcome of a pair: Agresti and Min, Stat. Med. 2005
+SHARES = ((1.0, 2.0), (0.0, 2.0))  # two right and two wrong: Agresti and Coull, Am. Stat. 1998
+
+
+def image_half_width(seeds: Sequence[Mapping[int, float]], added: Sequence[tuple[float, float]] = PAIRS) -> float:
     """Half the width of the 95 % interval over images of a mean over seeds (normal approximation).
 
     An image that several seeds have counts once, with the sum of what it adds, so that seeds which share their images
-    do not narrow the interval. Each seed has two images more, half of one in each outcome of a pair (the width of
-    Agresti and Min's interval, Stat. Med. 2005, which `evaluate --compare` has too), taken to be the same for all
-    seeds: without them four gained and none lost of 100 would be called a gain, where the exact sign test has p = .125.
+    do not narrow the interval. Each seed has a few images more, taken to be the same for all seeds: without them four
+    gained and none lost of 100 would be called a gain, where the exact sign test has p = .125. For pairs the width is
+    that of `evaluate --compare`.
     """
-    added: dict[int, float] = {}
+    parts: dict[int, float] = {}
     more = 0.0
-    for values in differences:
-        count = len(values) + 2
-        mean, weight = math.fsum(values.values()) / count, 1 / (count * len(differences))
+    for values in seeds:
+        count = len(values) + sum(number for _, number in added)
+        mean = math.fsum([*values.values(), *(value * number for value, number in added)]) / count
+        weight = 1 / (count * len(seeds))
         for image, value in values.items():
-            added[image] = added.get(image, 0.0) + weight * (value - mean)
-        more += weight * math.sqrt(1 + 2 * mean * mean)
-    return Z_95 * math.sqrt(math.fsum(value * value for value in added.values()) + more * more)
+            parts[image] = parts.get(image, 0.0) + weight * (value - mean)
+        more += weight * math.sqrt(math.fsum(number * (value - mean) ** 2 for value, number in added))
+    return Z_95 * math.sqrt(math.fsum(value * value for value in parts.values()) + more * more)
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,33 @@ def paired_difference(differences: Sequence[Mapping[int, float]]) -> Difference:
     """
     if not differences or not all(differences):
         raise ValueError("a paired difference needs a seed and an image")
-    means = [math.fsum(values.values()) / len(values) for values in differences]
-    mean, over_seeds = seed_interval(means)
-    half = image_half_width(differences)
-    if len(means) > 1:
-        half = max(half, over_seeds)
+    means = _means(differences)
+    mean, half = _wider(means, image_half_width(differences))
     return Difference(mean, mean - half, mean + half, tuple(means), min(map(len, differences)))
+
+
+def accuracy_interval(seeds: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+    """The 95 % interval of an accuracy from those of each image, for each seed; as wide as a paired difference's."""
+    return _within(*_wider(_means(seeds), image_half_width(seeds, SHARES)))
+
+
+def share_interval(means: Sequence[float], images: int) -> tuple[float, float]:
+    """The same where only means over images are known: as if each image were right or wrong, and in all seeds alike,
+    which no accuracy is less certain than."""
+    count = images + sum(number for _, number in SHARES)
+    share = (statistics.fmean(means) * images + SHARES[0][1]) / count
+    return _within(*_wider(means, Z_95 * math.sqrt(share * (1 - share) / count)))
+
+
+def _means(seeds: Sequence[Mapping[int, float]]) -> list[float]:
+    return [math.fsum(values.values()) / len(values) for values in seeds]
+
+
+def _wider(means: Sequence[float], over_images: float) -> tuple[float, float]:
+    """Mean, and half the width over seeds (from two on) or over images."""
+    mean, over_seeds = seed_interval(means)
+    return mean, max(over_images, over_seeds) if len(means) > 1 else over_images
+
+
+def _within(mean: float, half: float) -> tuple[float, float]:
+    return max(mean - half, 0.0), min(mean + half, 1.0)

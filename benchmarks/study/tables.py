@@ -12,7 +12,7 @@ from benchmarks.study import reasons
 from benchmarks.study.cost import EQUAL_COST, image_passes, is_mutual
 from benchmarks.study.plan import KINDS, Evaluation, Kind, Label, Row, TablePlan
 from benchmarks.study.runs import Job, Runner, Trained, failure, training_seconds
-from benchmarks.study.statistics import paired_difference
+from benchmarks.study.statistics import accuracy_interval, paired_difference
 from benchmarks.study.why import why_document
 from mat_dist import checkpoints
 from mat_dist.checkpoints.load import candidates
@@ -219,6 +219,7 @@ def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
                     if entry.name != control and control in (*plan.controls, entry.row.control)
                     for found in differences(entry, control, cells)), key=_last_and_primary_first(order, plan.primary))
     return {"title": plan.title, "columns": [CLEAN, *plan.columns], "primary": plan.primary,
+            "figure": plan.figure,
             "controls": list(plan.controls), "settings": list(plan.settings),
             "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
                                    "rows": list(one.rows) if one.rows is not None else None,
@@ -238,7 +239,8 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
                for found in [training_seconds(job.folder)] if found is not None}
     accuracy: dict[str, Any] = {}
     for (label, kind, column), by_seed in cells.items():
-        accuracy.setdefault(label, {}).setdefault(kind, {})[column] = summary(by_seed)
+        accuracy.setdefault(label, {}).setdefault(kind, {})[column] = {
+            **summary(by_seed), "interval": list(accuracy_interval(list(by_seed.values())))}
     steps, forward, backward = passes or (None, None, None)
     return {"row": entry.name, "says": row.says, "peers": row.peers,
             "mutual": first is not None and is_mutual(first.config),

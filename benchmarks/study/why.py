@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.study import reasons
@@ -14,13 +13,12 @@ from mat_dist.config.schema import Config
 from mat_dist.errors import NotReportable
 from mat_dist.report.charts import Axis, Chart, Series, line_chart
 from mat_dist.report.files import read_records
-from mat_dist.runs.files import reported, write_bytes
 from mat_dist.runs.folder import RunFolder
 
 Curve = list[tuple[float, float]]  # (epoch, value)
 LINES = {"robust": "robust, mean peer", "ensemble_robust": "robust, ensemble", "clean": "clean, mean peer",
          "ensemble_clean": "clean, ensemble", "own_aes": "own AEs, training", "peers_aes": "peers' AEs, training"}
-FOLDER = "{suite}_curves"
+CURVES = "{suite}_curves"  # folder
 
 
 def explain(job: Job, images: int, runner: Runner) -> None:
@@ -158,14 +156,3 @@ def _chart(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> Chart:
         theirs = [tuple(point) for point in other["why"]["curves"]["robust"]]
         series.append(Series(f"robust, {other['row']}", theirs, -1))
     return line_chart(row["row"], series, Axis("epoch"), Axis("accuracy, %", percent=True))
-
-
-def write_charts(out: Path, document: Mapping[str, Any]) -> None:
-    """The charts beside the page, each whole or as before. Raises OutputError."""
-    files = charts(document)
-    folder = out / FOLDER.format(suite=document["suite"])
-    if files:
-        with reported(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_bytes(folder / name, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -349,6 +350,10 @@ def test_a_study_is_trained_attacked_and_written_once(tmp_path: Path, in_process
                                         - at["accuracy"]["last"]["mean"]["pgd2"]["mean"])
     page = (tmp_path / "cpu.md").read_text()
     assert "Complete." in page and str(tmp_path) not in page and str(tmp_path) not in json.dumps(document)
+    low, high = mat["accuracy"]["last"]["mean"]["pgd2"]["interval"]
+    assert low <= mat["accuracy"]["last"]["mean"]["pgd2"]["mean"] <= high
+    assert '<img src="cpu_figures/main.svg"' in page
+    assert "mat (mutual)" in (tmp_path / "cpu_figures/main.svg").read_text()
 
 
 @pytest.mark.slow
@@ -428,4 +433,6 @@ def test_the_pages_of_the_project_are_made_from_their_numbers(name: str) -> None
     """Byte for byte."""
     document = json.loads((ROOT / f"benchmarks/results/first/{name}.json").read_text())
     page = pages.search_page(document) if name.startswith("search") else pages.evidence_page(document)
-    assert (ROOT / f"benchmarks/results/first/{name}.md").read_text() == page
+    first = ROOT / "benchmarks/results/first"
+    assert (first / f"{name}.md").read_text() == page
+    assert all((first / image).is_file() for image in re.findall('<img src="([^"]+)"', page))

@@ -22,7 +22,6 @@ from mat_dist.checkpoints.codes import CODES, Code
 from mat_dist.checkpoints.peers import read_safetensors, read_torch, reason
 from mat_dist.errors import CheckpointError, ConfigError
 
-SAFETENSORS = ".safetensors"
 COMPILED = "_orig_mod."  # torch.compile, also of a part of a model
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm and of AveragedModel: without effect here
 # Words for a mean and a deviation, whose names are else the same; a word ends where the letters end, or at a capital.
@@ -130,7 +129,7 @@ def read_tensors(file: Path) -> TensorFile:
     except OSError as error:
         raise CheckpointError(f"cannot read the file: {error.strerror}", str(file), "give the path of a state dict, "
                               "or the folder of a run") from error
-    safe, skipped = file.suffix == SAFETENSORS, list[str]()
+    safe, skipped = file.suffix == ".safetensors", list[str]()
     try:
         content = read_safetensors(data) if safe else read_torch(data, skipped)
         leaves = {name.replace(COMPILED, ""): value for name, value in _leaves(content, "", [0])}
@@ -328,13 +327,17 @@ def _candidates(source: TensorFile, net: nn.Module) -> list[Network]:
                 mine = {key: place + name for key, name in theirs.items()} | {
                     key: place + key for key in own if code is None and place + key in tensors}
                 stems = {_stem(name) for name in (*theirs.values(), *(code.layers.values() if code else ()))}
-                if not _kin(place, names, mine, stems, moments):
+                known = moments.union(mine.values())
+                # More layers of the same kind: it is a larger network than ours.
+                if not any(_stem(name.removeprefix(place)) in stems for name in names
+                           if name not in known and not name.endswith(COUNTERS)):
                     found.append(Network(source, place, mine, BY_CODE if code else BY_NAME, code))
     named = {name for one in found for name in one.names.values()}
+    kinds = [name.rpartition(".")[2] for name in want]  # weight, bias, running_mean, ...
     for place, names in reversed(places.items()) if source.ordered else ():  # the longest place of equal ones
         every = [name for name in names if not name.endswith(COUNTERS)]
         for some in (every, [name for name in every if name not in moments]):
-            if [kind(name) for name in some] == [kind(name) for name in want] and named.isdisjoint(some):
+            if [name.rpartition(".")[2] for name in some] == kinds and named.isdisjoint(some):
                 found.append(Network(source, place, dict(zip(want, some, strict=True)), BY_ORDER))
                 named.update(some)
     return found
@@ -352,18 +355,6 @@ def _places(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
         for part in re.finditer(r"^|\.", name):
             places.setdefault(name[:part.end()], []).append(name)
     return places
-
-
-def kind(name: str) -> str:
-    """What a tensor is: weight, bias, running_mean, ..."""
-    return name.rpartition(".")[2]
-
-
-def _kin(place: str, names: Sequence[str], mine: Mapping[str, str], stems: set[str], moments: set[str]) -> list[str]:
-    """Names at a place that look like more layers of the same network: it is a larger one than ours."""
-    known = set(mine.values())
-    return [name for name in names if name not in known and name not in moments and not name.endswith(COUNTERS)
-            and _stem(name.removeprefix(place)) in stems]
 
 
 def _stem(key: str) -> str:

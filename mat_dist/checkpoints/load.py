@@ -78,8 +78,14 @@ class FinishedRun:
     def chosen_peer(self) -> str | None:
         """Of the `candidates` the one that withstood most on the validation split at this step; None where no
         evaluation was made."""
-        names = candidates(self.config.peers)
-        robust = _validated(self.folder, self.manifest.step, self.weights)
+        names, file = candidates(self.config.peers), validation_file(self.folder, self.manifest.step)
+        if not file.is_file():
+            return None
+        try:  # all formats of a result file have this part; their reader, evaluation/results.py, stands above
+            robust = {row["target"]: float(row["accuracy"]["union"]) for row in
+                      parse_json(file.read_bytes())["targets"] if row["weights"] == self.weights}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
         return max((name for name in names if name in robust), key=lambda name: (robust[name], -names.index(name)),
                    default=None)
 
@@ -104,13 +110,12 @@ class FinishedRun:
         """All peers' models, in their order."""
         return [self.peer(index, device) for index in range(len(self.config.peers))]
 
-    def ensemble(self, rule: str | None = None, device: torch.device = CPU,
-                 models: Sequence[nn.Module] | None = None) -> Ensemble:
-        """The ensemble of the peers that train, in eval mode; rule: default the run's own; models: those of all peers,
-        where they are loaded already."""
+    def ensemble(self, device: torch.device = CPU, models: Sequence[nn.Module] | None = None) -> Ensemble:
+        """The ensemble, by the run's rule, of the peers that train, in eval mode; models: those of all peers, where
+        they are loaded already."""
         models = self.models(device) if models is None else models
         voters = [model for model, spec in zip(models, self.config.peers, strict=True) if not spec.frozen]
-        return Ensemble(voters, rule or self.config.eval.ensemble).eval()
+        return Ensemble(voters, self.config.eval.ensemble).eval()
 
 
 def open_run(run: str | Path, which: str = BEST, weights: str | None = None,
@@ -196,18 +201,6 @@ def validation_file(folder: RunFolder, step: int) -> Path:
     return folder.eval / f"validation_{step_name(step)}.json"
 
 
-def _validated(folder: RunFolder, step: int, weights: str) -> dict[str, float]:
-    """Robust accuracy of each target on the validation split at a step; empty where there was no evaluation."""
-    file = validation_file(folder, step)
-    if not file.is_file():
-        return {}
-    try:  # all formats of a result file have this part; their reader, evaluation/results.py, stands above
-        rows = parse_json(file.read_bytes())["targets"]
-        return {row["target"]: float(row["accuracy"]["union"]) for row in rows if row["weights"] == weights}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
-
-
 # ------------------------------------------------------------------------------------------------ into a training
 
 
@@ -274,8 +267,16 @@ def initialise(peers: Iterable[Trained], images: Images) -> None:
             peer.start_from(_of_others(*file, source, peer, images))
             continue
         path, member = split_peer(source)
+        opened = open_run(path)
+        theirs = opened.images
+        for what, found, wanted in (("images", theirs.shape, images.shape),
+                                    ("classes", theirs.classes, images.classes)):
+            if found != wanted:
+                raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", path,
+                                      "train a model for these data, and name its run in init_from, or write "
+                                      f"init_from=pretrained:{path} for all but the last layer")
         try:
-            peer.start_from(trained_state(path, member or BEST, images))
+            peer.start_from(opened.state(member or BEST))
         except RuntimeError as error:
             raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
                                   f"{str(error).splitlines()[-1].strip()[:200]}", source,
@@ -326,19 +327,3 @@ def split_peer(word: str) -> tuple[str, str | None]:
     """RUN or RUN:peer -> the run, and the peer's name if one is meant."""
     run, colon, peer = word.rpartition(":")
     return (run, peer) if colon and not Path(word).is_dir() else (word, None)
-
-
-def trained_state(run: str, peer: str, images: Images) -> dict[str, Tensor]:
-    """The weights of a peer of another run, from its best checkpoint, with averaged weights where they are kept.
-
-    Args:
-        images: what the new model is for; CheckpointError where the run's are of another size or number of classes.
-    """
-    opened = open_run(run)
-    theirs = opened.images
-    for what, found, wanted in (("images", theirs.shape, images.shape), ("classes", theirs.classes, images.classes)):
-        if found != wanted:
-            raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", run,
-                                  "train a model for these data, and name its run in init_from, or write "
-                                  f"init_from=pretrained:{run} for all but the last layer")
-    return opened.state(peer)

@@ -22,13 +22,13 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 import mat_dist
 from mat_dist.errors import CheckpointError, OutputError
@@ -60,8 +60,8 @@ class FileEntry:
 class Meta:
     """What the trainer says about a checkpoint."""
 
-    epoch: int  # epochs finished
-    peers: tuple[str, ...]  # names; peer i is in `peer_<i>.safetensors`
+    epoch: NonNegativeInt  # epochs finished
+    peers: Annotated[tuple[str, ...], Field(min_length=1)]  # names; peer i is in `peer_<i>.safetensors`
     config_digest: str  # of the settings that must not change on resume (`json_digest`)
     data_digest: str
     extra: Mapping[str, Any] = field(default_factory=dict)  # anything else, plain JSON values
@@ -73,8 +73,8 @@ class Manifest:
 
     directory: Path
     format: int
-    step: int
-    attempt: int
+    step: NonNegativeInt
+    attempt: NonNegativeInt
     meta: Meta
     files: tuple[FileEntry, ...]
     versions: Mapping[str, str]
@@ -92,23 +92,6 @@ def json_digest(document: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ one checkpoint
-
-
-class _Content(BaseModel):
-    """What a manifest says, but for its format and digest."""
-
-    model_config = ConfigDict(strict=True)
-
-    step: NonNegativeInt
-    epoch: NonNegativeInt
-    attempt: NonNegativeInt
-    saved: str
-    versions: dict[str, Any]
-    config_digest: str
-    data_digest: str
-    peers: Annotated[tuple[str, ...], Field(min_length=1)]
-    files: tuple[FileEntry, ...]
-    extra: dict[str, Any]
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -131,14 +114,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError("the manifest does not have its own SHA-256", str(file), _HOW)
     version = _known_version(document, file)
     try:
-        found = _Content.model_validate_json(text)
+        content = json.dumps({**document, "directory": ".", "meta": document})
+        found = TypeAdapter(Manifest).validate_json(content, strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"the manifest has no valid {error.errors()[0]['loc'][0]!r}", str(file), _HOW) from None
+        raise CheckpointError(f"the manifest has no valid {'.'.join(map(str, error.errors()[0]['loc']))}", str(file),
+                              _HOW) from None
     # This keeps every name inside the directory too.
-    if [entry.name for entry in found.files] != [peer_file(index, version) for index in range(len(found.peers))]:
-        raise CheckpointError("the manifest has no valid 'files'", str(file), _HOW)
-    meta = Meta(found.epoch, found.peers, found.config_digest, found.data_digest, found.extra)
-    return Manifest(directory, version, found.step, found.attempt, meta, found.files, found.versions, found.saved)
+    if [one.name for one in found.files] != [peer_file(index, version) for index in range(len(found.meta.peers))]:
+        raise CheckpointError("the manifest has no valid files", str(file), _HOW)
+    return replace(found, directory=directory)
 
 
 def _known_version(document: dict[str, Any], file: Path) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
-from mat_dist.config.norms import known_norms
 from mat_dist.errors import ConfigError, EnvironmentFault
 from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
@@ -65,15 +64,6 @@ def check_classes(names: Iterable[str], classes: int) -> None:
         if classes < MENU[name].fewest_classes:
             raise ConfigError(f"{name} needs {MENU[name].fewest_classes} classes, the model has {classes}", "attacks",
                               "leave it out")
-
-
-def check_norms(threats: Iterable[Threat]) -> None:
-    """Raises ConfigError for a threat in a norm that AutoAttack does not have."""
-    for threat in threats:
-        if threat.info.autoattack is None:
-            able = [name for name, info in known_norms().items() if info.autoattack]
-            raise ConfigError(f"AutoAttack and its parts know {', '.join(able)}, not the norm {threat.norm}", "attacks",
-                              "write attacks=pgd,cw,targeted,search, or threats in other norms")
 
 
 def make(model: nn.Module, threat: Threat, *, version: str, custom: Sequence[str], seed: int, classes: int,

@@ -26,20 +26,8 @@ from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import EnvironmentFault, OutputError, StopRequested
-from mat_dist.evaluation.attacks import (
-    Job,
-    Target,
-    Tell,
-    Tried,
-    attack_targets,
-    predict,
-    replay_sources,
-    rounded,
-    silent,
-    strongest,
-    table,
-    transfer_counts,
-)
+from mat_dist.evaluation import attacks
+from mat_dist.evaluation.attacks import Job, Target, Tell, Tried, rounded, silent
 from mat_dist.evaluation.progress import Display, Interrupted, Progress
 from mat_dist.evaluation.soundness import examine
 from mat_dist.models.registry import DTYPES
@@ -129,9 +117,9 @@ def attack_chunk(work: Work, chunk: int, device: torch.device, tell: Tell = sile
     targets = list({one.name: one for one in same.values()}.values())
     # Models that draw in eval mode: a chunk's result depends neither on the rank nor on the chunks before it.
     with strict_arithmetic(), rng.keyed_rng(rng.key(work.config.run.seed, "eval-draws", chunk)):
-        clean, tried = attack_targets(targets, x_BCHW, y_B, work.job, chunk, tell)
-        replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk, tell)
-        transfer, counts = transfer_counts(tried, y_B), {}
+        clean, tried = attacks.attack_targets(targets, x_BCHW, y_B, work.job, chunk, tell)
+        attacks.replay_sources(work.sources, targets, x_BCHW, y_B, clean, tried, work.job, chunk, tell)
+        transfer, counts = attacks.transfer_counts(tried, y_B), {}
         for target in targets if chunk < work.checked else ():
             mine = {label: one for (name, label), one in tried.items() if name == target.name}
             counts[target.name] = examine(target, x_BCHW, y_B, mine, work.job, chunk, tell)
@@ -141,14 +129,10 @@ def attack_chunk(work: Work, chunk: int, device: torch.device, tell: Tell = sile
                  for threat in work.job.threats}
         fooled = _save_aes(work, chunk, x_BCHW, y_B, tried) if work.save else {}
     warnings = sorted({f"{name}, {label}: {text}" for (name, label), one in tried.items() for text in one.warnings})
+    digest = hashlib.sha256(rounded(x_BCHW).cpu().numpy().tobytes() + y_B.cpu().numpy().tobytes()).hexdigest()
     return {"format": FORMAT, "digest": work.digest, "chunk": chunk, "samples": work.rows(chunk).tolist(),
-            "labels": y_B.tolist(), "images": images_digest(x_BCHW, y_B), "predictions": table(clean, tried),
+            "labels": y_B.tolist(), "images": digest, "predictions": attacks.table(clean, tried),
             "transfer": transfer, "rounded": fooled, "checks": counts, "warnings": warnings}
-
-
-def images_digest(x_BCHW: Tensor, y_B: Tensor) -> str:
-    """SHA-256 of images, as bytes, and labels."""
-    return hashlib.sha256(rounded(x_BCHW).cpu().numpy().tobytes() + y_B.long().cpu().numpy().tobytes()).hexdigest()
 
 
 def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
@@ -158,10 +142,10 @@ def _save_aes(work: Work, chunk: int, x_BCHW: Tensor, y_B: Tensor,
     saved: dict[str, dict[str, dict[str, Tensor]]] = {}
     predictions: dict[str, dict[str, list[int]]] = {}
     for (name, label), one in tried.items():
-        adv_BCHW = strongest(one, y_B)
+        adv_BCHW = attacks.strongest(one, y_B)
         bytes_BCHW = rounded(adv_BCHW)
         saved.setdefault(name, {})[label] = {"float32": adv_BCHW.float().cpu(), "uint8": bytes_BCHW.cpu()}
-        found = predict(models[name], as_float(bytes_BCHW, x_BCHW.dtype))
+        found = attacks.predict(models[name], as_float(bytes_BCHW, x_BCHW.dtype))
         predictions.setdefault(name, {})[label] = found.tolist()
     buffer = io.BytesIO()
     torch.save({"samples": work.rows(chunk), "labels": y_B.cpu(), "aes": saved}, buffer)

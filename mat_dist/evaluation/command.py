@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from traceback import format_exception
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from mat_dist.checkpoints import json_digest, load_manifest, read_best, step_name
 from mat_dist.checkpoints.load import BEST, EMA, FinishedRun, candidates, open_run
 from mat_dist.cli import LOGGED, tell
+from mat_dist.config.norms import known_norms
 from mat_dist.config.schema import Config
 from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.agreement import Agreement
@@ -30,29 +31,13 @@ from mat_dist.evaluation.results import HEADLINE, TargetResult, Verdict, accurac
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
 from mat_dist.evaluation.statistics import wilson_interval
-from mat_dist.evaluation.survivors import VOLATILE, Chunks, about_job, about_run, document_of, image_rows, write_result
+from mat_dist.evaluation.survivors import VOLATILE, Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
 from mat_dist.runs.console import choose_screen, new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import close_logger, rank_logger
 
 NOT_DIGESTED = ("format", "run", "config", *VOLATILE)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation whose models and images are loaded: its chunks, what the result file says about it, and what is to
-    be said of the training."""
-
-    work: Work
-    about: dict[str, Any]
-    training: Sequence[Verdict]
-
-    @property
-    def name(self) -> str:
-        """Of the result file. It holds a digest of all that the result depends on."""
-        about = self.about
-        return (f"evaluate_{about['split']}_{about['checkpoint']}_{step_name(about['step'])}_{about['digest'][:12]}")
 
 
 def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,
@@ -66,14 +51,18 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
         screen.start(0, (), 0)
         screen.status("loading models and images")
         agree = Agreement(mesh, f"evaluation of {folder.name}")
-        one = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
+        prepared = agree.run("loading", prepare, folder, config, request, mesh, launch, stop)
         agree.sync("loading")
-        # Nodes may differ in what they tell of themselves: rank 0's word counts.
-        name, digest = mesh.from_lead([one.name, one.about["digest"]])
-        work = replace(one.work, folder=folder.eval / f"{name}.chunks", digest=digest)
-        chunks = run_chunks(work, mesh, stop, screen)
+        work, about, training = prepared
+        # The name holds a digest of all that the result depends on. Nodes may differ in what they tell of themselves:
+        # rank 0's word counts.
+        name, digest = mesh.from_lead([f"evaluate_{about['split']}_{about['checkpoint']}_{step_name(about['step'])}_"
+                                       f"{about['digest'][:12]}", about["digest"]])
+        chunks = run_chunks(replace(work, folder=folder.eval / f"{name}.chunks", digest=digest), mesh, stop, screen)
         screen.close()
-        told = agree.run("results", finish, folder, one, chunks) if mesh.placement.is_lead else None
+        told = None
+        if mesh.placement.is_lead:
+            told = agree.run("results", finish, folder, config, name, {about["weights"]: chunks}, about, training)
         agree.sync("results")
         path, failed = mesh.from_lead(told)
     if failed:
@@ -94,8 +83,9 @@ def open_asked(folder: RunFolder, config: Config, request: Request) -> tuple[Fin
 
 
 def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, launch: Launch,
-            stop: StopFlag) -> Evaluation:
-    """Settle what is asked for, load models and images."""
+            stop: StopFlag) -> tuple[Work, dict[str, Any], list[Verdict]]:
+    """Settle what is asked for, load models and images -> the work, what the result file says of it, and what is to be
+    said of the training."""
     run, label = open_asked(folder, config, request)
     names, job = target_names(request, config), make_job(request, config)
     check_package(job, run.images.classes, config)
@@ -115,21 +105,26 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     if made_by(job.attacks, "package"):
         about["versions"]["pyautoattack"] = metadata.version("pyautoattack")
     about["digest"] = json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
-    return Evaluation(Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
-                           save=request.save, sources=sources), about, [
-                               judge_training(config, newest.meta, newest.step),
-                               *unconfirmed(folder, run.manifest, targets[0].model)])
+    work = Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
+                save=request.save, sources=sources)
+    return work, about, [judge_training(config, newest.meta, newest.step),
+                         *unconfirmed(folder, run.manifest, targets[0].model)]
 
 
 def check_package(job: Job, classes: int, config: Config) -> None:
     """Where pyautoattack is asked for: raises ConfigError for what it cannot do, EnvironmentFault without it."""
-    if made_by(job.attacks, "package"):
-        autoattack.check_norms(job.threats)
-        autoattack.require()
-        autoattack.check_classes((*job.attacks, *job.custom), classes)
-        if config.step.precision == "fp64":
-            raise ConfigError("pyautoattack computes in fp32, the models in fp64", "attacks",
-                              "choose other attacks, such as attacks=pgd,cw,targeted")
+    if not made_by(job.attacks, "package"):
+        return
+    for threat in job.threats:
+        if threat.info.autoattack is None:
+            able = [name for name, info in known_norms().items() if info.autoattack]
+            raise ConfigError(f"AutoAttack and its parts know {', '.join(able)}, not the norm {threat.norm}", "attacks",
+                              "write attacks=pgd,cw,targeted,search, or threats in other norms")
+    autoattack.require()
+    autoattack.check_classes((*job.attacks, *job.custom), classes)
+    if config.step.precision == "fp64":
+        raise ConfigError("pyautoattack computes in fp32, the models in fp64", "attacks",
+                          "choose other attacks, such as attacks=pgd,cw,targeted")
 
 
 def asked_images(request: Request, split: ImageSet) -> Tensor:
@@ -159,12 +154,11 @@ def asked(request: Request, config: Config, job: Job, names: Sequence[str]) -> d
         "queries": job.queries}
 
 
-def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[str, list[str]]:
+def finish(folder: RunFolder, config: Config, name: str, chunks: Found, about: dict[str, Any],
+           training: Sequence[Verdict]) -> tuple[str, list[str]]:
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
-    about = evaluation.about
-    all_weights = {about["weights"]: chunks}
-    document = document_of(about, all_weights, checked=True, training=evaluation.training)
-    path = write_result(folder.eval, evaluation.name, document, image_rows(all_weights))
+    document = document_of(about, chunks, checked=True, training=training)
+    path = write_result(folder.eval, name, document, image_rows(chunks))
     found = as_result(document).targets
     names = [f"{name}-{about['plans'][name]['steps']}" if name in about["plans"] else name for name in about["attacks"]]
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
@@ -175,7 +169,7 @@ def finish(folder: RunFolder, evaluation: Evaluation, chunks: Chunks) -> tuple[s
     show_table(as_table(title.replace("[", r"\["), found))
     for reason in dict.fromkeys(f"{v.check}: {v.found}" for one in found for v in one.bad if v.check in HEADLINE):
         tell(f"not reportable, {reason}")
-    if len(candidates(evaluation.work.config.peers)) > 1:
+    if len(candidates(config.peers)) > 1:
         tell(f"peer to deploy, chosen on the validation split: {about['chosen_on_validation'] or 'none chosen'}")
     tell(str(path))
     return str(path), [f"{one.target}: {v.check}{f' ({v.threat})' if v.threat else ''}, {v.found}"

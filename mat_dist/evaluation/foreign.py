@@ -30,7 +30,7 @@ from mat_dist.errors import CheckpointError, ConfigError, MatError, OutputError
 from mat_dist.evaluation.attacks import correct
 from mat_dist.evaluation.chunks import pixels
 from mat_dist.evaluation.results import AS_TRAINED, Verdict
-from mat_dist.evaluation.settings import FileOptions, Importing, Known
+from mat_dist.evaluation.settings import FileOptions, Importing
 from mat_dist.models.registry import DTYPES, Images, Normalize, make_model
 from mat_dist.runs.files import write_json, write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
@@ -73,7 +73,8 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
     agree.sync("data")
     paths: list[str] = []
     if mesh.placement.is_lead:
-        config = _with_threat(config, threats)
+        threat = ThreatConfig.model_validate({"norm": threats[0].norm, "eps": threats[0].eps})
+        config = config.model_copy(update={"peers": (config.peers[0].model_copy(update={"threat": threat}),)})
         for note in data.notes:
             tell(note)
         for file in files:
@@ -84,11 +85,6 @@ def import_files(files: list[Path], config: Config, importing: Importing, threat
         print_exception(agree.failure)  # a bug of ours; there may be no run folder yet with a log to look into
     agree.sync("import")
     return [RunFolder(Path(path)) for path in mesh.from_lead(paths)]
-
-
-def _with_threat(config: Config, threats: tuple[Threat, ...]) -> Config:
-    threat = ThreatConfig.model_validate({"norm": threats[0].norm, "eps": threats[0].eps})
-    return config.model_copy(update={"peers": (config.peers[0].model_copy(update={"threat": threat}),)})
 
 
 def _import_file(file: Path, config: Config, importing: Importing, data: DataSets, shown: ImageSet,
@@ -193,22 +189,18 @@ def check_accuracy(model: nn.Module, images: ImageSet, classes: int, config: Con
     if right / n <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:
         tell(f"hint: that is no better than chance ({100 * chance:.3g} %): another mean and std, another order of the "
              "classes, or another architecture with the same shapes?")
-    if options.clean is not None:
-        _compare(right, n, options.clean, config, model)
-        return {"by": "clean accuracy", "known": options.clean.share, "found": right / n, "n": n}
-    return {"by": "the user"} if options.confirmed else None
-
-
-def _compare(right: int, n: int, known: Known, config: Config, model: nn.Module) -> None:
-    """Raises CheckpointError where the accuracy that the user knows does not come out."""
+    known = options.clean
+    if known is None:
+        return {"by": "the user"} if options.confirmed else None
     # Half a unit of its last digit, five images of 10,000 for other arithmetic, and chance for a subset of the images.
-    chance = 2 * (known.share * (1 - known.share) / n) ** 0.5 if config.data.test_size else 0
-    if abs(right / n - known.share) > known.rounding + 0.0005 + chance:
+    spread = 2 * (known.share * (1 - known.share) / n) ** 0.5 if config.data.test_size else 0
+    if abs(right / n - known.share) > known.rounding + 0.0005 + spread:
         raise CheckpointError(
             f"{100 * right / n:.2f} % of the {n} images are right without an attack, clean says {100 * known.share:g} "
             f"%: the network computes something else than the one that was trained ({assumed(model)})", "clean",
             "give the activation (model.activation=silu), the mean and std of its training, or the original code: "
             "--plugin FILE.py")
+    return {"by": "clean accuracy", "known": known.share, "found": right / n, "n": n}
 
 
 # ------------------------------------------------------------------------------------------------ the folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from mat_dist.evaluation.attacks import NOISE_DRAWS, Job
 from mat_dist.evaluation.results import CLEAN
 from mat_dist.evaluation.settings import AUTOATTACK, MENU, made_by
 from mat_dist.evaluation.soundness import CHECKING, OWN_STEPS, SEARCH_QUERIES
-from mat_dist.runs.console import Tally, duration
+from mat_dist.runs.console import Screen, duration
+from mat_dist.runs.metrics import Reporter
 
 if TYPE_CHECKING:
     from mat_dist.evaluation.chunks import Work
@@ -26,14 +27,7 @@ if TYPE_CHECKING:
 PACKAGE, PACKAGE_ALL = 1000, 4000  # passes of an image under one attack of AutoAttack, and under all of them
 REFRESH_S = 0.25
 SURE_AFTER_S, LONG_S = 5.0, 120.0  # when the pace is known, and what is worth a warning
-
-
-class Display(Protocol):
-    """A screen, or the reporter of a run."""
-
-    def status(self, text: str, elapsed_s: float = 0.0, eta_s: float | None = None,
-               tally: Tally | None = None) -> None: ...
-    def note(self, text: str) -> None: ...
+Display = Screen | Reporter
 
 
 class Interrupted(Exception):

@@ -53,23 +53,9 @@ FROM_CHANCE = 0.1  # of the way from chance to all right, which a model that has
 FEWEST_EPOCHS = 5  # passes over the training images, where the weights were not trained before
 LARGE = 0.5  # change of every pixel that should reach chance
 
-CHECKS = {
-    "images": "pixels lie in [0, 1]",
-    "eval mode": "no module is in training mode",
-    "logits": "the output is logits, not probabilities",
-    "deterministic": "equal images give equal logits",
-    "batch size": f"logits do not depend on the batch size ({', '.join(map(str, BATCHES))})",
-    "zero gradients": "the attacked loss has a gradient",
-    "inside ball and box": "AEs lie in the ball and in [0, 1]",
-    "noise": f"{NOISE_DRAWS} draws of uniform and of Gaussian noise break no more than the attacks",
-    "one step": "FGSM breaks no more than the attacks",
-    "gradient-free": f"{SEARCH_QUERIES} queries of random search, and AutoAttack's Square, break no more than the rest",
-    "transfer": "AEs of other targets break no more than the attacks",
-    "more steps": "twice the steps and one more start change little",
-    "monotone": "accuracy falls from eps / 2 over eps to 2 eps",
-    "large eps": "a large eps reaches chance, where the norm moves all values",
-    "autoattack": "AutoAttack's own checks of the model are silent",
-}
+# In the order in which they are told; what each means is in docs/evaluation.md.
+CHECKS = ("images", "eval mode", "logits", "deterministic", "batch size", "zero gradients", "inside ball and box",
+          "noise", "one step", "gradient-free", "transfer", "more steps", "monotone", "large eps", "autoattack")
 
 
 def examine(target: Target, x_BCHW: Tensor, y_B: Tensor, tried: Mapping[str, Tried], job: Job,
@@ -119,10 +105,7 @@ def _no_gradient(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     """Images whose cross-entropy has an all-zero or non-finite gradient -> bool (B,)."""
     x = x_BCHW.detach().clone().requires_grad_(True)
     with frozen(model), torch.enable_grad():
-        loss = F.cross_entropy(model(x), y_B, reduction="sum")
-        if not loss.requires_grad:
-            return torch.ones_like(y_B, dtype=torch.bool)
-        (gradient,) = torch.autograd.grad(loss, x)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y_B, reduction="sum"), x)
     size_B = gradient.flatten(1).abs().amax(1)
     return (size_B == 0) | ~size_B.isfinite()
 
@@ -203,7 +186,7 @@ def total(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[s
 def judge(sums: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
     """The verdicts on one target, in the order of CHECKS."""
     classes = sums[""]["classes"]
-    return [Verdict(check, threat, *(_of_attacks(check, found, classes) if threat else _of_model(check, found)))
+    return [Verdict(check, threat, *_judged(check, found, classes))
             for threat, found in sorted(sums.items()) for check in CHECKS
             if check in found or (check == "monotone" and "half" in found)]
 
@@ -241,32 +224,32 @@ def judge_training(config: Config, meta: Meta, step: int) -> Verdict:
     return Verdict(UNDERTRAINED, "", theirs or (over and (started or meta.epoch >= FEWEST_EPOCHS)), found)
 
 
-def _of_model(check: str, found: Mapping[str, int]) -> tuple[bool, str]:
-    number, n = found[check], found["n"]
-    if check == "eval mode":
-        return number == 0, f"{number} modules in training mode"
-    if check == "logits":  # one image whose logits look like probabilities by chance is none
-        return number < n, f"{number} of {n} outputs are probabilities"
-    if check == "zero gradients":
-        return number <= MOST_ZERO * n, f"{number} of {n} images have no gradient"
-    return number == 0, f"{number} of {n} images"
-
-
-def _of_attacks(check: str, found: Mapping[str, int], classes: int) -> tuple[bool, str]:
-    n = found["n"]
-    if check == "inside ball and box":
-        return found[check] == 0, f"{found[check]} of {n} AEs outside"
-    if check == "autoattack":
-        return found[check] == 0, f"{found[check]} warnings"
-    if check == "monotone":
-        half, whole, double = found["half"], found["whole"], found["double"]
-        good = all(_beaten(after - before, n, BEATEN)[0] for before, after in ((half, whole), (whole, double)))
-        return good, f"{half}, {whole}, {double} of {n} withstand eps / 2, eps, 2 eps"
-    if check == "large eps":
-        chance = 1 / classes
-        most = n * chance + 2 * math.sqrt(n * chance * (1 - chance))
-        return found[check] <= most, f"{found[check]} of {n} withstand; chance is {n * chance:.1f}"
-    number = found[check] if check != "gradient-free" else max(found[check], found["square"])
+def _judged(check: str, found: Mapping[str, int], classes: int) -> tuple[bool, str]:
+    """Whether a check is passed, and what was found."""
+    n, number = found["n"], found.get(check, 0)
+    match check:
+        case "eval mode":
+            return number == 0, f"{number} modules in training mode"
+        case "logits":  # one image whose logits look like probabilities by chance is none
+            return number < n, f"{number} of {n} outputs are probabilities"
+        case "zero gradients":
+            return number <= MOST_ZERO * n, f"{number} of {n} images have no gradient"
+        case "images" | "deterministic" | "batch size":
+            return number == 0, f"{number} of {n} images"
+        case "inside ball and box":
+            return number == 0, f"{number} of {n} AEs outside"
+        case "autoattack":
+            return number == 0, f"{number} warnings"
+        case "monotone":
+            half, whole, double = found["half"], found["whole"], found["double"]
+            good = all(_beaten(after - before, n, BEATEN)[0] for before, after in ((half, whole), (whole, double)))
+            return good, f"{half}, {whole}, {double} of {n} withstand eps / 2, eps, 2 eps"
+        case "large eps":
+            chance = 1 / classes
+            most = n * chance + 2 * math.sqrt(n * chance * (1 - chance))
+            return number <= most, f"{number} of {n} withstand; chance is {n * chance:.1f}"
+        case "gradient-free":
+            number = max(number, found["square"])
     return _beaten(number, n, MORE if check == "more steps" else BEATEN)
 
 

@@ -79,14 +79,6 @@ def share(flags_N: Tensor) -> float:
     return flags_N.double().mean().item()
 
 
-def transfer_table(chunks: Chunks) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy of each target on the AEs of each other one: threat -> source -> target -> share."""
-    n = sum(len(chunk["labels"]) for chunk in chunks)
-    return {threat: {source: {target: sum(chunk["transfer"][threat][source][target] for chunk in chunks) / n
-                              for target in counts} for source, counts in sources.items()}
-            for threat, sources in chunks[0]["transfer"].items()}
-
-
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -137,12 +129,16 @@ def document_of(about: Mapping[str, Any], found: Found, *, checked: bool,
         training: what is to be said of the model's training.
     """
     targets = target_rows(found, training, checked=checked)
-    some = next(iter(found.values()))
+    some, n = next(iter(found.values())), targets[0]["n"]
+    # Accuracy of each target on the AEs of each other one: threat -> source -> target -> share.
+    transfer = {threat: {source: {target: sum(chunk["transfer"][threat][source][target] for chunk in some) / n
+                                  for target in counts} for source, counts in sources.items()}
+                for threat, sources in some[0]["transfer"].items()}
     warnings = sorted({text for chunks in found.values() for chunk in chunks for text in chunk["warnings"]})
-    return {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": targets[0]["n"],
+    return {**about, "time": datetime.now(UTC).isoformat(timespec="seconds"), "n": n,
             "images_digest": json_digest([chunk["images"] for chunk in some]),
             **({"reportable": all(one["reportable"] for one in targets)} if checked else {}), "targets": targets,
-            "transfer_accuracy": transfer_table(some), "autoattack_warnings": warnings}
+            "transfer_accuracy": transfer, "autoattack_warnings": warnings}
 
 
 def _has(path: Path, document: Mapping[str, Any], table: str | None) -> bool:

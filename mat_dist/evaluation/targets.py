@@ -112,7 +112,12 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
     Raises ConfigError for a threat that cannot be read, a radius that is no radius, or an attack that cannot do it.
     """
     found = list(dict.fromkeys(t.norm for t in trained))
-    threats = [threat for text in request.threats for threat in _threats(text, found, data, request.eps)]
+    threats: list[Threat] = []
+    for text in request.threats:
+        if request.eps is not None and text in known_norms():  # its radius is given beside it
+            threats.append(Threat(text, request.eps))
+        else:
+            threats += _threats(text, found, data)
     threats = threats or list(trained)
     if len(set(threats)) < len(threats):
         raise ConfigError("a threat is asked for twice", "threats", "leave one out")
@@ -128,12 +133,8 @@ def threats_asked(request: Request, trained: Sequence[Threat], data: str) -> lis
     return threats
 
 
-def _threats(text: str, trained: Sequence[str], data: str, radius: float | None) -> list[Threat]:
-    """norm:eps, norm (its standard radius), norm:DATA, standard (the peers' norms) or union:NAME -> its threats.
-
-    Args:
-        radius: of a norm alone, where it is given beside it.
-    """
+def _threats(text: str, trained: Sequence[str], data: str) -> list[Threat]:
+    """norm:eps, norm (its standard radius), norm:DATA, standard (the peers' norms) or union:NAME -> its threats."""
     norm, _, eps = (part.strip() for part in text.partition(":"))
     found: Iterable[tuple[str, float]]
     try:
@@ -141,8 +142,6 @@ def _threats(text: str, trained: Sequence[str], data: str, radius: float | None)
             found = union_radii(eps).items()
         elif text == "standard":
             found = standard_radii(data, trained).items()
-        elif text in known_norms() and radius is not None:
-            found = [(text, radius)]
         elif norm in known_norms() and eps in ("", "standard", *data_sets()):
             found = standard_radii(data if eps in ("", "standard") else eps, [norm]).items()
         else:

@@ -35,7 +35,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     config = load_config(str(folder.config), ["eval.chunk=6"])
     mesh = Mesh(Placement.place(1, 1, 0), torch.device("cpu"))
     request = Request(attacks=("pgd",), steps=2, checks=6, targets=("peer0", "ensemble"))
-    return prepare(folder, config, request, mesh, Launch(), StopFlag()).work
+    return prepare(folder, config, request, mesh, Launch(), StopFlag())[0]
 
 
 def test_ranks_share_the_chunks_and_do_not_change_them(work: Work, run_ranks: Any, tmp_path: Path,

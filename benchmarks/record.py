@@ -11,8 +11,7 @@ from typing import Any
 from mat_dist.cli import run_entry
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.results import read_results
-from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.results import read_results, wilson_interval
 from mat_dist.runs.files import write_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.record import read_environment, read_exit

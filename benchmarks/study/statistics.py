@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
-from mat_dist.evaluation.statistics import Z_95
+from mat_dist.evaluation.results import Z_95
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from mat_dist.data.load import check_range
 from mat_dist.distributed.groups import Mesh, device_name, prepared_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError, DataError, EnvironmentFault
+from mat_dist.errors import ConfigError, DataError, EnvironmentFault, OutputError
 from mat_dist.evaluation.attacks import Target, attack_one
 from mat_dist.evaluation.chunks import Work, pixels, run_chunks
 from mat_dist.evaluation.command import as_table, asked_images, attacks_table, check_package
@@ -39,7 +39,6 @@ from mat_dist.evaluation.targets import make_job
 from mat_dist.models.modes import frozen, spared_buffers
 from mat_dist.models.registry import Normalize, check_moments, try_images
 from mat_dist.runs.console import choose_screen, show_table
-from mat_dist.runs.files import reported
 from mat_dist.runs.record import versions
 
 if TYPE_CHECKING:
@@ -120,8 +119,12 @@ class Results:
         """The text of a result file, also written to a new file. Raises OutputError where that cannot be."""
         text = json.dumps(self.result.document, indent=1) + "\n"
         if path is not None:
-            with reported(Path(path)), open(path, "x", encoding="utf-8") as file:
-                file.write(text)
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError as error:
+                raise OutputError(f"cannot write: {error.strerror or error}", str(path),
+                                  "give the path of a new file in a folder that is there") from error
         return text
 
     def to_pandas(self, images: bool = False) -> DataFrame:

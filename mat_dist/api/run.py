@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
 from mat_dist.errors import EnvironmentFault
-from mat_dist.evaluation.results import CLEAN, Result, read_results
+from mat_dist.evaluation.results import CLEAN, Result, read_results, wilson_interval
 from mat_dist.evaluation.settings import find_run
-from mat_dist.evaluation.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +105,7 @@ def _start(words: list[str], start: Start, stop: StopFlag, callbacks: Callbacks 
         data = run.together("placing the data", place, data, config.data.residency, device, sharing=mesh.sharing)
         reporter = open_reporter(run, config, callbacks)
         Trainer(config, mesh, run, data, stop, Evaluations(config, mesh, run, data, stop, reporter)).fit()
-        for line in next_commands(run.folder.path, plugins):
-            reporter.note(line)
+        text = shlex.join([str(run.folder.path), *(word for path in plugins for word in ("--plugin", path))])
+        reporter.note(f"next: python -m mat_dist.evaluate {text}")
+        reporter.note(f"      python -m mat_dist.report {text}")
         return run.folder.path
-
-
-def next_commands(folder: Path, plugins: Iterable[str]) -> list[str]:
-    """What to do with a finished run."""
-    words = shlex.join([str(folder), *(word for path in plugins for word in ("--plugin", path))])
-    return [f"next: python -m mat_dist.evaluate {words}", f"      python -m mat_dist.report {words}"]

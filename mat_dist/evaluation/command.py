@@ -27,10 +27,9 @@ from mat_dist.evaluation import autoattack
 from mat_dist.evaluation.attacks import FROM, Job
 from mat_dist.evaluation.chunks import Work, chosen_images, run_chunks
 from mat_dist.evaluation.foreign import unconfirmed
-from mat_dist.evaluation.results import HEADLINE, TargetResult, Verdict, accuracies, as_result
+from mat_dist.evaluation.results import HEADLINE, TargetResult, Verdict, accuracies, as_result, wilson_interval
 from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
-from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.evaluation.survivors import VOLATILE, Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
 from mat_dist.runs.console import choose_screen, new_table, show_table

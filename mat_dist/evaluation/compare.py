@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
-from mat_dist.evaluation.results import UNION, Answers, Result, present, read_results
-from mat_dist.evaluation.statistics import Paired
+from mat_dist.evaluation.results import UNION, Z_95, Answers, Result, present, read_results
 from mat_dist.runs.console import new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
@@ -89,6 +90,38 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return ", ".join(" ".join(str(one[key]) for key in ("norm", "eps") if key in one) for one in value)
     return str(value)[:12 if isinstance(value, str) and len(value) == SHA256_LENGTH else 80]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two shares on the same `n` images, second minus first, with its 95 % interval.
+
+    Attributes:
+        gained, lost: images that only the second, only the first gets right.
+    """
+
+    n: int
+    gained: int
+    lost: int
+
+    @property
+    def difference(self) -> float:
+        return (self.gained - self.lost) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wald's interval for paired shares, with Agresti and Min's half pair added to each cell (2005)."""
+        gained, lost, n = self.gained + 0.5, self.lost + 0.5, self.n + 2
+        centre = (gained - lost) / n
+        half = Z_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+        return centre - half, centre + half
+
+    @property
+    def p(self) -> float:
+        """Two-sided exact McNemar test: a sign test of the images in which the two differ."""
+        from scipy.stats import binomtest  # half a second that only --compare needs
+
+        return float(binomtest(self.gained, self.gained + self.lost).pvalue) if self.gained + self.lost else 1.0
 
 
 def pair(one: Mapping[int, bool], other: Mapping[int, bool]) -> Paired:

@@ -12,6 +12,7 @@ The reader also takes the two formats of version 0.1, which have no number; that
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ FEW, CHANCE, UNDERTRAINED, AS_TRAINED, GLANCE = HEADLINE
 FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points and more
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
+Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 REPAIR = "remove it, or run the evaluation again"
 # What version 0.1 did not write of a plan.
 OLD_PLAN = {"step_size": None, "loss": "ce", "start": "uniform", "momentum": None, "reach": 2.5, "targets": 0}
@@ -83,6 +85,14 @@ class TargetResult:
         if self.checks == ():  # a training's own evaluations have no checks at all
             return (UNCHECKED, *few)
         return tuple(dict.fromkeys((*(check.check for check in self.bad), *few)))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` images (Wilson, 1927); stays in [0, 1] also at 0 and 1."""
+    z2 = Z_95 * Z_95
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def is_peer(target: str) -> bool:

@@ -36,9 +36,8 @@ from mat_dist.evaluation.attacks import (
     predict,
     silent,
 )
-from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, GLANCE, UNDERTRAINED, Verdict
+from mat_dist.evaluation.results import CHANCE, FEW, FEWEST_IMAGES, GLANCE, UNDERTRAINED, Verdict, wilson_interval
 from mat_dist.evaluation.settings import RELAXATION
-from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.models.modes import frozen
 
 Attempts = Callable[[Tensor], Iterable[Tensor]]  # images that are open (bool (B,)) -> AEs, batch after batch

@@ -21,9 +21,8 @@ from mat_dist.attacks.norms import eps_text
 from mat_dist.checkpoints import json_digest
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.evaluation.attacks import Job
-from mat_dist.evaluation.results import AS_TRAINED, CLEAN, COLUMNS, FORMAT, UNION, Verdict
+from mat_dist.evaluation.results import AS_TRAINED, CLEAN, COLUMNS, FORMAT, UNION, Verdict, wilson_interval
 from mat_dist.evaluation.soundness import judge, judge_headline, total
-from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.files import parse_json, reported, write_json, write_text
 from mat_dist.runs.record import versions
 

@@ -17,8 +17,16 @@ import mat_dist
 from mat_dist.attacks.norms import Threat, eps_text
 from mat_dist.config import dump_config
 from mat_dist.errors import DONE
-from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, Answers, TargetResult, accuracies, is_peer
-from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.results import (
+    CLEAN,
+    ENSEMBLE,
+    UNION,
+    Answers,
+    TargetResult,
+    accuracies,
+    is_peer,
+    wilson_interval,
+)
 from mat_dist.report.charts import Axis, Figure, Series, fit, heat_map, interval_chart, line_chart, surface
 from mat_dist.report.curves import MOST_PEERS, last_transfer, time_section, training_figures, transfer_chart
 from mat_dist.report.files import Evaluation, RunFiles

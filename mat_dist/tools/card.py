@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mat_dist.checkpoints.load import ENSEMBLE, FinishedRun
-from mat_dist.evaluation.results import accuracies, read_results
-from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.results import accuracies, read_results, wilson_interval
 from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.console import counted
 from mat_dist.runs.record import read_environment

@@ -87,7 +87,7 @@ def test_results_print_their_tables_and_are_a_result_file(run, images, tmp_path)
     assert again.targets == found.result.targets and found.failed
     for place in (tmp_path / "found.json", tmp_path, tmp_path / "none" / "a.json"):
         before = (tmp_path / "found.json").read_bytes()
-        with pytest.raises(OutputError):
+        with pytest.raises(OutputError, match="give the path of a new file"):
             found.to_json(place)
         assert (tmp_path / "found.json").read_bytes() == before
 

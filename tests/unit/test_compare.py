@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mat_dist.evaluation.__main__ import main
-from mat_dist.evaluation.statistics import Paired
+from mat_dist.evaluation.compare import Paired
 
 
 def write(root: Path, run: str, robust: str, *, clean: str = "1" * 10, reportable: bool = True, time: str = "1",

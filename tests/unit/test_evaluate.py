@@ -25,14 +25,13 @@ from mat_dist.attacks.norms import Threat
 from mat_dist.config import load_config
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import StopRequested
-from mat_dist.evaluation import chunks, command, progress, soundness, survivors
+from mat_dist.evaluation import chunks, command, soundness, survivors
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import AttackPlan, crafted
 from mat_dist.evaluation.autoattack import chunk_seed
-from mat_dist.evaluation.progress import Progress
-from mat_dist.evaluation.results import Verdict
+from mat_dist.evaluation.chunks import Progress
+from mat_dist.evaluation.results import Verdict, wilson_interval
 from mat_dist.evaluation.settings import MENU
-from mat_dist.evaluation.statistics import wilson_interval
 from mat_dist.runs.console import Screen
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
@@ -384,7 +383,7 @@ def test_an_evaluation_tells_target_threat_attack_survivors_and_the_time_left(
             told.append((text, elapsed_s, eta_s, {key: dict(row) for key, row in (tally or {}).items()}))
 
     monkeypatch.setattr(command, "choose_screen", lambda mode: Recorder())
-    monkeypatch.setattr(progress, "REFRESH_S", 0.0)
+    monkeypatch.setattr(chunks, "REFRESH_S", 0.0)
     found = evaluate(run, "attacks=pgd,search", "queries=5", "checks=8", "steps=1", "eval.chunk=8", "images=16")
     texts = [text for text, *_ in told]
     for target in ("peer0", "peer1", "ensemble:prob"):

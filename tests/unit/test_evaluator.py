@@ -25,13 +25,11 @@ from mat_dist.data import DataSets, channel_stats, load_data
 from mat_dist.distributed.groups import Mesh
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.evaluation import attacks, progress
+from mat_dist.evaluation import attacks, chunks
 from mat_dist.evaluation.attacks import AttackPlan, Target, attack_one, correct
-from mat_dist.evaluation.chunks import Work, attack_chunk, chosen_images
+from mat_dist.evaluation.chunks import Progress, Work, attack_chunk, chosen_images
 from mat_dist.evaluation.during_training import Evaluations, final_table, selection_score, validation_record
-from mat_dist.evaluation.progress import Progress
-from mat_dist.evaluation.results import TargetResult, read_result
-from mat_dist.evaluation.statistics import wilson_interval
+from mat_dist.evaluation.results import TargetResult, read_result, wilson_interval
 from mat_dist.evaluation.survivors import document_of, image_rows, target_rows, write_result
 from mat_dist.evaluation.targets import make_targets
 from mat_dist.models import Ensemble, build_model
@@ -314,7 +312,7 @@ def test_an_evaluation_that_autoattack_makes_long_says_so_early_and_once(
 
     Display.told.clear()
     seconds = iter([0.0, 1.0, 10.0, 10.0, 20.0])
-    monkeypatch.setattr(progress, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(chunks, "monotonic", lambda: next(seconds))
     model, plans = trained.model(0), dict.fromkeys(("pgd", "cw"), AttackPlan(24))
     job = replace(trained.evaluations().job(2), threats=(Threat("linf", 0.1),), attacks=attacks, plans=plans)
     work = Work(trained.config, job, [Target("peer0", model, (model,))], trained.data.val, torch.arange(CHUNK))

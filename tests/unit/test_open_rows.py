@@ -16,8 +16,7 @@ from mat_dist.data import as_float, load_data
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.evaluation import attacks, soundness
 from mat_dist.evaluation.attacks import AttackPlan, Job, OpenRows, Target, attack_one, attack_targets, predict
-from mat_dist.evaluation.chunks import Work
-from mat_dist.evaluation.progress import Interrupted, Progress
+from mat_dist.evaluation.chunks import Interrupted, Progress, Work
 from mat_dist.evaluation.settings import MENU, Request, made_by
 from mat_dist.evaluation.soundness import examine
 from mat_dist.evaluation.targets import attack_plans, make_targets

@@ -22,7 +22,7 @@ from benchmarks.study.tables import Entry, differences, summary
 from mat_dist.config import load_config
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
-from mat_dist.evaluation.statistics import Paired
+from mat_dist.evaluation.compare import Paired
 from mat_dist.runs.folder import RunFolder
 from mat_dist.tools.dryrun import training_passes
 

@@ -16,19 +16,12 @@ _DEEPMIND = "DeepMind's networks (Gowal et al., 2020): SiLU, padding on two side
 
 @dataclass(frozen=True)
 class Code:
-    """One published code.
+    """One published code."""
 
-    Attributes:
-        text: what it is, and what its names tell of the function that it computes.
-        block: its name of a block, with {stage} from 1, {group} from 0 and the number {n} in it.
-        layers: name in our network, or in a block of it -> name there; all others are equal.
-        same: padding behind alone where the stride is 2.
-    """
-
-    text: str
-    block: str
-    layers: Mapping[str, str]
-    same: bool = False
+    text: str  # what it is, and what its names tell of the function that it computes
+    block: str  # its name of a block, with {stage} from 1, {group} from 0 and the number {n} in it
+    layers: Mapping[str, str]  # name in our network, or in a block of it -> name there; all others are equal
+    same: bool = False  # padding behind alone where the stride is 2
 
     def names(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
         """Our names -> those of this code; empty for a network without residual blocks of ours."""

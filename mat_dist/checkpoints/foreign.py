@@ -49,28 +49,17 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in a file that fits one of ours.
-
-    Attributes:
-        place: what stands before its names in the file; ends with a dot where it is not empty.
-        names: name in our network -> name in the file, of all weights.
-        by: how they were matched, in words.
-        code: whose names they are, where they are not those of our network.
-        notes: what is worth telling, a line each.
-        moments: the normalisation that the architecture has by itself.
-        drawn: the weights of a new last layer, which stay as they were drawn.
-        stem: the first convolution, of whose kernels the middle is taken.
-    """
+    """A network in a file that fits one of ours."""
 
     source: TensorFile
-    place: str
-    names: dict[str, str]
-    by: str
-    code: Code | None = None
-    notes: tuple[str, ...] = ()
-    moments: Normalisation | None = None
-    drawn: tuple[str, ...] = ()
-    stem: tuple[str, ...] = ()
+    place: str  # what stands before its names in the file; ends with a dot where it is not empty
+    names: dict[str, str]  # name in our network -> name in the file, of all weights
+    by: str  # how they were matched, in words
+    code: Code | None = None  # whose names they are, where they are not those of our network
+    notes: tuple[str, ...] = ()  # what is worth telling, a line each
+    moments: Normalisation | None = None  # that the architecture has by itself
+    drawn: tuple[str, ...] = ()  # the weights of a new last layer, which stay as they were drawn
+    stem: tuple[str, ...] = ()  # the first convolution, of whose kernels the middle is taken
 
     @property
     def classes(self) -> int:

@@ -38,19 +38,14 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a state on the CPU that later training steps do not touch.
+    """A copy of a state on the CPU that later training steps do not touch."""
 
-    Attributes:
-        tensors: by their dotted keys, e.g. `model.conv1.weight`; contiguous, each with memory of its own.
-        rest: the state as plain JSON. `{"$tensor": name}` stands for a tensor, `{"$tuple": [...]}` for a tuple,
-            `{"$items": [[key, value], ...]}` for a dictionary whose keys are not all plain text, `{"$float": "nan"}`
-            for a number that JSON lacks.
-        owner: of which peer, step and settings it is (`identity`).
-    """
-
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by their dotted keys, e.g. `model.conv1.weight`; each with memory of its own
+    # The state as plain JSON. `{"$tensor": name}` stands for a tensor, `{"$tuple": [...]}` for a tuple,
+    # `{"$items": [[key, value], ...]}` for a dictionary whose keys are not all plain text, `{"$float": "nan"}` for a
+    # number that JSON lacks.
     rest: Any
-    owner: Mapping[str, Any] = field(default_factory=dict)
+    owner: Mapping[str, Any] = field(default_factory=dict)  # of which peer, step and settings it is (`identity`)
 
 
 def identity(meta: Meta, step: int, index: int) -> dict[str, Any]:

@@ -76,19 +76,14 @@ FGSM = AttackPlan(**MENU["fgsm"].plan)
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated.
+    """What is evaluated."""
 
-    Attributes:
-        name: of the peer, or ensemble:<rule>.
-        model: the classifier as it would be deployed.
-        attacked: the modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a
-            vote, which has no gradient: then the mean-logit and the mean-probability ensemble.
-        members: of an ensemble, whose AEs join the candidates; an ensemble of one is not attacked beside its member.
-    """
-
-    name: str
-    model: nn.Module
+    name: str  # of the peer, or ensemble:<rule>
+    model: nn.Module  # the classifier as it would be deployed
+    # The modules that gradient attacks use; each AE is replayed on `model`. The model itself, but for a vote, which has
+    # no gradient: then the mean-logit and the mean-probability ensemble.
     attacked: tuple[nn.Module, ...]
+    # Of an ensemble, whose AEs join the candidates; an ensemble of one is not attacked beside its member.
     members: tuple[Target, ...] = ()
 
     @property
@@ -99,28 +94,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to every chunk.
+    """What is done to every chunk."""
 
-    Attributes:
-        threats: each is an evaluation of its own.
-        plans: our gradient attacks, by name.
-        attacks: names of all attacks, in order.
-        version, custom: of AutoAttack.
-        transfer: replay each target's AEs on the others.
-        seed: of all noise.
-        queries: of random search.
-        keep: keep the AEs of a chunk until its end: transfer, soundness checks and files need them.
-    """
-
-    threats: tuple[Threat, ...]
-    plans: Mapping[str, AttackPlan]
-    attacks: tuple[str, ...]
-    version: str = "standard"
-    custom: tuple[str, ...] = ()
-    transfer: bool = True
-    seed: int = 0
-    queries: int = 1000
-    keep: bool = True
+    threats: tuple[Threat, ...]  # each is an evaluation of its own
+    plans: Mapping[str, AttackPlan]  # our gradient attacks, by name
+    attacks: tuple[str, ...]  # names of all attacks, in order
+    version: str = "standard"  # of AutoAttack
+    custom: tuple[str, ...] = ()  # of AutoAttack
+    transfer: bool = True  # replay each target's AEs on the others
+    seed: int = 0  # of all noise
+    queries: int = 1000  # of random search
+    keep: bool = True  # the AEs of a chunk until its end: transfer, soundness checks and files need them
 
 
 # As an attack begins: target, threat, attack, images that are right until now, images. No attack: it was the last.
@@ -218,23 +202,15 @@ def craft(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, threat: Threat, plan: A
 
 @dataclass
 class Tried:
-    """What one target did against one threat on a chunk.
+    """What one target did against one threat on a chunk."""
 
-    Attributes:
-        predictions: attack -> predicted class per image (B,): on the first AE that it gets wrong, else on the last one.
-        advs: attack -> those AEs (B, C, H, W).
-        sources: other target -> predicted class per image on that one's AEs.
-        theirs: the AEs of others that belong to the predictions of TRANSFER (B, C, H, W); None where there are none.
-        square_broke: images that only Square broke in AutoAttack.
-        warnings: of AutoAttack's own checks.
-    """
-
+    # Attack -> predicted class per image (B,): on the first AE that it gets wrong, else on the last one.
     predictions: dict[str, Tensor] = field(default_factory=dict)
-    advs: dict[str, Tensor] = field(default_factory=dict)
-    sources: dict[str, Tensor] = field(default_factory=dict)
-    theirs: Tensor | None = None
-    square_broke: int = 0
-    warnings: list[str] = field(default_factory=list)
+    advs: dict[str, Tensor] = field(default_factory=dict)  # attack -> those AEs (B, C, H, W)
+    sources: dict[str, Tensor] = field(default_factory=dict)  # other target -> class per image on that one's AEs
+    theirs: Tensor | None = None  # the AEs of others that belong to the predictions of TRANSFER (B, C, H, W)
+    square_broke: int = 0  # images that only Square broke in AutoAttack
+    warnings: list[str] = field(default_factory=list)  # of AutoAttack's own checks
 
     def held(self, clean_B: Tensor, y_B: Tensor, names: Container[str]) -> Tensor:
         """Whether each image is right without an attack and under those of `names` -> bool (B,).

@@ -28,19 +28,12 @@ _JUDGED_ELSEWHERE = ("Square Attack has decreased", "classes it is not possible"
 
 @dataclass(frozen=True)
 class AutoAttacked:
-    """What AutoAttack did on one chunk.
+    """What AutoAttack did on one chunk."""
 
-    Attributes:
-        adv_BCHW: AEs; the clean image where none was found or the image was wrong without an attack.
-        square_broke: number of images that withstood all attacks before Square and not Square.
-        attacks: what was run, in order.
-        warnings: texts of pyautoattack's own checks of the model.
-    """
-
-    adv_BCHW: Tensor
-    square_broke: int
-    attacks: tuple[str, ...]
-    warnings: tuple[str, ...]
+    adv_BCHW: Tensor  # AEs; the clean image where none was found or the image was wrong without an attack
+    square_broke: int  # number of images that withstood all attacks before Square and not Square
+    attacks: tuple[str, ...]  # what was run, in order
+    warnings: tuple[str, ...]  # texts of pyautoattack's own checks of the model
 
 
 def require() -> Any:

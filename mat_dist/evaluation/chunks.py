@@ -51,33 +51,19 @@ FORMAT = 3  # of a chunk's file; 2: l1 was attacked in one ball
 
 @dataclass(frozen=True)
 class Work:
-    """An evaluation, cut into chunks.
+    """An evaluation, cut into chunks."""
 
-    Attributes:
-        config: of the run.
-        job: attacks.
-        targets: whom.
-        data: the split.
-        samples_N: positions of the images in it, ascending.
-        what: the evaluation in words.
-        folder: of the chunks' files; None: they are not saved.
-        digest: identifies all that the result depends on; stands in every file.
-        checked: chunks, from the first, that the soundness checks look at.
-        save: write the AEs too.
-        sources: other checkpoints whose AEs join the candidates.
-    """
-
-    config: Config
+    config: Config  # of the run
     job: Job
     targets: Sequence[Target]
-    data: ImageSet
-    samples_N: Tensor
-    what: str = "evaluation"
-    folder: Path | None = None
-    digest: str = ""
-    checked: int = 0
-    save: bool = False
-    sources: Sequence[Target] = ()
+    data: ImageSet  # the split
+    samples_N: Tensor  # positions of the images in it, ascending
+    what: str = "evaluation"  # in words
+    folder: Path | None = None  # of the chunks' files; None: they are not saved
+    digest: str = ""  # identifies all that the result depends on; stands in every file
+    checked: int = 0  # chunks, from the first, that the soundness checks look at
+    save: bool = False  # write the AEs too
+    sources: Sequence[Target] = ()  # other checkpoints whose AEs join the candidates
 
     @property
     def same(self) -> dict[str, Target]:

@@ -94,15 +94,11 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference of two shares on the same `n` images, second minus first, with its 95 % interval.
-
-    Attributes:
-        gained, lost: images that only the second, only the first gets right.
-    """
+    """The difference of two shares on the same `n` images, second minus first, with its 95 % interval."""
 
     n: int
-    gained: int
-    lost: int
+    gained: int  # images that only the second gets right
+    lost: int  # images that only the first gets right
 
     @property
     def difference(self) -> float:

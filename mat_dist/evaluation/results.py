@@ -56,22 +56,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One target of a result file.
+    """One target of a result file."""
 
-    Attributes:
-        target, weights: a peer, `ensemble` (by the run's rule) or `ensemble:<rule>`; `raw` or `ema`.
-        n: number of images.
-        accuracy: by name (clean, each threat, union).
-        attacks: threat -> attack -> accuracy under it alone.
-        checks: None in a training's own evaluations.
-    """
-
-    target: str
-    weights: str
-    n: Count
-    accuracy: dict[str, Share]
-    attacks: dict[str, dict[str, Share]] = field(default_factory=dict)
-    checks: tuple[Verdict, ...] | None = None
+    target: str  # a peer, `ensemble` (by the run's rule) or `ensemble:<rule>`
+    weights: str  # `raw` or `ema`
+    n: Count  # number of images
+    accuracy: dict[str, Share]  # by name (clean, each threat, union)
+    attacks: dict[str, dict[str, Share]] = field(default_factory=dict)  # threat -> attack -> accuracy under it alone
+    checks: tuple[Verdict, ...] | None = None  # None in a training's own evaluations
 
     @property
     def bad(self) -> list[Verdict]:

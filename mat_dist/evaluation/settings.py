@@ -29,24 +29,17 @@ from mat_dist.runs.lock import RunLock
 
 @dataclass(frozen=True)
 class Kind:
-    """One attack.
-
-    Attributes:
-        maker: `pgd`, `noise`, `search` and `relaxation` are ours (mat_dist/attacks/), `package` is pyautoattack.
-        meaning: in a few words.
-        plan: of PGD, what differs from `AttackPlan` with the request's steps, restarts and step size.
-        white_box: it follows gradients, so that nothing else should break more.
-        fewest_classes: with fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its
-            targeted form by the fourth's.
-        norm: the only one that it knows, or empty.
-    """
+    """One attack. Its maker: `package` is pyautoattack, the others are ours (mat_dist/attacks/)."""
 
     maker: Literal["pgd", "noise", "search", "relaxation", "package"]
-    meaning: str
+    meaning: str  # in a few words
+    # Of PGD, what differs from `AttackPlan` with the request's steps, restarts and step size.
     plan: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    white_box: bool = True
+    white_box: bool = True  # it follows gradients, so that nothing else should break more
+    # With fewer it cannot be made: the DLR loss divides by the gap to the third largest logit, its targeted form by the
+    # fourth's.
     fewest_classes: int = 2
-    norm: str = ""
+    norm: str = ""  # the only one that it knows, or empty
 
 
 # From the clean image a second start would repeat the first.

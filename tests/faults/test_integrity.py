@@ -12,6 +12,7 @@ import torch
 
 from mat_dist import checkpoints, train
 from mat_dist.checkpoints import Meta, save_peer
+from mat_dist.checkpoints.store import verify
 from mat_dist.config import load_config
 from mat_dist.errors import CheckpointError, ConfigError
 from mat_dist.runs.folder import RunFolder
@@ -42,7 +43,7 @@ def test_each_bit_of_the_manifest_is_protected(tmp_path: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
         manifest.write_bytes(data)
         try:
-            checkpoints.verify(checkpoints.load_manifest(RunFolder(tmp_path), 10))
+            verify(checkpoints.load_manifest(RunFolder(tmp_path), 10))
             passed.append(bit)
         except CheckpointError:
             pass

@@ -20,7 +20,7 @@ from torch import nn
 from mat_dist import checkpoints
 from mat_dist.checkpoints import Meta, find_newest, load_manifest, load_peer, mark_best, prune, read_best, save_peer
 from mat_dist.checkpoints.peers import TYPES
-from mat_dist.checkpoints.store import MANIFEST
+from mat_dist.checkpoints.store import MANIFEST, read_manifest
 from mat_dist.errors import CheckpointError, NonFinite, OutputError
 from mat_dist.runs.folder import RunFolder
 
@@ -275,7 +275,7 @@ def test_500_flipped_bits_of_a_manifest_are_all_found(folder):
         data[bit // 8] ^= 1 << bit % 8
         file.write_bytes(data)
         with pytest.raises(CheckpointError):
-            checkpoints.read_manifest(manifest.directory)
+            read_manifest(manifest.directory)
 
 
 @pytest.mark.parametrize("name", ["peer_0.safetensors", "peer_1.safetensors", MANIFEST])

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from mat_dist import checkpoints
-from mat_dist.checkpoints import Meta, TooNew, find_newest, json_digest, load_manifest, load_peer, migrated, save_peer
-from mat_dist.checkpoints.store import MANIFEST
+from mat_dist.checkpoints import Meta, find_newest, json_digest, load_manifest, load_peer, save_peer
+from mat_dist.checkpoints.peers import migrated
+from mat_dist.checkpoints.store import MANIFEST, TooNew
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.folder import RunFolder
 

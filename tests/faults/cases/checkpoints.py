@@ -14,6 +14,7 @@ import torch
 
 from mat_dist import checkpoints
 from mat_dist.checkpoints import Meta, find_newest, save_peer
+from mat_dist.checkpoints.store import verify
 from mat_dist.errors import CheckpointError
 from mat_dist.runs.folder import RunFolder
 from tests.faults.inject import Fault
@@ -124,7 +125,7 @@ def _reads(folder: RunFolder, step: int) -> bool:
     """Whether the checkpoint of `step` counts as intact, for the search and for the reader of a peer."""
     try:
         manifest = checkpoints.load_manifest(folder, step)
-        checkpoints.verify(manifest)
+        verify(manifest)
         for index in range(len(manifest.meta.peers)):
             checkpoints.load_peer(manifest, index)
     except CheckpointError:

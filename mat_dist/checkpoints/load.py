@@ -260,31 +260,12 @@ def fitting(name: str, manifest: Manifest, index: int) -> Iterator[None]:
 def initialise(peers: Iterable[Trained], images: Images) -> None:
     """Give each peer with `init_from` its weights. Raises CheckpointError, also for another architecture."""
     for peer in peers:
-        source = peer.spec.init_from
-        if source is None:
-            continue
-        if file := _tensors(source, peer, images):
-            peer.start_from(_of_others(*file, source, peer, images))
-            continue
-        path, member = split_peer(source)
-        opened = open_run(path)
-        theirs = opened.images
-        for what, found, wanted in (("images", theirs.shape, images.shape),
-                                    ("classes", theirs.classes, images.classes)):
-            if found != wanted:
-                raise CheckpointError(f"its models are for {found} {what}, these data have {wanted}", path,
-                                      "train a model for these data, and name its run in init_from, or write "
-                                      f"init_from=pretrained:{path} for all but the last layer")
-        try:
-            peer.start_from(opened.state(member or BEST))
-        except RuntimeError as error:
-            raise CheckpointError(f"its weights do not fit {peer.spec.model.name} of {peer.name}: "
-                                  f"{str(error).splitlines()[-1].strip()[:200]}", source,
-                                  f"give {peer.name} the model of that run") from error
+        if peer.spec.init_from is not None:
+            peer.start_from(_fitted(*_tensors(peer.spec.init_from, peer, images), peer, images))
 
 
-def _tensors(source: str, peer: Trained, images: Images) -> tuple[TensorFile, str | None] | None:
-    """What `init_from` names, and the entry in it; None for a run, whose weights are those of one of our models."""
+def _tensors(source: str, peer: Trained, images: Images) -> tuple[TensorFile, str | None]:
+    """What `init_from` names, and the entry in it."""
     if source == PRETRAINED:
         name = peer.spec.model.name
         weights = published_weights(name, images.shape, lambda address: fetched(address)[0])
@@ -297,15 +278,19 @@ def _tensors(source: str, peer: Trained, images: Images) -> tuple[TensorFile, st
     for path, entry in ((rest, None), (start, last)):
         if path and Path(path).is_file():
             return read_tensors(Path(path)), entry
-    if rest == source:
-        return None
     run, member = split_peer(rest)
-    return TensorFile(Path(run), open_run(run).state(member or BEST), "", True), None
+    opened = open_run(run)
+    theirs = opened.images
+    if rest == source and (theirs.shape, theirs.classes) != (images.shape, images.classes):
+        raise CheckpointError(f"its models are for images {theirs.shape} of {theirs.classes} classes, these data have "
+                              f"{images.shape} of {images.classes}", run, "train a model for these data, and name its "
+                              f"run in init_from, or write init_from=pretrained:{run} for all but the last layer")
+    return TensorFile(Path(run), opened.state(member or BEST), "", True), None
 
 
-def _of_others(file: TensorFile, entry: str | None, source: str, peer: Trained, images: Images) -> dict[str, Tensor]:
+def _fitted(file: TensorFile, entry: str | None, peer: Trained, images: Images) -> dict[str, Tensor]:
     """The weights for a peer's model from tensors by name; `peer.notes` gets what is worth telling."""
-    net, state = peer.model.get_submodule("net"), dict(peer.model.state_dict())
+    net, state, source = peer.model.get_submodule("net"), dict(peer.model.state_dict()), str(peer.spec.init_from)
     told, adapt = source.removesuffix(f":{entry}"), source.partition(":")[0] == PRETRAINED
     network = find_network(file, net, channels=images.shape[0], classes=images.classes, entry=entry,
                            choose=f"init_from={told}:{{}}", adapt=adapt)

@@ -305,6 +305,18 @@ def test_a_peer_starts_from_a_file_of_weights(form: str, loss: str, run: Path, t
         assert (model["normalize.mean"].item(), model["normalize.std"].item()) == (0.25, 0.5)
 
 
+def test_a_peer_starts_from_all_that_a_run_has_and_says_so(run: Path) -> None:
+    """Weights, counters and the normalisation, which is not that of these data."""
+    other = Images((1, 8, 8), 10, (0.3,), (0.2,))
+    peer = loaded(f"{run}:peer0", "tiny_cnn", other, width=0.25)
+    theirs = checkpoints.load_peer(checkpoints.load_manifest(RunFolder(run)), 0)["model"]
+    state = peer.model.state_dict()
+    assert state.keys() == theirs.keys() and all(torch.equal(state[key], value) for key, value in theirs.items())
+    assert f"peer0: starts from {run}:peer0: weights of 'net' matched by name" in peer.notes
+    with pytest.raises(CheckpointError, match="the weights do not fit the network"):
+        loaded(f"{run}:peer0", "resnet18", other, width=0.25)
+
+
 def test_a_peer_starts_from_all_but_the_last_layer_of_a_run(run: Path) -> None:
     seven = Images((1, 8, 8), 7, (0.3,), (0.2,))
     with pytest.raises(CheckpointError, match=r"init_from=pretrained:\S+ for all but the last layer"):

@@ -14,25 +14,19 @@ from pydantic_core import core_schema
 from mat_dist.config.norms import known_norms
 
 
-def _parsed(value: Any, read: Callable[[str], float], wanted: str) -> Any:
-    """Text as a number; truth values are none, anything else is left to pydantic's own message."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected {wanted}, found a truth value")
-    try:
-        return read(value) if isinstance(value, str) else value
-    except (ValueError, ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
-        raise ValueError(f"expected {wanted}") from None
-
-
 def parse_number(value: Any) -> Any:
-    """Accept 0.5, "8/255", "1e-3"."""
-    return _parsed(value, lambda text: float(Fraction(text.strip()) if "/" in text else text),
-                   'a number such as 0.1, 1e-3 or "8/255"')
+    """Read "8/255"; pydantic reads numbers and texts such as "1e-3", but takes truth values for numbers."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value")
+    try:
+        return float(Fraction(value.strip())) if isinstance(value, str) and "/" in value else value
+    except (ZeroDivisionError, OverflowError):  # overflow: a fraction of thousands of digits
+        raise ValueError("no number") from None
 
 
 def parse_integer(value: Any) -> Any:
-    """Accept 10 and "10", refuse 2.5 and truth values."""
-    return _parsed(value, int, "a whole number")
+    """Refuse truth values."""
+    return value if isinstance(value, str) else parse_number(value)
 
 
 def check_arguments(values: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _data_name(name: Any, root: Any) -> Any:
 
 def _made_for(path: str | None) -> tuple[Any, Any]:
     """Name and root of the data that a file gives itself."""
-    top = _Files([]).compose(_file(path))
+    top = _composed(_file(path), [])
     name, root = (locate(top, ("data", key)) for key in ("name", "root"))
     return name[0].value if name[1] == 2 else None, root[0].value if root[1] == 2 else None
 
@@ -155,45 +155,41 @@ def _display(path: File) -> str:
     return ascii(absolute.removeprefix(here))[1:-1]
 
 
-class _Files:
-    """Reads a file and those that its `defaults` name."""
+def _composed(path: File, problems: list[ConfigError], chain: tuple[str, ...] = (), seen: list[str] | None = None
+              ) -> Tree:
+    """The merged settings of a file and of those that its `defaults` name; `chain` holds the files that led here, to
+    find cycles, `seen` all of them."""
+    source, real, seen = _display(path), os.path.realpath(path), [] if seen is None else seen
+    seen.append(real)
+    if real in chain:
+        names = " -> ".join(os.path.basename(p) for p in (*chain[chain.index(real):], real))
+        raise ConfigError(f"files that name each other: {names}", f"{source}, defaults", "remove one of the names")
+    if len(seen) > _MOST_FILES:
+        raise ConfigError(f"more than {_MOST_FILES} files", f"{source}, defaults", "name each file once")
+    tree = read(str(path), source, problems)
+    if path.name == "config.yaml" and (path.parent / "environment.json").is_file():
+        tree = _of_a_run(tree, source)
+    own = {path: node for path, node in tree.items() if path[0] != "defaults"}
+    below: Tree = {}
+    for name in _bases({path: node for path, node in tree.items() if path not in own}, problems):
+        try:
+            base = find_config(name, [path.parent, *config_folders()])
+        except ConfigError as missing:
+            problems.append(ConfigError(f"{missing.what}: {missing.where}", f"{source}, defaults", missing.how))
+            continue
+        below = over(below, _composed(base, problems, (*chain, real), seen))
+    return over(below, layer_of(own, problems))
 
-    def __init__(self, problems: list[ConfigError]) -> None:
-        self.problems, self.count = problems, 0
 
-    def compose(self, path: File, chain: tuple[str, ...] = ()) -> Tree:
-        """The merged settings of `path`; `chain` holds the files that led here, to find cycles."""
-        source, real = _display(path), os.path.realpath(path)
-        self.count += 1
-        if real in chain:
-            names = " -> ".join(os.path.basename(p) for p in (*chain[chain.index(real):], real))
-            raise ConfigError(f"files that name each other: {names}", f"{source}, defaults", "remove one of the names")
-        if self.count > _MOST_FILES:
-            raise ConfigError(f"more than {_MOST_FILES} files", f"{source}, defaults", "name each file once")
-        tree = read(str(path), source, self.problems)
-        if path.name == "config.yaml" and (path.parent / "environment.json").is_file():
-            tree = _of_a_run(tree, source)
-        bases = {path: node for path, node in tree.items() if path[0] == "defaults"}
-        below: Tree = {}
-        for name in self._bases(bases):
-            try:
-                base = find_config(name, [path.parent, *config_folders()])
-            except ConfigError as missing:
-                what = f"{missing.what}: {missing.where}"
-                self.problems.append(ConfigError(what, f"{source}, defaults", missing.how))
-                continue
-            below = over(below, self.compose(base, (*chain, real)))
-        return over(below, layer_of({path: node for path, node in tree.items() if path not in bases}, self.problems))
-
-    def _bases(self, given: Tree) -> list[str]:
-        node = given.get(("defaults",))
-        names = [] if node is None or node.value is None else node.value
-        names = [names] if isinstance(names, str) else names
-        if (given and node is None) or not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-            where = next(iter(given.values())).where
-            self.problems.append(ConfigError("defaults is not a list of files", where, "write defaults: [base]"))
-            return []
-        return names
+def _bases(given: Tree, problems: list[ConfigError]) -> list[str]:
+    node = given.get(("defaults",))
+    names = [] if node is None or node.value is None else node.value
+    names = [names] if isinstance(names, str) else names
+    if (given and node is None) or not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        problems.append(ConfigError("defaults is not a list of files", next(iter(given.values())).where,
+                                    "write defaults: [base]"))
+        return []
+    return names
 
 
 @dataclass(frozen=True)
@@ -397,7 +393,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     source = _display(file)
     changes = read_overrides(overrides, problems)
     try:
-        tree = _Files(problems).compose(file)
+        tree = _composed(file, problems)
     except ConfigError as unreadable:
         raise joined([*problems, unreadable], source) from None
     for change in changes:

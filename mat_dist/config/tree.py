@@ -243,64 +243,64 @@ class _Reader:
 
     source: str
     problems: list[ConfigError]
+    key: str
     numbered: bool
     count: int = 0
     tree: Tree = field(default_factory=dict)
 
-    def at(self, line: int) -> str:
-        return f"{self.source}:{line + 1}" if self.numbered else self.source
+    def node(self, value: Any, line: int, path: Path) -> Node:
+        key = ".".join([self.key] * bool(self.key) + [printable(str(part)) for part in path])
+        return Node(value, f"{self.source}:{line + 1}" if self.numbered else self.source, key)
 
-    def fail(self, what: str, line: int, key: str, how: str) -> ConfigError:
-        return ConfigError(what, f"{self.at(line)}, {key}" if key else self.at(line), how)
+    def fail(self, what: str, line: int, how: str, path: Path = ()) -> ConfigError:
+        return ConfigError(what, self.node(None, line, path).where, how)
 
-    def scalar(self, given: Any, key: str, depth: int) -> Any:
+    def scalar(self, given: Any, path: Path) -> Any:
         """Count a node, check its tag -> its value where it is a scalar."""
         line, kind = given.start_mark.line, str(given.tag).removeprefix(_TAG)
         self.count += 1
         if kind not in _TAGS:
-            raise self.fail(f"the tag {printable(str(given.tag))}", line, key,
-                            "a configuration holds data only: remove the tag")
-        if depth > MAX_DEPTH:
-            raise self.fail(f"nested deeper than {MAX_DEPTH} levels", line, key, "remove brackets or aliases")
+            raise self.fail(f"the tag {printable(str(given.tag))}", line,
+                            "a configuration holds data only: remove the tag", path)
+        if len(path) > MAX_DEPTH:
+            raise self.fail(f"nested deeper than {MAX_DEPTH} levels", line, "remove brackets or aliases", path)
         if self.count > MAX_VALUES:
-            raise self.fail(f"more than {MAX_VALUES} values", line, key, "remove some, or aliases of them")
+            raise self.fail(f"more than {MAX_VALUES} values", line, "remove some, or aliases of them", path)
         return given.value if kind == "str" or given.id != "scalar" else _plain_scalar(given.value)
 
-    def add(self, given: Any, path: Path, key: str) -> None:
+    def add(self, given: Any, path: Path) -> None:
         """Put a node and what is in it into `tree`."""
-        value = self.scalar(given, key, len(path))
-        if given.id == "mapping" and given.value:
-            self.mapping(given, path, key)
+        value = self.scalar(given, path)
+        if given.id == "mapping":
+            self.mapping(given, path)
         elif given.id == "sequence" and any(item.id != "scalar" and item.value for item in given.value):
             for number, item in enumerate(given.value):
-                self.add(item, (*path, number), f"{key}.{number}" if key else str(number))
+                self.add(item, (*path, number))
         else:
-            if given.id == "mapping":
-                value = {}
-            elif given.id == "sequence":
-                value = [{"mapping": {}, "sequence": []}.get(item.id, self.scalar(item, key, len(path) + 1))
-                         for item in given.value]
-            self.tree[path] = Node(value, self.at(given.start_mark.line), key)
+            if given.id == "sequence":
+                value = [{"mapping": {}, "sequence": []}.get(item.id, self.scalar(item, (*path, number)))
+                         for number, item in enumerate(given.value)]
+            self.tree[path] = self.node(value, given.start_mark.line, path)
 
-    def mapping(self, given: Any, path: Path, key: str) -> None:
+    def mapping(self, given: Any, path: Path) -> None:
         lines: dict[str, int] = {}
         for name, child in given.value:
-            line, word = name.start_mark.line, printable(str(name.value))
-            inner = f"{key}.{word}" if key else word
-            named = self.scalar(name, inner, len(path) + 1)
+            line, inner = name.start_mark.line, (*path, str(name.value))
+            named = self.scalar(name, inner)
             if name.id != "scalar" or not isinstance(named, str):
-                self.problems.append(self.fail("a key that is not text", line, key, "give each setting its name"))
+                self.problems.append(self.fail("a key that is not text", line, "give each setting its name", path))
             elif name.tag == f"{_TAG}merge":
-                self.problems.append(self.fail("merge keys (<<) are not read", line, key,
-                                               "use `defaults: [FILE]`, or the shared sections at the top level"))
+                self.problems.append(self.fail("merge keys (<<) are not read", line, "use `defaults: [FILE]`, or the "
+                                               "shared sections at the top level", path))
             elif named in lines:
-                self.problems.append(self.fail(f"the key {word} stands twice", line, inner,
-                                               f"delete one; the first is at {self.at(lines[named])}"))
+                first = self.node(None, lines[named], ()).source
+                self.problems.append(self.fail(f"the key {printable(named)} stands twice", line,
+                                               f"delete one; the first is at {first}", inner))
             else:
                 lines[named] = child.start_mark.line
-                self.add(child, (*path, named), inner)
+                self.add(child, inner)
         if not lines:
-            self.tree[path] = Node({}, self.at(given.start_mark.line), key)
+            self.tree[path] = self.node({}, given.start_mark.line, path)
 
 
 def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *, numbered: bool = True) -> Tree:
@@ -311,12 +311,12 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
     """
     from ruamel.yaml import YAML, YAMLError  # loaded only where it is used
 
-    reader, parser = _Reader(source, problems, numbered), YAML(typ="safe", pure=True)
+    reader, parser = _Reader(source, problems, key, numbered), YAML(typ="safe", pure=True)
     parser.composer.warn_double_anchors = False
     try:
         root = parser.compose(text)
     except RecursionError:
-        raise reader.fail(f"nested deeper than {MAX_DEPTH} levels", 0, key, "remove brackets") from None
+        raise reader.fail(f"nested deeper than {MAX_DEPTH} levels", 0, "remove brackets") from None
     except (YAMLError, ValueError, LookupError, OverflowError) as error:  # directives, escapes beyond Unicode
         words = [getattr(error, name, None) for name in ("context", "problem")]
         what = ", ".join(filter(None, words)) or str(error).splitlines()[0]
@@ -325,10 +325,10 @@ def parse(text: str, source: str, problems: list[ConfigError], key: str = "", *,
         tabbed = "\t" in text.split("\n")[min(line, text.count("\n"))]
         what = "a tab, which YAML does not take here" if tabbed else printable(what)
         how = "write spaces" if tabbed else "correct the text here"
-        raise reader.fail(f"not YAML: {what}", line, key, how) from None
+        raise reader.fail(f"not YAML: {what}", line, how) from None
     if root is None:
         return {(): Node(None, source, key)}
-    reader.add(root, (), key)
+    reader.add(root, ())
     return reader.tree
 
 

@@ -24,7 +24,7 @@ _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 _BLOCKS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 # Behind the name of a pre-activation network: no norm layer behind the last block; shortcuts that start before the
 # first norm of their block; DeepMind's form, with SiLU and padding behind alone where the stride is 2.
-FORMS = ("bare", "early", "dm")
+_FORMS = r"((?:\+(?:bare|early|dm))*)"
 
 
 def _halved(size: int) -> int:
@@ -186,13 +186,13 @@ def resnet(depth: str) -> Builder:
     return build
 
 
-@register_family(r"preact_resnet(18|34)((?:\+\w+)*)", "preact_resnet18")
+@register_family(f"preact_resnet(18|34){_FORMS}", "preact_resnet18")
 def preact_resnet(depth: str, forms: str) -> Builder:
     """Pre-activation ResNets, CIFAR stem: preact_resnet18 has 11,172,170 parameters on 3x32x32 with 10 classes."""
     return _pre_activation(64, (64, 128, 256, 512), _BLOCKS[depth], _forms(forms, early_with_dm=True))
 
 
-@register_family(r"wrn_(\d{2,3})_(\d{1,2})((?:\+\w+)*)", "wrn_28_10", "wrn_34_10")
+@register_family(rf"wrn_(\d{{2,3}})_(\d{{1,2}}){_FORMS}", "wrn_28_10", "wrn_34_10")
 def wide_resnet(depth: str, factor: str, forms: str) -> Builder:
     """Wide ResNets of a depth and a widening factor, no dropout: wrn_28_10 has 36,479,194 parameters, wrn_34_10
     46,160,474 on 3x32x32 with 10 classes."""
@@ -206,10 +206,7 @@ def wide_resnet(depth: str, factor: str, forms: str) -> Builder:
 
 def _forms(text: str, *, early_with_dm: bool) -> dict[str, bool]:
     """+bare, +early and +dm behind a name."""
-    words = text.split("+")[1:]
-    if unknown := [word for word in words if word not in FORMS]:
-        raise ConfigError(f"there is no form +{unknown[0]} of pre-activation networks", "model.name",
-                          f"choose from {', '.join(f'+{form}' for form in FORMS)}")
+    words = text.split("+")
     dm = "dm" in words
     return {"bare": "bare" in words, "early": "early" in words or (dm and early_with_dm), "same": dm}
 

@@ -83,9 +83,12 @@ def _run(path: str, data: bytes, name: str) -> None:
 
 
 def raised(error: BaseException) -> str:
-    """What a plug-in's function raised, and the innermost line of a plug-in that it came through."""
+    """What a plug-in's function raised, and the innermost line of a plug-in that it came through; or how it left, which
+    would keep other ranks waiting."""
+    if isinstance(error, SystemExit):
+        return f"left with sys.exit({error.code!r})"
     files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items())
              if name.startswith("mat_dist_plugin_")}
     lines = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename in files]
-    return " ".join(f"{type(error).__name__}: {error}".split()) + (lines[-1] if lines else "")
+    return " ".join(f"raised {type(error).__name__}: {error}".split()) + (lines[-1] if lines else "")

@@ -104,13 +104,10 @@ def _read(reader: Callable[..., RawData], config: DataConfig, *more: Any) -> Raw
     except MemoryError as problem:
         raise DataError(f"the images do not fit into memory ({problem})", _where(config),
                         "take fewer or smaller images, or raise the memory limit (ulimit -v)") from problem
-    except SystemExit as problem:  # in a plug-in: the other ranks would wait for this one
-        raise DataError(f"its reader left with sys.exit({problem.code!r})", _where(config),
-                        "raise an error there instead") from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         if isinstance(problem, MatError) or config.name in (*_BUILT_IN, "folder"):
             raise
-        raise DataError(f"its reader raised {raised(problem)}", _where(config), "correct the file") from problem
+        raise DataError(f"its reader {raised(problem)}", _where(config), "correct the file") from problem
 
 
 def _rows(raw: RawData, config: DataConfig, seed: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -128,13 +128,11 @@ def build_model(config: ModelConfig, *, shape: Shape, classes: int, mean: Sequen
         if not logits_BK.is_meta and not logits_BK.isfinite().all():
             raise ConfigError("a fresh model returns logits that are not finite", f"model.name={config.name}",
                               "check its initial weights")
-    except SystemExit as error:
-        raise ConfigError(f"its code left with sys.exit({error.code!r})", f"model.name={config.name}",
-                          "raise an error there instead") from error
-    except Exception as error:
-        if isinstance(error, (MatError, MemoryError)) or builder.__module__.startswith("mat_dist."):
+    except (Exception, SystemExit) as error:
+        ours = builder.__module__.startswith("mat_dist.") and not isinstance(error, SystemExit)
+        if ours or isinstance(error, (MatError, MemoryError)):
             raise
-        raise ConfigError(f"its builder raised {raised(error)}", f"model.name={config.name}", BUILDER) from error
+        raise ConfigError(f"its builder {raised(error)}", f"model.name={config.name}", BUILDER) from error
     return model
 
 
@@ -192,7 +190,7 @@ def try_images(model: nn.Module, x_BCHW: Tensor, where: str, classes: int | None
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"the model cannot take images of shape {shape}: {raised(error)}", where,
+        raise ConfigError(f"the model cannot take images of shape {shape}: it {raised(error)}", where,
                           "choose another model, or another image size") from error
     found = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
     if not isinstance(logits_BK, Tensor) or found[:-1] != (count,) or found[-1] != (classes or max(found[-1], 2)):

@@ -314,7 +314,7 @@ def test_a_reader_or_a_builder_that_exits_is_an_error_with_its_name(monkeypatch,
 
     register_model("leaves later")(lambda *_: Leaves(2, 2))
     for name in ("leaves", "leaves later"):
-        with pytest.raises(ConfigError, match=rf"its code left with sys.exit\({code!r}\) \(model.name={name}\)"):
+        with pytest.raises(ConfigError, match=rf"its builder left with sys.exit\({code!r}\) \(model.name={name}\)"):
             build_model(ModelConfig(name=name), shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.5,))
 
 

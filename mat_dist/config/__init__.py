@@ -16,29 +16,11 @@ from mat_dist.config.load import (
 )
 from mat_dist.config.plugins import load_plugins, other_plugins
 from mat_dist.config.rules import config_warnings
-from mat_dist.config.schema import (
-    AttackConfig,
-    AugmentConfig,
-    CheckpointConfig,
-    CommConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    PeerConfig,
-    RunConfig,
-    StepConfig,
-    ThreatConfig,
-    TrainConfig,
-)
+from mat_dist.config.schema import Config, DataConfig, ModelConfig, PeerConfig, RunConfig
 
 __all__ = [
-    "AttackConfig", "AugmentConfig", "CheckpointConfig", "CommConfig", "Config", "DataConfig", "EvalConfig",
-    "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "Options", "PeerConfig", "RunConfig", "StepConfig",
-    "ThreatConfig", "TrainConfig", "TrainingOptions", "binding", "config_differences", "config_folders", "config_name",
-    "config_warnings", "count", "dump_config", "flat_settings", "load_config", "load_plugins", "other_plugins",
-    "recipe_notes", "resume_conflicts", "schema_json", "trains_longer", "with_absolute_paths",
+    "Config", "DataConfig", "ModelConfig", "Options", "PeerConfig", "RunConfig", "TrainingOptions", "binding",
+    "config_differences", "config_folders", "config_name", "config_warnings", "count", "dump_config", "flat_settings",
+    "load_config", "load_plugins", "other_plugins", "recipe_notes", "resume_conflicts", "schema_json", "trains_longer",
+    "with_absolute_paths",
 ]

@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from mat_dist.errors import ConfigError
 
@@ -70,11 +69,11 @@ def add_norm(name: str, info: NormInfo, where: str) -> None:
 # ------------------------------------------------------------------------------------------------ radii by name
 
 Radii = Mapping[str, float]  # norm -> eps
-UNIONS: Mapping[str, Radii] = MappingProxyType({
-    "eat": MappingProxyType({"linf": 8 / 255, "l2": 0.5, "l1": 12.0}),
-    "msd": MappingProxyType({"linf": 0.03, "l2": 0.5, "l1": 12.0}),
-    "mng": MappingProxyType({"linf": 8 / 255, "l2": 128 / 255, "l1": 2000 / 255}),
-})
+UNIONS: Mapping[str, Radii] = {
+    "eat": {"linf": 8 / 255, "l2": 0.5, "l1": 12.0},
+    "msd": {"linf": 0.03, "l2": 0.5, "l1": 12.0},
+    "mng": {"linf": 8 / 255, "l2": 128 / 255, "l1": 2000 / 255},
+}
 
 
 def union_radii(name: str) -> Radii:
@@ -95,12 +94,8 @@ def data_sets() -> dict[str, Radii]:
 
 def standard_radii(data: str, norms: Sequence[str]) -> Radii:
     """The standard radii of a data set for some norms. Raises ConfigError where there is none."""
-    known = data_sets().get(data)
-    if known is None:
-        raise ConfigError(f"there is no standard radius for the data set {data[:80]!r}", "threats",
+    known = data_sets().get(data, {})
+    if missing := [norm for norm in norms if norm not in known]:
+        raise ConfigError(f"there is no standard radius in {missing[0][:80]} for {data[:80]}", "threats",
                           f"write norm:eps, or norm:DATA with one of {', '.join(data_sets())}")
-    missing = [norm for norm in norms if norm not in known]
-    if missing:
-        raise ConfigError(f"there is no standard radius in {missing[0][:80]} for {data}", "threats",
-                          f"write norm:eps; {data} has {', '.join(known)}")
     return {norm: known[norm] for norm in norms}

@@ -488,7 +488,7 @@ def test_no_number_is_reportable_that_rests_on_constraint_relaxation_alone(attac
     (["attacks=autoattack", "version=custom", "custom=apgd-ce,autoattack"], 2, "there is no attack 'autoattack'"),
     (["attacks="], 2, "there is no attack ''"),
     (["attacks=pgd,cr"], 2, "cr knows linf alone, not l2"),
-    (["threats=standard"], 2, "no standard radius for the data set 'digits'"),
+    (["threats=standard"], 2, "no standard radius in linf for digits"),
     (["threats=union:all"], 2, "choose from eat, msd, mng"),
     (["attack.eps=0.1"], 2, "attack.eps cannot be changed for a run that is there"),
     (["eps=8", "threats=linf:0.1"], 2, "write 8/255"),

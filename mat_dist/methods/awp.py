@@ -18,20 +18,13 @@ from mat_dist.config.rules import entries, learns_alone
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Hook, Views
 from mat_dist.errors import ConfigError
-from mat_dist.methods import lazy
+from mat_dist.methods import modes, objective, torch, training_attack
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from mat_dist.attacks import training_attack
-    from mat_dist.core import objective
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.models import modes
-else:
-    torch, objective, modes = map(lazy, ("torch", "mat_dist.core.objective", "mat_dist.models.modes"))
-    training_attack = lazy("mat_dist.attacks.training_attack")
 
 DRAW = -2  # keys what the forwards of the step up draw
 

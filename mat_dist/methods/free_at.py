@@ -12,20 +12,14 @@ from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config
 from mat_dist.core.hooks import Views
 from mat_dist.errors import ConfigError
-from mat_dist.methods import PerturbationHook, lazy
+from mat_dist.methods import PerturbationHook, augment, perturbation_buffer, torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from mat_dist.attacks import perturbation_buffer
     from mat_dist.attacks.training_attack import TrainingAttack
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.data import augment
-else:
-    torch, augment = lazy("torch"), lazy("mat_dist.data.augment")
-    perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 
 
 class FreePerturbation(PerturbationHook):

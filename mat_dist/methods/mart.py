@@ -10,17 +10,13 @@ from pydantic import Field
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, Preset, register_method
 from mat_dist.core.hooks import Hook, Views
-from mat_dist.methods import lazy
+from mat_dist.methods import losses, torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from mat_dist.core import losses
     from mat_dist.core.graph import PeerGraph, View
     from mat_dist.core.peer import Peer
-else:
-    torch, losses = lazy("torch"), lazy("mat_dist.core.losses")
 
 
 class MartConfig(Section):

@@ -13,19 +13,14 @@ from pydantic import Field
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, Strategy, register_method
 from mat_dist.core.hooks import Hook, Views
-from mat_dist.methods import lazy
+from mat_dist.methods import losses, modes, torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from mat_dist.core import losses
     from mat_dist.core.graph import PeerGraph, View
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-    from mat_dist.models import modes
-else:
-    torch, losses, modes = lazy("torch"), lazy("mat_dist.core.losses"), lazy("mat_dist.models.modes")
 
 DRAW = -3  # keys what the forward on clean images draws
 

@@ -13,15 +13,10 @@ from pydantic import Field
 from mat_dist.config.fields import Number, Section
 from mat_dist.config.methods import Method, register_method
 from mat_dist.core.hooks import Hook
-from mat_dist.methods import lazy
+from mat_dist.methods import rng, torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-    from mat_dist import rng
-else:
-    torch, rng = lazy("torch"), lazy("mat_dist.rng")
 
 NORM_IMAGES = 10_000  # training images behind the statistics: a fifth of CIFAR; fewer where an epoch has fewer
 

@@ -25,23 +25,16 @@ from mat_dist.config.rules import entries, heard_by
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.hooks import Hook
 from mat_dist.errors import ConfigError
-from mat_dist.methods import lazy
+from mat_dist.methods import norms, pgd, rng, torch, training_attack
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    import mat_dist.attacks.pgd as pgd
-    from mat_dist import rng
-    from mat_dist.attacks import norms, training_attack
     from mat_dist.attacks.norms import Region
     from mat_dist.attacks.pgd import Model
     from mat_dist.attacks.training_attack import Found, TrainingAttack
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
-else:
-    torch, rng = lazy("torch"), lazy("mat_dist.rng")
-    norms, pgd, training_attack = (lazy(f"mat_dist.attacks.{name}") for name in ("norms", "pgd", "training_attack"))
 
 MSD_TOPS = (5, 20)  # an l1 step of MSD moves so many values, drawn anew in each step (its code, locuslab/robust_union)
 EAT_UNSEEN = 0.5  # weight of every norm until all were used (its code, fra31/robust-finetuning)

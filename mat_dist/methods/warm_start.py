@@ -13,19 +13,16 @@ from mat_dist.config.methods import Method, register_method
 from mat_dist.config.rules import entries
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.errors import ConfigError
-from mat_dist.methods import PerturbationHook, lazy
+from mat_dist.methods import PerturbationHook, perturbation_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mat_dist.attacks import perturbation_buffer
     from mat_dist.attacks.norms import Region
     from mat_dist.attacks.training_attack import Found
     from mat_dist.core.peer import Peer
     from mat_dist.core.step import Batch
     from mat_dist.data.augment import AugmentedView
-else:
-    perturbation_buffer = lazy("mat_dist.attacks.perturbation_buffer")
 
 
 class WarmStartConfig(Section):

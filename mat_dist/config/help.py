@@ -53,7 +53,6 @@ _NOTES = (
     "A file begins with `defaults: [base]` to build on another one; the command line comes last. A file, a peer or a "
     "command line that changes loss.preset starts from that preset: coefficients given for another one are dropped.",
 )
-_SUGGEST = 30  # after so many unknown keys no nearest one is searched: difflib takes a millisecond each
 
 
 @dataclass(frozen=True)
@@ -207,21 +206,19 @@ def _section_names(path: tuple[str | int, ...]) -> list[str]:
     return [*model.model_fields, *more]
 
 
-def unknown_key(path: tuple[str | int, ...], node: Node, search: bool = True) -> ConfigError:
+def unknown_key(path: tuple[str | int, ...], node: Node) -> ConfigError:
     """The problem of a key that does not exist, with the nearest one that does, or what to do without it."""
     if (went := WENT.get(canonical(path))) is not None:
         return ConfigError(f"{node.key} went in version {VERSION}", node.where, went)
     *section, name = path
     names = _section_names(tuple(section))
     prefix = "".join(f"{part}." for part in section)
-    how = f"known here: {', '.join(names) or 'none'}"
-    if search:
-        near = nearest(str(name), names)
-        elsewhere = {} if section[-1:] == ["methods"] else {key.rpartition(".")[2]: key for key in reversed(settings())}
-        close = nearest(str(name), [*elsewhere, *settings()]) if near is None and elsewhere else None
-        if near is not None or close is not None:
-            how = f"did you mean {f'{prefix}{near}' if close is None else elsewhere.get(close, close)}?"
-    return ConfigError(f"there is no setting {node.key}", node.where, how)
+    near = nearest(str(name), names)
+    elsewhere = {} if section[-1:] == ["methods"] else {key.rpartition(".")[2]: key for key in reversed(settings())}
+    close = nearest(str(name), [*elsewhere, *settings()]) if near is None and elsewhere else None
+    meant = f"{prefix}{near}" if close is None else elsewhere.get(close, close)
+    return ConfigError(f"there is no setting {node.key}", node.where, f"known here: {', '.join(names) or 'none'}"
+                       if near is None and close is None else f"did you mean {meant}?")
 
 
 def shown(value: Any) -> str:
@@ -240,12 +237,12 @@ def faulty(error: ErrorDetails) -> tuple[str | int, ...]:
     return path[:-1] if canonical(path[:-1]) in settings() or error["type"] == "missing" else path
 
 
-def problem(error: ErrorDetails, tree: Tree, count: int) -> ConfigError:
-    """One of pydantic's errors as ours. `count` errors came before it."""
+def problem(error: ErrorDetails, tree: Tree) -> ConfigError:
+    """One of pydantic's errors as ours."""
     path = faulty(error)
     node, depth = locate(tree, path)
     if error["type"] == "extra_forbidden":
-        return unknown_key(path, node, search=count < _SUGGEST)
+        return unknown_key(path, node)
     setting = settings().get(canonical(path))
     if setting is not None and setting.kind == "arguments" and error["type"] == "value_error":
         return ConfigError(f"{node.key} cannot be used: {error['msg'][13:]}", node.where, setting.allowed(None))

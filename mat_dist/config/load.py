@@ -56,7 +56,7 @@ from mat_dist.errors import CheckpointError, ConfigError
 DEFAULT = "digits"
 PRETRAINED = "pretrained"  # init_from: what the network's library publishes; before a source: with a new last layer
 _MOST_FILES = 100  # a file may be named by several others, but not without end
-_MOST_ERRORS = 100  # with more bad values than this the rules are not checked
+_MOST_ERRORS = 100  # so many bad values are told; with more the rules are not checked
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 _FIRST = (("loss", "preset"), ("threat", "norm"), ("attack", "norm"))
 ALL = "all"  # peers.all.x: the same for every peer
@@ -341,7 +341,7 @@ def _validated(tree: Tree, source: str, problems: list[ConfigError]) -> tuple[Tr
     inside = {other["loc"][:1] for other in errors if len(other["loc"]) > 1}
     # To pydantic a list is too short where all of its entries are bad.
     errors = [found for found in errors if found["type"] != "too_short" or found["loc"] not in inside]
-    problems += [problem(found, tree, count) for count, found in enumerate(errors)]
+    problems += [problem(found, tree) for found in errors[:_MOST_ERRORS]]
     if len(errors) > _MOST_ERRORS:
         raise joined(problems, source)
     for found in errors:

@@ -204,8 +204,8 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path, monkeypatch: p
     assert "cannot read the file: Permission denied" in problems(path)[0]
 
 
-def test_many_unknown_keys_stay_quick(tmp_path: Path) -> None:
-    assert len(refused(tmp_path, "".join(f"key{n}: 1\n" for n in range(2000)))) == 2000
+def test_of_many_unknown_keys_the_first_ones_are_told(tmp_path: Path) -> None:
+    assert len(refused(tmp_path, "".join(f"key{n}: 1\n" for n in range(2000)))) == 100
 
 
 def test_configuration_does_not_import_torch_numpy_or_ruamel() -> None:

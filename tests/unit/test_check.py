@@ -425,12 +425,12 @@ def taken(monkeypatch) -> int:
         yield port
 
 
-def test_a_port_in_use_is_named_with_its_process(capsys, taken):
+def test_a_port_in_use_is_named_with_ways_out(capsys, taken):
     checked = Checked(capsys, "--ranks", "2")
     assert checked.code == 6
     found = checked.row("port")["found"]
-    assert f"port {taken} is in use by pid {os.getpid()} of " in found
-    assert "--standalone" in checked.row("port")["how"]
+    assert f"port {taken} is in use (" in found
+    assert "--standalone" in checked.row("port")["how"] and f"ss -ltnp sport = :{taken}" in checked.row("port")["how"]
 
 
 def test_a_port_of_another_node_cannot_be_judged_here(capsys, taken, monkeypatch):
@@ -448,16 +448,6 @@ def test_a_closed_connection_does_not_count_as_a_port_in_use(monkeypatch):
         accepted.close()  # this side waits in TIME_WAIT
         client.close()
     machine._listen(port)
-
-
-def test_the_owner_of_a_port_is_told_where_the_process_cannot_be_seen(tmp_path):
-    (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "tcp").write_text(
-        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-        "   0: 0100007F:7148 00000000:0000 0A 00000000:00000000 00:00000000 00000000  4242        0 99 1\n"
-        "   1: 0100007F:7149 0100007F:7148 01 00000000:00000000 00:00000000 00000000  4242        0 98 1\n")
-    assert str(machine.who_listens(0x7148, tmp_path)) == "a process of user 4242"
-    assert machine.who_listens(0x7149, tmp_path) is None  # connected, not listening
 
 
 @pytest.mark.parametrize("port", ["many", "0", "65536", "-1", "1" * 5000, "²"])

@@ -35,7 +35,6 @@ from mat_dist.models.registry import Images, model_names
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
 from mat_dist.tools import export as exporting
-from mat_dist.tools.card import filled
 from tests.documents import MODEL, ROOT
 from tests.small_runs import run_small, tree_hash
 
@@ -171,7 +170,7 @@ def test_the_record_has_the_numbers_of_the_newest_reportable_autoattack() -> Non
                 result(0.1, "autoattack"), result(0.512, "autoattack", "pgd"), result(0.3, "pgd"),
                 result(0.4, "autoattack", reportable=False), result(0.5, "autoattack", split="val"),
                 result(0.6, "autoattack", norm="l2 1/2")]}
-    record = json.loads(filled("model_info.json", told))
+    record = json.loads(exporting.filled("model_info.json", told))
     assert (record["clean_acc"], record["autoattack_acc"], record["eps"]) == ("90.00", "51.20", "8/255")
     assert record["additional_data"] is False and record["architecture"] == "resnet18"
 

@@ -1,4 +1,4 @@
-"""This node: versions, port, address, interfaces. Reads the kernel's tables; imports no torch."""
+"""This node: versions, port, address, interfaces. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ import fcntl
 import ipaddress
 import os
 import platform
-import pwd
 import re
 import socket
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 
 from mat_dist.distributed.launch import Endpoint
-from mat_dist.distributed.processes import command_line
 from mat_dist.errors import EnvironmentFault
 from mat_dist.runs.record import versions
 from mat_dist.tools.check import Answer
 
 OLDEST_TORCH = (2, 9)
-LISTENING = "0A"  # state in /proc/net/tcp
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -42,69 +38,26 @@ def check_port(endpoint: Endpoint, ranks: int) -> Answer[int]:
     except OSError as error:
         if error.errno == errno.EACCES:
             raise EnvironmentFault(f"port {port} is for root only", "the port", "use one from 1024") from error
-        listener = who_listens(port)
-        by = f" by {listener}" if listener else ""
         if here:
-            raise EnvironmentFault(f"port {port} is in use{by} ({os.strerror(error.errno or 0)})",
+            raise EnvironmentFault(f"port {port} is in use ({os.strerror(error.errno or 0)})",
                                    endpoint.address or "this node",
                                    "on one node use torchrun --standalone, which finds a free port; on several set "
-                                   f"another one with --master-port or --rdzv-endpoint, e.g. {free_port()}") from error
-        return Answer(port, f"port {port} is in use here{by}", elsewhere)
+                                   f"another one with --master-port or --rdzv-endpoint, e.g. {free_port()}; "
+                                   f"ss -ltnp sport = :{port} tells by whom") from error
+        return Answer(port, f"port {port} is in use here", elsewhere)
     return Answer(port, f"port {port} is free" + ("" if here else " here"), "" if here else elsewhere)
 
 
 def _listen(port: int) -> None:
     """Listen for a moment as the store does: on all interfaces, SO_REUSEADDR (a closed connection blocks nobody)."""
-    if socket.has_dualstack_ipv6():
-        socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
-    else:
-        socket.create_server(("", port)).close()
+    both = socket.has_dualstack_ipv6()
+    socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both).close()
 
 
 def free_port() -> int:
     """A port that is free now."""
     with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
-
-
-def who_listens(port: int, proc: Path = Path("/proc")) -> str | None:
-    """Who listens on `port`: user name, and where /proc tells (own processes, or as root) pid and command; None where
-    the kernel's tables do not tell."""
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = (proc / "net" / name).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for columns in (line.split() for line in lines):
-            if columns[3] == LISTENING and int(columns[1].rpartition(":")[2], 16) == port:
-                pid, user = _holder_of(columns[9], proc), _user(int(columns[7]))
-                return f"pid {pid} of {user}: {_shown(pid)}" if pid else f"a process of {user}"
-    return None
-
-
-def _holder_of(inode: str, proc: Path) -> int | None:
-    """The process with that socket among its open files, as far as they may be looked at."""
-    for folder in proc.iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):  # of another user, or ended meanwhile
-                for file in (folder / "fd").iterdir():
-                    with suppress(OSError):
-                        if os.readlink(file) == f"socket:[{inode}]":
-                            return int(folder.name)
-    return None
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
-
-
-def _shown(pid: int) -> str:
-    """The command for people: printable, 80 characters."""
-    text = " ".join(command_line(pid).split("\0"))
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:80]
 
 
 # ---------------------------------------------------------------- addresses

@@ -242,10 +242,12 @@ def _named(run: RunFolder, pointer: str) -> tuple[int, dict[str, str]] | None:
         return step, {}
 
 
-def accuracies(threats: Iterable[str]) -> list[str]:
-    """The accuracies that a table shows: clean, under each threat, and their union where there are several."""
-    threats = list(dict.fromkeys(threats))
-    return [CLEAN, *threats, *([UNION] if len(threats) > 1 else [])]
+def accuracies(*rows: Iterable[str]) -> list[str]:
+    """The accuracies that a table shows whose rows have these threats: clean, under each threat, and their union where
+    a row has several."""
+    threats = [dict.fromkeys(row) for row in rows]
+    several = any(len(row) > 1 for row in threats)
+    return [CLEAN, *dict.fromkeys(threat for row in threats for threat in row), *([UNION] if several else [])]
 
 
 def _upgraded(document: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
 
 if TYPE_CHECKING:
-    import torch
-
     from mat_dist.report.files import RunFiles
     from mat_dist.report.measure import Measured, Victims
 
@@ -55,11 +53,14 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
     if options.no_attack:
         return None, None, ["--no-attack was given: no pictures, radius, steps and loss surface"]
     from mat_dist.checkpoints.load import open_run
+    from mat_dist.distributed.groups import choose_device
     from mat_dist.report.measure import load_victims, measure
 
     try:
         opened = open_run(run.folder.path, config=run.config)
-        victims = load_victims(opened, options.images, choose(options.device))
+        settings = run.config.run.model_copy(update={"device": options.device})
+        device = choose_device(run.config.model_copy(update={"run": settings}), 0)
+        victims = load_victims(opened, options.images, device)
     except (CheckpointError, EnvironmentFault) as error:
         if run.writer is None or isinstance(error, EnvironmentFault):
             raise
@@ -68,16 +69,6 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
         return None, None, [f"no pictures, radius, steps and loss surface: {error}"]
     print(f"attacking {len(victims.samples_N)} test images on {victims.device}", file=sys.stderr)
     return victims, measure(victims, lambda what: print(f"  {what}", file=sys.stderr)), []
-
-
-def choose(name: str) -> torch.device:
-    """The device that is asked for. Raises EnvironmentFault where there is none."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if name == "cuda" and not gpu:
-        raise EnvironmentFault("no GPU is visible", "--device cuda", "leave it out, or use --device cpu")
-    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def parse(words: Sequence[str]) -> Namespace:

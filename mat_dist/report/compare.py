@@ -50,17 +50,10 @@ def unlike(runs: Sequence[RunFiles]) -> list[str]:
     return [f"{key}: {' | '.join(dict.fromkeys(values))}" for key, values in found.items() if len(set(values)) > 1]
 
 
-def _names_of_accuracies(runs: Sequence[RunFiles]) -> list[str]:
-    """Clean, each threat of any run's headline, and the union where a run has several."""
-    found = [run.headline.threats for run in runs if run.headline]
-    return [name for name in accuracies(threat for threats in found for threat in threats)
-            if name != UNION or any(len(threats) > 1 for threats in found)]
-
-
 def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
     rows: list[list[object]] = []
     drawn, each = [], []
-    shown = _names_of_accuracies(runs)
+    shown = accuracies(*(run.headline.threats for run in runs if run.headline))
     for name, run in zip(names, runs, strict=True):
         one = run.headline
         if one is None:
@@ -91,7 +84,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _training(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
-    shown = accuracies(threat for run in runs for threat in run.threats)
+    shown = accuracies(*(run.threats for run in runs))
     measured = [validations(run) for run in runs]
     figures = []
     for count, key in enumerate(("loss", *shown)):

@@ -177,20 +177,17 @@ def _lead(row: Mapping[str, Any]) -> dict[str, str]:
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Column names and texts: per cent, mean +- deviation. `union` only of rows with more than one threat, `settings`
     only where rows differ in some."""
-    several = [len(row["mean"].keys() - {CLEAN, UNION}) > 1 for row in rows]
-    shown = [name for name in accuracies(key for row in rows for key in row["mean"] if key not in (CLEAN, UNION))
-             if name != UNION or any(several)]
+    threats = [[key for key in row["mean"] if key not in (CLEAN, UNION)] for row in rows]
+    shown = accuracies(*threats)
     lead = [name for name in LEAD if name != "settings" or any(row["settings"] for row in rows)]
 
-    def text(row: Mapping[str, Any], key: str, union: bool) -> str:
-        if key not in row["mean"] or (key == UNION and not union):
-            return "-"
+    def text(row: Mapping[str, Any], key: str) -> str:
         deviation = row["deviation"][key]
         return f"{100 * row['mean'][key]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
     return [*lead, *(f"{key} %" for key in shown), "seeds"], [
-        [*(_lead(row)[name] for name in lead), *(text(row, key, union) for key in shown),
-         f"{len(row['seeds'])}: {', '.join(map(str, row['seeds']))}"] for row, union in zip(rows, several, strict=True)]
+        [*(_lead(row)[name] for name in lead), *(text(row, key) if key in accuracies(names) else "-" for key in shown),
+         f"{len(row['seeds'])}: {', '.join(map(str, row['seeds']))}"] for row, names in zip(rows, threats, strict=True)]
 
 
 def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -44,6 +44,11 @@ def run_entry(body: Callable[[], None]) -> int:
         return _code(body)
 
 
+def as_main(body: Callable[[list[str]], None]) -> Callable[..., int]:
+    """The `main` of a command: its words, by default those of the command line -> exit code, see `run_entry`."""
+    return lambda argv=None: run_entry(lambda: body(list(sys.argv[1:] if argv is None else argv)))
+
+
 def _code(body: Callable[[], None]) -> int:
     launch, code = Launch(), DONE
     try:

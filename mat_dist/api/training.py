@@ -7,12 +7,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mat_dist.cli import run_entry
+from mat_dist.cli import as_main
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
 from mat_dist.config.load import setting_words
 from mat_dist.distributed.leaving import abort_groups
@@ -26,16 +25,13 @@ if TYPE_CHECKING:
 Told = Callable[[dict[str, Any]], object]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code of this rank."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: command(words))
-
-
 def command(words: list[str]) -> None:
     """A start, which leaves its end in the folder of its run however far it comes, and hears signals from here on."""
     with recording(words) as start, watching() as stop:
         _start(words, start, stop)
+
+
+main = as_main(command)
 
 
 def train(config: str | Path | None = None, *, plugins: Sequence[str | Path] = (), on_step: Told | None = None,

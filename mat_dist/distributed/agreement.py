@@ -120,7 +120,7 @@ class Agreement:
     def _gather(self, point: str, numbers: list[int]) -> list[list[int]]:
         """The numbers of all ranks, by rank, where none has failed and all are at one step."""
         self.mesh.where = f"{self.where}, {point}"
-        rows = self.mesh.gather_world([_code(self.failure), self.number, *numbers])
+        rows = self.mesh.gather_world([int(self.failure is not None), self.number, *numbers])
         if any(row[0] for row in rows):
             self._raise_together()
         self._compare([row[1] for row in rows], STEP_NUMBER)
@@ -176,10 +176,6 @@ def told_by_rank(error: Exception, mesh: Mesh, where: str) -> dict[str, Any]:
 def _short(value: Any) -> str:
     """A checksum in hexadecimal digits, anything else as it is."""
     return hex(value & (1 << 64) - 1) if isinstance(value, int) and not 0 <= value <= 1 << 20 else str(value)
-
-
-def _code(error: Exception | None) -> int:
-    return 0 if error is None else error.code if isinstance(error, MatError) else PeerFailed.code
 
 
 def batch_checksum(x_BCHW: Tensor, y_B: Tensor) -> Tensor:

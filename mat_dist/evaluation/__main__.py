@@ -13,10 +13,9 @@ must not be reported. See docs/evaluation.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mat_dist.cli import run_entry
+from mat_dist.cli import as_main
 from mat_dist.config import load_config, load_plugins
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.distributed.launch import Launch
@@ -24,13 +23,7 @@ from mat_dist.errors import ConfigError
 from mat_dist.evaluation.settings import Arguments, find_run, is_file, parse, refuse_unfinished
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code of this rank."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: evaluate(words))
-
-
-def evaluate(words: Sequence[str]) -> None:
+def evaluate(words: list[str]) -> None:
     """Settings, ranks, then the evaluation or the comparison."""
     arguments = parse(words, __doc__)
     if arguments.compare:
@@ -38,7 +31,7 @@ def evaluate(words: Sequence[str]) -> None:
 
         compare([find_run(run) for run in arguments.runs])
         return
-    run(arguments, list(words))
+    run(arguments, words)
 
 
 def run(arguments: Arguments, words: list[str]) -> None:
@@ -82,6 +75,8 @@ def run(arguments: Arguments, words: list[str]) -> None:
         assert folder is not None
         evaluate_run(folder, config, request, mesh, launch, stop)
 
+
+main = as_main(evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mat_dist.cli import run_entry
+from mat_dist.cli import as_main
 from mat_dist.config import Options, count, load_plugins
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
@@ -23,12 +23,6 @@ from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatE
 if TYPE_CHECKING:
     from mat_dist.report.files import RunFiles
     from mat_dist.report.measure import Measured, Victims
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code of architecture.md."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_entry(lambda: report(words))
 
 
 def report(words: Sequence[str]) -> None:
@@ -87,6 +81,8 @@ def parse(words: Sequence[str]) -> Namespace:
         raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
     return found
 
+
+main = as_main(report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,12 +44,6 @@ def thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float
     return found
 
 
-def _grouped(records: Sequence[dict[str, Any]]) -> str:
-    """How many log steps a point of a curve stands for, where it is more than one."""
-    group = -(-len(records) // MOST_POINTS)
-    return f", means of {group} log steps" if group > 1 else " at log steps"
-
-
 def _curves(run: RunFiles, records: Sequence[dict[str, Any]], key: str) -> list[Series]:
     """Of each peer the values of `key` over epochs, where it has any."""
     found = [Series(name, thinned([(float(r.get("epoch", 0)), number(entry(r.get(key), index))) for r in records]),
@@ -76,7 +70,8 @@ def validations(run: RunFiles) -> list[dict[str, Any]]:
 def training_figures(run: RunFiles) -> list[Figure]:
     """Loss, accuracy on the validation split and learning rate per peer over epochs."""
     evaluated = validations(run)
-    grouped = _grouped(run.steps)
+    group = -(-len(run.steps) // MOST_POINTS)
+    grouped = f", means of {group} log steps" if group > 1 else " at log steps"
     found = []
     if loss := _curves(run, run.steps, "loss"):
         found.append(Figure("loss", line_chart("Training loss", loss, EPOCH, Axis("loss", zero=True)),

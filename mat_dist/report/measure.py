@@ -151,11 +151,6 @@ class Measured:
     slices: list[Slices]
     examples: list[Example]
 
-    @property
-    def surface_n(self) -> int:
-        """The number of images that the loss surface is a mean of."""
-        return min(SURFACE_IMAGES, self.n)
-
 
 def measure(victims: Victims, say: Say) -> Measured:
     """Attack the victims's images in all the ways that the report shows."""

@@ -392,7 +392,9 @@ def _transfer_section(run: RunFiles, victims: Victims | None, measured: Measured
 
 def _surface_section(victims: Victims, measured: Measured) -> dict[str, Any]:
     """The loss around clean images: a smooth bowl, or the cliffs of masked gradients."""
-    n, places = measured.surface_n, measured.places
+    from mat_dist.report.measure import SURFACE_IMAGES
+
+    n, places = min(SURFACE_IMAGES, measured.n), measured.places
     figures = [Figure("loss_surface", surface(
         f"Loss of {victims.source} around {n} test images", places, measured.surface,
         labels=("along the AE's perturbation, in eps", "along a random direction, in eps", "cross-entropy"),

@@ -74,8 +74,9 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
         CheckpointError: resume="must" and there is no such run.
         OutputError: the folder cannot be written, is not a run folder, or exists with resume="never".
     """
-    if name is not None:
-        _check_name(name)
+    if name is not None and not _NAME.fullmatch(name):
+        raise ConfigError(f"{name[:80]!r} cannot be the name of a run", "run.name",
+                          "use 1 to 64 letters, digits, '.', '_' and '-', the first one a letter or a digit")
     base = resolved(root)
     with reported(base):
         base.mkdir(parents=True, exist_ok=True)
@@ -114,12 +115,6 @@ def _of_job(config_name: str, job_id: str) -> str:
 def _is_run(names: set[str]) -> bool:
     """Whether a folder that holds these is that of a run, which may have been killed at its start."""
     return bool(names) and (bool(names & _PROOFS) or all(_KNOWN.fullmatch(name) for name in names))
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name[:80]!r} cannot be the name of a run", "run.name",
-                          "use 1 to 64 letters, digits, '.', '_' and '-', the first one a letter or a digit")
 
 
 def _plain(text: str, longest: int) -> str:

@@ -16,7 +16,6 @@ import re
 import runpy
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 import mat_dist
 from mat_dist.checkpoints.load import BEST, ENSEMBLE, FinishedRun, open_run
-from mat_dist.cli import run_entry, tell
+from mat_dist.cli import as_main, tell
 from mat_dist.config import Options, flat_settings, load_plugins
 from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError
 from mat_dist.evaluation.results import accuracies, read_results, wilson_interval
@@ -237,11 +236,6 @@ def _ask_hub(hub: str, what: str, how: str, **more: Any) -> None:
         raise EnvironmentFault(f"no {what}: {' '.join(str(error).split())[:300]}", f"--hub {hub}", how) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code."""
-    return run_entry(lambda: _command(sys.argv[1:] if argv is None else argv))
-
-
 def _command(words: Sequence[str]) -> None:
     options = Options("export", __doc__, "RUN --to FORMAT OUT")
     options.prog = "python -m mat_dist export"  # mat_dist.export is the function
@@ -264,3 +258,5 @@ def _command(words: Sequence[str]) -> None:
     tell("done: loaded again, it gives the same logits; README.md in it is its card")
     arrived()
 
+
+main = as_main(_command)

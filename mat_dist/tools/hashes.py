@@ -5,23 +5,18 @@ The newest checkpoint of each run, one line per peer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mat_dist.cli import run_entry
+from mat_dist.cli import as_main
 from mat_dist.config import Options
 from mat_dist.errors import CheckpointError, ConfigError
 from mat_dist.screens import arrived
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code: 0, or 4 when runs differ or a checkpoint cannot be read."""
-    return run_entry(lambda: print_hashes(sys.argv[1:] if argv is None else argv))
-
-
 def print_hashes(words: Sequence[str]) -> None:
-    """A line per run and peer; with several runs, whether they are equal."""
+    """A line per run and peer; with several runs, whether they are equal. Raises CheckpointError where they
+    differ, or a checkpoint cannot be read."""
     runs = Options("hashes", __doc__, "RUN [RUN ...]").read(words).words
     for word in runs:
         if not Path(word).is_dir():
@@ -44,3 +39,6 @@ def print_hashes(words: Sequence[str]) -> None:
             raise CheckpointError("the runs differ", ", ".join(runs), "compare the lines above")
         print(f"all {len(found)} runs are bitwise equal")
     arrived()
+
+
+main = as_main(print_hashes)

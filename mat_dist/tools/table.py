@@ -16,7 +16,7 @@ from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
-from mat_dist.cli import run_entry
+from mat_dist.cli import as_main
 from mat_dist.config import Options
 from mat_dist.config.load import flat
 from mat_dist.errors import ConfigError, NotReportable
@@ -57,13 +57,9 @@ class Value:
         return json.dumps([self.settings, self.result.attacks, self.result.plans], sort_keys=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command -> exit code: 0, 2 for runs that cannot be compared, 16 where there are no results."""
-    return run_entry(lambda: print_table(sys.argv[1:] if argv is None else argv))
-
-
 def print_table(words: Sequence[str]) -> None:
-    """The table for people, then the same in Markdown; or for programs."""
+    """The table for people, then the same in Markdown; or for programs. Raises ConfigError for runs that cannot be
+    compared, NotReportable where there are no results."""
     options = Options("table", __doc__, "RUN [RUN ...]")
     options.add_argument("--csv", action="store_true", help="print CSV: shares in [0, 1], seeds separated by blanks")
     options.add_argument("--json", action="store_true", help="print JSON: a list of rows")
@@ -198,3 +194,6 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         writer.writerow({**_lead(row), "seeds": " ".join(map(str, row["seeds"])), **row["mean"],
                          **{f"{key} deviation": value for key, value in row["deviation"].items()}})
+
+
+main = as_main(print_table)

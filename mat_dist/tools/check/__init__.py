@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from mat_dist.cli import tell
-from mat_dist.errors import BUG, ConfigError, MatError, error_line
+from mat_dist.errors import BUG, ConfigError, MatError
 
 T = TypeVar("T")
 Status = Literal["ok", "warning", "error", "skipped"]
@@ -93,18 +93,13 @@ class Report:
         return json.dumps({"code": self.code, "checks": [asdict(one) for one in self.findings]}, indent=1)
 
     def show(self) -> None:
-        """A table on a terminal, plain lines elsewhere; then the deciding error in one line on stderr."""
+        """A table on a terminal, plain lines elsewhere."""
         if sys.stdout.isatty():
             self._table()
         else:
             for one in self.findings:
                 print(f"{one.status:<8} {one.check:<14} {one.found}" + (f": {one.how}" if one.how else ""))
         tell(f"check: {self.summary()}")
-
-    def complain(self) -> None:
-        """The deciding error as every command prints it."""
-        if self.errors:
-            print(error_line(self.errors[0]), file=sys.stderr)
 
     def _table(self) -> None:
         from rich.table import Table

@@ -24,7 +24,7 @@ from mat_dist.config import (
 )
 from mat_dist.config.schema import Config, parse_trackers
 from mat_dist.distributed.launch import Endpoint, Launch
-from mat_dist.errors import EnvironmentFault
+from mat_dist.errors import EnvironmentFault, error_line
 from mat_dist.screens import arrived
 from mat_dist.tools.check import Answer, Report, machine
 
@@ -63,8 +63,9 @@ def check(words: list[str], report: Report) -> None:
         print(report.as_json())
     else:
         report.show()
-    report.complain()
-    if not report.code:
+    if report.errors:
+        print(error_line(report.errors[0]), file=sys.stderr)
+    else:
         arrived()
 
 

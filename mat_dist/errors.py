@@ -6,6 +6,7 @@ Every message is one line, `mat_dist: error: <what> (<where>): <how to fix>`. Er
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -120,6 +121,14 @@ class HelpShown(SystemExit):
 
 # Restarting cannot help these: a torchrun restart that finds one of them in `exit.json` leaves at once.
 FINAL_CODES = frozenset({2, 3, 4, 5, 6, 15, 75})
+
+
+def optional(package: str, where: str, how: str) -> Any:
+    """A module of a package that is not always installed. Raises EnvironmentFault where it cannot be imported."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise EnvironmentFault(f"the package {package} cannot be imported: {error}", where, how) from error
 
 
 def error_line(error: BaseException) -> str:

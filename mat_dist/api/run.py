@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.errors import EnvironmentFault
+from mat_dist.errors import optional
 from mat_dist.evaluation.results import CLEAN, Result, read_results, wilson_interval
 from mat_dist.evaluation.settings import find_run
 
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 def frame(rows: Sequence[dict[str, Any]]) -> DataFrame:
     """The rows as a data frame. Raises EnvironmentFault without pandas."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise EnvironmentFault(f"pandas cannot be imported: {error}", "data frames",
-                               "pip install 'mat_dist[pandas]'") from None
-    return pandas.DataFrame(rows)
+    frames: DataFrame = optional("pandas", "data frames", "pip install 'mat_dist[pandas]'").DataFrame(rows)
+    return frames
 
 
 def result_rows(result: Result) -> Iterator[dict[str, Any]]:

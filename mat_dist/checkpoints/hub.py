@@ -5,12 +5,11 @@ A file that has been fetched stays in the library's cache, which is all that a m
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
 
-from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
+from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError, optional
 
 HUB = "hf:"
 _ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([^:]+))?(?::(.+))?")
@@ -30,12 +29,8 @@ def fetched(address: str) -> tuple[Path, str | None]:
                           "write hf:ORG/NAME or hf:ORG/NAME@REVISION/FILE, and :ENTRY behind it for one of several "
                           "networks in a file")
     repository, revision, file, entry = match.groups()
-    try:
-        hub: Any = importlib.import_module("huggingface_hub")
-        cache: Any = importlib.import_module("huggingface_hub.constants")
-    except ImportError as error:
-        raise EnvironmentFault(f"huggingface_hub cannot be imported: {error}", address,
-                               "pip install huggingface_hub, or give the path of a file") from error
+    hub, cache = (optional(module, address, "pip install huggingface_hub, or give the path of a file")
+                  for module in ("huggingface_hub", "huggingface_hub.constants"))
     try:
         return _file(hub, address, repository, revision, file), entry
     except MatError:

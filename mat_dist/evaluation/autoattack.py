@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mat_dist import rng
 from mat_dist.attacks.norms import Threat
-from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.errors import ConfigError, optional
 from mat_dist.evaluation.settings import MENU
 from mat_dist.models.modes import frozen
 
@@ -38,12 +38,8 @@ class AutoAttacked:
 
 def require() -> Any:
     """The module pyautoattack. Raises EnvironmentFault where the extra is not installed."""
-    try:
-        import pyautoattack
-    except ImportError as error:
-        raise EnvironmentFault(f"AutoAttack needs the package pyautoattack: {error}", "attacks",
-                               "pip install 'mat_dist[eval]', or choose other attacks such as attacks=pgd,cw") from None
-    return pyautoattack
+    return optional("pyautoattack", "attacks", "pip install 'mat_dist[eval]', or choose other attacks such as "
+                    "attacks=pgd,cw")
 
 
 def chunk_seed(seed: int, norm: str, chunk: int) -> int:

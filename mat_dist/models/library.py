@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
-from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.errors import ConfigError, optional
 from mat_dist.models.blocks import make_activation, norm_groups
 from mat_dist.models.modes import frozen
 
@@ -102,11 +102,7 @@ def _torchvision(name: str, shape: Shape, classes: int) -> nn.Module:
 
 
 def _timm(name: str, shape: Shape, classes: int) -> nn.Module:
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise EnvironmentFault(f"timm cannot be imported: {error}", f"model.name=timm/{name}",
-                               "pip install timm, or choose another model") from error
+    timm = optional("timm", f"model.name=timm/{name}", "pip install timm, or choose another model")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     options: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from typing import Any
 
 from mat_dist.config.load import flat_settings
 from mat_dist.config.schema import Config, LogConfig, parse_trackers
-from mat_dist.errors import EnvironmentFault
+from mat_dist.errors import optional
 from mat_dist.runs.files import reported, write_text
 from mat_dist.runs.metrics import Callbacks, Picture, Reporter, RunReporter, Tracker
 from mat_dist.runs.session import Run
@@ -155,11 +155,7 @@ def require_trackers(settings: LogConfig) -> None:
     """Raises EnvironmentFault where a tracker is asked for whose library cannot be imported."""
     for package in parse_trackers(settings.trackers):  # they have the names of their libraries
         command = {"tensorboard": "pip install 'mat_dist[logging]'"}.get(package, f"pip install {package}")
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise EnvironmentFault(f"the package {package} cannot be imported: {error}", "log.trackers",
-                                   f"{command}, or leave {package} out") from None
+        optional(package, "log.trackers", f"{command}, or leave {package} out")
 
 
 def open_reporter(run: Run, config: Config, callbacks: Callbacks | None = None) -> Reporter:

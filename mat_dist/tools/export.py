@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import re
@@ -31,7 +30,7 @@ import mat_dist
 from mat_dist.checkpoints.load import BEST, ENSEMBLE, FinishedRun, open_run
 from mat_dist.cli import as_main, tell
 from mat_dist.config import Options, flat_settings, load_plugins
-from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError
+from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError, optional
 from mat_dist.evaluation.results import accuracies, read_results, wilson_interval
 from mat_dist.evaluation.settings import find_run, refuse_unfinished
 from mat_dist.evaluation.targets import threats_of
@@ -44,6 +43,7 @@ from mat_dist.screens import arrived
 from mat_dist.tools.dryrun import training_passes
 from mat_dist.tools.standalone import definitions
 
+EXTRA = "pip install 'mat_dist[export]'"
 _DATA, _THREATS = ("cifar10", "cifar100"), {"linf": "Linf", "l2": "L2"}  # that RobustBench has lists for
 
 
@@ -113,7 +113,7 @@ def _pt2(one: _Exported) -> Any:
 
 
 def _onnx(one: _Exported) -> Any:
-    runtime = [_imported(package, "--to onnx") for package in ("onnx", "onnxscript", "onnxruntime")][-1]
+    runtime = [optional(package, "--to onnx", EXTRA) for package in ("onnx", "onnxscript", "onnxruntime")][-1]
     file, size = one.folder / "model.onnx", sum(value.nbytes for value in one.model.state_dict().values())
     def translated(graph: torch.export.ExportedProgram) -> Any:
         torch.onnx.export(graph, f=file, input_names=["images"], output_names=["logits"], verbose=False,
@@ -221,15 +221,8 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _imported(package: str, where: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise EnvironmentFault(f"{package} is missing: {error}", where, "pip install 'mat_dist[export]'") from error
-
-
 def _ask_hub(hub: str, what: str, how: str, **more: Any) -> None:
-    api = _imported("huggingface_hub", f"--hub {hub}").HfApi()
+    api = optional("huggingface_hub", f"--hub {hub}", EXTRA).HfApi()
     try:
         getattr(api, what)(repo_id=hub, **more)
     except Exception as error:

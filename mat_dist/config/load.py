@@ -418,8 +418,9 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 # What a resumed run may change: none of it alters the weights that the training gives. `run.threads` and
 # `step.memory` keep the result but for rounding; the data are compared by digest, so their paths may change.
-_MAY_CHANGE = ("eval.", "log.", "checkpoint.", "comm.", "run.root", "run.name", "run.resume", "run.threads",
-               "data.root", "data.download", "data.cache", "data.residency", "step.memory", "step.engine")
+NO_EFFECT = ("log.", "checkpoint.", "comm.", "run.root", "run.name", "run.resume", "run.threads", "data.root",
+             "data.download", "data.cache", "data.residency", "step.memory", "step.engine")  # on what is trained
+_MAY_CHANGE = ("eval.", *NO_EFFECT)
 _LENGTH = ("train.epochs", "train.max_steps")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mat_dist.config import flat_settings
+from mat_dist.config.load import NO_EFFECT
 from mat_dist.evaluation.results import CLEAN, ENSEMBLE, UNION, accuracies, is_peer
 from mat_dist.report.charts import Axis, Figure, Series, interval_chart, line_chart
 from mat_dist.report.curves import EPOCH, PER_CENT, entry, number, thinned, validations
@@ -14,9 +15,6 @@ from mat_dist.report.files import RunFiles
 from mat_dist.report.page import Page, Table, accuracy_table, chosen, interval_row, render, status, with_interval
 from mat_dist.runs.console import percent
 
-# Settings that change neither what is trained nor how it is evaluated.
-_FREE = ("run.root", "run.name", "run.resume", "run.device", "run.threads", "comm.", "log.", "checkpoint.", "data.root",
-         "data.download", "data.cache", "data.residency")
 MOST_SETTINGS = 30  # rows of the table of settings; more of them are folded
 
 
@@ -109,7 +107,7 @@ def _mean(values: Any, peers: int) -> float | None:
 def _settings(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Any]:
     """A row per setting in which any run differs from the first one."""
     flat = [flat_settings(run.config) for run in runs]
-    keys = sorted({key for values in flat for key in values if not key.startswith(_FREE)})
+    keys = sorted({key for values in flat for key in values if not key.startswith((*NO_EFFECT, "run.device"))})
     rows = [[key, *(_text(values.get(key)) for values in flat)] for key in keys
             if any(values.get(key) != flat[0].get(key) for values in flat)]
     return {"folded": len(rows) > MOST_SETTINGS, "table": Table(

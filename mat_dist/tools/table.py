@@ -18,7 +18,7 @@ from typing import Any
 
 from mat_dist.cli import as_main
 from mat_dist.config import Options
-from mat_dist.config.load import flat
+from mat_dist.config.load import NO_EFFECT, flat
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import CLEAN, UNION, Result, TargetResult, accuracies, present, read_results
 from mat_dist.runs.console import new_table, show_table
@@ -26,8 +26,6 @@ from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
 
 _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$")
-# Sections that do not change what is trained or how it is evaluated; run holds the seed.
-_FREE = ("run", "comm", "log", "checkpoint")
 LEAD = ("runs", "settings", "target", "weights", "checkpoint", "attack")
 
 
@@ -49,7 +47,11 @@ class Value:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {key: value for key, value in self.result.config.items() if key not in _FREE}
+        """Those that matter, but for the seed; the digest of the images in place of where they lie."""
+        free = ("run.", *NO_EFFECT)
+        kept = {name: {key: value for key, value in section.items() if not f"{name}.{key}".startswith(free)}
+                if isinstance(section, dict) else section for name, section in self.result.config.items()}
+        return {**kept, "data digest": self.result.document.get("data_digest")}
 
     @property
     def group(self) -> str:

@@ -95,6 +95,19 @@ def test_checkpoints_and_several_threats_have_rows_and_columns_of_their_own(tabl
         ["last", "PGD-50", "50.00", "-", "-", "10.00", "-", "1: 0"]]
 
 
+def test_runs_whose_images_lie_elsewhere_share_a_row_and_those_with_other_images_do_not(table, tmp_path):
+    folders = []
+    for seed, root, digest in ((0, "/here", "12"), (1, "/there", "12"), (2, "/here", "34")):
+        folders.append(write(tmp_path, f"a-s{seed}", seed, {"peer0": (0.5, 0.2)}))
+        (file,) = Path(folders[-1], "eval").iterdir()
+        document = json.loads(file.read_text())
+        document["config"]["data"] = {"name": "folder", "root": root, "cache": root}
+        file.write_text(json.dumps({**document, "data_digest": digest}))
+    rows, code, _ = table(*folders)
+    assert [(row[0], row[1], row[-1]) for row in rows[2:]] == [
+        ("a", "data digest=12", "2: 0, 1"), ("a-s2", "data digest=34", "1: 2")] and code == 0
+
+
 def peers(*loss: str, **more: Any) -> list[dict[str, Any]]:
     return [{"name": f"peer{index}", "loss": {"preset": preset, "kd_weight": len(preset)}, "model": more}
             for index, preset in enumerate(loss)]

@@ -400,7 +400,7 @@ def _problem(error: Any, section: type[Section]) -> ConfigError:
 
 # ------------------------------------------------------------------------------------------------ run folders
 
-_HOW = "give the folder of a run, e.g. runs/NAME, or a state dict such as FILE.pt with model=..."
+_HOW = "give the folder of a run, e.g. runs/NAME (evaluate also takes a state dict: FILE.pt model=...)"
 
 
 def find_run(word: str, where: str = "command line") -> RunFolder:
@@ -415,6 +415,13 @@ def find_run(word: str, where: str = "command line") -> RunFolder:
     if not folder.config.is_file():
         raise ConfigError(f"{word[:200]!r} is not the folder of a run: it has no config.yaml", where, _HOW)
     return folder
+
+
+def find_runs(words: Sequence[str]) -> list[RunFolder]:
+    """The folders of runs that a command line names. Raises ConfigError where it names none, or something else."""
+    if not words:
+        raise ConfigError("no run is given", "command line", _HOW)
+    return [find_run(word) for word in words]
 
 
 def refuse_unfinished(folder: RunFolder) -> None:

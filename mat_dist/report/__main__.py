@@ -12,13 +12,12 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mat_dist.cli import as_main
 from mat_dist.config import Options, count, load_plugins
-from mat_dist.config.tree import COMMAND_LINE
-from mat_dist.errors import CheckpointError, ConfigError, EnvironmentFault, MatError
+from mat_dist.errors import CheckpointError, EnvironmentFault, MatError
+from mat_dist.evaluation.settings import find_runs
 
 if TYPE_CHECKING:
     from mat_dist.report.files import RunFiles
@@ -34,7 +33,7 @@ def report(words: Sequence[str]) -> None:
     from mat_dist.report.files import read_run
     from mat_dist.report.page import run_page, write_report
 
-    runs = [read_run(Path(word)) for word in options.words]
+    runs = [read_run(folder) for folder in find_runs(options.words)]
     folder = runs[0].folder.report
     if len(runs) > 1:
         print(write_report(folder, comparison_page(runs), "comparison.html", options.figures))
@@ -76,10 +75,7 @@ def parse(words: Sequence[str]) -> Namespace:
     options.add_argument("--figures", choices=("svg", "pdf", "png"), default="svg",
                          help="format of the figures' files (svg)")
     options.add_plugin()
-    found = options.read(words)
-    if not found.words:
-        raise ConfigError("no run is given", COMMAND_LINE, "give the folder of a run, e.g. runs/NAME")
-    return found
+    return options.read(words)
 
 
 main = as_main(report)

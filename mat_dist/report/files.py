@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from mat_dist.config import load_config
 from mat_dist.config.schema import Config
-from mat_dist.errors import ConfigError, NotReportable
+from mat_dist.errors import NotReportable
 from mat_dist.evaluation.results import (
     ENSEMBLE,
     FEWEST_IMAGES,
@@ -25,9 +24,6 @@ from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock
-
-_RESULT = re.compile(
-    r"(test_best|test_last|validation|evaluate_\w+?)_step_(\d+)(?:-(\d+)|_([0-9a-f]{12})(?:-\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,8 @@ class RunFiles:
         return next((one for one in self.evaluations if one.present), None)
 
 
-def read_run(path: Path) -> RunFiles:
-    """Read the folder of a run, also of one that goes on: what is there until now. Raises ConfigError for something
-    that is no run folder."""
-    folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise ConfigError(f"{str(path)!r} is not the folder of a run", "command line", "give folders like runs/NAME")
+def read_run(folder: RunFolder) -> RunFiles:
+    """Read the folder of a run, also of one that goes on: what is there until now."""
     writer = RunLock(folder, None).held_by()
     config = load_config(str(folder.config))
     notes = [] if writer is None else [f"the run goes on, written by {writer}: this is what there was by then"]
@@ -120,9 +112,6 @@ def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Eva
     the run's of the ensemble."""
     results: list[Result] = []
     for file in sorted(folder.eval.glob("*.json")):
-        if _RESULT.fullmatch(file.stem) is None:
-            notes.append(f"eval/{file.name} is not shown: its name is not that of a result file")
-            continue
         try:
             results.append(read_result(file))
         except NotReportable as error:

@@ -6,11 +6,11 @@ The newest checkpoint of each run, one line per peer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mat_dist.cli import as_main
 from mat_dist.config import Options
-from mat_dist.errors import CheckpointError, ConfigError
+from mat_dist.errors import CheckpointError
+from mat_dist.evaluation.settings import find_runs
 from mat_dist.screens import arrived
 
 
@@ -18,18 +18,14 @@ def print_hashes(words: Sequence[str]) -> None:
     """A line per run and peer; with several runs, whether they are equal. Raises CheckpointError where they
     differ, or a checkpoint cannot be read."""
     runs = Options("hashes", __doc__, "RUN [RUN ...]").read(words).words
-    for word in runs:
-        if not Path(word).is_dir():
-            raise ConfigError(f"there is no run folder {word!r}", "command line",
-                              "give the folder of a run, e.g. runs/NAME")
+    folders = find_runs(runs)
 
     from mat_dist import checkpoints
     from mat_dist.core.state_hash import state_hash
-    from mat_dist.runs.folder import RunFolder
 
     found = []
-    for word in runs:
-        manifest = checkpoints.load_manifest(RunFolder(Path(word)))
+    for word, folder in zip(runs, folders, strict=True):
+        manifest = checkpoints.load_manifest(folder)
         hashes = [state_hash(checkpoints.load_peer(manifest, i)) for i in range(len(manifest.meta.peers))]
         found.append(hashes)
         for name, value in zip(manifest.meta.peers, hashes, strict=True):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
-from pathlib import Path
 from typing import Any
 
 from mat_dist.cli import as_main
@@ -21,6 +20,7 @@ from mat_dist.config import Options
 from mat_dist.config.load import NO_EFFECT, flat
 from mat_dist.errors import ConfigError, NotReportable
 from mat_dist.evaluation.results import CLEAN, UNION, Result, TargetResult, accuracies, present, read_results
+from mat_dist.evaluation.settings import find_runs
 from mat_dist.runs.console import new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.screens import arrived
@@ -67,11 +67,11 @@ def print_table(words: Sequence[str]) -> None:
     options.add_argument("--json", action="store_true", help="print JSON: a list of rows")
     asked = options.read(words)
     values: list[Value] = []
-    for word in asked.words:
-        found = read_run(Path(word))
+    for run in find_runs(asked.words):
+        found = read_run(run)
         if not found:
-            print(f"mat_dist: warning: {word} has no test results of its best or last checkpoint yet and is left out",
-                  file=sys.stderr)
+            print(f"mat_dist: warning: {run.path} has no test results of its best or last checkpoint yet and is left "
+                  "out", file=sys.stderr)
         values += found
     if not values:
         raise NotReportable("none of the runs has test results", ", ".join(asked.words[:5]),
@@ -93,16 +93,14 @@ def print_table(words: Sequence[str]) -> None:
     arrived()
 
 
-def read_run(folder: Path) -> list[Value]:
+def read_run(run: RunFolder) -> list[Value]:
     """The test results of a run: of its best and its last checkpoint, the newest of each.
 
-    Raises ConfigError for something that is not a run folder, NotReportable for a damaged result file.
+    Raises NotReportable for a damaged result file.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{str(folder)!r} is not a run folder", "command line", "give folders like runs/NAME")
-    results = read_results(folder / "eval", "test_*_step_*")
-    return [Value(folder.resolve().name, label, found[-1], one)
-            for label, found in present(RunFolder(folder), results).items() if found for one in found[-1].targets]
+    results = read_results(run.eval, "test_*_step_*")
+    return [Value(run.path.resolve().name, label, found[-1], one)
+            for label, found in present(run, results).items() if found for one in found[-1].targets]
 
 
 def summarise(values: Sequence[Value]) -> list[dict[str, Any]]:

@@ -217,7 +217,7 @@ def test_of_records_with_the_same_step_the_newest_attempt_counts(copy):
     with copy.metrics.open("a") as file:
         file.write(json.dumps({"kind": "step", "attempt": 2, "step": 1, "epoch": 0.25, "loss": [7.0, 8.0]}) + "\n")
         file.write('{"kind": "step", "attempt": 3, "st')
-    read = read_run(copy.path)
+    read = read_run(copy)
     assert [one["step"] for one in read.steps] == list(range(1, 9)) and read.steps[0]["loss"] == [7.0, 8.0]
     assert "metrics.jsonl: 1 damaged lines are left out" in read.notes
 
@@ -399,9 +399,9 @@ def complaint(capsys) -> str:
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
-    for path in (tmp_path, tmp_path / "nothing"):
+    for path, text in ((tmp_path, "is not the folder of a run"), (tmp_path / "nothing", "there is no run folder")):
         assert main([str(path)]) == 2
-        assert "is not the folder of a run" in complaint(capsys)
+        assert text in complaint(capsys)
 
 
 @pytest.mark.parametrize("words", [[], ["--no-attack"]])
@@ -449,7 +449,7 @@ def test_files_that_are_missing_or_foreign_are_named(copy):
     (copy.eval / "test_best_step_00000009.json").write_text('{"attack": 1}')
     assert main(["--no-attack", str(copy.path)]) == 0
     text = page_of(copy)
-    for name in ("no metrics.jsonl", "no environment.json", "no exit.json", "eval/autoattack.json is not shown",
+    for name in ("no metrics.jsonl", "no environment.json", "no exit.json", "eval/autoattack.json is left out",
                  "eval/test_best_step_00000009.json is left out", "--no-attack"):
         assert name in text
 
@@ -477,7 +477,7 @@ def evaluated(folder: RunFolder, name: str, **changes: object) -> None:
 def test_an_evaluation_with_more_attacks_is_the_headline_and_failed_checks_are_named(copy):
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
     evaluated(copy, "evaluate_test_best_step_00000008_ba9876543210", attacks=["pgd"], time="2031-01-01T00:00:00+00:00")
-    one = read_run(copy.path).headline
+    one = read_run(copy).headline
     assert one.file == "evaluate_test_best_step_00000008_0123456789ab.json"
     assert one.attacks.lower() == "pgd-20 x 5, autoattack"
     assert [target.target for target in one.targets] == ["peer0", "peer1", "ensemble", "ensemble:vote"]
@@ -499,9 +499,9 @@ def test_an_evaluation_of_a_checkpoint_that_is_no_longer_the_best_or_the_last_is
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")
     best, last = copy.checkpoints / "best", copy.checkpoints / "latest"
     best.write_text("step_00000004\n")
-    assert read_run(copy.path).headline.images == "test set, last checkpoint"  # what was the best is the last now
+    assert read_run(copy).headline.images == "test set, last checkpoint"  # what was the best is the last now
     last.write_text("step_00000012\n")
-    read = read_run(copy.path)
+    read = read_run(copy)
     assert (read.headline.file, read.headline.step) == ("validation_step_00000004.json", 4)
     assert [one.step for one in read.evaluations if one.present] == [4]
     assert any("of step 8, are history" in note for note in read.notes)
@@ -510,16 +510,16 @@ def test_an_evaluation_of_a_checkpoint_that_is_no_longer_the_best_or_the_last_is
     assert "worst attack" not in headline and "autoattack" not in headline
     assert "test set, then the best checkpoint, step 8, PGD-20 x 5, autoattack" in history
     best.write_text("step_00000012\n")
-    assert read_run(copy.path).headline is None and main(["--no-attack", str(copy.path)]) == 0
+    assert read_run(copy).headline is None and main(["--no-attack", str(copy.path)]) == 0
     assert "no evaluation of its best or last checkpoint yet" in page_of(copy)
 
 
 def test_too_few_images_do_not_lead_where_a_test_had_enough(copy):
     evaluated(copy, "evaluate_test_best_step_00000008_0123456789ab")  # AutoAttack on 4 images
-    assert read_run(copy.path).headline.file.startswith("evaluate")
+    assert read_run(copy).headline.file.startswith("evaluate")
     for file in copy.eval.glob("test_best_*.json"):
         file.write_text(file.read_text().replace('"n": 40', '"n": 400'))
-    assert read_run(copy.path).headline.file.startswith("test_best")
+    assert read_run(copy).headline.file.startswith("test_best")
 
 
 def test_each_threat_has_its_column_its_tile_and_its_curve_and_their_union_is_called_so(copy):
@@ -528,7 +528,7 @@ def test_each_threat_has_its_column_its_tile_and_its_curve_and_their_union_is_ca
         {"target": target, "weights": "ema", "n": 4, "accuracy": shares, "checks": []}
         for target in ("peer0", "ensemble:prob")], threats=[{"norm": "linf", "eps": "1/10"},
                                                             {"norm": "l2", "eps": "1/2"}])
-    run = read_run(copy.path)
+    run = read_run(copy)
     found = result_section(run)
     name = "PGD-20 x 5"
     assert found["table"].head == ["target", "clean %", f"{name}, linf 1/10 %", f"{name}, l2 1/2 %", "union %", "n"]
@@ -620,11 +620,11 @@ def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_pa
 
 def test_runs_with_other_attacks_are_said_not_to_compare(run, tmp_path):
     other = run_small(tmp_path, "two", "eval.test_steps=1", "eval.test_steps=3", "data.test_size=20", "eval.every=1")
-    assert unlike([read_run(one.folder.path) for one in (run, other)]) == ["number of images: 40 | 20",
+    assert unlike([read_run(one.folder) for one in (run, other)]) == ["number of images: 40 | 20",
                                                                         "attack: PGD-2 | PGD-3"]
     assert main([str(one.folder.path) for one in (run, other)]) == 0
     assert "do not compare like with like" in page_of(run.folder, "comparison.html")
-    assert unlike([read_run(run.folder.path)] * 2) == []
+    assert unlike([read_run(run.folder)] * 2) == []
 
 
 # ------------------------------------------------------------------ browser
@@ -661,7 +661,7 @@ def test_a_browser_shows_all_of_the_page_on_a_desk_and_on_a_phone(copy, tmp_path
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_the_policy_stops_scripts_and_requests_that_got_in(run, tmp_path):
     """Should escaping ever fail: the page with a script, a handler and a picture of another server in it."""
-    text = run_page(read_run(run.folder.path), None, None, []).html
+    text = run_page(read_run(run.folder), None, None, []).html
     inside = ("<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
               "<img src='http://127.0.0.1:9/spy.png'>")
     (tmp_path / "evil.html").write_text(text.replace("<main>", f"<main>{inside}"))

@@ -204,7 +204,8 @@ def test_one_seed_given_twice_is_refused(table, tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(table, tmp_path):
     _, code, err = table(str(tmp_path))
-    assert code == 2 and "is not a run folder" in err
+    assert code == 2 and "is not the folder of a run" in err
+    assert main(["--csv"]) == 2  # none is given
 
 
 def test_without_folders_the_command_explains_itself(capsys):

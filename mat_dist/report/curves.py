@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ EPOCH, PER_CENT = Axis("epoch"), Axis("%", percent=True)
 
 def number(value: Any) -> float | None:
     """A number of a record; anything else is unknown."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return float(value) if known else None
 
 
 def entry(value: Any, index: int) -> Any:

@@ -181,7 +181,7 @@ def read_records(file: Path, notes: list[str], *, growing: bool = False) -> list
             key = (str(one["kind"]), int(one["step"]))
             float(one.get("epoch", 0))
             attempt = int(one.get("attempt", 1))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             damaged += not growing or number < len(lines) or text.endswith("\n")
             continue
         if key not in newest or attempt >= newest[key][0]:

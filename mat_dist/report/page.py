@@ -44,8 +44,9 @@ _SECTIONS = {"result": "Result", "gallery": "Gallery", "strength": "Attack stren
              "classes": "Classes", "training": "Training", "surface": "Loss surface", "time": "Time",
              "settings": "Settings"}
 # Files of an earlier report, which a new one without them removes; a user's own files beside them stay.
-_OURS = re.compile(r"(accuracy|classes|(eps|steps|transfer|validation|gallery)_\w+|train_ae|learning_rate|phases|wait|"
-                   r"exchange|loss\w*)\.(svg|pdf|png)")
+_OURS = {"index.html": re.compile(r"(accuracy|classes|(eps|steps|transfer|validation|gallery)_\w+|train_ae|wait|"
+                                  r"learning_rate|phases|exchange|loss\w*)\.(svg|pdf|png)"),
+         "comparison.html": re.compile(r"comparison_\w+\.(svg|pdf|png)")}
 
 
 class Cell(NamedTuple):
@@ -116,8 +117,8 @@ def write_report(folder: Path, page: Page, name: str = "index.html", kind: str =
     files = {**{f"{one.name}.{kind}": one.chart.render(kind) for one in page.figures}, **page.files}
     with reported(folder):
         folder.mkdir(exist_ok=True)
-        for old in folder.iterdir() if name == "index.html" else ():
-            if _OURS.fullmatch(old.name) and old.name not in files:
+        for old in folder.iterdir():
+            if _OURS[name].fullmatch(old.name) and old.name not in files:
                 old.unlink()
     for file, content in files.items():
         write_bytes(folder / file, content)

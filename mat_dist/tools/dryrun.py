@@ -158,7 +158,7 @@ def training_passes(config: Config, steps: int | None = None) -> tuple[int, int,
     run = _Run(config, Placement.place(len(config.peers), 1, 0), graph, config.train.batch_size)
     if run.per_epoch < 1 and steps is None:
         return None
-    total = steps or _total(config, run.per_epoch)
+    total = _total(config, run.per_epoch) if steps is None else steps
     return total, *total_passes(config, graph, total)
 
 

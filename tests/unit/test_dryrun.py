@@ -206,6 +206,7 @@ def test_the_passes_of_a_training_are_those_of_its_steps() -> None:
     assert training_passes(config_of("data.train_size=200", "train.batch_size=50", "train.epochs=3")) == (12, 528, 528)
     assert training_passes(config_of("data.name=folder", "data.root=x")) is None
     assert training_passes(config_of("data.name=folder", "data.root=x"), 10) == (10, 440, 440)
+    assert training_passes(config_of("data.train_size=200"), 0) == (0, 0, 0)
 
 
 def test_optimizers_that_torch_refuses_are_told_for_all_peers_before_a_run_folder_is_made(

@@ -216,10 +216,11 @@ def test_long_curves_are_means_of_neighbours():
 def test_of_records_with_the_same_step_the_newest_attempt_counts(copy):
     with copy.metrics.open("a") as file:
         file.write(json.dumps({"kind": "step", "attempt": 2, "step": 1, "epoch": 0.25, "loss": [7.0, 8.0]}) + "\n")
+        file.write('{"kind": "step", "step": 1e999}\n{"kind": "step", "step": 9, "epoch": 1' + "0" * 400 + "}\n")
         file.write('{"kind": "step", "attempt": 3, "st')
     read = read_run(copy)
     assert [one["step"] for one in read.steps] == list(range(1, 9)) and read.steps[0]["loss"] == [7.0, 8.0]
-    assert "metrics.jsonl: 1 damaged lines are left out" in read.notes
+    assert "metrics.jsonl: 3 damaged lines are left out" in read.notes
 
 
 # ------------------------------------------------------------------ charts and pictures
@@ -325,7 +326,7 @@ def test_hostile_files_of_a_run_add_no_markup(copy):
         file.write_text(text)
     with copy.metrics.open("a") as lines:
         lines.write(json.dumps({"kind": "step", "step": 99, "epoch": 3, "loss": [EVIL, None], "lr": EVIL, "transfer": [
-            [EVIL] * 3] * 2, "phases_s": [{EVIL: EVIL}, EVIL]}) + "\n")
+            [EVIL] * 3] * 2, "phases_s": [{EVIL: EVIL}, EVIL], "images_per_s": 10**400}) + "\n")
     assert main(["--no-attack", str(copy.path)]) == 0
     found = Page(page_of(copy))
     assert EVIL[:8] not in page_of(copy) and "\x00" not in page_of(copy)
@@ -604,9 +605,12 @@ def test_options_may_stand_anywhere(copy, capsys):
 
 def test_a_comparison_has_a_row_per_run_and_the_settings_that_differ(run, tmp_path, capsys):
     other = run_small(tmp_path, "two", "eval.test_steps=1", "eval.test_steps=2", "optim.lr=0.05", "run.seed=1")
+    run.folder.report.mkdir(exist_ok=True)
+    old = run.folder.report / "comparison_9.pdf"  # of a comparison before
+    old.touch()
     unfinished = run_small(tmp_path, "three")
     assert main([str(one.folder.path) for one in (run, other, unfinished)]) == 0
-    assert capsys.readouterr().out.strip() == str(run.folder.report / "comparison.html")
+    assert capsys.readouterr().out.strip() == str(run.folder.report / "comparison.html") and not old.exists()
     text = page_of(run.folder, "comparison.html")
     rows = {row[0]: row for row in Page(text).rows if row}
     n, clean, robust = counted(next(other.folder.eval.glob("test_last_*.csv")))["ensemble", "raw"]

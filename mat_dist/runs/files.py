@@ -90,12 +90,16 @@ def write_all(path: Path, *parts: bytes | memoryview) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         for part in parts:
-            rest = memoryview(part)
-            while len(rest):
-                rest = rest[os.write(handle, rest):]
+            _write_whole(handle, part)
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _write_whole(handle: int, part: bytes | memoryview) -> None:
+    rest = memoryview(part)
+    while len(rest):
+        rest = rest[os.write(handle, rest):]
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
@@ -115,16 +119,18 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
 def overwrite(path: Path, data: bytes) -> None:
     """Put `data` into the blocks that the file has, on a disk too full for another file. A kill meanwhile damages it.
     Raises OSError; where there is no room either, the old content stays."""
-    with open(path, "r+b") as file:
-        handle, size = file.fileno(), os.fstat(file.fileno()).st_size
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(handle).st_size
         try:
             os.posix_fallocate(handle, 0, len(data))
-            file.write(data)
-            file.flush()
+            _write_whole(handle, data)
             size = len(data)
         finally:
             os.ftruncate(handle, size)
         os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

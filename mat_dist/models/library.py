@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mat_dist import rng
 from mat_dist.config.schema import ModelConfig
-from mat_dist.errors import ConfigError, optional
+from mat_dist.errors import ConfigError, EnvironmentFault, optional
 from mat_dist.models.blocks import make_activation, norm_groups
 from mat_dist.models.modes import frozen
 

@@ -92,8 +92,7 @@ def test_each_command_is_a_function_of_the_package(setup_cfg):
     for line in setup_cfg["options.entry_points"]["console_scripts"].split("\n"):
         if line.strip():
             module, function = line.split("=")[1].strip().split(":")
-            source = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
-            assert function in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+            assert callable(getattr(importlib.import_module(module), function))
 
 
 BUILD = """

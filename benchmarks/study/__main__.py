@@ -1,6 +1,7 @@
 """What mutual training is worth: many runs, trained, attacked and compared; from the repository's root.
 
 python -m benchmarks.study evidence --suite overfit data.root=FOLDER [key=value ...]  mutual training and its controls
+python -m benchmarks.study slices --suite gpu --out FOLDER data.root=FILE [key=value]  evidence, a few minutes of it
 python -m benchmarks.study search --suite cpu data.root=FOLDER [key=value ...]        settings of the mutual loss
 python -m benchmarks.study reasons RUN [images=500] [key=value ...]                   what peers do with others' AEs
 
@@ -29,6 +30,8 @@ EVIDENCE = """Trains and attacks all rows of a suite of benchmarks/evidence.yaml
 differences. key=value: settings of every run, laid over those of the plan."""
 SEARCH = """Searches settings of the mutual loss on the validation split, by benchmarks/search.yaml, and writes its
 table. The test set is never attacked. key=value: settings of every run, laid over those of the space."""
+SLICES = """Takes up what an earlier slice of a suite left, goes on as `evidence` does, and leaves page, numbers and
+state in --out: benchmarks/slice.sh. key=value: settings of every run, laid over those of the plan."""
 REASONS = """Measures what the peers of a finished run do with each other's AEs: writes eval/reasons/<digest>.json of
 the run, and prints a table. The test split is never touched.
 
@@ -49,14 +52,22 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     reasons = Command("study reasons", REASONS, "RUN [key=value ...]")
     reasons.add_plugin()
     reasons.add_argument("--dry-run", action="store_true", help="print what would be measured")
-    found = read_command(words, {"evidence": _of_runs("evidence", EVIDENCE, "ROW", "--file"), "reasons": reasons,
-                                 "search": _of_runs("search", SEARCH, "FAMILY", "--space")}, __doc__)
-    return found
+    return read_command(words, {"evidence": _of_runs("evidence", EVIDENCE, "ROW", "--file"), "slices": _slices(),
+                                "search": _of_runs("search", SEARCH, "FAMILY", "--space"), "reasons": reasons}, __doc__)
 
 
-def _of_runs(name: str, about: str, only: str, alias: str) -> Command:
+def _slices() -> Command:
+    """The options of `evidence`, and those of what is brought back."""
+    one = _of_runs("evidence", SLICES, "ROW", "--file", "slices")
+    one.add_argument("--state", type=_folder, metavar="FOLDER", help="--out of an earlier slice; default -, for none")
+    one.add_argument("--most", type=_mib, default=64.0, metavar="MIB", help="of all files in --out (default 64)")
+    one.add_argument("--part", type=_mib, default=16.0, metavar="MIB", help="of one file of the state (default 16)")
+    return one
+
+
+def _of_runs(name: str, about: str, only: str, alias: str, command: str = "") -> Command:
     """The options of a study that trains."""
-    one = Command(f"study {name}", about)
+    one = Command(f"study {command or name}", about)
     one.add_argument("--suite", metavar="NAME", help="suite of the file (default its first)")
     one.add_argument("--only", type=lambda text: tuple(filter(None, text.split(","))), default=(),
                      metavar=f"{only},...", help="these alone; the tables keep what others have")
@@ -98,13 +109,25 @@ def _jobs(text: str) -> int:
     return value
 
 
+def _folder(text: str) -> Path | None:
+    return None if text == "-" else Path(text)
+
+
+def _mib(text: str) -> float:
+    return _positive(text, "MiB such as 64")
+
+
 def _seconds(text: str) -> float:
+    return _positive(text, "seconds such as 500")
+
+
+def _positive(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds such as 500")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of {what}")
     return value
 
 

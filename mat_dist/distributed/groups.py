@@ -284,7 +284,7 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if config.run.device != "cpu" else 0
     if config.run.device == "cuda" and count == 0:
         raise EnvironmentFault("no GPU is visible", "run.device=cuda",
-                               "use run.device=cpu, or check CUDA_VISIBLE_DEVICES")
+                               "use run.device=cpu (of a report --device cpu), or check CUDA_VISIBLE_DEVICES")
     return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
 
 

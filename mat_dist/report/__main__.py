@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
 def report(words: Sequence[str]) -> None:
     """Write the report of one run, or the comparison of several."""
-    options = parse(words)
+    known = Options("report", __doc__, "RUN [RUN ...]")
+    known.add_argument("--images", metavar="N", type=count, default=128, help="test images that are attacked (128)")
+    known.add_argument("--device", metavar="cpu|cuda", choices=("auto", "cpu", "cuda"), default="auto",
+                       help="default: a GPU where there is one")
+    known.add_argument("--no-attack", action="store_true", help="only what the run's files tell: no pictures, no "
+                       "curves against radius and steps, no loss surface")
+    known.add_argument("--figures", choices=("svg", "pdf", "png"), default="svg",
+                       help="format of the figures' files (svg)")
+    known.add_plugin()
+    options = known.read(words)
     load_plugins(options.plugin)
 
     from mat_dist.report.compare import comparison_page
@@ -62,20 +71,6 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
         return None, None, [f"no pictures, radius, steps and loss surface: {error}"]
     print(f"attacking {len(victims.samples_N)} test images on {victims.device}", file=sys.stderr)
     return victims, measure(victims, lambda what: print(f"  {what}", file=sys.stderr)), []
-
-
-def parse(words: Sequence[str]) -> Namespace:
-    """Raises ConfigError for an unknown option, a missing value, or no run."""
-    options = Options("report", __doc__, "RUN [RUN ...]")
-    options.add_argument("--images", metavar="N", type=count, default=128, help="test images that are attacked (128)")
-    options.add_argument("--device", metavar="cpu|cuda", choices=("auto", "cpu", "cuda"), default="auto",
-                         help="default: a GPU where there is one")
-    options.add_argument("--no-attack", action="store_true", help="only what the run's files tell: no pictures, no "
-                         "curves against radius and steps, no loss surface")
-    options.add_argument("--figures", choices=("svg", "pdf", "png"), default="svg",
-                         help="format of the figures' files (svg)")
-    options.add_plugin()
-    return options.read(words)
 
 
 main = as_main(report)

@@ -174,7 +174,7 @@ def _read(path: str, model: type[S], check: Callable[[S], Iterable[Problem]]) ->
         for one in error.errors(include_url=False):
             node, _ = locate(tree, [part for part in one["loc"] if part != "[key]"])
             key = ".".join(map(str, one["loc"]))
-            problems.append(ConfigError(f"{key}: {one['msg']}", node.where, "see docs/evidence.md for the format"))
+            problems.append(ConfigError(f"{key}: {one['msg']}", node.where, "see docs/studies.md for the format"))
     if found is not None and not problems:
         problems += [ConfigError(what, locate(tree, place)[0].where, how) for place, what, how in check(found)]
     if problems or found is None:

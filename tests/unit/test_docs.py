@@ -174,15 +174,14 @@ def is_setting(key: str) -> bool:
 
 
 def test_the_documents_name_only_settings_that_exist():
-    """But docs/evidence.md, which quotes what version 0.1 has measured, and a method that an example brings."""
+    """But a method that an example brings."""
     sections = "|".join(Config.model_fields)
     unknown = []
     for document in DOCUMENTS:
-        known = {*MOVED, *WENT} if document.name == "evidence.md" else set()
         text = document.read_text(encoding="utf-8")
         for token in re.findall(r"`([^`\n]+)`", text):
             for key in re.findall(rf"(?<![\w./])(?:{sections})(?:\.\w+)+", token):
-                meant = (key.endswith((".py", ".yaml", ".json", ".md", ".safetensors", ".pt2", ".onnx")) or key in known
+                meant = (key.endswith((".py", ".yaml", ".json", ".md", ".safetensors", ".pt2", ".onnx"))
                          or f"there is no setting {key} " in text or key.startswith("methods.centralise"))
                 if not is_setting(key) and not meant:
                     unknown.append(f"{document.name}: {key}")

@@ -35,6 +35,7 @@ SURFACE_IMAGES = 16
 SURFACE_PLACES = 21
 Say = Callable[[str], None]
 Points = list[tuple[float, float]]
+Slices = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Mean loss of one peer over steps (in radii) along its AE's perturbation, and along a random one."""
-
-    peer: str
-    adversarial: list[float]
-    random: list[float]
-
-
-@dataclass(frozen=True)
 class Measured:
     """Shares in [0, 1] of `n` test images.
 
@@ -137,7 +129,8 @@ class Measured:
         transfer: by threat, [target][source peer, ..., clean]; the targets are the peers and the ensemble.
         by_eps, by_steps: by threat and target, (radius or steps, robust accuracy).
         answers: by target, right without and under attack, image by image.
-        places, surface, slices: the loss around images, over multiples of the radius; surface is [random][adversarial].
+        places, surface, slices: the loss around images, over multiples of the radius; surface is [random][adversarial],
+            slices are along each direction by its name and peer.
         examples: the gallery.
     """
 
@@ -148,7 +141,7 @@ class Measured:
     answers: dict[str, Answers]
     places: list[float]
     surface: list[list[float]]
-    slices: list[Slices]
+    slices: Slices
     examples: list[Example]
 
 
@@ -232,19 +225,19 @@ def _loss(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> float:
         return F.cross_entropy(model(x_BCHW.clamp(0, 1)), y_B).item()
 
 
-def _around(victims: Victims, places: Sequence[float]) -> tuple[list[list[float]], list[Slices]]:
+def _around(victims: Victims, places: Sequence[float]) -> tuple[list[list[float]], Slices]:
     """Mean cross-entropy at x + a d + b r, cut to [0, 1]: d is the AE's perturbation, r a random one."""
     _, x_BCHW, y_B = next(victims.batches())
     x_BCHW, y_B = x_BCHW[:SURFACE_IMAGES], y_B[:SURFACE_IMAGES]
     surface: list[list[float]] = []
-    slices = []
+    slices: Slices = {"adversarial": {}, "random": {}}
     for index, (name, model) in enumerate(victims.peers.items()):
         spec = victims.config.peers[index].threat
         threat = Threat(spec.norm, spec.eps)
         d = victims.craft(model, x_BCHW, y_B, threat, victims.plan(), 0) - x_BCHW
         r = _random_direction(threat, x_BCHW, victims.config.run.seed)
-        slices.append(Slices(name, [_loss(model, x_BCHW + a * d, y_B) for a in places],
-                             [_loss(model, x_BCHW + b * r, y_B) for b in places]))
+        slices["adversarial"][name] = [_loss(model, x_BCHW + a * d, y_B) for a in places]
+        slices["random"][name] = [_loss(model, x_BCHW + b * r, y_B) for b in places]
         if name == victims.source:
             surface = [[_loss(model, x_BCHW + a * d + b * r, y_B) for a in places] for b in places]
     return surface, slices

@@ -401,11 +401,11 @@ def _surface_section(victims: Victims, measured: Measured) -> dict[str, Any]:
         labels=("along the AE's perturbation, in eps", "along a random direction, in eps", "cross-entropy"),
         description="Mean cross-entropy over two directions, clean images in the middle, their AEs at the middle of "
                     "the right edge"), "Clean images in the middle, their AEs at 1 on the horizontal axis.")]
-    values = [value for one in measured.slices for value in (*one.adversarial, *one.random)]
+    values = [value for lines in measured.slices.values() for line in lines.values() for value in line]
     scale = Axis("cross-entropy", limits=(min(0.0, *values), max(values) * 1.05 or 1.0))
     for key, title in (("adversarial", "Loss towards the AE"), ("random", "Loss along a random direction")):
-        series = [Series(one.peer, list(zip(places, getattr(one, key), strict=True)), index)
-                  for index, one in enumerate(measured.slices)]
+        series = [Series(name, list(zip(places, line, strict=True)), index)
+                  for index, (name, line) in enumerate(measured.slices[key].items())]
         figures.append(Figure(f"loss_{key}", line_chart(
             title, series, Axis("distance from the clean image, in eps"), scale),
             "Each peer with its own AEs; both charts have one scale."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,3 +229,19 @@ def test_every_suite_for_a_gpu_is_ready_without_a_gpu_and_without_its_data(
     shown = capsys.readouterr().out
     assert "cannot be trained" not in shown and "?" not in shown and control in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_passes_on_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options and settings as they are, the budget from the environment; a word too few is told in one line."""
+    script = Path(__file__).parents[2] / "benchmarks/slice.sh"
+    monkeypatch.setenv("PYTHON", "echo")
+    monkeypatch.setenv("BUDGET", "40")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("gpu", "in", "out", "--most", "9", "data.root=a b.npz").stdout == (
+        "-m benchmarks.study slices --suite gpu --state in --out out --budget 40 --most 9 data.root=a b.npz\n")
+    refused = run("gpu", "-")
+    assert refused.returncode == 2 and refused.stderr.startswith("mat_dist: error: SUITE, STATE and OUT are needed")
+    assert refused.stderr.count("\n") == 1

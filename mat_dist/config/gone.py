@@ -12,7 +12,7 @@ VERSION = "0.2"  # the one in which they went
 _OLD = "or train with version 0.1 of mat_dist"
 
 MOVED = {
-    "loss.trades_beta": "loss.pair_kl", "loss.pair_weight": "loss.pair_mse", "loss.mart_beta": "methods.mart.beta",
+    "loss.trades_beta": "loss.pair_kl", "loss.pair_weight": "loss.pair_mse",
     "union.ramp_weight": "methods.ramp.weight", "union.projection_beta": "methods.ramp.projection",
     "optim.momentum": "optim.args.momentum", "optim.nesterov": "optim.args.nesterov",
     "optim.decay_norm_bias": "optim.args.decay_norm_bias", "optim.awp_gamma": "methods.awp.gamma",
@@ -27,6 +27,7 @@ WENT = {
     "loss.base_scale": f"scale the weights of the loss themselves, {_OLD}",
     "loss.trades_temperature": f"loss.temperature holds for loss.pair_kl too: leave it out, {_OLD}",
     "loss.hard_loss": f"use loss.preset: mart, {_OLD}",
+    "loss.mart_beta": f"use loss.preset: mart, whose weight is methods.mart.beta, {_OLD}",
     "attack.split_batch": f"every peer attacks the whole batch: leave it out, {_OLD}",
     "attack.l1_share": f"the norm says how many values a step moves: leave it out, {_OLD}",
     "attack.reset_epochs": "use methods.warm_start.reset_epochs, which starts from earlier perturbations too",

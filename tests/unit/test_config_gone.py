@@ -263,7 +263,7 @@ def test_the_table_names_the_way_out_and_nothing_that_is_still_there() -> None:
 
 # ------------------------------------------------------------------------------------------------ what moved
 
-VALUES = {"loss.trades_beta": "3", "loss.pair_weight": "2", "loss.mart_beta": "5", "union.ramp_weight": "2",
+VALUES = {"loss.trades_beta": "3", "loss.pair_weight": "2", "union.ramp_weight": "2",
           "union.projection_beta": "0.5", "optim.momentum": "0.8", "optim.nesterov": "true",
           "optim.decay_norm_bias": "false", "optim.awp_gamma": "0.005", "optim.swa_start": "0.6",
           "step.microbatches": "2"}

@@ -94,16 +94,12 @@ class Setting:
             hint = f" (did you mean {near}?)" if near else ""
             more = ", or a name from --plugin" if isinstance(self.names, Registered) else ""
             return f"choose one of {', '.join(self.choices)}{', null' if self.optional else ''}{more}{hint}"
-        if self.kind == "text":
-            if self.bounds.startswith("like "):
-                return f"write text {self.bounds}"
-            if "letter" in self.bounds:
-                return "write letters, digits, dots, hyphens or underscores, " + self.bounds
-            return "write text, in quotes where it looks like a number" + (f", {self.bounds}" if self.bounds else "")
-        article = {"number": 'a number such as 0.1, 1e-3 or "8/255"', "integer": "a whole number",
+        like = self.bounds.startswith(("like ", "of "))
+        article = {"text": "text" if like else "text, in quotes where it looks like a number",
+                   "number": 'a number such as 0.1, 1e-3 or "8/255"', "integer": "a whole number",
                    "switch": "true or false", "numbers": "a list of numbers such as [0.5, 0.75]",
                    "arguments": "names and values, such as {momentum: 0.8, nesterov: true}"}[self.kind]
-        text = f"write {article}" + (f", {self.bounds}" if self.bounds else "")
+        text = f"write {article}{'' if like or not self.bounds else ','} {self.bounds}".rstrip()
         return f"{text}, or null" if self.optional else text
 
 
@@ -128,7 +124,8 @@ def _bounds(field: FieldInfo) -> str:
         if pattern := getattr(m, "pattern", None):
             rest = re.search(r"\{0,(\d+)\}", pattern)
             assert rest is not None
-            parts.append(f"at most {int(rest[1]) + 1}, the first a letter or digit")
+            parts.append("of letters, digits, dots, hyphens or underscores, at most "
+                         f"{int(rest[1]) + 1}, the first a letter or digit")
         elif getattr(m, "min_length", None):
             parts.append("not empty")
     return ", ".join(parts)

@@ -222,30 +222,26 @@ class Override:
         return 1 if self.path[-1] in ("loss", "threat") or self.path[-2:] in _FIRST else 2
 
 
-def _read(item: str, problems: list[ConfigError]) -> Override | None:
-    """`key=value` as an Override; None, with the reason in `problems`, where it is not one."""
+def _read(item: str, problems: list[ConfigError]) -> Override:
+    """`key=value` as an Override. Raises ConfigError; what else is wrong with it goes to `problems`."""
     key, equals, text = item.partition("=")
     if not equals or not _KEY.fullmatch(key):
-        problems.append(ConfigError(f"{printable(item)} is not a setting", COMMAND_LINE, _HOW))
-        return None
+        raise ConfigError(f"{printable(item)} is not a setting", COMMAND_LINE, _HOW)
     if not text.strip():
-        problems.append(ConfigError(f"{key} has no value", COMMAND_LINE, f"write {key}=VALUE; null empties a setting"))
-        return None
+        raise ConfigError(f"{key} has no value", COMMAND_LINE, f"write {key}=VALUE; null empties a setting")
     path = tuple(key.split("."))
     if path[0] == "defaults":
-        problems.append(ConfigError("defaults is for files", f"{COMMAND_LINE}, {key}", "write --config FILE"))
-        return None
+        raise ConfigError("defaults is for files", f"{COMMAND_LINE}, {key}", "write --config FILE")
     setting = settings().get(canonical(path))
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if setting is not None and setting.kind == "text" and text != "null" and not quoted:
         return Override(path, {(): Node(text, COMMAND_LINE, key)})  # run.name=007 is a name, not a number
     found: list[ConfigError] = []
-    try:
-        value = parse(text, COMMAND_LINE, found, key, numbered=False)
-    except ConfigError as problem:
-        found.append(problem)
-    problems += found
-    return None if found else Override(path, value)
+    value = parse(text, COMMAND_LINE, found, key, numbered=False)
+    if found:
+        problems += found[1:]
+        raise found[0]
+    return Override(path, value)
 
 
 def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -261,7 +257,13 @@ def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str
 
 def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
     """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
-    found = sorted(filter(None, (_read(item, problems) for item in items)), key=lambda override: override.rank)
+    found = []
+    for item in items:
+        try:
+            found.append(_read(item, problems))
+        except ConfigError as refused:
+            problems.append(refused)
+    found.sort(key=lambda override: override.rank)
     given = {one.path: one for one in found}
     for one in found:
         other, name = (key.split(".") for key in (general(one.path), canonical(one.path)))

@@ -39,7 +39,8 @@ def test_means_alone_give_no_narrower_interval_than_the_images_behind_them() -> 
 
 
 def cell(mean: float) -> dict[str, Any]:
-    return {"mean": mean, "by_seed": {"0": mean}, "images": 100, "interval": [mean - 0.1, mean + 0.1]}
+    return {"mean": mean, "deviation": None, "by_seed": {"0": mean}, "images": 100,
+            "interval": [mean - 0.1, mean + 0.1]}
 
 
 def row(name: str, mutual: bool, accuracy: dict[str, Any], kinds: tuple[str, ...] = ("mean",)) -> dict[str, Any]:

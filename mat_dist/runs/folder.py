@@ -100,10 +100,12 @@ def create_or_open(root: str | os.PathLike[str], name: str | None, *, config_nam
 
 def existing(root: str | os.PathLike[str], name: str | None, config_name: str, job_id: str | None) -> RunFolder | None:
     """The folder that `create_or_open` would continue; None where no run has begun there. Changes nothing."""
-    if name is None and job_id is None:
+    if name is None:
+        name = "" if job_id is None else _of_job(config_name, job_id)
+    if not _NAME.fullmatch(name):  # the settings may be refused for it
         return None
     with suppress(OSError, ConfigError):
-        path = resolved(root) / (name or _of_job(config_name, str(job_id)))
+        path = resolved(root) / name
         return RunFolder(path) if not path.is_symlink() and _is_run(set(os.listdir(path))) else None
     return None
 

@@ -19,7 +19,7 @@ from mat_dist.config import dump_config, load_config
 from mat_dist.errors import CheckpointError, ConfigError, MatError, NonFinite, OutputError
 from mat_dist.runs import files, record
 from mat_dist.runs.files import output_error
-from mat_dist.runs.folder import RunFolder, create_or_open
+from mat_dist.runs.folder import RunFolder, create_or_open, existing
 from mat_dist.runs.session import check_continues
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -55,6 +55,15 @@ def test_a_job_finds_its_folder_again(tmp_path):
     assert first.name == "digits-job4711"
     record.write_exit(first, 1, None, "stopped")
     assert make(tmp_path, job_id="4711") == first
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0", "../a", "a/../a", "x" * 300, ""])
+def test_a_name_that_no_run_can_have_leads_to_no_folder(tmp_path, name):
+    """A start that is refused looks for the folder before its settings are read."""
+    record.write_exit(make(tmp_path, "a"), 1, None, "stopped")
+    (tmp_path / "b").mkdir()
+    assert existing(tmp_path / "b" if name.startswith("..") else tmp_path, name, "digits", None) is None
+    assert existing(tmp_path, "a", "digits", None) == RunFolder(tmp_path / "a")
 
 
 def test_odd_job_and_config_names_stay_distinct_legal_and_short(tmp_path):

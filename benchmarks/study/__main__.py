@@ -2,7 +2,7 @@
 
 python -m benchmarks.study evidence --suite overfit data.root=FOLDER [key=value ...]  mutual training and its controls
 python -m benchmarks.study slices --suite gpu --out FOLDER data.root=FILE [key=value]  evidence, a few minutes of it
-python -m benchmarks.study search --suite cpu data.root=FOLDER [key=value ...]        settings of the mutual loss
+python -m benchmarks.study search --suite overfit data.root=FOLDER [key=value ...]    settings of the mutual loss
 python -m benchmarks.study reasons RUN [images=500] [key=value ...]                   what peers do with others' AEs
 
 Finished runs and evaluations are not repeated. Results are written after every run and say what is missing. A command

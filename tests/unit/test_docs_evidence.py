@@ -9,13 +9,16 @@ from typing import Any
 
 from tests.documents import ROOT, heads, table
 
-PAGE, WHOLE, FIRST = "docs/evidence.md", "benchmarks/results/first/README.md", ROOT / "benchmarks/results/first"
+PAGE, WHOLE, RESULTS = "docs/evidence.md", "benchmarks/results/first/README.md", ROOT / "benchmarks/results"
+FIRST = RESULTS / "first"
 
 
 @cache
 def document(suite: str, title: str) -> dict[str, Any]:
     """A table of the committed results."""
-    found: dict[str, Any] = json.loads((FIRST / f"{suite}.json").read_text(encoding="utf-8"))["tables"][title]
+    file = RESULTS / f"{suite}.json"
+    file = file if file.is_file() else FIRST / file.name
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["tables"][title]
     return found
 
 
@@ -65,10 +68,45 @@ def test_the_answer_quotes_accuracies_and_differences_as_measured() -> None:
                 if plain(name) in ("at_x3", "mat")} == {int(count)}
 
 
+def apart(title: str, row: str, control: str, column: str, checkpoint: str) -> str:
+    """A difference in points of a suite with one table of its name, with its interval: of the mean peer or the best."""
+    found = {one["kind"]: one for one in document(title, title)["differences"] if (
+        one["row"], one["control"], one["column"], one["checkpoint"]) == (row, control, column, checkpoint)}
+    one = found.get("mean", found.get("best"))
+    assert one is not None
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
+
+
+def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
+    found, quoted = results("overfit", "overfit")["rows"], table(PAGE, "## Where networks overfit")
+    assert {cells[0].strip("`") for cells in quoted} == set(found)
+    for name, _, cost, *cells in quoted:
+        row = found[name.strip("`")]
+        kind = "mean" if "mean" in row["accuracy"]["last"] else "best"
+        shares = [row["accuracy"][label][kind]["pgd20"] for label in ("last", "best")]
+        assert [len(one["by_seed"]) for one in shares] == [3, 3]
+        assert cells[:2] == [f"{100 * one['mean']:.1f}" for one in shares], name
+        assert cost == f"{row['cost'] / found['at_x3']['cost']:.2f}"
+        if cells[2] != "-":
+            assert cells[2:] == [apart("overfit", "mat_wa", row["row"], "pgd20", label) for label in ("last", "best")]
+    text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
+    points = [apart("overfit", "mat_wa", row, "pgd20", "last")[1:5] for row in ("at_wa_x3", "at_x3")]
+    assert f"end {points[0]} points above" in text and f"and {points[1]} above those without" in text
+
+
+def test_the_first_seed_of_three_norms_is_quoted_as_measured() -> None:
+    found, quoted = results("union", "union")["rows"], table(PAGE, "## Three norms at once")
+    assert len(quoted) == len(found)
+    for name, *cells in quoted:
+        row = found[name.strip("`")]["accuracy"]
+        kind = "mean" if "mean" in row["last"] else "best"
+        assert cells == [f"{100 * row[label][kind]['union']['by_seed']['0']:.1f}" for label in ("last", "best")], name
+
+
 def test_the_answer_shows_the_figure_of_every_table_that_was_measured() -> None:
     text = (ROOT / PAGE).read_text(encoding="utf-8")
-    shown = re.findall(r'<img src="\.\./benchmarks/results/first/([^"]+)"', text)
-    assert sorted(shown) == sorted(str(file.relative_to(FIRST)) for file in FIRST.glob("*_figures/*.svg"))
+    shown = re.findall(r'<img src="\.\./benchmarks/results/([^"]+)"', text)
+    assert sorted(shown) == sorted(str(file.relative_to(RESULTS)) for file in RESULTS.glob("**/*_figures/*.svg"))
 
 
 def test_mean_peer_and_ensemble_of_every_table_are_quoted_as_measured() -> None:
@@ -107,15 +145,21 @@ def test_the_union_is_quoted_as_measured() -> None:
     assert shares["max"] == shares["ramp"]
 
 
-# The rows of README.md in their order: suite and table of the committed results.
-QUOTED = (("cpu", "linf"), ("cpu", "overfit"), ("cpu_cifar10", "linf"), ("gpu", "linf"))
+# The rows of README.md in their order: suite and table of the committed results, the rows and the column.
+PLAIN, AVERAGED = ("at_x3", "mat"), ("at_wa_x3", "mat_wa")
+QUOTED = (("overfit", "overfit", PLAIN, "pgd20"), ("overfit", "overfit", AVERAGED, "pgd20"),
+          ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""), ("cpu_cifar10", "linf", PLAIN, ""), ("gpu", "linf", PLAIN, ""))
 
 
 def test_the_readme_quotes_accuracies_and_differences_as_measured() -> None:
     rows = table("README.md", "## What it is worth")
     assert len(rows) == len(QUOTED)
-    for (suite, title), (_, _, count, *cells) in zip(QUOTED, rows, strict=True):
-        assert cells == measured(suite, title)
-        found = results(suite, title)
-        by_name = {plain(name): row for name, row in found["rows"].items()}
-        assert seeds(by_name["mat"], found["primary"]) == int(count)
+    for (suite, title, (control, mutual), asked), (_, attack, count, *cells) in zip(QUOTED, rows, strict=True):
+        found = document(suite, title)
+        column, by_name = asked or found["primary"], {plain(row["row"]): row for row in found["rows"]}
+        (one,) = [one for one in found["differences"] if (
+            plain(one["row"]), plain(one["control"]), one["kind"], one["checkpoint"], one["column"]) == (
+            mutual, control, "mean", "last", column)]
+        points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
+        assert cells == [*(percent(by_name[name], "mean", column) for name in (control, mutual)), points]
+        assert seeds(by_name[mutual], column) == int(count) and attack.replace("-", "").lower() == column

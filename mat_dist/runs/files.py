@@ -143,6 +143,13 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands twice")
+    return document
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -155,9 +162,10 @@ def _finite(text: str) -> float:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: no NaN or infinity. Raises ValueError."""
+    """Strict JSON: no NaN or infinity, no key twice. Raises ValueError."""
     try:
-        return json.loads(text.decode(), parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant,
+                          parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

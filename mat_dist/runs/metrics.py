@@ -239,8 +239,9 @@ def drop_partial_line(path: Path) -> None:
         if path.exists() and path.stat().st_size:
             with open(path, "r+b") as file:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    keep = content.rfind(b"\n") + 1
-                file.truncate(keep)
+                    whole, keep = len(content), content.rfind(b"\n") + 1
+                if keep < whole:
+                    file.truncate(keep)
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -106,8 +106,11 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
            "bash benchmarks/startup.sh": "a measurement; the trainer's own tests start it",
            "bash benchmarks/gpu.sh": "needs a GPU; the benchmarks have tests in tests/unit/test_bench.py",
            **{f"python -m benchmarks.study {rest}": "tests/unit/test_study.py, with a smaller plan" for rest in (
-               "evidence --suite cpu --dry-run", "evidence --suite cpu data.root=FOLDER",
-               "search --suite cpu data.root=FOLDER")},
+               "evidence --suite overfit --dry-run", "evidence --suite overfit data.root=FOLDER",
+               "search --suite overfit data.root=FOLDER")},
+           **dict.fromkeys(("bash benchmarks/slice.sh gpu_overfit - out1 data.root=cifar10.npz",
+                            "bash benchmarks/slice.sh gpu_overfit out1 out2 data.root=cifar10.npz"),
+                           "tests/unit/test_study_slices.py, with a smaller plan"),
            "python -m benchmarks.study reasons runs/NAME": "tests/unit/test_study_reasons.py",
            **{f"{start} -m benchmarks.speed {rest}": "tests/unit/test_bench.py, with a smaller model"
               for start, rest in (("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"),

@@ -414,10 +414,10 @@ def test_a_peer_starts_from_the_weights_of_a_run(teacher: Finished, tmp_path: Pa
     ("{root}/nothing", (), "there is no such file or folder of a run"),
     ("{run}", (), "no evaluation says which peer is best"),
     ("{run}:third", (), "there is no peer 'third'"),
-    ("{run}:first", ("peers.0.model.width=0.5",), "its weights do not fit"),
-    ("{run}:first", ("peers.0.model.name=small_cnn",), "its weights do not fit"),
+    ("{run}:first", ("peers.0.model.width=0.5",), "11 of 17 weights have another shape"),
+    ("{run}:first", ("peers.0.model.name=small_cnn",), "the weights do not fit the network: 9 missing"),
     ("{run}:first", ("data.name=npz", "data.root={root}/data.npz"),
-     "its models are for 10 classes, these data have 3")],
+     "of 10 classes, these data have (1, 8, 8) of 3")],
     ids=lambda v: v if isinstance(v, str) else "")
 def test_weights_that_cannot_be_taken_are_one_line_and_code_4(
         source: str, settings: tuple[str, ...], found: str, teacher: Finished, tmp_path: Path,

@@ -148,7 +148,8 @@ def test_the_union_is_quoted_as_measured() -> None:
 # The rows of README.md in their order: suite and table of the committed results, the rows and the column.
 PLAIN, AVERAGED = ("at_x3", "mat"), ("at_wa_x3", "mat_wa")
 QUOTED = (("overfit", "overfit", PLAIN, "pgd20"), ("overfit", "overfit", AVERAGED, "pgd20"),
-          ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""), ("cpu_cifar10", "linf", PLAIN, ""), ("gpu", "linf", PLAIN, ""))
+          ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""),
+          ("cpu_cifar10", "linf", PLAIN, ""), ("gpu", "linf", PLAIN, ""))
 
 
 def test_the_readme_quotes_accuracies_and_differences_as_measured() -> None:

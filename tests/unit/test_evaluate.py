@@ -114,7 +114,7 @@ def test_pgd_gives_what_the_trainer_found_image_by_image(label: str, weights: st
 
 def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tmp_path: Path,
                                                    evaluate: Evaluate) -> None:
-    """Its checkpoints are of format 1, its config.yaml has settings that went; eval.test: false is no 0 steps here."""
+    """Its checkpoints are of format 1, its config.yaml has settings that went; of eval, test_steps alone counts."""
     old = Path(shutil.copytree(trained, tmp_path / "old"))
     for directory in old.glob("checkpoints/step_*"):
         as_format_1(directory)
@@ -124,7 +124,7 @@ def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tm
     words = ("attacks=pgd,fgsm", "checks=0", "steps=2", "weights=ema")
     found, ours = evaluate(old, *words), evaluate(run, *words)
     assert found["rows"] == ours["rows"] and len(ours["rows"]) > 40
-    assert evaluate(old, "attacks=pgd", "checks=0", "images=4")["plans"]["pgd"]["steps"] == 20
+    assert evaluate(old, "attacks=pgd", "checks=0", "images=4")["plans"]["pgd"]["steps"] == 2
 
 
 def test_the_table_tells_the_steps_of_each_attack(run: Path, evaluate: Evaluate) -> None:

@@ -18,6 +18,8 @@ from mat_dist.data.images import ImageSet, MappedFile, RawData, check_memory, re
 from mat_dist.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+MOST_RATIO = 1000  # deflate reaches 1032 on constant bytes; images reach 2 to 20
+_RATIO_FROM = 1 << 20  # smaller arrays may be constant and cannot hurt
 # What zipfile and numpy raise on damaged or encrypted files.
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError, TypeError,
           LookupError, OverflowError, tokenize.TokenError)
@@ -102,14 +104,19 @@ def _numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
 
 def _check_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and types, from the arrays' headers only, so that nothing large is allocated for a file that lies.
-    DataError for arrays that are missing, hold objects, or do not fit into memory."""
+    DataError for arrays that are missing, hold objects, do not fit into memory, or are compressed beyond belief."""
     total, found = 0, {}
     with zipfile.ZipFile(path) as archive:
         members = members_by_name(archive, ARRAYS, str(path), _LAYOUT)
         for name in (*ARRAYS, *(name for name in members if name == "classes")):
             info, where = members[name], f"{path}, {name}"
             shape, _, dtype, start = read_header(archive, info, where)
-            total += info.file_size - start
+            size = info.file_size - start
+            ratio = size / max(info.compress_size, 1)
+            if size >= _RATIO_FROM and name.startswith("x_") and ratio > MOST_RATIO:
+                raise DataError(f"{size} bytes are compressed {ratio:.0f} to 1", where,
+                                "real images are not; write the file again without compression if they are")
+            total += size
             found[name] = shape, dtype
     check_memory(total, str(path), "take fewer or smaller images, or data.name=folder with data.residency=mmap")
     return found

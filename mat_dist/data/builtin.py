@@ -179,14 +179,16 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        start = 4 + 4 * axes
-        if len(content) < start or content[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError(f"not an idx file of bytes with {axes} axes: it starts with {content[:4].hex()}")
-        sizes = struct.unpack(f">{axes}I", content[4:start])
-        if not 0 < len(content) - start == math.prod(sizes):
-            raise ValueError(f"the header says {' x '.join(map(str, sizes))} bytes, the file has "
-                             f"{len(content) - start}, and at most {MOST_BYTES} are read")
+            head = file.read(4 + 4 * axes)
+            if len(head) < 4 + 4 * axes or head[:4] != bytes((0, 0, 8, axes)):
+                raise ValueError(f"not an idx file of bytes with {axes} axes: it starts with {head[:4].hex()}")
+            sizes = struct.unpack(f">{axes}I", head[4:])
+            count = math.prod(sizes)
+            if not 0 < count <= MOST_BYTES:
+                raise ValueError(f"the header says {' x '.join(map(str, sizes))} bytes, at most {MOST_BYTES} are read")
+            content = file.read(count + 1)
+        if len(content) != count:
+            raise ValueError(f"{'more' if len(content) > count else 'fewer'} bytes than the {count} of the header")
     except (OSError, EOFError, zlib.error, ValueError) as problem:
         raise DataError(f"cannot read the file ({problem})", str(path), "copy the file again") from problem
-    return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+    return np.frombuffer(content, np.uint8).reshape(sizes)

@@ -15,7 +15,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +28,7 @@ from mat_dist.errors import OutputError
 
 DEFAULT_FOLDER = "~/.cache/mat_dist"
 MORE_SPACE = "free space there, or set data.cache to a folder on another disk"
+_PROBES, _PROBE_BYTES = 64, 1 << 16  # looked at on each start: 4 MiB instead of a whole 200 GB file
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,29 @@ class Chunk:
 @dataclass(frozen=True)
 class Manifest:
     """What `<key>.json` says of the training and the test images: SHA-256 and the files that were left out; what was
-    converted; and when the image file was written."""
+    converted; when the image file was written; and a digest of all this and of 64 stretches of the images."""
 
     image_sha256: tuple[str, str]
     skipped: tuple[tuple[str, ...], tuple[str, ...]]
     told: dict[str, int]
     mtime_ns: int
+    seal: str
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest | None:
-        """The manifest that was written as JSON, None for something else."""
+        """The manifest that was written as JSON, None for something else; only the seal tells whether it is whole."""
         with suppress(ValidationError):
             return TypeAdapter(cls).validate_json(text)
         return None
+
+    def sealed(self, images: Path) -> Manifest:
+        """The same with the digest as it should be."""
+        digest, size = hashlib.sha256(json.dumps(asdict(replace(self, seal=""))).encode()), images.stat().st_size
+        with open(images, "rb") as file:
+            for place in range(_PROBES):
+                file.seek(max(size - _PROBE_BYTES, 0) * place // (_PROBES - 1))
+                digest.update(file.read(_PROBE_BYTES))
+        return replace(self, seal=digest.hexdigest())
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -90,19 +101,26 @@ class Cache:
 
     def look(self) -> tuple[Manifest | None, str]:
         """The manifest of a cache that is whole, or None and what is wrong (empty: there is none yet)."""
-        path = self.image_file.with_suffix(".json")
-        if not path.exists():
-            return None, ""
         try:
-            manifest, status = Manifest.parse(path.read_bytes()), self.image_file.stat()
+            manifest = Manifest.parse(self.image_file.with_suffix(".json").read_bytes())
+        except FileNotFoundError:
+            return None, ""
         except OSError as problem:
-            return None, f"its files cannot be read ({problem.strerror})"
+            return None, f"its manifest cannot be read ({problem.strerror})"
         if manifest is None:
             return None, "its manifest is damaged or of another version"
-        wanted = sum(self._counts(manifest)) * math.prod(self.shape)
-        if status.st_size != wanted:
-            return None, f"it has {status.st_size} bytes instead of {wanted}"
-        return (manifest, "") if status.st_mtime_ns == manifest.mtime_ns else (None, "its images were changed")
+        try:
+            status = os.lstat(self.image_file)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                return None, "its image file is not a file of this user"
+            wanted = sum(self._counts(manifest)) * math.prod(self.shape)
+            if status.st_size != wanted:
+                return None, f"it has {status.st_size} bytes instead of {wanted}"
+            if status.st_mtime_ns != manifest.mtime_ns or manifest.sealed(self.image_file) != manifest:
+                return None, "its images or its manifest were changed"
+        except OSError as problem:
+            return None, f"its images cannot be read ({problem.strerror})"
+        return manifest, ""
 
     def _counts(self, manifest: Manifest) -> tuple[int, int]:
         train, test = (count - len(gone) for count, gone in zip(self.files, manifest.skipped, strict=True))
@@ -134,7 +152,7 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             manifest = Manifest((train_sha, test_sha), (train_gone, test_gone), dict(told + more),
-                                part.stat().st_mtime_ns)
+                                part.stat().st_mtime_ns, seal="").sealed(part)
             os.replace(part, self.image_file)
             with open(part, "w", opener=_private) as file:
                 json.dump(asdict(manifest), file)

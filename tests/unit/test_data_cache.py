@@ -83,10 +83,31 @@ def change(path: Path) -> None:
     path.write_bytes(content)
 
 
+def change_and_restore_time(path: Path) -> None:
+    status = path.stat()
+    change(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def damage_manifest(path: Path) -> None:
+    manifest = path.with_suffix(".json")
+    text = manifest.read_text()
+    digit = text.index("image_sha256") + 20
+    manifest.write_text(text[:digit] + ("0" if text[digit] != "0" else "1") + text[digit + 1 :])
+
+
+def replace_by_link(path: Path) -> None:
+    elsewhere = path.with_suffix(".x")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 @pytest.mark.parametrize(("damage", "reason"), [
-    (cut, r"it has 55295 bytes instead of 55296"), (change, "its images were changed"),
-    (lambda path: path.unlink(), "its files cannot be read"),
-    (lambda path: path.with_suffix(".json").write_text("[]"), "its manifest is damaged")])
+    (cut, r"it has 55295 bytes instead of 55296"), (change, "its images or its manifest were changed"),
+    (change_and_restore_time, "its images or its manifest were changed"),
+    (lambda path: path.unlink(), "its images cannot be read"), (damage_manifest, "its manifest were changed"),
+    (lambda path: path.with_suffix(".json").write_text("[]"), "its manifest is damaged"),
+    (replace_by_link, "not a file of this user")])
 def test_a_damaged_cache_is_rebuilt_with_a_note(settings, damage, reason):
     first = load_folder(settings.model_copy(update={"residency": "host"}), True)
     load_folder(settings, True)

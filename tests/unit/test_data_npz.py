@@ -212,6 +212,7 @@ def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
 
 
 @pytest.mark.parametrize(("content", "message"), [
+    (header((2000, 100, 100)) + bytes(20_000_000), r"20000000 bytes are compressed \d+ to 1"),  # 20 KB on disk
     (header((10**6, 10**6)) + bytes(100), "the header says 1000000000000 bytes, the archive 100"),
     (header((2**40, 2**40)) + bytes(100), "the header says 1208925819614629174706176 bytes"),
     (header((40, 6, 7))[:60], "cannot read the file|header"),

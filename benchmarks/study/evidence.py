@@ -24,22 +24,26 @@ from mat_dist.tools.dryrun import training_passes
 
 
 def main(options: Namespace) -> None:
-    """The study, by the options of `__main__.py`.
+    """The study, by the options of `__main__.py`. Raises ConfigError for the plan, and what `conduct` raises."""
+    conduct(options, *planned(options))
+
+
+def conduct(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
+    """Carry a plan out.
 
     Raises:
-        ConfigError: the plan; at the end, rows that this version cannot train.
+        ConfigError: at the end, rows that this version cannot train.
         StopRequested: the budget is over, or a signal came: start again to continue.
         NotReportable: an evaluation failed its soundness checks; any other error of a run, after all others.
     """
-    suite, entries = planned(options)
     for entry in entries:
         if entry.error:
             tell(f"warning: row {entry.name} cannot be trained: {entry.error}")
     if options.dry_run:
         show_plan(suite, entries)
         return
-    rows = chosen(options.only, [entry.name for entry in entries], "row")
     take_up(suite, entries)
+    rows = chosen(options.only, [entry.name for entry in entries], "row")
     work = [(entry, seed, partial(complete, suite.tables[entry.table], entry, seed))
             for seed in chosen(options.seeds, suite.seeds, "seed") for entry in entries
             if entry.name in rows and seed in entry.jobs and entry.missing(suite.tables[entry.table], seed)]

@@ -44,13 +44,12 @@ def main(options: Namespace) -> None:
     options.command = "evidence"
     suite, entries = evidence.planned(options)
     if options.dry_run:
-        evidence.main(options)
+        evidence.conduct(options, suite, entries)
         return
     number = take_up(options.state, options.root, options.suite) if options.state else 0
     try:
-        evidence.main(Namespace(**{**vars(options), "out": options.root / RESULTS}))
+        evidence.conduct(Namespace(**{**vars(options), "out": options.root / RESULTS}), suite, entries)
     finally:
-        evidence.take_up(suite, entries)
         leave(options, suite, entries, number + 1)
 
 

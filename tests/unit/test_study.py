@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,14 @@ from benchmarks.study.plan import Evaluation, Family, Row, read_evidence, read_s
 from benchmarks.study.runs import Enough, Job, Runner, training_seconds
 from benchmarks.study.statistics import paired_difference, seed_interval
 from benchmarks.study.tables import Entry, differences, summary
+from benchmarks.study.tables import words as words_of
 from mat_dist.config import load_config
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.compare import Paired
 from mat_dist.runs.folder import RunFolder
 from mat_dist.tools.dryrun import training_passes
+from tests.study import run_here
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("overfit", "union", "onestep", "cifar10", "gpu", "gpu_overfit", "gpu_union")
@@ -137,6 +137,21 @@ def test_rows_are_paired_on_the_same_seeds_and_images() -> None:
                                                                             ("ensemble", 0.5, [0.5])]
     cells["at"]["last", "best", "pgd"] = theirs  # now the control is a cohort, whose ensemble is not reported
     assert [one["kind"] for one in differences(row, "at", cells)] == ["mean"]
+
+
+@pytest.mark.parametrize(("settings", "all_of", "peers", "first"), [
+    (["peers=3"], "peer0,peer1,peer2,ensemble", "peer0,peer1,peer2", "peer0"),
+    (["peers=3", "loss=at", "peers.0.loss=mat_kd", "peers.1.frozen=true", "peers.2.frozen=true",
+      "peers.1.init_from=runs/a:peer1", "peers.2.init_from=runs/a:peer2"], "peer0", "peer0", "peer0"),
+    (["peers=3", "peers.0.role=specialist", "peers.1.role=specialist", "peers.2.role=generalist"],
+     "peer2", "peer2", "peer2")])
+def test_whom_an_evaluation_attacks_of_a_cohort(settings: list[str], all_of: str, peers: str, first: str,
+                                                tmp_path: Path) -> None:
+    """Nobody who cannot be the best peer: no teacher that is finished, no specialist beside a generalist."""
+    job = Job.make("row", 0, tmp_path, "digits", settings)
+    for who, targets in (("all", all_of), ("peers", peers), ("first", first)):
+        one = Evaluation.model_validate({"settings": ("attacks=pgd",), "who": who})
+        assert words_of(job, one, "last") == ("attacks=pgd", "checkpoint=last", f"targets={targets}")
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -307,21 +322,7 @@ def test_seconds_count_every_step_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Runs commands in this process, which saves the start of Python -> the commands."""
-    begun: list[tuple[str, ...]] = []
-
-    def run(self: Runner, module: str, words: Sequence[str], log: Path) -> int:
-        if self.over:
-            raise Enough
-        begun.append((module, *words))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()
-        name = f"{module}.__main__" if module == "benchmarks.study" else module
-        start: Callable[[list[str]], int] = importlib.import_module(name).main
-        return start(list(words))
-
-    monkeypatch.setattr(Runner, "run", run)
-    return begun
+    return run_here(monkeypatch)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 from argparse import Namespace
@@ -16,10 +15,10 @@ from benchmarks.study import slices
 from benchmarks.study.__main__ import main, read_options
 from benchmarks.study.evidence import planned
 from benchmarks.study.plan import Suite
-from benchmarks.study.runs import Enough, Runner
 from benchmarks.study.tables import Entry
 from mat_dist.distributed.stopping import StopFlag
 from mat_dist.errors import CheckpointError, ConfigError
+from tests.study import run_here
 
 # Epochs of 2 steps: at has 1, mat 4; its control, which costs as much, is not trained here.
 PLAN = """
@@ -45,23 +44,8 @@ suites:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Runs commands in this process, which saves the start of Python -> (module, run) of each."""
-    begun: list[tuple[str, str]] = []
-
-    def run(self: Runner, module: str, words: Sequence[str], log: Path) -> int:
-        if self.over:
-            raise Enough
-        begun.append((module, log.stem))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()
-        code: int = importlib.import_module(module).main(list(words))
-        if code == 75:
-            raise Enough
-        return code
-
-    monkeypatch.setattr(Runner, "run", run)
-    return begun
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    return run_here(monkeypatch)
 
 
 def command(folder: Path, machine: str, state: str, out: str, *more: str) -> list[str]:
@@ -83,7 +67,7 @@ def weights(root: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_next_slice_goes_on_in_a_fresh_folder_where_the_first_one_stopped(
-        tmp_path: Path, in_process: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        tmp_path: Path, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """at is finished: it comes without weights and is not asked for again. mat, stopped after 4 of 8 steps, goes on
     from there."""
     with monkeypatch.context() as stopping:
@@ -94,7 +78,7 @@ def test_the_next_slice_goes_on_in_a_fresh_folder_where_the_first_one_stopped(
     assert {file.suffix for file in (tmp_path / "out1").iterdir()} == {".md", ".json", ".part"}
     begun = len(in_process)
     assert main(command(tmp_path, "two", "out1", "out2")) == 0
-    assert [run for _, run in in_process[begun:]] == ["mat_0", "mat_0"]
+    assert [run for _, run, *_ in in_process[begun:]] == ["mat_0", "mat_0"]
     attempts = json.loads((tmp_path / "two/mat_0/environment.json").read_text())["attempts"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "two/mat_0/metrics.jsonl").read_text().splitlines()]
     assert len(attempts) == 2 and steps == sorted(steps)
@@ -108,7 +92,7 @@ def test_the_next_slice_goes_on_in_a_fresh_folder_where_the_first_one_stopped(
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_told_and_its_row_starts_anew(
-        tmp_path: Path, in_process: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        tmp_path: Path, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """But not on the machine that has it; parts are cut and the limit holds for all files together."""
     with monkeypatch.context() as stopping:
         stop_at(stopping, tmp_path / "one/mat_0", 2)

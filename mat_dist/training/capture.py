@@ -84,7 +84,12 @@ class CapturedSteps:
             tape = None
             release(error)
         answers: list[Tensor] = []
-        guard.meet = lambda *given: answers.append(Guard.exchange(*given)) or answers[-1]  # type: ignore[func-returns-value]
+
+        def kept(*given: Any) -> Tensor:
+            answers.append(Guard.exchange(*given))
+            return answers[-1]
+
+        guard.meet = kept
         found = steps.compute(cohort, guard, batch, log)
         cohort.mesh.await_device()  # as before the vote: whatever reads from the device waits without a limit
         # Numbers that are not finite compare with nothing: fp16 overflows now and then, and a later step is as good.

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from mat_dist import rng
 from mat_dist.api.run import frame, result_rows
 from mat_dist.attacks.norms import Threat
-from mat_dist.config.load import setting_words
+from mat_dist.config.load import of_a_call, setting_words
 from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.data.arrays import check_labels
@@ -205,10 +205,11 @@ def asked(threats: Threats, attacks: str | Sequence[str], precision: torch.dtype
         raise ConfigError(f"{key} has no effect here", key, "leave it out")
     own = {"threats": _listed(threats), "attacks": _listed(attacks),
            **{key: value for key, value in settings.items() if value is not None}}
-    found = parse(["model.pt", *setting_words(own)])
-    assert found.importing is not None
-    words = [*found.settings, *found.importing.settings, *(["step.precision=fp64"] * (precision == torch.float64))]
-    return found.request, one_peer(*words), found.importing.options
+    with of_a_call():
+        found = parse(["model.pt", *setting_words(own)])
+        assert found.importing is not None
+        words = [*found.settings, *found.importing.settings, *(["step.precision=fp64"] * (precision == torch.float64))]
+        return found.request, one_peer(*words), found.importing.options
 
 
 def _listed(values: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mat_dist.cli import as_main
 from mat_dist.config import TrainingOptions, config_name, config_warnings, load_config, load_plugins, recipe_notes
-from mat_dist.config.load import setting_words
+from mat_dist.config.load import of_a_call, setting_words
 from mat_dist.distributed.leaving import abort_groups
 from mat_dist.distributed.stopping import StopFlag, watching
 from mat_dist.runs.record import Start, recording
@@ -53,7 +53,7 @@ def train(config: str | Path | None = None, *, plugins: Sequence[str | Path] = (
     words = [*([] if config is None else [f"--config={config}"]), *(f"--plugin={file}" for file in files),
              *setting_words(settings)]
     callbacks = {"step": on_step, "evaluation": on_evaluation, "checkpoint": on_checkpoint}
-    with recording(words) as start, watching(leaving=False) as stop:
+    with of_a_call(), recording(words) as start, watching(leaving=False) as stop:
         try:
             folder = _start(words, start, stop, callbacks)
         except BaseException:

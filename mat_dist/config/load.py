@@ -14,6 +14,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mat_dist.config import rules  # noqa: F401  it registers its rules
-from mat_dist.config.fields import Section
+from mat_dist.config.fields import Section, parse_number, parse_threats
 from mat_dist.config.gone import VERSION, lost, unused
 from mat_dist.config.help import canonical, faulty, general, nearest, problem, settings
 from mat_dist.config.plugins import module_name
@@ -255,6 +256,18 @@ def setting_words(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str
                 value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one)))
 
 
+@contextmanager
+def of_a_call() -> Iterator[None]:
+    """Mistakes in `setting_words` are said to stand among the arguments of a call, not on a command line."""
+    try:
+        yield
+    except ConfigError as error:
+        for one in {error, *error.problems}:
+            one.where, one.how = (text.replace(COMMAND_LINE, "arguments") for text in (one.where, one.how))
+            one.args = (f"{one.what} ({one.where}): {one.how}",)
+        raise
+
+
 def read_overrides(items: Sequence[str], problems: list[ConfigError]) -> list[Override]:
     """The overrides that can be read, in the order of application; what is wrong with the others goes to `problems`."""
     found = []
@@ -319,8 +332,7 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source:
         given = normalised(override.tree, [], Config)
         if override.path[0] not in SHARED or override.empty:
             continue
-        free = [peer for peer in peers if ("threat", "norm") not in given or
-                not locate(peer, ("union", "threats"))[0].value]
+        free = [peer for peer in peers if _heeds(peer, given)]
         used = any(node.source == COMMAND_LINE and depth == len(path) for path in given for peer in free
                    for node, depth in [locate(peer, path)])
         if given and not free:
@@ -331,6 +343,19 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source:
                                      f"{COMMAND_LINE}; {source}",
                                      f"write peers.{ALL}.{override.key}=... or peers.0.{override.key}=..."))
     return found
+
+
+def _heeds(peer: Tree, given: Tree) -> bool:
+    """Whether the threat in `given` can be that of a peer: the first one of its union takes its place. A radius that says
+    the same is let through, because the settings of a study are given to all of its rows."""
+    threats, eps = locate(peer, ("union", "threats"))[0].value, given.get(("threat", "eps"))
+    if not threats or not given.keys() & {("threat", "norm"), ("threat", "eps")}:
+        return True
+    try:
+        return ("threat", "norm") not in given and eps is not None and (
+            float(parse_number(eps.value)) == parse_threats(threats)[0][1])
+    except (ValueError, TypeError, AttributeError):
+        return True  # what cannot be read is refused by itself
 
 
 def _validated(tree: Tree, source: str, problems: list[ConfigError]) -> tuple[Tree, frozenset[str]]:

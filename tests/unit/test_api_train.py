@@ -105,9 +105,19 @@ def test_another_thread_than_the_main_one_may_train(tmp_path):
 def test_a_mistake_in_a_call_is_one_error_of_ours(settings, error, text, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     before = process_state()
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as refused:
         mat_dist.train(**{**TINY, "run.root": tmp_path, **settings})
+    assert "command line" not in str(refused.value)
     assert process_state() == before and not list(tmp_path.iterdir())
+
+
+def test_mistakes_in_the_settings_of_a_call_are_said_to_be_its_arguments(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        mat_dist.train(**{**TINY, "run.root": tmp_path, "attack.esp": 1, "optim.lr": -1})
+    told = [str(refused.value), *map(str, refused.value.problems)]
+    assert [text.count("(arguments, ") for text in told] == [2, 1, 1] and "command line" not in "".join(told)
+    with pytest.raises(ConfigError, match=r"\(arguments, steps\)"):
+        mat_dist.attack(torch.nn.Flatten(), torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64), steps=-1)
 
 
 def test_settings_of_any_python_type_mean_what_they_mean_on_the_command_line(tmp_path):

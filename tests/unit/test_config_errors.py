@@ -140,11 +140,20 @@ def test_a_value_in_the_place_of_a_section_is_refused_also_before_settings_below
         load_config("digits", ["peers=1", "loss=at", *items])
 
 
-@pytest.mark.parametrize("item", ["threat=l2", "attack.norm=l1", "threat={norm: l2, eps: 1}"])
-def test_a_norm_beside_a_union_is_refused_and_not_passed_over(item: str) -> None:
+@pytest.mark.parametrize("item", ["threat=l2", "attack.norm=l1", "threat={norm: l2, eps: 1}", "attack.eps=0.3",
+                                  "threat.eps=16/255"])
+def test_a_threat_beside_a_union_is_refused_and_not_passed_over(item: str) -> None:
     with pytest.raises(ConfigError, match=r"has no effect beside union\.threats"):
         load_config("union_baseline", [item])
     assert load_config("union_baseline", ["attack.steps=3"]).peers[0].attack.steps == 3
+
+
+def test_a_radius_beside_a_union_is_taken_where_it_says_the_same_or_where_other_peers_have_none() -> None:
+    same = ["loss=at", "union.strategy=max", "union.threats=linf:8/255,l2:1/2", "attack.eps=8/255"]
+    assert load_config("digits", ["peers=1", *same]).peers[0].threat.eps == 8 / 255
+    mixed = load_config("digits", ["peers=2", "peers.1.union={strategy: max, threats: 'linf:0.1,l2:1'}", "loss=at",
+                                   "attack.eps=0.3"])
+    assert [peer.threat.eps for peer in mixed.peers] == [0.3, 0.1]
 
 
 def test_text_settings_in_a_file_want_quotes_around_numbers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ the others itself: it says who is missing, and whoever leaves tells the others w
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections import Counter
@@ -40,13 +41,16 @@ class Rendezvous:
         self._address, self._where = launch.master, launch.meeting_place
         # Where torchrun has no store for the ranks, rank 0 opens one, and keeps it as long as this object.
         self._server = self._open(serve=True) if launch.rank == 0 and not launch.agent_store else None
+        self._turn = 0
+        if launch.agent_store:  # it outlives a training, and a program may have several: its processes count alike
+            self._turn = self.client("turns").add(f"{launch.rank} {socket.gethostname()} {os.getpid()}", 1)
         self._store: Any = self.client("rendezvous")
 
     def client(self, purpose: str) -> dist.Store:
-        """A new client of the store, with keys of this restart: torchrun's store outlives one, and gloo would connect
-        to the addresses of the attempt before (torch 2.14)."""
+        """A new client of the store, with keys of this restart and training: torchrun's store outlives them, and gloo
+        would connect to the addresses of the attempt before (torch 2.14)."""
         self._patiently(self._knock, "the store of rank 0", "silent")
-        prefix = f"mat_dist/{self._launch.run_id}/{self._launch.restart}/{purpose}"
+        prefix = f"mat_dist/{self._launch.run_id}/{self._launch.restart}/{self._turn}/{purpose}"
         return dist.PrefixStore(prefix, self._open(serve=False))
 
     def wait_for_all(self, told: str = "") -> list[str]:

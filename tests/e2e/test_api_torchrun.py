@@ -21,8 +21,11 @@ def hear(record):
     if sys.argv[2] == "fail":
         raise ZeroDivisionError("mine")
 
+settings = json.loads(sys.argv[1])
 try:
-    run = mat_dist.train(**json.loads(sys.argv[1]), on_step=hear)
+    run = mat_dist.train(**settings, on_step=hear)
+    if sys.argv[2] == "again":
+        run = mat_dist.train(**{**settings, "run.name": "again"})
     told = str(mat_dist.load(run, 1).training)
 except mat_dist.MatError as error:
     told = str(error)
@@ -44,6 +47,12 @@ def test_a_program_on_two_ranks_trains_the_weights_of_one_and_hears_on_the_first
     assert launch(tmp_path, "two", "end") == [[[2, 4], "False"], [[], "False"]]
     found = Finished(0, RunFolder(tmp_path / "two"))
     assert found.hashes() == run_small(tmp_path, "one", "log.every=2").hashes()
+
+
+def test_a_program_on_two_ranks_trains_several_times_each_as_if_alone(tmp_path):
+    assert launch(tmp_path, "first", "again") == [[[2, 4], "False"], [[], "False"]]
+    first, again = (Finished(0, RunFolder(tmp_path / name)) for name in ("first", "again"))
+    assert first.hashes() == again.hashes()
 
 
 def test_what_a_callback_raises_ends_all_ranks_with_one_text(tmp_path):

@@ -346,7 +346,7 @@ def without_effect(overrides: Sequence[Override], peers: Sequence[Tree], source:
 
 
 def _heeds(peer: Tree, given: Tree) -> bool:
-    """Whether the threat in `given` can be that of a peer: the first one of its union takes its place. A radius that says
+    """Whether the threat in `given` can be that of a peer: the first one of its union takes its place. A radius that is
     the same is let through, because the settings of a study are given to all of its rows."""
     threats, eps = locate(peer, ("union", "threats"))[0].value, given.get(("threat", "eps"))
     if not threats or not given.keys() & {("threat", "norm"), ("threat", "eps")}:

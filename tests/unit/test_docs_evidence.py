@@ -115,10 +115,14 @@ def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
         if cells[2] != "-":
             assert cells[2] == apart("union", "mat_max_wa", row["row"], "union", "last")
     text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
-    points = [apart("union", "mat_max_wa", row, "union", "last")[1:].split(" ")[0] for row in ("max_wa", "ramp", "at_l2")]
-    assert "end {} points above the same network alone, {} above RAMP and {} above".format(*points) in text
-    taught = [apart("union", "mat_union_wa", row, "union", "last").split(" ")[0][1:] for row in ("at_l2", "max_wa")]
-    assert "ends {} points above the best single norm, and {} below `max_wa`".format(*taught) in text
+    points = {(mutual, row): apart("union", mutual, row, "union", "last").split(" ")[0]
+              for mutual in ("mat_max_wa", "mat_union_wa") for row in ("max_wa", "ramp", "at_l2")}
+    assert "end {} points above the same network alone, {} above RAMP and {} above".format(
+        *(points["mat_max_wa", row].lstrip("+") for row in ("max_wa", "ramp", "at_l2"))) in text
+    assert "ends {} points above the best single norm, and {} below `max_wa`".format(
+        *(points["mat_union_wa", row].lstrip("+-") for row in ("at_l2", "max_wa"))) in text
+    best = apart("union", "mat_max_wa", "max_wa", "union", "best").split(" ")[0]
+    assert best[0] == "-" and f"At the best epoch `max_wa` is {best[1:]} points ahead" in text
 
 
 def test_the_answer_shows_the_figure_of_every_table_that_was_measured() -> None:

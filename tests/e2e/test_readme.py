@@ -51,6 +51,7 @@ DESCRIBED = {
     f"{TRAIN} --plugin {DATA} data.name=stripes": "a minute or more; another command runs the plug-in",
     "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config cifar10_resnet18": "days without GPUs",
     "torchrun --standalone --nproc_per_node=4 -m mat_dist.train --config union_generalist": "days without GPUs",
+    "torchrun --standalone --nproc_per_node=2 -m mat_dist.train --config union_mutual": "days without GPUs",
     "sbatch --nodes=2 --gres=gpu:4 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/unit/test_launch.py",
     "sbatch --gres=gpu:4 --time=24:00:00 launch/slurm.sbatch --config cifar10_resnet18": "SLURM; tests/cluster",
     "sbatch --nodes=2 --gres=gpu:4 --time=24:00:00 launch/slurm_multinode.sbatch --config cifar10_resnet18":
@@ -207,7 +208,7 @@ def test_a_training_command_is_understood(command, run, monkeypatch, tmp_path):
         for name, value in zip(LAUNCHER, (0, ranks, 0, per_node, "no.such.host.invalid", 29500), strict=True):
             monkeypatch.setenv(name, str(value))
     out = run(*words, "run.device=cpu", "--dry-run")
-    assert f"placement   4 peers on {ranks} rank" in out
+    assert f"placement   {2 if 'union_mutual' in command else 4} peers on {ranks} rank" in out
     assert ("my_model" in out) == ("my_model" in command)
 
 

@@ -41,12 +41,17 @@ def seeds(row: dict[str, Any], column: str) -> int:
     return max(len(found[column]["by_seed"]) for found in row["accuracy"]["last"].values() if column in found)
 
 
+def in_points(one: dict[str, Any]) -> str:
+    """A difference with its interval, as the pages write it."""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
+
+
 def difference(suite: str, title: str, checkpoint: str = "last", kind: str = "mean") -> str:
     """mat minus at_x3 in points, with its interval."""
     found = document(suite, title)
     (one,) = [one for one in found["differences"] if (one["kind"], one["checkpoint"], one["column"]) == (
         kind, checkpoint, found["primary"]) and (plain(one["row"]), plain(one["control"])) == ("mat", "at_x3")]
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
+    return in_points(one)
 
 
 def measured(suite: str, title: str) -> list[str]:
@@ -74,7 +79,7 @@ def apart(title: str, row: str, control: str, column: str, checkpoint: str) -> s
         one["row"], one["control"], one["column"], one["checkpoint"]) == (row, control, column, checkpoint)}
     one = found.get("mean", found.get("best"))
     assert one is not None
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
+    return in_points(one)
 
 
 def share(row: dict[str, Any], label: str, column: str) -> str:
@@ -103,6 +108,7 @@ def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
     plain = apart("overfit", "mat", "at_x3", "pgd100", "last")
     assert f"end {points[0]} points above" in text and f"and {points[1]} above those without" in text
     assert f"the gain (`mat`) is {plain[1:5]} points" in text
+    assert f"{apart('overfit', 'mat_wa', 'at_wa_x3', 'pgd20', 'best')[1:4]} points are left" in text
 
 
 def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
@@ -184,6 +190,5 @@ def test_the_readme_quotes_accuracies_and_differences_as_measured() -> None:
         (one,) = [one for one in found["differences"] if (
             plain(one["row"]), plain(one["control"]), one["kind"], one["checkpoint"], one["column"]) == (
             mutual, control, "mean", "last", column)]
-        points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one[key] for key in ("mean", "low", "high")))
-        assert cells == [*(percent(by_name[name], "mean", column) for name in (control, mutual)), points]
+        assert cells == [*(percent(by_name[name], "mean", column) for name in (control, mutual)), in_points(one)]
         assert seeds(by_name[mutual], column) == int(count) and attack.replace("-", "").lower() == column

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from mat_dist.cli import run_entry
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, nearest
 from mat_dist.screens import arrived
 
 COMMANDS = {  # name: module in mat_dist, what it does
@@ -33,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _other(words: list[str]) -> None:
     """The list of the commands. Raises ConfigError for a word that is none of them."""
     if words and words[0] not in ("-h", "--help"):
-        near = difflib.get_close_matches(words[0], COMMANDS, 1)
+        near = nearest(words[0], COMMANDS)
         raise ConfigError(f"there is no command {words[0][:40]!a}", "command line",
-                          f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}")
+                          f"did you mean {near}?" if near else f"commands are {', '.join(COMMANDS)}")
     print("usage: python -m mat_dist COMMAND ...\n")
     print("\n".join(f"  {name:<10} {meaning}" for name, (_, meaning) in COMMANDS.items()))
     print("\nCOMMAND --help tells more.")

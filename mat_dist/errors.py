@@ -6,9 +6,10 @@ Every message is one line, `mat_dist: error: <what> (<where>): <how to fix>`. Er
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 DONE = 0
@@ -129,6 +130,11 @@ def optional(package: str, where: str, how: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise EnvironmentFault(f"the package {package} cannot be imported: {error}", where, how) from error
+
+
+def nearest(word: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """The known word that `word` may be a misspelling of; `alike`: by difflib's measure."""
+    return next(iter(difflib.get_close_matches(word[:80], list(known), 1, alike)), None)
 
 
 def error_line(error: BaseException) -> str:

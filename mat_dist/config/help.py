@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import textwrap
@@ -35,7 +34,7 @@ from mat_dist.config.tree import (
     printable,
     section_class,
 )
-from mat_dist.errors import ConfigError, HelpShown
+from mat_dist.errors import ConfigError, HelpShown, nearest
 from mat_dist.screens import arrived
 
 PEER = "N"  # stands for a peer's index in the keys below
@@ -185,12 +184,6 @@ def general(path: tuple[str | int, ...]) -> str:
 def canonical(path: tuple[str | int, ...]) -> str:
     """The key under which `settings` knows a path: `peers.2.threat.eps` and `attack.eps` are both `threat.eps`."""
     return OTHER_NAMES.get(general(path), general(path))
-
-
-def nearest(word: str, known: Any) -> str | None:
-    """The known word that `word` may be a misspelling of."""
-    found = difflib.get_close_matches(word[:80], list(known), 1, 0.6)
-    return found[0] if found else None
 
 
 def _section_names(path: tuple[str | int, ...]) -> list[str]:

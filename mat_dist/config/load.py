@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from mat_dist.config import rules  # noqa: F401  it registers its rules
 from mat_dist.config.fields import Section, parse_number, parse_threats
 from mat_dist.config.gone import VERSION, lost, unused
-from mat_dist.config.help import canonical, faulty, general, nearest, problem, settings
+from mat_dist.config.help import canonical, faulty, general, problem, settings
 from mat_dist.config.plugins import module_name
 from mat_dist.config.presets import fill_peer
 from mat_dist.config.rules import check
@@ -52,7 +52,7 @@ from mat_dist.config.tree import (
     with_entries,
     write,
 )
-from mat_dist.errors import CheckpointError, ConfigError
+from mat_dist.errors import CheckpointError, ConfigError, nearest
 
 DEFAULT = "digits"
 PRETRAINED = "pretrained"  # init_from: what the network's library publishes; before a source: with a new last layer

@@ -5,7 +5,6 @@ A plug-in file adds its own with `@register_dataset("name")`.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from torch import Tensor
 from mat_dist import rng
 from mat_dist.config.schema import DataConfig
 from mat_dist.distributed.stopping import StopFlag
-from mat_dist.errors import ConfigError, DataError
+from mat_dist.errors import ConfigError, DataError, nearest
 
 MAPPED_IMAGES = 50_000  # of a mapped set are looked at for means: all of ImageNet would be read from disk
 LEAST_STD = 1 / 255  # a constant channel must not divide by zero
@@ -245,8 +244,8 @@ def find_dataset(name: str) -> Loader:
     """The function (DataConfig, build, stop) -> RawData of a data set. Raises ConfigError for an unknown name."""
     if name in _LOADERS:
         return _LOADERS[name]
-    near = difflib.get_close_matches(name, _LOADERS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name, _LOADERS)
+    hint = f"did you mean {near}? " if near else ""
     raise ConfigError(f"unknown data set {name!r}", "data.name",
                       f"{hint}known: {', '.join(dataset_names())}; a plug-in file can register its own")
 

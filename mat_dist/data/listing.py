@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import stat
@@ -17,7 +16,7 @@ import numpy as np
 from mat_dist.data.decode import EXTENSIONS
 from mat_dist.data.shared import Voice
 from mat_dist.distributed.stopping import StopFlag, leave_if
-from mat_dist.errors import DataError, printable
+from mat_dist.errors import DataError, nearest, printable
 
 LAYOUT = "expected train/CLASS/*.jpg and test/CLASS/*.jpg below data.root"
 HELD_OUT = ("test", "val", "valid", "validation")  # the first with a class of train/ holds the test images
@@ -93,8 +92,8 @@ def _held_out(trees: list[_Tree], train: _Tree) -> tuple[_Tree, list[str]]:
     unknown = [name for key, name in test.folders.items() if key not in train.folders]
     if unknown or not usable:
         lists = [name for name in test.loose if name.endswith((".txt", ".csv"))]
-        near = difflib.get_close_matches(unknown[0] if unknown else "", train.folders, 1)
-        how = f"test classes must be among the training classes{f': is it {near[0]!r}?' if near else ''}"
+        near = nearest(unknown[0] if unknown else "", train.folders)
+        how = f"test classes must be among the training classes{f': is it {near!r}?' if near else ''}"
         if not usable and not near:
             source = lists[0] if lists else "a list that came with them, such as val_annotations.txt,"
             how = f"put each image into {test.name}/CLASS/; {source} may say its class"

@@ -14,12 +14,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from mat_dist.config import config_folders, load_config
 from mat_dist.config.fields import Integer, Number, Section
-from mat_dist.config.help import Options, nearest, setting
+from mat_dist.config.help import Options, setting
 from mat_dist.config.load import find_config
 from mat_dist.config.norms import UNIONS
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE, joined
-from mat_dist.errors import ConfigError, OutputError
+from mat_dist.errors import ConfigError, OutputError, nearest
 from mat_dist.evaluation.results import ENSEMBLE
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.lock import RunLock

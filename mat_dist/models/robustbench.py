@@ -6,7 +6,6 @@ where it is installed. The data set is told by the number of classes.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from importlib import resources
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from mat_dist.config.schema import ModelConfig
-from mat_dist.errors import ConfigError, EnvironmentFault
+from mat_dist.errors import ConfigError, EnvironmentFault, nearest
 from mat_dist.models.library import no_in_place
 from mat_dist.models.registry import Builder, Shape, find_builder, register_family
 
@@ -67,8 +66,8 @@ def as_ours(config: ModelConfig, classes: int) -> tuple[ModelConfig, Moments]:
 def _of_the_package(threat: str | None, entry: str, config: ModelConfig, classes: int) -> nn.Module:
     """The original module, which normalises by itself."""
     where, listed = f"model.name={config.name}", entries(classes)
-    near = difflib.get_close_matches(entry, listed, n=1, cutoff=0.7)
-    hint = f"did you mean robustbench/{near[0]}? " if near else ""
+    near = nearest(entry, listed, alike=0.7)
+    hint = f"did you mean robustbench/{near}? " if near else ""
     if not listed:
         raise ConfigError(f"the data have {classes} classes, those of RobustBench 10, 100 or 1000", where,
                           "choose one of the entries that are built in (docs/models.md), which take any number")

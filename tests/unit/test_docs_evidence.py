@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -82,27 +83,34 @@ def apart(title: str, row: str, control: str, column: str, checkpoint: str) -> s
     return in_points(one)
 
 
-def share(row: dict[str, Any], label: str, column: str) -> str:
+def share(row: dict[str, Any], label: str, column: str, most: int = 3) -> str:
     """The accuracy of the mean peer, or of the best one, as the page quotes it: with the number of seeds where they are
-    fewer than the suite has."""
+    fewer than `most`."""
     accuracy = row["accuracy"].get(label, {})
     found = accuracy.get("mean", accuracy.get("best", {})).get(column)
     if found is None:
         return "-"
-    fewer = len(found["by_seed"]) < 3 and column != "aa"
+    fewer = len(found["by_seed"]) < most and column != "aa"
     return f"{100 * found['mean']:.1f}" + (f" ({len(found['by_seed'])})" if fewer else "")
 
 
-def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
-    found, quoted = results("overfit", "overfit")["rows"], table(PAGE, "## Where networks overfit")
+def assert_quoted(title: str, heading: str, columns: Sequence[tuple[str, str]]) -> None:
+    """Every row of a table below a heading of the page: cost against its first row, `columns` (checkpoint, column), and
+    what `mat_wa` has more, PGD-100 at the last and PGD-20 at the best checkpoint."""
+    found, quoted = results(title, title)["rows"], table(PAGE, heading)
     assert {cells[0].strip("`") for cells in quoted} == set(found)
+    first = found[quoted[0][0].strip("`")]
     for name, _, cost, *cells in quoted:
         row = found[name.strip("`")]
-        assert cells[:3] == [share(row, *one) for one in (("last", "pgd100"), ("last", "aa"), ("best", "pgd20"))], name
-        assert cost == f"{row['cost'] / found['at_x3']['cost']:.2f}"
-        if cells[3] != "-":
-            assert cells[3:] == [apart("overfit", "mat_wa", row["row"], *one)
-                                 for one in (("pgd100", "last"), ("pgd20", "best"))]
+        assert cells[:len(columns)] == [share(row, *one, most=seeds(first, columns[0][1])) for one in columns], name
+        assert cost == f"{row['cost'] / first['cost']:.2f}"
+        if cells[len(columns)] != "-":
+            assert cells[len(columns):] == [apart(title, "mat_wa", row["row"], *one)
+                                            for one in (("pgd100", "last"), ("pgd20", "best"))]
+
+
+def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
+    assert_quoted("overfit", "## Where networks overfit", [("last", "pgd100"), ("last", "aa"), ("best", "pgd20")])
     text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
     points = [apart("overfit", "mat_wa", row, "pgd100", "last")[1:5] for row in ("at_wa_x3", "at_x3")]
     plain = apart("overfit", "mat", "at_x3", "pgd100", "last")

@@ -6,13 +6,14 @@ import hashlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from types import CodeType
 from typing import Any
 
 from mat_dist.errors import ConfigError
 
+_MODULE = "mat_dist_plugin_"  # begins the names of their modules
 _PUBLIC = "mat_dist.models, mat_dist.data, mat_dist.attacks, mat_dist.methods, mat_dist.config and mat_dist.rng"
 
 
@@ -52,7 +53,12 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
 
 def module_name(digest: str) -> str:
     """Under which name a file with this SHA-256 is imported."""
-    return f"mat_dist_plugin_{digest[:16]}"
+    return f"{_MODULE}{digest[:16]}"
+
+
+def origins(made: Iterable[Any]) -> list[str]:
+    """The modules of plug-ins that define some of these functions and classes; the names tell the files' content."""
+    return sorted({one.__module__ for one in made if str(one.__module__).startswith(_MODULE)})
 
 
 def other_plugins(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -88,7 +94,7 @@ def raised(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"left with sys.exit({error.code!r})"
     files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items())
-             if name.startswith("mat_dist_plugin_")}
+             if name.startswith(_MODULE)}
     lines = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename in files]
     return " ".join(f"raised {type(error).__name__}: {error}".split()) + (lines[-1] if lines else "")

@@ -32,6 +32,7 @@ from mat_dist.evaluation.settings import AUTOATTACK, Request, made_by
 from mat_dist.evaluation.soundness import judge_training
 from mat_dist.evaluation.survivors import VOLATILE, Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import load_sources, make_job, make_targets, target_names
+from mat_dist.models.registry import of_plugins
 from mat_dist.runs.console import choose_screen, new_table, show_table
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import close_logger, rank_logger
@@ -100,14 +101,15 @@ def prepare(folder: RunFolder, config: Config, request: Request, mesh: Mesh, lau
     newest = load_manifest(folder) if label == "best" else run.manifest
     about = about_run(run, label, device_name(mesh.device)) | asked(request, config, job, names) | {
         "n": len(samples_N), "data_digest": data.digest, "weights": run.weights,
-        "chosen_on_validation": run.chosen_peer(), **({"sources": told} if told else {})}
+        "chosen_on_validation": run.chosen_peer(), **({"sources": told} if told else {}),
+        **of_plugins(config.peers, *(threat.kind for threat in job.threats))}
     if made_by(job.attacks, "package"):
         about["versions"]["pyautoattack"] = metadata.version("pyautoattack")
     about["digest"] = json_digest({key: value for key, value in about.items() if key not in NOT_DIGESTED})
     work = Work(config, job, targets, split, samples_N, checked=-(-request.checks // config.eval.chunk),
                 save=request.save, sources=sources)
     return work, about, [judge_training(config, newest.meta, newest.step),
-                         *unconfirmed(folder, run.manifest, targets[0].model)]
+                         *unconfirmed(run, targets[0].model)]
 
 
 def check_package(job: Job, classes: int, config: Config) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mat_dist import checkpoints
 from mat_dist.attacks.norms import Threat
-from mat_dist.checkpoints import Manifest
 from mat_dist.checkpoints.foreign import Network, find_network, moments_text, read_tensors
+from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.cli import tell
 from mat_dist.config import dump_config, with_absolute_paths
+from mat_dist.config.plugins import module_name
 from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
@@ -31,7 +32,7 @@ from mat_dist.evaluation.attacks import correct
 from mat_dist.evaluation.chunks import pixels
 from mat_dist.evaluation.results import AS_TRAINED, Verdict
 from mat_dist.evaluation.settings import FileOptions, Importing
-from mat_dist.models.registry import DTYPES, Images, Normalize, make_model
+from mat_dist.models.registry import DTYPES, Images, Normalize, make_model, of_plugins
 from mat_dist.runs.files import write_json, write_text
 from mat_dist.runs.folder import RunFolder, create_or_open
 from mat_dist.runs.lock import RunLock
@@ -119,7 +120,8 @@ def read(file: Path, config: Config, importing: Importing, data: DataSets) -> Im
     sizes = {"name", "image_size", "train_size", "val_size", "test_size"}
     identity = {"sha256": network.source.sha256, "model": spec.model.model_dump(mode="json"), "seed": config.run.seed,
                 "data_digest": data.digest, "mean": list(mean), "std": list(std), "network": network.label,
-                "data": config.data.model_dump(mode="json", include=sizes), "precision": config.step.precision}
+                "data": config.data.model_dump(mode="json", include=sizes), "precision": config.step.precision,
+                **of_plugins([spec])}
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-")[:40] or "model"
     return Imported(stem, model, Images(shape, classes, mean, std), identity, (*network.notes, told))
 
@@ -163,9 +165,18 @@ def assumed(model: nn.Module) -> str:
     return ", ".join([*acts, *eps, "strides, padding and shortcuts of the architecture"])
 
 
-def unconfirmed(folder: RunFolder, manifest: Manifest, model: nn.Module) -> list[Verdict]:
-    """The verdict on the network of a file that nobody has confirmed; none for runs of ours."""
-    if "imported" not in manifest.meta.extra or (folder.path / CONFIRMED).is_file():
+def unconfirmed(run: FinishedRun, model: nn.Module) -> list[Verdict]:
+    """The verdict on the network of a file that nobody has confirmed, or of a plug-in that is not the one of the
+    training; none where the network is known."""
+    extra = run.manifest.meta.extra
+    if "imported" not in extra:
+        then = extra.get("plugins")
+        now = set(of_plugins(run.config.peers).get("plugins", ()))
+        if not isinstance(then, dict) or now <= {module_name(str(digest)) for digest in then.values()}:
+            return []
+        return [Verdict(AS_TRAINED, "", False, "the plug-in of the network has changed since the training. Give it as "
+                        "it was, or train again")]
+    if (run.folder.path / CONFIRMED).is_file():
         return []
     return [Verdict(AS_TRAINED, "", False, f"a file of weights does not tell its network; assumed: {assumed(model)}. "
                     "Evaluate the file with clean=ACCURACY, one that you know for these weights, or confirmed=true")]

@@ -21,7 +21,7 @@ from mat_dist.evaluation.attacks import AttackPlan, Job, Target
 from mat_dist.evaluation.settings import MENU, PEERS, TARGETED, Request, find_run, made_by, refuse_unfinished
 from mat_dist.models import Ensemble
 from mat_dist.models.ensemble import RULES
-from mat_dist.models.registry import Images
+from mat_dist.models.registry import Images, of_plugins
 
 # ------------------------------------------------------------------------------------------------ targets
 
@@ -198,5 +198,5 @@ def load_sources(words: Sequence[str], images: Images, config: Config,
             found[f"{name}/{one}"] = Target(f"{name}/{one}", model, (model,))
         about[path] = {"run": name, "peers": [*about.get(path, {"peers": []})["peers"], *chosen],
                        "step": run.manifest.step, "weights": run.weights,
-                       "files": {entry.name: entry.sha256 for entry in run.manifest.files}}
+                       "files": {entry.name: entry.sha256 for entry in run.manifest.files}, **of_plugins(theirs.peers)}
     return list(found.values()), list(about.values())

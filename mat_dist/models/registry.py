@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from mat_dist import rng
-from mat_dist.config.plugins import raised
+from mat_dist.config.plugins import origins, raised
 from mat_dist.config.schema import ModelConfig, PeerConfig, StepConfig
 from mat_dist.errors import ConfigError, MatError
 from mat_dist.models.library import PREFIXES, in_libraries, library_builder
@@ -166,6 +166,13 @@ def made_by(name: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
         known = ", ".join((*model_names(), *(f"{prefix}<name>" for prefix in PREFIXES)))
         raise ConfigError(f"unknown model {name!r}", "model.name", f"{hint}Known: {known}, or a name from --plugin")
     return found
+
+
+def of_plugins(specs: Iterable[PeerConfig], *others: Any) -> dict[str, list[str]]:
+    """{"plugins": the modules of plug-ins that define the networks of these peers, or other classes}; empty where there
+    is none. Their names tell the files' content."""
+    found = origins([*(made_by(spec.model.name)[0] for spec in specs), *others])
+    return {"plugins": found} if found else {}
 
 
 def is_known(name: str) -> bool:

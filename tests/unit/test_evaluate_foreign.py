@@ -23,6 +23,7 @@ from mat_dist.evaluation import foreign, soundness
 from mat_dist.evaluation.__main__ import main
 from mat_dist.evaluation.attacks import FROM, AttackPlan, craft
 from mat_dist.evaluation.settings import FileOptions, Request, parse
+from mat_dist.models import registry
 from mat_dist.models.registry import Images
 from mat_dist.report.__main__ import main as report
 from mat_dist.runs.folder import RunFolder
@@ -371,6 +372,33 @@ def test_a_model_of_a_plug_in_is_evaluated(evaluate: Command) -> None:
     images, _ = data.batch(torch.arange(40))
     predicted = linear(as_float(images).flatten(1)).argmax(1)
     assert [int(r["clean_prediction"]) for r in found["rows"]] == predicted.tolist()
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_changed_plug_in_gives_results_of_its_own_that_are_not_confirmed(
+        theirs: bool, evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = Path("own.py")
+    plugin.write_text(PLUGIN)
+    words: tuple[Any, ...] = ("--plugin", plugin, *FAST, "threats=linf:0.01")
+    if theirs:
+        linear = torch.nn.Linear(64, 10)
+        words += (saved({"fc.weight": linear.weight, "fc.bias": linear.bias}), *DATA, "model=own_cnn", "normalise=none",
+                  "confirmed=true")
+    else:
+        done = run_small(tmp_path, "run", "--plugin", str(plugin), "model={name: own_cnn, width: 1}")
+        words += (done.folder.path,)
+    before = evaluate(*words)
+    assert evaluate(*words)["file"] == before["file"]
+    monkeypatch.delitem(registry._BUILDERS, "own_cnn")
+    plugin.write_text(PLUGIN.replace("nn.Flatten()", "Square()") + f"""
+# {theirs}: a process imports the same content once
+class Square(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x).square()
+""")
+    after = evaluate(*[word for word in words if word != "confirmed=true"])
+    assert after["file"] != before["file"] and after["rows"] != before["rows"]
+    assert ("network not confirmed" in after["out"], "network not confirmed" in before["out"]) == (True, False)
 
 
 @pytest.mark.parametrize(("words", "code", "text"), [

@@ -32,7 +32,7 @@ UNCHECKED = "no checks were made"
 # What a number lacks that is sound and must not be reported all the same.
 HEADLINE = ("too few images", "near chance", "undertrained", "network not confirmed", "a look alone")
 FEW, CHANCE, UNDERTRAINED, AS_TRAINED, GLANCE = HEADLINE
-FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is up to 5.7 points and more
+FEWEST_IMAGES = 300  # with fewer, half the 95 % interval is 5.6 points or more near 50 %
 COLUMNS = ("sample", "label", "threat", "attack", "target", "weights", "clean_prediction", "prediction", "robust",
            "attacked")
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution

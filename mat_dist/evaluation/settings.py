@@ -56,7 +56,7 @@ MENU: Mapping[str, Kind] = MappingProxyType({
     "cw": Kind("pgd", "PGD on the margin", {"loss": "margin"}),
     "targeted": Kind("pgd", "PGD towards the most likely wrong classes", {"loss": "ce_targeted"}),
     "apgd": Kind("pgd", "Auto-PGD on the cross-entropy, ours", {"reach": None}),
-    "cr": Kind("relaxation", "constraint relaxation, some hundred passes", norm="linf"),
+    "cr": Kind("relaxation", "constraint relaxation, some 50 passes", norm="linf"),
     "search": Kind("search", "random search with square patches", white_box=False),
     "apgd-ce": Kind("package", "Auto-PGD on the cross-entropy"),
     "apgd-dlr": Kind("package", "Auto-PGD on the DLR loss", fewest_classes=3),
@@ -136,7 +136,8 @@ class Request(Section):
                                                                      "default eval.test_steps, or 20 where that is 0")
     restarts: Integer | None = Field(None, ge=1, le=1000, description="random starts; default 1, in l1 5")
     step_size: Number | None = Field(None, gt=0, description="length of a step; default 2.5 eps / "
-                                                             "steps, for mifgsm eps / steps")
+                                                             "steps, for mifgsm eps / steps; of apgd, and in l1, "
+                                                             "of the first step: 2 eps, in l1 eps")
     targets_per_image: Integer = Field(3, ge=1, le=1000, description="classes that targeted leads an image to")
     queries: Integer = Field(1000, ge=1, le=10**6, description="model calls of search")
     version: Literal["standard", "plus", "rand", "custom"] = Field("standard", description="version of AutoAttack")

@@ -10,7 +10,7 @@ layout, one process, peers one after another. What repositories do and what it c
 - images come one by one from a DataLoader with torchvision's PIL transforms.
 
 *Careful* is the same with an eval-mode attack that differentiates the input only. The mathematics is that of preset
-`mat` (docs/method.md), or of `at`, where each peer learns from its own AEs alone: the same adversarial examples give
+`mat` (docs/loss.md), or of `at`, where each peer learns from its own AEs alone: the same adversarial examples give
 the same losses.
 """
 

@@ -126,7 +126,7 @@ class AttackConfig(Section):
 
 
 class UnionConfig(Section):
-    """How one peer trains against several threats at once. Formulas: docs/method.md."""
+    """How one peer trains against several threats at once. Formulas: docs/unions.md."""
 
     strategy: Annotated[str, Registered(strategies)] | None = Field(
         None, description="learn from all threats evenly (avg); from each image's worst one (max); from one drawn per "
@@ -143,7 +143,7 @@ class UnionConfig(Section):
 
 
 class LossConfig(Section):
-    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/method.md."""
+    """The mutual loss of one peer; empty coefficients take the preset's value. Formula: docs/loss.md."""
 
     preset: Annotated[str, Registered(presets)] = Field("mat", description="named set of coefficients")
     hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")

@@ -1,5 +1,5 @@
 """The mutual loss of one peer: its graph's weights times the terms of `losses`, and of its hooks. Formula:
-docs/method.md."""
+docs/loss.md."""
 
 from __future__ import annotations
 

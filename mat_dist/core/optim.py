@@ -96,7 +96,7 @@ def _groups(model: nn.Module, optim: OptimConfig, layer_decay: float | None, dec
     known = next((module for module in model.modules() if hasattr(module, "group_matcher")), None)
     if known is None:
         raise ConfigError("only models of timm tell the order of their layers", f"{where}.optim.args.{LAYER_DECAY}",
-                          "leave it out, or choose model=timm:NAME")
+                          "leave it out, or choose model=timm/NAME")
     from timm.optim import param_groups_layer_decay
 
     layers = list(param_groups_layer_decay(known, optim.weight_decay, layer_decay=layer_decay,
@@ -202,7 +202,7 @@ def lr_at(step: int, *, total_steps: int, steps_per_epoch: int, optim: OptimConf
     constant and piecewise hold the rate (piecewise divides it by 10 at each milestone's share of the training);
     cosine falls to 0 along half a cosine (Loshchilov and Hutter, ICLR 2017); onecycle rises linearly to the peak and
     falls linearly to 0 (Smith and Topin, 2018; linear as in fast_adversarial). A warm-up rises linearly from
-    lr / warm-up steps; the other schedules then run over the remaining steps.
+    lr / warm-up steps; cosine then runs over the remaining steps, and milestones stay where they are.
     """
     warmup = round(optim.warmup_epochs * steps_per_epoch)
     if optim.schedule == "onecycle":

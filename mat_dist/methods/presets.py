@@ -1,7 +1,7 @@
 """Presets of the mutual loss that need nothing but coefficients.
 
-The formula of the MAT paper (Liu, Lau, Souri, Feizi, Chellappa, IEEE TIFS 17, 2022) is not public; ours is a
-reconstruction whose named special cases are published methods. Formulas and sources: docs/method.md.
+Of the MAT paper (Liu, Lau, Souri, Feizi, Chellappa, IEEE TIFS 17, 2022) we had the abstracts, not the formula; ours is
+a reconstruction whose named special cases are published methods. Formulas and sources: docs/loss.md.
 Weights count `batchmean` KL: summed over classes, averaged over the batch.
 """
 
@@ -34,7 +34,8 @@ register_method(Method("presets", "mutual adversarial training and its parts", p
     # As mat_kd, but each peer's opinion on its own AE.
     "dml_at": Preset(({**KD, "kd_own": 1.0, "teacher_input": "own_ae"},)),
     # Hard labels on own AEs, distillation spread evenly over all AEs: from a small trial, where even hard weights lost
-    # 7 points of PGD-100 (docs/method.md). The search found nothing that beats independent peers (docs/evidence.md).
+    # 7 points of PGD-100 (docs/references.md). The search of version 0.1 found nothing that beats independent peers
+    # (docs/evidence.md).
     "mat": Preset((KD,), roles=MAT_ROLES),
     "trades": Preset((TRADES,), (TRADES_ATTACK,)),
     "mat_trades": Preset(({**TRADES, **KD},), (TRADES_ATTACK,)),

@@ -42,7 +42,7 @@ P = 3
 
 
 def preset_loss(preset: str) -> Formula:
-    """L_k of each preset as docs/method.md writes it, of three peers."""
+    """L_k of each preset as docs/loss.md writes it, of three peers."""
     def loss(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
         others = [i for i in range(P) if i != k]
         def opinion(look: Look) -> Tensor:

@@ -13,8 +13,8 @@ from itertools import pairwise
 from mat_dist.config.fields import real_images
 from mat_dist.config.methods import methods, presets, strategies
 from mat_dist.config.norms import known_norms
-from mat_dist.config.presets import hears
-from mat_dist.config.schema import Config, PeerConfig
+from mat_dist.config.presets import fill_attack, fill_loss, hears
+from mat_dist.config.schema import AttackConfig, Config, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 
 Rule = Callable[[Config], Iterable[ConfigError]]
@@ -295,13 +295,16 @@ def single_images_have_a_divergence(config: Config) -> Iterable[ConfigError]:
             for key, peer in entries(config) if peer.loss.kd_where != "all" and peer.loss.kd_loss != "kl"]
 
 
-@rule("step", "optim", "loss")
+@rule("step", "optim", "methods")
 def averages_are_kept(config: Config) -> Iterable[ConfigError]:
-    """Teachers with averaged weights keep them."""
-    return [ConfigError("teachers with averaged weights, and the peer keeps none", f"{key}.optim.ema_decay",
-                        "write a decay such as 0.999, or step.teachers: raw")
+    """Teachers with averaged weights keep them, with running statistics that do not wait for a checkpoint."""
+    kept = {True: ("methods.swa, whose averages have norm statistics in checkpoints alone", "leave methods.swa out and "
+                   "write optim.ema_decay: 0.999, or step.teachers: raw"),
+            False: ("the peer keeps none", "write a decay such as 0.999, or step.teachers: raw")}
+    return [ConfigError(f"teachers with averaged weights, and {what}", f"{key}.optim.ema_decay", how)
             for key, peer in entries(config)
-            if config.step.teachers == "ema" and not peer.averages and not peer.frozen]
+            if config.step.teachers == "ema" and peer.optim.ema_decay is None and not peer.frozen
+            for what, how in [kept[peer.averages]]]
 
 
 @rule("loss", "peers", "union", "threat")
@@ -358,7 +361,9 @@ def config_warnings(config: Config) -> list[str]:
     def note(text: str, peer: PeerConfig) -> None:
         texts.setdefault(text, []).append(peer.name or "")
 
-    for peer in config.peers:
+    for index, peer in enumerate(config.peers):
+        for text in _idle(peer, index, config):
+            note(text, peer)
         eps, size = peer.threat.eps, peer.attack.step_size
         meant = as_fraction(size) if size is not None else None
         if peer.loss.label_smoothing and not peer.frozen and not peer.loss.clean_weight and not peer.loss.hard_weight:
@@ -369,6 +374,8 @@ def config_warnings(config: Config) -> list[str]:
             note(f"attack.step_size {size:g} is more than 2 eps = {2 * eps:g}" + (f"; {meant}?" if meant else ""), peer)
     found = [text if len(names) == len(config.peers) else f"{text} ({', '.join(names)})"
              for text, names in texts.items()]
+    if config.step.teachers == "ema" and not any(peer.loss.kd_weight or peer.loss.kd_clean for peer in config.peers):
+        found.append("step.teachers ema does nothing where nobody learns a teacher's opinion")
     augment = config.data.augment
     for name in {peer.loss.preset for peer in config.peers}:
         preset, users = presets()[name], sum(peer.loss.preset == name for peer in config.peers)
@@ -388,6 +395,31 @@ def config_warnings(config: Config) -> list[str]:
     if config.data.name in ("digits", "svhn") and augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
     return [*found, *_role_warnings(config)]
+
+
+def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
+    """Settings of the loss and the attack that differ from the preset's and change nothing, and steps that are too
+    short for the ball."""
+    loss, attack, eps = peer.loss, peer.attack, peer.threat.eps
+    if peer.frozen:
+        return
+    plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union)
+    distils = bool(loss.kd_weight or loss.kd_clean)
+    used = {"hard_own": loss.hard_weight,
+            **dict.fromkeys(("kd_loss", "kd_where", "teacher_input", "teacher_set"), distils),
+            "temperature": loss.pair_kl or (distils and loss.kd_loss == "kl"),
+            "warmup_epochs": distils or (loss.hard_weight and loss.hard_own != 1)}
+    for name, counts in used.items():
+        if not counts and getattr(loss, name) != getattr(plain, name):
+            yield f"loss.{name} does nothing with these weights of the loss (preset {loss.preset})"
+    if attack.method == "n_fgsm" and attack.start != fill_attack(AttackConfig(), loss.preset, index, peer.threat).start:
+        yield "attack.start does nothing with n_fgsm, which has a noise of its own"
+    if attack.method == "apgd" and (attack.step_size or eps) < eps:
+        yield (f"attack.step_size {attack.step_size:g} is the first step of APGD, which never grows: shorter than eps "
+               f"= {eps:g} it is weak; null is the published length")
+    elif attack.method == "pgd" and "warm_start" not in peer.methods and attack.steps * (attack.step_size or eps) < eps:
+        yield (f"attack.steps {attack.steps} of attack.step_size {attack.step_size:g} are shorter than eps = {eps:g}; "
+               "attack.step_size null fits the steps to the ball")
 
 
 def _role_warnings(config: Config) -> Iterator[str]:

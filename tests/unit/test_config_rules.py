@@ -157,6 +157,8 @@ CASES = [
     ("paths_are_plain", "run.root=a\nb", "a control character", "run.root=../some/where"),
     ("paths_are_plain", "data.root=\0", "a control character", "data.root=/a"),
     ("averages_are_kept", "step.teachers=ema optim.ema_decay=null", "write a decay", "step.teachers=ema"),
+    ("averages_are_kept", "step.teachers=ema methods.swa.start=0.5", "leave methods.swa out",
+     "loss=at methods.swa.start=0.5"),
     ("milestones_rise", "optim.milestones=[0.5,0.5]", "not increasing shares", "optim.milestones=[0.5,0.6]"),
     ("milestones_rise", "optim.milestones=[0.5,1]", "[100/110, 105/110]", "optim.milestones=[]"),
     ("milestones_rise", "optim.milestones=[100,105]", "not increasing shares", "optim.milestones=[100/110,105/110]"),
@@ -244,6 +246,17 @@ def test_unknown_norms_are_told_alone_and_a_missing_expert_with_all_other_mistak
         ("data.augment.idbh=weak data.augment.pad=4", "data.augment.idbh weak crops and erases itself"),
         ("peers=2 loss=lbgat peers.1.loss.label_smoothing=0.2", "no cross-entropy that takes it (peer1)"),
         ("methods.ramp.weight=1", "methods.ramp does nothing without union.strategy ramp"),
+        ("loss=at loss.temperature=4", "loss.temperature does nothing with these weights of the loss (preset at)"),
+        ("loss.kd_loss=mse loss.temperature=4", "loss.temperature does nothing"),
+        ("loss=trades loss.teacher_set=owner", "loss.teacher_set does nothing"),
+        ("loss=at peers.1.loss.kd_where=teacher_right", "loss.kd_where does nothing with these weights of the loss "
+                                                        "(preset at) (peer1)"),
+        ("loss=at loss.warmup_epochs=2", "loss.warmup_epochs does nothing"),
+        ("loss=trades loss.hard_own=0.5", "loss.hard_own does nothing"),
+        ("loss=at step.teachers=ema", "step.teachers ema does nothing where nobody learns"),
+        ("attack.method=n_fgsm attack.steps=1 attack.start=zero", "attack.start does nothing with n_fgsm"),
+        ("attack.method=apgd attack.step_size=0.01", "the first step of APGD, which never grows"),
+        ("attack.steps=1 attack.step_size=0.01", "shorter than eps = 0.1; attack.step_size null fits"),
         ("peers=4 loss=lbgat", "lbgat was published for 2 peers"),
         ("loss=cat", "published for 2 peers"),
         ("peers.1.loss=cat", "cat is meant for all peers"),
@@ -258,7 +271,10 @@ def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None
 
 
 def test_ordinary_settings_are_not_warned_about() -> None:
-    for overrides in ([], ["loss=cat", "peers=2"], ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
+    for overrides in ([], ["loss=cat", "peers=2"], ["loss=trades", "loss.temperature=2"], ["step.teachers=ema"],
+                      ["attack.method=apgd"], ["loss=trades", "attack.method=n_fgsm", "attack.steps=1"],
+                      ["loss=mat_trades", "loss.warmup_epochs=1", "loss.teacher_input=own_ae"],
+                      ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
                       ["attack.start=zero"], ["peers.all.init_from=x"]):
         assert config_warnings(load_config("digits", overrides)) == []
 

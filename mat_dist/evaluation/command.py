@@ -160,10 +160,10 @@ def finish(folder: RunFolder, config: Config, name: str, chunks: Found, about: d
     """Write the files, print the tables -> the path of the document, and the failed checks in words."""
     document = document_of(about, chunks, checked=True, training=training)
     path = write_result(folder.eval, name, document, image_rows(chunks))
-    found = as_result(document).targets
-    names = [f"{name}-{about['plans'][name]['steps']}" if name in about["plans"] else name for name in about["attacks"]]
+    result = as_result(document)
+    found = result.targets
     title = (f"{about['run']}, {about['checkpoint']} (step {about['step']}), {about['split']} split: accuracy without "
-             f"attack and under {', '.join(names)} [95 % interval]")
+             f"attack and under {', '.join(result.named_attacks())} [95 % interval]")
     show_table(attacks_table(found))
     if about.get("sources"):
         show_table(sources_table(found))

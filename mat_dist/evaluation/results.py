@@ -105,6 +105,22 @@ class ThreatName:
 
 
 @dataclass(frozen=True)
+class AutoAttack:
+    """What `autoattack` stood for: a version, or those of its attacks that were asked for."""
+
+    version: str = "standard"
+    custom: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is what a number under AutoAttack means."""
+        return self.version in ("standard", "plus")
+
+    def __str__(self) -> str:
+        return "autoattack" if self.version == "standard" else f"autoattack ({', '.join(self.custom) or self.version})"
+
+
+@dataclass(frozen=True)
 class Answers:
     """One target image by image: position in the split -> class; accuracy's name -> position -> correct."""
 
@@ -127,6 +143,7 @@ class Result:
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
     transfer: bool = False
     sources: tuple[dict[str, Any], ...] = ()
+    autoattack: AutoAttack | None = None
     checkpoint: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     reportable: bool | None = None
@@ -151,17 +168,24 @@ class Result:
         return bool(self.reportable) or (self.reportable is False and made and failed <= {*HEADLINE})
 
     @property
+    def by_autoattack(self) -> bool:
+        """Whether AutoAttack was made, and not some of its attacks alone."""
+        return "autoattack" in self.attacks and (self.autoattack is None or self.autoattack.whole)
+
+    @property
     def age(self) -> tuple[str, int, int]:
         """Orders results from the oldest to the newest."""
         return self.time, self.step, self.number
 
     def named_attacks(self) -> Iterator[str]:
-        """Each attack with its steps and restarts: pgd-20 x 5, autoattack, transfer; of a training's own: PGD-20."""
+        """Each attack with its steps and restarts: pgd-20 x 5, autoattack (square), transfer; of a training's own:
+        PGD-20."""
         for name in self.attacks:
             plan = self.plans.get(name)
             restarts = f" x {plan['restarts']}" if plan and plan["restarts"] > 1 else ""
-            shown = "PGD" if name == "pgd" and self.reportable is None else name
-            yield f"{shown}-{plan['steps']}{restarts}" if plan else name
+            told = {"pgd": "PGD" if self.reportable is None else "pgd", "autoattack": str(self.autoattack or name)}
+            shown = told.get(name, name)
+            yield f"{shown}-{plan['steps']}{restarts}" if plan else shown
         if self.transfer:
             yield "transfer"
         yield from (f"transfer from {one['run']}" for one in self.sources)

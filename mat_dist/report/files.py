@@ -32,7 +32,7 @@ class Evaluation:
 
     Attributes:
         images: which images these are.
-        attack, attacks: short (PGD-20, worst attack), and complete.
+        attack, attacks: short (PGD-20, worst attack), and complete; by_autoattack: whether AutoAttack is among them.
         present: whether it is about the run's best or last checkpoint; any other one is history.
         answers: (target, weights) -> image by image; empty where there is no table of images.
     """
@@ -43,6 +43,7 @@ class Evaluation:
     step: int
     attack: str
     attacks: str
+    by_autoattack: bool
     threats: tuple[str, ...]
     targets: tuple[TargetResult, ...]
     present: bool
@@ -128,7 +129,7 @@ def read_evaluations(folder: RunFolder, rule: str, notes: list[str]) -> list[Eva
         kind = "evaluate" if result.file.stem.startswith("evaluate") else "test" if labels else ""
         enough = one.targets[0].n >= FEWEST_IMAGES
         rank = {("evaluate", "test"): 0, ("test", "test"): 1 if "best" in labels else 2}.get((kind, one.split), 3)
-        strong = "autoattack" in result.attacks, one.targets[0].n if rank == 0 else 0
+        strong = one.by_autoattack, one.targets[0].n if rank == 0 else 0
         found.append(((rank < 3, enough, -rank, *strong, *result.age), one))
     return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -147,7 +148,7 @@ def _evaluation(result: Result, rule: str, labels: Sequence[str]) -> Evaluation:
     told = list(result.named_attacks())
     found = result.images if result.file.with_suffix(".csv").is_file() else {}
     return Evaluation(result.file.name, images, result.split, result.step, "worst attack" if len(told) > 1 else told[0],
-                      ", ".join(told), tuple(threat.label for threat in result.threats),
+                      ", ".join(told), result.by_autoattack, tuple(threat.label for threat in result.threats),
                       tuple(replace(one, target=shown(one.target)) for one in result.targets), bool(labels),
                       {(shown(target), weights): one for (target, weights), one in found.items()})
 

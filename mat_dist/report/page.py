@@ -234,7 +234,7 @@ def result_section(run: RunFiles) -> dict[str, Any]:
         "table": accuracy_table(f"{one.images}, step {one.step}, {weights}, {one.attacks}", one, targets),
         "figures": [Figure("accuracy", chart)], "headline": _headline(one, targets),
         "unsound": [f"{t.target}: {', '.join(t.failed)}" for t in targets if t.failed],
-        "autoattack": "autoattack" in one.attacks, "alone": list(_alone(one, targets)), **others}
+        "autoattack": one.by_autoattack, "alone": list(_alone(one, targets)), **others}
 
 
 def _alone(one: Evaluation, targets: Sequence[TargetResult]) -> Iterator[Table]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ from mat_dist.config.schema import ModelConfig, PeerConfig
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import ConfigError, EnvironmentFault, MatError, OutputError
 from mat_dist.evaluation.autoattack import chunk_seed
-from mat_dist.evaluation.results import TargetResult, Verdict
+from mat_dist.evaluation.results import AutoAttack, Result, TargetResult, Verdict
 from mat_dist.models import Ensemble, build_model
 from mat_dist.models.registry import Images, model_names
 from mat_dist.runs.folder import RunFolder
@@ -158,10 +157,10 @@ def test_the_robustbench_folder_has_its_record_weights_and_loader(run: Path, ima
 
 
 def test_the_record_has_the_numbers_of_the_newest_reportable_autoattack() -> None:
-    def result(share: float, *attacks: str, reportable: bool = True, split: str = "test",
-               norm: str = "linf 8/255") -> tuple[Any, TargetResult]:
+    def result(share: float, *attacks: str, reportable: bool = True, split: str = "test", norm: str = "linf 8/255",
+               version: str = "standard") -> tuple[Any, TargetResult]:
         checks = (Verdict("enough steps", "", reportable, ""),)
-        return (SimpleNamespace(reportable=reportable, split=split, attacks=attacks),
+        return (Result(1, split, "", 0, (), (), {}, attacks, reportable=reportable, autoattack=AutoAttack(version)),
                 TargetResult("peer0", "raw", 1000, {"clean": 0.9, norm: share, "union": share}, checks=checks))
 
     told = {"peers": [PeerConfig(model=ModelConfig(name="resnet18"))],
@@ -169,7 +168,7 @@ def test_the_record_has_the_numbers_of_the_newest_reportable_autoattack() -> Non
             "threat": Threat("linf", 8 / 255), "results": [
                 result(0.1, "autoattack"), result(0.512, "autoattack", "pgd"), result(0.3, "pgd"),
                 result(0.4, "autoattack", reportable=False), result(0.5, "autoattack", split="val"),
-                result(0.6, "autoattack", norm="l2 1/2")]}
+                result(0.6, "autoattack", norm="l2 1/2"), result(0.7, "autoattack", version="custom")]}
     record = json.loads(exporting.filled("model_info.json", told))
     assert (record["clean_acc"], record["autoattack_acc"], record["eps"]) == ("90.00", "51.20", "8/255")
     assert record["additional_data"] is False and record["architecture"] == "resnet18"

@@ -54,8 +54,22 @@ def test_three_formats_are_one_result(document: dict[str, Any], table: str, tmp_
                            "union": {3: False, 5: True}}
 
 
+@pytest.mark.parametrize(("asked", "name", "whole"), [
+    (None, "autoattack", True), ({"version": "standard", "custom": []}, "autoattack", True),
+    ({"version": "plus", "custom": []}, "autoattack (plus)", True),
+    ({"version": "rand", "custom": []}, "autoattack (rand)", False),
+    ({"version": "custom", "custom": ["square", "fab"]}, "autoattack (square, fab)", False)])
+def test_some_attacks_of_autoattack_are_not_called_autoattack(asked: Any, name: str, whole: bool,
+                                                              tmp_path: Path) -> None:
+    document = {**NEW, "attacks": ["pgd", "autoattack"], "autoattack": asked}
+    found = read_result(write(tmp_path, document))
+    assert (list(found.named_attacks()), found.by_autoattack) == (["PGD-20 x 2", name], whole)
+    assert not read_result(write(tmp_path, NEW)).by_autoattack
+
+
 @pytest.mark.parametrize("change", [
     {"format": 3}, {"format": [2]}, {"step": "x"}, {"targets": []}, {"targets": {}}, {"threats": []},
+    {"autoattack": "standard"},
     {"targets": [{"target": "a", "weights": "raw", "n": 0, "accuracy": SHARES}]},
     {"targets": [{"target": "a", "weights": "raw", "n": 4, "accuracy": SHARES | {"union": 1.5}}]},
     {"targets": [{"target": "a", "weights": "raw", "n": 4, "accuracy": {"clean": 1.0, "union": 1.0}}]},

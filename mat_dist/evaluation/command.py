@@ -47,6 +47,8 @@ def evaluate_run(folder: RunFolder, config: Config, request: Request, mesh: Mesh
     Raises, on all ranks with one text: ConfigError, DataError, CheckpointError, EnvironmentFault for what does not
     fit; StopRequested; NotReportable when a soundness check failed, after the files are written.
     """
+    if mesh.placement.is_lead and request.idle:
+        tell(f"note: no attack of {', '.join(request.attacks)} reads {', '.join(request.idle)}")
     with _logged(folder, mesh), closing(choose_screen("auto" if mesh.placement.is_lead else "off")) as screen:
         screen.start(0, (), 0)
         screen.status("loading models and images")

@@ -89,6 +89,7 @@ def stand_in(names: Iterable[str]) -> str | None:
 # ------------------------------------------------------------------------------------------------ settings
 
 PEERS = "peers"
+READERS = {"targets_per_image": TARGETED, "queries": SEARCH, "version": AUTOATTACK}  # the attack that reads a setting
 # Settings of the run that change neither its models nor its images.
 FREE_SETTINGS = ("run.device", "run.threads", "run.deterministic", "comm.", "data.root", "data.cache",
                  "data.download", "data.residency", "eval.chunk")
@@ -154,6 +155,17 @@ class Request(Section):
     save: bool = Field(False, description="save the AEs as float32 and as bytes, and measure the bytes too")
     checks: Integer = Field(256, ge=0, description="images that the soundness checks look at, in whole chunks; 0: no "
                                                    "checks, and the numbers are not called reportable")
+
+    @property
+    def idle(self) -> list[str]:
+        """The settings that were given, and that none of the attacks reads."""
+        more = stand_in(self.attacks) if f"{ENSEMBLE}:vote" in self.targets else None
+        made = [*self.attacks, *([more] if more else [])]
+        read = {name for name, attack in READERS.items() if attack in made}
+        read |= {name for name in ("steps", "restarts", "step_size")
+                 if any(name not in MENU[attack].plan for attack in made_by(made, "pgd"))}
+        return [name for name in ("steps", "restarts", "step_size", *READERS)
+                if name in self.model_fields_set and name not in read]
 
     @model_validator(mode="after")
     def _together(self) -> Request:

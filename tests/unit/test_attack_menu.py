@@ -312,6 +312,17 @@ def asked(*threats: str, data: str = "cifar10", attacks: str = "autoattack") -> 
     return threats_asked(request, [Threat("linf", 0.1), Threat("linf", 0.2), Threat("l2", 0.3)], data)
 
 
+@pytest.mark.parametrize(("words", "idle"), [
+    ("attacks=autoattack steps=100 restarts=5 version=plus", "steps restarts"), ("attacks=pgd,cw steps=100", ""),
+    ("attacks=pgd version=plus queries=5 targets_per_image=9", "targets_per_image queries version"),
+    ("attacks=mifgsm steps=9 step_size=0.1 restarts=2", "restarts"),
+    ("attacks=fgsm,uniform step_size=0.1", "step_size"),
+    ("attacks=targeted,search targets_per_image=9 queries=9", ""), ("attacks=pgd", ""),
+    ("attacks=pgd targets=ensemble:vote queries=9", ""), ("attacks=square targets=ensemble:vote queries=9", "queries")])
+def test_settings_that_no_attack_reads_are_known(words: str, idle: str) -> None:
+    assert parse(["runs/x", *words.split()]).request.idle == idle.split()
+
+
 def test_a_run_that_made_no_test_is_attacked_with_the_default_number_of_steps() -> None:
     config = load_config(None, ["eval.test_steps=0"])
     assert attack_plans(Request(attacks=("pgd",)), config)["pgd"].steps == 20

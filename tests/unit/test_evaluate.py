@@ -128,8 +128,10 @@ def test_a_run_of_version_0_1_gives_the_same_images(run: Path, trained: Path, tm
 
 
 def test_the_table_tells_the_steps_of_each_attack(run: Path, evaluate: Evaluate) -> None:
-    found = evaluate(run, "attacks=pgd,cw", "checks=0", "steps=3", "images=4", "targets=peer0", "transfer=false")
+    found = evaluate(run, "attacks=pgd,cw", "checks=0", "steps=3", "images=4", "targets=peer0", "transfer=false",
+                     "queries=9")
     assert "under pgd-3, cw-3" in " ".join(found["out"].split())
+    assert "note: no attack of pgd, cw reads queries" in found["out"]
 
 
 def test_a_union_is_the_and_of_clean_and_all_threats_image_by_image(run: Path, evaluate: Evaluate) -> None:

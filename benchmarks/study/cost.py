@@ -1,4 +1,4 @@
-"""What the training of a row costs, and whether each row has the control at equal cost that it needs."""
+"""What the training of a row costs, and whether each row has the control that it needs, which costs as much or more."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from benchmarks.study.why import explain
 from mat_dist.checkpoints.load import candidates
 from mat_dist.cli import tell
 from mat_dist.errors import ConfigError, NotReportable
+from mat_dist.evaluation.targets import make_job
 from mat_dist.runs.console import show_table
 from mat_dist.tools.dryrun import training_passes
 
@@ -52,7 +53,7 @@ def conduct(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
 
 
 def planned(options: Namespace) -> tuple[Suite, list[Entry]]:
-    """The suite and its rows. Raises ConfigError: mistakes of the file, and rows without a control at equal cost."""
+    """The suite and its rows. Raises ConfigError: mistakes of the file, rows without a control that costs as much."""
     entries: list[Entry] = []
 
     def costs(study: Evidence) -> Iterator[Problem]:
@@ -133,8 +134,8 @@ def judge(entries: Sequence[Entry]) -> None:
 
 
 def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
-    """Rows, runs and passes; of a batch for the training, of an image for the evaluations."""
-    table = Table("table", "row", "peers", "runs", "steps", "million passes, training", "million passes, PGD of tests",
+    """Rows, runs and passes of an image."""
+    table = Table("table", "row", "peers", "runs", "steps", "million passes, training", "million passes, tests (most)",
                   "cost by that of its control", title_justify="left",
                   title=f"{suite.config}, seeds {', '.join(map(str, suite.seeds))}")
     runs, training, testing = 0, 0.0, 0.0
@@ -151,7 +152,8 @@ def show_plan(suite: Suite, entries: Sequence[Entry]) -> None:
                       against_control(entry, entries))
     table.add_row("all", "", "", str(runs), "", f"{training:.2f}", f"{testing:.2f}", "")
     show_table(table)
-    print("Passes: forward and backward of one image, all seeds. Not counted: validation, AutoAttack, checks, reasons."
+    print("Passes: forward and backward of one image, all seeds. Tests: PGD and APGD alone, all steps for all images. "
+          "Not counted: AutoAttack and other attacks, validation, checks, reasons."
           "\nThe cost of a row that starts from finished peers of others includes the training of those.")
 
 
@@ -163,14 +165,16 @@ def against_control(entry: Entry, entries: Sequence[Entry]) -> str:
 
 
 def tests(plan: TablePlan, entry: Entry, seed: int) -> float:
-    """Passes of an image in the PGD and CW attacks of one run; an ensemble counts as its members."""
-    peers = len(candidates(entry.jobs[seed].config.peers))
-    total = 0.0
+    """Passes of an image in the PGD and APGD of one run, as if no image were broken before the last step; an ensemble
+    counts as its members."""
+    config = entry.jobs[seed].config
+    peers, total = len(candidates(config.peers)), 0.0
     for one in plan.evaluations.values():
         units = {"first": 1, "peers": peers, "all": peers if peers == 1 else 2 * peers}[one.who]
         request = one.arguments.request
-        attacks = [name for name in request.attacks if name in ("pgd", "cw")]
-        if one.applies(entry.name, seed) and attacks and request.images:
-            steps = (request.steps or entry.jobs[seed].config.eval.test_steps) * (request.restarts or 1)
-            total += 2.0 * units * len(attacks) * steps * request.images * len(one.checkpoints)
+        if one.applies(entry.name, seed) and request.images:
+            job = make_job(request, config)
+            steps = sum(attack.steps * attack.starts(threat) * max(attack.targets, 1)
+                        for attack in job.plans.values() for threat in job.threats)
+            total += 2.0 * units * steps * request.images * len(one.checkpoints)
     return total

@@ -74,6 +74,7 @@ def _about(table: Mapping[str, Any]) -> list[str]:
 
 def _restricted(one: Mapping[str, Any]) -> str:
     parts = [f"{what} {', '.join(map(str, one[what]))}" for what in ("rows", "seeds") if one[what] is not None]
+    parts += ["of a cohort the first peer, which is its mean peer here,"] if one.get("who") == "first" else []
     return f" ({'; '.join(parts)} alone)" if parts else ""
 
 
@@ -148,8 +149,8 @@ def _rows(table: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_lines(found: Mapping[str, Any]) -> list[str]:
-    """The comparisons as Markdown: each row against its control at equal cost, how many there are, what came out for
-    each row, a sentence for each pair."""
+    """The comparisons as Markdown: each row against its own control, how many there are, what came out for each row,
+    a sentence for each pair."""
     made: Sequence[Mapping[str, Any]] = found["made"]
     lines = _at_equal_cost([one for one in made if one.get("equal")], found["column"], found.get("waiting", []))
     if not made:
@@ -183,7 +184,7 @@ def _at_equal_cost(made: Sequence[Mapping[str, Any]], column: str, waiting: Sequ
     if not lines:
         return []
     columns = ["row", "its control", "who", "cost by the control's", "points", "95 % interval", "seeds", "verdict"]
-    return [f"Each row against its control at equal cost, `{column}` of the last checkpoint:", "",
+    return [f"Each row against its own control, which costs as much or more: `{column}` of the last checkpoint.", "",
             *markdown_table(columns, lines, text_columns=3), ""]
 
 
@@ -211,7 +212,7 @@ def _sentence(pair: Sequence[Mapping[str, Any]]) -> str:
     seeds = min(one["seeds"] for one in pair)
     mine, theirs = first["tried"]
     tried = "" if mine == theirs else f", chosen from {mine} settings where the control is from {theirs}"
-    own = ", its control at equal cost" if first.get("equal") else ""
+    own = ", its own control" if first.get("equal") else ""
     return (f"against `{first['control']}`{own}, at {_times(first['cost_ratio'])} times its cost, "
             f"{'one seed alone' if seeds == 1 else f'{seeds} seeds'}{tried}: {told}.")
 

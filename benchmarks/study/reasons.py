@@ -68,7 +68,7 @@ def main(options: Namespace) -> None:
     if options.dry_run:
         steps = sum(spec.attack.steps for spec in config.peers)
         print(f"{folder.name}, step {run.manifest.step}: at most {images} validation and {images} training images, "
-              f"{2 * steps * images} passes of one image in the attacks; "
+              f"{4 * steps * images} forward and backward passes of one image in the attacks; "
               f"{'measured already, and measured again' if file.is_file() else 'not measured yet'} ({file})")
         return
     document = make(run, images)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.command import chosen
+from benchmarks.study.cost import image_passes
 from benchmarks.study.pages import search_page
 from benchmarks.study.plan import SearchSuite, Words, read_search
 from benchmarks.study.runs import Job, Trained, carry_out, choose_suite, head_document, train, write_results
@@ -31,8 +32,8 @@ class Candidate(Trained):
 
     @property
     def cost(self) -> int | None:
-        """Forward and backward passes of its training."""
-        return self.passes[1] + self.passes[2] if self.passes else None
+        """Forward and backward passes of an image in its training."""
+        return image_passes(self.first.config, self.passes) if self.first and self.passes else None
 
     @property
     def state(self) -> str:
@@ -53,7 +54,7 @@ def main(options: Namespace) -> None:
     if options.dry_run:
         for one in found:
             print(f"{one.name}: {' '.join(one.point) or '-'}: "
-                  f"{one.error or f'{len(one.jobs)} runs, {one.cost} passes of a batch each'}")
+                  f"{one.error or f'{len(one.jobs)} runs, {one.cost} passes of an image each'}")
         return
     families = chosen(options.only, list(suite.families), "family")
     asked = [one for one in found if one.family in families]
@@ -116,7 +117,9 @@ def write(options: Namespace, suite: SearchSuite, found: Sequence[Candidate]) ->
     document = {**head_document(options, suite, found), "peers": suite.peers, "weights": suite.weights,
                 "untested": NEVER_TESTED,
                 "runs": {"done": sum(job.done for job in runs), "all": len(found) * len(suite.seeds)},
-                "families": {name: {"says": family.says, "settings": list(family.settings),
+                "families": {name: {"says": family.says,
+                                    "settings": [*(f"peers={size}" for size in [family.peers] if size),
+                                                 *family.settings],
                                     "tried": sum(one.family == name for one in found),
                                     "done_runs": sum(job.done for one in found if one.family == name
                                                      for job in one.jobs.values())}

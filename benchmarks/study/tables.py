@@ -222,7 +222,7 @@ def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
             "figure": plan.figure,
             "controls": list(plan.controls), "settings": list(plan.settings),
             "evaluations": {name: {"settings": list(one.settings), "checkpoints": list(one.checkpoints),
-                                   "rows": list(one.rows) if one.rows is not None else None,
+                                   "who": one.who, "rows": list(one.rows) if one.rows is not None else None,
                                    "seeds": list(one.seeds) if one.seeds is not None else None}
                             for name, one in plan.evaluations.items()},
             "rows": rows, "differences": apart, "comparisons": comparisons(rows, apart, plan.primary)}
@@ -308,7 +308,7 @@ def comparisons(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping
 
     Returns:
         `made`: the comparisons, with `verdict` beats, loses or noise, `cost_ratio`, the row's cost by the control's,
-        and `equal`, whether it is the row's own control, at equal cost; `waiting`: (row, its own control) that were
+        and `equal`, whether it is the row's own control; `waiting`: (row, its own control) that were
         not compared yet; `left_out`: (row, control) whose control costs more, or whose cost is not known; `several`:
         how many of those made have more than one seed; `by_chance`: how many of all would not be called noise were
         there no difference and every interval right.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study import evidence
 from benchmarks.study.__main__ import main, read_options
 from benchmarks.study.cost import relative_cost
 from benchmarks.study.evidence import planned
@@ -157,6 +158,16 @@ def test_a_dry_run_shows_what_rows_cost_against_their_controls(tmp_path: Path, c
     assert "taught" in capsys.readouterr().err
 
 
+def test_a_dry_run_counts_every_attack_threat_and_start_of_the_tests(tmp_path: Path) -> None:
+    """Both attacks in linf once and in l1 from five starts, for two checkpoints of both peers; steps by default 20."""
+    pgd = "[attacks=pgd, steps=2, images=30, checks=0, transfer=false, eval.chunk=30]}"
+    both = '["attacks=apgd,cw", "threats=linf:0.1,l1:2", images=30], who: peers, checkpoints: [best, last]}'
+    suite, made = planned(read_options(plan(tmp_path, ("max_steps=225", "max_steps=400"), (pgd, both),
+                                            ("primary: pgd", "primary: union"))))
+    found = {entry.name: evidence.tests(suite.tables["main"], entry, 0) for entry in made}
+    assert found["at"] == 2 * 2 * (1 + 5) * 20 * 30 * 2 and found["mat"] == 2 * found["at"]
+
+
 def test_every_row_is_compared_with_its_own_control_whatever_that_costs(tmp_path: Path) -> None:
     """With 400 steps at_long costs 1.78 times as much as mat: left out as one of the table's, not as its own."""
     words = plan(tmp_path, ("max_steps=225", "max_steps=400"), ("controls: [at_x2]", "controls: [at_x2, at]"))
@@ -172,7 +183,7 @@ def test_every_row_is_compared_with_its_own_control_whatever_that_costs(tmp_path
     assert found["mat", "at_long"]["cost_ratio"] == pytest.approx(36 / 64)
     assert next(row for row in document["rows"] if row["row"] == "taught")["starts_from"] == ["at_x2"]
     lines = verdict_lines(document["comparisons"])
-    assert lines[0].startswith("Each row against its control at equal cost, `pgd`")
+    assert lines[0].startswith("Each row against its own control, which costs as much or more: `pgd`")
     assert lines[4] == "| `mat` | `at_long` | mean peer | 0.56 | +10.00 | +8.06 to +11.94 | 2 | beats |"
     assert json.dumps(document)
 

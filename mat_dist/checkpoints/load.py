@@ -193,7 +193,7 @@ def candidates(specs: Sequence[PeerConfig]) -> list[str]:
     """The peers that may be the best one: the generalists, or where there are none all that train on AEs, or at all."""
     training = [spec for spec in specs if not spec.frozen]
     generalists = [spec for spec in training if spec.role == "generalist"]
-    return [str(spec.name) for spec in generalists or [s for s in training if s.loss.learns_aes] or training]
+    return [str(spec.name) for spec in generalists or [s for s in training if s.learns_aes] or training]
 
 
 def validation_file(folder: RunFolder, step: int) -> Path:

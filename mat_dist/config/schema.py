@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mat_dist.config.fields import Arguments, Integer, Number, Section, Written, parse_threats
-from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, presets, strategies
+from mat_dist.config.methods import Methods, Registered, attack_losses, attack_methods, methods, presets, strategies
 from mat_dist.config.norms import known_norms
 
 MAX_PEERS = 256  # a bound for typing errors; each peer is a model
@@ -176,11 +176,6 @@ class LossConfig(Section):
     warmup_epochs: Number | None = Field(None, ge=0, description="epochs in which the peer learns alone: no "
                                                                  "distillation, hard labels on own AEs")
 
-    @property
-    def learns_aes(self) -> bool:
-        """Whether a complete loss has a term on AEs; LBGAT's net of clean images has none."""
-        return bool(self.hard_weight or self.kd_weight or self.pair_kl or self.pair_mse)
-
 
 class OptimConfig(Section):
     """An optimizer of torch.optim and a schedule that is a pure function of the step."""
@@ -201,8 +196,8 @@ class OptimConfig(Section):
     warmup_epochs: Number = Field(0.0, ge=0, description="linear warm-up from 0; onecycle: length of the rise "
                                                          "(0: 30 % of the training)")
     clip_norm: Number | None = Field(None, gt=0, description="clip each peer's gradient to this L2 norm")
-    ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; empty: none are "
-                                                                   "kept")
+    ema_decay: Number | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, at most (1 + t) / "
+                                                                   "(10 + t) after t steps; empty: none are kept")
 
 
 class PeerConfig(Section):
@@ -231,6 +226,12 @@ class PeerConfig(Section):
     def averages(self) -> bool:
         """Whether averaged weights are kept."""
         return self.optim.ema_decay is not None or "swa" in self.methods
+
+    @property
+    def learns_aes(self) -> bool:
+        """Whether a complete entry has a term on AEs, of a method too; LBGAT's net of clean images has none."""
+        loss, couples = self.loss, any(methods()[name].pairs for name in self.methods)
+        return bool(loss.hard_weight or loss.kd_weight or loss.pair_kl or loss.pair_mse or couples)
 
 
 class StepConfig(Section):

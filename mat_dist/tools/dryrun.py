@@ -23,7 +23,7 @@ from mat_dist.config.methods import methods
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
-from mat_dist.core.optim import lr_at
+from mat_dist.core.optim import ema_decay_at, lr_at
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
 from mat_dist.data.builtin import load_digits
@@ -312,8 +312,11 @@ def _schedule(run: _Run) -> list[str]:
         if rates != before or step == total - 1:
             table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
         before = rates
+    bounds = {decay: ema_decay_at(total - 1, decay) for optim, _ in optims if (decay := optim.ema_decay) is not None}
+    averages = [f"averages: optim.ema_decay {decay:g} has no effect in so few steps: the average's warm-up keeps it at "
+                f"most {bound:.4f}" for decay, bound in bounds.items() if bound < decay]
     return [f"schedule: {total:,} steps, {per_epoch:,} per epoch, {batch} images each; "
-            f"{forward:,} forward, {backward:,} backward passes", *_lines(table)]
+            f"{forward:,} forward, {backward:,} backward passes", *_lines(table), *[""] * bool(averages), *averages]
 
 
 def _marks(total: int, per_epoch: int, optim: OptimConfig) -> set[int]:

@@ -61,10 +61,11 @@ def test_a_folder_that_is_no_run_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 
 def test_the_best_peer_is_a_generalist_or_else_one_that_learns_adversarial_examples() -> None:
-    """The first net of LBGAT learns clean images alone."""
+    """The first net of LBGAT learns clean images alone; MART's terms on AEs are those of a method."""
     def names(*words: str) -> list[str]:
         return candidates(load_config("digits", words).peers)
 
     assert names("peers=2", "loss=lbgat") == ["peer1"] and names("peers=2") == ["peer0", "peer1"]
+    assert names("peers=2", "peers.0.loss=mart", "peers.1.loss=at") == ["peer0", "peer1"]
     assert names("peers=2", "peers.0.role=specialist", "peers.1.role=generalist") == ["peer1"]
     assert names("peers=2", "loss=at", "loss.hard_weight=0", "loss.clean_weight=1") == ["peer0", "peer1"]

@@ -239,6 +239,13 @@ def test_a_subset_and_max_steps_shorten_the_schedule() -> None:
     assert "schedule: 10 steps, 4 per epoch, 50 images each" in text
 
 
+def test_a_decay_of_the_averaged_weights_that_their_warm_up_never_reaches_is_told() -> None:
+    """165 steps: the last decay is at most 165 / 174."""
+    note = "optim.ema_decay 0.99 has no effect in so few steps: the average's warm-up keeps it at most 0.9483"
+    assert note in description(config_of("optim.ema_decay=0.99"))
+    assert not any("has no effect" in description(config_of(f"optim.ema_decay={decay}")) for decay in (0.94, "null"))
+
+
 def test_peers_with_schedules_of_their_own_have_columns_of_their_own() -> None:
     text = description(config_of("peers.2.optim.schedule=constant", "peers.2.optim.lr=0.03"))
     assert "lr of peer0 (onecycle)  lr of peer2 (constant)" in text

@@ -365,9 +365,12 @@ def _of_a_file(key: str, subject: bool) -> bool:
 
 
 def _checked(section: type[AnySection], values: dict[str, str], problems: list[ConfigError]) -> AnySection:
-    """The settings of a section; the defaults where `problems` gets what is wrong."""
+    """The settings of a section, null for those that are empty by default; the defaults where `problems` gets what is
+    wrong."""
+    fields = section.model_fields
     try:
-        return section.model_validate(values)
+        return section.model_validate({name: value for name, value in values.items()
+                                       if value != "null" or fields[name].default is not None})
     except ValidationError as error:
         problems += [_problem(one, section) for one in error.errors()]
         return section()

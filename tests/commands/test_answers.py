@@ -16,7 +16,7 @@ from mat_dist.config.methods import register_method
 from mat_dist.data import register_dataset
 from mat_dist.errors import CheckpointError, ConfigError
 from mat_dist.evaluation.__main__ import main as evaluate
-from mat_dist.evaluation.settings import Request, find_run, parse
+from mat_dist.evaluation.settings import FileOptions, Request, find_run, parse
 from mat_dist.models import register_model, registry
 from mat_dist.models.registry import find_builder
 from tests.small_runs import run_small
@@ -70,6 +70,16 @@ def test_the_number_of_peers_that_is_advised_has_the_peer(index: int) -> None:
 def test_a_mistake_in_an_evaluation_is_told_in_our_words(word: str, text: str) -> None:
     told = answer(parse, ["runs/x", word])
     assert text in told and "Input should" not in told and "pattern" not in told
+
+
+def test_null_is_taken_where_a_message_of_an_evaluation_advises_it() -> None:
+    empty = [name for name, field in Request.model_fields.items() if field.default is None]
+    assert {"images", "steps", "seed"} <= set(empty) and "or null" in answer(parse, ["runs/x", "steps=many"])
+    assert parse(["runs/x", *(f"{name}=null" for name in empty)]).request == Request()
+    files = parse(["a.pt", *(f"{name}=null" for name, field in FileOptions.model_fields.items()
+                             if field.default is None)]).importing
+    assert files is not None and files.options == FileOptions()
+    assert "write a whole number, >= 1" in answer(parse, ["runs/x", "queries=null"])
 
 
 @pytest.mark.parametrize("word", ["best", "latest", "step_1"])

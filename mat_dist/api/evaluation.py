@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 RAW = "raw"
 TRIED = 8  # images that a model is shown before it is attacked
 OF_RUNS = ("targets", "weights", "checkpoint", "save", "entry", "clean", "confirmed", "normalise", "out", "sources")
-NEEDLESS = ("images", "split", "checks", "transfer")  # for an attack alone
+NEEDLESS = ("images", "split", "checks", "transfer", "threats", "attacks")  # for an attack alone
 Threats = str | Threat | Sequence[str | Threat]
 
 
@@ -81,9 +81,10 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, threat: str | Threat = "linf:
         classes = try_images(lent, x_BCHW[:TRIED], "model").shape[1]
         y_B = checked_labels(y, len(x_BCHW), classes, "y").to(device)
         check_package(job, classes, config)
-        searches = method in (SEARCH, SQUARE)
+        (name,) = job.attacks
+        searches = name in (SEARCH, SQUARE)
         found = attack_one(Target("model", lent, () if searches else (lent,)), x_BCHW, y_B, y_B, job.threats[0], job, 0)
-    return found.advs[method].detach()
+    return found.advs[name].detach()
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _given(images: Any, labels: Any, config: Config, split: str) -> tuple[ImageS
 def asked(threats: Threats, attacks: str | Sequence[str], precision: torch.dtype,
           settings: Mapping[str, Any], needless: Sequence[str] = ()) -> tuple[Request, Config, FileOptions]:
     """The settings as the command reads them for a file of weights, whose place the model takes. Raises ConfigError,
-    also for those that would have no effect."""
+    also for those of runs and the `needless` ones."""
     for key in settings.keys() & {*OF_RUNS, *needless}:
         raise ConfigError(f"{key} has no effect here", key, "leave it out")
     own = {"threats": _listed(threats), "attacks": _listed(attacks),

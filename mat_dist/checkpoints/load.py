@@ -20,7 +20,7 @@ from mat_dist.config import load_config, other_plugins, resume_conflicts
 from mat_dist.config.load import PRETRAINED, require_plugins
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.images import dataset_names
-from mat_dist.errors import CheckpointError
+from mat_dist.errors import CheckpointError, EnvironmentFault
 from mat_dist.models import Ensemble
 from mat_dist.models.library import published_weights
 from mat_dist.models.registry import Images, is_known, make_model
@@ -178,15 +178,26 @@ def load(run: str | Path, peer: str | int = BEST, *, which: str = BEST, weights:
         which, weights: see `open_run`.
         device: where the model shall be.
 
-    Raises CheckpointError: no such run, checkpoint or peer. A run with a plug-in needs the plug-in imported before.
+    Raises CheckpointError: no such run, checkpoint or peer; EnvironmentFault: no such device. A run with a plug-in
+    needs the plug-in imported before.
     """
+    place = usable(device)
     opened = open_run(run, which, weights)
     if peer == ENSEMBLE:
-        return opened.ensemble(device=torch.device(device))
+        return opened.ensemble(device=place)
     if peer == f"{ENSEMBLE}:weights":
         raise CheckpointError("the mean of the peers' weights is no model of this version; 0.1 was the last with it",
                               str(run), "load ensemble, which averages what the peers say")
-    return opened.peer(peer, torch.device(device))
+    return opened.peer(peer, place)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises EnvironmentFault where this machine, or its torch, does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EnvironmentFault(f"there is no device {str(device)[:40]!r}: {str(error).splitlines()[0][:200]}", "device",
+                               "write cpu, or cuda where torch sees a GPU") from error
 
 
 def candidates(specs: Sequence[PeerConfig]) -> list[str]:

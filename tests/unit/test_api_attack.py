@@ -257,11 +257,19 @@ def test_a_model_on_another_device_is_one_error():
     ({"method": "pdg"}, "did you mean pgd"), ({"method": "pgd,cw"}, "2 methods"), ({"steps": 0}, "steps"),
     ({"step": 3}, "did you mean steps"), ({"restarts": -1}, "restarts"), ({"images": 3}, "no effect"),
     ({"checks": 3}, "no effect"), ({"targets": "peers"}, "no effect"), ({"threat": "linf:nan"}, "threats"),
+    ({"threat": "linf:0.1", "threats": "l2:1"}, "threats has no effect"), ({"attacks": "cw"}, "attacks has no effect"),
+    ({"method": ["pgd", "cw"]}, "2 methods"),
 ])
 def test_settings_that_cannot_be_used_are_one_error(settings, text):
     x, y = batch()
     with pytest.raises(ConfigError, match=text):
         mat_dist.attack(network(), x, y, **settings)
+
+
+def test_one_method_in_a_list_is_that_method():
+    (x, y), model = batch(), network()
+    listed, named = (mat_dist.attack(model, x, y, method=method, steps=2) for method in (["cw"], "cw"))
+    assert torch.equal(listed, named)
 
 
 def test_an_error_in_the_middle_of_an_attack_leaves_the_model_as_it_was():

@@ -167,6 +167,12 @@ def test_a_run_is_taken_wherever_a_folder_is(run):
         mat_dist.Run(run.path.parent / "none")
 
 
+@pytest.mark.parametrize("device", ["bogus", "cuda:77", 3.5])
+def test_a_device_that_is_not_there_is_one_error(run, device):
+    with pytest.raises(EnvironmentFault, match="there is no device"):
+        mat_dist.load(run, device=device)
+
+
 def test_metrics_and_results_are_tables_with_the_numbers_of_the_files(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
     steps, epochs, results = run.metrics(), run.metrics("epoch"), run.results()

@@ -414,7 +414,10 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
             yield f"loss.{name} does nothing with these weights of the loss (preset {loss.preset})"
     if attack.method == "n_fgsm" and attack.start != fill_attack(AttackConfig(), loss.preset, index, peer.threat).start:
         yield "attack.start does nothing with n_fgsm, which has a noise of its own"
-    if attack.method == "apgd" and (attack.step_size or eps) < eps:
+    if peer.union.strategy == "msd" and attack.method != "pgd":
+        yield (f"attack.method {attack.method} beside union.strategy msd sets nothing but the length of all its steps "
+               "to that of a first one: write attack.method pgd, attack.step_size null")
+    elif attack.method == "apgd" and (attack.step_size or eps) < eps:
         yield (f"attack.step_size {attack.step_size:g} is the first step of APGD, which never grows: shorter than eps "
                f"= {eps:g} it is weak; null is the published length")
     elif attack.method == "pgd" and "warm_start" not in peer.methods and attack.steps * (attack.step_size or eps) < eps:

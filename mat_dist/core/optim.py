@@ -21,7 +21,7 @@ UNFIT = {"capturable", "differentiable"}  # for steps inside CUDA graphs, and fo
 # Arguments that are ours: a layer learns at so much of the next one's rate; norm layers and biases are decayed too.
 LAYER_DECAY, DECAYS_ALL = "layer_decay", "decay_norm_bias"
 WAITS = {"ASGD", "Adafactor"}  # they read numbers of the device in each update
-DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # rated critical by Pang et al., ICLR 2021
+DEFAULTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # as nearly all recipes of adversarial training
 ONECYCLE_RISE = 0.3  # share of the training before the peak (torch.optim.lr_scheduler.OneCycleLR's default)
 DECAY_FACTOR = 0.1  # of `piecewise` at each milestone
 

@@ -256,6 +256,7 @@ def test_unknown_norms_are_told_alone_and_a_missing_expert_with_all_other_mistak
         ("loss=at step.teachers=ema", "step.teachers ema does nothing where nobody learns"),
         ("attack.method=n_fgsm attack.steps=1 attack.start=zero", "attack.start does nothing with n_fgsm"),
         ("attack.method=apgd attack.step_size=0.01", "the first step of APGD, which never grows"),
+        ("loss=at attack.method=apgd union.threats=linf:0.1,l2:1 union.strategy=msd", "beside union.strategy msd sets"),
         ("attack.steps=1 attack.step_size=0.01", "shorter than eps = 0.1; attack.step_size null fits"),
         ("peers=4 loss=lbgat", "lbgat was published for 2 peers"),
         ("loss=cat", "published for 2 peers"),

@@ -14,11 +14,9 @@ from mat_dist.config.fields import real_images
 from mat_dist.config.methods import methods, presets, strategies
 from mat_dist.config.norms import known_norms
 from mat_dist.config.presets import fill_attack, fill_loss, hears
-from mat_dist.config.schema import AttackConfig, Config, DataConfig, EvalConfig, LossConfig, PeerConfig
+from mat_dist.config.schema import AttackConfig, Config, EvalConfig, LossConfig, PeerConfig
 from mat_dist.errors import ConfigError
 
-# Data sets of the package whose images do not lie in files of their own.
-_WITHOUT_FILES = ("digits", "fashion_mnist", "cifar10", "cifar100", "svhn", "npz")
 Rule = Callable[[Config], Iterable[ConfigError]]
 _RULES: list[tuple[Rule, frozenset[str]]] = []
 
@@ -394,18 +392,12 @@ def config_warnings(config: Config) -> list[str]:
                      "top")
     if config.data.name == "folder" and config.data.image_size is None:
         found.append("data.image_size is not set: all images of the folder must have one size")
-    found += [f"{key} does nothing with {value}" for section, names, value, idle in (
-        ("data", ("image_size", "on_bad"), f"data.name {config.data.name}", config.data.name in _WITHOUT_FILES),
-        ("eval", ("steps", "test_steps"), "eval.attack cr, which has steps of its own", config.eval.attack == "cr"))
-        for name in names if idle and (key := f"{section}.{name}") and _changed(getattr(config, section), name)]
+    found += [f"eval.{name} does nothing with eval.attack cr, which has steps of its own"
+              for name in ("steps", "test_steps") if config.eval.attack == "cr"
+              and getattr(config.eval, name) not in (0, EvalConfig.model_fields[name].default)]
     if config.data.name in ("digits", "svhn") and augment.flip:
         found.append(f"data.augment.flip mirrors the digits of {config.data.name}")
     return [*found, *_role_warnings(config)]
-
-
-def _changed(section: DataConfig | EvalConfig, name: str) -> bool:
-    """Whether a value differs from the default; 0 switches something off."""
-    return getattr(section, name) not in (0, type(section).model_fields[name].default)
 
 
 def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:

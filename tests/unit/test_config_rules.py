@@ -263,8 +263,6 @@ def test_unknown_norms_are_told_alone_and_a_missing_expert_with_all_other_mistak
         ("peers.1.loss=cat", "cat is meant for all peers"),
         ("data.name=folder data.root=x", "data.image_size is not set"),
         ("data.augment.flip=true", "mirrors the digits of digits"),
-        ("data.image_size=16", "data.image_size does nothing with data.name digits"),
-        ("data.name=npz data.root=x.npz data.on_bad=skip", "data.on_bad does nothing with data.name npz"),
         ("eval.attack=cr eval.steps=50", "eval.steps does nothing with eval.attack cr"),
         ("eval.attack=cr eval.test_steps=100", "eval.test_steps does nothing with eval.attack cr"),
         ("peers.0.attack.start=zero peers.0.init_from=x peers.2.attack.start=zero peers.2.init_from=x", "stay equal"),
@@ -280,8 +278,7 @@ def test_ordinary_settings_are_not_warned_about() -> None:
                       ["attack.method=apgd"], ["loss=trades", "attack.method=n_fgsm", "attack.steps=1"],
                       ["loss=mat_trades", "loss.warmup_epochs=1", "loss.teacher_input=own_ae"],
                       ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
-                      ["attack.start=zero"], ["peers.all.init_from=x"], ["eval.attack=cr", "eval.test_steps=0"],
-                      ["data.name=folder", "data.root=x", "data.image_size=16", "data.on_bad=skip"]):
+                      ["attack.start=zero"], ["peers.all.init_from=x"], ["eval.attack=cr", "eval.test_steps=0"]):
         assert config_warnings(load_config("digits", overrides)) == []
 
 

@@ -1,5 +1,6 @@
-"""Mean and sample standard deviation of final accuracies over seeds.
+"""Mean and sample standard deviation over seeds of the accuracies with which trainings ended.
 
+They are those of the trainings' own tests (eval.test_steps); what python -m mat_dist.evaluate found is not among them.
 Runs that differ only in run.seed share their rows; rows of other runs say in which settings they differ.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,8 @@ def planned_cost(entry: Entry) -> tuple[float, bool] | None:
         passes = training_passes(config)
         if passes is None:
             known = False
-            passes = training_passes(config, config.train.epochs * math.ceil(NOMINAL / config.train.batch_size))
+            passes = training_passes(config.model_copy(update={
+                "data": config.data.model_copy(update={"train_size": NOMINAL})}))
         if passes is None:
             return None
         total += image_passes(config, passes) * one.row.cost_factor

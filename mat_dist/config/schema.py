@@ -278,7 +278,7 @@ class EvalConfig(Section):
 
     every: Integer = Field(1, ge=0, description="epochs between evaluations on the validation split; 0: never")
     attack: Literal["pgd", "cr"] = Field("pgd", description="PGD, or constraint relaxation (linf), which comes near "
-                                                            "AutoAttack in some 50 passes")
+                                                            "AutoAttack in some 60 forwards")
     steps: Integer = Field(10, ge=1, le=10000, description="PGD steps on the validation split")
     test_steps: Integer = Field(20, ge=0, le=10000, description="PGD steps on the test set, at the end; 0: no test")
     size: Integer | None = Field(None, ge=1, description="evaluate on this many validation images; default all")

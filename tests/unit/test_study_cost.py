@@ -145,6 +145,8 @@ def test_rows_of_data_that_must_be_read_are_compared_by_their_epochs(tmp_path: P
                  ("train.max_steps=225", "train.epochs=9"), ("            control: at_long\n", ""))
     found = entries([*words, "data.name=npz", "data.root=absent.npz"])
     assert relative_cost(found["mat"], found["at_long"]) == 1 and found["mat"].cost is None
+    cut = entries([*plan(tmp_path, ("            control: at_long\n", "")), "data.name=npz", "data.root=absent.npz"])
+    assert relative_cost(cut["mat"], cut["at_long"]) == 1  # 100 steps of 36 passes, 225 of 16: max_steps count
 
 
 def test_a_dry_run_shows_what_rows_cost_against_their_controls(tmp_path: Path, capsys: Any,

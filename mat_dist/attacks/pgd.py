@@ -53,8 +53,8 @@ def attack_loss(model: Model, x_BCHW: Tensor, y_B: Tensor, loss: str,
 
     Args:
         y_B: labels; for all losses but `margin` and `ce_targeted` also mixed ones (B, K).
-        teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`; where there is none, that loss
-            is `kl_clean`.
+        teacher_BK: a teacher's logits (or log-probabilities) of x_BCHW, for `kl_teacher`; without one that loss is
+            `kl_clean`.
     """
     clean_BK = teacher_BK
     if loss == "kl_clean" or (loss == "kl_teacher" and teacher_BK is None):

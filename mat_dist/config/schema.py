@@ -147,10 +147,10 @@ class LossConfig(Section):
 
     preset: Annotated[str, Registered(presets)] = Field("mat", description="named set of coefficients")
     hard_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on AEs; default 1 - kd_weight")
-    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs (w_own), the rest "
-                                                                  "is spread over peers' AEs")
-    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images (c_clean)")
-    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers on AEs (alpha)")
+    hard_own: Number | None = Field(None, ge=0, le=1, description="share of hard_weight on own AEs, the rest is spread "
+                                                                  "over peers' AEs")
+    clean_weight: Number | None = Field(None, ge=0, description="weight of cross-entropy on clean images")
+    kd_weight: Number | None = Field(None, ge=0, le=1, description="weight of distillation from peers on AEs")
     kd_own: Number | None = Field(None, ge=0, le=1, description="share of kd_weight on own AEs, the rest is spread "
                                                                 "over peers' AEs; default an even share (with "
                                                                 "teacher_set owner: 0)")
@@ -290,7 +290,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved."""
 
-    every: Integer = Field(1, ge=1, description="epochs between checkpoints")
+    every: Integer = Field(1, ge=1, description="epochs between checkpoints; evaluations have one each, too")
     every_steps: Integer | None = Field(None, ge=1, description="also save after every so many steps")
     keep: Integer = Field(3, ge=2, le=1000, description="newest checkpoints that are kept, besides the best")
 

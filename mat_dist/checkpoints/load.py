@@ -18,12 +18,13 @@ from mat_dist.checkpoints.hub import HUB, fetched
 from mat_dist.checkpoints.peers import reason
 from mat_dist.config import load_config, other_plugins, resume_conflicts
 from mat_dist.config.load import PRETRAINED, require_plugins
+from mat_dist.config.plugins import module_name
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.images import dataset_names
 from mat_dist.errors import CheckpointError, EnvironmentFault
 from mat_dist.models import Ensemble
 from mat_dist.models.library import published_weights
-from mat_dist.models.registry import Images, is_known, make_model
+from mat_dist.models.registry import Images, is_known, make_model, of_plugins
 from mat_dist.runs.files import parse_json
 from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.session import Run
@@ -52,6 +53,14 @@ class FinishedRun:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the manifest does not tell the size of the images: {error}",
                                   str(self.manifest.directory), "choose another checkpoint") from error
+
+    @property
+    def other_network(self) -> str:
+        """What is wrong where a network is that of a plug-in which has changed since the training, else empty."""
+        then, now = self.manifest.meta.extra.get("plugins"), of_plugins(self.config.peers).get("plugins", ())
+        if not isinstance(then, dict) or {module_name(str(digest)) for digest in then.values()}.issuperset(now):
+            return ""
+        return "the plug-in of the network has changed since the training. Give it as it was, or train again"
 
     @property
     def peers(self) -> list[str]:

@@ -18,7 +18,6 @@ from mat_dist.checkpoints.foreign import Network, find_network, moments_text, re
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.cli import tell
 from mat_dist.config import dump_config, with_absolute_paths
-from mat_dist.config.plugins import module_name
 from mat_dist.config.rules import RESERVED_NAMES
 from mat_dist.config.schema import Config, ThreatConfig
 from mat_dist.data import DataSets, ImageSet, channel_stats, load_data
@@ -168,14 +167,8 @@ def assumed(model: nn.Module) -> str:
 def unconfirmed(run: FinishedRun, model: nn.Module) -> list[Verdict]:
     """The verdict on the network of a file that nobody has confirmed, or of a plug-in that is not the one of the
     training; none where the network is known."""
-    extra = run.manifest.meta.extra
-    if "imported" not in extra:
-        then = extra.get("plugins")
-        now = set(of_plugins(run.config.peers).get("plugins", ()))
-        if not isinstance(then, dict) or now <= {module_name(str(digest)) for digest in then.values()}:
-            return []
-        return [Verdict(AS_TRAINED, "", False, "the plug-in of the network has changed since the training. Give it as "
-                        "it was, or train again")]
+    if "imported" not in run.manifest.meta.extra:
+        return [Verdict(AS_TRAINED, "", False, told) for told in [run.other_network] if told]
     if (run.folder.path / CONFIRMED).is_file():
         return []
     return [Verdict(AS_TRAINED, "", False, f"a file of weights does not tell its network; assumed: {assumed(model)}. "

@@ -70,7 +70,9 @@ def attacked(run: RunFiles, options: Namespace) -> tuple[Victims | None, Measure
     except MatError as error:  # images that are elsewhere, a plug-in that was not given: the files still tell a lot
         return None, None, [f"no pictures, radius, steps and loss surface: {error}"]
     print(f"attacking {len(victims.samples_N)} test images on {victims.device}", file=sys.stderr)
-    return victims, measure(victims, lambda what: print(f"  {what}", file=sys.stderr)), []
+    other = opened.other_network
+    told = [f"pictures, radius, steps and loss surface of the network that was trained: {other}"] if other else []
+    return victims, measure(victims, lambda what: print(f"  {what}", file=sys.stderr)), told
 
 
 main = as_main(report)

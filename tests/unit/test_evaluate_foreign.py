@@ -399,6 +399,9 @@ class Square(nn.Flatten):
     after = evaluate(*[word for word in words if word != "confirmed=true"])
     assert after["file"] != before["file"] and after["rows"] != before["rows"]
     assert ("network not confirmed" in after["out"], "network not confirmed" in before["out"]) == (True, False)
+    if not theirs:
+        assert report([str(words[-1]), "--images", "8", "--device", "cpu"]) == 0
+        assert "the plug-in of the network has changed" in (words[-1] / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(("words", "code", "text"), [

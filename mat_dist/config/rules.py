@@ -415,6 +415,9 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
     for name, counts in used.items():
         if not counts and getattr(loss, name) != getattr(plain, name):
             yield f"loss.{name} does nothing with these weights of the loss (preset {loss.preset})"
+    epochs = config.train.epochs
+    if getattr(peer.methods.get("swa"), "start", 0.0) * epochs > epochs - 1:
+        yield f"methods.swa does nothing: from its start on there is one end of {epochs} epochs to average"
     if attack.method == "n_fgsm" and attack.start != fill_attack(AttackConfig(), loss.preset, index, peer.threat).start:
         yield "attack.start does nothing with n_fgsm, which has a noise of its own"
     if peer.union.strategy == "msd" and attack.method != "pgd":

@@ -253,6 +253,7 @@ def test_unknown_norms_are_told_alone_and_a_missing_expert_with_all_other_mistak
                                                         "(preset at) (peer1)"),
         ("loss=at loss.warmup_epochs=2", "loss.warmup_epochs does nothing"),
         ("loss=trades loss.hard_own=0.5", "loss.hard_own does nothing"),
+        ("methods.swa.start=0.95 train.epochs=10", "from its start on there is one end of 10 epochs"),
         ("loss=at step.teachers=ema", "step.teachers ema does nothing where nobody learns"),
         ("attack.method=n_fgsm attack.steps=1 attack.start=zero", "attack.start does nothing with n_fgsm"),
         ("attack.method=apgd attack.step_size=0.01", "the first step of APGD, which never grows"),
@@ -275,7 +276,8 @@ def test_unusual_settings_are_warned_about(overrides: str, message: str) -> None
 
 def test_ordinary_settings_are_not_warned_about() -> None:
     for overrides in ([], ["loss=cat", "peers=2"], ["loss=trades", "loss.temperature=2"], ["step.teachers=ema"],
-                      ["attack.method=apgd"], ["loss=trades", "attack.method=n_fgsm", "attack.steps=1"],
+                      ["attack.method=apgd"], ["methods.swa.start=0.9", "train.epochs=10"],
+                      ["loss=trades", "attack.method=n_fgsm", "attack.steps=1"],
                       ["loss=mat_trades", "loss.warmup_epochs=1", "loss.teacher_input=own_ae"],
                       ["attack.step_size=0.2"], ["attack.steps=1"], ["attack.steps=2"],
                       ["attack.start=zero"], ["peers.all.init_from=x"], ["eval.attack=cr", "eval.test_steps=0"]):

@@ -155,7 +155,8 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     lines = _at_equal_cost([one for one in made if one.get("equal")], found["column"], found.get("waiting", []))
     if not made:
         return [*lines, "No row in which peers learn from each other meets a control of equal or lower cost yet."]
-    lines += [f"Rows in which peers learn from each other, against every control that costs as much or less: "
+    own = "their own control and " if any(one.get("equal") for one in made) else ""
+    lines += [f"Rows in which peers learn from each other, against {own}every control that costs as much or less: "
               f"`{found['column']}` of the last checkpoint, difference in points with its 95 % interval. "
               f"{len(made)} comparisons were made, {found['several']} of them over several seeds; were there no "
               f"difference anywhere, about {found['by_chance']:.1f} of all would still not be called noise (5 %); "

@@ -393,8 +393,10 @@ def _unknown(key: str, runs: Sequence[str]) -> ConfigError:
         return ConfigError(f"{shown} is for a file of weights", f"{COMMAND_LINE}, {shown}",
                            f"leave it out: {' and '.join(runs)[:200] or 'a run'} knows its own")
     if "." in key:
-        return ConfigError(f"{shown} cannot be changed for a run that is there", COMMAND_LINE,
-                           f"what may change: {', '.join(FREE_SETTINGS)}")
+        what, more = ("set for a file of weights", (*RUN_SETTINGS, *MODEL_SETTINGS)) if runs and is_file(runs[0]) else (
+            "changed for a run that is there", ())
+        return ConfigError(f"{shown} cannot be {what}", COMMAND_LINE,
+                           f"what may be: {', '.join((*FREE_SETTINGS, *more))}")
     near = nearest(key, Request.model_fields)
     return ConfigError(f"unknown setting {shown}", COMMAND_LINE,
                        f"did you mean {near}?" if near else f"settings are {', '.join(Request.model_fields)}")

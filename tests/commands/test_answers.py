@@ -72,6 +72,15 @@ def test_a_mistake_in_an_evaluation_is_told_in_our_words(word: str, text: str) -
     assert text in told and "Input should" not in told and "pattern" not in told
 
 
+def test_a_message_names_the_settings_that_a_file_of_weights_may_have() -> None:
+    of_run, of_file = answer(parse, ["runs/x", "run.name=a"]), answer(parse, ["a.pt", "run.name=a"])
+    assert "run that is there" in of_run and "step.precision" not in of_run
+    assert "file of weights" in of_file
+    for name in of_file.partition("what may be: ")[2].split(", "):
+        word = f"{name}x=1" if name.endswith(".") else f"{name}=1"
+        assert parse(["a.pt", word]).importing is not None, name
+
+
 def test_null_is_taken_where_a_message_of_an_evaluation_advises_it() -> None:
     empty = [name for name, field in Request.model_fields.items() if field.default is None]
     assert {"images", "steps", "seed"} <= set(empty) and "or null" in answer(parse, ["runs/x", "steps=many"])

@@ -421,7 +421,7 @@ class Square(nn.Flatten):
     ((*KNOWN, "images=41"), 3, "41 images are asked for, the test split has 40"),
     ((*KNOWN, "weights=ema"), 2, "the run keeps no averaged weights"),
     ((*KNOWN, "targets=peer7"), 2, "there is no target 'peer7'"),
-    ((*KNOWN, "train.epochs=3"), 2, "train.epochs cannot be changed"),
+    ((*KNOWN, "train.epochs=3"), 2, "train.epochs cannot be set for a file"),
 ])
 def test_a_mistake_is_one_line_with_its_code(words: tuple[str, ...], code: int, text: str, run: Path,
                                              evaluate: Command) -> None:

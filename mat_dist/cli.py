@@ -11,7 +11,7 @@ from types import ModuleType
 from mat_dist.distributed.agent import tell_agent
 from mat_dist.distributed.launch import Launch
 from mat_dist.distributed.leaving import leave
-from mat_dist.distributed.processes import known_error
+from mat_dist.distributed.processes import keep_freed_memory, known_error
 from mat_dist.errors import DONE, FINAL_CODES, ConfigError, HelpShown, MatError, StopRequested, described, error_line
 from mat_dist.screens import steady
 
@@ -50,6 +50,7 @@ def as_main(body: Callable[[list[str]], None]) -> Callable[..., int]:
 
 
 def _code(body: Callable[[], None]) -> int:
+    keep_freed_memory()
     launch, code = Launch(), DONE
     try:
         launch = Launch.from_environment()

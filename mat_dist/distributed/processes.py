@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import resource
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from mat_dist.errors import EnvironmentFault, MatError
+
+# glibc's M_TRIM_THRESHOLD: how much free memory at the end of the heap goes back to the system. M_MMAP_THRESHOLD: from
+# which size on an array lies outside the heap, and goes back when it is freed.
+_KEEP: Mapping[int, int] = MappingProxyType({-1: 2**31 - 1, -3: 2**30})
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,18 @@ def read_system(file: str) -> str:
     with suppress(OSError):
         return Path(file).read_bytes().decode(errors="replace").strip()
     return ""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where glibc allocates as it does by default.
+
+    Else each step of an attack on the CPU gets its activations from the system and gives them back, and the system
+    zeroes every page: a tenth to a quarter of an evaluation's time (docs/performance.md).
+    """
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
+        with suppress(AttributeError):  # another C library has no mallopt
+            for switch, value in _KEEP.items():
+                ctypes.CDLL(None).mallopt(switch, value)
 
 
 def memory_kills() -> int:

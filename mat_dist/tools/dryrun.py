@@ -313,8 +313,8 @@ def _schedule(run: _Run) -> list[str]:
             table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
         before = rates
     bounds = {decay: ema_decay_at(total - 1, decay) for optim, _ in optims if (decay := optim.ema_decay) is not None}
-    averages = [f"averages: optim.ema_decay {decay:g} has no effect in so few steps: the average's warm-up keeps it at "
-                f"most {bound:.4f}" for decay, bound in bounds.items() if bound < decay]
+    averages = [f"averages: optim.ema_decay {decay:g} is never reached in so few steps: its warm-up allows {bound:.4f}"
+                for decay, bound in bounds.items() if bound < decay]
     return [f"schedule: {total:,} steps, {per_epoch:,} per epoch, {batch} images each; "
             f"{forward:,} forward, {backward:,} backward passes", *_lines(table), *[""] * bool(averages), *averages]
 

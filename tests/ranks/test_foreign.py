@@ -17,7 +17,7 @@ from mat_dist.evaluation import foreign
 from mat_dist.evaluation.foreign import import_files
 from mat_dist.evaluation.settings import FileOptions, Importing
 
-WORDS = ("model=linear_for_ranks", "data.name=digits")
+WORDS = ("model=tiny_cnn", "data.name=digits")
 
 
 @pytest.fixture

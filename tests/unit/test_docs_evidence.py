@@ -34,6 +34,11 @@ def plain(name: str) -> str:
     return name.removeprefix("long_").removeprefix("over_").replace("_x2", "_x3")
 
 
+def words(page: str) -> str:
+    """A page's text on one line."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
 def percent(row: dict[str, Any], kind: str, column: str) -> str:
     return f"{100 * row['accuracy']['last'][kind][column]['mean']:.1f}"
 
@@ -111,12 +116,42 @@ def assert_quoted(title: str, heading: str, columns: Sequence[tuple[str, str]]) 
 
 def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
     assert_quoted("overfit", "## Where networks overfit", [("last", "pgd100"), ("last", "aa"), ("best", "pgd20")])
-    text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
+    text = words(PAGE)
     points = [apart("overfit", "mat_wa", row, "pgd100", "last")[1:5] for row in ("at_wa_x3", "at_x3")]
     plain = apart("overfit", "mat", "at_x3", "pgd100", "last")
     assert f"end {points[0]} points above" in text and f"and {points[1]} above those without" in text
     assert f"the gain (`mat`) is {plain[1:5]} points" in text
     assert f"{apart('overfit', 'mat_wa', 'at_wa_x3', 'pgd20', 'best')[1:4]} points are left" in text
+
+
+def test_searched_settings_are_quoted_as_measured() -> None:
+    rows, text = results("overfit", "overfit")["rows"], words(PAGE)
+    alone, mutual = rows["at_searched_x3"], rows["mat_searched"]
+    best, mean = (percent(alone, kind, "pgd100") for kind in ("best", "mean"))
+    assert f"independent networks ends at {best} %, above all mutual rows" in text
+    assert f"({best} on the first data)" in words("README.md")
+    assert all(float(best) > float(percent(row, "best", "pgd100")) for row in rows.values()
+               if row["mutual"] and row["accuracy"])
+    assert f"mean peer ends at {mean} %" in text
+    count = {1: "one seed", 2: "two seeds", 3: "three seeds"}[seeds(mutual, "pgd100")]
+    assert f"(`mat_searched`) end at {percent(mutual, 'mean', 'pgd100')} % ({count})" in text
+
+
+def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
+    found = json.loads((RESULTS / "search_overfit.json").read_text(encoding="utf-8"))
+    whole = [one for one in found["settings_tried"] if one["state"] == "done"]
+    assert f"{found['runs']['done']} of {found['runs']['all']} runs" in words(PAGE)
+    for side, _, accuracy in table(PAGE, "## What a search found"):
+        of_side = [one for one in whole if one["family"].startswith("at") == (side == "independent")]
+        assert accuracy == f"{100 * max(one['scores']['mean']['mean'] for one in of_side):.1f}"
+
+
+def test_the_table_of_cifar10_is_quoted_as_measured() -> None:
+    assert_quoted("cifar10", "## Where networks overfit: CIFAR-10", [("last", "pgd100"), ("best", "pgd20")])
+    points = [apart("cifar10", "mat_wa", row, "pgd100", "last").split(" ")[0][1:]
+              for row in ("at_x2", "at_wa_x2", "at_wa_long")]
+    assert ("`mat_wa` ends {} points above independent peers, {} above those with smoothing and averages, and {} above "
+            "one network that costs as much").format(*points) in words(PAGE)
 
 
 def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
@@ -128,7 +163,7 @@ def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
         assert cost == f"{row['cost'] / found['at_linf']['cost']:.2f}"
         if cells[2] != "-":
             assert cells[2] == apart("union", "mat_max_wa", row["row"], "union", "last")
-    text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
+    text = words(PAGE)
     points = {(mutual, row): apart("union", mutual, row, "union", "last").split(" ")[0]
               for mutual in ("mat_max_wa", "mat_union_wa") for row in ("max_wa", "ramp", "at_l2")}
     assert "end {} points above the same network alone, {} above RAMP and {} above".format(
@@ -175,7 +210,7 @@ def test_the_union_is_quoted_as_measured() -> None:
         assert cells == [percent(row, kind, column) for column in columns], name
         assert str(seeds(row, "union")) == count, name
         shares[row["row"]] = f"{100 * row['accuracy']['last'][kind]['union']['mean']:.0f}"
-    text = " ".join((ROOT / PAGE).read_text(encoding="utf-8").split())
+    text = words(PAGE)
     assert (f"alone withstand {shares['generalist']} to {shares['generalist_max']} %; with AEs of their own "
             f"{shares['generalist_msd']} %, below `max` and `ramp` at {shares['max']} %") in text
     assert shares["max"] == shares["ramp"]
@@ -185,6 +220,7 @@ def test_the_union_is_quoted_as_measured() -> None:
 PLAIN, AVERAGED = ("at_x3", "mat"), ("at_wa_x3", "mat_wa")
 QUOTED = (("overfit", "overfit", PLAIN, ""), ("overfit", "overfit", AVERAGED, ""),
           ("union", "union", ("max_wa", "mat_max_wa"), ""),
+          ("cifar10", "cifar10", PLAIN, ""), ("cifar10", "cifar10", AVERAGED, ""),
           ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""),
           ("cpu_cifar10", "linf", PLAIN, ""), ("gpu", "linf", PLAIN, ""))
 

@@ -51,12 +51,25 @@ class Evaluated:
     @cached_property
     def kinds(self) -> Mapping[Kind, Accuracies]:
         """Mean peer, best peer by validation and ensemble -> accuracies image by image."""
-        flags = {target: one.correct for (target, _), one in self.result.images.items()}
-        peers = [name for name in self.result.document["names"] if not name.startswith("ensemble")]
+        flags, peers = self._flags, self._peers
         chosen = self.result.document["chosen_on_validation"]
         members: dict[Kind, list[str]] = {"mean": peers, "best": [chosen] if chosen in peers else [],
                                           "ensemble": [name for name in flags if name not in peers]}
         return {kind: self._columns([flags[name] for name in names]) for kind, names in members.items() if names}
+
+    def by_peer(self, column: str) -> dict[str, float] | None:
+        """Accuracy of each peer that was attacked, None where the evaluation has no such column."""
+        found = {name: self._columns([self._flags[name]]) for name in self._peers}
+        return {name: statistics.fmean(columns[column].values()) for name, columns in found.items()
+                if column in columns} or None
+
+    @property
+    def _flags(self) -> dict[str, Mapping[str, Mapping[int, bool]]]:
+        return {target: one.correct for (target, _), one in self.result.images.items()}
+
+    @property
+    def _peers(self) -> list[str]:
+        return [name for name in self.result.document["names"] if not name.startswith("ensemble")]
 
     def _columns(self, targets: Sequence[Mapping[str, Mapping[int, bool]]]) -> Accuracies:
         threats = [name for name in targets[0] if name not in (CLEAN, UNION)]
@@ -209,6 +222,12 @@ class Entry(Trained):
                     cells.setdefault((label, kind, column), {})[seed] = values
         return cells
 
+    def by_peer(self, label: Label, column: str) -> dict[str, dict[str, float]]:
+        """Seed -> peer -> accuracy of a checkpoint in a column under attack."""
+        return {str(seed): values for seed, found in sorted(self.results.items())
+                for (_, checkpoint), one in found.items() if checkpoint == label
+                for values in [one.by_peer(column)] if values is not None}
+
 
 def table_document(plan: TablePlan, entries: Sequence[Entry]) -> dict[str, Any]:
     """The whole table as JSON values."""
@@ -241,6 +260,8 @@ def row_document(plan: TablePlan, entry: Entry, cells: Cells) -> dict[str, Any]:
     for (label, kind, column), by_seed in cells.items():
         accuracy.setdefault(label, {}).setdefault(kind, {})[column] = {
             **summary(by_seed), "interval": list(accuracy_interval(list(by_seed.values())))}
+        if kind == "mean" and column != CLEAN:
+            accuracy[label][kind][column]["by_peer"] = entry.by_peer(label, column)
     steps, forward, backward = passes or (None, None, None)
     return {"row": entry.name, "says": row.says, "peers": row.peers,
             "mutual": first is not None and is_mutual(first.config),

@@ -274,7 +274,8 @@ def eps_text(eps: float) -> str:
 
 @dataclass(frozen=True)
 class Threat:
-    """A norm by its name and a radius eps > 0 for images in [0, 1]. Raises ConfigError for an unknown norm."""
+    """A norm by its name and a radius eps for images in [0, 1]; 0 at the start of a radius that grows. Raises ConfigError
+    for an unknown norm, and for a radius that is none."""
 
     norm: str
     eps: float
@@ -283,6 +284,8 @@ class Threat:
         if self.norm not in _REGIONS:
             raise ConfigError(f"unknown norm {self.norm!r}", "threat.norm",
                               f"use one of {', '.join(_REGIONS)}, or one from --plugin")
+        if not 0 <= self.eps < math.inf:
+            raise ConfigError(f"a radius cannot be {self.eps}", "threat.eps", "give a number above 0, such as 8/255")
 
     @property
     def kind(self) -> type[Region]:

@@ -40,7 +40,7 @@ FORMAT = 2
 
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 24
-_HOW = "use another checkpoint of the run; find_newest falls back to an intact one"
+_HOW = "use another checkpoint of the run; a training that goes on takes the newest intact one by itself"
 _REPLACED = ".replaced"  # ending of an intact checkpoint that makes way for another one of the same step
 _LEFTOVER = (".partial", ".deleted", ".tmp")  # endings of hidden files and folders that only a killed process leaves
 _SCORE = "score.json"

@@ -26,7 +26,7 @@ from mat_dist.distributed.stopping import StopFlag, leave_if
 from mat_dist.errors import DataError, MatError
 
 # Above either, residency auto maps a cache: every rank would fill its own memory, and decode all files at each start
-# (60 000 JPEGs of 32x32 take 12 s of one core, the cache of them opens in under a second).
+# (60 000 JPEGs of 32x32 take 13 s of one core, the cache of them opens in under a second).
 MMAP_BYTES = 2 << 30
 MMAP_FILES = 10_000
 SKIP_SHARE = 0.001  # of the files of a split may be unreadable with on_bad=skip,

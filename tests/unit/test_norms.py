@@ -156,6 +156,12 @@ def test_unknown_norms_and_starts_are_refused() -> None:
         Threat("linf", 0.1).region(x).start("middle", stream=1)
 
 
+@pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf")])
+def test_a_radius_that_is_none_is_refused(eps: float) -> None:
+    with pytest.raises(ConfigError, match=f"a radius cannot be {eps}.*8/255"):
+        Threat("linf", eps)
+
+
 def test_attack_noise_of_replicas_is_a_slice_of_the_whole() -> None:
     x = images(21)
     for norm, kind in itertools.product(("linf", "l2", "l1"), ("uniform", "gaussian")):

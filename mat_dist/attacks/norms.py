@@ -274,8 +274,8 @@ def eps_text(eps: float) -> str:
 
 @dataclass(frozen=True)
 class Threat:
-    """A norm by its name and a radius eps for images in [0, 1]; 0 at the start of a radius that grows. Raises ConfigError
-    for an unknown norm, and for a radius that is none."""
+    """A norm by its name and a radius eps for images in [0, 1]; 0 at the start of a radius that grows. Raises
+    ConfigError for an unknown norm, and for a radius that is none."""
 
     norm: str
     eps: float

@@ -23,7 +23,7 @@ from mat_dist.errors import CheckpointError
 from mat_dist.evaluation.attacks import AttackPlan, Job, Target, craft, predict, scaled, shown_rows
 from mat_dist.evaluation.chunks import Work, chosen_images, pixels, run_chunks
 from mat_dist.evaluation.results import CLEAN, UNION, TargetResult, accuracies, as_result
-from mat_dist.evaluation.survivors import Found, about_job, about_run, document_of, image_rows, write_result
+from mat_dist.evaluation.survivors import Chunks, Found, about_job, about_run, document_of, image_rows, write_result
 from mat_dist.evaluation.targets import threats_of
 from mat_dist.runs.console import new_table, percent
 from mat_dist.runs.metrics import Reporter
@@ -88,6 +88,9 @@ class Evaluations:
                       **validation_record(targets)}
             agree.run("records", self._record_validation, manifest, document, targets, record)
             self.show_gallery("validation", manifest, self.data.val, job, targets)
+            if lost := collapsed(found[RAW], self.config.peers):
+                self.note(f"warning: {', '.join(lost)} gave all validation images the same class after step {done}: if "
+                          "it stays so, begin anew with a lower optim.lr or with optim.clip_norm=1")
             own = own_robust(targets, self.config.peers)
         self.run.outlives(agree, "records", f"no result of the evaluation after step {done}", self.note)
         self.reporter.tell("evaluation", {"split": "val", **record})
@@ -235,6 +238,16 @@ def validation_record(targets: Sequence[TargetResult]) -> dict[str, Any]:
 def attack_name(job: Job) -> str:
     """PGD-20, or cr."""
     return f"PGD-{job.plans['pgd'].steps}" if job.plans else job.attacks[0]
+
+
+def collapsed(chunks: Chunks, specs: Sequence[PeerConfig]) -> list[str]:
+    """Peers that train and give images of several classes a single one: what they see no longer reaches their logits. A
+    rate that is too high does that in the first epochs, and it hardly ever comes back."""
+    if len({label for chunk in chunks for label in chunk["labels"]}) == 1:
+        return []
+    said = {str(spec.name): {guess for chunk in chunks for guess in chunk["predictions"][str(spec.name)][CLEAN]}
+            for spec in specs if not spec.frozen}
+    return [name for name, guesses in said.items() if len(guesses) == 1]
 
 
 def own_robust(targets: Sequence[TargetResult], specs: Sequence[PeerConfig]) -> list[float | None]:

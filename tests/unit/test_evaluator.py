@@ -28,7 +28,13 @@ from mat_dist.distributed.stopping import StopFlag
 from mat_dist.evaluation import attacks, chunks
 from mat_dist.evaluation.attacks import AttackPlan, Target, attack_one, correct
 from mat_dist.evaluation.chunks import Progress, Work, attack_chunk, chosen_images
-from mat_dist.evaluation.during_training import Evaluations, final_table, selection_score, validation_record
+from mat_dist.evaluation.during_training import (
+    Evaluations,
+    collapsed,
+    final_table,
+    selection_score,
+    validation_record,
+)
 from mat_dist.evaluation.results import TargetResult, read_result, wilson_interval
 from mat_dist.evaluation.survivors import document_of, image_rows, target_rows, write_result
 from mat_dist.evaluation.targets import make_targets
@@ -38,7 +44,7 @@ from mat_dist.runs.folder import RunFolder
 from mat_dist.runs.metrics import Reporter
 from mat_dist.runs.session import Run
 from tests.cohorts import complete
-from tests.small_runs import robust_of
+from tests.small_runs import robust_of, run_small
 
 COUNT, CHUNK, SEED = 16, 6, 3
 THREATS = [("linf", 0.15), ("l2", 0.6)]
@@ -323,6 +329,21 @@ def test_an_evaluation_that_autoattack_makes_long_says_so_early_and_once(
     one._tell()
     one._tell()
     assert Display.told == notes
+
+
+def test_a_network_that_says_one_class_to_all_images_is_named_with_a_way_out(tmp_path: Path) -> None:
+    """A rate of 10 with much weight decay ends the units of a network; one of 0.01 does not."""
+    found = run_small(tmp_path, "lost", "model=tiny_cnn", "loss=at", "optim.schedule=constant", "optim.lr=0.01",
+                      "peers.1.optim.lr=10", "optim.weight_decay=0.005", "train.epochs=2", "eval.every=1")
+    lines = [line for line in (found.folder.path / "rank_0.log").read_text().splitlines() if "the same class" in line]
+    assert lines and all("warning: peer1 gave all validation images the same class after step" in one and
+                         "optim.clip_norm" in one for one in lines)
+
+
+def test_nobody_is_called_collapsed_where_all_images_have_one_class(trained: Trained) -> None:
+    chunks = [{"labels": [1, 2], "predictions": {"peer0": {"clean": [3, 3]}, "peer1": {"clean": [3, 1]}}}]
+    assert collapsed(chunks, trained.config.peers) == ["peer0"]
+    assert collapsed([{**chunks[0], "labels": [1, 1]}], trained.config.peers) == []
 
 
 # ------------------------------------------------------------------------------------------------ numbers

@@ -4,6 +4,7 @@ python -m benchmarks.study evidence --suite overfit data.root=FOLDER [key=value 
 python -m benchmarks.study slices --suite gpu --out FOLDER data.root=FILE [key=value]  evidence, a few minutes of it
 python -m benchmarks.study search --suite overfit data.root=FOLDER [key=value ...]    settings of the mutual loss
 python -m benchmarks.study reasons RUN [images=500] [key=value ...]                   what peers do with others' AEs
+python -m benchmarks.study units RUN ... [images=500] [key=value ...]                 width that training has lost
 
 Finished runs and evaluations are not repeated. Results are written after every run and say what is missing. A command
 with --help lists its options.
@@ -40,6 +41,13 @@ the run, and prints a table. The test split is never touched.
   weights=WHICH       raw, ema, auto (default auto: averaged weights where they are kept)
   key=value           settings that python -m mat_dist.evaluate may change: run.device, data.root, ..."""
 
+UNITS = """Measures how many inputs of the last linear layer of each peer are 0 on all images, and prints a table.
+
+  images=N            validation images (default 500)
+  checkpoint=LABEL    best, last or step_N (default last)
+  weights=WHICH       raw, ema, auto (default auto: averaged weights where they are kept)
+  key=value           settings that python -m mat_dist.evaluate may change: run.device, data.root, ..."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command -> exit code of architecture.md."""
@@ -52,8 +60,13 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     reasons = Command("study reasons", REASONS, "RUN [key=value ...]")
     reasons.add_plugin()
     reasons.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    units = Command("study units", UNITS, "RUN ... [key=value ...]")
+    units.add_plugin()
+    units.add_argument("--json", type=Path, metavar="FILE", help="write the shares of every peer there, too")
+    units.set_defaults(dry_run=False)
     return read_command(words, {"evidence": _of_runs("evidence", EVIDENCE, "ROW", "--file"), "slices": _slices(),
-                                "search": _of_runs("search", SEARCH, "FAMILY", "--space"), "reasons": reasons}, __doc__)
+                                "search": _of_runs("search", SEARCH, "FAMILY", "--space"), "reasons": reasons,
+                                "units": units}, __doc__)
 
 
 def _slices() -> Command:

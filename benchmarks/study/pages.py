@@ -13,7 +13,7 @@ from mat_dist.tools.table import markdown_table
 COLUMNS = {"clean": "clean %", "own_aes": "own AEs %", "peers_aes": "peers' AEs %",
            "training_aes": "own AEs, training %", "gap": "gap", "confidence": "student's confidence %",
            "teacher_confidence": "teachers' confidence %",
-           "agreement": "agreement %", "teachable": "teachable %", "kl": "KL", "unused": "unused units %"}
+           "agreement": "agreement %", "teachable": "teachable %", "kl": "KL"}
 
 
 def evidence_page(document: Mapping[str, Any]) -> str:
@@ -252,26 +252,16 @@ def _explained(measured: Sequence[Mapping[str, Any]]) -> list[str]:
             " of validation images (overfitting). On a student's own AEs: *confidence* in the true class, of the "
             "student and of the others, its teachers; *agreement* of their labels with its; *teachable*: some "
             "teacher is right where the student is wrong, an upper bound of what labels can teach there; *KL* "
-            "from teacher to student in nats." + (
-                " *Unused units*: inputs of the last layer that are 0 on all images (-: not measured)."
-                if "unused" in _columns(measured) else "")]
+            "from teacher to student in nats."]
 
 
 def _table(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    shown = _columns(measured)
     lines = [[f"`{row['row']}`", "yes" if row["mutual"] else "no",
-              *(_cell(row["why"]["peers"].get(name), name) for name in shown)] for row in measured]
-    return markdown_table(["row", "mutual", *(COLUMNS[name] for name in shown)], lines, text_columns=2)
+              *(_cell(row["why"]["peers"][name], name) for name in COLUMNS)] for row in measured]
+    return markdown_table(["row", "mutual", *COLUMNS.values()], lines, text_columns=2)
 
 
-def _columns(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Those that were measured of some row: files of older versions have fewer."""
-    return [name for name in COLUMNS if any(name in row["why"]["peers"] for row in measured)]
-
-
-def _cell(cell: Mapping[str, Any] | None, name: str) -> str:
-    if cell is None:
-        return "-"
+def _cell(cell: Mapping[str, Any], name: str) -> str:
     scale, digits = (1, 3) if name == "kl" else (100, 1)
     spread = "" if cell["deviation"] is None else f" ± {scale * cell['deviation']:.{digits}f}"
     return f"{scale * cell['mean']:.{digits}f}{spread}"

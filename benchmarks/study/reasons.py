@@ -7,8 +7,7 @@ cross-entropy with as many steps as in training; never on the test split.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,7 @@ def show(document: dict[str, Any]) -> None:
     for student in document["students"]:
         print(f"{names[student]}: {100 * learned[student][0]:.1f} % right on own AEs of "
               f"{document['training']['images']} training images, {100 * found['right'][student][student]:.1f} % of "
-              f"{found['images']} validation images" + (
-                  f"; {100 * document['unused'][student]:.0f} % of the inputs of its last layer are never used"
-                  if document.get("unused") else ""))
+              f"{found['images']} validation images")
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -158,27 +155,6 @@ def opinions(logits_PBK: Tensor, y_B: Tensor) -> dict[str, Tensor]:
              "agreement": alike_PB / others, "teacher_right": wrong_PB * correct_B / others,
              "some_teacher_right": wrong_PB & (correct_B > 0), "kl": kl_PB / others}
     return {name: found[name].double().sum(-1) for name in MEASURES}
-
-
-@contextmanager
-def unused_units(models: Sequence[nn.Module]) -> Iterator[Callable[[], list[float] | None]]:
-    """Watches the inputs of each network's last linear layer -> a function for the share of them that have been 0 on
-    every image since then; None where a network has no such layer. Much of the width may be lost so, after steps that
-    were too long: a ReLU that lets nothing through learns no more."""
-    last = [[one for one in model.modules() if isinstance(one, nn.Linear)][-1:] for model in models]
-    used: dict[nn.Module, Tensor] = {}
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        now = (inputs[0].detach() != 0).flatten(0, -2).any(0)
-        used[layer] = used[layer] | now if layer in used else now
-
-    handles = [layer.register_forward_pre_hook(note) for layers in last for layer in layers]
-    try:
-        yield lambda: [round(1 - used[layer].double().mean().item(), 6) for layers in last for layer in layers] if all(
-            last) else None
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, training: ImageSet, size: int,
@@ -214,11 +190,9 @@ def measured(models: Sequence[nn.Module], config: Config, validation: ImageSet, 
 
     with strict_arithmetic():
         known = measure(training, "training")
-        with unused_units(models) as unused:
-            found = measure(validation, "validation")
         return {"peers": names, "students": [names.index(name) for name in candidates(config.peers)],
                 "attack": [{"threat": threat.label, "steps": plan.steps, "step_size": plan.size(threat)}
                            for threat, plan in attacks],
-                "validation": found, "unused": unused(),
+                "validation": measure(validation, "validation"),
                 "training": {"images": known["images"],
                              "right": [[row[student], row[-1]] for student, row in enumerate(known["right"])]}}

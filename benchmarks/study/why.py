@@ -103,8 +103,7 @@ def told(document: Mapping[str, Any]) -> dict[str, float]:
 
     `clean`, `own_aes`, `peers_aes`: accuracy; `training_aes`: that on own AEs of training images, `gap`: by how much it
     is higher; `confidence`, `teacher_confidence`, `agreement`, `teacher_right`, `teachable` (some teacher is right, the
-    student wrong) and `kl`: on the student's AEs, see `reasons.opinions`; `teachable_peers_aes`: on the others';
-    `unused` where it was measured: see `reasons.unused_units`.
+    student wrong) and `kl`: on the student's AEs, see `reasons.opinions`; `teachable_peers_aes`: on the others'.
     """
     table, peers = document["validation"], len(document["peers"])
 
@@ -120,16 +119,14 @@ def told(document: Mapping[str, Any]) -> dict[str, float]:
             "gap": training - own("right"), "confidence": own("confidence"),
             "teacher_confidence": own("teacher_confidence"), "agreement": own("agreement"),
             "teacher_right": own("teacher_right"), "teachable": own("some_teacher_right"),
-            "teachable_peers_aes": theirs("some_teacher_right"), "kl": own("kl"),
-            **({"unused": statistics.fmean(document["unused"][s] for s in document["students"])}
-               if document.get("unused") else {})}
+            "teachable_peers_aes": theirs("some_teacher_right"), "kl": own("kl")}
 
 
 def spread(seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Mean and sample standard deviation (None for one seed) over the seeds of each value that all have."""
+    """Mean and sample standard deviation (None for one seed) of each value over the seeds."""
     return {name: {"mean": statistics.fmean(one[name] for one in seeds),
                    "deviation": statistics.stdev(one[name] for one in seeds) if len(seeds) > 1 else None}
-            for name in (seeds[0] if seeds else ()) if all(name in one for one in seeds)}
+            for name in (seeds[0] if seeds else ())}
 
 
 # ------------------------------------------------------------------------------------------------ charts

@@ -113,6 +113,7 @@ SCRIPTS = {"bash launch/demo.sh": "test_the_demo_...", "bash launch/placement.sh
                             "bash benchmarks/slice.sh gpu_overfit out1 out2 data.root=cifar10.npz"),
                            "tests/unit/test_study_slices.py, with a smaller plan"),
            "python -m benchmarks.study reasons runs/NAME": "tests/unit/test_study_reasons.py",
+           "python -m benchmarks.study units runs/NAME runs/OTHER --json units.json": "tests/unit/test_study_units.py",
            **{f"{start} -m benchmarks.speed {rest}": "tests/unit/test_bench.py, with a smaller model"
               for start, rest in (("python", "step"), ("python", "naive"), ("python", "scale --rounds 5"),
                                   ("python", "memory"),

@@ -19,7 +19,7 @@ from benchmarks.study import reasons
 from benchmarks.study.__main__ import main
 from benchmarks.study.cost import is_mutual
 from benchmarks.study.pages import verdict_lines, why_lines
-from benchmarks.study.reasons import MEASURES, measured, opinions, unused_units
+from benchmarks.study.reasons import MEASURES, measured, opinions
 from benchmarks.study.runs import Runner
 from benchmarks.study.tables import comparisons
 from benchmarks.study.why import charts, curves, spread, told
@@ -165,7 +165,6 @@ def test_every_peer_meets_the_aes_of_every_peer_on_the_validation_split() -> Non
 
     logits, labels = reference(data.val)
     assert found["peers"] == ["peer0", "peer1"] and found["students"] == [0, 1]
-    assert found["unused"] is None  # no linear layer
     assert [one["threat"] for one in found["attack"]] == ["linf 1/10", "linf 1/50"]
     assert found["validation"]["images"] == found["training"]["images"] == 20
     for source in range(3):
@@ -176,20 +175,6 @@ def test_every_peer_meets_the_aes_of_every_peer_on_the_validation_split() -> Non
         for column, source in enumerate((peer, 2)):
             right = by_hand(logits[source], labels)["right"][peer]
             assert found["training"]["right"][peer][column] == pytest.approx(right)
-
-
-def test_units_that_are_never_used_are_counted_where_the_last_layer_gets_them() -> None:
-    """Of three units one has no positive weight, and one sees the second image alone."""
-    hidden, last = nn.Linear(2, 3, bias=False), nn.Linear(3, 2)
-    hidden.weight = nn.Parameter(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]]))
-    net = nn.Sequential(hidden, nn.ReLU(), last)
-    with torch.no_grad(), unused_units([net]) as unused:
-        net(torch.tensor([[1.0, 0.0]]))
-        assert unused() == [pytest.approx(2 / 3, abs=1e-6)]
-        net(torch.tensor([[0.0, 1.0]]))
-        assert unused() == [pytest.approx(1 / 3, abs=1e-6)]
-    net(torch.tensor([[-1.0, 0.0]]))  # not watched any more
-    assert unused() == [pytest.approx(1 / 3, abs=1e-6)]
 
 
 def document(right: list[list[float]], students: list[int], **more: Any) -> dict[str, Any]:

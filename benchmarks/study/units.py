@@ -26,6 +26,7 @@ from mat_dist.evaluation.command import check_images, open_asked
 from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.console import show_table
 from mat_dist.runs.files import reported, write_json
+from mat_dist.runs.record import git_revision, versions
 
 IMAGES = 500
 OWN = ("images", "checkpoint", "weights")
@@ -48,7 +49,7 @@ def main(options: Namespace) -> None:
                                   "unused": measured(run, images)}
     if options.json is not None:
         with reported(options.json.parent):
-            write_json(options.json, found)
+            write_json(options.json, {"git": git_revision(), "versions": versions(), "runs": found})
     show(found)
 
 

@@ -42,7 +42,7 @@ def test_the_command_measures_every_peer_on_the_validation_split(tmp_path: Path)
                     "optim.weight_decay=0.005")
     file = tmp_path / "units.json"
     assert main(["units", str(run.folder.path), "images=40", "--json", str(file)]) == 0
-    (found,) = json.loads(file.read_text()).values()
+    (found,) = json.loads(file.read_text())["runs"].values()
     config = load_config(str(run.folder.config))
     data = load_data(config.data, seed=0, batch_size=16).val
     assert (found["images"], found["step"], found["weights"]) == (40, 4, "raw")

@@ -49,7 +49,8 @@ def main(options: Namespace) -> None:
                                   "unused": measured(run, images)}
     if options.json is not None:
         with reported(options.json.parent):
-            write_json(options.json, {"git": git_revision(), "versions": versions(), "runs": found})
+            known = {name: one for name, one in versions().items() if name != "system"}
+            write_json(options.json, {"git": git_revision(), "versions": known, "runs": found})
     show(found)
 
 

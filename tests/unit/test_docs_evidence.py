@@ -126,24 +126,63 @@ def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
 
 def test_searched_settings_are_quoted_as_measured() -> None:
     rows, text = results("overfit", "overfit")["rows"], words(PAGE)
-    alone, mutual = rows["at_searched_x3"], rows["mat_searched"]
-    best, mean = (percent(alone, kind, "pgd100") for kind in ("best", "mean"))
-    assert f"independent networks ends at {best} %, above all mutual rows" in text
-    assert f"({best} on the first data)" in words("README.md")
-    assert all(float(best) > float(percent(row, "best", "pgd100")) for row in rows.values()
-               if row["mutual"] and row["accuracy"])
-    assert f"mean peer ends at {mean} %" in text
-    count = {1: "one seed", 2: "two seeds", 3: "three seeds"}[seeds(mutual, "pgd100")]
-    assert f"(`mat_searched`) end at {percent(mutual, 'mean', 'pgd100')} % ({count})" in text
+    alone, mutual = (share(rows[name], "last", "pgd100") for name in ("at_decay_x3", "mat_decay"))
+    between = apart("overfit", "mat_decay", "at_decay_x3", "pgd100", "last")
+    low, high = map(float, re.findall(r"[+-][\d.]+", between)[1:])
+    noise = ", which is noise" if low < 0 < high else ""
+    assert (f"(`at_decay_x3`) end at {alone} %, the best ones of mutual peers (`mat_decay`) at {mutual} %: {between} "
+            f"points{noise}.") in text
+    assert f"({alone} against {mutual} on the first data)" in words("README.md")
+
+
+def tried(*settings: str) -> dict[str, Any]:
+    """The mean peer's scores of a setting of the search, by all that it sets."""
+    found = json.loads((RESULTS / "search_overfit.json").read_text(encoding="utf-8"))
+    (one,) = [one for one in found["settings_tried"] if {
+        *found["families"][one["family"]]["settings"], *one["point"]} == set(settings)]
+    scores: dict[str, Any] = one["scores"]["mean"]
+    return scores
 
 
 def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
     found = json.loads((RESULTS / "search_overfit.json").read_text(encoding="utf-8"))
     whole = [one for one in found["settings_tried"] if one["state"] == "done"]
-    assert f"{found['runs']['done']} of {found['runs']['all']} runs" in words(PAGE)
+    text = words(PAGE)
+    assert f"{found['runs']['done']} of {found['runs']['all']} runs" in text
+    sides = {side: [one for one in found["settings_tried"] if one["family"].startswith("at") == alone]
+             for side, alone in (("independent", True), ("mutual", False))}
+    assert "{} settings of independent peers and {} of mutual ones".format(*map(len, sides.values())) in text
     for side, _, accuracy in table(PAGE, "## What a search found"):
-        of_side = [one for one in whole if one["family"].startswith("at") == (side == "independent")]
-        assert accuracy == f"{100 * max(one['scores']['mean']['mean'] for one in of_side):.1f}"
+        best = max(one["scores"]["mean"]["mean"] for one in whole if one in sides[side])
+        assert accuracy == f"{100 * best:.1f}"
+
+
+def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
+    common = ("loss.label_smoothing=0.4", "optim.ema_decay=0.983", "optim.clip_norm=1", "optim.lr=0.3")
+    late = ("loss=mat", "loss.kd_weight=0.9", "loss.warmup_epochs=20")
+    for decay, alone, mutual, between, count in table(PAGE, "### Peers or weight decay"):
+        own = () if decay == "0.0005" else (f"optim.weight_decay={decay}",)
+        control, taught = tried("loss=at", *common, *own), tried(*late, *common, *own)
+        assert [alone, mutual] == [f"{100 * one['mean']:.1f}" for one in (control, taught)]
+        both = [taught["by_seed"][seed] - value for seed, value in control["by_seed"].items()
+                if seed in taught["by_seed"]]
+        assert (between, int(count)) == (f"{100 * sum(both) / len(both):+.1f}", len(both))
+
+
+def test_units_that_are_lost_are_quoted_as_counted() -> None:
+    runs = json.loads((RESULTS / "units.json").read_text(encoding="utf-8"))["runs"]
+    text = words(PAGE).split("### Units that are lost")[1].split("## ")[0]
+    quoted = re.findall(r"`(\w+)` (?:has )?(\d+) to (\d+) %", text)
+    assert len(quoted) == 10
+    for name, low, high in quoted:
+        found = [value for run, one in runs.items() if run.rpartition("_")[0] == name
+                 for value in one["unused"].values()]
+        assert len(found) >= 3 and (low, high) == (f"{100 * min(found):.0f}", f"{100 * max(found):.0f}"), name
+    row = results("overfit", "overfit")["rows"]["at_searched_x3"]
+    peers = [one for found in row["accuracy"]["last"]["mean"]["pgd100"]["by_peer"].values() for one in found.values()]
+    lost = sum(one < 0.15 for one in peers)  # 10 classes
+    assert (len(peers), lost) == (9, 3) and "nine networks three do not learn" in text
+    assert f"the best one of three ends at {percent(row, 'best', 'pgd100')} %" in text
 
 
 def test_the_table_of_cifar10_is_quoted_as_measured() -> None:
@@ -151,7 +190,9 @@ def test_the_table_of_cifar10_is_quoted_as_measured() -> None:
     points = [apart("cifar10", "mat_wa", row, "pgd100", "last").split(" ")[0][1:]
               for row in ("at_x2", "at_wa_x2", "at_wa_long")]
     assert ("`mat_wa` ends {} points above independent peers, {} above those with smoothing and averages, and {} above "
-            "one network that costs as much").format(*points) in words(PAGE)
+            "one network that costs as much: in every seed").format(*points) in words(PAGE)
+    assert all(value > 0 for one in document("cifar10", "cifar10")["differences"] for value in one["by_seed"] if (
+        one["row"], one["kind"], one["checkpoint"], one["column"]) == ("mat_wa", "mean", "last", "pgd100"))
 
 
 def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
@@ -219,6 +260,7 @@ def test_the_union_is_quoted_as_measured() -> None:
 # The rows of README.md in their order: suite and table of the committed results, the rows and the column.
 PLAIN, AVERAGED = ("at_x3", "mat"), ("at_wa_x3", "mat_wa")
 QUOTED = (("overfit", "overfit", PLAIN, ""), ("overfit", "overfit", AVERAGED, ""),
+          ("overfit", "overfit", ("at_decay_x3", "mat_decay"), ""),
           ("union", "union", ("max_wa", "mat_max_wa"), ""),
           ("cifar10", "cifar10", PLAIN, ""), ("cifar10", "cifar10", AVERAGED, ""),
           ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""),

@@ -130,8 +130,13 @@ def test_searched_settings_are_quoted_as_measured() -> None:
     between = apart("overfit", "mat_decay", "at_decay_x3", "pgd100", "last")
     low, high = map(float, re.findall(r"[+-][\d.]+", between)[1:])
     noise = ", which is noise" if low < 0 < high else ""
-    assert (f"(`at_decay_x3`) end at {alone} %, the best ones of mutual peers (`mat_decay`) at {mutual} %: {between} "
-            f"points{noise}.") in text
+    best = apart("overfit", "mat_decay", "at_decay_x3", "pgd20", "best")
+    assert (f"(`at_decay_x3`) end at {alone} %, the best ones of mutual peers (`mat_decay`), the best row of all, at "
+            f"{mutual} %: {between} points{noise}; at the best epoch {best} under PGD-20") in text
+    assert float(mutual) == max(float(percent(row, "mean", "pgd100")) for row in rows.values()
+                                if "mean" in row["accuracy"].get("last", {}))
+    assert all("less than two points are left" in words(page) for page in (PAGE, "README.md")) and 0 < float(
+        between.split(" ")[0]) < 2 and 0 < float(best.split(" ")[0]) < 2
     assert f"({alone} against {mutual} on the first data)" in words("README.md")
 
 

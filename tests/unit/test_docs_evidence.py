@@ -133,11 +133,23 @@ def test_searched_settings_are_quoted_as_measured() -> None:
     best = apart("overfit", "mat_decay", "at_decay_x3", "pgd20", "best")
     assert (f"(`at_decay_x3`) end at {alone} %, the best ones of mutual peers (`mat_decay`), the best row of all, at "
             f"{mutual} %: {between} points{noise}; at the best epoch {best} under PGD-20") in text
+    long = apart("overfit", "mat_decay", "at_decay_long", "pgd100", "last")
+    assert (f"(`at_decay_long`) ends at {share(rows['at_decay_long'], 'last', 'pgd100')} %, {long} below; at the best "
+            "epoch it is level") in text
+    assert re.search(r"\(-.* to \+", apart("overfit", "mat_decay", "at_decay_long", "pgd20", "best"))
     assert float(mutual) == max(float(percent(row, "mean", "pgd100")) for row in rows.values()
                                 if "mean" in row["accuracy"].get("last", {}))
-    assert all("less than two points are left" in words(page) for page in (PAGE, "README.md")) and 0 < float(
-        between.split(" ")[0]) < 2 and 0 < float(best.split(" ")[0]) < 2
-    assert f"({alone} against {mutual} on the first data)" in words("README.md")
+    assert all("two points are left" in words(page) for page in (PAGE, "README.md"))
+    assert f"{float(between.split(' ')[0]):.0f}" == f"{float(best.split(' ')[0]):.0f}" == "2"
+    first = [share(rows[name], "last", "aa") for name in ("at_decay_x3", "mat_decay")]
+    more = apart("overfit", "mat_decay", "at_decay_x3", "aa", "last")
+    assert "AutoAttack leaves the first peers of seed 2 {} and {} %: {};".format(*first, more) in text
+    assert f"and {float(more.split(' ')[0]):.1f} under AutoAttack" in text
+    means = [rows[name]["accuracy"]["last"]["mean"] for name in ("at_decay_x3", "mat_decay")]
+    assert "PGD-100 leaves them {:.1f} and {:.1f} points more".format(*(
+        100 * (one["pgd100"]["by_peer"]["2"]["peer0"] - one["aa"]["mean"]) for one in means)) in text
+    assert (f"({alone} against {mutual} on the first data; AutoAttack of one peer: {first[0]} against {first[1]})"
+            ) in words("README.md")
 
 
 def tried(*settings: str) -> dict[str, Any]:

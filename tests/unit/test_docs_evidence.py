@@ -208,6 +208,13 @@ def test_the_table_of_cifar10_is_quoted_as_measured() -> None:
               for row in ("at_x2", "at_wa_x2", "at_wa_long")]
     assert ("`mat_wa` ends {} points above independent peers, {} above those with smoothing and averages, and {} above "
             "one network that costs as much: in every seed").format(*points) in words(PAGE)
+    late = [apart("cifar10", "mat_late", row, "pgd100", "last") for row in ("at_x2", "at_wa_x2", "at_wa_long")]
+    assert "end {} points above independent peers and {} above those with smoothing and averages; at the best".format(
+        *(one.split(" ")[0][1:] for one in late[:2])) in words(PAGE)
+    assert "`mat_late` minus `at_x2`: {}, minus `at_wa_x2`: {}, minus `at_wa_long`: {} under".format(
+        *late) in words(PAGE)
+    best = apart("cifar10", "mat_late", "at_wa_x2", "pgd20", "best")
+    assert re.search(r"\(-.* to \+", best), "level at the best epoch"
     assert all(value > 0 for one in document("cifar10", "cifar10")["differences"] for value in one["by_seed"] if (
         one["row"], one["kind"], one["checkpoint"], one["column"]) == ("mat_wa", "mean", "last", "pgd100"))
 
@@ -280,6 +287,7 @@ QUOTED = (("overfit", "overfit", PLAIN, ""), ("overfit", "overfit", AVERAGED, ""
           ("overfit", "overfit", ("at_decay_x3", "mat_decay"), ""),
           ("union", "union", ("max_wa", "mat_max_wa"), ""),
           ("cifar10", "cifar10", PLAIN, ""), ("cifar10", "cifar10", AVERAGED, ""),
+          ("cifar10", "cifar10", ("at_wa_x3", "mat_late"), ""),
           ("cpu", "overfit", PLAIN, ""), ("cpu", "linf", PLAIN, ""),
           ("cpu_cifar10", "linf", PLAIN, ""), ("gpu", "linf", PLAIN, ""))
 

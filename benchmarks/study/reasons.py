@@ -24,7 +24,7 @@ from mat_dist.config import load_config, load_plugins
 from mat_dist.config.schema import Config
 from mat_dist.config.tree import COMMAND_LINE
 from mat_dist.core.losses import kl_per_image
-from mat_dist.data import ImageSet, load_data, place
+from mat_dist.data import DataSets, ImageSet, load_data, place
 from mat_dist.distributed.arithmetic import strict_arithmetic
 from mat_dist.distributed.groups import choose_device, prepare_torch
 from mat_dist.distributed.stopping import watching
@@ -51,19 +51,11 @@ def main(options: Namespace) -> None:
     """
     if not options.words:
         raise ConfigError("no run is named", COMMAND_LINE, "give the folder of a finished run, e.g. runs/NAME")
-    plugins = [word for file in options.plugin for word in ("--plugin", file)]
-    arguments = parse([*options.words, *plugins])
-    if foreign := sorted(arguments.request.model_fields_set - set(OWN)):
-        raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
-    label = arguments.request.checkpoint if "checkpoint" in arguments.request.model_fields_set else "latest"
-    images = arguments.request.images or IMAGES
-    folder = find_run(arguments.runs[0])
-    refuse_unfinished(folder)
-    load_plugins(arguments.plugins)
-    config = load_config(str(folder.config), arguments.settings)
+    load_plugins(options.plugin)
+    run, images = opened(options.words)
+    folder, config = run.folder, run.config
     if len(config.peers) < 2:
         raise ConfigError("a run of one peer, which has nobody to learn from", str(folder.path), "give a cohort's")
-    run, _ = open_asked(folder, config, arguments.request.model_copy(update={"checkpoint": label}))
     file = place_of(run, images)
     if options.dry_run:
         steps = sum(spec.attack.steps for spec in config.peers)
@@ -78,16 +70,37 @@ def main(options: Namespace) -> None:
     show(document)
 
 
-def make(run: FinishedRun, images: int) -> dict[str, Any]:
-    """Measure a run, at most so many images of each split -> JSON values."""
-    watch, config = Watch(tell=tell), run.config
+def opened(words: Sequence[str]) -> tuple[FinishedRun, int]:
+    """The finished run that a command line names, its newest checkpoint where none is named, and how many images are
+    asked for. Raises ConfigError, CheckpointError, OutputError."""
+    arguments = parse(words)
+    request = arguments.request
+    if foreign := sorted(request.model_fields_set - set(OWN)):
+        raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
+    if "checkpoint" not in request.model_fields_set:
+        request = request.model_copy(update={"checkpoint": "latest"})
+    folder = find_run(arguments.runs[0])
+    refuse_unfinished(folder)
+    run, _ = open_asked(folder, load_config(str(folder.config), arguments.settings), request)
+    return run, request.images or IMAGES
+
+
+def loaded(run: FinishedRun) -> tuple[DataSets, torch.device]:
+    """A run's images, and the device to measure it on."""
+    config = run.config
     device = choose_device(config, local_rank=0)
     prepare_torch(config)
-    watch.say(f"{len(config.peers)} peers, {images} validation and {images} training images, {device}")
     with watching() as stop:
         data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size, stop=stop)
     check_images(data, run)
-    data = place(data, config.data.residency, device)
+    return place(data, config.data.residency, device), device
+
+
+def make(run: FinishedRun, images: int) -> dict[str, Any]:
+    """Measure a run, at most so many images of each split -> JSON values."""
+    watch, config = Watch(tell=tell), run.config
+    data, device = loaded(run)
+    watch.say(f"{len(config.peers)} peers, {images} validation and {images} training images, {device}")
     return {**identity(run, images), "step": run.manifest.step,
             **measured(run.models(device), config, data.val, data.train, images, device, watch)}
 

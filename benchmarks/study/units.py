@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.command import Watch
+from benchmarks.study.reasons import loaded, opened
 from mat_dist.checkpoints.load import FinishedRun
 from mat_dist.cli import tell
-from mat_dist.config import load_config, load_plugins
+from mat_dist.config import load_plugins
 from mat_dist.config.tree import COMMAND_LINE
-from mat_dist.data import load_data
 from mat_dist.distributed.arithmetic import strict_arithmetic
-from mat_dist.distributed.groups import choose_device, prepare_torch
-from mat_dist.distributed.stopping import watching
 from mat_dist.errors import ConfigError
 from mat_dist.evaluation.chunks import chosen_images, pixels
-from mat_dist.evaluation.command import check_images, open_asked
-from mat_dist.evaluation.settings import find_run, parse, refuse_unfinished
 from mat_dist.runs.console import show_table
 from mat_dist.runs.files import reported, write_json
 from mat_dist.runs.record import git_revision, versions
-
-IMAGES = 500
-OWN = ("images", "checkpoint", "weights")
 
 
 def main(options: Namespace) -> None:
@@ -43,7 +36,7 @@ def main(options: Namespace) -> None:
     if not runs:
         raise ConfigError("no run is named", COMMAND_LINE, "give folders of finished runs, e.g. runs/NAME")
     watch, found = Watch(tell=tell), {}
-    for run, images in [opened(word, settings) for word in runs]:
+    for run, images in [opened([word, *settings]) for word in runs]:
         watch.now(f"{run.folder.name}, step {run.manifest.step}")
         found[run.folder.name] = {"step": run.manifest.step, "weights": run.weights, "images": images,
                                   "unused": measured(run, images)}
@@ -52,20 +45,6 @@ def main(options: Namespace) -> None:
             known = {name: one for name, one in versions().items() if name != "system"}
             write_json(options.json, {"git": git_revision(), "versions": known, "runs": found})
     show(found)
-
-
-def opened(word: str, settings: Sequence[str]) -> tuple[FinishedRun, int]:
-    """A finished run, and how many images are asked for."""
-    arguments = parse([word, *settings])
-    request = arguments.request
-    if foreign := sorted(request.model_fields_set - set(OWN)):
-        raise ConfigError(f"{', '.join(foreign)} cannot be chosen here", COMMAND_LINE, f"choose {', '.join(OWN)}")
-    if "checkpoint" not in request.model_fields_set:
-        request = request.model_copy(update={"checkpoint": "latest"})
-    folder = find_run(word)
-    refuse_unfinished(folder)
-    run, _ = open_asked(folder, load_config(str(folder.config), arguments.settings), request)
-    return run, request.images or IMAGES
 
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -80,13 +59,8 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 def measured(run: FinishedRun, images: int) -> dict[str, float | None]:
     """Peer -> share of its `unused_units` on so many clean images of the validation split."""
-    config = run.config
-    device = choose_device(config, local_rank=0)
-    prepare_torch(config)
-    with watching() as stop:
-        data = load_data(config.data, seed=config.run.seed, batch_size=config.train.batch_size, stop=stop)
-    check_images(data, run)
-    models = run.models(device)
+    data, device = loaded(run)
+    config, models = run.config, run.models(device)
     samples = chosen_images(len(data.val), images)
     shares = {}
     for name, model in zip(run.peers, models, strict=True):

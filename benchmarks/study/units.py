@@ -38,6 +38,8 @@ def main(options: Namespace) -> None:
     watch, found = Watch(tell=tell), {}
     for run, images in [opened([word, *settings]) for word in runs]:
         watch.now(f"{run.folder.name}, step {run.manifest.step}")
+        if run.folder.name in found:
+            raise ConfigError(f"two runs are called {run.folder.name}", COMMAND_LINE, "measure them one after the other")
         found[run.folder.name] = {"step": run.manifest.step, "weights": run.weights, "images": images,
                                   "unused": measured(run, images)}
     if options.json is not None:

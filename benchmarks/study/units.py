@@ -39,7 +39,7 @@ def main(options: Namespace) -> None:
     for run, images in [opened([word, *settings]) for word in runs]:
         watch.now(f"{run.folder.name}, step {run.manifest.step}")
         if run.folder.name in found:
-            raise ConfigError(f"two runs are called {run.folder.name}", COMMAND_LINE, "measure them one after the other")
+            raise ConfigError(f"two runs are called {run.folder.name}", COMMAND_LINE, "give each a --json of its own")
         found[run.folder.name] = {"step": run.manifest.step, "weights": run.weights, "images": images,
                                   "unused": measured(run, images)}
     if options.json is not None:

@@ -62,7 +62,7 @@ def test_the_command_measures_every_peer_on_the_validation_split(tmp_path: Path)
     (["{run}", "attacks=pgd"], "attacks cannot be chosen here"), (["{run}", "{run}"], "two runs are called one")])
 def test_what_cannot_be_measured_is_refused_in_one_line(words: list[str], line: str, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_small(tmp_path, "one", "peers=1") if words else None
+    run = run_small(tmp_path, "one", "peers=1", "loss=at") if words else None
     capsys.readouterr()
     assert main(["units", *(word.format(run=run.folder.path if run else "") for word in words)]) == 2
     assert line in capsys.readouterr().err

@@ -12,7 +12,7 @@ from mat_dist.config.schema import AttackConfig, LossConfig, OptimConfig, PeerCo
 BASE: dict[str, Any] = {
     "hard_weight": None, "hard_own": 1.0, "clean_weight": 0.0, "kd_weight": 0.0, "kd_own": None, "kd_clean": 0.0,
     "kd_loss": "kl", "kd_where": "all", "temperature": 1.0, "teacher_input": "same_ae", "teacher_set": "all",
-    "pair_kl": 0.0, "pair_mse": 0.0, "label_smoothing": 0.0, "warmup_epochs": 0.0,
+    "pair_kl": 0.0, "pair_mse": 0.0, "label_smoothing": 0.0,
 }
 
 
@@ -21,11 +21,11 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
     return other_frozen or role == "peer" or role != other
 
 
-def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerConfig:
-    """The complete entry of the peer at `index` of a cohort of `peers`, trained on the data set `data`."""
+def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "", epochs: int = 0) -> PeerConfig:
+    """The complete entry of the peer at `index` of a cohort of `peers`, trained for `epochs` on the data set `data`."""
     preset = presets()[peer.loss.preset]
     union = fill_union(peer)
-    loss = fill_loss(peer.loss, index, peers, peer.role, union)
+    loss = fill_loss(peer.loss, index, peers, peer.role, union, epochs)
     threat = fill_threat(peer.threat, union, data)
     added = methods_model().model_validate(dict(preset.methods[index % len(preset.methods)]))
     return peer.model_copy(update={
@@ -36,14 +36,15 @@ def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerC
 
 
 def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
-              union: UnionConfig | None = None) -> LossConfig:
-    """`loss` of the peer at `index` of a cohort of `peers`, every empty coefficient replaced by its preset's value.
+              union: UnionConfig | None = None, epochs: int = 0) -> LossConfig:
+    """`loss` of the peer at `index` of a cohort of `peers`, every empty coefficient replaced by its preset's value; the
+    preset's share of `epochs`, in which the peer learns alone, ends with a whole one.
 
     `kd_own` falls back to an even share, 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs
     is the peer itself and cannot teach there.
     """
     chosen = presets()[loss.preset]
-    values = {**BASE, **chosen.parts[index % len(chosen.parts)]}
+    values = {**BASE, "warmup_epochs": own_warmup(loss.preset, epochs), **chosen.parts[index % len(chosen.parts)]}
     if peers > 1:
         values.update(chosen.roles.get(role, {}))
     if role == "generalist" and peers > 1 and union is not None and union.threats:
@@ -60,6 +61,11 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
     if values["kd_own"] is None:
         values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else 1 / peers
     return LossConfig(preset=loss.preset, **values)
+
+
+def own_warmup(preset: str, epochs: int) -> float:
+    """The whole epochs in which a peer with this preset learns alone, where its settings do not say."""
+    return float(round(presets()[preset].warmup * epochs))
 
 
 def fill_union(peer: PeerConfig) -> UnionConfig:

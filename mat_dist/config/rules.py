@@ -406,7 +406,8 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
     loss, attack, eps = peer.loss, peer.attack, peer.threat.eps
     if peer.frozen:
         return
-    plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union)
+    epochs = config.train.epochs
+    plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union, epochs)
     distils = bool(loss.kd_weight or loss.kd_clean)
     used = {"hard_own": loss.hard_weight,
             **dict.fromkeys(("kd_loss", "kd_where", "teacher_input", "teacher_set"), distils),
@@ -415,7 +416,6 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
     for name, counts in used.items():
         if not counts and getattr(loss, name) != getattr(plain, name):
             yield f"loss.{name} does nothing with these weights of the loss (preset {loss.preset})"
-    epochs = config.train.epochs
     if getattr(peer.methods.get("swa"), "start", 0.0) * epochs > epochs - 1:
         yield f"methods.swa does nothing: from its start on there is one end of {epochs} epochs to average"
     if attack.method == "n_fgsm" and attack.start != fill_attack(AttackConfig(), loss.preset, index, peer.threat).start:

@@ -131,9 +131,13 @@ def at(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
     return ce(z(k, k), y)
 
 
+def smooth(logits: Tensor, y: Tensor, share: float) -> Tensor:
+    """All classes count `share` together, the label the rest."""
+    return (1 - share) * ce(logits, y) - share * logits.log_softmax(1).mean(1).mean()
+
+
 def smoothed(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
-    """The label counts 0.6, all classes 0.4 together."""
-    return 0.6 * ce(z(k, k), y) - 0.4 * z(k, k).log_softmax(1).mean(1).mean()
+    return smooth(z(k, k), y, 0.4)
 
 
 def trades(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
@@ -164,6 +168,14 @@ def listening(where: str) -> Formula:
 def warming(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
     """A fifth of an epoch of ten steps: steps 0 and 1 alone, with the whole weight on own AEs."""
     return ce(z(k, k), y) if step < 2 else mat(k, z, t, y, step)
+
+
+def late(k: int, z: Z, t: Z, y: Tensor, step: int) -> Tensor:
+    """Alone for two steps, then a tenth by smoothed labels and the rest by two teachers on the AEs of all three."""
+    if step < 2:
+        return smooth(z(k, k), y, 0.2)
+    lessons = [kl(t(i, j), z(k, j)) for i in range(3) if i != k for j in range(3)]
+    return 0.1 * smooth(z(k, k), y, 0.2) + 0.9 * sum(lessons) / len(lessons)
 
 
 def ring(k: int, step: int) -> list[Look]:
@@ -199,6 +211,8 @@ CASES = {
                           ring),
     "warm-up": Case([{"loss": {"preset": "mat", "warmup_epochs": 0.2}}] * 3, warming,
                     lambda k, step: [k] if step < 2 else ring(k, step)),
+    "mat_late": Case([{"loss": {"preset": "mat_late", "warmup_epochs": 0.2}, "optim": {"ema_decay": 0.9}}] * 3, late,
+                     lambda k, step: [k] if step < 2 else ring(k, step)),
     "teachers=ema": Case([{"loss": "mat", "optim": {"ema_decay": 0.6}}] * 3, mat, ring, step={"teachers": "ema"}),
 }
 

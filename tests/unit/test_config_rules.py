@@ -301,6 +301,15 @@ def test_the_average_of_a_preset_can_be_switched_off() -> None:
     assert not config.peers[0].averages
 
 
+@pytest.mark.parametrize("words,alone", [
+    (["train.epochs=60"], 20), (["train.epochs=110"], 37), (["train.epochs=2"], 1), (["train.epochs=1"], 0),
+    (["loss.warmup_epochs=0"], 0), (["loss.warmup_epochs=2.5"], 2.5)])
+def test_a_preset_of_late_distillation_waits_for_a_third_of_the_epochs(words: list[str], alone: float) -> None:
+    config = load_config("base", ["peers=2", "loss=mat_late", *words])
+    assert {peer.loss.warmup_epochs for peer in config.peers} == {alone}
+    assert not [text for text in config_warnings(config) if "loss." in text]
+
+
 def test_the_even_average_takes_the_place_of_the_decaying_one() -> None:
     peers = load_config("digits", ["optim.ema_decay=0.9", "peers.1.methods.swa.start=0.5"]).peers
     assert [peer.optim.ema_decay for peer in peers] == [0.9, None, 0.9, 0.9] and all(peer.averages for peer in peers)

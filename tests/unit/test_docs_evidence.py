@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.documents import ROOT, heads, table
 
-PAGE, WHOLE, RESULTS = "docs/evidence.md", "benchmarks/results/first/README.md", ROOT / "benchmarks/results"
+PAGE, SEARCHED, WHOLE = "docs/evidence.md", "docs/search.md", "benchmarks/results/first/README.md"
+RESULTS = ROOT / "benchmarks/results"
 FIRST = RESULTS / "first"
 
 
@@ -68,7 +69,7 @@ def measured(suite: str, title: str) -> list[str]:
 
 
 def test_the_answer_quotes_accuracies_and_differences_as_measured() -> None:
-    rows = table(PAGE, "## Mutual against independent peers")
+    rows = table(PAGE, "## The first tables")
     assert len(rows) == 5
     for first, attack, count, *cells in rows:
         suite, title = re.findall(r"`(\w+)`", first)
@@ -164,12 +165,12 @@ def tried(*settings: str) -> dict[str, Any]:
 def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
     found = json.loads((RESULTS / "search_overfit.json").read_text(encoding="utf-8"))
     whole = [one for one in found["settings_tried"] if one["state"] == "done"]
-    text = words(PAGE)
+    text = words(SEARCHED)
     assert f"{found['runs']['done']} of {found['runs']['all']} runs" in text
     sides = {side: [one for one in found["settings_tried"] if one["family"].startswith("at") == alone]
              for side, alone in (("independent", True), ("mutual", False))}
     assert "{} settings of independent peers and {} of mutual ones".format(*map(len, sides.values())) in text
-    for side, _, accuracy in table(PAGE, "## What a search found"):
+    for side, _, accuracy in table(SEARCHED, "## What a search found"):
         best = max(one["scores"]["mean"]["mean"] for one in whole if one in sides[side])
         assert accuracy == f"{100 * best:.1f}"
 
@@ -177,7 +178,7 @@ def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
 def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
     common = ("loss.label_smoothing=0.4", "optim.ema_decay=0.983", "optim.clip_norm=1", "optim.lr=0.3")
     late = ("loss=mat", "loss.kd_weight=0.9", "loss.warmup_epochs=20")
-    for decay, alone, mutual, between, count in table(PAGE, "### Peers or weight decay"):
+    for decay, alone, mutual, between, count in table(SEARCHED, "### Peers or weight decay"):
         own = () if decay == "0.0005" else (f"optim.weight_decay={decay}",)
         control, taught = tried("loss=at", *common, *own), tried(*late, *common, *own)
         assert [alone, mutual] == [f"{100 * one['mean']:.1f}" for one in (control, taught)]
@@ -188,7 +189,7 @@ def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
 
 def test_units_that_are_lost_are_quoted_as_counted() -> None:
     runs = json.loads((RESULTS / "units.json").read_text(encoding="utf-8"))["runs"]
-    text = words(PAGE).split("### Units that are lost")[1].split("## ")[0]
+    text = words(SEARCHED).split("### Units that are lost")[1].split("## ")[0]
     quoted = re.findall(r"`(\w+)` (?:has )?(\d+) to (\d+) %", text)
     assert len(quoted) == 10
     for name, low, high in quoted:
@@ -240,9 +241,10 @@ def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
 
 
 def test_the_answer_shows_the_figure_of_every_table_that_was_measured() -> None:
-    text = (ROOT / PAGE).read_text(encoding="utf-8")
-    shown = re.findall(r'<img src="\.\./benchmarks/results/([^"]+)"', text)
-    assert sorted(shown) == sorted(str(file.relative_to(RESULTS)) for file in RESULTS.glob("**/*_figures/*.svg"))
+    for page, folder in ((PAGE, RESULTS), (WHOLE, FIRST)):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        shown = [(ROOT / page).parent / name for name in re.findall(r'<img src="([^"]+)"', text)]
+        assert sorted(file.resolve() for file in shown) == sorted(folder.glob("*_figures/*.svg"))
 
 
 def test_mean_peer_and_ensemble_of_every_table_are_quoted_as_measured() -> None:
@@ -275,7 +277,7 @@ def test_the_union_is_quoted_as_measured() -> None:
         assert cells == [percent(row, kind, column) for column in columns], name
         assert str(seeds(row, "union")) == count, name
         shares[row["row"]] = f"{100 * row['accuracy']['last'][kind]['union']['mean']:.0f}"
-    text = words(PAGE)
+    text = words(WHOLE)
     assert (f"alone withstand {shares['generalist']} to {shares['generalist_max']} %; with AEs of their own "
             f"{shares['generalist_msd']} %, below `max` and `ramp` at {shares['max']} %") in text
     assert shares["max"] == shares["ramp"]

@@ -362,7 +362,7 @@ def config_warnings(config: Config) -> list[str]:
         texts.setdefault(text, []).append(peer.name or "")
 
     for index, peer in enumerate(config.peers):
-        for text in _idle(peer, index, config):
+        for text in () if peer.frozen else (*_idle(peer, index, config), *_weak(peer, index)):
             note(text, peer)
         eps, size = peer.threat.eps, peer.attack.step_size
         meant = as_fraction(size) if size is not None else None
@@ -401,11 +401,8 @@ def config_warnings(config: Config) -> list[str]:
 
 
 def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
-    """Settings of the loss and the attack that differ from the preset's and change nothing, and steps that are too
-    short for the ball."""
-    loss, attack, eps = peer.loss, peer.attack, peer.threat.eps
-    if peer.frozen:
-        return
+    """Settings of the loss and of averages that change nothing."""
+    loss = peer.loss
     epochs = config.train.epochs
     plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union, epochs)
     distils = bool(loss.kd_weight or loss.kd_clean)
@@ -418,6 +415,11 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
             yield f"loss.{name} does nothing with these weights of the loss (preset {loss.preset})"
     if getattr(peer.methods.get("swa"), "start", 0.0) * epochs > epochs - 1:
         yield f"methods.swa does nothing: from its start on there is one end of {epochs} epochs to average"
+
+
+def _weak(peer: PeerConfig, index: int) -> Iterator[str]:
+    """Settings of the attack that change nothing, and steps that are too short for the ball."""
+    loss, attack, eps = peer.loss, peer.attack, peer.threat.eps
     if attack.method == "n_fgsm" and attack.start != fill_attack(AttackConfig(), loss.preset, index, peer.threat).start:
         yield "attack.start does nothing with n_fgsm, which has a noise of its own"
     if peer.union.strategy == "msd" and attack.method != "pgd":

@@ -238,7 +238,7 @@ def _threats(spec: PeerConfig) -> str:
 
 
 def _terms(run: _Run) -> list[str]:
-    """The weights of the loss that are not 0 everywhere."""
+    """The weights of the loss that are not 0 everywhere, and for how long a peer learns alone before they count."""
     weights = {name: _weights(row) for name, _, row in run.named()}
     used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
     table = _table(["peer"], used)
@@ -256,7 +256,7 @@ def _weights(row: PeerGraph) -> dict[str, float]:
             "KD own": sum(row.distilled.get(view, 0.0) for view in row.mine if row.teachers(view)),
             "KD other": max((row.distilled.get(view, 0.0) for view in others), default=0.0),
             "KD clean": row.distilled.get(CLEAN, 0.0),
-            "pair KL": row.weights.pair_kl, "pair MSE": row.weights.pair_mse}
+            "pair KL": row.weights.pair_kl, "pair MSE": row.weights.pair_mse, "epochs alone": row.weights.warmup_epochs}
 
 
 def _passes(run: _Run) -> list[str]:

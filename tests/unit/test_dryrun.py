@@ -246,6 +246,13 @@ def test_a_decay_of_the_averaged_weights_that_their_warm_up_never_reaches_is_tol
     assert not any("is never reached" in description(config_of(f"optim.ema_decay={decay}")) for decay in (0.94, "null"))
 
 
+def test_peers_that_learn_alone_at_first_are_told_with_their_epochs() -> None:
+    text = description(config_of("train.epochs=15", "peers=3", "peers.0.loss=mat_late", "peers.2.loss.warmup_epochs=2"))
+    assert {name: row[-1] for name, row in cells(text, "loss").items() if name.startswith("peer")} == {
+        "peer": "alone", "peer0": "5", "peer1": "0", "peer2": "2"}
+    assert "epochs alone" not in description(config_of())
+
+
 def test_peers_with_schedules_of_their_own_have_columns_of_their_own() -> None:
     text = description(config_of("peers.2.optim.schedule=constant", "peers.2.optim.lr=0.03"))
     assert "lr of peer0 (onecycle)  lr of peer2 (constant)" in text

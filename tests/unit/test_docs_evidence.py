@@ -170,7 +170,7 @@ def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
     sides = {side: [one for one in found["settings_tried"] if one["family"].startswith("at") == alone]
              for side, alone in (("independent", True), ("mutual", False))}
     assert "{} settings of independent peers and {} of mutual ones".format(*map(len, sides.values())) in text
-    for side, _, accuracy in table(SEARCHED, "## What a search found"):
+    for side, _, accuracy in table(SEARCHED, "## One norm"):
         best = max(one["scores"]["mean"]["mean"] for one in whole if one in sides[side])
         assert accuracy == f"{100 * best:.1f}"
 
@@ -178,7 +178,7 @@ def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
 def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
     common = ("loss.label_smoothing=0.4", "optim.ema_decay=0.983", "optim.clip_norm=1", "optim.lr=0.3")
     late = ("loss=mat", "loss.kd_weight=0.9", "loss.warmup_epochs=20")
-    for decay, alone, mutual, between, count in table(SEARCHED, "### Peers or weight decay"):
+    for decay, alone, mutual, between, count in table(SEARCHED, "## Peers or weight decay"):
         own = () if decay == "0.0005" else (f"optim.weight_decay={decay}",)
         control, taught = tried("loss=at", *common, *own), tried(*late, *common, *own)
         assert [alone, mutual] == [f"{100 * one['mean']:.1f}" for one in (control, taught)]
@@ -189,7 +189,7 @@ def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
 
 def test_units_that_are_lost_are_quoted_as_counted() -> None:
     runs = json.loads((RESULTS / "units.json").read_text(encoding="utf-8"))["runs"]
-    text = words(SEARCHED).split("### Units that are lost")[1].split("## ")[0]
+    text = words(SEARCHED).split("## Units that are lost")[1].split("## ")[0]
     quoted = re.findall(r"`(\w+)` (?:has )?(\d+) to (\d+) %", text)
     assert len(quoted) == 10
     for name, low, high in quoted:

@@ -100,57 +100,77 @@ def share(row: dict[str, Any], label: str, column: str, most: int = 3) -> str:
     return f"{100 * found['mean']:.1f}" + (f" ({len(found['by_seed'])})" if fewer else "")
 
 
-def assert_quoted(title: str, heading: str, columns: Sequence[tuple[str, str]]) -> None:
+def assert_quoted(title: str, heading: str, columns: Sequence[tuple[str, str]], minus: str = "",
+                  compared: Sequence[tuple[str, str]] = ()) -> None:
     """Every row of a table below a heading of the page: cost against its first row, `columns` (checkpoint, column), and
-    what `mat_wa` has more, PGD-100 at the last and PGD-20 at the best checkpoint."""
+    what the row `minus` has more in the columns `compared`."""
     found, quoted = results(title, title)["rows"], table(PAGE, heading)
     assert {cells[0].strip("`") for cells in quoted} == set(found)
     first = found[quoted[0][0].strip("`")]
+    most = seeds(first, columns[0][1])
     for name, _, cost, *cells in quoted:
         row = found[name.strip("`")]
-        assert cells[:len(columns)] == [share(row, *one, most=seeds(first, columns[0][1])) for one in columns], name
+        assert cells[:len(columns)] == [share(row, *one, most=most) for one in columns], name
         assert cost == f"{row['cost'] / first['cost']:.2f}"
-        if cells[len(columns)] != "-":
-            assert cells[len(columns):] == [apart(title, "mat_wa", row["row"], *one)
-                                            for one in (("pgd100", "last"), ("pgd20", "best"))]
+        for cell, (label, column) in zip(cells[len(columns):], compared, strict=True):
+            assert cell in ("-", apart(title, minus, row["row"], column, label) if minus != row["row"] else "-"), name
 
 
-def test_the_table_of_networks_that_overfit_is_quoted_as_measured() -> None:
-    assert_quoted("overfit", "## Where networks overfit", [("last", "pgd100"), ("last", "aa"), ("best", "pgd20")])
+ONE_NORM = [("last", "pgd100"), ("last", "aa"), ("best", "pgd20")]
+
+
+def test_the_summary_is_quoted_as_measured() -> None:
+    suites = {"pgd100": ("overfit", "cifar10"), "union": ("union",), "pgd50": ("onestep",)}
+    rows = table(PAGE, "# Evidence: what mutual training is worth")
+    assert len(rows) == 10
+    for what, count, alone, taught, last, best, control in rows:
+        pair = re.findall(r"`(\w+)`", what)
+        (suite, column), = [(suite, column) for column, names in suites.items() for suite in names
+                            if set(pair) <= set(results(suite, suite)["rows"])]
+        found, (long,) = results(suite, suite)["rows"], re.findall(r"`(\w+)`", control)
+        most = seeds(found[pair[1]], column)
+        assert [alone, taught] == [share(found[name], "last", column, most) for name in pair] and int(count) == most
+        assert last == apart(suite, pair[1], pair[0], column, "last")
+        assert best == apart(suite, pair[1], pair[0], "pgd20" if column == "pgd100" else column, "best")
+        assert control == f"`{long}` {share(found[long], 'last', column, most)}"
+        assert found[long]["cost"] > 0.95 * found[pair[1]]["cost"], "a control costs as much"
+
+
+def test_the_tables_of_one_norm_are_quoted_as_measured() -> None:
+    for title, heading, minus in (("overfit", "## Where networks overfit", "mat_wa"),
+                                  ("cifar10", "## Where networks overfit: CIFAR-10", "mat_late")):
+        assert_quoted(title, heading, ONE_NORM, minus, [ONE_NORM[0], ONE_NORM[2]])
+    assert_quoted("onestep", "## One-step training", [("last", "pgd50"), ("best", "pgd50")])
+    assert_quoted("union", "## Three norms at once", [("last", "union"), ("best", "union")], "mat_max_wa",
+                  [("last", "union")])
+
+
+def points(title: str, row: str, control: str, column: str, checkpoint: str = "last") -> str:
+    """Size of a difference, without its sign."""
+    return apart(title, row, control, column, checkpoint).split(" ")[0].lstrip("+-")
+
+
+def test_the_answer_is_what_was_measured() -> None:
     text = words(PAGE)
-    points = [apart("overfit", "mat_wa", row, "pgd100", "last")[1:5] for row in ("at_wa_x3", "at_x3")]
-    plain = apart("overfit", "mat", "at_x3", "pgd100", "last")
-    assert f"end {points[0]} points above" in text and f"and {points[1]} above those without" in text
-    assert f"the gain (`mat`) is {plain[1:5]} points" in text
-    assert f"{apart('overfit', 'mat_wa', 'at_wa_x3', 'pgd20', 'best')[1:4]} points are left" in text
-
-
-def test_searched_settings_are_quoted_as_measured() -> None:
-    rows, text = results("overfit", "overfit")["rows"], words(PAGE)
-    alone, mutual = (share(rows[name], "last", "pgd100") for name in ("at_decay_x3", "mat_decay"))
-    between = apart("overfit", "mat_decay", "at_decay_x3", "pgd100", "last")
-    low, high = map(float, re.findall(r"[+-][\d.]+", between)[1:])
-    noise = ", which is noise" if low < 0 < high else ""
-    best = apart("overfit", "mat_decay", "at_decay_x3", "pgd20", "best")
-    assert (f"(`at_decay_x3`) end at {alone} %, the best ones of mutual peers (`mat_decay`), the best row of all, at "
-            f"{mutual} %: {between} points{noise}; at the best epoch {best} under PGD-20") in text
-    long = apart("overfit", "mat_decay", "at_decay_long", "pgd100", "last")
-    assert (f"(`at_decay_long`) ends at {share(rows['at_decay_long'], 'last', 'pgd100')} %, {long} below; at the best "
-            "epoch it is level") in text
-    assert re.search(r"\(-.* to \+", apart("overfit", "mat_decay", "at_decay_long", "pgd20", "best"))
-    assert float(mutual) == max(float(percent(row, "mean", "pgd100")) for row in rows.values()
-                                if "mean" in row["accuracy"].get("last", {}))
-    assert all("two points are left" in words(page) for page in (PAGE, "README.md"))
-    assert f"{float(between.split(' ')[0]):.0f}" == f"{float(best.split(' ')[0]):.0f}" == "2"
-    first = [share(rows[name], "last", "aa") for name in ("at_decay_x3", "mat_decay")]
-    more = apart("overfit", "mat_decay", "at_decay_x3", "aa", "last")
-    assert "AutoAttack leaves the first peers of seed 2 {} and {} %: {};".format(*first, more) in text
-    assert f"and {float(more.split(' ')[0]):.1f} under AutoAttack" in text
-    means = [rows[name]["accuracy"]["last"]["mean"] for name in ("at_decay_x3", "mat_decay")]
-    assert "PGD-100 leaves them {:.1f} and {:.1f} points more".format(*(
-        100 * (one["pgd100"]["by_peer"]["2"]["peer0"] - one["aa"]["mean"]) for one in means)) in text
-    assert (f"({alone} against {mutual} on the first data; AutoAttack of one peer: {first[0]} against {first[1]})"
-            ) in words("README.md")
+    assert "a [preset](loss.md#presets)): {} points above bare independent peers and {} above those".format(
+        *(points("cifar10", "mat_late", row, "pgd100") for row in ("at_x2", "at_wa_x2"))) in text
+    one, three = (apart(title, mutual, alone, column, "last") for title, mutual, alone, column in (
+        ("overfit", "mat_decay", "at_decay_x3", "pgd100"), ("union", "mat_ramp_decay", "ramp_decay", "union")))
+    assert f"end {one.split(' ')[0]} points apart with one norm, and {three.split(' ')[0]} with three" in text
+    cifar10, overfit = (results(title, title)["rows"] for title in ("cifar10", "overfit"))
+    assert "CIFAR-10: {} % (`at_x2`), {} (`at_wa_x2`), {} (`mat_wa`), {} (`mat_late`): {} over".format(
+        *(share(cifar10[name], "last", "aa") for name in ("at_x2", "at_wa_x2", "mat_wa", "mat_late")),
+        apart("cifar10", "mat_late", "at_wa_x2", "aa", "last")) in text
+    assert "seed 2: {} (`at_wa_x3`), {} (`mat_wa`), {} (`at_decay_x3`), {} (`mat_decay`): {} between".format(
+        *(share(overfit[name], "last", "aa") for name in ("at_wa_x3", "mat_wa", "at_decay_x3", "mat_decay")),
+        apart("overfit", "mat_decay", "at_decay_x3", "aa", "last")) in text
+    assert ("(`mat_max_wa`) end {} points above the best single norm, where the paper claims 13.1, and {} above RAMP"
+            ).format(
+        *(points("union", "mat_max_wa", row, "union") for row in ("at_l2", "ramp"))) in text
+    assert "(`mat_union_wa`) ends {} above the best single norm and {} below `max_wa`".format(
+        *(points("union", "mat_union_wa", row, "union") for row in ("at_l2", "max_wa"))) in text
+    assert "`mat_decay` minus `at_decay_x3` {}, which is noise, minus `at_decay_long` {}.".format(
+        *(apart("overfit", "mat_decay", row, "pgd100", "last") for row in ("at_decay_x3", "at_decay_long"))) in text
 
 
 def tried(*settings: str) -> dict[str, Any]:
@@ -201,43 +221,6 @@ def test_units_that_are_lost_are_quoted_as_counted() -> None:
     lost = sum(one < 0.15 for one in peers)  # 10 classes
     assert (len(peers), lost) == (9, 3) and "nine networks three do not learn" in text
     assert f"the best one of three ends at {percent(row, 'best', 'pgd100')} %" in text
-
-
-def test_the_table_of_cifar10_is_quoted_as_measured() -> None:
-    assert_quoted("cifar10", "## Where networks overfit: CIFAR-10", [("last", "pgd100"), ("best", "pgd20")])
-    points = [apart("cifar10", "mat_wa", row, "pgd100", "last").split(" ")[0][1:]
-              for row in ("at_x2", "at_wa_x2", "at_wa_long")]
-    assert ("`mat_wa` ends {} points above independent peers, {} above those with smoothing and averages, and {} above "
-            "one network that costs as much: in every seed").format(*points) in words(PAGE)
-    late = [apart("cifar10", "mat_late", row, "pgd100", "last") for row in ("at_x2", "at_wa_x2", "at_wa_long")]
-    assert "end {} points above independent peers and {} above those with smoothing and averages; at the best".format(
-        *(one.split(" ")[0][1:] for one in late[:2])) in words(PAGE)
-    assert "`mat_late` minus `at_x2`: {}, minus `at_wa_x2`: {}, minus `at_wa_long`: {} under".format(
-        *late) in words(PAGE)
-    best = apart("cifar10", "mat_late", "at_wa_x2", "pgd20", "best")
-    assert re.search(r"\(-.* to \+", best), "level at the best epoch"
-    assert all(value > 0 for one in document("cifar10", "cifar10")["differences"] for value in one["by_seed"] if (
-        one["row"], one["kind"], one["checkpoint"], one["column"]) == ("mat_wa", "mean", "last", "pgd100"))
-
-
-def test_the_table_of_three_norms_is_quoted_as_measured() -> None:
-    found, quoted = results("union", "union")["rows"], table(PAGE, "## Three norms at once")
-    assert {cells[0].strip("`") for cells in quoted} == set(found)
-    for name, cost, *cells in quoted:
-        row = found[name.strip("`")]
-        assert cells[:2] == [share(row, label, "union") for label in ("last", "best")], name
-        assert cost == f"{row['cost'] / found['at_linf']['cost']:.2f}"
-        if cells[2] != "-":
-            assert cells[2] == apart("union", "mat_max_wa", row["row"], "union", "last")
-    text = words(PAGE)
-    points = {(mutual, row): apart("union", mutual, row, "union", "last").split(" ")[0]
-              for mutual in ("mat_max_wa", "mat_union_wa") for row in ("max_wa", "ramp", "at_l2")}
-    assert "end {} points above the same network alone, {} above RAMP and {} above".format(
-        *(points["mat_max_wa", row].lstrip("+") for row in ("max_wa", "ramp", "at_l2"))) in text
-    assert "ends {} points above the best single norm, and {} below `max_wa`".format(
-        *(points["mat_union_wa", row].lstrip("+-") for row in ("at_l2", "max_wa"))) in text
-    best = apart("union", "mat_max_wa", "max_wa", "union", "best").split(" ")[0]
-    assert best[0] == "-" and f"At the best epoch `max_wa` is {best[1:]} points ahead" in text
 
 
 def test_the_answer_shows_the_figure_of_every_table_that_was_measured() -> None:

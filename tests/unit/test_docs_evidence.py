@@ -173,9 +173,9 @@ def test_the_answer_is_what_was_measured() -> None:
         *(apart("overfit", "mat_decay", row, "pgd100", "last") for row in ("at_decay_x3", "at_decay_long"))) in text
 
 
-def tried(*settings: str) -> dict[str, Any]:
+def tried(*settings: str, suite: str = "overfit") -> dict[str, Any]:
     """The mean peer's scores of a setting of the search, by all that it sets."""
-    found = json.loads((RESULTS / "search_overfit.json").read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / f"search_{suite}.json").read_text(encoding="utf-8"))
     (one,) = [one for one in found["settings_tried"] if {
         *found["families"][one["family"]]["settings"], *one["point"]} == set(settings)]
     scores: dict[str, Any] = one["scores"]["mean"]
@@ -193,6 +193,27 @@ def test_the_best_settings_of_the_search_are_quoted_as_measured() -> None:
     for side, _, accuracy in table(SEARCHED, "## One norm"):
         best = max(one["scores"]["mean"]["mean"] for one in whole if one in sides[side])
         assert accuracy == f"{100 * best:.1f}"
+
+
+def test_the_search_for_three_norms_is_quoted_as_measured() -> None:
+    found = json.loads((RESULTS / "search_union.json").read_text(encoding="utf-8"))
+    sides = {"one network": ("max", "max_more"), "generalists that teach each other": ("mat_max", "mat_ramp"),
+             "a generalist that specialists teach": ("mat_union",)}
+    counts = {side: [one for one in found["settings_tried"] if one["family"] in names] for side, names in sides.items()}
+    alone, *mutual = map(len, counts.values())
+    text = words(SEARCHED)
+    assert f"{alone} settings of one network and {sum(mutual)} of mutual ones, in two rounds, one seed" in text
+    for side, _, accuracy in table(SEARCHED, "## Three norms"):
+        assert accuracy == f"{100 * max(one['scores']['mean']['mean'] for one in counts[side]):.1f}"
+    common = ("loss=at", "union.threats=linf:0.1,l2:1,l1:8", "loss.label_smoothing=0.4", "optim.ema_decay=0.983")
+    steps = [tried(*common, "union.strategy=max", *more, suite="union") for more in (
+        (), ("optim.weight_decay=0.02",), ("optim.weight_decay=0.02", "union.strategy=ramp"))]
+    assert "have {} % with `max`, {} % with 40 times the weight decay, {} % with RAMP's loss".format(
+        *(f"{100 * one['mean']:.1f}" for one in steps)) in text
+    same = tried(*common, "union.strategy=ramp", "optim.weight_decay=0.01", "optim.clip_norm=1", "optim.lr=0.3",
+                 suite="union")["mean"]
+    best = max(one["scores"]["mean"]["mean"] for one in counts["generalists that teach each other"])
+    assert f"one network alone has {100 * same:.1f} %, {100 * (best - same):.1f} points less" in text
 
 
 def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
@@ -216,6 +237,10 @@ def test_units_that_are_lost_are_quoted_as_counted() -> None:
         found = [value for run, one in runs.items() if run.rpartition("_")[0] == name
                  for value in one["unused"].values()]
         assert len(found) >= 3 and (low, high) == (f"{100 * min(found):.0f}", f"{100 * max(found):.0f}"), name
+    colours = json.loads((RESULTS / "units_cifar10.json").read_text(encoding="utf-8"))["runs"]
+    assert {run.rpartition("_")[0] for run in colours} == {"at_x2", "at_wa_x2", "mat_wa", "mat_late"}
+    most = max(value for one in colours.values() for value in one["unused"].values())
+    assert f"`mat_late` has more than {100 * most:.0f} %" in text
     row = results("overfit", "overfit")["rows"]["at_searched_x3"]
     peers = [one for found in row["accuracy"]["last"]["mean"]["pgd100"]["by_peer"].values() for one in found.values()]
     lost = sum(one < 0.15 for one in peers)  # 10 classes

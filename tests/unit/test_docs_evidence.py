@@ -205,7 +205,8 @@ def test_the_search_for_three_norms_is_quoted_as_measured() -> None:
     assert f"{alone} settings of one network and {sum(mutual)} of mutual ones, in two rounds, one seed" in text
     for side, _, accuracy in table(SEARCHED, "## Three norms"):
         assert accuracy == f"{100 * max(one['scores']['mean']['mean'] for one in counts[side]):.1f}"
-    common = ("loss=at", "union.threats=linf:0.1,l2:1,l1:8", "loss.label_smoothing=0.4", "optim.ema_decay=0.983")
+    common = ("peers=1", "loss=at", "union.threats=linf:0.1,l2:1,l1:8", "loss.label_smoothing=0.4",
+              "optim.ema_decay=0.983")
     steps = [tried(*common, "union.strategy=max", *more, suite="union") for more in (
         (), ("optim.weight_decay=0.02",), ("optim.weight_decay=0.02", "union.strategy=ramp"))]
     assert "have {} % with `max`, {} % with 40 times the weight decay, {} % with RAMP's loss".format(

@@ -439,7 +439,7 @@ def _role_warnings(config: Config) -> Iterator[str]:
             if peer.role == "generalist" and not peer.frozen and peer.union.threats is None]
     if deaf:
         yield (f"{', '.join(deaf)}: a generalist without AEs of its own stays open to those made against it (5 % on "
-               "the union where one with them had 54 %, docs/evidence.md); write union.threats and loss: mat_union, or "
+               "the union where one with them had 54 %, docs/unions.md); write union.threats and loss: mat_union, or "
                "union.threats and union.strategy: msd with attack.method: pgd")
     unheard = [str(peer.name) for index, peer in enumerate(config.peers) if peer.role == "specialist" and not any(
         index in heard_by(config, i) and _listens(other, peer.threat.norm) for i, other in enumerate(config.peers))]

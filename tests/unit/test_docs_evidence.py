@@ -169,6 +169,13 @@ def test_the_answer_is_what_was_measured() -> None:
         *(points("union", "mat_max_wa", row, "union") for row in ("at_l2", "ramp"))) in text
     assert "(`mat_union_wa`) ends {} above the best single norm and {} below `max_wa`".format(
         *(points("union", "mat_union_wa", row, "union") for row in ("at_l2", "max_wa"))) in text
+    onestep = results("onestep", "onestep")["rows"]
+    steps = [share(onestep[name], "last", "pgd50", 1) for name in (
+        "fgsm_mat", "fgsm_x2", "nfgsm_mat", "nfgsm_x2", "pgd3_x2")]
+    assert ("with them FGSM ends at {} % in place of {}, N-FGSM at {} in place of {}; PGD with 3 steps, alone and for "
+            "a third more, at {}.").format(*steps) in text
+    assert "PGD with 7 steps from {} to {} as well".format(
+        *(share(onestep["pgd7_x2"], label, "pgd50", 1) for label in ("best", "last"))) in text
     assert "`mat_decay` minus `at_decay_x3` {}, which is noise, minus `at_decay_long` {}.".format(
         *(apart("overfit", "mat_decay", row, "pgd100", "last") for row in ("at_decay_x3", "at_decay_long"))) in text
 

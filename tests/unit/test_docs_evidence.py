@@ -133,6 +133,7 @@ def test_the_summary_is_quoted_as_measured() -> None:
         assert last == apart(suite, pair[1], pair[0], column, "last")
         assert best == apart(suite, pair[1], pair[0], "pgd20" if column == "pgd100" else column, "best")
         assert control == f"`{long}` {share(found[long], 'last', column, most)}"
+        assert float(best.split(" ")[0]) < 2, "as the answer says"
         assert found[long]["cost"] > 0.95 * found[pair[1]]["cost"], "a control costs as much"
 
 

@@ -28,7 +28,8 @@ def maker(folder: Path, calls: list[int]):
     def make() -> None:
         calls.append(threading.get_ident())
         time.sleep(0.1)
-        (folder / "product").write_text("made")
+        (folder / f"half_{os.getpid()}").write_text("made")
+        os.replace(folder / f"half_{os.getpid()}", folder / "product")  # a look must not find half of it
 
     return make
 

@@ -244,15 +244,16 @@ def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
 
 
 def test_units_that_are_lost_are_quoted_as_counted() -> None:
-    runs = json.loads((RESULTS / "units.json").read_text(encoding="utf-8"))["runs"]
+    counts = [json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"] for name in (
+        "units.json", "units_ramp.json", "units_cifar10.json")]
+    runs, colours = {**counts[0], **counts[1]}, counts[2]
     text = words(SEARCHED).split("## Units that are lost")[1].split("## ")[0]
     quoted = re.findall(r"`(\w+)` (?:has )?(\d+) to (\d+) %", text)
-    assert len(quoted) == 10
+    assert len(quoted) == 12
     for name, low, high in quoted:
         found = [value for run, one in runs.items() if run.rpartition("_")[0] == name
                  for value in one["unused"].values()]
         assert len(found) >= 3 and (low, high) == (f"{100 * min(found):.0f}", f"{100 * max(found):.0f}"), name
-    colours = json.loads((RESULTS / "units_cifar10.json").read_text(encoding="utf-8"))["runs"]
     assert {run.rpartition("_")[0] for run in colours} == {"at_x2", "at_wa_x2", "mat_wa", "mat_late"}
     most = max(value for one in colours.values() for value in one["unused"].values())
     assert f"`mat_late` has more than {100 * most:.0f} %" in text

@@ -48,7 +48,7 @@ def conduct(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
     work = [(entry, seed, partial(complete, suite.tables[entry.table], entry, seed))
             for seed in chosen(options.seeds, suite.seeds, "seed") for entry in entries
             if entry.name in rows and seed in entry.jobs and entry.missing(suite.tables[entry.table], seed)]
-    carry_out(options, work, lambda entry: take_up(suite, [entry]), lambda: write(options, suite, entries))
+    carry_out(options, work, lambda: write(options, suite, entries))
     judge([entry for entry in entries if entry.name in rows])
 
 
@@ -81,14 +81,15 @@ def plan_entries(suite: Suite, options: Namespace) -> list[Entry]:
 
 
 def take_up(suite: Suite, entries: Sequence[Entry]) -> None:
-    """Read the results that are there already."""
+    """Read the results that are there and were not read before, whichever command made them."""
     for entry in entries:
         for seed, job in entry.jobs.items():
+            read = entry.results.setdefault(seed, {})
             for name, one in suite.tables[entry.table].evaluations.items():
                 if job.done and one.applies(entry.name, seed):
                     for label, used in labels(job, one).items():
-                        if (found := find(job, name, one, used)) is not None:
-                            entry.results.setdefault(seed, {})[name, label] = found
+                        if (name, label) not in read and (found := find(job, name, one, used)) is not None:
+                            read[name, label] = found
 
 
 def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
@@ -103,7 +104,8 @@ def complete(table: TablePlan, entry: Entry, seed: int, runner: Runner) -> None:
 
 
 def write(options: Namespace, suite: Suite, entries: Sequence[Entry]) -> None:
-    """`<suite>.json` and `<suite>.md` with its pictures, each whole or as before."""
+    """`<suite>.json` and `<suite>.md` with its pictures, each whole or as before; also of what others did meanwhile."""
+    take_up(suite, entries)
     pairs = [(entry, seed) for entry in entries for seed in suite.seeds]
     done = [entry for entry, seed in pairs if entry.jobs and not entry.missing(suite.tables[entry.table], seed)]
     document = {**head_document(options, suite, entries), "runs": {"done": len(done), "all": len(pairs)},

@@ -337,13 +337,12 @@ def last_line(log: Path) -> str:
 
 
 def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner], Any]]],
-              ended: Callable[[T], None], write: Callable[[], None]) -> None:
+              write: Callable[[], None]) -> None:
     """Run the work of a study within its budget; one part that fails stops no other.
 
     Args:
         options: `jobs` runs at a time, `budget` in seconds or None, name of the `suite`.
         work: unit, seed, and what is to be done with its run.
-        ended: called with the unit of each part that has ended.
         write: writes the results; called after each part, and at the end.
 
     Raises StopRequested where the time was over or a signal came.
@@ -365,7 +364,6 @@ def carry_out(options: Namespace, work: Sequence[tuple[T, int, Callable[[Runner]
                     except MatError as error:
                         unit.failures[seed] = str(error)
                         tell(f"warning: {unit.name}, seed {seed}: {error}")
-                    ended(unit)
                     if not over:
                         write()
                         count += 1

@@ -61,7 +61,7 @@ def main(options: Namespace) -> None:
     work = [(one, seed, lambda runner, job=one.jobs[seed]: train(job, runner))
             for seed in chosen(options.seeds, suite.seeds, "seed") for one in asked
             if seed in one.jobs and not one.jobs[seed].done]
-    carry_out(options, work, lambda one: None, lambda: write(options, suite, found))
+    carry_out(options, work, lambda: write(options, suite, found))
     failed = [f"{one.name}: {one.state}" for one in asked if one.error or one.failures]
     if failed:
         raise NotReportable(f"{len(failed)} settings failed: {' | '.join(failed[:4])}", "search",

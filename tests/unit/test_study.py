@@ -358,6 +358,25 @@ def test_a_study_is_trained_attacked_and_written_once(tmp_path: Path, in_process
 
 
 @pytest.mark.slow
+def test_a_page_has_the_runs_that_another_command_of_the_suite_finished_meanwhile(
+        tmp_path: Path, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["evidence", "--file", str(plan_file(tmp_path)), "--root", str(tmp_path / "runs"), "--out", str(tmp_path),
+             "--seeds", "0"]
+    finish = evidence.complete
+
+    def while_another_one_runs(*given: Any) -> None:
+        monkeypatch.setattr(evidence, "complete", finish)
+        assert main([*words, "--only", "mat"]) == 0
+        finish(*given)
+
+    monkeypatch.setattr(evidence, "complete", while_another_one_runs)
+    assert main([*words, "--only", "at"]) == 0
+    document = json.loads((tmp_path / "cpu.json").read_text())
+    assert document["runs"]["done"] == 2
+    assert [row["seeds"]["0"]["status"] for row in document["tables"]["main"]["rows"]] == ["done", "done"]
+
+
+@pytest.mark.slow
 def test_a_changed_plan_does_not_take_results_of_the_old_one(tmp_path: Path, in_process: list[tuple[str, ...]],
                                                             capsys: Any) -> None:
     words = ["evidence", "--root", str(tmp_path / "runs"), "--out", str(tmp_path), "--only", "at", "--seeds", "0"]

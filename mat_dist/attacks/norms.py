@@ -264,7 +264,10 @@ register_threat = register_norm  # its name in `mat_dist`
 
 
 def eps_text(eps: float) -> str:
-    """A radius as an exact fraction where it is one of n/255 or a short decimal: 8/255, 1/10, 12."""
+    """A radius as an exact fraction where it is one of n/255 or a short decimal: 12/255, 1/5, 1/10, 12."""
+    levels = round(eps * 255)
+    if levels % 17 and math.isclose(levels, eps * 255, rel_tol=1e-12):  # 51/255 is 1/5; 12/255 is not written 4/85
+        return f"{levels}/255"
     for limit in (255, 1000):
         fraction = Fraction(eps).limit_denominator(limit)
         if math.isclose(fraction, eps, rel_tol=1e-12):

@@ -335,7 +335,7 @@ def test_radii_by_name_are_those_of_the_literature() -> None:
     assert asked("l2:standard", data="svhn") == [Threat("l2", 128 / 255)]
     assert asked("union:eat") == [Threat("linf", 8 / 255), Threat("l2", 0.5), Threat("l1", 12.0)]
     assert asked("union:msd")[0] == Threat("linf", 0.03)
-    assert [t.label for t in asked("union:mng")] == ["linf 8/255", "l2 128/255", "l1 400/51"]
+    assert [t.label for t in asked("union:mng")] == ["linf 8/255", "l2 128/255", "l1 2000/255"]
 
 
 def test_a_norm_alone_has_its_standard_radius_or_the_one_beside_it() -> None:

@@ -407,8 +407,9 @@ def test_the_wilson_interval_has_the_published_values(hits: int, count: int, low
     assert wilson_interval(1 - hits / count, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-@pytest.mark.parametrize("eps,text", [(8 / 255, "8/255"), (0.5 / 255, "1/510"), (0.1, "1/10"), (0.3, "3/10"),
-                                      (12.0, "12"), (0.03137, "0.03137"), (1e-6, "1e-06")])
+@pytest.mark.parametrize("eps,text", [(8 / 255, "8/255"), (12 / 255, "12/255"), (2000 / 255, "2000/255"),
+                                      (0.5 / 255, "1/510"), (0.1, "1/10"), (0.2, "1/5"), (0.3, "3/10"), (0.5, "1/2"),
+                                      (1.0, "1"), (12.0, "12"), (0.03137, "0.03137"), (1e-6, "1e-06")])
 def test_a_radius_is_written_as_a_fraction_that_reads_back(eps: float, text: str) -> None:
     assert eps_text(eps) == text
     assert float(Fraction(text)) == pytest.approx(eps, rel=1e-12)

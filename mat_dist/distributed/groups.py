@@ -85,7 +85,7 @@ class Mesh:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
         moved = flat.cpu() if self._staged else flat
-        with self._naming("gradient average"):
+        with self._naming("gradient average", self._replica):
             self._await(dist.all_reduce(moved, group=self._replica, async_op=True), moved)
         flat = moved.to(flat.device).div_(self.placement.replicas)
         for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -161,7 +161,7 @@ class Mesh:
         out = sent.new_empty(group.size() * sent.shape[0], *sent.shape[1:])
         # all_gather_into_tensor was renamed in torch 2.14 and warns there.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self._naming("gather"):
+        with self._naming("gather", group):
             self._await(gather(out, sent, group=group, async_op=True), sent, local_work)
         return out.to(local.device) if staged else out
 
@@ -179,11 +179,11 @@ class Mesh:
                 raise RuntimeError(f"no answer within {self._timeout:g} s")
 
     @contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
+    def _naming(self, what: str, group: Any) -> Iterator[None]:
         """Turn the backend's error, which names nobody or the wrong rank, into the guilty rank."""
         where = f"{what} of {self.where}"
         if self.beat is not None:
-            self.beat.arrive(self.where)
+            self.beat.arrive(self.where, replicas=group is self._replica)
         try:
             yield
         except (RuntimeError, dist.DistError) as error:

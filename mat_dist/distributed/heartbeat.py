@@ -32,17 +32,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's state: number of the beat, exchanges entered, the one it is at, its process."""
+    """One rank's state: number of the beat, exchanges entered (of all ranks, and since then those among the replicas of
+    its peers), the one it is at, its process."""
 
     count: int
-    arrived: int
+    arrived: tuple[int, int]
     where: str
     process: ProcessIdentity
 
     @classmethod
     def parse(cls, text: bytes) -> Beat:
         values = json.loads(text)
-        return cls(**{**values, "process": ProcessIdentity(**values["process"])})
+        return cls(**{**values, "arrived": tuple(values["arrived"]), "process": ProcessIdentity(**values["process"])})
 
 
 class Heartbeat:
@@ -62,7 +63,7 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, world: int, *, node: range, peers_of: Callable[[int], str],
                  stop: StopFlag) -> None:
         self._rank, self._world, self._node, self._peers_of, self._stop = rank, world, node, peers_of, stop
-        self._arrived, self._where, self._before, self._count = 0, "start", "start", 0
+        self._arrived, self._where, self._before, self._count = (0, 0), "start", "start", 0
         self._process, self._told_stop = ProcessIdentity.own(), False
         self._memory_kills, self._lap = memory_kills(), max(LAP / 2, world / 256)  # the store tells all of all
         self.work = ""
@@ -74,9 +75,11 @@ class Heartbeat:
 
     # ---------------------------------------------------------------- while all is well
 
-    def arrive(self, where: str) -> None:
-        """Note that this rank enters an exchange; travels with the next beat."""
-        self._arrived += 1
+    def arrive(self, where: str, *, replicas: bool = False) -> None:
+        """Note that this rank enters an exchange, of all ranks or of the `replicas` of its peers alone; travels with the
+        next beat. They are counted apart, because peers with other losses or networks have more or fewer of the latter."""
+        shared, own = self._arrived
+        self._arrived = (shared, own + 1) if replicas else (shared + 1, 0)
         self._before, self._where = self._where, where
 
     def meet(self, point: str, timeout: float) -> None:
@@ -94,7 +97,7 @@ class Heartbeat:
             self._stop.pass_on(LAUNCHER_GONE)
 
     def _meet(self, point: str, timeout: float) -> None:
-        key, everyone = f"meet/{self._arrived}", range(self._world)
+        key, everyone = f"meet/{self._arrived[0]}", range(self._world)
         self._store.ask(lambda store: store.append(key, f"{self._rank} "), timeout)
         seen: dict[int, tuple[int, float]] = {}  # rank -> its latest beat, and when that was first seen
         missing: list[int] = []
@@ -120,7 +123,7 @@ class Heartbeat:
             beats = self._beats(LAP)
         except RuntimeError:
             return ""
-        late = [r for r in self._others() if r not in beats or beats[r].arrived < self._arrived]
+        late = [r for r in self._others() if r not in beats or self._is_late(r, beats[r])]
         return self._missed(late, point)
 
     def _missed(self, ranks: list[int], point: str) -> str:
@@ -160,7 +163,7 @@ class Heartbeat:
             time.sleep(self._lap)
         there = [r for r in self._others() if r not in gone]
         stopped = [r for r in there if r not in beats or beats[r].count == first.get(r)]
-        late = [r for r in there if r in beats and beats[r].arrived < self._arrived]
+        late = [r for r in there if r in beats and self._is_late(r, beats[r])]
         causes = (gone, "ended"), (stopped, "stopped answering"), (late, "is late")
         guilty, how = next((cause for cause in causes if cause[0]), ([], ""))
         if gone and memory_kills() > self._memory_kills:
@@ -208,9 +211,15 @@ class Heartbeat:
     def _named(self, rank: int) -> str:
         return f"rank {rank} (peer {self._peers_of(rank)})"
 
+    def _is_late(self, rank: int, beat: Beat) -> bool:
+        """Whether that rank has not begun the exchange that this one is at; replicas have the same ones."""
+        if self._peers_of(rank) == self._peers_of(self._rank):
+            return beat.arrived < self._arrived
+        return beat.arrived[0] < self._arrived[0]
+
     def _last_seen(self, beat: Beat | None) -> str:
         """Where that rank was: its beat, or the exchange that it last completed with us, if that is newer."""
-        return self._before if beat is None or beat.arrived < self._arrived - 1 else beat.where
+        return self._before if beat is None or beat.arrived[0] < self._arrived[0] - 1 else beat.where
 
     def _as_error(self, verdict: dict[str, Any]) -> MatError:
         if "error" in verdict:

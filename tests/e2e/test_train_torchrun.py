@@ -95,6 +95,12 @@ def test_four_ranks_give_the_weights_of_one_process(alone: Finished, tmp_path: P
     assert [r["loss"] for r in run.records("step")] == [r["loss"] for r in alone.records("step")]
 
 
+def test_peers_with_other_losses_have_replicas_and_a_run_ends(tmp_path: Path) -> None:
+    run = run_to_end(torchrun(4), tmp_path, "unlike", "peers=2", "peers.0.loss=at", "peers.1.loss=trades",
+                     "train.max_steps=2")
+    assert run.code == 0 and run.codes() == [0] and run.steps() == [2]
+
+
 def test_a_run_that_torchrun_is_told_to_stop_goes_on_with_other_ranks(alone: Finished, tmp_path: Path) -> None:
     at, folder = random.randrange(1, STEPS - 8), RunFolder(tmp_path / "stopped")
     print(f"SIGTERM after step {at}")

@@ -222,7 +222,7 @@ def test_a_rank_that_stops_beating_is_named_and_stopped(monkeypatch):
 def test_a_rank_that_the_memory_killer_took_is_not_told_as_slow(kills, says, monkeypatch):
     values: dict[str, bytes] = {}
     mine, other = beating(Store(values), 0), beating(Store(values), 1)
-    monkeypatch.setattr(mine, "_is_gone", lambda beat: beat is not None and beat.where == "start" and beat.arrived == 0)
+    monkeypatch.setattr(mine, "_is_gone", lambda beat: beat is not None and beat.where == "start" and beat.arrived == (0, 0))
     monkeypatch.setattr(mine, "_others", lambda: [1])
     monkeypatch.setattr(ProcessIdentity, "kill", lambda self: None)
     monkeypatch.setattr(heartbeat, "memory_kills", lambda: mine._memory_kills + kills)
@@ -242,6 +242,42 @@ def test_a_rank_is_last_seen_at_the_newest_exchange_that_it_completed(monkeypatc
     for exchange in ("step 1, AEs", "step 1, vote", "step 2, AEs"):
         mine.arrive(exchange)
     assert "rank 1 was last seen at step 1, vote" in mine.blame("gather of step 2, AEs").where
+    for one in ranks:
+        one.close()
+
+
+def replicas(values: dict[str, bytes]) -> list[Heartbeat]:
+    """Two peers on four ranks, two replicas each: ranks 0 and 2, 1 and 3."""
+    return [Heartbeat(Store(values), rank, 4, node=range(4), peers_of=lambda r: str(r % 2), stop=StopFlag())
+            for rank in range(4)]
+
+
+def test_ranks_whose_peers_have_other_exchanges_among_replicas_meet():
+    ranks = replicas({})
+    for rank, exchanges in enumerate((2, 5, 2, 5)):  # such as of batch statistics: a peer learns more views
+        for _ in range(exchanges):
+            ranks[rank].arrive("forward of step 1", replicas=True)
+    threads = [threading.Thread(target=one.meet, args=("run folder", 10), daemon=True) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    for one in ranks:
+        one.close()
+
+
+def test_a_late_replica_is_told_from_ranks_of_other_peers(monkeypatch):
+    monkeypatch.setattr(ProcessIdentity, "kill", lambda self: None)
+    ranks = replicas({})
+    for one in ranks:
+        one.arrive("step 1, headers")
+    for _ in range(3):
+        ranks[0].arrive("step 1, forward", replicas=True)  # peer 1 has none, and rank 2 comes to none
+    threading.Event().wait(0.1)  # until all have beaten
+    assert ranks[0].word("step 1, forward") == "waiting for rank 2 (peer 0) at step 1, forward"
+    error = ranks[0].blame("gather of step 1, forward")
+    assert error.guilty == (2,) and "rank 2 (peer 0) is late" in error.what
     for one in ranks:
         one.close()
 

@@ -26,7 +26,7 @@ from mat_dist.config.fields import Section, parse_number, parse_threats
 from mat_dist.config.gone import VERSION, lost, unused
 from mat_dist.config.help import canonical, faulty, general, problem, settings
 from mat_dist.config.plugins import module_name
-from mat_dist.config.presets import fill_peer, own_warmup
+from mat_dist.config.presets import fill_peer
 from mat_dist.config.rules import check
 from mat_dist.config.schema import MAX_PEERS, Config, PeerConfig
 from mat_dist.config.tree import (
@@ -386,7 +386,7 @@ def _under_peers(tree: Tree) -> Tree:
 def _resolved(tree: Tree) -> Config:
     """The configuration of checked settings whose peers are complete; presets and defaults filled in."""
     config = Config.model_validate(plain(tree))
-    peers = tuple(fill_peer(peer, index, len(config.peers), config.data.name, config.train.epochs)
+    peers = tuple(fill_peer(peer, index, len(config.peers), config.data.name)
                   for index, peer in enumerate(config.peers))
     return config.model_copy(update={"peers": peers})
 
@@ -532,15 +532,9 @@ def binding(config: Config) -> dict[str, Any]:
 
 
 def resume_conflicts(old: Config | Mapping[str, Any], new: Config) -> list[str]:
-    """The differences that a resumed run must refuse: all but `_MAY_CHANGE`, and a longer training with warm-ups that
-    presets derive from it."""
-    pairs = _pairs(old, new)
-    epochs = new.train.epochs
-    shorter = next((before for key, before, _ in pairs if key == "train.epochs" and isinstance(before, int)), epochs)
-    derived = {f"peers.{index}.loss.warmup_epochs": tuple(own_warmup(peer.loss.preset, n) for n in (shorter, epochs))
-               for index, peer in enumerate(new.peers)}
-    return [_line(*pair) for pair in pairs if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)
-            and derived.get(pair[0]) != pair[1:]]
+    """The differences that a resumed run must refuse: all but `_MAY_CHANGE` and a longer training."""
+    return [_line(*pair) for pair in _pairs(old, new)
+            if not _longer(*pair) and not pair[0].startswith(_MAY_CHANGE)]
 
 
 def trains_longer(old: Config, new: Config) -> bool:

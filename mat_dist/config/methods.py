@@ -41,7 +41,7 @@ class Preset:
         roles: coefficients that replace those of `parts` in a cohort with roles.
         strategy: `union.strategy` of peers that are no specialists, where the settings say nothing of it.
         ema_decay: decay of the averaged weights, where the settings say nothing of them.
-        warmup: share of the epochs in which peers learn alone, where the settings say nothing of `loss.warmup_epochs`.
+        warmup: share of the training in which peers learn alone, where nothing is said of `loss.warmup_epochs`.
     """
 
     parts: tuple[Values, ...] = ({},)

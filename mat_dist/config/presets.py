@@ -21,11 +21,11 @@ def hears(role: str, other: str, other_frozen: bool) -> bool:
     return other_frozen or role == "peer" or role != other
 
 
-def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "", epochs: int = 0) -> PeerConfig:
-    """The complete entry of the peer at `index` of a cohort of `peers`, trained for `epochs` on the data set `data`."""
+def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "") -> PeerConfig:
+    """The complete entry of the peer at `index` of a cohort of `peers`, trained on the data set `data`."""
     preset = presets()[peer.loss.preset]
     union = fill_union(peer)
-    loss = fill_loss(peer.loss, index, peers, peer.role, union, epochs)
+    loss = fill_loss(peer.loss, index, peers, peer.role, union)
     threat = fill_threat(peer.threat, union, data)
     added = methods_model().model_validate(dict(preset.methods[index % len(preset.methods)]))
     return peer.model_copy(update={
@@ -36,15 +36,15 @@ def fill_peer(peer: PeerConfig, index: int, peers: int, data: str = "", epochs: 
 
 
 def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
-              union: UnionConfig | None = None, epochs: int = 0) -> LossConfig:
-    """`loss` of the peer at `index` of a cohort of `peers`, every empty coefficient replaced by its preset's value; the
-    preset's share of `epochs`, in which the peer learns alone, ends with a whole one.
+              union: UnionConfig | None = None) -> LossConfig:
+    """`loss` of the peer at `index` of a cohort of `peers`, every empty coefficient replaced by its preset's value;
+    `warmup_epochs` stays empty where that is a share of the training.
 
     `kd_own` falls back to an even share, 1 / peers; with `teacher_set: owner` to 0, since the owner of a peer's own AEs
     is the peer itself and cannot teach there.
     """
     chosen = presets()[loss.preset]
-    values = {**BASE, "warmup_epochs": own_warmup(loss.preset, epochs), **chosen.parts[index % len(chosen.parts)]}
+    values = {**BASE, "warmup_epochs": None if chosen.warmup else 0.0, **chosen.parts[index % len(chosen.parts)]}
     if peers > 1:
         values.update(chosen.roles.get(role, {}))
     if role == "generalist" and peers > 1 and union is not None and union.threats:
@@ -61,11 +61,6 @@ def fill_loss(loss: LossConfig, index: int, peers: int, role: str = "peer",
     if values["kd_own"] is None:
         values["kd_own"] = 0.0 if values["teacher_set"] == "owner" else 1 / peers
     return LossConfig(preset=loss.preset, **values)
-
-
-def own_warmup(preset: str, epochs: int) -> float:
-    """The whole epochs in which a peer with this preset learns alone, where its settings do not say."""
-    return float(round(presets()[preset].warmup * epochs))
 
 
 def fill_union(peer: PeerConfig) -> UnionConfig:
@@ -125,7 +120,8 @@ def step_size(method: str, steps: int, norm: str, eps: float) -> float:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`."""
+    """The loss of one peer with no coefficient left open; the fields are those of `LossConfig`, but for the preset's
+    share of the training in which the peer learns alone, which counts where `warmup_epochs` is None."""
 
     hard_weight: float
     hard_own: float
@@ -141,16 +137,23 @@ class LossWeights:
     pair_kl: float
     pair_mse: float
     label_smoothing: float
-    warmup_epochs: float
+    warmup_epochs: float | None
+    warmup_share: float
 
     @classmethod
     def of(cls, loss: LossConfig) -> LossWeights:
         """From a complete section (`fill_loss`). Raises ValueError naming the fields that are empty."""
-        values = {field.name: getattr(loss, field.name) for field in fields(cls)}
-        empty = [f"loss.{name}" for name, value in values.items() if value is None]
+        share = presets()[loss.preset].warmup
+        values = {field.name: getattr(loss, field.name) for field in fields(cls) if field.name != "warmup_share"}
+        empty = [f"loss.{name}" for name, value in values.items()
+                 if value is None and not (name == "warmup_epochs" and share)]
         if empty:
             raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
-        return cls(**values)
+        return cls(**values, warmup_share=share)
+
+    def steps_alone(self, total: float, per_epoch: float) -> float:
+        """How many of all steps the peer learns alone."""
+        return self.warmup_share * total if self.warmup_epochs is None else self.warmup_epochs * per_epoch
 
     def alone(self) -> LossWeights:
         """While the peer warms up: all weight of labels and teachers is on the labels of own AEs."""

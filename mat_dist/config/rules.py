@@ -404,7 +404,7 @@ def _idle(peer: PeerConfig, index: int, config: Config) -> Iterator[str]:
     """Settings of the loss and of averages that change nothing."""
     loss = peer.loss
     epochs = config.train.epochs
-    plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union, epochs)
+    plain = fill_loss(LossConfig(preset=loss.preset), index, len(config.peers), peer.role, peer.union)
     distils = bool(loss.kd_weight or loss.kd_clean)
     used = {"hard_own": loss.hard_weight,
             **dict.fromkeys(("kd_loss", "kd_where", "teacher_input", "teacher_set"), distils),

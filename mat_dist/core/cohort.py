@@ -17,7 +17,7 @@ from mat_dist.core.graph import CLEAN, CohortGraph, View
 from mat_dist.core.guard import Guard
 from mat_dist.core.hooks import Views
 from mat_dist.core.losses import accuracy
-from mat_dist.core.optim import lr_at
+from mat_dist.core.optim import endless_warmups, lr_at
 from mat_dist.core.peer import Peer
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh
@@ -74,6 +74,8 @@ class Cohort:
         for peer in peers:
             peer.steps_per_epoch, peer.total_steps = steps_per_epoch, total_steps
             peer.rows, peer.batch_size = self.rows, config.train.batch_size
+            peer.notes += [f"{peer.name}: {note}" for note in endless_warmups(
+                peer.spec.optim, graph.peers[peer.index].weights, total_steps, steps_per_epoch)]
             if mesh.placement.replicas > 1:
                 peer.norms = partial(SynchronisedNorms, mesh.gather_statistics)
 
@@ -113,7 +115,7 @@ class Cohort:
     def begin(self, guard: Guard, step: int) -> None:
         """Before each step: let warm-ups end, and hooks recall what they know of the images."""
         warming_up = frozenset(row.index for row in self.graph.peers
-                               if step < row.weights.warmup_epochs * self.steps_per_epoch)
+                               if step < row.weights.steps_alone(self.total_steps, self.steps_per_epoch))
         if warming_up != self.warming_up:
             self.warming_up, self.graph = warming_up, CohortGraph.of(self.specs, warming_up)
             for peer in self.peers:

@@ -76,8 +76,9 @@ class Heartbeat:
     # ---------------------------------------------------------------- while all is well
 
     def arrive(self, where: str, *, replicas: bool = False) -> None:
-        """Note that this rank enters an exchange, of all ranks or of the `replicas` of its peers alone; travels with the
-        next beat. They are counted apart, because peers with other losses or networks have more or fewer of the latter."""
+        """Note that this rank enters an exchange, of all ranks or of the `replicas` of its peers alone; travels with
+        the next beat. The two are counted apart, because peers with other losses or networks have more or fewer of the
+        latter."""
         shared, own = self._arrived
         self._arrived = (shared, own + 1) if replicas else (shared + 1, 0)
         self._before, self._where = self._where, where

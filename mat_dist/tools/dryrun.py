@@ -23,7 +23,7 @@ from mat_dist.config.methods import methods
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
-from mat_dist.core.optim import ema_decay_at, lr_at
+from mat_dist.core.optim import ema_decay_at, endless_warmups, lr_at
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
 from mat_dist.data.builtin import load_digits
@@ -195,6 +195,12 @@ class _Run:
         train = self.config.train
         return steps_per_epoch(self.data.train or 0, train.batch_size, self.config.data.generated_share, train.replays)
 
+    def epochs_alone(self, row: PeerGraph) -> float:
+        """How many epochs a peer learns alone; of a data set of unknown size as if train.max_steps did not cut them."""
+        per_epoch = self.per_epoch or 1
+        total = _total(self.config, per_epoch) if self.per_epoch else self.config.train.epochs
+        return row.weights.steps_alone(total, per_epoch) / per_epoch
+
     def describe_images(self) -> str:
         data, size, classes = self.config.data, " x ".join(map(str, self.data.shape)), self.data.classes
         if self.seen is None and data.name not in KNOWN_IMAGES:
@@ -239,7 +245,7 @@ def _threats(spec: PeerConfig) -> str:
 
 def _terms(run: _Run) -> list[str]:
     """The weights of the loss that are not 0 everywhere, and for how long a peer learns alone before they count."""
-    weights = {name: _weights(row) for name, _, row in run.named()}
+    weights = {name: {**_weights(row), "epochs alone": run.epochs_alone(row)} for name, _, row in run.named()}
     used = [term for term in next(iter(weights.values())) if any(row[term] for row in weights.values())]
     table = _table(["peer"], used)
     for name, row in weights.items():
@@ -256,7 +262,7 @@ def _weights(row: PeerGraph) -> dict[str, float]:
             "KD own": sum(row.distilled.get(view, 0.0) for view in row.mine if row.teachers(view)),
             "KD other": max((row.distilled.get(view, 0.0) for view in others), default=0.0),
             "KD clean": row.distilled.get(CLEAN, 0.0),
-            "pair KL": row.weights.pair_kl, "pair MSE": row.weights.pair_mse, "epochs alone": row.weights.warmup_epochs}
+            "pair KL": row.weights.pair_kl, "pair MSE": row.weights.pair_mse}
 
 
 def _passes(run: _Run) -> list[str]:
@@ -313,10 +319,12 @@ def _schedule(run: _Run) -> list[str]:
             table.add_row(f"{step:,}", f"{math.floor(100 * step / per_epoch) / 100:.2f}", *rates)
         before = rates
     bounds = {decay: ema_decay_at(total - 1, decay) for optim, _ in optims if (decay := optim.ema_decay) is not None}
-    averages = [f"averages: optim.ema_decay {decay:g} is never reached in so few steps: its warm-up allows {bound:.4f}"
-                for decay, bound in bounds.items() if bound < decay]
+    notes = [f"averages: optim.ema_decay {decay:g} is never reached in so few steps: its warm-up allows {bound:.4f}"
+             for decay, bound in bounds.items() if bound < decay]
+    notes += [f"{name}: {note}" for name, spec, row in run.named()
+              for note in endless_warmups(spec.optim, row.weights, total, per_epoch)]
     return [f"schedule: {total:,} steps, {per_epoch:,} per epoch, {batch} images each; "
-            f"{forward:,} forward, {backward:,} backward passes", *_lines(table), *[""] * bool(averages), *averages]
+            f"{forward:,} forward, {backward:,} backward passes", *_lines(table), *[""] * bool(notes), *notes]
 
 
 def _marks(total: int, per_epoch: int, optim: OptimConfig) -> set[int]:

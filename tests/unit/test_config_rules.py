@@ -8,6 +8,7 @@ import pytest
 
 from mat_dist.config import config_warnings, load_config, rules
 from mat_dist.config.methods import methods
+from mat_dist.config.presets import LossWeights
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -301,12 +302,13 @@ def test_the_average_of_a_preset_can_be_switched_off() -> None:
     assert not config.peers[0].averages
 
 
-@pytest.mark.parametrize("words,alone", [
-    (["train.epochs=60"], 20), (["train.epochs=110"], 37), (["train.epochs=2"], 1), (["train.epochs=1"], 0),
-    (["loss.warmup_epochs=0"], 0), (["loss.warmup_epochs=2.5"], 2.5)])
-def test_a_preset_of_late_distillation_waits_for_a_third_of_the_epochs(words: list[str], alone: float) -> None:
+@pytest.mark.parametrize("words,total,alone", [
+    ([], 936, 312), ([], 30, 10), (["loss=mat"], 936, 0), (["loss.warmup_epochs=0"], 936, 0),
+    (["loss.warmup_epochs=2.5"], 20, 97.5)])
+def test_a_preset_of_late_distillation_waits_for_a_third_of_all_steps(words: list[str], total: int, alone: float
+                                                                      ) -> None:
     config = load_config("base", ["peers=2", "loss=mat_late", *words])
-    assert {peer.loss.warmup_epochs for peer in config.peers} == {alone}
+    assert {LossWeights.of(peer.loss).steps_alone(total, 39) for peer in config.peers} == {alone}
     assert not [text for text in config_warnings(config) if "loss." in text]
 
 

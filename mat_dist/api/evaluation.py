@@ -25,6 +25,7 @@ from mat_dist.config.schema import Config
 from mat_dist.data import ImageSet, load_data
 from mat_dist.data.arrays import check_labels
 from mat_dist.data.load import check_range
+from mat_dist.distributed.arithmetic import without_autocast
 from mat_dist.distributed.groups import Mesh, device_name, prepared_torch
 from mat_dist.distributed.placement import Placement
 from mat_dist.distributed.stopping import StopFlag
@@ -257,7 +258,8 @@ def borrowed(model: nn.Module, options: FileOptions, channels: int) -> Iterator[
     if options.mean is not None and options.std is not None:
         check_moments(channels, options.mean, options.std)
         normalise = [Normalize(options.mean, options.std).to(device, dtype)]
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), spared_buffers(model), rng.keyed_rng(0):
+    with (torch.inference_mode(False), torch.enable_grad(), without_autocast(), frozen(model), spared_buffers(model),
+          rng.keyed_rng(0)):
         yield nn.Sequential(*normalise, model).eval() if normalise else model
 
 

@@ -194,8 +194,10 @@ class L2(Region):
         return self.project(self.x + direction * per_image(radius_B / self.length(direction), direction))
 
     def step(self, adv_BCHW: Tensor, grad_BCHW: Tensor, size: float | Tensor, top: Top = None) -> Tensor:
-        norm_B = self.length(grad_BCHW).clamp_(min=torch.finfo(grad_BCHW.dtype).tiny)
-        return torch.addcmul(adv_BCHW, grad_BCHW, per_image(size / norm_B, grad_BCHW))
+        info = torch.finfo(grad_BCHW.dtype)
+        # Finite also for a zero gradient and steps from 4 on, where size / tiny is infinite in fp32, and 0 * inf not 0.
+        scale_B = (size / self.length(grad_BCHW).clamp_(min=info.tiny)).clamp_(max=info.max)
+        return torch.addcmul(adv_BCHW, grad_BCHW, per_image(scale_B, grad_BCHW))
 
     def project(self, adv_BCHW: Tensor) -> Tensor:
         delta = adv_BCHW - self.x

@@ -86,15 +86,18 @@ class FinishedRun:
 
     def chosen_peer(self) -> str | None:
         """Of the `candidates` the one that withstood most on the validation split at this step; None where no
-        evaluation was made."""
-        names, file = candidates(self.config.peers), validation_file(self.folder, self.manifest.step)
-        if not file.is_file():
-            return None
-        try:  # all formats of a result file have this part; their reader, evaluation/results.py, stands above
-            robust = {row["target"]: float(row["accuracy"]["union"]) for row in
-                      parse_json(file.read_bytes())["targets"] if row["weights"] == self.weights}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
+        evaluation of these very weights was made."""
+        names, first = candidates(self.config.peers), validation_file(self.folder, self.manifest.step)
+        files, robust = {entry.name: entry.sha256 for entry in self.manifest.files}, {}
+        # A checkpoint that was damaged and made again has a later file: ...-2.json. The newest one comes last.
+        for file in sorted(self.folder.eval.glob(f"{first.stem}*.json"), key=lambda file: (len(file.name), file.name)):
+            try:  # all formats of a result file have these parts; their reader, evaluation/results.py, stands above
+                told = parse_json(file.read_bytes())
+                if told.get("files", files) == files:
+                    robust = {row["target"]: float(row["accuracy"]["union"]) for row in told["targets"]
+                              if row["weights"] == self.weights}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"not a result file: {error}", str(file), "remove it, and name a peer") from error
         return max((name for name in names if name in robust), key=lambda name: (robust[name], -names.index(name)),
                    default=None)
 

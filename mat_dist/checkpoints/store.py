@@ -375,17 +375,19 @@ def load_manifest(folder: RunFolder, which: str | int = "latest") -> Manifest:
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint so far, and its `score` by `mark_best`."""
+    """The best checkpoint so far, its `score`, and under which attack it has that, by `mark_best`; "" where nobody
+    recorded it."""
 
     step: int
     score: float
+    attack: str = ""
 
 
-def mark_best(folder: RunFolder, step: int, score: float) -> None:
+def mark_best(folder: RunFolder, step: int, score: float, attack: str = "") -> None:
     """Let `best` name the checkpoint of `step`; `score.json` inside it tells why. Raises CheckpointError where there is
     none."""
     directory = load_manifest(folder, step).directory
-    write_json(directory / _SCORE, {"score": score})
+    write_json(directory / _SCORE, {"score": score, "attack": attack})
     write_text(folder.checkpoints / "best", f"{directory.name}\n")
 
 
@@ -393,7 +395,8 @@ def read_best(folder: RunFolder) -> Best | None:
     """What `mark_best` recorded last; None if no checkpoint is marked, or the marked one is gone or damaged."""
     with suppress(CheckpointError, OSError, ValueError, KeyError, TypeError):
         manifest = load_manifest(folder, "best")
-        return Best(manifest.step, float(parse_json((manifest.directory / _SCORE).read_bytes())["score"]))
+        told = parse_json((manifest.directory / _SCORE).read_bytes())
+        return Best(manifest.step, float(told["score"]), str(told.get("attack", "")))
     return None
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from mat_dist.attacks import compression
 from mat_dist.config.methods import methods
+from mat_dist.config.presets import endless_warmups
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.graph import CLEAN, CohortGraph, View
 from mat_dist.core.guard import Guard
 from mat_dist.core.hooks import Views
 from mat_dist.core.losses import accuracy
-from mat_dist.core.optim import endless_warmups, lr_at
+from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
 from mat_dist.data.augment import AugmentedView
 from mat_dist.distributed.groups import Mesh

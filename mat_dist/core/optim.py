@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mat_dist.config.presets import LossWeights
 from mat_dist.config.schema import Config, OptimConfig
 from mat_dist.config.tree import joined
 from mat_dist.errors import ConfigError
@@ -127,14 +126,6 @@ def optimizer_notes(optim: OptimConfig, model: nn.Module) -> list[str]:
     """What the user should know of an optimizer for this model."""
     waits = optim.name in WAITS and next(model.parameters()).device.type != "cpu"
     return [f"optim.name={optim.name} waits for the GPU in each update"] if waits else []
-
-
-def endless_warmups(optim: OptimConfig, weights: LossWeights, total: int, per_epoch: int) -> list[str]:
-    """What the user should know of warm-ups that go on to the end of a training, as train.max_steps can have it."""
-    steps = {"loss.warmup_epochs": ("learns alone in", weights.steps_alone(total, per_epoch)),
-             "optim.warmup_epochs": ("never has its whole learning rate in", optim.warmup_epochs * per_epoch)}
-    return [f"{what} all {total:,} steps, because {key} are {number:,.0f}: make them fewer, or train longer"
-            for key, (what, number) in steps.items() if number >= total]
 
 
 class LossScale:

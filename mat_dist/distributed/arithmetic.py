@@ -7,7 +7,7 @@ where they differ from the new ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,6 +34,15 @@ def strict_arithmetic() -> Iterator[None]:
     with kept_arithmetic():
         set_fp32("ieee")
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No half precision in here, whatever the caller has switched on."""
+    with ExitStack() as scopes:
+        for kind in ("cpu", *["cuda"] * torch.cuda.is_available()):
+            scopes.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from rich.table import Table
 
 from mat_dist.attacks.norms import Threat
-from mat_dist.checkpoints import Manifest, mark_best, read_best, step_name
+from mat_dist.checkpoints import Best, Manifest, load_manifest, mark_best, read_best, step_name
 from mat_dist.checkpoints.load import EMA, ENSEMBLE, RAW, FinishedRun, candidates, validation_file
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data import DataSets, ImageSet
@@ -77,6 +78,7 @@ class Evaluations:
         Raises the error of any rank, on all ranks; StopRequested when any rank was asked to stop before it was done.
         """
         began, job = perf_counter(), self.job(self.config.eval.steps)
+        self._score_again(job)
         found = self.attack(manifest, job, "val", self.config.eval.size)
         agree = Agreement(self.mesh, f"validation after step {done}", done)
         own: list[float | None] = []
@@ -193,6 +195,39 @@ class Evaluations:
             return
         self.reporter.pictures(manifest.step, f"gallery_{group}", found)
 
+    @property
+    def scored_by(self) -> str:
+        """What scores are under now: a resumed run may have other settings of `eval`."""
+        images = len(chosen_images(len(self.data.val), self.config.eval.size))
+        return f"{attack_name(self.job(self.config.eval.steps))} on {images} images"
+
+    def _score_again(self, job: Job) -> None:
+        """Attack the best checkpoint as this evaluation does, where its score is of another attack or of other images:
+        the two could not be compared. One that is damaged gives its place to the next."""
+        best = read_best(self.run.folder) if self.mesh.placement.is_lead else None
+        step = self.mesh.from_lead(best.step if best and best.attack not in ("", self.scored_by) else None)
+        if step is None:
+            return
+        agree = Agreement(self.mesh, f"validation of the best checkpoint, step {step}")
+        manifest, found = agree.run("manifest", load_manifest, self.run.folder, step), None
+        agree.sync("best checkpoint")
+        with suppress(CheckpointError):
+            found = self.attack(manifest, job, "val", self.config.eval.size)
+        if best is not None:
+            agree.run("score", self._mark_again, best, manifest, job, found)
+        agree.sync("score")
+
+    def _mark_again(self, best: Best, manifest: Manifest, job: Job, found: Found | None) -> None:
+        """The score of the best checkpoint under the present attack; none is below all others."""
+        self.run.check_owner()
+        score = -1.0
+        if found is not None:
+            document = document_of(self.about(manifest, job, step_name(best.step), "val"), found, checked=False)
+            score = selection_score(as_result(document).targets, self.config.peers)
+        mark_best(self.run.folder, best.step, score, self.scored_by)
+        self.note(f"step {best.step}, the best so far, had {100 * best.score:.1f} % under {best.attack}; under "
+                  f"{self.scored_by} it has " + (f"{100 * score:.1f} %" if found else "none, because it is damaged"))
+
     def _record_validation(self, manifest: Manifest, document: Mapping[str, Any], targets: Sequence[TargetResult],
                            record: Mapping[str, Any]) -> None:
         """The result file comes last: where it is missing, a resumed run evaluates again."""
@@ -200,7 +235,7 @@ class Evaluations:
         folder, score, step = self.run.folder, selection_score(targets, self.config.peers), manifest.step
         best = read_best(folder)
         if best is None or score > best.score:
-            mark_best(folder, step, score)
+            mark_best(folder, step, score, self.scored_by)
         else:
             step, score = best.step, best.score
         self.reporter.epoch({**record, "best": {"step": step, "score": score}})

@@ -97,7 +97,7 @@ FREE_SETTINGS = ("run.device", "run.threads", "run.deterministic", "comm.", "dat
 
 def _words(value: Any) -> Any:
     """`a,b` or `[a, b]` as a list."""
-    return [word.strip() for word in value.strip("[]").split(",")] if isinstance(value, str) else value
+    return [word.strip(" \"'") for word in value.strip("[]").split(",")] if isinstance(value, str) else value
 
 
 Words = BeforeValidator(_words)

@@ -81,9 +81,8 @@ def training_figures(run: RunFiles) -> list[Figure]:
     for count, key in enumerate(accuracies(run.threats)):
         if series := _curves(run, evaluated, key):
             ensemble = [(float(r["epoch"]), member(r[ENSEMBLE], key)) for r in evaluated]
-            settings = run.config.eval
-            attack = f"PGD-{settings.steps}" if settings.attack == "pgd" else settings.attack
-            attack = "" if key == CLEAN else f", {attack}"
+            attacks = dict.fromkeys(r.get("attack", f"PGD-{run.config.eval.steps}") for r in evaluated)
+            attack = "" if key == CLEAN else f", {', then '.join(attacks)}"
             chart = line_chart(f"Validation: {key}{attack}", [*series, Series(ENSEMBLE, ensemble, -1)], EPOCH, PER_CENT)
             found.append(Figure(f"validation_{count}" if key not in (CLEAN, UNION) else f"validation_{key}", chart,
                                 f"From checkpoints, {'averaged' if run.averaged else 'raw'} weights."))

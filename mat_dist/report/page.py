@@ -284,7 +284,7 @@ def _classes(run: RunFiles, victims: Victims | None, measured: Measured | None) 
         count = len(next(iter(found.values())).labels) if found else 0
         source = f"{one.attacks}, step {one.step}, all {count} images of {one.file}"
     if not found and measured is not None:
-        found, source = measured.answers, f"{measured.n} test images, attacked for this report"
+        threats, found, source = run.threats, measured.answers, f"{measured.n} test images, attacked for this report"
     robust = "union" if len(threats) > 1 else "robust"
     return class_section(found, victims.classes if victims else (), source, robust) if found else None
 

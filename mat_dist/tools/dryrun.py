@@ -20,10 +20,11 @@ from rich.table import Table
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
 from mat_dist.config.methods import methods
+from mat_dist.config.presets import endless_warmups
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
-from mat_dist.core.optim import ema_decay_at, endless_warmups, lr_at
+from mat_dist.core.optim import ema_decay_at, lr_at
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
 from mat_dist.data.builtin import load_digits

@@ -220,6 +220,21 @@ def test_best_has_the_highest_mean_robust_accuracy_of_the_peers(ema: str, cohort
     assert len(set(scores.values())) > 1
 
 
+def test_scores_of_another_attack_are_measured_again_before_they_are_compared(cohort_run: Run) -> None:
+    """The second attempt meets PGD-20 on more images; so does the best checkpoint of the first one."""
+    settings = (*EVALUATED, "optim.lr=0.5", "optim.schedule=constant")
+    before = read_best(cohort_run("harder", 1, *settings).folder)
+    assert before is not None and before.attack == "PGD-1 on 25 images"
+    hard = (*settings, "train.epochs=3", "eval.steps=20", "eval.size=40")
+    again, direct = cohort_run("harder", 2, *hard), cohort_run("direct", 1, *hard)
+    scores = {step: sum(robust(direct, step)[f"peer{i}", "raw"] for i in range(2)) / 2 for step in (before.step, 12)}
+    best = read_best(again.folder)
+    assert best is not None and (best.score, best.attack) == (max(scores.values()), "PGD-20 on 40 images")
+    assert best.step == max(scores, key=lambda step: (scores[step], -step))
+    assert (f"step {before.step}, the best so far, had {100 * before.score:.1f} % under PGD-1 on 25 images; under "
+            f"PGD-20 on 40 images it has {100 * scores[before.step]:.1f} %") in again.folder.rank_log(0).read_text()
+
+
 def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run, run_ranks: Ranks) -> None:
     """Chunks of 14 of 40 images: ranks get 3, 2 + 1 or 1 + 1 + 1 + 0 of them."""
     run = uninterrupted("peers=4", "peers.1.threat=l2", "peers.1.threat.eps=0.5", "peers.0.optim.ema_decay=0.5",

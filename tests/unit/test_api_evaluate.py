@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mat_dist
+from mat_dist.api.evaluation import asked
 from mat_dist.data import as_float, load_data
 from mat_dist.errors import ConfigError, DataError, EnvironmentFault, NotReportable, OutputError
 from mat_dist.evaluation.results import HEADLINE, read_result, read_results
@@ -54,6 +55,21 @@ def test_a_module_has_the_numbers_of_the_command_bit_by_bit(run, images):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
         assert [*found.to_pandas(images=True)] == list(csv.DictReader(command.file.with_suffix(".csv").open()))
+
+
+def test_half_precision_around_a_call_does_not_reach_it(run, images):
+    model, (x, y) = mat_dist.load(run, 1), images
+    given = {"attacks": "pgd", "steps": 3, "threats": "linf:0.1", "checks": 0}
+    plain = mat_dist.evaluate(model, x, y, **given), mat_dist.attack(model, x, y, "linf:0.1", steps=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        inside = mat_dist.evaluate(model, x, y, **given), mat_dist.attack(model, x, y, "linf:0.1", steps=3)
+    assert inside[0].chunks == plain[0].chunks and torch.equal(inside[1], plain[1])
+
+
+def test_parts_of_autoattack_may_be_a_list():
+    request, *_ = asked("linf:0.1", "autoattack", torch.float32, {"version": "custom", "custom": ["apgd-ce", "fab-t"]})
+    assert request.custom == ("apgd-ce", "fab-t")
 
 
 def test_tensors_batches_and_a_name_are_the_same_images(run, images):

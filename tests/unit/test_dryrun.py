@@ -259,8 +259,8 @@ def test_a_training_that_is_cut_tells_of_warm_ups_that_it_never_ends() -> None:
     text = description(config_of(*cut, "peers.1.loss.warmup_epochs=3", "peers.0.loss=mat_late",
                                  "peers.0.optim.warmup_epochs=2", "optim.schedule=constant"))
     assert [line for line in text.splitlines() if "all 20 steps" in line] == [
-        "peer0: never has its whole learning rate in all 20 steps, because optim.warmup_epochs are 22: make them fewer, "
-        "or train longer",
+        "peer0: never has its whole learning rate in all 20 steps, because optim.warmup_epochs are 22: make them "
+        "fewer, or train longer",
         "peer1: learns alone in all 20 steps, because loss.warmup_epochs are 33: make them fewer, or train longer"]
     assert "all 20 steps" not in description(config_of(*cut, "loss=mat_late"))
 

@@ -83,11 +83,14 @@ def test_the_step_is_the_steepest_of_its_length(norm: str) -> None:
         assert ((0.25 * other * g.flatten(1)).sum(1) <= gain + 1e-12).all()
 
 
+@pytest.mark.parametrize("size", [0.1, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_a_zero_gradient_gives_a_zero_step(norm: str) -> None:
-    x = images(6)
-    region = Threat(norm, 0.5).region(x)
-    assert torch.equal(region.step(x, torch.zeros_like(x), 0.1), x)
+def test_a_zero_gradient_gives_a_zero_step(norm: str, dtype: torch.dtype, size: float) -> None:
+    x = images(6).to(dtype)
+    region = Threat(norm, 2.0).region(x)
+    assert torch.equal(region.step(x, torch.zeros_like(x), size), x)
+    assert torch.equal(region.step(x, torch.zeros_like(x), torch.full((6,), size, dtype=dtype)), x)
 
 
 @pytest.mark.parametrize("norm,eps", [("linf", 0.05), ("l2", 0.3)])

@@ -573,6 +573,25 @@ def test_a_frozen_peer_is_not_the_source_of_the_gallery(copy):
     assert chosen == ["peer0", "peer1"]
 
 
+def test_the_best_peer_is_that_of_the_checkpoint_that_is_there(copy):
+    """One that was damaged and made again has a second file; the first one is of weights that are gone."""
+    opened = open_run(copy.path)
+    file = validation_file(copy, opened.manifest.step)
+    document = json.loads(file.read_text())
+
+    def write(path: Path, best: str, files: dict[str, str]) -> None:
+        for one in document["targets"]:
+            one["accuracy"]["union"] = 0.5 if one["target"] == best else 0.4
+        path.write_text(json.dumps({**document, "files": files}))
+
+    write(file, "peer0", {"peer_0.safetensors": "gone"})
+    assert opened.chosen_peer() is None
+    write(file.with_stem(f"{file.stem}-2"), "peer1", document["files"])
+    assert opened.chosen_peer() == "peer1"
+    write(file, "peer0", document["files"])
+    assert opened.chosen_peer() == "peer1"
+
+
 def test_images_that_are_gone_leave_a_report_of_the_files(copy):
     copy.config.write_text(copy.config.read_text().replace("name: digits", "name: fashion_mnist"))
     assert main([str(copy.path)]) == 0

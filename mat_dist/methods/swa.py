@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -28,8 +28,7 @@ class SwaConfig(Section):
 
 
 def averaged_epochs(done: int, start: float, *, total_steps: int, steps_per_epoch: int) -> int:
-    """How many epochs' last weights the even average holds after `done` steps, when it begins at a share of the
-    training."""
+    """How many epochs' ends have passed after `done` steps since an average began at a share of the training."""
     first = max(1, math.ceil(start * total_steps / steps_per_epoch - 1e-9))  # 0.55 * 100 is a little above 55
     return max(0, done // steps_per_epoch - first + 1)
 
@@ -40,20 +39,28 @@ class WeightAverage(Hook):
     name = "swa"
     repeats = True
     averages = True
+    count: int | None = 0  # epochs whose weights are averaged; None after a checkpoint of 0.1, which did not store it
 
-    def epochs(self, done: int) -> int:
-        """How many epochs' weights are averaged after `done` steps."""
+    def passed(self, done: int) -> int:
+        """How many ends of epochs are to be averaged after `done` steps of a training that was never longer or shorter,
+        and left no step out."""
         settings: SwaConfig = self.peer.spec.methods["swa"]  # type: ignore[assignment]
         return averaged_epochs(done, settings.start, total_steps=self.peer.total_steps,
                                steps_per_epoch=self.peer.steps_per_epoch)
 
+    def averaged(self, done: int) -> int:
+        """How many epochs' weights are averaged after `done` steps."""
+        self.count = self.passed(done) if self.count is None else self.count
+        return self.count
+
     def kept_share(self, step: int) -> float:
         """0 before there is an average, so that the averaged weights are the weights themselves; then 1 - 1/n at the
-        end of the n-th epoch of it, and 1 within epochs."""
-        count = self.epochs(step + 1)
-        if count == 0:
-            return 0.0
-        return 1 - 1 / count if (step + 1) % self.peer.steps_per_epoch == 0 else 1.0
+        end of the n-th epoch of it, and 1 within epochs. One that has begun goes on, whatever the length becomes."""
+        count = self.averaged(step)
+        if (step + 1) % self.peer.steps_per_epoch or not (count or self.passed(step + 1)):
+            return 1.0 if count else 0.0
+        self.count = count + 1
+        return 1 - 1 / self.count
 
     def before_save(self, done: int, batches: Iterator[Tensor]) -> None:
         """The averaged weights never saw the activations that the averaged statistics belong to (section 3.2), so one
@@ -61,7 +68,7 @@ class WeightAverage(Hook):
         (Chen et al., ICLR 2021, do so), sets them to the mean over its batches. Each rank passes whole batches through
         each of its peers alone: the result is a function of the weights and the run's seed, whatever the placement."""
         peer = self.peer
-        if peer.ema is None or not self.epochs(done):
+        if peer.ema is None or not self.averaged(done):
             return
         few = itertools.islice(batches, -(-NORM_IMAGES // peer.batch_size))
         model = peer.fresh_model()
@@ -72,6 +79,12 @@ class WeightAverage(Hook):
             for name, buffer in model.named_buffers():
                 if name in peer.ema:
                     peer.ema[name].copy_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state.get("count")
 
 
 register_method(Method("swa", "even average of the weights of later epochs (SWA)", section=SwaConfig,

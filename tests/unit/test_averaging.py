@@ -42,6 +42,25 @@ def test_the_recursion_is_the_equal_mean_of_the_epochs_ends() -> None:
         assert average == pytest.approx(sum(last) / len(last) if last else value)
 
 
+@pytest.mark.parametrize("left_out,kept", [((), (7, 11, 15, 19, 23)), ((11,), (7, 15, 19, 23)),
+                                           ((7,), (11, 15, 19, 23))])
+def test_the_mean_stays_equal_when_a_training_gets_longer_and_steps_are_left_out(left_out: tuple[int, ...],
+                                                                                 kept: tuple[int, ...]) -> None:
+    """4 epochs of 4 steps, then 6: the average began in the second one, where that of the longer training would not."""
+    peer = make_peer(nets(1)[0], cohort_config("at", 1, entry={"methods": {"swa": {"start": 0.5}}}))
+    (hook,) = peer.hooks
+    average = 0.0
+    for step in (step for step in range(24) if step not in left_out):
+        peer.total_steps, peer.steps_per_epoch = (16 if step < 16 else 24), 4
+        if step == 16:
+            (resumed,) = make_peer(nets(1)[0], cohort_config("at", 1, entry={"methods": {"swa": {"start": 0.5}}})).hooks
+            resumed.load_state_dict(hook.state_dict())
+            resumed.peer, hook = peer, resumed
+        decay = hook.kept_share(step)
+        average = decay * average + (1 - decay) * float(3 * step % 11)
+    assert average == pytest.approx(sum(float(3 * step % 11) for step in kept) / len(kept))
+
+
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run_small(tmp_path_factory.mktemp("runs"), "a", *SWA, "eval.every=2", "eval.test_steps=1")

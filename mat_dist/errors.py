@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 DONE = 0
@@ -130,6 +130,11 @@ def optional(package: str, where: str, how: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise EnvironmentFault(f"the package {package} cannot be imported: {error}", where, how) from error
+
+
+def some(lines: Sequence[str], most: int = 8) -> str:
+    """The first lines of many on one, and how many more there are."""
+    return "; ".join([*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])])
 
 
 def nearest(word: str, known: Iterable[str], alike: float = 0.6) -> str | None:

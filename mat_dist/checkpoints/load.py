@@ -21,7 +21,7 @@ from mat_dist.config.load import PRETRAINED, require_plugins
 from mat_dist.config.plugins import module_name
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.data.images import dataset_names
-from mat_dist.errors import CheckpointError, EnvironmentFault
+from mat_dist.errors import CheckpointError, EnvironmentFault, some
 from mat_dist.models import Ensemble
 from mat_dist.models.library import published_weights
 from mat_dist.models.registry import Images, is_known, make_model, of_plugins
@@ -167,12 +167,12 @@ def check_origin(manifest: Manifest, config: Config, plugins: Mapping[str, str] 
     it is for readers, who compare the images themselves."""
     settings, then = (manifest.meta.extra.get(key) for key in ("settings", "plugins"))
     found = resume_conflicts(settings, config) if isinstance(settings, dict) else []
-    told = [line for line in found if plugins is not None or not line.startswith("data.")][:8]
+    told = [line for line in found if plugins is not None or not line.startswith("data.")]
     names = tuple(str(spec.name) for spec in config.peers)
     if not told and manifest.meta.peers != names:
         told = [f"peers {', '.join(manifest.meta.peers)[:200]} -> {', '.join(names)[:200]}"]
     if told:
-        raise CheckpointError(f"the checkpoint was made with other settings than those of the run: {'; '.join(told)}",
+        raise CheckpointError(f"the checkpoint was made with other settings than those of the run: {some(told)}",
                               str(manifest.directory), "restore config.yaml or the checkpoint from a copy, or use the "
                               "settings that it was made with")
     if plugins is not None and isinstance(then, dict) and (changed := other_plugins(then, plugins)):

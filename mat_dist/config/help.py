@@ -196,8 +196,9 @@ def _section_names(path: tuple[str | int, ...]) -> list[str]:
     return [*model.model_fields, *more]
 
 
-def unknown_key(path: tuple[str | int, ...], node: Node) -> ConfigError:
-    """The problem of a key that does not exist, with the nearest one that does, or what to do without it."""
+def unknown_key(path: tuple[str | int, ...], node: Node, below: Sequence[str | int] = ()) -> ConfigError:
+    """The problem of a key that does not exist, with the nearest one that does, or what to do without it; `below`: what
+    was given in a section of that name."""
     if (went := WENT.get(canonical(path))) is not None:
         return ConfigError(f"{node.key} went in version {VERSION}", node.where, went)
     *section, name = path
@@ -207,6 +208,8 @@ def unknown_key(path: tuple[str | int, ...], node: Node) -> ConfigError:
     elsewhere = {} if section[-1:] == ["methods"] else {key.rpartition(".")[2]: key for key in reversed(settings())}
     close = nearest(str(name), [*elsewhere, *settings()]) if near is None and elsewhere else None
     meant = f"{prefix}{near}" if close is None else elsewhere.get(close, close)
+    whole = ".".join(map(str, (meant, *below)))
+    meant = whole if canonical(tuple(whole.split("."))) in settings() else meant
     return ConfigError(f"there is no setting {node.key}", node.where, f"known here: {', '.join(names) or 'none'}"
                        if near is None and close is None else f"did you mean {meant}?")
 
@@ -232,7 +235,7 @@ def problem(error: ErrorDetails, tree: Tree) -> ConfigError:
     path = faulty(error)
     node, depth = locate(tree, path)
     if error["type"] == "extra_forbidden":
-        return unknown_key(path, node)
+        return unknown_key(path, node, next((key[len(path):] for key in tree if key[:len(path)] == path), ()))
     setting = settings().get(canonical(path))
     if setting is not None and setting.kind == "arguments" and error["type"] == "value_error":
         return ConfigError(f"{node.key} cannot be used: {error['msg'][13:]}", node.where, setting.allowed(None))
@@ -336,12 +339,12 @@ class Options(argparse.ArgumentParser):
         command: its name behind `python -m mat_dist.`.
         text: what it does.
         words: what its other words are, for the usage.
-        needs_words: without any word the help is shown.
+        needs_words: without any it can do nothing.
     """
 
     def __init__(self, command: str, text: str | None, words: str, *, needs_words: bool = True,
                  epilog: str | None = None) -> None:
-        self.needs_words = needs_words
+        self.takes, self.needs_words = words, needs_words
         self.known: list[argparse.Action] = []
         formatter: Any = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=28)
         super().__init__(f"python -m mat_dist.{command}", usage=f"%(prog)s {words} [options]", description=text,
@@ -361,15 +364,18 @@ class Options(argparse.ArgumentParser):
         """The values of the options, and `words`: all words that are none. Help raises HelpShown.
 
         Raises:
-            ConfigError: an unknown option, or one without its value; `problems` has all of them.
+            ConfigError: an unknown option, or one without its value; `problems` has all of them. No word where it needs
+                some.
         """
-        if {"-h", "--help"} & set(words) or (self.needs_words and not words):
+        if {"-h", "--help"} & set(words):
             with suppress(argparse.ArgumentError):
                 found, _ = self.parse_known_args([word for word in words if word not in ("-h", "--help")])
                 load_plugins(getattr(found, "plugin", ()))  # the help has what they register
             self.print_help()
             arrived()
             raise HelpShown
+        if self.needs_words and not words:
+            raise ConfigError("nothing is given", COMMAND_LINE, f"write {self.prog} {self.takes}; --help tells more")
         try:
             found, rest = self.parse_known_args(words)
         except argparse.ArgumentError as error:

@@ -507,7 +507,11 @@ def _complete(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    before, after = dict(flat(_complete(old))), dict(flat(_complete(new)))
+    values = [_complete(old), _complete(new)]
+    numbers = [len(one.get("peers", ())) for one in values]
+    if len(set(numbers)) > 1:  # what else differs follows from that, or says nothing
+        values = [{**one, "peers": number} for one, number in zip(values, numbers, strict=True)]
+    before, after = (dict(flat(one)) for one in values)
     keys = [*after, *(key for key in before if key not in after)]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 

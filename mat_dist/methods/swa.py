@@ -39,7 +39,7 @@ class WeightAverage(Hook):
     name = "swa"
     repeats = True
     averages = True
-    count: int | None = 0  # epochs whose weights are averaged; None after a checkpoint of 0.1, which did not store it
+    ends: int | None = 0  # of epochs whose weights are averaged; None after a checkpoint of 0.1, which did not store it
 
     def passed(self, done: int) -> int:
         """How many ends of epochs are to be averaged after `done` steps of a training that was never longer or shorter,
@@ -50,8 +50,8 @@ class WeightAverage(Hook):
 
     def averaged(self, done: int) -> int:
         """How many epochs' weights are averaged after `done` steps."""
-        self.count = self.passed(done) if self.count is None else self.count
-        return self.count
+        self.ends = self.passed(done) if self.ends is None else self.ends
+        return self.ends
 
     def kept_share(self, step: int) -> float:
         """0 before there is an average, so that the averaged weights are the weights themselves; then 1 - 1/n at the
@@ -59,8 +59,8 @@ class WeightAverage(Hook):
         count = self.averaged(step)
         if (step + 1) % self.peer.steps_per_epoch or not (count or self.passed(step + 1)):
             return 1.0 if count else 0.0
-        self.count = count + 1
-        return 1 - 1 / self.count
+        self.ends = count + 1
+        return 1 - 1 / self.ends
 
     def before_save(self, done: int, batches: Iterator[Tensor]) -> None:
         """The averaged weights never saw the activations that the averaged statistics belong to (section 3.2), so one
@@ -81,10 +81,10 @@ class WeightAverage(Hook):
                     peer.ema[name].copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"epochs": self.ends}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count = state.get("count")
+        self.ends = state.get("epochs")
 
 
 register_method(Method("swa", "even average of the weights of later epochs (SWA)", section=SwaConfig,

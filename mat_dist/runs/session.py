@@ -37,6 +37,7 @@ from mat_dist.errors import (
     OutputError,
     PeerSilent,
     StopRequested,
+    some,
     told_error,
 )
 from mat_dist.runs.files import reported, write_text
@@ -225,7 +226,7 @@ def check_continues(folder: RunFolder, config: Config) -> None:
                           f"choose another run.name, or raise train.epochs{cut} to go on")
     conflicts = resume_conflicts(old.model_dump(mode="json"), config)
     if conflicts:
-        raise CheckpointError(f"the folder holds a run with other settings: {'; '.join(conflicts[:8])}",
+        raise CheckpointError(f"the folder holds a run with other settings: {some(conflicts)}",
                               str(folder.path), "use the same settings, or choose another run.name")
 
 

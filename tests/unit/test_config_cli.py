@@ -83,9 +83,12 @@ def test_what_is_no_count_is_refused(value: str) -> None:
     assert options.read(["a", "--ranks=9999999", "b"]) == Namespace(ranks=9_999_999, words=("a", "b"))
 
 
-def test_a_command_that_needs_words_shows_its_help_without_any(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_a_command_that_needs_words_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script whose variable is empty must not take the help for success."""
+    with pytest.raises(ConfigError, match=r"^nothing is given.*: write python -m mat_dist\.x RUN; --help tells more"):
         Options("x", "What it does.", "RUN").read([])
+    with pytest.raises(SystemExit) as caught:
+        Options("x", "What it does.", "RUN").read(["-h"])
     assert caught.value.code == 0 and "What it does." in capsys.readouterr().out
 
 

@@ -49,7 +49,7 @@ peers:
   - {name: a}
 lr: 1
 """,
-        "eval.stepz=3", "nonsense", "comm.backend=mpi",
+        "eval.stepz=3", "trian.epochs=2", "nonsense", "comm.backend=mpi",
     )
     expected = [
         ("nonsense is not a setting", "(command line)", "key=value"),
@@ -64,6 +64,7 @@ lr: 1
         ),
         ("there is no setting lr", "(x.yaml:12, lr)", "did you mean optim.lr?"),
         ("there is no setting eval.stepz", "(command line, eval.stepz)", "did you mean eval.steps?"),
+        ("there is no setting trian.epochs", "(command line, trian.epochs)", "did you mean train.epochs?"),
         ("'mpi' cannot be used for comm.backend", "(command line, comm.backend)", "auto, gloo, nccl"),
         ("a linf radius of 8", "(x.yaml:7, threat.eps)", "write eps: 8/255"),
         ("peers.0 and peers.1 have the same name a", "(x.yaml:11, peers.1.name)", "own name"),
@@ -167,7 +168,8 @@ def test_text_settings_in_a_file_want_quotes_around_numbers(tmp_path: Path) -> N
         ("train.epochz", "train.epochs"),
         ("epochs", "train.epochs"),
         ("attack.epsilon", "attack.eps"),
-        ("trian.epochs", "train"),
+        ("trian.epochs", "train.epochs"),
+        ("trian.epoch", "train"),
         ("batch_size", "train.batch_size"),
         ("bachsize", "train.batch_size"),
         ("threat.stepz", "attack.steps"),

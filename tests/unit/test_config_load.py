@@ -19,7 +19,7 @@ from mat_dist.config import (
     trains_longer,
 )
 from mat_dist.config.schema import Config, LossConfig
-from mat_dist.errors import ConfigError
+from mat_dist.errors import ConfigError, some
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -344,7 +344,7 @@ def test_differences_are_flat_lines(tmp_path: Path) -> None:
     assert config_differences(old, new) == expected
     assert config_differences(read_yaml(dump_config(old)), new) == expected
     assert config_differences(old.model_dump(), old) == []
-    assert "peers.3.name: peer3 -> null" in config_differences(old, load(tmp_path, "peers: 3"))
+    assert config_differences(old, load(tmp_path, "peers: 3")) == ["peers: 4 -> 3"]
 
 
 def test_resume_refuses_what_alters_the_weights(tmp_path: Path) -> None:
@@ -383,6 +383,14 @@ def test_a_warm_up_that_follows_the_length_grows_with_it_and_one_that_was_writte
         "peers.1.loss.warmup_epochs: null -> 5.0"]
     written = load(tmp_path, "loss: {preset: mat_late, warmup_epochs: 5}\ntrain: {epochs: 30}")
     assert len(resume_conflicts(written, load(tmp_path, "{}", *longer))) == len(old.peers)
+
+
+def test_another_number_of_peers_is_told_as_that_and_a_long_list_says_how_long_it_is(tmp_path: Path) -> None:
+    four = load(tmp_path, "peers: 4")
+    assert resume_conflicts(load(tmp_path, "peers: 2"), four) == ["peers: 2 -> 4"]
+    conflicts = resume_conflicts(load(tmp_path, "peers: 4", "optim.lr=0.3", "attack.eps=0.2", "run.seed=3"), four)
+    assert len(conflicts) > 8 and some(conflicts).split("; ") == [*conflicts[:8], f"and {len(conflicts) - 8} more"]
+    assert some(conflicts[:8]).split("; ") == conflicts[:8]
 
 
 def test_a_setting_that_an_old_run_did_not_know_has_its_default(tmp_path: Path) -> None:

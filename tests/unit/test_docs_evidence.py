@@ -123,7 +123,7 @@ def test_the_summary_is_quoted_as_measured() -> None:
     suites = {"pgd100": ("overfit", "cifar10"), "union": ("union",), "pgd50": ("onestep",)}
     rows = table(PAGE, "## The answer so far")
     assert len(rows) == 10
-    for what, count, alone, taught, last, best, control in rows:
+    for what, count, alone, taught, last, clean, best, control in rows:
         pair = re.findall(r"`(\w+)`", what)
         (suite, column), = [(suite, column) for column, names in suites.items() for suite in names
                             if set(pair) <= set(results(suite, suite)["rows"])]
@@ -133,8 +133,21 @@ def test_the_summary_is_quoted_as_measured() -> None:
         assert last == apart(suite, pair[1], pair[0], column, "last")
         assert best == apart(suite, pair[1], pair[0], "pgd20" if column == "pgd100" else column, "best")
         assert control == f"`{long}` {share(found[long], 'last', column, most)}"
-        assert float(best.split(" ")[0]) < 2, "as the answer says"
+        assert clean == apart(suite, pair[1], pair[0], "clean", "last")
+        loses = bool(re.search(r"\(-.* to -", clean))
+        assert loses == ("`mat_late`" in what or "`mat_max_wa`" in what), "as the answer says"
+        assert not re.search(r"\(\+", clean)
         assert found[long]["cost"] > 0.95 * found[pair[1]]["cost"], "a control costs as much"
+
+
+def test_the_best_epoch_is_told_as_measured() -> None:
+    column = [float(row[6].split(" ")[0]) for row in table(PAGE, "## The answer so far")]
+    overfit, union = (results(title, title)["rows"] for title in ("overfit", "union"))
+    assert (f"peers gain at most {max(column):.2f} points there, and lose {-min(column):.2f} with three norms. One "
+            "network of equal cost is ahead there where both have weight decay: `at_decay_long` {} %, `mat_decay` {}; "
+            "`ramp_decay_long` {}, `mat_ramp_decay` {}.").format(
+        *(share(overfit[name], "best", "pgd20") for name in ("at_decay_long", "mat_decay")),
+        *(share(union[name], "best", "union") for name in ("ramp_decay_long", "mat_ramp_decay"))) in words(PAGE)
 
 
 def test_the_tables_of_one_norm_are_quoted_as_measured() -> None:
@@ -160,6 +173,7 @@ def test_the_answer_is_what_was_measured() -> None:
     assert "end {} points apart with one norm, and {} with three, both within noise".format(
         *(both.split(" ")[0] for both in (one, three))) in text
     assert all(re.search(r"\(-.* to \+", both) for both in (one, three))
+    assert f"with one norm ({one.replace('(', '').replace(' -', ', -').rstrip(')')}) or three" in words("README.md")
     aa = results("cifar10", "cifar10")["rows"]
     assert "({} against {} on CIFAR-10)".format(*(share(aa[name], "last", "aa") for name in ("at_wa_x2", "mat_late"))
                                                 ) in words("README.md")
@@ -168,7 +182,7 @@ def test_the_answer_is_what_was_measured() -> None:
         *(share(cifar10[name], "last", "aa") for name in ("at_wa_x2", "mat_late")),
         apart("cifar10", "mat_late", "at_wa_x2", "aa", "last"),
         *(share(cifar10[name], "last", "aa", most=1) for name in ("at_x2", "mat_wa"))) in text
-    assert "seed 2: `at_wa_x3` {} %, `mat_wa` {} %; `at_decay_x3` {} %, `mat_decay` {} %, {}.".format(
+    assert "seed 2 alone: `at_wa_x3` {} %, `mat_wa` {} %; `at_decay_x3` {} %, `mat_decay` {} %, {}.".format(
         *(share(overfit[name], "last", "aa", most=1) for name in ("at_wa_x3", "mat_wa", "at_decay_x3", "mat_decay")),
         apart("overfit", "mat_decay", "at_decay_x3", "aa", "last")) in text
     assert ("(`mat_max_wa`) end {} points above the best single norm, where the paper claims 13.1, and {} above RAMP"

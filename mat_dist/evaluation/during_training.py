@@ -224,6 +224,7 @@ class Evaluations:
         if found is not None:
             document = document_of(self.about(manifest, job, step_name(best.step), "val"), found, checked=False)
             score = selection_score(as_result(document).targets, self.config.peers)
+            write_result(self.run.folder.eval, validation_file(self.run.folder, best.step).stem, document)
         mark_best(self.run.folder, best.step, score, self.scored_by)
         self.note(f"step {best.step}, the best so far, had {100 * best.score:.1f} % under {best.attack}; under "
                   f"{self.scored_by} it has " + (f"{100 * score:.1f} %" if found else "none, because it is damaged"))

@@ -233,6 +233,7 @@ def test_scores_of_another_attack_are_measured_again_before_they_are_compared(co
     assert best.step == max(scores, key=lambda step: (scores[step], -step))
     assert (f"step {before.step}, the best so far, had {100 * before.score:.1f} % under PGD-1 on 25 images; under "
             f"PGD-20 on 40 images it has {100 * scores[before.step]:.1f} %") in again.folder.rank_log(0).read_text()
+    assert robust_of(again.result(f"validation_step_{before.step:08d}-2")) == robust(direct, before.step)
 
 
 def test_an_evaluation_does_not_depend_on_the_number_of_ranks(uninterrupted: Run, run_ranks: Ranks) -> None:

@@ -117,9 +117,10 @@ def resume(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     own = optimizer.state_dict()["param_groups"]
     groups = [{**group, "params": kept["params"]} for group, kept in zip(own, state["param_groups"], strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for parameter, kept in optimizer.state.items():  # files know no layout, and fused kernels read memory in its order
-        kept.update({key: torch.empty_like(parameter, dtype=value.dtype).copy_(value) for key, value in kept.items()
-                     if isinstance(value, Tensor) and value.shape == parameter.shape})
+    # Files know no layout, and fused kernels read memory in its order; torch gives numbers the type of the weights.
+    for (parameter, kept), saved in zip(optimizer.state.items(), state["state"].values(), strict=True):
+        kept.update({key: torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape
+                     else value.to(saved[key].dtype) for key, value in kept.items() if isinstance(value, Tensor)})
 
 
 def optimizer_notes(optim: OptimConfig, model: nn.Module) -> list[str]:

@@ -246,7 +246,7 @@ def _command(words: Sequence[str]) -> None:
     if len(places) != 2 or to is None:
         raise ConfigError("it takes a run, a format and a new folder", "command line",
                           "write RUN --to FORMAT OUT, for instance runs/first --to safetensors exported")
-    tell(f"writing {found['peer']} of {places[0]} as {to} into {places[1]}")
+    tell(f"export of {found['peer']} of {places[0]} as {to} to {places[1]}")
     export(places[0], to, places[1], **found)
     tell("done: loaded again, it gives the same logits; README.md in it is its card")
     arrived()

@@ -16,6 +16,7 @@ from mat_dist.core.optim import LossScale, average, build_optimizer, check_optim
 from mat_dist.core.peer import Peer
 from mat_dist.core.state_hash import state_hash
 from mat_dist.errors import ConfigError
+from mat_dist.models.registry import DTYPES
 from mat_dist.train import main
 from tests.cohorts import cohort_config, complete, make_peer, nets
 
@@ -142,9 +143,12 @@ def test_each_peer_has_the_optimizer_of_its_own_entry() -> None:
     assert [one.param_groups[0].get("momentum") for one in made] == [0.9, None, 0.5]
 
 
-def test_a_peer_with_adamw_goes_on_bit_by_bit_from_its_state() -> None:
-    config = cohort_config("at", 1, optim={"name": "adamw", "lr": 0.01, "ema_decay": 0.9})
-    one, other = make_peer(nets(1)[0], config), make_peer(nets(2)[1], config)
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", ["adamw", "NAdam"])  # NAdam keeps a product of floats beside its tensors, in fp32
+def test_a_peer_goes_on_bit_by_bit_from_its_state(name: str, precision: str) -> None:
+    config = cohort_config("at", 1, optim={"name": name, "lr": 0.01, "ema_decay": 0.9}, step={"precision": precision})
+    one, other = (make_peer(net.to(DTYPES[precision]), config) for net in (nets(1)[0], nets(2)[1]))
+
     def update(step: int, *peers: Any) -> None:
         for peer in peers:
             for place, gradient in enumerate(peer.gradients()):
@@ -156,7 +160,7 @@ def test_a_peer_with_adamw_goes_on_bit_by_bit_from_its_state() -> None:
     other.load(copy.deepcopy(one.state()))
     for step in range(3, 5):
         update(step, one, other)
-    assert equal(one.model, other.model) and not equal(one.model, nets(1)[0])
+    assert equal(one.model, other.model) and not equal(one.model, nets(1)[0].to(DTYPES[precision]))
 
 
 # ------------------------------------------------------------------------------------------------ rates

@@ -508,8 +508,8 @@ def _complete(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 def _pairs(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     values = [_complete(old), _complete(new)]
-    numbers = [len(one.get("peers", ())) for one in values]
-    if len(set(numbers)) > 1:  # what else differs follows from that, or says nothing
+    numbers = [len(one["peers"]) for one in values if isinstance(one.get("peers"), (list, tuple))]
+    if len(numbers) == 2 and len(set(numbers)) == 2:  # what else differs follows from that, or says nothing
         values = [{**one, "peers": number} for one, number in zip(values, numbers, strict=True)]
     before, after = (dict(flat(one)) for one in values)
     keys = [*after, *(key for key in before if key not in after)]

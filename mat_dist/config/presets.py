@@ -151,19 +151,7 @@ class LossWeights:
             raise ValueError(f"empty: {', '.join(empty)}; fill_loss takes them from the preset")
         return cls(**values, warmup_share=share)
 
-    def steps_alone(self, total: float, per_epoch: float) -> float:
-        """How many of all steps the peer learns alone."""
-        return self.warmup_share * total if self.warmup_epochs is None else self.warmup_epochs * per_epoch
-
     def alone(self) -> LossWeights:
         """While the peer warms up: all weight of labels and teachers is on the labels of own AEs."""
         hard = self.hard_weight + self.kd_weight + self.kd_clean if self.hard_weight else 0.0
         return replace(self, hard_weight=hard, hard_own=1.0, kd_weight=0.0, kd_clean=0.0)
-
-
-def endless_warmups(optim: OptimConfig, weights: LossWeights, total: int, per_epoch: int) -> list[str]:
-    """What the user should know of warm-ups that go on to the end of a training, as train.max_steps can have it."""
-    steps = {"loss.warmup_epochs": ("learns alone in", weights.steps_alone(total, per_epoch)),
-             "optim.warmup_epochs": ("never has its whole learning rate in", optim.warmup_epochs * per_epoch)}
-    return [f"{what} all {total:,} steps, because {key} are {number:,.0f}: make them fewer, or train longer"
-            for key, (what, number) in steps.items() if number >= total]

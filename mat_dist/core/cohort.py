@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mat_dist.attacks import compression
 from mat_dist.config.methods import methods
-from mat_dist.config.presets import endless_warmups
 from mat_dist.config.schema import Config, PeerConfig
 from mat_dist.core.graph import CLEAN, CohortGraph, View
 from mat_dist.core.guard import Guard
 from mat_dist.core.hooks import Views
 from mat_dist.core.losses import accuracy
+from mat_dist.core.objective import endless_warmups, steps_alone
 from mat_dist.core.optim import lr_at
 from mat_dist.core.peer import Peer
 from mat_dist.data.augment import AugmentedView
@@ -116,7 +116,7 @@ class Cohort:
     def begin(self, guard: Guard, step: int) -> None:
         """Before each step: let warm-ups end, and hooks recall what they know of the images."""
         warming_up = frozenset(row.index for row in self.graph.peers
-                               if step < row.weights.steps_alone(self.total_steps, self.steps_per_epoch))
+                               if step < steps_alone(row.weights, self.total_steps, self.steps_per_epoch))
         if warming_up != self.warming_up:
             self.warming_up, self.graph = warming_up, CohortGraph.of(self.specs, warming_up)
             for peer in self.peers:

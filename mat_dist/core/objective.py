@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mat_dist.config.presets import LossWeights
+from mat_dist.config.schema import OptimConfig
 from mat_dist.core import losses
 from mat_dist.core.graph import CLEAN, PeerGraph, View
 from mat_dist.core.hooks import Hook
@@ -81,3 +83,16 @@ def _paired(row: PeerGraph, clean_BK: Tensor, own_BK: Tensor) -> Tensor:
     if c.pair_mse:
         total = total + c.pair_mse * losses.logit_distance(clean_BK, own_BK)
     return total
+
+
+def steps_alone(weights: LossWeights, total: float, per_epoch: float) -> float:
+    """How many of all steps a peer learns alone."""
+    return weights.warmup_share * total if weights.warmup_epochs is None else weights.warmup_epochs * per_epoch
+
+
+def endless_warmups(optim: OptimConfig, weights: LossWeights, total: int, per_epoch: int) -> list[str]:
+    """What the user should know of warm-ups that go on to the end of a training, as train.max_steps can have it."""
+    steps = {"loss.warmup_epochs": ("learns alone in", steps_alone(weights, total, per_epoch)),
+             "optim.warmup_epochs": ("never has its whole learning rate in", optim.warmup_epochs * per_epoch)}
+    return [f"{what} all {total:,} steps, because {key} are {number:,.0f}: make them fewer, or train longer"
+            for key, (what, number) in steps.items() if number >= total]

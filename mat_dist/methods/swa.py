@@ -56,8 +56,8 @@ class WeightAverage(Hook):
     def kept_share(self, step: int) -> float:
         """0 before there is an average, so that the averaged weights are the weights themselves; then 1 - 1/n at the
         end of the n-th epoch of it, and 1 within epochs. One that has begun goes on, whatever the length becomes."""
-        count = self.averaged(step)
-        if (step + 1) % self.peer.steps_per_epoch or not (count or self.passed(step + 1)):
+        count, due = self.averaged(step), self.passed(step + 1)
+        if (step + 1) % self.peer.steps_per_epoch or not (count or due):
             return 1.0 if count else 0.0
         self.ends = count + 1
         return 1 - 1 / self.ends

@@ -20,10 +20,10 @@ from rich.table import Table
 from mat_dist.attacks.norms import Threat
 from mat_dist.config import dump_config
 from mat_dist.config.methods import methods
-from mat_dist.config.presets import endless_warmups
 from mat_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, PeerConfig
 from mat_dist.core.cohort import replica_rows
 from mat_dist.core.graph import CLEAN, CohortGraph, PeerGraph
+from mat_dist.core.objective import endless_warmups, steps_alone
 from mat_dist.core.optim import ema_decay_at, lr_at
 from mat_dist.data import RawData, steps_per_epoch
 from mat_dist.data.arrays import load_npz
@@ -200,7 +200,7 @@ class _Run:
         """How many epochs a peer learns alone; of a data set of unknown size as if train.max_steps did not cut them."""
         per_epoch = self.per_epoch or 1
         total = _total(self.config, per_epoch) if self.per_epoch else self.config.train.epochs
-        return row.weights.steps_alone(total, per_epoch) / per_epoch
+        return steps_alone(row.weights, total, per_epoch) / per_epoch
 
     def describe_images(self) -> str:
         data, size, classes = self.config.data, " x ".join(map(str, self.data.shape)), self.data.classes

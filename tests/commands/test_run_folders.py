@@ -152,7 +152,7 @@ def test_runs_with_other_settings_in_one_job_have_folders_of_their_own(
 
 @pytest.mark.parametrize("other,says", [
     ("seed", "run.seed: 1 -> 0"), ("net", "peers.0.model.norm: group -> null"), ("loss", "peers.0.loss.preset: at"),
-    ("split", "data.val_size: 30 -> 40"), ("three", "peers.2.name: peer2 -> null")])
+    ("split", "data.val_size: 30 -> 40"), ("three", "peers: 3 -> 2")])
 def test_checkpoints_of_a_run_with_other_settings_are_refused(other: str, says: str, own: Finished, made: Path,
                                                               line: Line) -> None:
     shutil.rmtree(own.folder.checkpoints)

@@ -74,7 +74,7 @@ def test_a_section_without_settings_is_there_with_its_defaults():
 
 
 @pytest.mark.parametrize("item,what,how", [
-    ("methods.shaek.gamma=1", "there is no setting methods.shaek", "did you mean methods.shake?"),
+    ("methods.shaek.gamma=1", "there is no setting methods.shaek", "did you mean methods.shake.gamma?"),
     ("methods.other={}", "there is no setting methods.other", "known here: shake"),
     ("peers.0.methods.other.x=1", "there is no setting peers.0.methods.other", "known here: shake"),
     ("peers.2.methods.shake.gama=1", "there is no setting peers.2.methods.shake.gama", "methods.shake.gamma?"),

@@ -9,6 +9,7 @@ import pytest
 from mat_dist.config import config_warnings, load_config, rules
 from mat_dist.config.methods import methods
 from mat_dist.config.presets import LossWeights
+from mat_dist.core.objective import steps_alone
 from mat_dist.errors import ConfigError
 
 UNION = "peers=1 loss=at union.threats=linf:0.1,l2:1,l1:9"
@@ -308,7 +309,7 @@ def test_the_average_of_a_preset_can_be_switched_off() -> None:
 def test_a_preset_of_late_distillation_waits_for_a_third_of_all_steps(words: list[str], total: int, alone: float
                                                                       ) -> None:
     config = load_config("base", ["peers=2", "loss=mat_late", *words])
-    assert {LossWeights.of(peer.loss).steps_alone(total, 39) for peer in config.peers} == {alone}
+    assert {steps_alone(LossWeights.of(peer.loss), total, 39) for peer in config.peers} == {alone}
     assert not [text for text in config_warnings(config) if "loss." in text]
 
 

@@ -39,7 +39,7 @@ class Beat:
     def __init__(self, failed: MatError | None = None) -> None:
         self.failed, self.blamed = failed, ""
 
-    def arrive(self, where: str) -> None: ...
+    def arrive(self, where: str, *, replicas: bool = False) -> None: ...
 
     def word(self, where: str) -> str:
         return ""

@@ -245,6 +245,50 @@ def test_the_search_for_three_norms_is_quoted_as_measured() -> None:
     assert f"one network alone has {100 * same:.1f} %, {100 * (best - same):.1f} points less" in text
 
 
+def on_cifar10() -> dict[str, list[dict[str, Any]]]:
+    """The settings of one network and of peers by weight decay and rate, of the search on CIFAR-10."""
+    document = json.loads((RESULTS / "search_cifar10.json").read_text(encoding="utf-8"))
+    sides = ({"peers=1", "loss=at"}, {"loss=mat", "loss.kd_weight=0.9", "loss.warmup_epochs=8"})
+    found: dict[str, list[dict[str, Any]]] = {}
+    for side in sides:
+        for one in document["settings_tried"]:
+            own = {*document["families"][one["family"]]["settings"], *one["point"]}
+            if side <= own:
+                given = dict(word.split("=") for word in own)
+                decay, rate = given.get("optim.weight_decay", "0.0005"), given.get("optim.lr", "0.1")
+                found.setdefault(f"{decay} {rate}", []).append(one)
+    return found
+
+
+def test_the_search_on_cifar10_is_quoted_as_measured() -> None:
+    def quoted(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    def lost(one: dict[str, Any]) -> str:
+        shares = [f"{100 * value:.0f}" for value in units.get(f"{one['name']}_100", {"unused": {}})["unused"].values()]
+        return " to ".join(sorted(set(shares), key=float)) or "-"
+
+    units = json.loads((RESULTS / "units_search_cifar10.json").read_text(encoding="utf-8"))["runs"]
+    measured, best, gains = on_cifar10(), [0.0, 0.0], []
+    rows = table(SEARCHED, "## CIFAR-10")
+    assert len(rows) == len(measured) == 7
+    for decay, rate, *cells in rows:
+        pair = measured[f"{re.split('[ ,]', decay)[0]} {rate}"]
+        alone, taught = (100 * one["scores"]["mean"]["mean"] if one["scores"] else None for one in pair)
+        gain = None if alone is None or taught is None else taught - alone
+        shown = quoted(alone, "{:.1f}"), quoted(taught, "{:.1f}"), quoted(gain, "{:+.1f}")
+        assert cells == [*shown, *map(lost, pair)], decay
+        best = [max(best[0], alone or 0.0), max(best[1], taught or 0.0)]
+        gains += [] if gain is None else [gain]
+    (alone, taught), text = best, words(SEARCHED)
+    first, late = (100 * one["scores"]["mean"]["mean"] for one in measured["0.0005 0.1"])
+    assert (f"from {first:.1f} to {alone:.1f} % and peers from {late:.1f} to {taught:.1f}. Between the best settings "
+            f"of either side {taught - alone:.1f} points are left") in text
+    assert f"peers gain {min(gains):.1f} to {max(gains):.1f} points" in text
+    assert (f"{alone:.1f} % of the validation images alone and {taught:.1f} % taught, where the settings of `at_wa_x2` "
+            f"and `mat_late` have {first:.1f} and {late:.1f}.") in words(PAGE)
+
+
 def test_what_peers_gain_at_each_weight_decay_is_quoted_as_measured() -> None:
     common = ("loss.label_smoothing=0.4", "optim.ema_decay=0.983", "optim.clip_norm=1", "optim.lr=0.3")
     late = ("loss=mat", "loss.kd_weight=0.9", "loss.warmup_epochs=20")

@@ -138,7 +138,7 @@ def warm_ups_end(config: Config) -> Iterator[ConfigError]:
         if (loss.warmup_epochs or 0) >= epochs:
             yield ConfigError(f"the peer learns alone for {loss.warmup_epochs:g} of {epochs} epochs", where,
                               "make it shorter than train.epochs, or write preset: at")
-        elif loss.warmup_epochs and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
+        elif loss.warmup_epochs != 0 and not (loss.hard_weight or learns_alone(peer)) and not peer.frozen:
             yield ConfigError(f"a peer with preset {loss.preset} learns from teachers only, and is to warm up without "
                               "them", where, "write 0, or give hard_weight or clean_weight a weight")
 

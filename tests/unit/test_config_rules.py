@@ -111,6 +111,8 @@ CASES = [
      "optim.warmup_epochs=4 train.epochs=5"),
     ("warm_ups_end", "optim.schedule=cosine peers.1.optim.warmup_epochs=99", "the warm-up lasts 99",
      "optim.schedule=cosine peers.1.optim.warmup_epochs=1"),
+    ("warm_ups_end", "peers=2 loss=mat_late loss.kd_weight=1 loss.hard_weight=0 peers.1.loss=mat",
+     "learns from teachers only", "peers=2 loss=mat_late peers.1.loss=mat"),
     ("warm_ups_end", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.1.loss.warmup_epochs=1",
      "learns from teachers only", "peers=2 peers.0.loss=lbgat peers.1.loss=lbgat peers.0.loss.warmup_epochs=1"),
     ("mixed_labels_are_understood", "loss=mart data.augment.cutmix=1",
